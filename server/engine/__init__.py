@@ -1,0 +1,1 @@
+"""The engine: one owner thread that schedules, runs and post-processes generation requests."""

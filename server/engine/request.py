@@ -1,0 +1,210 @@
+"""What a client asks of the engine and what the engine answers: plain frozen dataclasses and the engine's errors.
+
+Invariant: for every accepted request `on_event` sees zero or more `TokenEvent`s with index 1, 2, …, then exactly one
+`FinishedEvent` or `FailedEvent`, all on the engine thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["length", "eos_token", "stop_sequence", "cancelled"]
+EngineState = Literal["loading", "ready", "draining", "stopped", "failed"]
+Logprob = tuple[int, str, float]
+"""(token id, text, natural log-probability under the model's unmodified distribution)"""
+
+
+class EngineError(Exception):
+    """Base of everything the engine refuses or fails with.
+
+    EngineError
+      QueueFullError          the queue is at its bound of requests or tokens; retry later
+      ContextTooLongError     prompt plus new tokens exceed what a row can hold
+      InvalidRequestError     a value that no model could serve (empty prompt, unknown token id, …)
+      EngineStoppedError      not ready, draining, stopped or failed
+      GenerationError         the request was running and could not be finished
+    """
+
+
+class QueueFullError(EngineError):
+    """The waiting queue is at its bound.
+
+    Args:
+        message: what is full, by how much, and what to do.
+        retry_after_seconds: a guess at when a place will be free.
+    """
+
+    def __init__(self, message: str, retry_after_seconds: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class ContextTooLongError(EngineError):
+    """The prompt, or the prompt with the tokens asked for, does not fit a row of the KV memory."""
+
+
+class InvalidRequestError(EngineError):
+    """A request that no state of the engine could serve."""
+
+
+class EngineStoppedError(EngineError):
+    """The engine takes no requests: it is loading, draining, stopped or has failed."""
+
+
+class GenerationError(EngineError):
+    """A running request could not be finished; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: most tokens to generate, at least 1.
+        temperature: > 0, divides the logits. Any of temperature, top_k, top_p or `do_sample` turns sampling on.
+        top_k: keep the k most likely tokens.
+        top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1].
+        repetition_penalty: > 0; divides positive and multiplies negative logits of tokens already in prompt or output.
+        seed: of this request's random draws, 64 bits; None takes a fresh one (reported in `FinishedEvent`).
+        do_sample: sample even with every other value left out.
+        stop: generation ends when the text ends with one of these; the stop string stays in the text.
+        ignore_eos: generate on past the end-of-sequence token (for benchmarks).
+    """
+
+    max_new_tokens: int = 20
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    do_sample: bool = False
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return not (
+            self.do_sample
+            or self.top_k is not None
+            or self.top_p is not None
+            or (self.temperature is not None and self.temperature != 1.0)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt to continue.
+
+    Attributes:
+        request_id: unique among the requests that are waiting or running.
+        prompt_ids: at least one token id.
+        sampling: how tokens are chosen.
+        num_logprobs: most likely alternatives to report with every token.
+        prompt_logprobs: also report the prompt's tokens with their log-probabilities.
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    num_logprobs: int = 0
+    prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where a request's time went, in seconds; `ttft_seconds` runs from submission to the first token."""
+
+    queue_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    ttft_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Deficit:
+    """The share of the unmasked top-k router mass that was unavailable, over a request's tokens (0 is no loss)."""
+
+    overall: float
+    per_layer: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token. `text` is what it adds to the text (empty while a character is incomplete)."""
+
+    index: int
+    token_id: int
+    text: str
+    logprob: float
+    special: bool
+    top: tuple[Logprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedEvent:
+    """The end of a request; after it nothing of the request is held by the engine."""
+
+    reason: FinishReason
+    generated_text: str
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    seed: int | None
+    prefill: tuple[tuple[int, str, float | None], ...] | None
+    timing: Timing
+    deficit: Deficit
+    stop_text: str | None = None
+    """The stop string that ended the request, if one did; `generated_text` ends with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailedEvent:
+    """The request could not be finished."""
+
+    error: EngineError
+
+
+Event = TokenEvent | FinishedEvent | FailedEvent
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTotals:
+    """Counters since start."""
+
+    num_requests: int = 0
+    num_finished: dict[str, int] = field(default_factory=dict)
+    num_failed: int = 0
+    num_refused: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    num_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """A snapshot for health and metrics.
+
+    Attributes:
+        state: loading, ready, draining, stopped or failed.
+        reason: why it is not ready, else empty.
+        progress: share of loading done in [0, 1], 1 when loaded.
+        num_running, num_waiting: requests.
+        num_waiting_tokens: prompt tokens of the waiting requests.
+        seconds_since_progress: since the loop last completed a step or found nothing to do.
+        kv_tokens, kv_capacity_tokens: KV memory in use and in all.
+        totals: counters since start.
+    """
+
+    state: EngineState
+    reason: str
+    progress: float
+    num_running: int
+    num_waiting: int
+    num_waiting_tokens: int
+    seconds_since_progress: float
+    kv_tokens: int
+    kv_capacity_tokens: int
+    totals: EngineTotals
