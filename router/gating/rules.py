@@ -1,0 +1,216 @@
+"""How a router's logits become top-k picks and weights when only some experts are available.
+
+One `TopKRule` record says what a family's router does: score, add a selection bias, limit the groups, choose, weigh.
+Its invariant: the result equals what the same router gives on a checkpoint from which the unavailable experts' rows
+and biases were deleted, with k' = min(k, available) picks. Tensor operations only, no host synchronisation: safe on a
+GPU and inside graph capture. Source: the router modules of transformers 5.17 to 5.23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+Output = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class RouterCall:
+    """One call of a router module: what it was given and what it returned."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Output
+
+    def argument(self, position: int, name: str) -> Any:
+        """The forward argument given by keyword or at `position`; None where absent."""
+        return self.kwargs[name] if name in self.kwargs else self.args[position] if position < len(self.args) else None
+
+
+class GatingRule(Protocol):
+    """The masked counterpart of one family's router."""
+
+    def masked(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, mask: Tensor
+    ) -> Output:
+        """The router's output as a checkpoint without the masked experts would give it.
+
+        `output` is what `module(*args, **kwargs)` returned: (router_logits, top_k_weights [T, K], top_k_index [T, K],
+        ...). `mask` is bool [T, E] on the same device, True = available, one row per token. Returns the same tuple with
+        weights and index replaced, in the same shapes and dtypes; nothing is mutated. A pick that does not exist carries
+        index E and weight 0. Rows whose mask is all True keep the stock values bit for bit.
+        """
+
+
+# -- scores: logits [T, E] with −inf at unavailable experts -> scores [T, E], 0 there ----------------------------------
+
+
+def softmax(call: RouterCall, logits: Tensor) -> Tensor:
+    """Softmax in float32 over the available experts."""
+    return torch.softmax(logits, dim=-1, dtype=torch.float32)
+
+
+def softmax_in_logits_dtype(call: RouterCall, logits: Tensor) -> Tensor:
+    """Softmax over the available experts in the dtype of the logits (a bfloat16 router rounds here, and so do we)."""
+    return torch.softmax(logits, dim=-1)
+
+
+def sigmoid(call: RouterCall, logits: Tensor) -> Tensor:
+    """Sigmoid in the dtype of the logits."""
+    return torch.sigmoid(logits)
+
+
+def sigmoid_in_float32(call: RouterCall, logits: Tensor) -> Tensor:
+    """Sigmoid in float32."""
+    return torch.sigmoid(logits.float())
+
+
+def configured_score(call: RouterCall, logits: Tensor) -> Tensor:
+    """The activation that the router holds as `score_fn` (sigmoid, softplus then square root, ...)."""
+    scores: Tensor = cast(Any, call.module).score_fn(logits)
+    return scores
+
+
+def logits_as_scores(call: RouterCall, logits: Tensor) -> Tensor:
+    """The logits themselves (choose first, weigh the chosen logits afterwards)."""
+    return logits
+
+
+# -- selection bias: added to the scores for the choice alone ----------------------------------------------------------
+
+
+def no_bias(call: RouterCall) -> Tensor | None:
+    """The choice is made on the scores."""
+    return None
+
+
+def correction_bias(call: RouterCall) -> Tensor | None:
+    """`e_score_correction_bias` of the router, [E]."""
+    return cast(Tensor, call.module.e_score_correction_bias)
+
+
+@dataclass(frozen=True)
+class BiasArgument:
+    """The selection bias [E] (or None) that the block hands to the router as its second forward argument."""
+
+    name: str
+
+    def __call__(self, call: RouterCall) -> Tensor | None:
+        bias: Tensor | None = call.argument(1, self.name)
+        return bias
+
+
+# -- weights: chosen scores [T, K], 0 where the pick does not exist -> weights [T, K] ----------------------------------
+
+
+def kept(call: RouterCall, chosen: Tensor, exists: Tensor) -> Tensor:
+    """The scores as they are."""
+    return chosen
+
+
+@dataclass(frozen=True)
+class Renormalised:
+    """Divided by their sum; `when` names the router's switch, `eps` is added to the sum as the family does."""
+
+    eps: float = 0.0
+    when: str | None = None
+
+    def __call__(self, call: RouterCall, chosen: Tensor, exists: Tensor) -> Tensor:
+        if self.when is not None and not getattr(call.module, self.when):
+            return chosen
+        total = chosen.sum(dim=-1, keepdim=True)
+        return chosen / (total + self.eps if self.eps else total)
+
+
+def softmax_of_chosen(call: RouterCall, chosen: Tensor, exists: Tensor) -> Tensor:
+    """Softmax over the chosen logits, in their dtype."""
+    return torch.softmax(chosen.masked_fill(~exists, -torch.inf), dim=-1)
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GroupLimit:
+    """Choose `topk_group` of `num_group` groups of experts first (attributes of the router).
+
+    `score` is a group's score: the sum of its best two members or its best one. `outside` replaces the choice scores of
+    experts in the other groups. A pruned group is scored by the members it still has, an empty one is never chosen, and
+    the choice widens by the next best groups while the chosen ones hold fewer than k' available experts.
+    """
+
+    score: Literal["top2", "max"] = "top2"
+    outside: float = -torch.inf
+    when: Callable[[nn.Module], bool] = field(default=lambda module: getattr(module, "num_group", None) is not None)
+
+    def limit(self, module: nn.Module, choice: Tensor, mask: Tensor, k: int) -> Tensor:
+        """Choice scores [T, E] (−inf at unavailable experts) -> the same with experts of the other groups replaced."""
+        num_groups, topk_groups = int(module.num_group), int(module.topk_group)  # type: ignore[arg-type]
+        grouped = choice.view(len(choice), num_groups, -1)  # [T, G, E/G]
+        available = mask.view(len(mask), num_groups, -1).sum(dim=-1)  # [T, G]
+        best = grouped.topk(min(2 if self.score == "top2" else 1, grouped.shape[-1]), dim=-1).values
+        scores = best.masked_fill(best == -torch.inf, 0.0).sum(dim=-1).masked_fill(available == 0, -torch.inf)
+        order = scores.argsort(dim=-1, descending=True, stable=True)  # [T, G], best group first
+        ordered = available.gather(-1, order)
+        held_before = ordered.cumsum(dim=-1) - ordered
+        rank = torch.arange(num_groups, device=choice.device)
+        chosen = (rank < topk_groups) | (held_before < mask.sum(dim=-1, keepdim=True).clamp(max=k))
+        chosen = torch.zeros_like(chosen).scatter(-1, order, chosen)
+        outside = ~chosen.unsqueeze(-1).expand_as(grouped).flatten(-2)
+        return choice.masked_fill(outside & mask, self.outside)
+
+
+@dataclass(frozen=True)
+class TopKRule:
+    """A router that scores every expert, chooses the top k and weighs them.
+
+    Each field is a step; the defaults are the softmax routers'. `scale` and `expert_scale` (by expert, [E]) name the
+    router's attributes that multiply the weights. `logits` recomputes the logits where the router returns something else.
+    """
+
+    scores: Callable[[RouterCall, Tensor], Tensor] = softmax
+    bias: Callable[[RouterCall], Tensor | None] = no_bias
+    groups: GroupLimit | None = None
+    weights: Callable[[RouterCall, Tensor, Tensor], Tensor] = kept
+    scale: str | None = None
+    logits: Callable[[RouterCall], Tensor] = field(default=lambda call: call.output[0])
+    expert_scale: str | None = None
+
+    def masked(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, mask: Tensor
+    ) -> Output:
+        """See `GatingRule.masked`."""
+        call = RouterCall(module, args, kwargs, output)
+        k = output[2].shape[-1]
+        scores = self.scores(call, self.logits(call).flatten(0, -2).masked_fill(~mask, -torch.inf))  # [T, E]
+        bias = self.bias(call)
+        choice = (scores if bias is None else scores + bias).masked_fill(~mask, -torch.inf)
+        if self.groups is not None and self.groups.when(module):
+            choice = self.groups.limit(module, choice, mask, k)
+        index = choice.topk(k, dim=-1).indices  # [T, K]
+        exists = mask.gather(-1, index)
+        chosen = scores.gather(-1, index).masked_fill(~exists, 0.0)
+        weights = self.weights(call, chosen, exists)
+        if self.scale is not None:
+            weights = weights * getattr(module, self.scale)
+        if self.expert_scale is not None:
+            weights = weights * getattr(module, self.expert_scale)[index]
+        return replaced(output, weights, index, exists, mask)
+
+
+def replaced(output: Output, weights: Tensor, index: Tensor, exists: Tensor, mask: Tensor) -> Output:
+    """`output` with weights and index [T, K] put in; sentinel E and weight 0 where no pick exists.
+
+    Rows that mask nothing keep the stock values.
+    """
+    stock_weights, stock_index = output[1], output[2]
+    unmasked = mask.all(dim=-1, keepdim=True)
+    weights = torch.where(exists, weights, 0.0).to(stock_weights.dtype)
+    index = torch.where(exists, index, mask.shape[-1]).to(stock_index.dtype)
+    weights = torch.where(unmasked, stock_weights, weights)
+    return (output[0], weights, torch.where(unmasked, stock_index, index), *output[3:])
