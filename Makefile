@@ -1,0 +1,37 @@
+# `make` lists the targets. Every target that needs Python makes .venv first (scripts/venv), which is quick when nothing changed.
+.DEFAULT_GOAL := help
+.PHONY: help venv venv-dev demo test check format bench clean
+PY := .venv/bin/python
+export PYTHON
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F '|' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+venv: ## make .venv with what serving needs
+	@scripts/venv runtime
+
+venv-dev:
+	@scripts/venv dev
+
+demo: venv ## extract the bundled checkpoint, serve it on 127.0.0.1 and stream a first answer
+	@$(PY) -m server.demo
+
+test: venv-dev ## run the tests
+	@$(PY) -m pytest -n 2 --dist loadfile
+
+check: venv-dev ## ruff (format and lint) and mypy --strict on the four packages
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+format: venv-dev ## let ruff format and repair what it can
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+bench: venv-dev ## run the benchmarks that need no GPU; a table each, and JSON on the last line
+	$(PY) -m benchmarks.extract
+	$(PY) -m benchmarks.decode
+
+clean: ## remove .venv, caches and the demo's store
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist store
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
