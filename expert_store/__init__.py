@@ -1,0 +1,1 @@
+"""Deep experts on disk, in host memory and in device slots."""

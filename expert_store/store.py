@@ -1,0 +1,235 @@
+"""`Store`: the reader of a store on disk.
+
+Owns the manifest in force and the open shard files. Invariants: it opens nothing that the manifest does not name; a
+read either fills the caller's memory with exactly the bytes that were extracted or raises; `reload` only ever adds
+deep experts, so what was available stays available and reads in flight stay valid. All methods may be called from any
+thread.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+
+from expert_store.errors import ExpertUnavailableError, ManifestError, ShardCorruptError
+from expert_store.integrity import verify_files
+from expert_store.manifest import DeepExpert, LayerSpec, Manifest, read_manifest
+from expert_store.shard import ShardLayout, open_checked, open_shard, read_fully
+
+MAX_OPEN_FILES = 256
+
+
+@dataclass(frozen=True)
+class _View:
+    """One manifest with what is derived from it; replaced as a whole by `reload`."""
+
+    manifest: Manifest
+    layouts: tuple[ShardLayout, ...]
+    deep_of: npt.NDArray[np.int32]  # [L, E]: index of the deep expert that holds the expert, -1 where none does
+    available: npt.NDArray[np.bool_]  # [L, E]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> _View:
+        deep_of = np.full((manifest.model.num_layers, manifest.model.num_experts), -1, dtype=np.int32)
+        for deep in manifest.deep_experts:
+            deep_of[np.arange(len(deep.experts)), deep.experts] = deep.index
+        available = deep_of >= 0
+        available.setflags(write=False)
+        layouts = tuple(ShardLayout.of(manifest.layers, deep) for deep in manifest.deep_experts)
+        return cls(manifest, layouts, deep_of, available)
+
+
+class _OpenShard:
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.users = 0
+
+
+class Store:
+    """A store on disk, opened for reading. Use `Store.open`; close with `close()` or as a context manager."""
+
+    def __init__(self, path: Path, manifest: Manifest, max_open_files: int = MAX_OPEN_FILES) -> None:
+        self.path = path
+        self._view = _View.of(manifest)
+        self._max_open_files = max_open_files
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], max_open_files: int = MAX_OPEN_FILES) -> Store:
+        """Open the store at `path`, checking the manifest and that every file it names is there with its size.
+
+        At most `max_open_files` shards are kept open. Raises ManifestError or ShardCorruptError.
+        """
+        root = Path(path).resolve()
+        store = cls(root, read_manifest(root), max_open_files)
+        store._check_files(store._view.manifest)
+        return store
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files; reads in flight finish first, later ones raise."""
+        with self._lock:
+            self._closed = True
+            for index in [index for index, shard in self._open.items() if shard.users == 0]:
+                os.close(self._open.pop(index).descriptor)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest in force."""
+        return self._view.manifest
+
+    @property
+    def available(self) -> npt.NDArray[np.bool_]:
+        """Which experts the store holds, [L, E], read-only; `reload` makes a new array rather than change this one."""
+        return self._view.available
+
+    @property
+    def trunk_path(self) -> Path:
+        """The directory that transformers loads the trunk from."""
+        return self.path / "trunk"
+
+    def layer_spec(self, layer: int) -> LayerSpec:
+        """The span of MoE layer `layer` (0 to L-1)."""
+        layers = self._view.manifest.layers
+        if not 0 <= layer < len(layers):
+            raise ExpertUnavailableError(f"there is no MoE layer {layer}; this model has 0 to {len(layers) - 1}")
+        return layers[layer]
+
+    def deep_expert(self, layer: int, expert: int) -> DeepExpert:
+        """The deep expert that holds (layer, expert). Raises ExpertUnavailableError."""
+        return self._locate(self._view, layer, expert)
+
+    def read_expert(self, layer: int, expert: int, out: memoryview | torch.Tensor, verify: bool = True) -> None:
+        """Fill `out` with the span of (layer, expert), read from disk straight into it.
+
+        `out` is writable contiguous memory of exactly `layer_spec(layer).span_bytes` bytes: a memoryview, or a one
+        dimensional uint8 tensor in host memory. With `verify` the bytes are compared with the manifest's XXH3-64.
+        Raises ExpertUnavailableError, ShardCorruptError (`out` is then undefined), ValueError for a wrong `out`.
+        """
+        view = self._view
+        deep = self._locate(view, layer, expert)
+        memory = _as_bytes(out, view.manifest.layers[layer].span_bytes)
+        where = f"{self.path / deep.file} (layer {layer}, expert {expert})"
+        with self._shard(view, deep) as descriptor:
+            read_fully(descriptor, memory, view.layouts[deep.index].span_offsets[layer], where)
+        if verify and xxhash.xxh3_64_hexdigest(memory) != deep.span_hashes[layer]:
+            raise ShardCorruptError(
+                f"{where}: the bytes hash to {xxhash.xxh3_64_hexdigest(memory)}, the manifest says "
+                f"{deep.span_hashes[layer]}; the file was altered: restore it, or extract into an empty directory"
+            )
+
+    def reload(self) -> bool:
+        """Take a newer manifest with more deep experts; returns whether there was one.
+
+        Raises ManifestError, keeping the manifest in force, when the new one is not a growth of it.
+        """
+        newer = read_manifest(self.path)
+        with self._lock:
+            older = self._view.manifest
+            if newer == older:
+                return False
+            same = (newer.source, newer.model, newer.layers) == (older.source, older.model, older.layers)
+            if not same or newer.deep_experts[: len(older.deep_experts)] != older.deep_experts:
+                raise ManifestError(
+                    f"{self.path}: the manifest on disk is not a growth of the one in use (another checkpoint, or deep "
+                    "experts removed or changed); restart to use it"
+                )
+            view = _View.of(newer)
+            self._check_files(newer)
+            self._view = view
+            return True
+
+    def verify(self, progress: Callable[[int], None] | None = None) -> int:
+        """Read every file that the manifest names and compare its sha256 and the hash of every span.
+
+        `progress` is called with the number of bytes read since the last call. Returns the bytes read. Raises one
+        ShardCorruptError that names every bad file, after all were read.
+        """
+        return verify_files(self.path, self._view.manifest, progress)
+
+    def _locate(self, view: _View, layer: int, expert: int) -> DeepExpert:
+        model = view.manifest.model
+        if not (0 <= layer < model.num_layers and 0 <= expert < model.num_experts):
+            raise ExpertUnavailableError(
+                f"there is no expert {expert} in MoE layer {layer}; this model has layers 0 to {model.num_layers - 1} "
+                f"and experts 0 to {model.num_experts - 1}"
+            )
+        index = int(view.deep_of[layer, expert])
+        if index < 0:
+            raise ExpertUnavailableError(
+                f"expert {expert} of MoE layer {layer} is not in {self.path}; mask it, or extract a larger selection "
+                "into the same store"
+            )
+        return view.manifest.deep_experts[index]
+
+    @contextmanager
+    def _shard(self, view: _View, deep: DeepExpert) -> Iterator[int]:
+        """The descriptor of a checked shard, not closed while in use; the least recently used idle ones are closed."""
+        with self._lock:
+            if self._closed:
+                raise ManifestError(f"{self.path}: the store was closed; open it again")
+            shard = self._open.get(deep.index)
+            if shard is None:
+                shard = _OpenShard(open_shard(self.path, deep, view.layouts[deep.index]))
+                self._open[deep.index] = shard
+            self._open.move_to_end(deep.index)
+            shard.users += 1
+            self._close_idle()
+        try:
+            yield shard.descriptor
+        finally:
+            with self._lock:
+                shard.users -= 1
+                self._close_idle()
+
+    def _close_idle(self) -> None:
+        excess = len(self._open) if self._closed else len(self._open) - self._max_open_files
+        for index in [index for index, shard in self._open.items() if shard.users == 0][: max(excess, 0)]:
+            os.close(self._open.pop(index).descriptor)
+
+    def _check_files(self, manifest: Manifest) -> None:
+        """Every named file is there with its size, and nothing else lies where transformers would pick it up."""
+        sizes = {deep.file: deep.bytes for deep in manifest.deep_experts}
+        sizes |= {file.name: file.bytes for file in manifest.trunk}
+        for name, size in sizes.items():
+            os.close(open_checked(self.path, name, size))
+        for directory, _, files in os.walk(self.trunk_path):
+            for file in files:
+                name = (Path(directory) / file).relative_to(self.path).as_posix()
+                if name not in sizes:
+                    raise ManifestError(
+                        f"{self.path / name} is not named by the manifest and would be read with the trunk; remove it"
+                    )
+
+
+def _as_bytes(out: memoryview | torch.Tensor, size: int) -> memoryview:
+    if isinstance(out, torch.Tensor):
+        if out.device.type != "cpu" or out.dtype != torch.uint8 or out.dim() != 1 or not out.is_contiguous():
+            raise ValueError(
+                f"out is a {out.dtype} tensor of shape {tuple(out.shape)} on {out.device}; wanted a contiguous "
+                "one-dimensional torch.uint8 tensor in host memory"
+            )
+        memory = memoryview(out.numpy())  # type: ignore[arg-type]
+    else:
+        memory = out.cast("B") if out.format != "B" or out.ndim != 1 else out
+    if memory.readonly or memory.nbytes != size:
+        kind = "read-only" if memory.readonly else "writable"
+        raise ValueError(f"out is {kind} memory of {memory.nbytes} bytes, wanted writable memory of {size} bytes")
+    return memory
