@@ -1,28 +1,178 @@
 """Which gating rule each model family of transformers has: one small record a family.
 
-A rule is looked up by the model folder that defines the router's class. Invariant: a router whose rule is not known is refused, never guessed. Source: the routers' forwards in transformers
-5.17 to 5.23.
+A rule is looked up by the model folder that defines the router's class. A family that is not in the table has the rule
+of a known one if its router's forward is the same code. Invariant: a router whose rule is not known is refused, never
+guessed. Source: the routers' forwards in transformers 5.17 to 5.23.
 """
 
 from __future__ import annotations
 
-from torch import nn
+import importlib
+from types import CodeType
+from typing import Any, cast
 
-from router.gating.rules import GatingRule, Renormalised, TopKRule
+from torch import Tensor, nn
 
-_SOFTMAX = TopKRule(weights=Renormalised(when="norm_topk_prob"))
-_SOFTMAX_RENORMALISED = TopKRule(weights=Renormalised())
-
-RULES: dict[str, GatingRule] = {
-    "mixtral": _SOFTMAX_RENORMALISED,
-    "olmoe": _SOFTMAX,
-    "qwen2_moe": _SOFTMAX,
-    "qwen3_moe": _SOFTMAX,
-}
+from router.gating import rules
+from router.gating.rules import BiasArgument, GatingRule, GroupLimit, Renormalised, RouterCall, TopKRule
+from router.gating.special import SharedSoftmaxRule, SkipClassRule, SparseMixerRule
 
 
 class UnsupportedGatingError(ValueError):
     """No exact masked counterpart of this router is known."""
+
+
+def _gemma_logits(call: RouterCall) -> Tensor:
+    """Gemma's router returns probabilities; its logits follow from the normalised and scaled hidden states."""
+    router = cast(Any, call.module)
+    logits: Tensor = router.proj(router.norm(call.hidden_states) * router.scale * router.scalar_root_size)
+    return logits
+
+
+_SOFTMAX = TopKRule(weights=Renormalised(when="norm_topk_prob"))
+_SOFTMAX_RENORMALISED = TopKRule(weights=Renormalised())
+_SOFTMAX_KEPT = TopKRule()
+_GROUPED_SOFTMAX = TopKRule(
+    groups=GroupLimit("max", when=lambda router: router.topk_method == "group_limited_greedy"),
+    scale="routed_scaling_factor",
+)
+_GROUPED_SIGMOID = TopKRule(
+    scores=rules.sigmoid,
+    bias=rules.correction_bias,
+    groups=GroupLimit("top2"),
+    weights=Renormalised(eps=1e-20, when="norm_topk_prob"),
+    scale="routed_scaling_factor",
+)
+_SOFTMAX_OF_CHOSEN = TopKRule(scores=rules.logits_as_scores, weights=rules.softmax_of_chosen)
+_ERNIE = TopKRule(bias=rules.statics_bias, weights=Renormalised(floor="norm_min"))
+_GEMMA = TopKRule(logits=_gemma_logits, weights=Renormalised(), expert_scale="per_expert_scale")
+_CONFIGURED_SCORE = TopKRule(
+    scores=rules.configured_score,
+    bias=rules.correction_bias,
+    weights=Renormalised(eps=1e-20),
+    scale="routed_scaling_factor",
+)
+
+RULES: dict[str, GatingRule] = {
+    # Softmax over all experts, top-k, weights renormalised as the config says, always, or never.
+    "qwen2_moe": _SOFTMAX,
+    "qwen3_moe": _SOFTMAX,
+    "qwen3_next": _SOFTMAX,
+    "qwen3_omni_moe": _SOFTMAX,
+    "qwen4_exp": _SOFTMAX,
+    "olmoe": _SOFTMAX,
+    "flex_olmo": _SOFTMAX,
+    "mellum": _SOFTMAX,
+    "mixtral": _SOFTMAX_RENORMALISED,
+    "minimax": _SOFTMAX_RENORMALISED,
+    "qwen3_5_moe": _SOFTMAX_RENORMALISED,
+    "qwen3_vl_moe": _SOFTMAX_RENORMALISED,
+    "hunyuan_v1_moe": _SOFTMAX_RENORMALISED,
+    "jamba": _SOFTMAX_KEPT,
+    "ernie4_5_moe": _ERNIE,
+    "ernie4_5_vl_moe": _ERNIE,
+    "gemma4": _GEMMA,
+    "diffusion_gemma": _GEMMA,
+    # Softmax with a choice of groups first.
+    "deepseek_v2": _GROUPED_SOFTMAX,
+    "deepseek_ocr2": _GROUPED_SOFTMAX,
+    "unlimited_ocr": _GROUPED_SOFTMAX,
+    "mistral4": TopKRule(
+        scores=rules.softmax_in_logits_dtype,
+        groups=GroupLimit("top2"),
+        weights=Renormalised(eps=1e-20, when="norm_topk_prob"),
+        scale="routed_scaling_factor",
+    ),
+    "mistral_large4": TopKRule(
+        groups=GroupLimit("top2"), weights=Renormalised(eps=1e-20), scale="routed_scaling_factor"
+    ),
+    # Sigmoid, chosen with a correction bias and by groups, weighed without the bias.
+    **dict.fromkeys(
+        ["deepseek_v3", "deepseek_v32", "axk1", "bailing_hybrid", "dots1", "dots3_note", "exaone_moe", "glm4_moe"],
+        _GROUPED_SIGMOID,
+    ),
+    **dict.fromkeys(
+        [
+            "glm4_moe_lite",
+            "glm4v_moe",
+            "glm5_next",
+            "glm_moe_dsa",
+            "hy_v4",
+            "kimi_linear",
+            "mimo_v2_flash",
+            "solar_open",
+        ],
+        _GROUPED_SIGMOID,
+    ),
+    "nemotron_h": _GROUPED_SIGMOID,
+    "axk2": TopKRule(
+        scores=rules.sigmoid,
+        bias=rules.correction_bias,
+        groups=GroupLimit("top2", outside=0.0),
+        weights=Renormalised(eps=1e-20, when="norm_topk_prob"),
+        scale="routed_scaling_factor",
+    ),
+    "beam": TopKRule(
+        scores=rules.sigmoid,
+        bias=rules.correction_bias,
+        groups=GroupLimit("top2"),
+        weights=Renormalised(eps=1e-20, when="norm_topk_prob"),
+    ),
+    # Sigmoid with a selection bias, no groups.
+    "afmoe": TopKRule(
+        scores=rules.sigmoid,
+        bias=BiasArgument("expert_bias"),
+        weights=Renormalised(eps=1e-20),
+        scale="route_scale",
+    ),
+    "hy_v3": TopKRule(
+        scores=rules.sigmoid,
+        bias=BiasArgument("e_score_correction_bias"),
+        weights=Renormalised(eps=1e-20),
+        scale="router_scaling_factor",
+    ),
+    "lfm2_moe": TopKRule(
+        scores=rules.sigmoid,
+        bias=BiasArgument("expert_bias"),
+        weights=Renormalised(eps=1e-6, when="norm_topk_prob"),
+        scale="routed_scaling_factor",
+    ),
+    "minimax_m2": TopKRule(
+        scores=rules.sigmoid_in_float32, bias=BiasArgument("e_score_correction_bias"), weights=Renormalised()
+    ),
+    "minimax_m3_vl": TopKRule(scores=rules.sigmoid_in_float32, bias=rules.correction_bias, weights=Renormalised()),
+    "laguna": TopKRule(scores=rules.sigmoid, bias=rules.correction_bias, weights=Renormalised()),
+    "muse_spark": TopKRule(
+        scores=rules.sigmoid,
+        bias=rules.correction_bias,
+        weights=Renormalised(eps=1e-15),
+        scale="routed_scaling_factor",
+    ),
+    "flint": TopKRule(scores=rules.sigmoid, weights=Renormalised(when="norm_topk_prob")),
+    "deepseek_v4": _CONFIGURED_SCORE,
+    "inkling2": _CONFIGURED_SCORE,
+    # Top-k of the logits, weighed afterwards.
+    "aria": _SOFTMAX_OF_CHOSEN,
+    "gpt_oss": _SOFTMAX_OF_CHOSEN,
+    "granitemoe": _SOFTMAX_OF_CHOSEN,
+    "granitemoe_swa": _SOFTMAX_OF_CHOSEN,
+    "granitemoehybrid": _SOFTMAX_OF_CHOSEN,
+    "granitemoeshared": _SOFTMAX_OF_CHOSEN,
+    "openai_privacy_filter": TopKRule(scores=rules.logits_as_scores, weights=rules.softmax_of_chosen_by_top_k),
+    "cohere2_moe": TopKRule(scores=rules.logits_as_scores, weights=rules.configured_weights_of_chosen),
+    "kolibri1": TopKRule(
+        scores=rules.logits_as_scores, bias=rules.correction_bias, weights=rules.renormalised_sigmoid_of_chosen
+    ),
+    # One of a kind.
+    "phimoe": SparseMixerRule(),
+    "inkling": SharedSoftmaxRule(),
+    "zaya": SkipClassRule(),
+}
+
+# Routers that no mask can restrict, by class name, with the reason.
+REFUSED: dict[str, str] = {
+    "DeepseekV4HashRouter": "its picks come from a table by token id, not from scores",
+}
 
 
 def family_of(module: nn.Module) -> str | None:
@@ -33,11 +183,40 @@ def family_of(module: nn.Module) -> str | None:
 
 def find_gating_rule(model_type: str, module: nn.Module) -> GatingRule:
     """The rule of the router `module` of a model whose config says `model_type`. Raises `UnsupportedGatingError`."""
-    rule = RULES.get(family_of(module) or model_type)
+    name = type(module).__name__
+    if name in REFUSED:
+        raise UnsupportedGatingError(
+            f"the router {name} of model type {model_type!r} cannot be masked: {REFUSED[name]}"
+        )
+    family = family_of(module) or model_type
+    rule = RULES.get(family) or _rule_of_same_code(module)
     if rule is None:
         raise UnsupportedGatingError(
-            f"no gating rule is known for the router {type(module).__name__} of model type {model_type!r}; "
-            f"known families: {', '.join(sorted(RULES))}. Serve it without a mask, or add its rule to "
+            f"no gating rule is known for the router {name} of model type {model_type!r} (family {family!r}); known "
+            f"families: {', '.join(sorted(RULES))}. Serve it without a mask, or add its rule to the table in "
             "router/gating/families.py."
         )
     return rule
+
+
+def _rule_of_same_code(module: nn.Module) -> GatingRule | None:
+    """The rule of a known family whose router has the same forward, compiled to the same instructions."""
+    wanted = _instructions(type(module).forward)
+    for family, rule in {id(rule): (family, rule) for family, rule in RULES.items()}.values():
+        try:
+            known = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        except ImportError:  # the family is newer or older than the installed transformers
+            continue
+        routers = (value for value in vars(known).values() if isinstance(value, type) and issubclass(value, nn.Module))
+        if any(_instructions(router.forward) == wanted for router in routers):
+            return rule
+    return None
+
+
+def _instructions(function: Any) -> object:
+    """What a function does, without its name, docstring and place in the file; unique where it is no plain function."""
+    code = getattr(function, "__code__", None)
+    if not isinstance(code, CodeType):
+        return object()
+    constants = tuple(None if value == function.__doc__ else value for value in code.co_consts)
+    return code.co_code, code.co_names, code.co_varnames, constants

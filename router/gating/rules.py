@@ -19,13 +19,56 @@ Output = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
+class Picks:
+    """A router's output by name: logits [T, E], weights [T, K] and index [T, K] of the chosen experts, and the rest.
+
+    Routers return (logits, weights, index, ...); some of older transformers return (index, weights, logits).
+    """
+
+    logits: Tensor
+    weights: Tensor
+    index: Tensor
+    rest: Output
+    index_first: bool
+
+    @staticmethod
+    def of(output: Output) -> Picks:
+        """Reads a router's output tuple, in either order."""
+        index_first = not output[0].is_floating_point()
+        first, weights, third, *rest = output
+        logits, index = (third, first) if index_first else (first, third)
+        return Picks(logits, weights, index, tuple(rest), index_first)
+
+    def replaced(
+        self, weights: Tensor, index: Tensor, exists: Tensor, mask: Tensor, rest: Output | None = None
+    ) -> Output:
+        """The output tuple with other picks [T, K]: sentinel E and weight 0 where `exists` is False.
+
+        `mask` is [T, E]; rows that mask nothing keep the stock values. `rest` replaces what follows the picks.
+        """
+        stock = mask.all(dim=-1, keepdim=True)
+        weights = torch.where(exists, weights, 0.0).to(self.weights.dtype)
+        index = torch.where(exists, index, mask.shape[-1]).to(self.index.dtype)
+        weights = torch.where(stock, self.weights, weights)
+        index = torch.where(stock, self.index, index)
+        first, third = (index, self.logits) if self.index_first else (self.logits, index)
+        return (first, weights, third, *(self.rest if rest is None else rest))
+
+
+@dataclass(frozen=True)
 class RouterCall:
     """One call of a router module: what it was given and what it returned."""
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    output: Output
+    picks: Picks
+
+    @property
+    def hidden_states(self) -> Tensor:
+        """What the router scored, [T, H]."""
+        hidden: Tensor = self.argument(0, "hidden_states")
+        return hidden.reshape(-1, hidden.shape[-1])
 
     def argument(self, position: int, name: str) -> Any:
         """The forward argument given by keyword or at `position`; None where absent."""
@@ -40,10 +83,10 @@ class GatingRule(Protocol):
     ) -> Output:
         """The router's output as a checkpoint without the masked experts would give it.
 
-        `output` is what `module(*args, **kwargs)` returned: (router_logits, top_k_weights [T, K], top_k_index [T, K],
-        ...). `mask` is bool [T, E] on the same device, True = available, one row per token. Returns the same tuple with
-        weights and index replaced, in the same shapes and dtypes; nothing is mutated. A pick that does not exist carries
-        index E and weight 0. Rows whose mask is all True keep the stock values bit for bit.
+        `output` is what `module(*args, **kwargs)` returned (see `Picks`). `mask` is bool [T, E] on the same device,
+        True = available, one row per token. Returns the same tuple with weights and index replaced, in the same shapes
+        and dtypes; nothing is mutated. A pick that does not exist carries index E and weight 0. Rows whose mask is all
+        True keep the stock values bit for bit.
         """
 
 
@@ -94,6 +137,11 @@ def correction_bias(call: RouterCall) -> Tensor | None:
     return cast(Tensor, call.module.e_score_correction_bias)
 
 
+def statics_bias(call: RouterCall) -> Tensor | None:
+    """The bias [E] that ERNIE keeps in `moe_statics`."""
+    return cast(Tensor, cast(Any, call.module).moe_statics.e_score_correction_bias).reshape(-1)
+
+
 @dataclass(frozen=True)
 class BiasArgument:
     """The selection bias [E] (or None) that the block hands to the router as its second forward argument."""
@@ -115,21 +163,45 @@ def kept(call: RouterCall, chosen: Tensor, exists: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Renormalised:
-    """Divided by their sum; `when` names the router's switch, `eps` is added to the sum as the family does."""
+    """Divided by their sum, to which the family adds `eps` or which it keeps above the router's attribute `floor`.
+
+    `when` names the router's switch.
+    """
 
     eps: float = 0.0
+    floor: str | None = None
     when: str | None = None
 
     def __call__(self, call: RouterCall, chosen: Tensor, exists: Tensor) -> Tensor:
         if self.when is not None and not getattr(call.module, self.when):
             return chosen
         total = chosen.sum(dim=-1, keepdim=True)
+        if self.floor is not None:
+            total = total.clamp(min=getattr(call.module, self.floor))
         return chosen / (total + self.eps if self.eps else total)
 
 
 def softmax_of_chosen(call: RouterCall, chosen: Tensor, exists: Tensor) -> Tensor:
     """Softmax over the chosen logits, in their dtype."""
     return torch.softmax(chosen.masked_fill(~exists, -torch.inf), dim=-1)
+
+
+def softmax_of_chosen_by_top_k(call: RouterCall, chosen: Tensor, exists: Tensor) -> Tensor:
+    """Softmax over the chosen logits divided by the router's k; the family's block multiplies by it again."""
+    return softmax_of_chosen(call, chosen, exists) / cast(int, call.module.top_k)
+
+
+def renormalised_sigmoid_of_chosen(call: RouterCall, chosen: Tensor, exists: Tensor) -> Tensor:
+    """Sigmoid of the chosen logits, divided by their sum where the router's `norm_topk_prob` says so."""
+    weights = torch.sigmoid(chosen.masked_fill(~exists, -torch.inf))
+    return weights / weights.sum(dim=-1, keepdim=True) if call.module.norm_topk_prob else weights
+
+
+def configured_weights_of_chosen(call: RouterCall, chosen: Tensor, exists: Tensor) -> Tensor:
+    """Softmax in float32 or sigmoid over the chosen logits, as the router's `expert_selection_fn` says."""
+    if call.module.expert_selection_fn == "softmax":
+        return softmax_of_chosen(call, chosen.float(), exists)
+    return renormalised_sigmoid_of_chosen(call, chosen, exists)
 
 
 # -- groups ------------------------------------------------------------------------------------------------------------
@@ -170,7 +242,7 @@ class TopKRule:
     """A router that scores every expert, chooses the top k and weighs them.
 
     Each field is a step; the defaults are the softmax routers'. `scale` and `expert_scale` (by expert, [E]) name the
-    router's attributes that multiply the weights. `logits` recomputes the logits where the router returns something else.
+    router's attributes that multiply the weights. `logits` recomputes the logits where the router does not return them.
     """
 
     scores: Callable[[RouterCall, Tensor], Tensor] = softmax
@@ -178,16 +250,17 @@ class TopKRule:
     groups: GroupLimit | None = None
     weights: Callable[[RouterCall, Tensor, Tensor], Tensor] = kept
     scale: str | None = None
-    logits: Callable[[RouterCall], Tensor] = field(default=lambda call: call.output[0])
+    logits: Callable[[RouterCall], Tensor] = field(default=lambda call: call.picks.logits)
     expert_scale: str | None = None
 
     def masked(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, mask: Tensor
     ) -> Output:
         """See `GatingRule.masked`."""
-        call = RouterCall(module, args, kwargs, output)
-        k = output[2].shape[-1]
-        scores = self.scores(call, self.logits(call).flatten(0, -2).masked_fill(~mask, -torch.inf))  # [T, E]
+        picks = Picks.of(output)
+        call = RouterCall(module, args, kwargs, picks)
+        k = picks.index.shape[-1]
+        scores = self.scores(call, self.logits(call).masked_fill(~mask, -torch.inf))  # [T, E]
         bias = self.bias(call)
         choice = (scores if bias is None else scores + bias).masked_fill(~mask, -torch.inf)
         if self.groups is not None and self.groups.when(module):
@@ -200,17 +273,4 @@ class TopKRule:
             weights = weights * getattr(module, self.scale)
         if self.expert_scale is not None:
             weights = weights * getattr(module, self.expert_scale)[index]
-        return replaced(output, weights, index, exists, mask)
-
-
-def replaced(output: Output, weights: Tensor, index: Tensor, exists: Tensor, mask: Tensor) -> Output:
-    """`output` with weights and index [T, K] put in; sentinel E and weight 0 where no pick exists.
-
-    Rows that mask nothing keep the stock values.
-    """
-    stock_weights, stock_index = output[1], output[2]
-    unmasked = mask.all(dim=-1, keepdim=True)
-    weights = torch.where(exists, weights, 0.0).to(stock_weights.dtype)
-    index = torch.where(exists, index, mask.shape[-1]).to(stock_index.dtype)
-    weights = torch.where(unmasked, stock_weights, weights)
-    return (output[0], weights, torch.where(unmasked, stock_index, index), *output[3:])
+        return picks.replaced(weights, index, exists, mask)
