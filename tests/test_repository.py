@@ -1,0 +1,112 @@
+"""What the repository says of itself: no traces of one machine, and a README whose figures and commands are real."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGES = ("expert_store", "router", "extractor", "server")
+MODULE_LINES = 350
+
+
+def _tracked() -> list[Path]:
+    """Files under version control; outside a checkout (an unpacked archive), every file that git would see."""
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True)
+    if listing.returncode != 0:
+        pytest.skip("not a git checkout")
+    return [path for name in listing.stdout.split("\0") if name and (path := REPOSITORY / name).is_file()]
+
+
+def _texts() -> dict[str, str]:
+    texts = {}
+    for path in _tracked():
+        if path.suffix in {".safetensors", ".png"} or path.name in {"tokenizer.json", "LICENSE"}:
+            continue
+        texts[path.relative_to(REPOSITORY).as_posix()] = path.read_text(encoding="utf-8")
+    return texts
+
+
+def _readme() -> str:
+    return (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(?<![\w.])/(work|root|farm|home/\w+)/",
+        r"py[p]i\.org|python[h]osted\.org|npm[j]s\.org|deb\.[d]ebian\.org|download\.py[t]orch\.org",
+        r"\b(TO[D]O|FIX[M]E|XX[X])\b",
+    ],
+    ids=["paths of one machine", "package registries", "unfinished work"],
+)
+def test_tracked_files_are_free_of(pattern: str) -> None:
+    found = [
+        f"{name}:{number}: {line.strip()[:100]}"
+        for name, text in _texts().items()
+        for number, line in enumerate(text.splitlines(), start=1)
+        if re.search(pattern, line) and name != "tests/test_repository.py"
+    ]
+    assert found == []
+
+
+def test_modules_stay_small_enough_to_read() -> None:
+    sizes = {
+        path.relative_to(REPOSITORY).as_posix(): len(path.read_text().splitlines())
+        for package in PACKAGES
+        for path in (REPOSITORY / package).rglob("*.py")
+    }
+    assert {name: lines for name, lines in sizes.items() if lines > MODULE_LINES} == {}
+
+
+def test_modules_say_what_they_own() -> None:
+    paths = [path for package in PACKAGES for path in (REPOSITORY / package).rglob("*.py")]
+    silent = [path for path in paths if path.name != "__init__.py" and not path.read_text().lstrip().startswith('"""')]
+    assert silent == []
+
+
+def test_packages_are_typed_and_installed_together() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    assert set(project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]) == set(PACKAGES)
+    assert [name for name in PACKAGES if not (REPOSITORY / name / "py.typed").is_file()] == []
+
+
+def test_every_dependency_has_an_exact_version_that_was_run() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pins = {line.partition("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    names = {re.split(r"[^\w.-]", text, maxsplit=1)[0].lower().replace("_", "-") for text in wanted}
+    assert names - pins - {"triton"} == set()
+    assert "torch==2.13.0" in lines
+
+
+def test_files_that_the_readme_and_the_pages_link_to_exist() -> None:
+    pages = {name: text for name, text in _texts().items() if name.endswith(".md")}
+    broken = []
+    for name, text in pages.items():
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)|src=\"([^\"]+)\"", text):
+            link = target[0] or target[1]
+            if "://" not in link and not (REPOSITORY / name).parent.joinpath(link).exists():
+                broken.append(f"{name} → {link}")
+    assert broken == []
+
+
+def test_figures_in_the_readme_cite_results_that_exist() -> None:
+    cited = re.findall(r"benchmarks/results/[\w./-]+\.json", _readme())
+    assert [name for name in cited if not (REPOSITORY / name).is_file()] == []
+    measured = re.findall(r"^.*\d\s*(?:tokens/s|MiB/s|GiB/s|GB/s).*$", _readme(), flags=re.MULTILINE)
+    assert not measured or cited, "the README gives rates but cites no file under benchmarks/results"
+
+
+def test_make_targets_that_the_pages_name_exist() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, flags=re.MULTILINE))
+    named = set()
+    for page in ("README.md", "CONTRIBUTING.md"):
+        for block in re.findall(r"```.*?```|`[^`\n]+`", (REPOSITORY / page).read_text(), flags=re.DOTALL):
+            named |= set(re.findall(r"\bmake ([a-z][a-z-]*)", block))
+    assert {"demo", "test"} <= named
+    assert named - targets == set()
