@@ -1,0 +1,1 @@
+"""The HTTP API. Only here is FastAPI known."""

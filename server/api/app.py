@@ -1,0 +1,83 @@
+"""The FastAPI application: routes, the gate in front of them, and errors in each dialect's shape. CORS is off."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from server.api import generate, status
+from server.api.context import ApiContext
+from server.api.errors import ApiError, MethodError, NotFoundError, ValidationFailed, error_response
+from server.api.middleware import OPEN_PATHS, Gate
+from server.api.openapi import install_openapi
+from server.api.schemas import (
+    ErrorResponse,
+    GenerateRequest,
+    GenerateResponse,
+    HealthResponse,
+    NotReadyResponse,
+    StreamResponse,
+)
+from server.engine.request import EngineError
+from server.metrics import Metrics
+from server.service import Service
+from server.settings import HttpSettings
+
+CLIENT_CLOSED_REQUEST = 499
+
+
+def create_app(
+    service: Service, metrics: Metrics, http: HttpSettings, *, version: str, log_prompts: bool = False
+) -> FastAPI:
+    """The application over a service; it starts and stops nothing itself."""
+    key = None if http.api_key is None else http.api_key.get_secret_value()
+    app = FastAPI(
+        title="deepfew",
+        version=version,
+        description="Serves a Mixture-of-Experts language model from the experts that fit.",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        middleware=[Middleware(Gate, api_key=key, metrics=metrics)],
+        exception_handlers={
+            ApiError: _on_error,
+            EngineError: _on_error,
+            HTTPException: _on_http_exception,
+            ClientDisconnect: _on_disconnect,
+        },
+    )
+    app.state.context = ApiContext(service, metrics, http, version, log_prompts)
+    app.include_router(generate.router, tags=["generate"])
+    app.include_router(status.router, tags=["status"])
+    install_openapi(
+        app,
+        bodies=dict.fromkeys(("/generate", "/generate_stream", "/"), GenerateRequest),
+        models=[GenerateResponse, StreamResponse, ErrorResponse, HealthResponse, NotReadyResponse],
+        key_error=ErrorResponse,
+        openai_key_error=ErrorResponse,
+        has_key=key is not None,
+        open_paths=OPEN_PATHS,
+    )
+    return app
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    return error_response(error, request.url.path)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        ours: ApiError = NotFoundError("no such path; GET /openapi.json lists all")
+    elif error.status_code == 405:
+        ours = MethodError("this path does not take this method", headers=error.headers)
+    else:
+        ours = ValidationFailed("the request was refused")
+    return error_response(ours, request.url.path)
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)

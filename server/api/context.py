@@ -1,0 +1,102 @@
+"""What every route stands on: the service, the metrics and the limits, one object for the whole application."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+from starlette.requests import Request
+
+from server.api.body import read_model
+from server.api.generation import Generation
+from server.engine.request import EngineError, GenerationRequest, QueueFullError
+from server.metrics import Metrics
+from server.service import LoadedModel, Service
+from server.settings import HttpSettings
+
+MAX_WAITING_TEXTS = 256
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+class TextEncoder:
+    """A tokenizer of our own on one thread of its own.
+
+    Tokenizers change their own state in a call (truncation, padding), so the engine's is never touched from here; and
+    a long prompt must not stop the event loop.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="deepfew-encode")
+        self._waiting = 0
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; text of special tokens stands for these tokens.
+
+        Raises:
+            QueueFullError: too many texts wait for this.
+        """
+        if self._waiting >= MAX_WAITING_TEXTS:
+            raise QueueFullError(f"{MAX_WAITING_TEXTS} prompts are waiting to be tokenised; try again")
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._encode, text, add_special_tokens
+            )
+        finally:
+            self._waiting -= 1
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return [int(token) for token in ids]
+
+
+@dataclass
+class ApiContext:
+    """Shared by all routes; `app.state.context`."""
+
+    service: Service
+    metrics: Metrics
+    http: HttpSettings
+    version: str
+    log_prompts: bool = False
+    _encoders: dict[int, TextEncoder] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    async def read(self, request: Request, schema: type[Body]) -> Body:
+        """The request's body as a `schema`. Raises `ApiError`."""
+        return await read_model(
+            request, schema, max_bytes=self.http.max_body_bytes, receive_seconds=self.http.receive_seconds
+        )
+
+    def encoder(self, model: LoadedModel) -> TextEncoder:
+        """The encoder of the model that is served."""
+        with self._lock:
+            if id(model) not in self._encoders:
+                self._encoders = {id(model): TextEncoder(model.tokenizer)}
+            return self._encoders[id(model)]
+
+    def submit(self, model: LoadedModel, request: GenerationRequest) -> Generation:
+        """Hand a request to the engine. The caller enters the `Generation` at once.
+
+        Raises:
+            EngineError: it was refused.
+        """
+        generation = Generation(model.engine, request, self.metrics, max_seconds=self.http.max_request_seconds)
+        try:
+            return generation.submit()
+        except EngineError:
+            self.metrics.request_ended("refused")
+            raise
+
+
+def context_of(request: Request) -> ApiContext:
+    """The application's context."""
+    context: ApiContext = request.app.state.context
+    return context

@@ -1,0 +1,58 @@
+"""Field types that the two dialects' schemas share: bounded texts, strict numbers, parameters that we refuse by name.
+
+Invariant: every bound that a validator enforces and JSON Schema can say is in the schema as well, so that the OpenAPI
+document tells a client what would be refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+MAX_TEXT = 2**22
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+MAX_TOP_TOKENS = 20
+MAX_TOKENS = 2**31 - 1
+MAX_SEED = 2**64 - 1
+NO_NUL = r"^[^\x00]*$"
+
+
+class Strict(BaseModel):
+    """A request object: unknown keys refused, immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _no_nul(text: str) -> str:
+    if "\0" in text:
+        raise PydanticCustomError("text", "must not contain a NUL character")
+    return text
+
+
+Text = Annotated[str, Field(max_length=MAX_TEXT, json_schema_extra={"pattern": NO_NUL}), AfterValidator(_no_nul)]
+PromptText = Annotated[
+    str, Field(min_length=1, max_length=MAX_TEXT, json_schema_extra={"pattern": NO_NUL}), AfterValidator(_no_nul)
+]
+StopText = Annotated[
+    str,
+    Field(min_length=1, max_length=MAX_STOP_LENGTH, json_schema_extra={"pattern": NO_NUL}),
+    AfterValidator(_no_nul),
+]
+StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOPS)]
+TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+
+
+def unsupported(*neutral: bool | int | float | str | None) -> Any:
+    """A parameter that we do not support: taken only with a value that changes nothing, else refused by its name."""
+
+    def validate(value: Any) -> Any:
+        if value is None or any(value == item and type(value) is type(item) for item in neutral):
+            return value
+        raise PydanticCustomError("unsupported", "is not supported by this server; leave it out")
+
+    allowed = [None, *neutral]
+    return Annotated[Any, BeforeValidator(validate), WithJsonSchema({"enum": allowed})]

@@ -1,0 +1,101 @@
+"""The OpenAPI document: bodies that we read ourselves, the error responses of every route, and the key.
+
+FastAPI knows neither the bodies (`body.py` parses them, more strictly than it would) nor the errors, so both are put in
+here; `tests` hold the document against the running server.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+Responses = dict[int | str, dict[str, Any]]
+REF = "#/components/schemas/{model}"
+POST_ERRORS = {
+    400: "The body is not a JSON document, or (under /v1) a value is not taken.",
+    404: "Nothing of that name.",
+    408: "The body did not arrive in time.",
+    413: "The body is too long.",
+    415: "The body is not application/json.",
+    422: "A value or a parameter that is not taken.",
+    424: "The generation failed.",
+    429: "The queue is full; see Retry-After.",
+    500: "The generation broke off.",
+    503: "No requests are taken now: loading, draining or failed.",
+}
+
+
+def responses(success: type[BaseModel] | None, error: type[BaseModel], *, stream: bool = False) -> Responses:
+    """Responses of a route that takes a body and generates."""
+    content: dict[str, Any] = {}
+    if success is not None:
+        content["application/json"] = {"schema": {"$ref": REF.format(model=success.__name__)}}
+    if stream:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    found: Responses = {200: {"description": "Generated.", "content": content}}
+    for status, text in POST_ERRORS.items():
+        found[status] = error_response_of(error, text)
+    return found
+
+
+def error_response_of(error: type[BaseModel], text: str) -> dict[str, Any]:
+    """One documented error response."""
+    return {
+        "description": text,
+        "content": {"application/json": {"schema": {"$ref": REF.format(model=error.__name__)}}},
+    }
+
+
+def install_openapi(
+    app: FastAPI,
+    *,
+    bodies: dict[str, type[BaseModel]],
+    models: list[type[BaseModel]],
+    key_error: type[BaseModel],
+    openai_key_error: type[BaseModel],
+    has_key: bool,
+    open_paths: frozenset[str],
+) -> None:
+    """Complete the document that FastAPI makes.
+
+    Args:
+        bodies: path → model of the JSON body of its POST.
+        models: other models that responses refer to.
+        key_error, openai_key_error: shape of the 401 in either dialect.
+        has_key: whether a key guards the routes.
+        open_paths: routes that need no key.
+    """
+    build = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is not None:
+            return app.openapi_schema
+        document = build()
+        inputs = list(dict.fromkeys(bodies.values()))
+        outputs = [model for model in dict.fromkeys([*models, key_error, openai_key_error]) if model not in inputs]
+        _, definitions = models_json_schema(
+            [(model, "validation") for model in inputs] + [(model, "serialization") for model in outputs],
+            ref_template=REF,
+        )
+        components = document.setdefault("components", {})
+        components.setdefault("schemas", {}).update(definitions["$defs"])
+        for path, operations in document["paths"].items():
+            for method, operation in operations.items():
+                if method == "post" and path in bodies:
+                    schema = {"$ref": REF.format(model=bodies[path].__name__)}
+                    operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+                if has_key and path not in open_paths:
+                    error = openai_key_error if path.startswith("/v1/") else key_error
+                    operation["responses"]["401"] = error_response_of(error, "The API key is missing or wrong.")
+                    operation["security"] = [{"bearer": []}, {"header": []}]
+        if has_key:
+            components["securitySchemes"] = {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+            }
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,100 @@
+"""The `deepfew` command: its subcommands and where they live; errors that we know become one line and status 2.
+
+Invariant: nothing heavy is imported before the subcommand is known, so `deepfew --help` answers at once. torch and
+transformers are imported only by the commands that use them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+COMMANDS = {
+    "extract": ("extractor.cli", "slice a checkpoint into a store of deep experts"),
+    "inspect": ("extractor.cli", "say what a store holds"),
+    "verify": ("extractor.cli", "check a store's files, and its bits against the checkpoint"),
+    "serve": ("server.cli_serve", "serve a store over HTTP"),
+    "generate": ("server.cli_generate", "continue a prompt without a server"),
+    "config": ("server.cli_config", "show every setting, its value and where it came from"),
+    "health": ("server.cli_health", "ask a running server whether it is ready (for container health checks)"),
+}
+
+
+class UsageError(Exception):
+    """The command line cannot be carried out as it stands; the message says what to change."""
+
+
+def package_version() -> str:
+    """Version of the installed package."""
+    try:
+        return version("deepfew")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status: 0 done, 1 an unexpected failure, 2 something to put right."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"deepfew {package_version()}")
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Did you mean `deepfew {near[0]}`?" if near else ""
+        return _complain(f"there is no command {name!r}.{hint} `deepfew --help` lists all.")
+    try:
+        command = importlib.import_module(COMMANDS[name][0]).main
+        status = command(arguments if COMMANDS[name][0] == "extractor.cli" else arguments[1:])
+        return int(status or 0)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stdout = None  # the reader of our output is gone; the interpreter must not flush into it
+        return 141
+    except Exception as error:
+        if is_domain_error(error):
+            return _complain(str(error))
+        raise
+
+
+def is_domain_error(error: BaseException) -> bool:
+    """Whether the error's text was written for the user: ours, by its base class, whichever package raised it."""
+    ours = ("expert_store.", "router.", "extractor.", "server.")
+    if any(kind.__module__.startswith(ours) for kind in type(error).__mro__):
+        return True
+    return isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError))
+
+
+def _complain(message: str) -> int:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text("error: ", style="bold red") + Text(message, style="default"))
+    return 2
+
+
+def _overview() -> str:
+    width = max(len(name) for name in COMMANDS)
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: deepfew [--version] COMMAND …",
+            "",
+            "The right few experts, fully deep: serve a Mixture-of-Experts model from less memory than it needs.",
+            "",
+            *lines,
+            "",
+            "`deepfew COMMAND --help` says more.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""`deepfew serve STORE`: bind, answer about health at once, load in the background, serve until a signal."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import socket
+from collections.abc import Callable, Sequence
+
+from server.api.app import create_app
+from server.api.listener import Listener, PortTakenError, bind_socket
+from server.cli import UsageError, package_version
+from server.cli_config import section_names
+from server.cli_port import holder_of
+from server.cli_settings import add_settings_flags, settings_from
+from server.loading import check_store, load
+from server.logging_setup import configure_logging
+from server.metrics import Metrics
+from server.service import Service
+from server.settings import Resolved, Settings
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until a signal; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="deepfew serve", description="Serve a store over HTTP.", allow_abbrev=False)
+    add_settings_flags(parser, sections=section_names())
+    return serve(settings_from(parser.parse_args(argv)))
+
+
+def serve(resolved: Resolved, *, on_listening: Callable[[Service, str], None] = lambda service, url: None) -> int:
+    """Serve a store.
+
+    Args:
+        resolved: settings, logged with their origins.
+        on_listening: called with the service and the server's address when the socket is bound and loading begins.
+
+    Returns:
+        0 after a signal.
+
+    Raises:
+        UsageError: the address is taken. SettingsError, StoreError and others: what made loading fail.
+    """
+    settings = resolved.settings
+    configure_logging(settings.log.log_format, settings.log.log_level)
+    settings.require_safe_address()
+    check_store(settings)
+    listener = _bind(settings)
+    port = listener.getsockname()[1]
+    host = settings.http.host
+    url = f"http://[{host}]:{port}" if ":" in host and not host.startswith("[") else f"http://{host}:{port}"
+    changed = {path: value for path, value, origin in resolved.rows() if origin != "default"}
+    logger.info("listening", extra={"url": url, "settings": changed})
+    service = Service(
+        lambda progress: load(settings, progress),
+        stall_seconds=settings.engine.stall_seconds,
+        on_failure=lambda: server.stop(),
+    )
+    version = package_version()
+    app = create_app(
+        service, Metrics(service, version), settings.http, version=version, log_prompts=settings.log.log_prompts
+    )
+    server = Listener(app, service, settings.http)
+    service.start()
+    on_listening(service, url)
+    server.run(sockets=[listener])
+    if service.error is not None:
+        raise service.error
+    logger.info("stopped")
+    return 0
+
+
+def _bind(settings: Settings) -> socket.socket:
+    try:
+        return bind_socket(settings.http.host, settings.http.port)
+    except PortTakenError as error:
+        raise UsageError(f"{error}{holder_of(settings.http.port)}; choose another with --port, or stop it") from error
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen on {settings.http.host} port {settings.http.port}: {error.strerror or error}; "
+            "choose another --host or --port"
+        ) from error

@@ -1,0 +1,190 @@
+"""From settings to a model whose engine runs: where store, mask, model, runner and engine are put together.
+
+Importing torch and transformers takes seconds, so it happens inside `load`, which the service runs in the background.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server.service import ExpertsSnapshot, LoadedModel, Progress, ShardInfo
+from server.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from expert_store.manifest import Manifest
+    from expert_store.store import Store
+    from router.mask import ExpertMask
+    from server.engine.engine import Engine
+    from server.engine.usage import UsageFile
+    from server.model.runner import Runner
+
+DEFAULT_CONTEXT_TOKENS = 8192
+POLL_SECONDS = 0.05
+
+
+def check_store(settings: Settings) -> Manifest:
+    """The manifest of the store that the settings name; cheap, so that a wrong path is said before anything starts.
+
+    Raises:
+        SettingsError: no store is named. ManifestError: it is no store, or of an unknown version.
+    """
+    from expert_store.manifest import read_manifest
+
+    return read_manifest(_store_path(settings))
+
+
+def load(settings: Settings, progress: Progress) -> LoadedModel:
+    """Open the store, load the model on the engine's thread, and return when requests are taken. Blocks for long.
+
+    Raises:
+        StoreError, MaskError, SettingsError, TrunkError: what is wrong with the store, the mask or the memory.
+    """
+    progress(0.0, "starting torch and transformers")
+    from expert_store.store import Store
+    from server.engine.engine import Engine, EngineLimits
+    from server.model.assembly import load_model, resolve_device, resolve_dtype
+    from server.model.runner import Runner
+
+    progress(0.0, "opening the store")
+    store = Store.open(_store_path(settings))
+    try:
+        mask = _mask(settings, store)
+        device = resolve_device(settings.model.device)
+        dtype = resolve_dtype(settings.model.dtype, store)
+    except BaseException:
+        store.close()
+        raise
+    failure: list[BaseException] = []
+
+    def make_runner(report: Callable[[str, float], None]) -> Runner:
+        try:
+            experts_bytes = _experts_bytes(store)
+            slots_memory, host_memory = settings.model.slots_memory, settings.model.host_memory
+            model = load_model(
+                store,
+                device=device,
+                dtype=dtype,
+                num_slots=settings.model.slots,
+                slots_memory_bytes=None if slots_memory is None else slots_memory.resolve(experts_bytes),
+                host_memory_bytes=None if host_memory is None else host_memory.resolve(experts_bytes),
+                mask=mask,
+                progress=report,
+            )
+            limit = settings.engine.max_context_tokens or min(model.context_tokens, DEFAULT_CONTEXT_TOKENS)
+            if limit > model.context_tokens:
+                raise SettingsError(
+                    f"max_context_tokens is {limit}, the model was made for {model.context_tokens}: "
+                    "set at most that, or leave it out"
+                )
+            return Runner(model, max_rows=settings.engine.max_batch_size, max_tokens=limit)
+        except BaseException as error:
+            failure.append(error)
+            raise
+
+    engine = Engine(
+        make_runner,
+        EngineLimits(
+            max_waiting_requests=settings.engine.max_queue_requests,
+            max_waiting_tokens=settings.engine.max_queue_tokens,
+            prefill_chunk_tokens=settings.engine.prefill_chunk_tokens,
+        ),
+        usage=lambda runner: _usage_file(runner, settings.usage.usage_save_seconds),
+    )
+    engine.start()
+    while (status := engine.status()).state == "loading":
+        progress(status.progress, status.reason)
+        time.sleep(POLL_SECONDS)
+    if failure:
+        raise failure[0]
+    if status.state != "ready":
+        raise RuntimeError(f"the engine ended while it loaded: {status.reason}")
+    return _describe(engine, store, mask)
+
+
+def _describe(engine: Engine, store: Store, mask: ExpertMask | None) -> LoadedModel:
+    runner = engine.runner
+    model, spec = runner.model, store.manifest.model
+    return LoadedModel(
+        name=store.manifest.source.name,
+        family=spec.family,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        num_layers=spec.num_layers,
+        num_experts=spec.num_experts,
+        top_k=spec.top_k,
+        vocab_size=model.vocab_size,
+        max_context_tokens=runner.max_tokens,
+        tokenizer=model.tokenizer,
+        engine=engine,
+        experts=lambda: _snapshot(engine, store, mask),
+    )
+
+
+def _snapshot(engine: Engine, store: Store, mask: ExpertMask | None) -> ExpertsSnapshot:
+    cache, ledger = engine.runner.model.cache, engine.ledger
+    assert ledger is not None
+    statistics = cache.statistics()
+    available = store.available.copy() if mask is None else store.available & mask.allowed
+    return ExpertsSnapshot(
+        available=available,
+        uses=ledger.served_count.copy(),
+        demand=ledger.demand_count.copy(),
+        served_mass=ledger.served_mass.copy(),
+        demand_mass=ledger.demand_mass.copy(),
+        deficit=ledger.deficit_per_layer,
+        overall_deficit=ledger.deficit,
+        num_tokens=ledger.num_tokens,
+        resident=cache.page_table >= 0,
+        hits=statistics.hits,
+        misses=statistics.misses,
+        evictions=statistics.evictions,
+        fetch_bytes=statistics.fetch_bytes,
+        fetch_seconds=statistics.fetch_seconds,
+        expert_bytes=_span_bytes(store),
+        num_slots=statistics.num_slots,
+        slot_bytes=statistics.slot_bytes,
+        host_hits=statistics.host_hits,
+        host_misses=statistics.host_misses,
+        shards=tuple(ShardInfo(deep.file, deep.bytes, deep.experts) for deep in store.manifest.deep_experts),
+    )
+
+
+def _usage_file(runner: Runner, interval_seconds: float) -> UsageFile:
+    from router.ledger import UsageLedger
+    from server.engine.usage import UsageFile
+
+    store = runner.model.store
+    spec = store.manifest.model
+    empty = UsageLedger(spec.num_layers, spec.num_experts, store.manifest.source.fingerprint)
+    return UsageFile(store.path / "usage.json", empty, interval_seconds)
+
+
+def _store_path(settings: Settings) -> Path:
+    if settings.store is None:
+        raise SettingsError("no store is named: give its directory as the first argument, or set DEEPFEW_STORE")
+    return settings.store
+
+
+def _mask(settings: Settings, store: Store) -> ExpertMask | None:
+    from router.mask import ExpertMask, parse_experts
+
+    if settings.model.experts is None:
+        return None
+    spec = store.manifest.model
+    wanted = ExpertMask.same_in_every_layer(parse_experts(settings.model.experts), spec.num_layers, spec.num_experts)
+    return ExpertMask.of(store.available) & wanted
+
+
+def _span_bytes(store: Store) -> NDArray[np.int64]:
+    return np.array([spec.span_bytes for spec in store.manifest.layers], dtype=np.int64)
+
+
+def _experts_bytes(store: Store) -> int:
+    """Bytes of all experts of the store: what a share of memory is a share of."""
+    return int((store.available.sum(axis=1) * _span_bytes(store)).sum())

@@ -1,0 +1,193 @@
+"""Prometheus metrics: latencies that the HTTP layer reports, and snapshots of engine, slots and ledger at scrape time.
+
+Invariant: labels are bounded (a layer, an outcome, a route at most; never an expert, never a request), units are base
+units, and no `_created` series. Names are `deepfew_*`; the vLLM-compatible set is in `metrics_vllm.py`, for its names
+hold colons, which `promtool check metrics` refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from server.engine.request import EngineStatus, FinishedEvent
+from server.service import ExpertsSnapshot, LoadedModel, Service
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OUTCOMES = ("length", "eos_token", "stop_sequence", "cancelled", "failed", "refused")
+SHORT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+LONG_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+class Metrics:
+    """What this server counts itself, and the registry that `/metrics` shows.
+
+    Args:
+        service: asked for its snapshots at every scrape.
+        version: of deepfew.
+    """
+
+    def __init__(self, service: Service, version: str) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        self._requests = Counter(
+            "deepfew_requests", "Generation requests by how they ended.", ["outcome"], registry=self.registry
+        )
+        for outcome in OUTCOMES:
+            self._requests.labels(outcome)
+        self._responses = Counter(
+            "deepfew_http_responses", "HTTP responses by class of status.", ["status"], registry=self.registry
+        )
+        for status in ("2xx", "3xx", "4xx", "5xx"):
+            self._responses.labels(status)
+        self.ttft = Histogram(
+            "deepfew_time_to_first_token_seconds",
+            "From submission to the first token.",
+            buckets=LONG_BUCKETS,
+            registry=self.registry,
+        )
+        self.itl = Histogram(
+            "deepfew_inter_token_seconds",
+            "Between two tokens of one request.",
+            buckets=SHORT_BUCKETS,
+            registry=self.registry,
+        )
+        self.queue = Histogram(
+            "deepfew_request_queue_seconds",
+            "From submission to the start of prefill.",
+            buckets=LONG_BUCKETS,
+            registry=self.registry,
+        )
+        self.e2e = Histogram(
+            "deepfew_request_seconds",
+            "From submission to the end of the request.",
+            buckets=LONG_BUCKETS,
+            registry=self.registry,
+        )
+        self.deficit = Histogram(
+            "deepfew_request_deficit_ratio",
+            "Share of router mass that the mask kept from a request's tokens.",
+            buckets=(0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0),
+            registry=self.registry,
+        )
+        self.registry.register(_Snapshots(service, version))
+
+    def first_token(self, seconds: float) -> None:
+        """The first token came `seconds` after submission."""
+        self.ttft.observe(seconds)
+
+    def inter_token(self, seconds: float) -> None:
+        """A token came `seconds` after the one before."""
+        self.itl.observe(seconds)
+
+    def request_finished(self, event: FinishedEvent, seconds: float) -> None:
+        """A request ended by itself, `seconds` after submission."""
+        self._requests.labels(event.reason).inc()
+        self.queue.observe(event.timing.queue_seconds)
+        self.e2e.observe(seconds)
+        self.deficit.observe(event.deficit.overall)
+
+    def request_ended(self, outcome: str) -> None:
+        """A request ended otherwise: cancelled, failed or refused."""
+        self._requests.labels(outcome).inc()
+
+    def response(self, status: int) -> None:
+        """A response began."""
+        self._responses.labels(f"{status // 100}xx").inc()
+
+    def render(self) -> bytes:
+        """The text of `/metrics`."""
+        return generate_latest(self.registry)
+
+
+class _Snapshots(Collector):
+    def __init__(self, service: Service, version: str) -> None:
+        self._service = service
+        self._version = version
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._of_the_process()
+        model = self._service.loaded
+        if model is None:
+            return
+        yield from _of_the_engine(model.engine.status())
+        yield from _of_the_experts(model.experts())
+
+    def _of_the_process(self) -> Iterator[Metric]:
+        health = self._service.health()
+        info = GaugeMetricFamily("deepfew_build_info", "Version.", labels=["version"])
+        info.add_metric([self._version], 1)
+        yield info
+        if self._service.loaded is not None:
+            yield _model_info(self._service.loaded)
+        yield _gauge("deepfew_start_time_seconds", "Unix time of the start.", self._service.started_at)
+        yield _gauge("deepfew_ready", "1 while requests are taken.", health.is_ready)
+        yield _gauge("deepfew_healthy", "0 when something is broken.", health.is_healthy)
+        yield _gauge("deepfew_load_progress_ratio", "Share of loading done.", health.progress)
+
+
+def _of_the_engine(status: EngineStatus) -> Iterator[Metric]:
+    totals = status.totals
+    yield _gauge("deepfew_requests_running", "Requests being computed.", status.num_running)
+    yield _gauge("deepfew_requests_waiting", "Requests in the queue.", status.num_waiting)
+    yield _gauge("deepfew_waiting_tokens", "Prompt tokens in the queue.", status.num_waiting_tokens)
+    yield _gauge("deepfew_engine_idle_seconds", "Since the engine last made progress.", status.seconds_since_progress)
+    yield _gauge("deepfew_kv_used_tokens", "Tokens in the KV memory.", status.kv_tokens)
+    yield _gauge("deepfew_kv_capacity_tokens", "Tokens that the KV memory can hold.", status.kv_capacity_tokens)
+    yield _counter("deepfew_prompt_tokens", "Prompt tokens of the requests taken.", totals.prompt_tokens)
+    yield _counter("deepfew_generated_tokens", "Tokens generated.", totals.generated_tokens)
+    yield _counter("deepfew_engine_steps", "Steps of the engine.", totals.num_steps)
+
+
+def _of_the_experts(experts: ExpertsSnapshot) -> Iterator[Metric]:
+    layers = [str(layer) for layer in range(experts.available.shape[0])]
+    per_layer_counters = (
+        ("deepfew_expert_hits", "Experts needed that were in a slot.", experts.hits),
+        ("deepfew_expert_misses", "Experts needed that had to be fetched.", experts.misses),
+        ("deepfew_expert_evictions", "Experts that left a slot.", experts.evictions),
+        ("deepfew_expert_fetch_bytes", "Bytes moved into slots.", experts.fetch_bytes),
+        ("deepfew_expert_fetch_seconds", "Time spent on moving experts into slots.", experts.fetch_seconds),
+        ("deepfew_expert_served", "Experts' uses, kept across restarts.", experts.uses.sum(axis=1)),
+        ("deepfew_expert_demanded", "Experts wanted, kept across restarts.", experts.demand.sum(axis=1)),
+        ("deepfew_expert_served_mass", "Router mass of the experts used.", experts.served_mass.sum(axis=1)),
+        ("deepfew_expert_demanded_mass", "Router mass of the experts wanted.", experts.demand_mass.sum(axis=1)),
+    )
+    per_layer_gauges = (
+        ("deepfew_experts_resident", "Experts in slots.", experts.resident.sum(axis=1)),
+        ("deepfew_experts_available", "Experts that routing may choose.", experts.available.sum(axis=1)),
+        ("deepfew_layer_deficit_ratio", "Share of router mass wanted but unavailable.", experts.deficit),
+    )
+    for name, text, values in per_layer_counters:
+        counter = CounterMetricFamily(name, text, labels=["layer"])
+        for layer, value in zip(layers, values.tolist(), strict=True):
+            counter.add_metric([layer], value)
+        yield counter
+    for name, text, values in per_layer_gauges:
+        gauge = GaugeMetricFamily(name, text, labels=["layer"])
+        for layer, value in zip(layers, values.tolist(), strict=True):
+            gauge.add_metric([layer], value)
+        yield gauge
+    yield _gauge("deepfew_deficit_ratio", "Share of router mass wanted but unavailable.", experts.overall_deficit)
+    yield _gauge("deepfew_slots_per_layer", "Expert slots in every layer.", experts.num_slots)
+    yield _gauge("deepfew_slots_bytes", "Memory of all slots.", experts.slot_bytes)
+    yield _counter("deepfew_host_tier_hits", "Fetches that the host tier served.", experts.host_hits)
+    yield _counter("deepfew_host_tier_misses", "Fetches that went to the disk.", experts.host_misses)
+
+
+def _model_info(model: LoadedModel) -> Metric:
+    labels = {"model": model.name, "family": model.family, "dtype": model.dtype, "device": model.device}
+    info = GaugeMetricFamily("deepfew_model_info", "What is served.", labels=list(labels))
+    info.add_metric(list(labels.values()), 1)
+    return info
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=float(value))
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(name, text, value=float(value))

@@ -1,0 +1,230 @@
+"""An engine that says what a test scripted, on a thread of its own, with the interface of the real one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from server.engine.request import (
+    ContextTooLongError,
+    Deficit,
+    EngineStatus,
+    EngineStoppedError,
+    EngineTotals,
+    FailedEvent,
+    FinishedEvent,
+    GenerationError,
+    GenerationRequest,
+    OnEvent,
+    QueueFullError,
+    Timing,
+    TokenEvent,
+)
+from server.service import ExpertsSnapshot, LoadedModel, ShardInfo
+
+LAYERS, EXPERTS = 2, 4
+EOS = 0
+
+
+class CharTokenizer:
+    """One token a character; the id is the code point. `<|end|>` is token 0."""
+
+    all_special_tokens = ("<|end|>",)
+    chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [ord(char) for char in text]}
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], tokenize: bool = False, add_generation_prompt: bool = True
+    ) -> str:
+        lines = [f"<{message['role']}>{message['content']}\n" for message in messages]
+        return "".join(lines) + "<assistant>"
+
+
+@dataclass
+class ScriptedEngine:
+    """Answers every prompt with `answer`, one piece a token.
+
+    Attributes:
+        answer: text of the tokens; after them the end-of-sequence token.
+        step_seconds: before every token.
+        max_waiting: places; one more is refused with a QueueFullError.
+        fail_after: tokens after which the request fails, if any.
+        may_run: cleared, nothing moves.
+        submitted, cancelled: what was asked for, in order.
+    """
+
+    answer: list[str] = field(default_factory=lambda: [" Paris", ",", " the", " city", " of", " light", "."])
+    step_seconds: float = 0.0
+    max_waiting: int = 64
+    max_context: int = 200
+    fail_after: int | None = None
+    submitted: list[GenerationRequest] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    state: str = "ready"
+    reason: str = ""
+    stalled_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.may_run = threading.Event()
+        self.may_run.set()
+        self._active: dict[str, threading.Event] = {}
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Nothing to load."""
+
+    def submit(self, request: GenerationRequest, on_event: OnEvent) -> None:
+        if self.state != "ready":
+            raise EngineStoppedError(f"the engine is {self.state}")
+        if len(request.prompt_ids) + request.sampling.max_new_tokens > self.max_context:
+            raise ContextTooLongError("too long for the script")
+        with self._lock:
+            if len(self._active) >= self.max_waiting:
+                raise QueueFullError(f"{len(self._active)} requests are waiting", retry_after_seconds=3.0)
+            self._active[request.request_id] = threading.Event()
+            self.submitted.append(request)
+        thread = threading.Thread(target=self._run, args=(request, on_event), daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def cancel(self, request_id: str) -> None:
+        with self._lock:
+            if request_id in self._active:
+                self.cancelled.append(request_id)
+                self._active[request_id].set()
+
+    def stop(self, drain_seconds: float) -> None:
+        until = time.monotonic() + drain_seconds
+        self.state = "draining"
+        while self._active and time.monotonic() < until:
+            time.sleep(0.005)
+        for event in list(self._active.values()):
+            event.set()
+        self.state = "stopped"
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(
+            state=self.state,  # type: ignore[arg-type]
+            reason=self.reason,
+            progress=1.0,
+            num_running=len(self._active),
+            num_waiting=0,
+            num_waiting_tokens=0,
+            seconds_since_progress=self.stalled_seconds,
+            kv_tokens=3,
+            kv_capacity_tokens=100,
+            totals=EngineTotals(num_requests=len(self.submitted), prompt_tokens=5, generated_tokens=7, num_steps=9),
+        )
+
+    def _run(self, request: GenerationRequest, on_event: OnEvent) -> None:
+        started = time.perf_counter()
+        cancelled = self._active[request.request_id]
+        text, reason, count = "", "length", 0
+        pieces = [*self.answer, None]
+        for index, piece in enumerate(pieces[: request.sampling.max_new_tokens], start=1):
+            while not self.may_run.wait(0.005) and not cancelled.is_set():
+                pass
+            if cancelled.wait(self.step_seconds) if self.step_seconds else cancelled.is_set():
+                reason = "cancelled"
+                break
+            if self.fail_after is not None and index > self.fail_after:
+                self._forget(request)
+                on_event(FailedEvent(GenerationError("experts/deep-00001.safetensors is corrupt")))
+                return
+            count = index
+            special = piece is None
+            shown = "<|end|>" if piece is None else piece
+            token_id = EOS if piece is None else 1000 + index
+            top = tuple((2000 + rank, f"t{rank}", -1.0 - rank) for rank in range(request.num_logprobs))
+            if not special:
+                text += shown
+            stopped = next((stop for stop in request.sampling.stop if stop in text), None)
+            on_event(TokenEvent(index, token_id, shown, -0.25, special, top))
+            if special:
+                reason = "eos_token"
+            if stopped is not None:
+                reason = "stop_sequence"
+                break
+        seconds = time.perf_counter() - started
+        self._forget(request)
+        prefill = None
+        if request.prompt_logprobs:
+            ids = request.prompt_ids
+            prefill = tuple((token, chr(token), None if at == 0 else -0.5) for at, token in enumerate(ids))
+        on_event(
+            FinishedEvent(
+                reason=reason,  # type: ignore[arg-type]
+                generated_text=text,
+                num_prompt_tokens=len(request.prompt_ids),
+                num_generated_tokens=count,
+                seed=None if request.sampling.is_greedy else (request.sampling.seed or 7),
+                prefill=prefill,
+                timing=Timing(0.001, 0.002, seconds, 0.003),
+                deficit=Deficit(0.125, (0.0, 0.25)),
+            )
+        )
+
+    def _forget(self, request: GenerationRequest) -> None:
+        with self._lock:
+            del self._active[request.request_id]
+
+    @property
+    def num_active(self) -> int:
+        return len(self._active)
+
+
+def experts_snapshot() -> ExpertsSnapshot:
+    """Fixed numbers: expert 3 of each layer is not in the store, 0 and 1 are in slots."""
+    shape = (LAYERS, EXPERTS)
+    available, resident = np.ones(shape, dtype=np.bool_), np.zeros(shape, dtype=np.bool_)
+    available[:, 3] = False
+    resident[:, :2] = True
+    counts = np.arange(8, dtype=np.int64).reshape(shape)
+    return ExpertsSnapshot(
+        available=available,
+        uses=counts,
+        demand=counts + 1,
+        served_mass=counts * 0.5,
+        demand_mass=counts * 0.75,
+        deficit=np.array([0.0, 0.25]),
+        overall_deficit=0.125,
+        num_tokens=11,
+        resident=resident,
+        hits=np.array([10, 20]),
+        misses=np.array([1, 2]),
+        evictions=np.array([0, 1]),
+        fetch_bytes=np.array([1024, 2048]),
+        fetch_seconds=np.array([0.5, 0.25]),
+        expert_bytes=np.array([512, 512]),
+        num_slots=2,
+        slot_bytes=2048,
+        host_hits=1,
+        host_misses=2,
+        shards=(ShardInfo("experts/deep-00000.safetensors", 4096, (0, 1)),),
+    )
+
+
+def loaded(engine: Any, experts: Callable[[], ExpertsSnapshot] = experts_snapshot) -> LoadedModel:
+    """A model around a scripted engine."""
+    return LoadedModel(
+        name="scripted",
+        family="qwen3_moe",
+        dtype="float32",
+        device="cpu",
+        num_layers=LAYERS,
+        num_experts=EXPERTS,
+        top_k=2,
+        vocab_size=0x110000,
+        max_context_tokens=200,
+        tokenizer=CharTokenizer(),
+        engine=engine,
+        experts=experts,
+    )

@@ -1,0 +1,258 @@
+"""What is not taken: every bad body and parameter is refused before the response begins, in words of our own."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.api.running import Running, running, wait_until
+
+JSON = {"content-type": "application/json"}
+LEAK = "do-not-echo-me"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running(max_body_bytes=100_000, receive_seconds=1.0) as found:
+        yield found
+
+
+@pytest.fixture
+def client(server: Running) -> Iterator[httpx.Client]:
+    with server.client() as found:
+        yield found
+
+
+def refused(response: httpx.Response, status: int, error_type: str = "validation") -> str:
+    """Check the shape of a refusal and return its message."""
+    assert response.status_code == status, response.text
+    payload = response.json()
+    assert set(payload) == {"error", "error_type"}
+    assert payload["error_type"] == error_type
+    assert LEAK not in response.text
+    assert len(response.content) < 1000
+    assert response.headers["x-request-id"]
+    return str(payload["error"])
+
+
+BODIES: dict[str, tuple[bytes, int]] = {
+    "empty": (b"", 400),
+    "blank": (b"  \n", 400),
+    "truncated": (b'{"inputs": "a', 400),
+    "NaN": (b'{"inputs":"a","parameters":{"temperature":NaN}}', 400),
+    "Infinity": (b'{"inputs":"a","parameters":{"temperature":Infinity}}', 400),
+    "-Infinity": (b'{"inputs":"a","parameters":{"temperature":-Infinity}}', 400),
+    "1e400": (b'{"inputs":"a","parameters":{"temperature":1e400}}', 400),
+    "lone surrogate": (b'{"inputs":"\\ud800"}', 422),
+    "lone surrogate in a key": (b'{"inputs":"a","\\ud800":1}', 422),
+    "bad UTF-8": (b'{"inputs":"\xff\xfe"}', 400),
+    "byte order mark": (b'\xef\xbb\xbf{"inputs":"a"}', 400),
+    "UTF-16": ('{"inputs":"a"}'.encode("utf-16"), 400),
+    "deep nesting": (b'{"inputs":' + b"[" * 20_000 + b"]" * 20_000 + b"}", 400),
+    "deep nesting, never closed": (b"[" * 90_000, 400),
+    "a string never closed, of escapes": (b'"' + b'\\"' * 45_000, 400),
+    "many values": (b'{"inputs":"a","parameters":{"stop":[' + b'"",' * 30_000 + b'""]}}', 422),
+    "5000 digits": (b'{"inputs":"a","parameters":{"seed":' + b"9" * 5000 + b"}}", 400),
+    "duplicate keys": (b'{"inputs":"a","inputs":"b"}', 400),
+    "duplicate keys inside": (b'{"inputs":"a","parameters":{"top_k":1,"top_k":2}}', 400),
+    "an array": (b"[]", 422),
+    "a number": (b"1", 422),
+    "null": (b"null", 422),
+    "no inputs": (b"{}", 422),
+    "inputs null": (b'{"inputs":null}', 422),
+    "inputs a number": (b'{"inputs":1}', 422),
+    "inputs a list": (b'{"inputs":["a"]}', 422),
+    "inputs empty": (b'{"inputs":""}', 422),
+    "NUL": (b'{"inputs":"a\\u0000b"}', 422),
+    "raw NUL": (b'{"inputs":"a\x00b"}', 400),
+    "unknown field": (b'{"inputs":"a","do-not-echo-me <script>":1}', 422),
+    "parameters a list": (b'{"inputs":"a","parameters":[]}', 422),
+    "stream a string": (b'{"inputs":"a","stream":"true"}', 422),
+    "stream a number": (b'{"inputs":"a","stream":1}', 422),
+    "two documents": (b'{"inputs":"a"}{"inputs":"b"}', 400),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_bad_body_is_refused(client: httpx.Client, name: str) -> None:
+    body, status = BODIES[name]
+    refused(client.post("/generate", content=body, headers=JSON), status)
+
+
+PARAMETERS: list[tuple[str, Any]] = [
+    ("max_new_tokens", 0),
+    ("max_new_tokens", -1),
+    ("max_new_tokens", 2**63),
+    ("max_new_tokens", True),
+    ("max_new_tokens", 1.0),
+    ("max_new_tokens", "1"),
+    ("max_new_tokens", 200),
+    ("temperature", 0),
+    ("temperature", 0.0),
+    ("temperature", -1),
+    ("temperature", "1"),
+    ("temperature", True),
+    ("temperature", 1e300),
+    ("top_k", 0),
+    ("top_k", -1),
+    ("top_k", 1.5),
+    ("top_p", 0),
+    ("top_p", 1),
+    ("top_p", 1.5),
+    ("repetition_penalty", 0),
+    ("seed", -1),
+    ("seed", 2**64),
+    ("seed", 1.5),
+    ("stop", "text"),
+    ("stop", [""]),
+    ("stop", [LEAK] * 17),
+    ("stop", [LEAK * 100]),
+    ("stop", [1]),
+    ("truncate", 0),
+    ("truncate", -5),
+    ("top_n_tokens", -1),
+    ("top_n_tokens", 1000),
+    ("do_sample", 1),
+    ("details", "yes"),
+    ("best_of", 2),
+    ("best_of", 10**9),
+    ("best_of", True),
+    ("frequency_penalty", 0.5),
+    ("typical_p", 0.9),
+    ("watermark", True),
+    ("grammar", {"type": "json", "value": LEAK}),
+    ("adapter_id", LEAK),
+    ("temprature", 1),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), PARAMETERS)
+def test_bad_parameter_is_refused_by_its_name(client: httpx.Client, name: str, value: Any) -> None:
+    for stream in (False, True):
+        body = {"inputs": "a", "parameters": {name: value}, "stream": stream}
+        response = client.post("/generate", content=json.dumps(body), headers=JSON)
+        assert f"`parameters.{name}" in refused(response, 422)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("best_of", 1), ("frequency_penalty", 0), ("watermark", False), ("typical_p", None), ("temperature", 1)],
+)
+def test_neutral_value_of_an_unsupported_parameter_is_taken(client: httpx.Client, name: str, value: Any) -> None:
+    response = client.post("/generate", json={"inputs": "a", "parameters": {name: value, "max_new_tokens": 1}})
+    assert response.status_code == 200
+
+
+def test_prompt_at_the_context_limit_is_taken_and_one_more_is_refused(client: httpx.Client) -> None:
+    body = {"inputs": "a" * 199, "parameters": {"max_new_tokens": 1}}
+    assert client.post("/generate", json=body).status_code == 200
+    for length in (200, 201, 5000):
+        assert "shorten the prompt" in refused(client.post("/generate", json={"inputs": "a" * length}), 422)
+    body["parameters"] = {"max_new_tokens": 2}
+    assert "ask for at most 1" in refused(client.post("/generate", json=body), 422)
+
+
+def test_prompt_details_cannot_be_streamed(client: httpx.Client) -> None:
+    body = {"inputs": "a", "parameters": {"decoder_input_details": True}, "stream": True}
+    assert "decoder_input_details" in refused(client.post("/generate", json=body), 422)
+
+
+def test_long_body_is_refused_by_its_declared_length_and_by_its_real_one(client: httpx.Client) -> None:
+    body = json.dumps({"inputs": LEAK * 10_000}).encode()
+    refused(client.post("/generate", content=body, headers=JSON), 413)
+    refused(client.post("/generate", content=iter([body[:50_000], body[50_000:]]), headers=JSON), 413)
+
+
+def test_declared_length_of_gigabytes_is_refused_before_anything_is_read(server: Running) -> None:
+    for length in (20 * 2**30, 10**30):
+        with server.raw() as connection:
+            head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length}"
+            connection.sendall(head.encode() + b"\r\n\r\n")
+            assert connection.recv(20).split()[1] in (b"413", b"400")
+
+
+def test_compressed_body_and_other_types_are_refused(client: httpx.Client) -> None:
+    bomb = gzip.compress(b" " * 10_000_000)
+    refused(client.post("/generate", content=bomb, headers={**JSON, "content-encoding": "gzip"}), 415)
+    for media_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
+        refused(client.post("/generate", content=b'{"inputs":"a"}', headers={"content-type": media_type}), 415)
+
+
+def test_body_that_does_not_come_is_given_up(server: Running) -> None:
+    with server.raw() as connection:
+        head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+        connection.sendall(head)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
+
+
+def test_headers_that_do_not_come_are_given_up(server: Running) -> None:
+    for beginning in (b"", b"GET /health/live HTTP/1.1\r\nHost: x\r\nX-Slow: "):
+        with server.raw() as connection:
+            connection.sendall(beginning)
+            wait_until(lambda: connection.recv(1) == b"")  # noqa: B023
+
+
+def test_connection_serves_many_requests_and_is_not_given_up_while_it_waits(server: Running) -> None:
+    with server.raw() as connection:
+        for _ in range(3):
+            connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
+def test_long_headers_and_malformed_requests_are_refused(server: Running) -> None:
+    for request in (
+        b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 100_000,
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+        b"GET /health/live HTTP/1.1\r\nHost: x\r\nBad Header\r\n\r\n",
+        b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+    ):
+        with server.raw() as connection:
+            try:
+                connection.sendall(request)
+                answer = connection.recv(4096)
+            except ConnectionError:
+                continue
+            assert answer.startswith(b"HTTP/1.1 400 ")
+            assert json.loads(answer.partition(b"\r\n\r\n")[2])["error_type"] == "validation"
+
+
+def test_unknown_path_and_method_have_the_same_shape(client: httpx.Client) -> None:
+    refused(client.get(f"/{LEAK}"), 404, "not_found")
+    refused(client.get("/generate/"), 404, "not_found")
+    refused(client.post("/../etc/passwd"), 404, "not_found")
+    refused(client.get("/generate"), 405, "method_not_allowed")
+    response = client.request("DELETE", "/experts")
+    refused(response, 405, "method_not_allowed")
+    assert response.headers["allow"] == "GET"
+
+
+def test_request_id_is_kept_when_it_is_plain_and_replaced_when_it_is_not(client: httpx.Client) -> None:
+    assert client.get("/health/live", headers={"x-request-id": "abc-1.2"}).headers["x-request-id"] == "abc-1.2"
+    for bad in ("a b", "x" * 65, 'a"b', "../a", ""):
+        assert client.get("/health/live", headers={"x-request-id": bad}).headers["x-request-id"] != bad
+
+
+def test_connections_over_the_limit_are_refused() -> None:
+    with running(max_connections=2) as server:
+        held = [server.raw(), server.raw()]
+        wait_until(lambda: len(server.listener.server_state.connections) == 2)
+        with server.raw() as third:
+            assert third.recv(4096).startswith(b"HTTP/1.1 503 ")
+        for connection in held:
+            connection.close()
+        wait_until(lambda: not server.listener.server_state.connections)
+        with server.client() as client:
+            assert client.get("/health/live").status_code == 200
+
+
+def test_no_cross_origin_headers(client: httpx.Client) -> None:
+    response = client.options(
+        "/generate", headers={"origin": "https://a.example", "access-control-request-method": "POST"}
+    )
+    assert response.status_code == 405
+    assert not [name for name in response.headers if name.startswith("access-control")]
