@@ -158,7 +158,6 @@ RULES: dict[str, GatingRule] = {
     "granitemoe_swa": _SOFTMAX_OF_CHOSEN,
     "granitemoehybrid": _SOFTMAX_OF_CHOSEN,
     "granitemoeshared": _SOFTMAX_OF_CHOSEN,
-    "openai_privacy_filter": TopKRule(scores=rules.logits_as_scores, weights=rules.softmax_of_chosen_by_top_k),
     "cohere2_moe": TopKRule(scores=rules.logits_as_scores, weights=rules.configured_weights_of_chosen),
     "kolibri1": TopKRule(
         scores=rules.logits_as_scores, bias=rules.correction_bias, weights=rules.renormalised_sigmoid_of_chosen

@@ -186,11 +186,6 @@ def softmax_of_chosen(call: RouterCall, chosen: Tensor, exists: Tensor) -> Tenso
     return torch.softmax(chosen.masked_fill(~exists, -torch.inf), dim=-1)
 
 
-def softmax_of_chosen_by_top_k(call: RouterCall, chosen: Tensor, exists: Tensor) -> Tensor:
-    """Softmax over the chosen logits divided by the router's k; the family's block multiplies by it again."""
-    return softmax_of_chosen(call, chosen, exists) / cast(int, call.module.top_k)
-
-
 def renormalised_sigmoid_of_chosen(call: RouterCall, chosen: Tensor, exists: Tensor) -> Tensor:
     """Sigmoid of the chosen logits, divided by their sum where the router's `norm_topk_prob` says so."""
     weights = torch.sigmoid(chosen.masked_fill(~exists, -torch.inf))

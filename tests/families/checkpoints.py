@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
 NUM_EXPERTS = 8
 TOP_K = 3
@@ -86,6 +87,8 @@ class Family:
     positive_bias: bool = False
 
 
+# Sparse attention with an indexer counts as full attention in older transformers.
+_INDEXED = "indexed_attention" if "indexed_attention" in ALLOWED_LAYER_TYPES else "full_attention"
 _HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 8}
 
@@ -124,7 +127,7 @@ FAMILIES: dict[str, Family] = {
         {
             "index_kpool": 2,
             "qk_rope_head_dim": 0,
-            "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+            "layer_types": ["linear_attention", _INDEXED, "linear_attention"],
             "mlp_layer_types": ["dense", "sparse", "sparse"],
         },
         causal=False,
@@ -164,7 +167,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_next": Family(_HYBRID),
     "qwen4_exp_text": Family(
         {
-            "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+            "layer_types": ["linear_attention", _INDEXED, "linear_attention"],
             "indexer_n_heads": 2,
             "indexer_kv_heads": 1,
             "indexer_head_dim": 8,
@@ -174,6 +177,8 @@ FAMILIES: dict[str, Family] = {
         }
     ),
     "solar_open": Family(),
+    "muse_spark_text": Family(causal=False),
+    "deepseek_v4": Family({"mlp_layer_types": ["moe"] * 3}),
     "qwen3_vl_moe_text": Family(causal=False),
     "glm4v_moe_text": Family(
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}}, causal=False
@@ -216,7 +221,7 @@ def random_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrained
 
 def is_experts(module: nn.Module) -> bool:
     """Whether the module holds a layer's routed experts behind transformers' experts registry."""
-    return hasattr(module, "_is_expert_parallel") and hasattr(module, "is_transposed")
+    return hasattr(module, "is_concatenated") and hasattr(module, "is_transposed")
 
 
 def moe_blocks(model: nn.Module) -> list[tuple[nn.Module, nn.Module, nn.Module]]:
