@@ -1,0 +1,296 @@
+"""The expert cache: slots on the compute device, the page table over them, leases and fetches.
+
+Every MoE layer has `num_slots` slots of one span each. `acquire` makes experts of one layer resident and leases their
+slots, `release` ends the lease; a leased slot is never evicted. One thread owns the cache; `statistics` may be called
+from any. Invariant (checked by `check_integrity`): page table and slot owners are inverse to each other, and each
+layer's policy knows exactly the resident experts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from expert_store.errors import ExpertUnavailableError, SlotsError
+from expert_store.host_tier import HostTier
+from expert_store.policy import LRU, EvictionPolicy
+from expert_store.slots import SlotPool
+
+if TYPE_CHECKING:
+    from expert_store.store import Store
+
+PARALLEL_READ_BYTES = 1 << 20
+"""Spans at least this large are read from disk by several threads; below, a thread's hand-over costs more."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStatistics:
+    """Counters since start, one value a layer ([L] int64 or float64), copied: the caller may keep them.
+
+    Attributes:
+        hits, misses: leases of experts that were resident, that had to be fetched.
+        evictions: experts that left a slot.
+        fetch_bytes, fetch_seconds: moved into slots; seconds that the owner thread spent on it.
+        resident: experts in slots now.
+        num_slots: slots of each layer.
+        slot_bytes: bytes of all slots together.
+        host_hits, host_misses: fetches served by the host tier, and from disk through it (0 without one).
+    """
+
+    hits: npt.NDArray[np.int64]
+    misses: npt.NDArray[np.int64]
+    evictions: npt.NDArray[np.int64]
+    fetch_bytes: npt.NDArray[np.int64]
+    fetch_seconds: npt.NDArray[np.float64]
+    resident: npt.NDArray[np.int64]
+    num_slots: int
+    slot_bytes: int
+    host_hits: int
+    host_misses: int
+
+
+class ExpertCache:
+    """LRU cache of experts in device slots.
+
+    Args:
+        store: the store to serve.
+        num_slots: slots a layer, at least 1; more than the store has experts in a layer are not allocated.
+        device: where slots live.
+        dtype: of the weights in slots; spans are converted on the way when the store's differs.
+        host_tier: between disk and slots; None reads from disk straight into the slots' memory (CPU).
+        policy: makes one eviction policy for each layer.
+        mask: bool [L, E], what `preload` may choose from; None is all of the store.
+
+    Raises:
+        SlotsError: `num_slots` < 1, or the device has too little memory for them.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        num_slots: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        host_tier: HostTier | None = None,
+        policy: Callable[[], EvictionPolicy] = LRU,
+        mask: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
+        if num_slots < 1:
+            raise SlotsError(f"{num_slots} slots a layer; at least 1 is needed: pass --slots 1 or more")
+        self._store = store
+        self.num_layers = len(store.manifest.layers)
+        self.num_experts = store.manifest.model.num_experts
+        self.num_slots = min(num_slots, self.num_experts)
+        self.device = device
+        self.host_tier = host_tier
+        self._mask = mask
+        self.pools = [
+            SlotPool(spec, num_slots=self.num_slots, device=device, dtype=dtype) for spec in store.manifest.layers
+        ]
+        self.page_table = np.full((self.num_layers, self.num_experts), -1, dtype=np.int32)
+        self._owners = np.full((self.num_layers, self.num_slots), -1, dtype=np.int32)
+        self._free = [list(range(self.num_slots - 1, -1, -1)) for _ in range(self.num_layers)]
+        self._leases: list[dict[int, int]] = [{} for _ in range(self.num_layers)]
+        self._policies = [policy() for _ in range(self.num_layers)]
+        self._readers = ThreadPoolExecutor(4, thread_name_prefix="expert-read")
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._hits = np.zeros(self.num_layers, dtype=np.int64)
+        self._misses = np.zeros(self.num_layers, dtype=np.int64)
+        self._evictions = np.zeros(self.num_layers, dtype=np.int64)
+        self._fetch_bytes = np.zeros(self.num_layers, dtype=np.int64)
+        self._fetch_seconds = np.zeros(self.num_layers, dtype=np.float64)
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """Make experts of one layer resident and lease their slots until `release`.
+
+        Args:
+            experts: distinct ids, at most `num_slots` less the slots leased for other experts.
+
+        Returns:
+            The slot of each expert, in the order given. On an accelerator the copies are ordered before whatever the
+            caller enqueues on the current stream next.
+
+        Raises:
+            SlotsError: more experts than slots.
+            StoreError: an expert is not in the store or cannot be read; then nothing stays leased.
+        """
+        table = self.page_table[layer]
+        leases = self._leases[layer]
+        policy = self._policies[layer]
+        missing: list[int] = []
+        slots: list[int] = []
+        for expert in experts:
+            slot = int(table[expert])
+            slots.append(slot)
+            if slot < 0:
+                missing.append(expert)
+            else:
+                policy.touch(expert)
+            leases[expert] = leases.get(expert, 0) + 1
+        self._hits[layer] += len(slots) - len(missing)
+        if not missing:
+            return slots
+        self._misses[layer] += len(missing)
+        try:
+            if len(leases) > self.num_slots:
+                raise SlotsError(f"layer {layer} needs {len(leases)} slots at once and has {self.num_slots}")
+            self._fetch(layer, missing)
+        except BaseException:
+            self.release(layer, experts)
+            raise
+        return [int(slot) for slot in table[list(experts)]]
+
+    def release(self, layer: int, experts: Sequence[int]) -> None:
+        """End the lease that `acquire` with the same arguments began; the experts stay resident until evicted."""
+        leases = self._leases[layer]
+        for expert in experts:
+            if leases[expert] == 1:
+                del leases[expert]
+            else:
+                leases[expert] -= 1
+
+    def preload(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Fill empty slots with the store's experts, in the order of its deep experts (best first).
+
+        Args:
+            progress: called with (bytes done, bytes in all) after each expert.
+        """
+        available = self._store.available if self._mask is None else self._store.available & self._mask
+        order = [deep.experts for deep in self._store.manifest.deep_experts]
+        wanted = []
+        for layer in range(self.num_layers):
+            ids = [experts[layer] for experts in order if available[layer, experts[layer]]]
+            absent = [expert for expert in dict.fromkeys(ids) if self.page_table[layer, expert] < 0]
+            wanted += [(layer, expert) for expert in absent[: len(self._free[layer])]]
+        total = sum(self.pools[layer].slot_bytes for layer, _ in wanted)
+        done = 0
+        for layer, expert in wanted:
+            self._fetch(layer, [expert])
+            done += self.pools[layer].slot_bytes
+            if progress is not None:
+                progress(done, total)
+
+    def resident(self, layer: int) -> list[int]:
+        """Ids of the experts of a layer that are in slots now, next victim first."""
+        return list(self._policies[layer].resident())
+
+    def statistics(self) -> CacheStatistics:
+        """A copy of the counters; may be called from any thread."""
+        return CacheStatistics(
+            hits=self._hits.copy(),
+            misses=self._misses.copy(),
+            evictions=self._evictions.copy(),
+            fetch_bytes=self._fetch_bytes.copy(),
+            fetch_seconds=self._fetch_seconds.copy(),
+            resident=(self.page_table >= 0).sum(axis=1),
+            num_slots=self.num_slots,
+            slot_bytes=sum(pool.nbytes for pool in self.pools),
+            host_hits=self.host_tier.hits if self.host_tier else 0,
+            host_misses=self.host_tier.misses if self.host_tier else 0,
+        )
+
+    def close(self) -> None:
+        """Stop reader threads. The slots' memory goes with the object."""
+        self._readers.shutdown(wait=True)
+        if self.host_tier is not None:
+            self.host_tier.close()
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless page table, owners, free slots, leases and policies agree."""
+        for layer in range(self.num_layers):
+            owners = self._owners[layer]
+            resident = {int(expert): slot for slot, expert in enumerate(owners) if expert >= 0}
+            table = {int(e): int(self.page_table[layer, e]) for e in np.flatnonzero(self.page_table[layer] >= 0)}
+            assert table == resident, f"layer {layer}: page table {table} against owners {resident}"
+            assert set(self._policies[layer].resident()) == set(resident), f"layer {layer}: the policy lost track"
+            free = self._free[layer]
+            assert len(set(free)) == len(free), f"layer {layer}: a free slot is listed twice: {free}"
+            assert set(free) == set(range(self.num_slots)) - set(resident.values()), f"layer {layer}: free slots {free}"
+            assert all(count > 0 for count in self._leases[layer].values()), f"layer {layer}: a lease of 0"
+            assert set(self._leases[layer]) <= set(resident), f"layer {layer}: a lease of an absent expert"
+        if self.host_tier is not None:
+            self.host_tier.check_integrity()
+
+    def _fetch(self, layer: int, experts: Sequence[int]) -> None:
+        for expert in experts:
+            if not self._store.available[layer, expert]:
+                raise ExpertUnavailableError(
+                    f"expert {expert} of layer {layer} is not in the store {self._store.path}; routing must be masked "
+                    "to the experts that are available"
+                )
+        started = time.perf_counter()
+        claimed = [(expert, self._claim(layer)) for expert in experts]
+        failure = self._fill(layer, claimed)
+        for expert, slot in claimed:
+            if failure is None:
+                self._owners[layer, slot] = expert
+                self.page_table[layer, expert] = slot
+                self._policies[layer].admit(expert)
+            else:
+                self._free[layer].append(slot)
+        if failure is not None:
+            raise failure
+        self._fetch_bytes[layer] += len(claimed) * self._store.layer_spec(layer).span_bytes
+        self._fetch_seconds[layer] += time.perf_counter() - started
+
+    def _claim(self, layer: int) -> int:
+        """Take a free slot, or the victim's. The slot belongs to nobody until `_fetch` gives it an owner."""
+        if self._free[layer]:
+            return self._free[layer].pop()
+        leases = self._leases[layer]
+        victim = self._policies[layer].evict(leases.__contains__)
+        slot = int(self.page_table[layer, victim])
+        self.page_table[layer, victim] = -1
+        self._owners[layer, slot] = -1
+        self._evictions[layer] += 1
+        return slot
+
+    def _fill(self, layer: int, claimed: Sequence[tuple[int, int]]) -> Exception | None:
+        try:
+            if self.host_tier is None:
+                self._fill_from_disk(layer, claimed)
+            else:
+                self._fill_from_host(layer, claimed, self.host_tier)
+        except Exception as error:  # the caller gives the slots back, then raises it
+            return error
+        return None
+
+    def _fill_from_disk(self, layer: int, claimed: Sequence[tuple[int, int]]) -> None:
+        pool = self.pools[layer]
+
+        def read(item: tuple[int, int]) -> None:
+            expert, slot = item
+            pool.fill(slot, lambda out: self._store.read_expert(layer, expert, out))
+
+        if len(claimed) > 1 and pool.spec.span_bytes >= PARALLEL_READ_BYTES:
+            list(self._readers.map(read, claimed))
+        else:
+            for item in claimed:
+                read(item)
+
+    def _fill_from_host(self, layer: int, claimed: Sequence[tuple[int, int]], host: HostTier) -> None:
+        pool = self.pools[layer]
+        chunk = max(1, host.num_entries)
+        for start in range(0, len(claimed), chunk):
+            part = claimed[start : start + chunk]
+            experts = [expert for expert, _ in part]
+            if self._copy_stream is None:
+                for (_, slot), span in zip(part, host.fetch(layer, experts), strict=True):
+                    pool.copy_from(slot, span)
+                continue
+            if not host.holds(layer, experts):
+                self._copy_stream.synchronize()  # an entry about to be overwritten may still be on its way to a slot
+            spans = host.fetch(layer, experts)
+            self._copy_stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._copy_stream):
+                for (_, slot), span in zip(part, spans, strict=True):
+                    pool.copy_from(slot, span)
+            torch.cuda.current_stream(self.device).wait_stream(self._copy_stream)

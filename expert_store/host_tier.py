@@ -1,0 +1,111 @@
+"""The host tier: spans of (layer, expert) in host memory, under a byte budget, pinned where a GPU reads them.
+
+Used between the store on disk and slots on an accelerator; a CPU's slots are read from disk directly and have no host
+tier. One arena is allocated at start and cut into entries of the largest span; entries are recycled least recently used
+first. Invariant: a view returned by `fetch` stays valid until the next call of `fetch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import torch
+
+from expert_store.errors import SlotsError
+
+if TYPE_CHECKING:
+    from expert_store.store import Store
+
+READ_THREADS = 4
+
+
+class HostTier:
+    """Host memory that holds spans on their way from the store to the slots.
+
+    Args:
+        store: where spans are read from.
+        budget_bytes: most bytes to hold; rounded down to whole entries, and to no more than the store has.
+        pinned: allocate page-locked memory, so that copies to a GPU run at full rate and asynchronously.
+
+    Raises:
+        SlotsError: the budget holds fewer entries than one step of a layer may need (`least_entries`).
+    """
+
+    def __init__(self, store: Store, *, budget_bytes: int, pinned: bool, least_entries: int = 1) -> None:
+        self._store = store
+        self.entry_bytes = max(spec.span_bytes for spec in store.manifest.layers)
+        wanted = int(store.available.sum())
+        num_entries = min(budget_bytes // self.entry_bytes, wanted)
+        if num_entries < min(least_entries, wanted):
+            least_bytes = least_entries * self.entry_bytes
+            raise SlotsError(
+                f"the host tier's budget of {budget_bytes} bytes holds {num_entries} experts of {self.entry_bytes} "
+                f"bytes; at least {least_entries} are needed: pass --host-memory {least_bytes} or more"
+            )
+        self.num_entries = num_entries
+        self._arena = torch.empty((num_entries, self.entry_bytes), dtype=torch.uint8, pin_memory=pinned)
+        self._free = list(range(num_entries - 1, -1, -1))
+        self._entries: dict[tuple[int, int], int] = {}
+        self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="host-tier")
+        self.hits = 0
+        self.misses = 0
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes of host memory held, whether used or not."""
+        return self.num_entries * self.entry_bytes
+
+    def holds(self, layer: int, experts: Sequence[int]) -> bool:
+        """Whether `fetch` would read nothing from disk (and so overwrite no entry)."""
+        return all((layer, expert) in self._entries for expert in experts)
+
+    def fetch(self, layer: int, experts: Sequence[int]) -> list[torch.Tensor]:
+        """Bring experts of one layer into host memory.
+
+        Returns:
+            For each expert a uint8 view [span_bytes] of the arena, valid until the next call.
+
+        Raises:
+            StoreError: a span could not be read; nothing of it stays in the tier.
+        """
+        wanted = {(layer, expert) for expert in experts}
+        missing = [key for key in wanted if key not in self._entries]
+        for key in wanted:
+            if key in self._entries:
+                self._entries[key] = self._entries.pop(key)
+        self.hits += len(wanted) - len(missing)
+        self.misses += len(missing)
+        claimed = [(key, self._claim(wanted)) for key in missing]
+        span_bytes = self._store.layer_spec(layer).span_bytes
+        reads = [
+            self._readers.submit(self._store.read_expert, layer, key[1], self._arena[entry, :span_bytes])
+            for key, entry in claimed
+        ]
+        failure: BaseException | None = None
+        for (key, entry), read in zip(claimed, reads, strict=True):
+            error = read.exception()
+            if error is None:
+                self._entries[key] = entry
+            else:
+                self._free.append(entry)
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        return [self._arena[self._entries[layer, expert], :span_bytes] for expert in experts]
+
+    def close(self) -> None:
+        """Stop the reader threads; the views given out keep the memory alive."""
+        self._readers.shutdown(wait=True)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless every entry is free or holds exactly one expert."""
+        used = sorted([*self._entries.values(), *self._free])
+        assert used == list(range(self.num_entries)), f"entries used twice or lost: {used}"
+
+    def _claim(self, keep: set[tuple[int, int]]) -> int:
+        if self._free:
+            return self._free.pop()
+        victim = next(key for key in self._entries if key not in keep)
+        return self._entries.pop(victim)

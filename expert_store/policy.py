@@ -1,0 +1,88 @@
+"""Which resident expert leaves when a slot is needed: one small object a layer.
+
+Invariant: a policy knows exactly the experts that are resident in its layer; `ExpertCache.check_integrity` compares.
+Adding a policy means writing one class with these four methods and naming it in `POLICIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+
+class EvictionPolicy(Protocol):
+    """Order of eviction among the resident experts of one layer."""
+
+    def admit(self, expert: int) -> None:
+        """`expert` became resident."""
+
+    def touch(self, expert: int) -> None:
+        """Resident `expert` was used."""
+
+    def evict(self, is_leased: Callable[[int], bool]) -> int:
+        """Choose a victim that is not leased, forget it and return it. The caller guarantees that one exists."""
+
+    def resident(self) -> Iterable[int]:
+        """The experts known, next victim first."""
+
+
+class LRU:
+    """Least recently used first: a dict kept in order of last use, so every operation but a leased scan is O(1)."""
+
+    def __init__(self) -> None:
+        self._order: dict[int, None] = {}
+
+    def admit(self, expert: int) -> None:
+        """See `EvictionPolicy.admit`."""
+        self._order[expert] = None
+
+    def touch(self, expert: int) -> None:
+        """See `EvictionPolicy.touch`."""
+        del self._order[expert]
+        self._order[expert] = None
+
+    def evict(self, is_leased: Callable[[int], bool]) -> int:
+        """See `EvictionPolicy.evict`."""
+        victim = next(expert for expert in self._order if not is_leased(expert))
+        del self._order[victim]
+        return victim
+
+    def resident(self) -> Iterable[int]:
+        """See `EvictionPolicy.resident`."""
+        return self._order.keys()
+
+
+class LFU:
+    """Least frequently used first, ties by last use. Counts outlive eviction, so a popular expert comes back strong."""
+
+    def __init__(self) -> None:
+        self._uses: dict[int, int] = {}
+        self._last: dict[int, int] = {}
+        self._clock = 0
+
+    def admit(self, expert: int) -> None:
+        """See `EvictionPolicy.admit`."""
+        self._record(expert)
+
+    def touch(self, expert: int) -> None:
+        """See `EvictionPolicy.touch`."""
+        self._record(expert)
+
+    def evict(self, is_leased: Callable[[int], bool]) -> int:
+        """See `EvictionPolicy.evict`."""
+        candidates = (expert for expert in self._last if not is_leased(expert))
+        victim = min(candidates, key=lambda expert: (self._uses[expert], self._last[expert]))
+        del self._last[victim]
+        return victim
+
+    def resident(self) -> Iterable[int]:
+        """See `EvictionPolicy.resident`."""
+        return sorted(self._last, key=lambda expert: (self._uses[expert], self._last[expert]))
+
+    def _record(self, expert: int) -> None:
+        self._clock += 1
+        self._uses[expert] = self._uses.get(expert, 0) + 1
+        self._last[expert] = self._clock
+
+
+POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"lru": LRU, "lfu": LFU}

@@ -1,0 +1,173 @@
+"""The usage ledger: what routing wanted and what it got, for every layer and expert.
+
+Additive and mergeable: two ledgers of the same checkpoint add up, so it survives restarts in `usage.json` and can be
+collected from many servers. *Demand* is the unmasked choice (what transformers' router returned), *served* what was
+computed. The *deficit* is the share of demanded router mass that was not available. One thread writes; snapshots may be
+taken from any.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FORMAT = "deepfew-usage"
+VERSION = 1
+MAX_FILE_BYTES = 256 << 20
+_ARRAYS = ("served_count", "served_mass", "demand_count", "demand_mass")
+
+
+class LedgerError(ValueError):
+    """A usage file that cannot be read, or that belongs to another checkpoint."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step's routing did, over T tokens.
+
+    Attributes:
+        served_index: int64 [L, T, K]; ids ≥ E (the sentinel) are picks that do not exist.
+        served_weight: float [L, T, K].
+        demand_index, demand_weight: the same of the unmasked choice; None where nothing was masked (demand = served).
+        missed_mass: float [L], demanded mass that was unavailable; None where nothing was masked.
+    """
+
+    served_index: npt.NDArray[np.int64]
+    served_weight: npt.NDArray[np.float32]
+    demand_index: npt.NDArray[np.int64] | None = None
+    demand_weight: npt.NDArray[np.float32] | None = None
+    missed_mass: npt.NDArray[np.float64] | None = None
+
+
+class UsageLedger:
+    """Counts and router mass per (layer, expert).
+
+    Args:
+        num_layers, num_experts: L and E.
+        fingerprint: of the source checkpoint; ledgers of different checkpoints do not merge.
+
+    Attributes:
+        served_count, demand_count: int64 [L, E], times an expert was computed, times it was wanted.
+        served_mass, demand_mass: float64 [L, E], sums of the gate weights of those.
+        missed_mass: float64 [L], demanded mass that was unavailable.
+        num_tokens: tokens routed.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
+        shape = (num_layers, num_experts)
+        self.served_count = np.zeros(shape, dtype=np.int64)
+        self.served_mass = np.zeros(shape, dtype=np.float64)
+        self.demand_count = np.zeros(shape, dtype=np.int64)
+        self.demand_mass = np.zeros(shape, dtype=np.float64)
+        self.missed_mass = np.zeros(num_layers, dtype=np.float64)
+        self.num_tokens = 0
+
+    @property
+    def deficit_per_layer(self) -> npt.NDArray[np.float64]:
+        """Missing share of the demanded mass, [L], 0 where nothing was demanded yet."""
+        demanded = self.demand_mass.sum(axis=1)
+        deficit = np.zeros_like(self.missed_mass)
+        np.divide(self.missed_mass, demanded, out=deficit, where=demanded > 0)
+        return deficit
+
+    @property
+    def deficit(self) -> float:
+        """Missing share of the demanded mass over all layers."""
+        demanded = float(self.demand_mass.sum())
+        return float(self.missed_mass.sum()) / demanded if demanded else 0.0
+
+    def add(self, record: StepRecord) -> None:
+        """Add one step."""
+        self.num_tokens += record.served_index.shape[1]
+        _accumulate(self.served_count, self.served_mass, record.served_index, record.served_weight)
+        if record.demand_index is None or record.demand_weight is None or record.missed_mass is None:
+            _accumulate(self.demand_count, self.demand_mass, record.served_index, record.served_weight)
+        else:
+            _accumulate(self.demand_count, self.demand_mass, record.demand_index, record.demand_weight)
+            self.missed_mass += record.missed_mass
+
+    def merge(self, other: UsageLedger) -> None:
+        """Add another ledger of the same checkpoint to this one.
+
+        Raises:
+            LedgerError: it is of another checkpoint or shape.
+        """
+        if other.fingerprint != self.fingerprint or other.served_count.shape != self.served_count.shape:
+            raise LedgerError(
+                f"usage of checkpoint {other.fingerprint} {other.served_count.shape} cannot be added to usage of "
+                f"{self.fingerprint} {self.served_count.shape}"
+            )
+        for name in _ARRAYS:
+            getattr(self, name).__iadd__(getattr(other, name))
+        self.missed_mass += other.missed_mass
+        self.num_tokens += other.num_tokens
+
+    def to_json(self) -> dict[str, Any]:
+        """The ledger as JSON-ready data."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            "num_tokens": self.num_tokens,
+            **{name: getattr(self, name).tolist() for name in _ARRAYS},
+            "missed_mass": self.missed_mass.tolist(),
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the ledger to `path`, atomically. Raises OSError."""
+        partial = path.with_name(path.name + ".partial")
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(self.to_json(), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path) -> UsageLedger:
+        """Read a ledger that `save` wrote.
+
+        Raises:
+            LedgerError: not a usage file, an unknown version, or arrays that do not fit together.
+            OSError: the file cannot be read.
+        """
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise LedgerError(f"{path} is larger than {MAX_FILE_BYTES} bytes: not a usage file")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["format"] != FORMAT or data["version"] != VERSION:
+                raise LedgerError(f"{path}: {data['format']} version {data['version']}; this reads {FORMAT} {VERSION}")
+            shape = np.asarray(data["served_count"]).shape
+            if len(shape) != 2:
+                raise LedgerError(f"{path}: served_count has shape {shape}, wanted [layers, experts]")
+            ledger = cls(shape[0], shape[1], str(data["fingerprint"]))
+            for name in (*_ARRAYS, "missed_mass"):
+                getattr(ledger, name)[...] = np.asarray(data[name])
+            ledger.num_tokens = int(data["num_tokens"])
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, LedgerError):
+                raise
+            raise LedgerError(f"{path} is no usage file ({error}); move it away to start a new one") from error
+        return ledger
+
+
+def _accumulate(
+    count: npt.NDArray[np.int64],
+    mass: npt.NDArray[np.float64],
+    index: npt.NDArray[np.int64],
+    weight: npt.NDArray[np.float32],
+) -> None:
+    """Add picks index [L, T, K] with gate weights [L, T, K] to count and mass [L, E]; sentinel picks fall away."""
+    num_layers, num_experts = count.shape
+    stride = num_experts + 1
+    offsets = (np.arange(num_layers, dtype=np.int64) * stride)[:, None, None]
+    flat = (np.minimum(index, num_experts) + offsets).ravel()
+    length = num_layers * stride
+    count += np.bincount(flat, minlength=length).reshape(num_layers, stride)[:, :num_experts]
+    mass += np.bincount(flat, weights=weight.ravel(), minlength=length).reshape(num_layers, stride)[:, :num_experts]

@@ -1,0 +1,75 @@
+"""What the engine lets in: the bounds on requests and the checks of one against them.
+
+Everything that can be known to be impossible is refused before it is queued, with the value that would work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from server.engine.request import ContextTooLongError, GenerationRequest, InvalidRequestError, QueueFullError
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """Bounds on what clients can make grow.
+
+    Attributes:
+        max_waiting_requests, max_waiting_tokens: of the queue; more is refused at once.
+        prefill_chunk_tokens: prompt tokens processed in one step.
+        max_logprobs: alternatives reported with a token.
+    """
+
+    max_waiting_requests: int = 64
+    max_waiting_tokens: int = 65536
+    prefill_chunk_tokens: int = 256
+    max_logprobs: int = 20
+
+
+def check_request(request: GenerationRequest, limits: EngineLimits, *, vocab_size: int, max_tokens: int) -> None:
+    """Refuse what no state of the engine could serve.
+
+    Args:
+        vocab_size: V; prompt ids are below.
+        max_tokens: that a row holds.
+
+    Raises:
+        InvalidRequestError, ContextTooLongError.
+    """
+    sampling = request.sampling
+    if not request.prompt_ids:
+        raise InvalidRequestError("the prompt has no tokens; at least one is needed")
+    if not all(0 <= token < vocab_size for token in request.prompt_ids):
+        raise InvalidRequestError(f"a token id of the prompt is outside 0 to {vocab_size - 1}")
+    if sampling.max_new_tokens < 1:
+        raise InvalidRequestError(f"max_new_tokens is {sampling.max_new_tokens}; at least 1 is needed")
+    if not 0 <= request.num_logprobs <= limits.max_logprobs:
+        raise InvalidRequestError(f"{request.num_logprobs} alternatives a token; 0 to {limits.max_logprobs} are served")
+    prompt_tokens = len(request.prompt_ids)
+    needed = prompt_tokens + sampling.max_new_tokens
+    if needed > max_tokens:
+        room = max_tokens - prompt_tokens
+        advice = f"max_new_tokens may be at most {room}" if room >= 1 else "shorten the prompt"
+        raise ContextTooLongError(
+            f"the prompt's {prompt_tokens} tokens and max_new_tokens {sampling.max_new_tokens} make {needed}; "
+            f"a sequence holds {max_tokens}: {advice}"
+        )
+
+
+def check_queue(request: GenerationRequest, limits: EngineLimits, waiting: Sequence[int]) -> None:
+    """Refuse when the queue is full.
+
+    Args:
+        waiting: prompt tokens of each waiting request. One request alone is let in whatever its length.
+
+    Raises:
+        QueueFullError.
+    """
+    if len(waiting) >= limits.max_waiting_requests:
+        raise QueueFullError(f"{len(waiting)} requests are waiting, which is the most; try again later")
+    if waiting and sum(waiting) + len(request.prompt_ids) > limits.max_waiting_tokens:
+        raise QueueFullError(
+            f"{sum(waiting)} prompt tokens are waiting, with this request's {len(request.prompt_ids)} more than the "
+            f"{limits.max_waiting_tokens} that may wait; try again later"
+        )

@@ -1,0 +1,206 @@
+"""The sequences that hold rows, and one step over them: a chunk of one prompt, a token of every running sequence.
+
+Owned by the engine thread. Invariant: every sequence that was admitted is told exactly one final event and then holds
+nothing; a step that fails takes only the sequences of that step with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+
+from torch import Tensor
+
+from expert_store.errors import StoreError
+from router.ledger import UsageLedger
+from server.engine.request import EngineError, FailedEvent, FinishedEvent, FinishReason, GenerationError, TokenEvent
+from server.engine.sequence import Sequence
+from server.engine.tokens import prompt_logprobs, token_logprob, token_text, top_logprobs
+from server.model.runner import Runner, StepOutput
+
+log = logging.getLogger(__name__)
+
+
+class Batch:
+    """Runs admitted sequences to their end.
+
+    Args:
+        runner: the model.
+        ledger: told of every step's routing.
+        prefill_chunk_tokens: prompt tokens processed in one step.
+
+    Attributes:
+        prompt_tokens, generated_tokens, num_steps: counters since start.
+        finished: sequences by finish reason; num_failed: those that failed.
+    """
+
+    def __init__(self, runner: Runner, ledger: UsageLedger, prefill_chunk_tokens: int) -> None:
+        self._runner = runner
+        self._ledger = ledger
+        self._chunk = prefill_chunk_tokens
+        self._prefilling: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self.prompt_tokens = 0
+        self.generated_tokens = 0
+        self.num_steps = 0
+        self.finished: Counter[str] = Counter()
+        self.num_failed = 0
+
+    def __len__(self) -> int:
+        return len(self._prefilling) + len(self._running)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another sequence can be admitted."""
+        return self._runner.num_free_rows > 0
+
+    def admit(self, sequence: Sequence) -> None:
+        """Give a sequence a row; its prompt is processed from the next step on. Needs `has_room`."""
+        sequence.admit(self._runner.allocate(), self._runner.model.tokenizer)
+        self._prefilling.append(sequence)
+
+    def cancel(self, request_ids: set[str]) -> None:
+        """End the sequences of these requests now."""
+        for sequence in [s for s in (*self._running, *self._prefilling) if s.request.request_id in request_ids]:
+            self.finish(sequence, "cancelled")
+
+    def fail_all(self, error: EngineError) -> None:
+        """End every sequence with an error."""
+        for sequence in (*self._running, *self._prefilling):
+            self.fail(sequence, error)
+
+    def step(self) -> None:
+        """Process one chunk of one prompt, then one token of every running sequence."""
+        if self._prefilling:
+            self._prefill(self._prefilling[0])
+        if self._running:
+            self._decode(list(self._running))
+        self.num_steps += 1
+
+    # -- run -----------------------------------------------------------------------------------------------------------
+
+    def _prefill(self, sequence: Sequence) -> None:
+        """One chunk of one prompt; sequences that still prefill take turns, so a long prompt delays no short one."""
+        request = sequence.request
+        assert sequence.row is not None
+        self._prefilling.rotate(-1)
+        end = min(sequence.num_prefilled + self._chunk, sequence.num_prompt_tokens)
+        tokens = request.prompt_ids[sequence.num_prefilled : end]
+        try:
+            output = self._runner.prefill(sequence.row, tokens, all_logits=request.prompt_logprobs)
+        except StoreError as error:
+            self._fail_step([sequence], error)
+            return
+        if request.prompt_logprobs:
+            following = request.prompt_ids[sequence.num_prefilled + 1 : end + 1]
+            sequence.prefill_logprobs += prompt_logprobs(output.logits, following, self._runner.model.tokenizer)
+        sequence.num_prefilled = end
+        self._record(output, [sequence])
+        if sequence.is_prefilled:
+            self._prefilling.remove(sequence)
+            self._running.append(sequence)
+            self.prompt_tokens += sequence.num_prompt_tokens
+            self._take_token(sequence, output.logits[-1])
+
+    def _decode(self, sequences: list[Sequence]) -> None:
+        rows = [sequence.row for sequence in sequences if sequence.row is not None]
+        try:
+            output = self._runner.decode(rows, [sequence.generated[-1] for sequence in sequences])
+        except StoreError as error:
+            self._fail_step(sequences, error)
+            return
+        self._record(output, sequences)
+        for sequence, logits in zip(sequences, output.logits, strict=True):
+            self._take_token(sequence, logits)
+
+    # -- postprocess ---------------------------------------------------------------------------------------------------
+
+    def _record(self, output: StepOutput, sequences: list[Sequence]) -> None:
+        self._ledger.add(output.record)
+        for at, sequence in enumerate(sequences):
+            sequence.add_share(output.share.demanded[at], output.share.missed[at])
+
+    def _take_token(self, sequence: Sequence, logits: Tensor) -> None:
+        """Choose the next token from logits [V], tell the client, end the sequence if it is complete."""
+        token = sequence.sampler.choose(logits)
+        if sequence.first_token_at is None:
+            sequence.first_token_at = time.monotonic()
+        sequence.generated.append(token)
+        self.generated_tokens += 1
+        model = self._runner.model
+        text = sequence.detokenizer.add(token)
+        reason = self._why_complete(sequence, token)
+        if reason is not None:
+            text += sequence.detokenizer.finish()
+        special = token in model.eos_token_ids or token in model.special_token_ids
+        sequence.on_event(
+            TokenEvent(
+                index=len(sequence.generated),
+                token_id=token,
+                text=token_text(model.tokenizer, token) if special else text,
+                logprob=token_logprob(logits, token),
+                special=special,
+                top=top_logprobs(logits, sequence.request.num_logprobs, model.tokenizer),
+            )
+        )
+        if reason is not None:
+            self.finish(sequence, reason)
+
+    def _why_complete(self, sequence: Sequence, token: int) -> FinishReason | None:
+        sampling = sequence.request.sampling
+        if token in self._runner.model.eos_token_ids and not sampling.ignore_eos:
+            return "eos_token"
+        if sequence.detokenizer.stop_string is not None:
+            return "stop_sequence"
+        return "length" if len(sequence.generated) >= sampling.max_new_tokens else None
+
+    # -- endings -------------------------------------------------------------------------------------------------------
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a sequence, whether it was admitted or not, and tell its client."""
+        self._forget(sequence)
+        self.finished[reason] += 1
+        admitted = sequence.admitted_at is not None
+        request = sequence.request
+        prefill = None
+        if request.prompt_logprobs:
+            first = request.prompt_ids[0]
+            text = token_text(self._runner.model.tokenizer, first)
+            prefill = ((first, text, None), *sequence.prefill_logprobs)
+        sequence.on_event(
+            FinishedEvent(
+                reason=reason,
+                generated_text=sequence.detokenizer.text if admitted else "",
+                num_prompt_tokens=sequence.num_prompt_tokens,
+                num_generated_tokens=len(sequence.generated),
+                seed=sequence.sampler.seed if admitted else None,
+                prefill=prefill,
+                timing=sequence.timing(),
+                deficit=sequence.deficit(),
+                stop_text=sequence.detokenizer.stop_string if admitted else None,
+            )
+        )
+
+    def fail(self, sequence: Sequence, error: EngineError) -> None:
+        """End a sequence, whether it was admitted or not, with an error."""
+        self._forget(sequence)
+        self.num_failed += 1
+        sequence.on_event(FailedEvent(error))
+
+    def _fail_step(self, sequences: list[Sequence], cause: StoreError) -> None:
+        log.error("%d requests failed: %s", len(sequences), cause)
+        for sequence in sequences:
+            error = GenerationError(f"the generation could not be finished: {cause}")
+            error.__cause__ = cause
+            self.fail(sequence, error)
+
+    def _forget(self, sequence: Sequence) -> None:
+        if sequence in self._running:
+            self._running.remove(sequence)
+        if sequence in self._prefilling:
+            self._prefilling.remove(sequence)
+        if sequence.row is not None:
+            self._runner.free(sequence.row)
+            sequence.row = None
+        sequence.on_end(sequence)

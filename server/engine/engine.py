@@ -1,0 +1,261 @@
+"""The engine: one thread that owns sequences, rows, slots and the usage ledger.
+
+Other threads only `submit`, `cancel` and read `status`; what they hand over waits behind one lock. A step is: drop what
+was cancelled, give rows to waiting requests, one step of the batch. Invariant: every accepted request gets exactly one
+final event, whatever happens to it or to the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from router.ledger import UsageLedger
+from server.engine.admission import EngineLimits, check_queue, check_request
+from server.engine.batch import Batch
+from server.engine.request import (
+    EngineError,
+    EngineState,
+    EngineStatus,
+    EngineStoppedError,
+    EngineTotals,
+    GenerationRequest,
+    InvalidRequestError,
+    OnEvent,
+)
+from server.engine.sequence import Sequence
+from server.engine.usage import UsageFile
+from server.model.assembly import Progress
+from server.model.runner import Runner
+
+log = logging.getLogger(__name__)
+
+IDLE_SECONDS = 0.5
+
+
+class Engine:
+    """Generates for many requests at once.
+
+    Args:
+        loader: makes the runner, on the engine thread; it is given a callback for progress.
+        limits: bounds on what clients can make grow.
+        usage: opens the file that keeps the ledger across restarts; None keeps it in memory alone.
+    """
+
+    def __init__(
+        self,
+        loader: Callable[[Progress], Runner],
+        limits: EngineLimits | None = None,
+        usage: Callable[[UsageLedger], UsageFile] | None = None,
+    ) -> None:
+        self.limits = limits or EngineLimits()
+        self._loader = loader
+        self._open_usage = usage
+        self._usage: UsageFile | None = None
+        self._runner: Runner | None = None
+        self._batch: Batch | None = None
+        self._ledger: UsageLedger | None = None
+        self._lock = threading.Condition()
+        self._waiting: deque[Sequence] = deque()
+        self._ids: set[str] = set()
+        self._cancelled: set[str] = set()
+        self._state: EngineState = "loading"
+        self._reason = "not started"
+        self._progress = 0.0
+        self._drain_until: float | None = None
+        self._num_requests = 0
+        self._num_refused = 0
+        self._last_progress = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # -- any thread ----------------------------------------------------------------------------------------------------
+
+    @property
+    def runner(self) -> Runner:
+        """The runner, once loaded. Raises EngineStoppedError before."""
+        if self._runner is None:
+            raise EngineStoppedError(f"the model is not loaded: {self._reason}")
+        return self._runner
+
+    @property
+    def ledger(self) -> UsageLedger:
+        """The usage ledger, once loaded. Raises EngineStoppedError before."""
+        if self._ledger is None:
+            raise EngineStoppedError(f"the model is not loaded: {self._reason}")
+        return self._ledger
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine thread runs."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Start the engine thread, which loads the model first."""
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest, on_event: OnEvent) -> None:
+        """Queue a request; `on_event` is called on the engine thread and must not block.
+
+        Raises:
+            EngineStoppedError: the engine takes no requests now.
+            InvalidRequestError, ContextTooLongError: the request can never be served.
+            QueueFullError: the queue is at its bound.
+        """
+        with self._lock:
+            if self._state != "ready":
+                raise EngineStoppedError(f"the engine is {self._state}" + (f": {self._reason}" if self._reason else ""))
+            try:
+                self._check(request)
+            except EngineError:
+                self._num_refused += 1
+                raise
+            self._ids.add(request.request_id)
+            self._waiting.append(Sequence(request, on_event, on_end=self._forget))
+            self._num_requests += 1
+            self._lock.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request wherever it is, before the next step; an unknown or finished one is no error."""
+        with self._lock:
+            if request_id in self._ids:
+                self._cancelled.add(request_id)
+                self._lock.notify()
+
+    def stop(self, drain_seconds: float) -> None:
+        """Take no more requests, let what was accepted finish for at most `drain_seconds`, end the thread."""
+        with self._lock:
+            if self._state in ("ready", "loading"):
+                self._state, self._reason = "draining", "shutting down"
+            until = time.monotonic() + drain_seconds
+            self._drain_until = until if self._drain_until is None else min(until, self._drain_until)
+            self._lock.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def status(self) -> EngineStatus:
+        """A snapshot."""
+        with self._lock:
+            runner, batch = self._runner, self._batch
+            return EngineStatus(
+                state=self._state,
+                reason=self._reason,
+                progress=self._progress,
+                num_running=0 if batch is None else len(batch),
+                num_waiting=len(self._waiting),
+                num_waiting_tokens=sum(sequence.num_prompt_tokens for sequence in self._waiting),
+                seconds_since_progress=time.monotonic() - self._last_progress,
+                kv_tokens=0 if runner is None else runner.num_cached_tokens,
+                kv_capacity_tokens=0 if runner is None else runner.max_rows * runner.max_tokens,
+                totals=EngineTotals(
+                    num_requests=self._num_requests,
+                    num_refused=self._num_refused,
+                    num_finished={} if batch is None else dict(batch.finished),
+                    num_failed=0 if batch is None else batch.num_failed,
+                    prompt_tokens=0 if batch is None else batch.prompt_tokens,
+                    generated_tokens=0 if batch is None else batch.generated_tokens,
+                    num_steps=0 if batch is None else batch.num_steps,
+                ),
+            )
+
+    def _check(self, request: GenerationRequest) -> None:
+        runner = self.runner
+        check_request(request, self.limits, vocab_size=runner.model.vocab_size, max_tokens=runner.max_tokens)
+        if request.request_id in self._ids:
+            raise InvalidRequestError(f"a request with the id {request.request_id} is waiting or running")
+        check_queue(request, self.limits, [sequence.num_prompt_tokens for sequence in self._waiting])
+
+    # -- engine thread -------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            batch = self._load()
+            while self._wait_for_work(batch):
+                self.step(batch)
+        except BaseException as error:  # the thread must leave no request without its final event
+            log.exception("the engine stopped")
+            self._end("failed", f"{type(error).__name__}: {error}")
+        else:
+            self._end("stopped", "shut down")
+
+    def _load(self) -> Batch:
+        def report(phase: str, share: float) -> None:
+            with self._lock:
+                self._progress, self._last_progress = share, time.monotonic()
+                if self._state == "loading":
+                    self._reason = phase
+
+        runner = self._loader(report)
+        manifest = runner.model.store.manifest
+        ledger = UsageLedger(manifest.model.num_layers, manifest.model.num_experts, manifest.source.fingerprint)
+        if self._open_usage is not None:
+            self._usage = self._open_usage(ledger)
+        batch = Batch(runner, ledger, self.limits.prefill_chunk_tokens)
+        with self._lock:
+            self._runner, self._ledger, self._batch = runner, ledger, batch
+            self._progress, self._last_progress = 1.0, time.monotonic()
+            if self._state == "loading":
+                self._state, self._reason = "ready", ""
+        return batch
+
+    def _wait_for_work(self, batch: Batch) -> bool:
+        """Sleep until there is something to do; False when the engine is to end."""
+        while True:
+            with self._lock:
+                self._last_progress = time.monotonic()
+                busy = bool(self._waiting or self._cancelled or len(batch))
+                if self._drain_until is not None and (not busy or time.monotonic() >= self._drain_until):
+                    return False
+                if busy:
+                    return True
+                self._lock.wait(IDLE_SECONDS)
+            if self._usage is not None:
+                self._usage.save_if_due()
+
+    def step(self, batch: Batch) -> None:
+        """One step: schedule, run, postprocess."""
+        self._drop_cancelled(batch)
+        while batch.has_room and (sequence := self._next_waiting()) is not None:
+            batch.admit(sequence)
+        if len(batch):
+            batch.step()
+        if self._usage is not None:
+            self._usage.save_if_due()
+
+    def _drop_cancelled(self, batch: Batch) -> None:
+        with self._lock:
+            if not self._cancelled:
+                return
+            cancelled, self._cancelled = self._cancelled, set()
+            dropped = [s for s in self._waiting if s.request.request_id in cancelled]
+            self._waiting = deque(s for s in self._waiting if s.request.request_id not in cancelled)
+        for sequence in dropped:
+            batch.finish(sequence, "cancelled")
+        batch.cancel(cancelled)
+
+    def _next_waiting(self) -> Sequence | None:
+        with self._lock:
+            return self._waiting.popleft() if self._waiting else None
+
+    def _forget(self, sequence: Sequence) -> None:
+        with self._lock:
+            self._ids.discard(sequence.request.request_id)
+            self._cancelled.discard(sequence.request.request_id)
+
+    def _end(self, state: EngineState, reason: str) -> None:
+        """Refuse from now on, fail what is left, save usage, give memory back."""
+        with self._lock:
+            self._state, self._reason = state, reason
+            left = list(self._waiting)
+            self._waiting.clear()
+        if self._batch is not None:
+            error = EngineStoppedError(f"the engine {state}: {reason}")
+            self._batch.fail_all(error)
+            for sequence in left:
+                self._batch.fail(sequence, error)
+        if self._usage is not None:
+            self._usage.save()
+        if self._runner is not None:
+            self._runner.close()

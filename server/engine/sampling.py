@@ -1,0 +1,77 @@
+"""From logits to tokens: transformers' logits processors and one uniform draw a token.
+
+Each sequence has its own counter-based random stream (Philox keyed by its seed), so its draws do not depend on what
+else is in the batch, nor on when it joined. The token is the first whose cumulative probability exceeds the draw.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from torch import FloatTensor, LongTensor, Tensor
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from server.engine.request import SamplingParams
+
+
+class Sampler:
+    """Chooses the tokens of one sequence.
+
+    Args:
+        params: how to choose.
+        prompt_ids: seen by the repetition penalty.
+
+    Attributes:
+        seed: in force: the request's, or a fresh one; None when nothing is drawn.
+    """
+
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
+        self._params = params
+        self._ids = list(prompt_ids)
+        self._processors = _processors(params)
+        self._keeps_ids = params.repetition_penalty is not None
+        self.seed: int | None = None
+        if not params.is_greedy:
+            self.seed = secrets.randbits(63) if params.seed is None else params.seed
+            self._draws = np.random.Generator(np.random.Philox(key=self.seed))
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token from logits [V] float32, which are not changed; advances the random stream by one draw."""
+        scores = logits[None]
+        if self._processors:
+            ids = torch.tensor([self._ids if self._keeps_ids else [0]], device=logits.device)
+            scores = self._processors(cast(LongTensor, ids), cast(FloatTensor, scores.clone()))
+        if self.seed is None:
+            token = int(scores[0].argmax())
+        else:
+            cumulative = torch.softmax(scores[0].double(), dim=-1).cumsum(dim=-1)
+            draw = self._draws.random() * float(cumulative[-1])
+            token = int(torch.searchsorted(cumulative, draw, right=True).clamp(max=len(cumulative) - 1))
+        if self._keeps_ids:
+            self._ids.append(token)
+        return token
+
+
+def _processors(params: SamplingParams) -> LogitsProcessorList:
+    processors = LogitsProcessorList()
+    if params.repetition_penalty is not None and params.repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(penalty=float(params.repetition_penalty)))
+    if params.is_greedy:
+        return processors
+    if params.temperature is not None and params.temperature != 1.0:
+        processors.append(TemperatureLogitsWarper(float(params.temperature)))
+    if params.top_k is not None:
+        processors.append(TopKLogitsWarper(top_k=params.top_k))
+    if params.top_p is not None and params.top_p < 1.0:
+        processors.append(TopPLogitsWarper(top_p=float(params.top_p)))
+    return processors

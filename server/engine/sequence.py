@@ -1,0 +1,88 @@
+"""One request on its way through the engine: its row, its sampler, its text, its times and its deficit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
+
+from server.engine.request import Deficit, GenerationRequest, Logprob, OnEvent, Timing
+from server.engine.sampling import Sampler
+from server.engine.text import Detokenizer
+
+
+@dataclass(eq=False)
+class Sequence:
+    """State of one accepted request; the engine thread alone changes it once it is admitted.
+
+    Attributes:
+        on_end: called once, before the final event.
+        row: handle of its KV row, None while it waits.
+        num_prefilled: prompt tokens already in the row.
+        generated: token ids so far.
+        demanded, missed: router mass over its tokens, float64 [L].
+    """
+
+    request: GenerationRequest
+    on_event: OnEvent
+    on_end: Callable[[Sequence], None]
+    submitted_at: float = field(default_factory=time.monotonic)
+    admitted_at: float | None = None
+    first_token_at: float | None = None
+    row: int | None = None
+    num_prefilled: int = 0
+    generated: list[int] = field(default_factory=list)
+    prefill_logprobs: list[Logprob] = field(default_factory=list)
+    demanded: npt.NDArray[np.float64] | None = None
+    missed: npt.NDArray[np.float64] | None = None
+
+    def admit(self, row: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Give the sequence a row and what it needs to generate."""
+        self.row = row
+        self.admitted_at = time.monotonic()
+        self.sampler = Sampler(self.request.sampling, self.request.prompt_ids)
+        self.detokenizer = Detokenizer(tokenizer, self.request.prompt_ids, self.request.sampling.stop)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_tokens_needed(self) -> int:
+        """KV tokens that the sequence may come to hold."""
+        return self.num_prompt_tokens + self.request.sampling.max_new_tokens
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether the whole prompt is in the row."""
+        return self.num_prefilled == self.num_prompt_tokens
+
+    def add_share(self, demanded: npt.NDArray[np.float64], missed: npt.NDArray[np.float64]) -> None:
+        """Add a step's router mass, [L] each."""
+        self.demanded = demanded if self.demanded is None else self.demanded + demanded
+        self.missed = missed if self.missed is None else self.missed + missed
+
+    def deficit(self) -> Deficit:
+        """Missing share of the router mass that the sequence's tokens demanded so far."""
+        if self.demanded is None or self.missed is None:
+            return Deficit(0.0, ())
+        total = float(self.demanded.sum())
+        per_layer = np.divide(self.missed, self.demanded, out=np.zeros_like(self.missed), where=self.demanded > 0)
+        return Deficit(float(self.missed.sum()) / total if total else 0.0, tuple(per_layer.tolist()))
+
+    def timing(self) -> Timing:
+        """Where its time went until now; what it never reached took none."""
+        now = time.monotonic()
+        admitted = self.admitted_at if self.admitted_at is not None else now
+        first = self.first_token_at if self.first_token_at is not None else now
+        return Timing(
+            queue_seconds=admitted - self.submitted_at,
+            prefill_seconds=first - admitted,
+            decode_seconds=now - first,
+            ttft_seconds=first - self.submitted_at,
+        )

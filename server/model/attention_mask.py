@@ -1,0 +1,50 @@
+"""Attention masks of a step, given to transformers ready-made because rows of one batch have different lengths.
+
+Additive masks [B, 1, Q, KV]: 0 where a query may look, the dtype's lowest value where not. One per kind of layer, as
+the model's config names them (full attention, sliding window). Source: `transformers/masking_utils.py`, which passes
+four-dimensional masks and dicts of them through.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def attention_masks(config: Any, positions: Tensor, kv_tokens: int, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """Masks for queries at `positions` over the first `kv_tokens` positions of their rows.
+
+    Args:
+        config: the model's.
+        positions: int64 [B, Q], each query's position in its row.
+        kv_tokens: KV.
+        dtype: of the scores.
+
+    Returns:
+        One mask, or where the model mixes kinds of attention layers a dict from kind to mask.
+    """
+    config = config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    if not window or getattr(config, "use_sliding_window", True) is False:
+        window = None
+    if len(kinds) > 1 and "sliding_attention" in kinds:
+        return {
+            "full_attention": _mask(positions, kv_tokens, None, dtype),
+            "sliding_attention": _mask(positions, kv_tokens, window, dtype),
+        }
+    if kinds == {"full_attention"}:
+        window = None
+    return _mask(positions, kv_tokens, window, dtype)
+
+
+def _mask(positions: Tensor, kv_tokens: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    at = torch.arange(kv_tokens, device=positions.device)
+    query = positions[:, None, :, None]
+    hidden = at > query
+    if window is not None:
+        hidden |= at <= query - window
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
+    return mask.masked_fill_(hidden, torch.finfo(dtype).min)

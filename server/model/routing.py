@@ -1,0 +1,129 @@
+"""Masked routing at the model's routers, and the record of what each step wanted and got.
+
+A forward hook on every router module sees transformers' own result. Without a mask that result passes through
+untouched, so unmasked routing is exact by construction; with one, the family's gating rule makes the choice as if the
+masked experts did not exist. Invariant: between `begin` and `finish` each MoE layer's router ran exactly once over the
+step's tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from router.gating import GatingRule, find_gating_rule
+from router.ledger import StepRecord
+from router.mask import ExpertMask
+
+
+@dataclass(frozen=True)
+class RowShare:
+    """Demanded and missed router mass of each sequence in a step, for its deficit.
+
+    Attributes:
+        demanded, missed: float64 [B, L].
+    """
+
+    demanded: np.ndarray[Any, np.dtype[np.float64]]
+    missed: np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass
+class _LayerStep:
+    served_index: Tensor
+    served_weight: Tensor
+    demand_index: Tensor
+    demand_weight: Tensor
+    missed: Tensor | None
+
+
+class StepRouting:
+    """Chooses experts under masks and records a step's routing.
+
+    Args:
+        model_type: transformers' name of the family, for its gating rule.
+        num_layers: L.
+        device: where routers run.
+        mask: what may be chosen by every sequence that brings no mask of its own.
+    """
+
+    def __init__(self, model_type: str, num_layers: int, device: torch.device, mask: ExpertMask) -> None:
+        self._model_type = model_type
+        self._device = device
+        self._num_layers = num_layers
+        self._rules: list[GatingRule | None] = [None] * num_layers
+        self._steps: list[_LayerStep | None] = [None] * num_layers
+        self._table: Tensor | None = None
+        self._token_masks: Tensor | None = None
+        self._num_rows = 0
+        self._tokens_per_row = 0
+        self.set_mask(mask)
+
+    def set_mask(self, mask: ExpertMask) -> None:
+        """Take another default mask, from the next step on."""
+        self.mask = mask
+        self._default = None if mask.is_full else torch.from_numpy(np.array(mask.allowed)).to(self._device)
+
+    def install(self, layer: int, router: nn.Module) -> None:
+        """Hook the router of MoE layer `layer`; called once a layer while the model is assembled."""
+        router.register_forward_hook(lambda *call: self._choose(layer, *call), with_kwargs=True)
+
+    def begin(self, num_rows: int, tokens_per_row: int, masks: list[ExpertMask | None] | None = None) -> None:
+        """Start a step over `num_rows` × `tokens_per_row` tokens.
+
+        Args:
+            masks: one a row, intersected with the default by the caller; None (or None for a row) is the default.
+        """
+        self._num_rows, self._tokens_per_row = num_rows, tokens_per_row
+        self._steps = [None] * self._num_layers
+        self._table = self._default
+        self._token_masks = None
+        if masks is not None and any(mask is not None for mask in masks):
+            table = np.stack([(mask or self.mask).allowed for mask in masks], axis=1)  # [L, B, E]
+            self._token_masks = torch.from_numpy(table).to(self._device).repeat_interleave(tokens_per_row, dim=1)
+
+    def finish(self) -> tuple[StepRecord, RowShare]:
+        """End the step and return what it did; the one place that waits for the device."""
+        steps = [step for step in self._steps if step is not None]
+        assert len(steps) == self._num_layers, f"{len(steps)} of {self._num_layers} routers ran in the step"
+        served_index = torch.stack([step.served_index for step in steps]).cpu().numpy()
+        served_weight = torch.stack([step.served_weight for step in steps]).float().cpu().numpy()
+        shape = (self._num_layers, self._num_rows, -1)
+        if steps[0].missed is None:
+            record = StepRecord(served_index, served_weight)
+            demanded = served_weight.reshape(shape).sum(axis=2, dtype=np.float64)
+            return record, RowShare(demanded.T, np.zeros_like(demanded.T))
+        demand_index = torch.stack([step.demand_index for step in steps]).cpu().numpy()
+        demand_weight = torch.stack([step.demand_weight for step in steps]).float().cpu().numpy()
+        missed = torch.stack([step.missed for step in steps if step.missed is not None]).cpu().numpy()  # [L, T]
+        per_row = missed.reshape(shape).sum(axis=2, dtype=np.float64)
+        record = StepRecord(served_index, served_weight, demand_index, demand_weight, per_row.sum(axis=1))
+        demanded = demand_weight.reshape(shape).sum(axis=2, dtype=np.float64)
+        return record, RowShare(demanded.T, per_row.T)
+
+    def abandon(self) -> None:
+        """Forget a step that failed."""
+        self._steps = [None] * self._num_layers
+
+    def _choose(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        weight, index = output[1], output[2]
+        mask = self._mask_of(layer, index.shape[0])
+        if mask is None:
+            self._steps[layer] = _LayerStep(index, weight, index, weight, None)
+            return None
+        rule = self._rules[layer]
+        if rule is None:
+            rule = self._rules[layer] = find_gating_rule(self._model_type, module)
+        masked = rule.masked(module, args, kwargs, output, mask)
+        missed = weight.float().masked_fill(mask.gather(-1, index), 0.0).sum(dim=-1)  # [T]
+        self._steps[layer] = _LayerStep(masked[2], masked[1], index, weight, missed)
+        return masked
+
+    def _mask_of(self, layer: int, num_tokens: int) -> Tensor | None:
+        if self._token_masks is not None:
+            return self._token_masks[layer]
+        return None if self._table is None else self._table[layer].expand(num_tokens, -1)

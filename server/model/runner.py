@@ -1,0 +1,123 @@
+"""Runs the model one step at a time over rows of KV memory: a chunk of one prompt, or one token of many sequences.
+
+The host-driven runner: transformers' forward, experts looked up and fetched by the host. Invariant: a call that raises
+leaves rows, leases and records as they were, so the engine may go on with other sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from router.ledger import StepRecord
+from router.mask import ExpertMask
+from server.model.assembly import SelectiveModel
+from server.model.attention_mask import attention_masks
+from server.model.kv_cache import RowCache
+from server.model.routing import RowShare
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step computed.
+
+    Attributes:
+        logits: [B, V] of the last token of each row (prefill: B = 1), or [T, V] of all tokens where asked.
+        record: its routing, for the usage ledger.
+        share: demanded and missed router mass of each row.
+    """
+
+    logits: Tensor
+    record: StepRecord
+    share: RowShare
+
+
+class Runner:
+    """Prefill and decode over rows.
+
+    Args:
+        model: what to run.
+        max_rows: most sequences at once.
+        max_tokens: most tokens of a row.
+    """
+
+    def __init__(self, model: SelectiveModel, *, max_rows: int, max_tokens: int) -> None:
+        self.model = model
+        self.max_rows, self.max_tokens = max_rows, max_tokens
+        self.cache = RowCache(max_rows=max_rows, max_tokens=max_tokens, device=model.device)
+
+    def allocate(self) -> int:
+        """Take a row for a sequence; returns its handle."""
+        return self.cache.allocate()
+
+    def free(self, row: int) -> None:
+        """Give a row back."""
+        self.cache.free(row)
+
+    @property
+    def num_free_rows(self) -> int:
+        """Rows that `allocate` can still give."""
+        return self.max_rows - self.cache.num_used_rows
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens held in rows."""
+        return sum(self.cache.lengths)
+
+    @torch.inference_mode()
+    def prefill(
+        self, row: int, tokens: Sequence[int], *, mask: ExpertMask | None = None, all_logits: bool = False
+    ) -> StepOutput:
+        """Append `tokens` to a row.
+
+        Args:
+            row: handle from `allocate`.
+            tokens: at least one, and no more than the row has room for.
+            mask: of this sequence; None is the server's.
+            all_logits: give the logits of every token, not only of the last.
+        """
+        start = self.cache.begin_prefill(row, len(tokens))
+        ids = torch.tensor([list(tokens)], device=self.model.device)
+        positions = torch.arange(start, start + len(tokens), device=self.model.device)[None]
+        self.model.routing.begin(1, len(tokens), None if mask is None else [mask])
+        return self._forward(ids, positions, 0 if all_logits else 1)
+
+    @torch.inference_mode()
+    def decode(
+        self, rows: Sequence[int], tokens: Sequence[int], *, masks: Sequence[ExpertMask | None] | None = None
+    ) -> StepOutput:
+        """Append one token to each row; logits come in the order of `rows`."""
+        order = self.cache.order(rows)
+        positions = self.cache.begin_decode([rows[at] for at in order])[:, None]
+        ids = torch.tensor([[tokens[at]] for at in order], device=self.model.device)
+        self.model.routing.begin(len(rows), 1, None if masks is None else [masks[at] for at in order])
+        output = self._forward(ids, positions, 1)
+        if order == list(range(len(order))):
+            return output
+        back = [order.index(at) for at in range(len(order))]
+        share = RowShare(output.share.demanded[back], output.share.missed[back])
+        return StepOutput(output.logits[back], output.record, share)
+
+    def close(self) -> None:
+        """Free what the model holds."""
+        self.model.close()
+
+    def _forward(self, ids: Tensor, positions: Tensor, logits_to_keep: int) -> StepOutput:
+        kv_tokens = self.cache.step_end
+        masks = attention_masks(self.model.model.config, positions, kv_tokens, self.model.dtype)
+        arguments: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "attention_mask": masks}
+        try:
+            result = self.model.model(
+                **arguments, past_key_values=self.cache, use_cache=True, logits_to_keep=logits_to_keep
+            )
+            record, share = self.model.routing.finish()
+        except BaseException:
+            self.model.routing.abandon()
+            raise
+        self.cache.commit()
+        logits = result.logits[0] if logits_to_keep == 0 else result.logits[:, -1]
+        return StepOutput(logits.float(), record, share)

@@ -1,0 +1,91 @@
+"""The trunk by transformers, with the experts never materialised.
+
+The model class is subclassed so that, right after its constructor (on the meta device), every experts module gives up
+its parameters; `from_pretrained` then reads only the trunk's tensors. Source: `transformers/modeling_utils.py`,
+`integrations/moe.py`. A checkpoint's own code is never run.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from server.model.experts import IMPLEMENTATION
+
+
+class TrunkError(Exception):
+    """The trunk of a store cannot be loaded: its config and its tensors do not fit together."""
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """Whether a module is one whose forward goes through transformers' registry of experts implementations."""
+    return hasattr(module, "_is_expert_parallel") and hasattr(module, "is_transposed")
+
+
+def load_trunk(path: Path, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the model at `path` without its experts' parameters.
+
+    Args:
+        path: directory in the Hugging Face layout that holds the trunk's tensors.
+        device, dtype: of the trunk.
+
+    Returns:
+        The model in eval mode, its experts dispatched to our implementation.
+
+    Raises:
+        TrunkError: tensors of the trunk are missing.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    model_class = _model_class(config)
+    loaded: Any = _without_experts(model_class).from_pretrained(
+        path,
+        config=config,
+        dtype=dtype,
+        device_map=None,
+        experts_implementation=IMPLEMENTATION,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        local_files_only=True,
+    )
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise TrunkError(
+            f"{path} lacks {len(missing)} tensors that {model_class.__name__} needs, the first {missing[0]}: "
+            "extract the checkpoint again"
+        )
+    trunk: PreTrainedModel = model.to(device).eval()
+    return trunk
+
+
+def _model_class(config: Any) -> type[PreTrainedModel]:
+    """The causal language model that transformers has for the config."""
+    mapped: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if mapped is None:
+        raise TrunkError(f"transformers has no causal language model for {type(config).__name__}")
+    model_class: type[PreTrainedModel] = mapped[0] if isinstance(mapped, tuple) else mapped
+    return model_class
+
+
+def _without_experts(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A subclass that strips experts modules of parameters; it keeps name and module, which transformers reads."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, config, *args, **kwargs)
+        for module in self.modules():
+            if is_experts_module(module):
+                for name in [name for name, _ in module.named_parameters(recurse=False)]:
+                    delattr(module, name)
+                module._is_hf_initialized = True
+
+    stripped = type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
+    assert hasattr(importlib.import_module(model_class.__module__), model_class.__name__)
+    return stripped
