@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,13 @@ MAX_READ_CALL_BYTES = 2**30
 def shard_name(index: int) -> str:
     """The path below the store of deep expert `index`."""
     return f"experts/deep-{index:05d}.safetensors"
+
+
+def encode_header(entries: Mapping[str, object]) -> bytes:
+    """The beginning of a safetensors file: length field and header, padded so that data begins on a page."""
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % DATA_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
 @dataclass(frozen=True)
@@ -70,9 +77,7 @@ class ShardLayout:
                     "data_offsets": [at, at + tensor.bytes],
                 }
             begin += spec.span_bytes
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-(len(text) + 8) % DATA_ALIGNMENT)
-        return len(text).to_bytes(8, "little") + text
+        return encode_header(entries)
 
     @cached_property
     def data_offset(self) -> int:

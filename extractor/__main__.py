@@ -1,0 +1,8 @@
+"""`python -m extractor CHECKPOINT STORE`, the same as `deepfew extract`."""
+
+import typer
+
+from extractor.cli import extract
+
+if __name__ == "__main__":
+    typer.run(extract)

@@ -1,0 +1,40 @@
+"""Room on the disk: how much there is, and what to tell someone who has too little.
+
+Invariant: a `--keep` that is named here selects at least one deep expert and fits into the room that was measured.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+DISK_MARGIN_BYTES = 16 * 2**20
+"""Room left for the manifest, the journal and the file system's own bookkeeping."""
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk that `path` lies on or would lie on."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def keep_that_fits(room_bytes: int, trunk_bytes: int, shard_bytes: int, num_experts: int, at_least: int) -> str | None:
+    """The largest `--keep` whose whole store takes at most `room_bytes`, as "12.5%".
+
+    None when that is fewer than `at_least` deep experts or none at all.
+    """
+    count = min((room_bytes - DISK_MARGIN_BYTES - trunk_bytes) // shard_bytes, num_experts)
+    if count < max(at_least, 1):
+        return None
+    return f"{math.ceil(10000 * count / num_experts) / 100:g}%"
+
+
+def format_bytes(size: float) -> str:
+    """A size for people: 4096 is "4.0 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -1,0 +1,105 @@
+"""What a store holds, for people and for programs.
+
+Invariant: reads the manifest and the sizes of the files it names, nothing else; needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from expert_store.manifest import Manifest, format_ids, read_manifest
+from extractor.disk import format_bytes
+
+
+def store_summary(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The store at `path` as a JSON object. Raises ManifestError."""
+    root = Path(path)
+    manifest = read_manifest(root)
+    model = manifest.model
+    shard_bytes = sum(deep.bytes for deep in manifest.deep_experts)
+    trunk_bytes = sum(file.bytes for file in manifest.trunk)
+    return {
+        "store": str(root),
+        "source": {
+            "name": manifest.source.name,
+            "fingerprint": manifest.source.fingerprint,
+            "location": manifest.source.location,
+        },
+        "family": model.family,
+        "architecture": model.architecture,
+        "num_layers": model.num_layers,
+        "num_experts": model.num_experts,
+        "top_k": model.top_k,
+        "dtype": model.dtype,
+        "span_bytes": [spec.span_bytes for spec in manifest.layers],
+        "tensors": [
+            {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+            for tensor in manifest.layers[0].tensors
+        ],
+        "alignment": manifest.alignment.kind,
+        "num_deep_experts": len(manifest.deep_experts),
+        "deep_experts": [
+            {"index": deep.index, "file": deep.file, "bytes": deep.bytes, "experts": list(deep.experts)}
+            for deep in manifest.deep_experts
+        ],
+        "absent_experts": [list(ids) for ids in manifest.absent_experts],
+        "shard_bytes": shard_bytes,
+        "trunk_bytes": trunk_bytes,
+        "total_bytes": shard_bytes + trunk_bytes,
+        "damaged_files": _damaged(root, manifest),
+    }
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """Print a summary as a table."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    layers, held, every = summary["num_layers"], summary["num_deep_experts"], summary["num_experts"]
+    span = max(summary["span_bytes"])
+    tensors = ", ".join(f"{item['name']} {item['shape']} {item['dtype']}" for item in summary["tensors"])
+    rows = [
+        ("store", summary["store"]),
+        ("checkpoint", f"{summary['source']['name']} ({summary['source']['fingerprint'][:12]})"),
+        ("model", f"{summary['architecture']}, {layers} MoE layers of {every} experts, top-{summary['top_k']}"),
+        ("one expert", f"{format_bytes(span)} a layer: {tensors}"),
+        ("deep experts", f"{held} of {every}, {format_bytes(summary['shard_bytes'] / held)} each"),
+        ("alignment", summary["alignment"]),
+        ("experts", _per_layer(summary)),
+        ("on disk", f"{format_bytes(summary['total_bytes'])}, of it {format_bytes(summary['trunk_bytes'])} trunk"),
+        ("files", _files(summary["damaged_files"])),
+    ]
+    for name, value in rows:
+        table.add_row(name, value)
+    Console(highlight=False).print(table)
+
+
+def _per_layer(summary: dict[str, Any]) -> str:
+    """The ids that the store holds: once if all layers have the same, else for every layer."""
+    every = set(range(summary["num_experts"]))
+    held = [format_ids(sorted(every - set(absent))) for absent in summary["absent_experts"]]
+    if len(set(held)) == 1:
+        return f"{held[0]} in every layer"
+    return "\n".join(f"layer {layer}: {ids}" for layer, ids in enumerate(held))
+
+
+def _files(damaged: list[str]) -> str:
+    if not damaged:
+        return "all there, with their sizes (deepfew verify reads them)"
+    return (
+        f"missing or of the wrong size: {', '.join(damaged[:5])}{', …' * (len(damaged) > 5)}; extract again to repair"
+    )
+
+
+def _damaged(root: Path, manifest: Manifest) -> list[str]:
+    sizes: Iterable[tuple[str, int]] = [
+        *((deep.file, deep.bytes) for deep in manifest.deep_experts),
+        *((file.name, file.bytes) for file in manifest.trunk),
+    ]
+    return [name for name, size in sizes if not (root / name).is_file() or (root / name).stat().st_size != size]

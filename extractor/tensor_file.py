@@ -1,0 +1,109 @@
+"""Safetensors files of a checkpoint: their headers, checked before any of their data is believed.
+
+Invariant: the tensors of a `TensorFile` lie inside the file, do not overlap, and have the bytes that shape and dtype
+need. Format: https://github.com/huggingface/safetensors#format. Files are read with pread, never mapped, so that memory
+stays bounded and a file that shrinks is an error and not a signal.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expert_store.manifest import DTYPE_BYTES
+from extractor.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100 * 10**6
+"""The limit that the safetensors library sets itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor in a checkpoint: `offset` is from the beginning of `path`, `dtype` a safetensors name."""
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """One safetensors file with its raw header (length field included) and tensors in file order."""
+
+    path: Path
+    file_bytes: int
+    header: bytes
+    tensors: tuple[TensorEntry, ...]
+
+
+def read_tensor_file(path: Path) -> TensorFile:
+    """Read and check the header of `path`. Raises CheckpointError, naming the file."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+                raise CheckpointError(
+                    f"{path} has {size} bytes and claims a header of {length}; it is truncated or no safetensors file: "
+                    "download it again"
+                )
+            header = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; download the missing file") from error
+    tensors = _parse(path, header, 8 + length)
+    end = max((tensor.offset + tensor.bytes for tensor in tensors), default=8 + length)
+    if end != size:
+        what = "truncated" if end > size else "longer than its header says"
+        raise CheckpointError(f"{path} is {what}: it has {size} bytes, its header needs {end}; download it again")
+    return TensorFile(path, size, prefix + header, tensors)
+
+
+def _parse(path: Path, header: bytes, data_offset: int) -> tuple[TensorEntry, ...]:
+    try:
+        document = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the header is not JSON ({error}); download the file again") from None
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path}: the header is no JSON object; download the file again")
+    tensors = [_entry(path, name, fields, data_offset) for name, fields in document.items() if name != "__metadata__"]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.bytes))
+    end = data_offset
+    for tensor in tensors:
+        if tensor.offset != end:
+            raise CheckpointError(
+                f"{path}: {tensor.name} begins at byte {tensor.offset}, wanted {end}; its tensors overlap or leave "
+                "holes: download the file again"
+            )
+        end += tensor.bytes
+    return tuple(tensors)
+
+
+def _entry(path: Path, name: str, fields: Any, data_offset: int) -> TensorEntry:
+    try:
+        dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(
+            f"{path}: the header's entry for {name!r} is malformed; download the file again"
+        ) from None
+    if dtype not in DTYPE_BYTES:
+        raise CheckpointError(
+            f"{path}: {name} has the dtype {dtype!r}, wanted one of {', '.join(DTYPE_BYTES)}; "
+            "use a checkpoint in one of these (bfloat16 is the usual one)"
+        )
+    numbers = (*shape, begin, end)
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise CheckpointError(f"{path}: {name} has impossible sizes {numbers}; download the file again")
+    if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
+        raise CheckpointError(
+            f"{path}: {name} takes {end - begin} bytes, its shape {list(shape)} and dtype {dtype} need "
+            f"{math.prod(shape) * DTYPE_BYTES[dtype]}; download the file again"
+        )
+    return TensorEntry(name, path, dtype, shape, data_offset + begin, end - begin)
