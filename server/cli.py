@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 COMMANDS = {
@@ -50,8 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" Did you mean `deepfew {near[0]}`?" if near else ""
         return _complain(f"there is no command {name!r}.{hint} `deepfew --help` lists all.")
     try:
-        command = importlib.import_module(COMMANDS[name][0]).main
-        status = command(arguments if COMMANDS[name][0] == "extractor.cli" else arguments[1:])
+        module = importlib.import_module(COMMANDS[name][0])
+        if module.__name__ == "extractor.cli":
+            return _run_typer(getattr(module, name), name, arguments[1:])
+        status = module.main(arguments[1:])
         return int(status or 0)
     except KeyboardInterrupt:
         return 130
@@ -62,6 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_domain_error(error):
             return _complain(str(error))
         raise
+
+
+def _run_typer(function: Callable[..., None], name: str, arguments: list[str]) -> int:
+    """Run one of the extractor's commands, which are typer functions and say their errors themselves."""
+    import typer
+
+    application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    application.command(name)(function)
+    try:
+        application(arguments, prog_name=f"deepfew {name}")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
 
 
 def is_domain_error(error: BaseException) -> bool:

@@ -29,12 +29,16 @@ def main(argv: Sequence[str]) -> int:
     return serve(settings_from(parser.parse_args(argv)))
 
 
-def serve(resolved: Resolved, *, on_listening: Callable[[Service, str], None] = lambda service, url: None) -> int:
+OnListening = Callable[[Service, str, Callable[[], None]], None]
+
+
+def serve(resolved: Resolved, *, on_listening: OnListening | None = None) -> int:
     """Serve a store.
 
     Args:
         resolved: settings, logged with their origins.
-        on_listening: called with the service and the server's address when the socket is bound and loading begins.
+        on_listening: called when the socket is bound and loading begins, with the service, the server's address, and
+            what ends the server as a signal does. Must not block.
 
     Returns:
         0 after a signal.
@@ -63,7 +67,8 @@ def serve(resolved: Resolved, *, on_listening: Callable[[Service, str], None] = 
     )
     server = Listener(app, service, settings.http)
     service.start()
-    on_listening(service, url)
+    if on_listening is not None:
+        on_listening(service, url, server.stop)
     server.run(sockets=[listener])
     if service.error is not None:
         raise service.error

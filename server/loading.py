@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from expert_store.store import Store
     from router.mask import ExpertMask
     from server.engine.engine import Engine
-    from server.engine.usage import UsageFile
     from server.model.runner import Runner
 
 DEFAULT_CONTEXT_TOKENS = 8192
@@ -46,11 +45,16 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
         StoreError, MaskError, SettingsError, TrunkError: what is wrong with the store, the mask or the memory.
     """
     progress(0.0, "starting torch and transformers")
+    import transformers
+
     from expert_store.store import Store
-    from server.engine.engine import Engine, EngineLimits
+    from server.engine.admission import EngineLimits
+    from server.engine.engine import Engine
+    from server.engine.usage import UsageFile
     from server.model.assembly import load_model, resolve_device, resolve_dtype
     from server.model.runner import Runner
 
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     progress(0.0, "opening the store")
     store = Store.open(_store_path(settings))
     try:
@@ -94,7 +98,7 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
             max_waiting_tokens=settings.engine.max_queue_tokens,
             prefill_chunk_tokens=settings.engine.prefill_chunk_tokens,
         ),
-        usage=lambda runner: _usage_file(runner, settings.usage.usage_save_seconds),
+        usage=lambda ledger: UsageFile(store.path / "usage.json", ledger, settings.usage.usage_save_seconds),
     )
     engine.start()
     while (status := engine.status()).state == "loading":
@@ -153,16 +157,6 @@ def _snapshot(engine: Engine, store: Store, mask: ExpertMask | None) -> ExpertsS
         host_misses=statistics.host_misses,
         shards=tuple(ShardInfo(deep.file, deep.bytes, deep.experts) for deep in store.manifest.deep_experts),
     )
-
-
-def _usage_file(runner: Runner, interval_seconds: float) -> UsageFile:
-    from router.ledger import UsageLedger
-    from server.engine.usage import UsageFile
-
-    store = runner.model.store
-    spec = store.manifest.model
-    empty = UsageLedger(spec.num_layers, spec.num_experts, store.manifest.source.fingerprint)
-    return UsageFile(store.path / "usage.json", empty, interval_seconds)
 
 
 def _store_path(settings: Settings) -> Path:

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Generator
 from types import FrameType
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 512
 LAST_WORDS_SECONDS = 2
+ENGINE_END_SECONDS = 10.0
 
 
 class PortTakenError(Exception):
@@ -198,5 +200,9 @@ class Listener(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await asyncio.to_thread(self._service.close, 0.0)
+        closing = threading.Thread(target=self._service.close, args=(0.0,), daemon=True)
+        closing.start()
+        until = time.monotonic() + ENGINE_END_SECONDS
+        while closing.is_alive() and time.monotonic() < until:  # an engine that hangs must not keep the process
+            await asyncio.sleep(0.02)
         await super().shutdown(sockets)

@@ -76,9 +76,8 @@ class Gate:
             else:
                 abort(scope)
         finally:
-            quiet = scope["path"] in QUIET_PATHS and (seen["status"] or 0) < 500
             logger.log(
-                logging.DEBUG if quiet else logging.INFO,
+                logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO,
                 "request",
                 extra={
                     "request_id": request_id,

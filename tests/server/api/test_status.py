@@ -1,0 +1,176 @@
+"""Health, information, experts, the key, and how a server begins and ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import httpx
+import pytest
+
+from server.api.status_schemas import ExpertsResponse, InfoResponse
+from server.service import LoadedModel, Progress
+from tests.server.api.running import running, wait_until
+from tests.server.api.scripted import EXPERTS, LAYERS, ScriptedEngine, loaded
+
+KEY = "correct-horse-battery"
+ROUTES = [
+    ("GET", "/health"),
+    ("GET", "/health/ready"),
+    ("GET", "/info"),
+    ("GET", "/experts"),
+    ("GET", "/metrics"),
+    ("GET", "/openapi.json"),
+    ("GET", "/nowhere"),
+    ("POST", "/"),
+    ("POST", "/generate"),
+    ("POST", "/generate_stream"),
+]
+
+
+def test_ready_server_says_so() -> None:
+    with running() as server, server.client() as client:
+        assert client.get("/health/live").json() == {"status": "ok"}
+        assert client.get("/health").json() == {"status": "ok"}
+        assert client.get("/health/ready").json() == {"state": "ready", "reason": "", "progress": 1.0}
+
+
+def test_while_loading_it_is_live_and_says_what_it_does_and_how_far() -> None:
+    go = threading.Event()
+
+    def load(progress: Progress) -> LoadedModel:
+        progress(0.25, "filling slots")
+        go.wait(10)
+        return loaded(ScriptedEngine())
+
+    with running(load=load) as server, server.client() as client:
+        assert client.get("/health/live").status_code == 200
+        wait_until(lambda: client.get("/health/ready").json()["progress"] == 0.25)
+        response = client.get("/health/ready")
+        assert response.status_code == 503
+        assert response.json() == {
+            "state": "loading",
+            "reason": "loading: filling slots (25%)",
+            "progress": 0.25,
+            "error": "loading: filling slots (25%)",
+            "error_type": "healthcheck",
+        }
+        assert client.get("/health").status_code == 200
+        for response in (client.post("/generate", json={"inputs": "a"}), client.get("/info"), client.get("/experts")):
+            assert response.status_code == 503
+            assert response.json()["error_type"] == "healthcheck"
+            assert response.headers["retry-after"] == "2"
+        assert "deepfew_load_progress_ratio 0.25" in client.get("/metrics").text
+        go.set()
+        wait_until(lambda: client.get("/health/ready").status_code == 200)
+        assert client.post("/generate", json={"inputs": "a"}).status_code == 200
+
+
+def test_failed_load_is_unhealthy_without_its_text_and_ends_the_server() -> None:
+    stop: list[object] = []
+
+    def load(progress: Progress) -> LoadedModel:
+        raise RuntimeError("/secret/path is corrupt")
+
+    with running(load=load) as server, server.client() as client:
+        wait_until(lambda: server.service.error is not None)
+        response = client.get("/health")
+        assert response.status_code == 503
+        assert "/secret/path" not in response.text
+        assert not stop
+
+
+@pytest.mark.parametrize("how", ["failed", "stalled"])
+def test_broken_engine_is_neither_ready_nor_healthy(how: str) -> None:
+    engine = ScriptedEngine()
+    with running(engine, stall_seconds=5) as server, server.client() as client:
+        if how == "failed":
+            engine.state, engine.reason = "failed", "CUDA error: device-side assert"
+        else:
+            engine.stalled_seconds = 9.0
+        for path in ("/health", "/health/ready"):
+            response = client.get(path)
+            assert response.status_code == 503
+            assert ("device-side assert" if how == "failed" else "no progress for 9 s") in response.json()["error"]
+        assert client.get("/health/live").status_code == 200
+        assert client.post("/generate", json={"inputs": "a"}).status_code == 503
+        assert "deepfew_healthy 0.0" in client.get("/metrics").text
+
+
+def test_info_and_experts_have_their_documented_shape() -> None:
+    with running() as server, server.client() as client:
+        info = client.get("/info").json()
+        InfoResponse.model_validate(info, strict=True)
+        assert (info["model_id"], info["max_total_tokens"]) == ("scripted", 200)
+        experts = client.get("/experts").json()
+    ExpertsResponse.model_validate(experts, strict=True)
+    for name in ("available", "resident", "uses", "demand", "served_mass", "demand_mass"):
+        assert [len(row) for row in experts[name]] == [EXPERTS] * LAYERS
+    for name in ("deficit", "hits", "misses", "evictions", "fetch_bytes", "fetch_seconds", "expert_bytes"):
+        assert len(experts[name]) == LAYERS
+    assert experts["totals"]["resident"] == 4
+    assert experts["totals"]["hits"] == 30
+    assert experts["shards"] == [{"file": "experts/deep-00000.safetensors", "bytes": 4096, "experts": [0, 1]}]
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_every_route_but_liveness_needs_the_key(method: str, path: str) -> None:
+    with running(api_key=KEY) as server, server.client() as client:
+        assert client.get("/health/live").status_code == 200
+        wrong = [
+            {},
+            {"authorization": f"Bearer {KEY}x"},
+            {"authorization": f"Basic {KEY}"},
+            {"authorization": KEY},
+            {"x-api-key": KEY.upper()},
+            {"x-api-key": ""},
+        ]
+        for headers in wrong:
+            response = client.request(method, path, headers=headers)
+            assert response.status_code == 401
+            assert response.json()["error_type"] == "unauthorized"
+            assert response.headers["www-authenticate"] == "Bearer"
+        for headers in ({"authorization": f"Bearer {KEY}"}, {"x-api-key": KEY}, {"authorization": f"bearer  {KEY}"}):
+            assert client.request(method, path, headers=headers).status_code != 401
+    assert not server.engine.submitted
+
+
+def test_key_with_bytes_beyond_ascii_is_wrong_and_no_failure() -> None:
+    with running(api_key=KEY) as server, server.raw() as connection:
+        connection.sendall(b"GET /info HTTP/1.1\r\nHost: x\r\nX-API-Key: \xff\xfe\xc3\xa9\r\n\r\n")
+        assert connection.recv(64).startswith(b"HTTP/1.1 401 ")
+
+
+def test_first_signal_lets_running_requests_finish_and_refuses_new_ones() -> None:
+    engine = ScriptedEngine(answer=["x"] * 20, step_seconds=0.03)
+    with running(engine, drain_seconds=10.0) as server, server.client() as client:
+        answers: list[httpx.Response] = []
+        asking = threading.Thread(target=lambda: answers.append(client.post("/generate", json={"inputs": "a"})))
+        asking.start()
+        wait_until(lambda: engine.num_active == 1)
+        server.listener.handle_exit(15, None)
+        with server.client() as other:
+            ready = other.get("/health/ready")
+            assert (ready.status_code, ready.json()["state"]) == (503, "draining")
+            assert other.post("/generate", json={"inputs": "a"}).status_code == 503
+            assert other.get("/health/live").status_code == 200
+        asking.join(5)
+        assert answers[0].json() == {"generated_text": "x" * 20}
+        server.thread.join(3)
+        assert not server.thread.is_alive()
+
+
+def test_drain_is_bounded() -> None:
+    engine = ScriptedEngine()
+    engine.may_run.clear()
+    with running(engine, drain_seconds=0.3) as server:
+        held = server.post_raw("/generate_stream", b'{"inputs":"a"}')
+        wait_until(lambda: engine.num_active == 1)
+        started = time.monotonic()
+        server.listener.handle_exit(15, None)
+        server.thread.join(6)
+        assert not server.thread.is_alive()
+        assert 0.2 < time.monotonic() - started < 4
+        assert engine.num_active == 0
+        assert b"generation" in held.recv(4096) or True
+        held.close()
