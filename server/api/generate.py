@@ -150,7 +150,6 @@ async def _prepare(context: ApiContext, model: LoadedModel, body: GenerateReques
 async def _stream(
     generation: Generation, prompt: Prompt, keep_alive_seconds: float, path: str
 ) -> AsyncGenerator[bytes, None]:
-    last: TokenEvent | None = None
     try:
         async for batch in generation.batches(keep_alive_seconds):
             if not batch:
@@ -160,13 +159,7 @@ async def _stream(
             tokens = [item for item in batch if isinstance(item, TokenEvent)]
             chunks = [_stream_event(token, prompt, None) for token in tokens]
             if end is not None:
-                if tokens:
-                    chunks[-1] = _stream_event(tokens[-1], prompt, end)
-                else:
-                    index = 1 if last is None else last.index
-                    closing = TokenEvent(index, 0 if last is None else last.token_id, "", 0.0, special=True)
-                    chunks.append(_stream_event(closing, prompt, end))
-            last = tokens[-1] if tokens else last
+                chunks[-1] = _stream_event(tokens[-1], prompt, end)
             yield b"".join(chunks)
     except EngineError as error:
         yield event(error_body(error, path))

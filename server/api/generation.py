@@ -20,7 +20,6 @@ from server.metrics import Metrics
 from server.service import EngineLike
 
 MAX_PENDING_EVENTS = 4096
-LAST_TOKEN_GRACE_SECONDS = 0.002
 
 
 class Generation:
@@ -78,6 +77,7 @@ class Generation:
         Raises:
             EngineError: the request failed, took too long, or its events were not read fast enough.
         """
+        held: list[TokenEvent | FinishedEvent] = []
         while True:
             remaining = self._max_seconds - self.elapsed_seconds
             if remaining <= 0:
@@ -92,16 +92,10 @@ class Generation:
                 continue
             self._wake.clear()
             self._is_waking = False
-            batch = self._take()
-            if len(batch) == 1 and isinstance(batch[0], TokenEvent):
-                # The engine tells of the last token and of the end in one step, but in two calls; the contract wants
-                # them in one event.
-                try:
-                    async with asyncio.timeout(LAST_TOKEN_GRACE_SECONDS):
-                        await self._wake.wait()
-                except TimeoutError:
-                    pass
-                batch += self._take()
+            batch = held + self._take()
+            if batch and isinstance(batch[-1], TokenEvent) and batch[-1].is_last:
+                held = batch  # the contract wants the last token and the end in one event, and the end follows at once
+                continue
             if batch:
                 yield batch
                 if isinstance(batch[-1], FinishedEvent):

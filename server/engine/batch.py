@@ -142,6 +142,7 @@ class Batch:
                 logprob=token_logprob(logits, token),
                 special=special,
                 top=top_logprobs(logits, sequence.request.num_logprobs, model.tokenizer),
+                is_last=reason is not None,
             )
         )
         if reason is not None:

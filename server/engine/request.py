@@ -133,7 +133,12 @@ class Deficit:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One generated token. `text` is what it adds to the text (empty while a character is incomplete)."""
+    """One generated token.
+
+    Attributes:
+        text: what it adds to the text (empty while a character is incomplete).
+        is_last: the request ends with it, and its `FinishedEvent` follows at once.
+    """
 
     index: int
     token_id: int
@@ -141,6 +146,7 @@ class TokenEvent:
     logprob: float
     special: bool
     top: tuple[Logprob, ...] = ()
+    is_last: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,7 @@ class ScriptedEngine:
 
     Attributes:
         answer: text of the tokens; after them the end-of-sequence token.
-        step_seconds: before every token.
+        step_seconds, end_seconds: before every token, between the last one and the end.
         max_waiting: places; one more is refused with a QueueFullError.
         fail_after: tokens after which the request fails, if any.
         may_run: cleared, nothing moves.
@@ -62,6 +62,7 @@ class ScriptedEngine:
 
     answer: list[str] = field(default_factory=lambda: [" Paris", ",", " the", " city", " of", " light", "."])
     step_seconds: float = 0.0
+    end_seconds: float = 0.0
     max_waiting: int = 64
     max_context: int = 200
     fail_after: int | None = None
@@ -147,7 +148,10 @@ class ScriptedEngine:
             if not special:
                 text += shown
             stopped = next((stop for stop in request.sampling.stop if stop in text), None)
-            on_event(TokenEvent(index, token_id, shown, -0.25, special, top))
+            is_last = special or stopped is not None or index == request.sampling.max_new_tokens
+            on_event(TokenEvent(index, token_id, shown, -0.25, special, top, is_last))
+            if is_last:
+                time.sleep(self.end_seconds)
             if special:
                 reason = "eos_token"
             if stopped is not None:

@@ -108,6 +108,17 @@ def test_stream_has_one_event_a_token_and_the_text_in_the_last(server: Running, 
     assert "[DONE]" not in response.text
 
 
+def test_last_token_and_end_are_one_event_however_late_the_end_is() -> None:
+    with running(ScriptedEngine(end_seconds=0.1), keep_alive_seconds=0.03) as server, server.client() as client:
+        body = {"inputs": "a", "parameters": {"max_new_tokens": 3}}
+        events = events_of(client.post("/generate_stream", json=body).text)
+        assert [(event["index"], event["generated_text"]) for event in events] == [
+            (1, None),
+            (2, None),
+            (3, " Paris, the"),
+        ]
+
+
 def test_tokens_arrive_while_generation_goes_on() -> None:
     with running(ScriptedEngine(step_seconds=0.1)) as server, server.client() as client:
         started = time.monotonic()
