@@ -1,0 +1,148 @@
+"""Which expert of each layer forms deep expert c: alignments of the layers, and how well one serves.
+
+An expert's index means nothing across layers, so a column is formed of experts that serve the same text. Invariant: a
+table of columns, int64 [C, L], holds distinct expert ids in each layer. The steps are assignment problems
+(`scipy.optimize.linear_sum_assignment`), one layer at a time against what the others already are. `profile` follows the
+windows' usage, `tiers` first cuts the layers by saliency, `coverage` improves either by the measure that counts: the
+mass that each kind of text keeps when it takes its own best columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+
+from extractor.errors import ExtractError
+
+Float = npt.NDArray[np.float64]
+Columns = npt.NDArray[np.int64]
+
+ROUNDS = 10
+"""Sweeps over the layers at most; a sweep that moves nothing ends them."""
+NUM_TIERS = 4
+COVERAGE_SHARES = ((0.125, 1.0), (0.25, 2.0), (0.5, 1.0))
+"""Shares of the columns at which `coverage` measures, and the weight of each."""
+
+
+class AlignmentError(ExtractError):
+    """Columns that no store can hold, or inputs that do not fit together."""
+
+
+def index_alignment(num_layers: int, num_experts: int) -> Columns:
+    """The same expert id in every layer, int64 [E, L]: simple, needs no calibration, and means nothing."""
+    return np.tile(np.arange(num_experts, dtype=np.int64)[:, None], (1, num_layers))
+
+
+def rank_alignment(saliency: Float) -> Columns:
+    """The c-th best expert of each layer by saliency [L, E] forms column c, int64 [E, L]."""
+    return np.argsort(-saliency, axis=1, kind="stable").T.astype(np.int64)
+
+
+def chain_alignment(saliency: Float, coactivation: Float) -> Columns:
+    """Each layer matched to the one before by co-activation [L-1, E, E], from layer 0 by saliency, int64 [E, L]."""
+    columns = rank_alignment(saliency)
+    for layer in range(1, columns.shape[1]):
+        _, follower = linear_sum_assignment(coactivation[layer - 1][columns[:, layer - 1]], maximize=True)
+        columns[:, layer] = follower
+    return columns
+
+
+def profile_alignment(columns: Columns, windows: npt.NDArray[np.floating], rounds: int = ROUNDS) -> Columns:
+    """Columns whose experts are used in the same windows, int64 [C, L], from a first table that is not changed.
+
+    Repeats: for each layer, match its experts to the summed profiles of the columns' other layers.
+
+    Args:
+        columns: int64 [C, L], which experts take part and a first order (for instance `rank_alignment`).
+        windows: usage [W, L, E] of windows of text (gate mass).
+    """
+    columns = columns.copy()
+    profiles = np.sqrt(windows.astype(np.float64))
+    length = np.sqrt(np.square(profiles).sum(axis=0, keepdims=True))
+    profiles = np.divide(profiles, length, out=np.zeros_like(profiles), where=length > 0)
+    num_layers = columns.shape[1]
+    summed = sum((profiles[:, layer, columns[:, layer]] for layer in range(num_layers)), np.zeros(()))  # [W, C]
+    for _ in range(rounds):
+        before = columns.copy()
+        for layer in range(num_layers):
+            own = profiles[:, layer, columns[:, layer]]  # [W, C]
+            _, chosen = linear_sum_assignment((summed - own).T @ own, maximize=True)
+            columns[:, layer] = columns[chosen, layer]
+            summed = summed - own + own[:, chosen]
+        if np.array_equal(before, columns):
+            break
+    return columns
+
+
+def tiered_alignment(
+    saliency: Float, windows: npt.NDArray[np.floating], num_tiers: int = NUM_TIERS, rounds: int = ROUNDS
+) -> Columns:
+    """Layers cut into tiers of saliency [L, E], the profile alignment within each; best tier first, int64 [E, L]."""
+    ranked = rank_alignment(saliency)
+    bounds = np.linspace(0, len(ranked), num_tiers + 1).astype(int)
+    parts = [profile_alignment(ranked[low:high], windows, rounds) for low, high in pairwise(bounds) if high > low]
+    return np.concatenate(parts)
+
+
+def coverage_alignment(
+    columns: Columns,
+    groups: npt.NDArray[np.floating],
+    weights: npt.NDArray[np.floating],
+    shares: Sequence[tuple[float, float]] = COVERAGE_SHARES,
+    rounds: int = 2 * ROUNDS,
+) -> Columns:
+    """Columns improved for what groups of text keep when each takes its own best columns, int64 [C, L].
+
+    Coordinate ascent of Σ_groups weight Σ_shares weight × (mass of the group in its own best share of the columns):
+    with the groups' choices of columns fixed, placing the experts of one layer is an assignment problem.
+
+    Args:
+        columns: int64 [C, L], which experts take part and where the ascent starts; not changed.
+        groups: mass [G, L, E] of each group of text (domains, windows, all of it).
+        weights: [G].
+    """
+    columns = columns.copy()
+    groups = groups / np.maximum(groups.sum(axis=(1, 2), keepdims=True), np.finfo(np.float64).tiny)
+    num_columns, num_layers = columns.shape
+    keeps = [(max(1, round(share * num_columns)), weight) for share, weight in shares]
+    mass = column_mass(columns, groups)  # [G, C]
+    for _ in range(rounds):
+        before = columns.copy()
+        for layer in range(num_layers):
+            place = np.argsort(np.argsort(-mass, axis=1, kind="stable"), axis=1)  # rank of each column in its group
+            wanted = sum((weight * (place < keep) for keep, weight in keeps), np.zeros(())) * weights[:, None]  # [G, C]
+            own = groups[:, layer, columns[:, layer]]  # [G, C]
+            _, chosen = linear_sum_assignment(wanted.T @ own, maximize=True)
+            columns[:, layer] = columns[chosen, layer]
+            mass = mass - own + own[:, chosen]
+        if np.array_equal(before, columns):
+            break
+    return columns
+
+
+def column_mass(columns: Columns, mass: npt.NDArray[np.floating]) -> Float:
+    """Mass of each column, float64 [..., C], from mass of the experts [..., L, E]."""
+    layers = np.arange(columns.shape[1])
+    return np.asarray(mass[..., layers[None, :], columns].sum(axis=-1), dtype=np.float64)
+
+
+def served_share(columns: Columns, mass: npt.NDArray[np.floating]) -> float:
+    """Share of the mass [L, E] that lies in the columns."""
+    total = float(mass.sum())
+    return float(column_mass(columns, mass).sum()) / total if total > 0 else 0.0
+
+
+def check_columns(columns: Columns, num_layers: int, num_experts: int) -> None:
+    """Raises `AlignmentError` unless the columns are distinct existing experts in every layer."""
+    if columns.ndim != 2 or columns.shape[1] != num_layers:
+        raise AlignmentError(f"columns have shape {columns.shape}, wanted [C, {num_layers}]")
+    if columns.size and not 0 <= int(columns.min()) <= int(columns.max()) < num_experts:
+        raise AlignmentError(f"a column names an expert outside 0 to {num_experts - 1}")
+    for layer in range(num_layers):
+        ids, counts = np.unique(columns[:, layer], return_counts=True)
+        if counts.size and counts.max() > 1:
+            raise AlignmentError(f"expert {ids[counts.argmax()]} of layer {layer} stands in two columns")

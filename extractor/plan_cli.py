@@ -1,0 +1,135 @@
+"""The command `plan`, as a function that a typer application mounts.
+
+Invariant: what went wrong on purpose is one message on standard error and the exit status 2; standard output carries
+the result alone, as text or, with --json, as one JSON object. A plan that is expected to cost a lot is said to, loudly.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from expert_store.errors import StoreError
+from extractor.criteria import CRITERIA, DEFAULT_CRITERION, normalised, score
+from extractor.disk import format_bytes
+from extractor.errors import ExtractError, SelectionError
+from extractor.plan import Plan, write_plan
+from extractor.planning import ALIGNMENTS, PlanRequest, count_for, make_plan
+from extractor.planning_expectation import BAD_LOSS_CHANGE, Expectation
+from extractor.selection import parse_bytes, parse_keep
+from extractor.statistics import ExpertStatistics, merge_all
+from extractor.statistics_file import read_statistics
+from router.ledger import LedgerError, UsageLedger
+
+
+def plan(
+    stats: Annotated[list[Path], typer.Option(help="Statistics from `deepfew calibrate`; several are added up.")],
+    out: Annotated[Path, typer.Option(help="Plan file to write, for `deepfew extract --plan`.")] = Path("plan.json"),
+    usage: Annotated[Path | None, typer.Option(help="usage.json of a server, as a domain of its own.")] = None,
+    count: Annotated[int | None, typer.Option(help="How many deep experts to choose.")] = None,
+    keep: Annotated[str | None, typer.Option(help="Share of the experts to choose, such as 25%.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Size of the whole store, such as 12GiB.")] = None,
+    criterion: Annotated[
+        str, typer.Option(help=f"What an expert is worth: {', '.join(CRITERIA)}.")
+    ] = DEFAULT_CRITERION,
+    alignment: Annotated[
+        str, typer.Option(help=f"How deep experts are formed: {', '.join(ALIGNMENTS)}. free chooses per layer first.")
+    ] = "free",
+    domains: Annotated[str | None, typer.Option(help="Domains to serve, such as code,chat; all by default.")] = None,
+    quota: Annotated[
+        list[str] | None, typer.Option(help="Share of the places chosen for one domain alone, such as code=0.5.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the criterion random.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Picture to draw (png, svg or pdf).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Choose which experts a store should have, from calibration statistics, and say what they will serve."""
+    try:
+        statistics = merge_all(read_statistics(path) for path in stats)
+        request = PlanRequest(
+            count=count_for(
+                statistics,
+                count,
+                None if keep is None else parse_keep(keep),
+                None if budget is None else parse_bytes(budget),
+            ),
+            criterion=criterion,
+            alignment=alignment,
+            domains=None if domains is None else tuple(name.strip() for name in domains.split(",")),
+            quotas=dict(_quota(text) for text in quota or ()),
+            usage=None if usage is None else UsageLedger.load(usage).demand_mass,
+            seed=seed,
+        )
+        made = make_plan(statistics, request)
+        write_plan(out, made)
+        if plot is not None:
+            _draw(plot, statistics, made, request)
+    except (ExtractError, StoreError, LedgerError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    if as_json:
+        print(json.dumps({"plan": str(out), "num_deep_experts": len(made.deep_experts), **made.extra}))
+    else:
+        print(_text(out, statistics, made))
+    for warning in plan_warnings(made):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def expectations(made: Plan) -> list[Expectation]:
+    """What a plan file says that it is expected to serve; none if it does not say."""
+    return [
+        Expectation(str(item["domain"]), float(item["served_share"]), item["loss_change"])
+        for item in made.extra.get("expected", ())
+    ]
+
+
+def plan_warnings(made: Plan) -> list[str]:
+    """What a user must know before serving from this plan."""
+    bad = sorted(
+        (one for one in expectations(made) if one.is_bad), key=lambda one: one.loss_change or 0.0, reverse=True
+    )
+    if not bad:
+        return []
+    worst = bad[0]
+    assert worst.loss_change is not None
+    return [
+        f"masked to this plan, {len(bad)} of {len(expectations(made))} domains are expected to lose more than "
+        f"{BAD_LOSS_CHANGE} nats a token, {worst.domain} the most ({worst.loss_change:+.2f}, perplexity × "
+        f"{math.exp(worst.loss_change):.2f}): keep more experts, or serve a whole store with experts paged in, "
+        "which is exact"
+    ]
+
+
+def _draw(path: Path, statistics: ExpertStatistics, made: Plan, request: PlanRequest) -> None:
+    from extractor.plan_plots import draw_plan  # matplotlib is slow to import and only pictures need it
+
+    names = list(request.domains or statistics.domains)
+    scores = np.mean(
+        [normalised(score(statistics, request.criterion, [name], seed=request.seed)) for name in names], axis=0
+    )
+    draw_plan(path, statistics, made, scores, names)
+
+
+def _quota(text: str) -> tuple[str, float]:
+    name, _, share = text.partition("=")
+    try:
+        return name.strip(), float(share)
+    except ValueError:
+        raise SelectionError(f"--quota {text!r}: wanted a domain and a share, such as code=0.5") from None
+
+
+def _text(out: Path, statistics: ExpertStatistics, made: Plan) -> str:
+    size = ""
+    if statistics.expert_bytes:
+        size = f", {format_bytes(len(made.deep_experts) * statistics.expert_bytes)} of experts"
+    head = (
+        f"{out}: {len(made.deep_experts)} of {made.num_experts} deep experts of {made.num_layers} layers{size}, "
+        f"chosen by {made.extra['criterion']}, alignment {made.alignment['kind']}"
+    )
+    return "\n".join([head, *(f"  {one.describe()}" for one in expectations(made))])
