@@ -19,15 +19,12 @@ import numpy.typing as npt
 import torch
 
 from expert_store.errors import ExpertUnavailableError, SlotsError
-from expert_store.host_tier import HostTier
+from expert_store.host_tier import PARALLEL_READ_BYTES, READ_THREADS, HostTier
 from expert_store.policy import LRU, EvictionPolicy
 from expert_store.slots import SlotPool
 
 if TYPE_CHECKING:
     from expert_store.store import Store
-
-PARALLEL_READ_BYTES = 1 << 20
-"""Spans at least this large are read from disk by several threads; below, a thread's hand-over costs more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +97,7 @@ class ExpertCache:
         self._free = [list(range(self.num_slots - 1, -1, -1)) for _ in range(self.num_layers)]
         self._leases: list[dict[int, int]] = [{} for _ in range(self.num_layers)]
         self._policies = [policy() for _ in range(self.num_layers)]
-        self._readers = ThreadPoolExecutor(4, thread_name_prefix="expert-read")
+        self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="expert-read")
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._hits = np.zeros(self.num_layers, dtype=np.int64)
         self._misses = np.zeros(self.num_layers, dtype=np.int64)

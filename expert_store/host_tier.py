@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from expert_store.store import Store
 
 READ_THREADS = 4
+PARALLEL_READ_BYTES = 1 << 20
+"""Spans at least this large are read from disk by several threads; below, a thread's hand-over costs more."""
 
 
 class HostTier:
@@ -79,13 +81,19 @@ class HostTier:
         self.misses += len(missing)
         claimed = [(key, self._claim(wanted)) for key in missing]
         span_bytes = self._store.layer_spec(layer).span_bytes
-        reads = [
-            self._readers.submit(self._store.read_expert, layer, key[1], self._arena[entry, :span_bytes])
-            for key, entry in claimed
-        ]
-        failure: BaseException | None = None
-        for (key, entry), read in zip(claimed, reads, strict=True):
-            error = read.exception()
+
+        def read(claim: tuple[tuple[int, int], int]) -> Exception | None:
+            (_, expert), entry = claim
+            try:
+                self._store.read_expert(layer, expert, self._arena[entry, :span_bytes])
+            except Exception as error:  # told to the caller once every entry is accounted for
+                return error
+            return None
+
+        in_parallel = len(claimed) > 1 and span_bytes >= PARALLEL_READ_BYTES
+        errors = list(self._readers.map(read, claimed) if in_parallel else map(read, claimed))
+        failure: Exception | None = None
+        for (key, entry), error in zip(claimed, errors, strict=True):
             if error is None:
                 self._entries[key] = entry
             else:

@@ -8,6 +8,8 @@ its parameters; `from_pretrained` then reads only the trunk's tensors. Source: `
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as transformers_logging
 
 from server.model.experts import IMPLEMENTATION
 
@@ -25,7 +28,7 @@ class TrunkError(Exception):
 
 def is_experts_module(module: nn.Module) -> bool:
     """Whether a module is one whose forward goes through transformers' registry of experts implementations."""
-    return hasattr(module, "_is_expert_parallel") and hasattr(module, "is_transposed")
+    return hasattr(module, "is_concatenated") and hasattr(module, "is_transposed")
 
 
 def load_trunk(path: Path, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -43,18 +46,19 @@ def load_trunk(path: Path, *, device: torch.device, dtype: torch.dtype) -> PreTr
     """
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     model_class = _model_class(config)
-    loaded: Any = _without_experts(model_class).from_pretrained(
-        path,
-        config=config,
-        dtype=dtype,
-        device_map=None,
-        experts_implementation=IMPLEMENTATION,
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-        local_files_only=True,
-    )
+    with _no_progress_bar():
+        loaded: Any = _without_experts(model_class).from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            device_map=None,
+            experts_implementation=IMPLEMENTATION,
+            attn_implementation="sdpa" if model_class._supports_sdpa else "eager",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            local_files_only=True,
+        )
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
@@ -73,6 +77,18 @@ def _model_class(config: Any) -> type[PreTrainedModel]:
         raise TrunkError(f"transformers has no causal language model for {type(config).__name__}")
     model_class: type[PreTrainedModel] = mapped[0] if isinstance(mapped, tuple) else mapped
     return model_class
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers' bar over trunk tensors kept quiet: loading has one progress line of ours."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _without_experts(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:

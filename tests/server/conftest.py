@@ -1,0 +1,48 @@
+"""Stores of the bundled checkpoint and models over them, shared by the server's tests."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from expert_store.store import Store
+from extractor.checkpoint import Checkpoint
+from extractor.prepare import prepare
+from extractor.selection import SelectionRequest
+from router.mask import ExpertMask
+from server.model.assembly import SelectiveModel, load_model
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with every deep expert of the bundled checkpoint; read-only by agreement."""
+    path = tmp_path_factory.mktemp("stores") / "tiny"
+    prepare(Checkpoint.open(tiny_checkpoint), path, SelectionRequest()).run()
+    return path
+
+
+@pytest.fixture(scope="session")
+def stock(tiny_checkpoint: Path) -> PreTrainedModel:
+    """Stock transformers on the bundled checkpoint, float32."""
+    return AutoModelForCausalLM.from_pretrained(
+        tiny_checkpoint, dtype=torch.float32, experts_implementation="batched_mm"
+    ).eval()
+
+
+@pytest.fixture
+def selective(tiny_store: Path) -> Iterator[Callable[..., SelectiveModel]]:
+    """Makes selective models over the tiny store; closes them at the end."""
+    models: list[SelectiveModel] = []
+
+    def make(num_slots: int | None = None, mask: ExpertMask | None = None, dtype: torch.dtype = torch.float32):
+        model = load_model(
+            Store.open(tiny_store), device=torch.device("cpu"), dtype=dtype, num_slots=num_slots, mask=mask
+        )
+        models.append(model)
+        return model
+
+    yield make
+    for model in models:
+        model.close()

@@ -1,0 +1,293 @@
+"""The engine over the bundled checkpoint: batches that change at every step, endings of every kind."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from expert_store.errors import ShardCorruptError
+from expert_store.store import Store
+from router.ledger import UsageLedger
+from router.mask import ExpertMask
+from server.engine.admission import EngineLimits
+from server.engine.engine import Engine
+from server.engine.request import (
+    ContextTooLongError,
+    EngineStoppedError,
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    GenerationRequest,
+    InvalidRequestError,
+    QueueFullError,
+    SamplingParams,
+    TokenEvent,
+)
+from server.engine.usage import UsageFile
+from server.model.assembly import load_model
+from server.model.runner import Runner
+
+WAIT_SECONDS = 60
+
+
+class Client:
+    """Submits one request and collects its events."""
+
+    def __init__(self, engine: Engine, text: str, name: str | None = None, num_logprobs: int = 0, **sampling) -> None:
+        self.events: list[Event] = []
+        self.ended = threading.Event()
+        self.first = threading.Event()
+        self.name = name or f"request-{id(self)}"
+        ids = tuple(engine.runner.model.tokenizer(text).input_ids)
+        request = GenerationRequest(self.name, ids, SamplingParams(**sampling), num_logprobs=num_logprobs)
+        engine.submit(request, self._take)
+
+    def _take(self, event: Event) -> None:
+        assert not self.ended.is_set(), f"{event} after the final event"
+        self.events.append(event)
+        self.first.set()
+        if not isinstance(event, TokenEvent):
+            self.ended.set()
+
+    def result(self) -> FinishedEvent:
+        assert self.ended.wait(WAIT_SECONDS), "the request did not end"
+        last = self.events[-1]
+        assert isinstance(last, FinishedEvent), last
+        return last
+
+    @property
+    def tokens(self) -> list[TokenEvent]:
+        return [event for event in self.events if isinstance(event, TokenEvent)]
+
+
+@pytest.fixture
+def make_engine(tiny_store: Path) -> Iterator[Callable[..., Engine]]:
+    engines: list[Engine] = []
+
+    def make(max_rows: int = 4, mask: ExpertMask | None = None, usage_path: Path | None = None, **limits) -> Engine:
+        def loader(progress) -> Runner:
+            model = load_model(
+                Store.open(tiny_store),
+                device=torch.device("cpu"),
+                dtype=torch.float32,
+                num_slots=16,
+                mask=mask,
+                progress=progress,
+            )
+            return Runner(model, max_rows=max_rows, max_tokens=256)
+
+        def usage(empty: UsageLedger) -> UsageFile:
+            assert usage_path is not None
+            return UsageFile(usage_path, empty)
+
+        engine = Engine(loader, EngineLimits(**limits), None if usage_path is None else usage)
+        engine.start()
+        engines.append(engine)
+        until = time.monotonic() + WAIT_SECONDS
+        while engine.status().state == "loading" and time.monotonic() < until:
+            time.sleep(0.01)
+        assert engine.status().state == "ready", engine.status()
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.stop(0)
+
+
+def test_greedy_answer_and_its_events(make_engine: Callable[..., Engine]) -> None:
+    client = Client(make_engine(), "The capital of France is", max_new_tokens=10, num_logprobs=2)
+    result = client.result()
+    assert result.generated_text == " Paris."
+    assert result.reason == "eos_token"
+    assert result.seed is None
+    assert [token.index for token in client.tokens] == list(range(1, result.num_generated_tokens + 1))
+    assert client.tokens[-1].special
+    for token in client.tokens:
+        assert token.top[0][:2] == (token.token_id, token.top[0][1])
+        assert token.top[0][2] == pytest.approx(token.logprob, abs=1e-4)
+    assert result.deficit.overall == 0.0
+
+
+def test_seeded_requests_give_the_same_text_alone_and_in_any_company(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(max_rows=3)
+    sampling = {"max_new_tokens": 24, "temperature": 0.9, "top_p": 0.95, "seed": 11}
+    alone = Client(engine, "Once upon a time", **sampling).result().generated_text
+    crowd = []
+    for at, text in enumerate(["Der Hund", "12 + 5 =", "def main():", "The river", "Paris is"]):
+        crowd.append(Client(engine, text, max_new_tokens=6 + 7 * at, do_sample=True))
+        if at == 2:
+            seeded = Client(engine, "Once upon a time", **sampling)
+    assert seeded.result().generated_text == alone
+    assert all(client.result().reason in ("length", "eos_token") for client in crowd)
+
+
+def test_a_request_joins_while_another_runs_and_leaves_before_it(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    long = Client(engine, "Once upon a time", max_new_tokens=200, ignore_eos=True)
+    assert long.first.wait(WAIT_SECONDS)
+    short = Client(engine, "The capital of France is", max_new_tokens=3)
+    assert short.result().generated_text == " Paris."
+    assert not long.ended.is_set()
+    assert long.result().num_generated_tokens == 200
+
+
+def test_a_cancelled_request_is_gone_within_a_step(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(max_rows=1)
+    running = Client(engine, "Once upon a time", name="running", max_new_tokens=200, ignore_eos=True)
+    waiting = Client(engine, "Der Hund", name="waiting", max_new_tokens=5)
+    assert running.first.wait(WAIT_SECONDS)
+    engine.cancel("waiting")
+    assert waiting.result().reason == "cancelled"
+    before = len(running.tokens)
+    engine.cancel("running")
+    assert running.result().reason == "cancelled"
+    assert len(running.tokens) <= before + 2
+    status = engine.status()
+    assert (status.num_running, status.num_waiting, status.kv_tokens) == (0, 0, 0)
+    engine.runner.model.cache.check_integrity()
+
+
+def test_stop_strings_end_the_text(make_engine: Callable[..., Engine]) -> None:
+    result = Client(make_engine(), "Once upon a time", max_new_tokens=60, stop=("named",)).result()
+    assert result.reason == "stop_sequence"
+    assert result.generated_text.endswith("named")
+    assert result.stop_text == "named"
+
+
+def test_what_can_never_be_served_is_refused_with_what_could(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    with pytest.raises(ContextTooLongError, match="max_new_tokens may be at most 25"):
+        Client(engine, "Once upon a time", max_new_tokens=253)
+    with pytest.raises(ContextTooLongError, match="shorten the prompt"):
+        Client(engine, "word " * 400, max_new_tokens=1)
+    with pytest.raises(InvalidRequestError, match="no tokens"):
+        engine.submit(GenerationRequest("empty", ()), print)
+    with pytest.raises(InvalidRequestError, match="outside 0 to 8191"):
+        engine.submit(GenerationRequest("unknown", (8192,)), print)
+    assert engine.status().totals.num_refused == 4
+    assert Client(engine, "Once upon a time", max_new_tokens=2).result().num_generated_tokens == 2
+
+
+def test_the_queue_is_bounded_by_requests_and_by_tokens(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(max_rows=1, max_waiting_requests=2, max_waiting_tokens=12)
+    busy = Client(engine, "Once upon a time", max_new_tokens=200, ignore_eos=True)
+    assert busy.first.wait(WAIT_SECONDS)
+    Client(engine, "Once upon a time", max_new_tokens=1)
+    with pytest.raises(QueueFullError, match="prompt tokens are waiting"):
+        Client(engine, "one two three four five six seven eight nine ten", max_new_tokens=1)
+    Client(engine, "Once", max_new_tokens=1)
+    with pytest.raises(QueueFullError, match="2 requests are waiting"):
+        Client(engine, "Once", max_new_tokens=1)
+
+
+def test_a_long_prompt_does_not_hold_up_running_requests(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(prefill_chunk_tokens=16)
+    running = Client(engine, "Once upon a time", max_new_tokens=150, ignore_eos=True)
+    assert running.first.wait(WAIT_SECONDS)
+    steps_before = len(running.tokens)
+    long = Client(engine, "word " * 90, max_new_tokens=1)
+    long.result()
+    assert len(running.tokens) >= steps_before + 4, "no token was made between the chunks of the prompt"
+
+
+def test_a_corrupt_expert_fails_the_requests_that_need_it_and_the_engine_goes_on(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+
+    def broken(*args: object) -> None:
+        raise ShardCorruptError("deep-00007.safetensors is damaged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner.model.store, "read_expert", broken)
+        client = Client(engine, "Der Hund ist groß und die Katze", max_new_tokens=20)
+        assert client.ended.wait(WAIT_SECONDS)
+        assert isinstance(client.events[-1], FailedEvent)
+        assert "deep-00007" in str(client.events[-1].error)
+    engine.runner.model.cache.check_integrity()
+    assert Client(engine, "The capital of France is", max_new_tokens=3).result().generated_text == " Paris."
+
+
+def test_an_unforeseen_error_ends_every_request_and_says_so(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(max_rows=1)
+    first = Client(engine, "Once", max_new_tokens=200, ignore_eos=True)
+    second = Client(engine, "Once", max_new_tokens=5)
+    assert first.first.wait(WAIT_SECONDS)
+
+    def boom(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(engine.runner, "decode", boom)
+    for client in (first, second):
+        assert client.ended.wait(WAIT_SECONDS)
+        assert isinstance(client.events[-1], FailedEvent)
+    while engine.is_alive:
+        time.sleep(0.01)
+    assert engine.status().state == "failed"
+    assert "device lost" in engine.status().reason
+    with pytest.raises(EngineStoppedError, match="device lost"):
+        Client(engine, "Once", max_new_tokens=1)
+
+
+def test_stopping_lets_accepted_requests_finish_within_the_drain(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(max_rows=1)
+    clients = [Client(engine, "The capital of France is", max_new_tokens=3) for _ in range(3)]
+    engine.stop(drain_seconds=WAIT_SECONDS)
+    assert [client.result().generated_text for client in clients] == [" Paris."] * 3
+    assert engine.status().state == "stopped"
+    with pytest.raises(EngineStoppedError):
+        engine.submit(GenerationRequest("late", (5,)), print)
+
+
+def test_a_drain_that_is_over_fails_what_is_left(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    client = Client(engine, "Once", max_new_tokens=200, ignore_eos=True)
+    assert client.first.wait(WAIT_SECONDS)
+    engine.stop(drain_seconds=0)
+    assert isinstance(client.events[-1], FailedEvent)
+
+
+def test_a_loader_that_fails_is_told_in_the_status() -> None:
+    def loader(progress: object) -> Runner:
+        raise ShardCorruptError("no manifest here")
+
+    engine = Engine(loader)
+    engine.start()
+    while engine.is_alive:
+        time.sleep(0.01)
+    assert engine.status().state == "failed"
+    assert "no manifest here" in engine.status().reason
+
+
+def test_usage_is_kept_across_restarts(make_engine: Callable[..., Engine], tmp_path: Path) -> None:
+    path = tmp_path / "usage.json"
+    for runs in (1, 2):
+        engine = make_engine(usage_path=path)
+        result = Client(engine, "The capital of France is", max_new_tokens=3).result()
+        engine.stop(5)
+        routed = result.num_prompt_tokens + result.num_generated_tokens - 1  # the last token is never fed back
+        assert UsageLedger.load(path).num_tokens == routed * runs
+
+
+def test_an_unreadable_usage_file_is_set_aside(make_engine: Callable[..., Engine], tmp_path: Path) -> None:
+    path = tmp_path / "usage.json"
+    path.write_text("not usage")
+    engine = make_engine(usage_path=path)
+    Client(engine, "Once", max_new_tokens=2).result()
+    engine.stop(5)
+    assert UsageLedger.load(path).num_tokens > 0
+    (aside,) = tmp_path.glob("usage.json.unreadable-*")
+    assert aside.read_text() == "not usage"
+
+
+def test_a_masked_engine_reports_the_deficit_of_each_answer(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(mask=ExpertMask.same_in_every_layer(range(16), 8, 64))
+    result = Client(engine, "Once upon a time", max_new_tokens=8).result()
+    assert 0.2 < result.deficit.overall < 1.0
+    assert len(result.deficit.per_layer) == 8
+    assert engine.ledger.deficit == pytest.approx(result.deficit.overall)
