@@ -17,13 +17,19 @@ def holder_of(port: int, proc: Path = Path("/proc")) -> str:
         return ""
     for process in processes:
         try:
-            targets = {os.readlink(descriptor) for descriptor in (process / "fd").iterdir()}
-            if targets & sockets:
+            if any(_target(descriptor) in sockets for descriptor in (process / "fd").iterdir()):
                 command = (process / "comm").read_text().strip()
                 return f" by process {process.name} ({command})"
         except OSError:
             continue
     return ""
+
+
+def _target(descriptor: Path) -> str:
+    try:
+        return os.readlink(descriptor)
+    except OSError:  # closed since it was listed
+        return ""
 
 
 def _listening_inodes(port: int, proc: Path) -> set[str]:

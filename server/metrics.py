@@ -99,6 +99,11 @@ class Metrics:
         """A response began."""
         self._responses.labels(f"{status // 100}xx").inc()
 
+    def outcomes(self) -> dict[str, float]:
+        """Ended requests by outcome."""
+        samples = (sample for metric in self._requests.collect() for sample in metric.samples)
+        return {sample.labels["outcome"]: sample.value for sample in samples}
+
     def render(self) -> bytes:
         """The text of `/metrics`."""
         return generate_latest(self.registry)

@@ -14,6 +14,7 @@ from server.api.openapi import Responses, error_response_of
 from server.api.schemas import ErrorResponse, HealthResponse, NotReadyResponse, ReadyResponse
 from server.api.status_schemas import ExpertsResponse, InfoResponse
 from server.metrics import CONTENT_TYPE
+from server.metrics_vllm import render_vllm
 from server.service import ExpertsSnapshot, NotReadyError
 
 router = APIRouter()
@@ -109,6 +110,18 @@ def experts(request: Request) -> JSONResponse:
 def metrics(request: Request) -> Response:
     """`deepfew_*` in the text format."""
     return Response(context_of(request).metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+
+@router.get(
+    "/metrics/vllm",
+    summary="Prometheus metrics under vLLM's names",
+    response_class=Response,
+    responses={200: {"description": "Text exposition.", "content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+def metrics_vllm(request: Request) -> Response:
+    """`vllm:*`, for dashboards and gateways that know those names; empty while no model is loaded."""
+    context = context_of(request)
+    return Response(render_vllm(context.metrics, context.service), headers={"Content-Type": CONTENT_TYPE})
 
 
 def experts_payload(found: ExpertsSnapshot, top_k: int) -> dict[str, Any]:

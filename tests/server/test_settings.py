@@ -126,7 +126,7 @@ def test_sizes(text: str, num_bytes: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1e9", "8 gigs", "0", "0.1B", "nan"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="size|byte"):
+    with pytest.raises(ValueError, match=r"size|byte"):
         parse_size(text)
 
 

@@ -18,7 +18,6 @@ from server.api.listener import Listener, bind_socket
 from server.metrics import Metrics
 from server.service import Loader, Service
 from server.settings import HttpSettings
-
 from tests.server.api.scripted import ScriptedEngine, loaded
 
 

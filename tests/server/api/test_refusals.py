@@ -194,7 +194,7 @@ def test_headers_that_do_not_come_are_given_up(server: Running) -> None:
     for beginning in (b"", b"GET /health/live HTTP/1.1\r\nHost: x\r\nX-Slow: "):
         with server.raw() as connection:
             connection.sendall(beginning)
-            wait_until(lambda: connection.recv(1) == b"")  # noqa: B023
+            wait_until(lambda: connection.recv(1) == b"")
 
 
 def test_connection_serves_many_requests_and_is_not_given_up_while_it_waits(server: Running) -> None:
