@@ -2,8 +2,8 @@
 
 Metrics, in words:
 - `copy rate`: bytes of the checkpoint's directory ÷ seconds of `cp -r CHECKPOINT COPY` and the `sync` after it.
-- `extract rate`: bytes of the finished store ÷ seconds from the first byte read to the manifest's rename and a `sync` of
-  the whole system, as for the copy (the command makes every file durable by itself; the `sync` is there to be fair).
+- `extract rate`: bytes of the finished store ÷ seconds from the first byte read to the manifest's rename and a `sync`
+  of the whole system, as for the copy (the command makes every file durable by itself; the `sync` is there to be fair).
 - `ratio`: extract rate ÷ copy rate, both of the same round; the median over the rounds is the result, wanted ≥ 0.8.
 - `start`: seconds that the command takes before it writes: Python, transformers, headers, fingerprint, layout.
 - `peak memory`: the command's largest resident set, and that minus a bare interpreter's.
@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -66,14 +67,12 @@ def run(folder: Path, gigabytes: float, rounds: int) -> dict[str, object]:
             peak = max(peak, kib)
             if number:
                 rows.append((copy_rate / 1e9, extract_rate / 1e9, extract_rate / copy_rate, start))
-                print(
-                    f"{mode:<8} {rows[-1][0]:>10.3f} {rows[-1][1]:>13.3f} {rows[-1][2]:>6.2f} {start:>8.1f} {kib / 1024:>9.0f}"
-                )
+                print_row(mode, rows[-1], f"{kib / 1024:>9.0f}")
         medians = [statistics.median(column) for column in zip(*rows, strict=True)]
         table[mode] = dict(
             zip(("copy_gb_per_second", "extract_gb_per_second", "ratio", "start_seconds"), medians, strict=True)
         )
-        print(f"{mode + ' med.':<8} {medians[0]:>10.3f} {medians[1]:>13.3f} {medians[2]:>6.2f} {medians[3]:>8.1f}")
+        print_row(f"{mode} med.", medians)
     return {
         "benchmark": "extract",
         "checkpoint_bytes": size,
@@ -88,6 +87,10 @@ def run(folder: Path, gigabytes: float, rounds: int) -> dict[str, object]:
             **{name: version(name) for name in ("torch", "transformers")},
         },
     }
+
+
+def print_row(name: str, row: Sequence[float], peak: str = "") -> None:
+    print(f"{name:<9} {row[0]:>9.3f} {row[1]:>13.3f} {row[2]:>6.2f} {row[3]:>8.1f} {peak}", flush=True)
 
 
 def generate(checkpoint: Path, gigabytes: float) -> int:
