@@ -154,6 +154,13 @@ class ExpertCache:
             else:
                 leases[expert] -= 1
 
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+        """Make experts resident without leasing them: as many, in the order given, as there are slots not leased."""
+        room = self.num_slots - len(self._leases[layer])
+        chosen = list(experts[:room])
+        self.acquire(layer, chosen)
+        self.release(layer, chosen)
+
     def preload(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Fill empty slots with the store's experts, in the order of its deep experts (best first).
 

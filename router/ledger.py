@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,22 @@ class StepRecord:
     demand_index: npt.NDArray[np.int64] | None = None
     demand_weight: npt.NDArray[np.float32] | None = None
     missed_mass: npt.NDArray[np.float64] | None = None
+
+    def take_tokens(self, order: Sequence[int]) -> StepRecord:
+        """The same step with its tokens in another order; `order` is a permutation of 0 … T−1."""
+        return replace(
+            self,
+            served_index=self.served_index[:, order],
+            served_weight=self.served_weight[:, order],
+            demand_index=None if self.demand_index is None else self.demand_index[:, order],
+            demand_weight=None if self.demand_weight is None else self.demand_weight[:, order],
+        )
+
+    def demand_of(self, tokens: slice) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Index and weight [L, T', K] of what the unmasked router wanted for some of the tokens."""
+        if self.demand_index is None or self.demand_weight is None:
+            return self.served_index[:, tokens], self.served_weight[:, tokens]
+        return self.demand_index[:, tokens], self.demand_weight[:, tokens]
 
 
 class UsageLedger:

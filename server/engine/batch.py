@@ -14,6 +14,7 @@ from torch import Tensor
 
 from expert_store.errors import StoreError
 from router.ledger import UsageLedger
+from router.mask import ExpertMask, MaskError
 from server.engine.request import EngineError, FailedEvent, FinishedEvent, FinishReason, GenerationError, TokenEvent
 from server.engine.sequence import Sequence
 from server.engine.tokens import prompt_logprobs, token_logprob, token_text, top_logprobs
@@ -88,8 +89,9 @@ class Batch:
         end = min(sequence.num_prefilled + self._chunk, sequence.num_prompt_tokens)
         tokens = request.prompt_ids[sequence.num_prefilled : end]
         try:
-            output = self._runner.prefill(sequence.row, tokens, all_logits=request.prompt_logprobs)
-        except StoreError as error:
+            mask = self._mask_of(sequence)
+            output = self._runner.prefill(sequence.row, tokens, mask=mask, all_logits=request.prompt_logprobs)
+        except (StoreError, MaskError) as error:
             self._fail_step([sequence], error)
             return
         if request.prompt_logprobs:
@@ -106,8 +108,9 @@ class Batch:
     def _decode(self, sequences: list[Sequence]) -> None:
         rows = [sequence.row for sequence in sequences if sequence.row is not None]
         try:
-            output = self._runner.decode(rows, [sequence.generated[-1] for sequence in sequences])
-        except StoreError as error:
+            tokens = [sequence.generated[-1] for sequence in sequences]
+            output = self._runner.decode(rows, tokens, masks=[self._mask_of(sequence) for sequence in sequences])
+        except (StoreError, MaskError) as error:
             self._fail_step(sequences, error)
             return
         self._record(output, sequences)
@@ -118,8 +121,21 @@ class Batch:
 
     def _record(self, output: StepOutput, sequences: list[Sequence]) -> None:
         self._ledger.add(output.record)
+        tokens_per_row = output.record.served_index.shape[1] // len(sequences)
         for at, sequence in enumerate(sequences):
             sequence.add_share(output.share.demanded[at], output.share.missed[at])
+            masking = sequence.request.masking
+            if masking is not None:
+                before = masking.mask
+                masking.observe(*output.record.demand_of(slice(at * tokens_per_row, (at + 1) * tokens_per_row)))
+                if masking.mask is not None and masking.mask is not before:
+                    self._runner.prefetch(masking.mask)
+
+    def _mask_of(self, sequence: Sequence) -> ExpertMask | None:
+        """The request's own mask within the server's, or None where it brings none."""
+        masking = sequence.request.masking
+        own = None if masking is None else masking.mask
+        return None if own is None else own & self._runner.model.routing.mask
 
     def _take_token(self, sequence: Sequence, logits: Tensor) -> None:
         """Choose the next token from logits [V], tell the client, end the sequence if it is complete."""
@@ -189,7 +205,7 @@ class Batch:
         self.num_failed += 1
         sequence.on_event(FailedEvent(error))
 
-    def _fail_step(self, sequences: list[Sequence], cause: StoreError) -> None:
+    def _fail_step(self, sequences: list[Sequence], cause: StoreError | MaskError) -> None:
         log.error("%d requests failed: %s", len(sequences), cause)
         for sequence in sequences:
             error = GenerationError(f"the generation could not be finished: {cause}")

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 
 from router.ledger import UsageLedger
+from router.mask import MaskError
 from server.engine.admission import EngineLimits, check_queue, check_request
 from server.engine.batch import Batch
 from server.engine.request import (
@@ -165,6 +166,13 @@ class Engine:
         check_request(request, self.limits, vocab_size=runner.model.vocab_size, max_tokens=runner.max_tokens)
         if request.request_id in self._ids:
             raise InvalidRequestError(f"a request with the id {request.request_id} is waiting or running")
+        if request.masking is not None and request.masking.mask is not None:
+            try:
+                request.masking.mask & runner.model.routing.mask
+            except MaskError as error:
+                raise InvalidRequestError(
+                    f"the request's mask and what is served have too little in common: {error}"
+                ) from error
         check_queue(request, self.limits, [sequence.num_prompt_tokens for sequence in self._waiting])
 
     # -- engine thread -------------------------------------------------------------------------------------------------

@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from router.mask import ExpertMask
 
 FinishReason = Literal["length", "eos_token", "stop_sequence", "cancelled"]
 EngineState = Literal["loading", "ready", "draining", "stopped", "failed"]
@@ -94,6 +99,17 @@ class SamplingParams:
         )
 
 
+class Masking(Protocol):
+    """Which experts one request may use, decided step by step; called on the engine thread alone."""
+
+    @property
+    def mask(self) -> ExpertMask | None:
+        """For the next step, narrowing the server's mask; None leaves it as it is. A new object means a new choice."""
+
+    def observe(self, demand_index: npt.NDArray[np.int64], demand_weight: npt.NDArray[np.float32]) -> None:
+        """What the unmasked router wanted for the request's tokens of a step, [L, T, K] each; may change `mask`."""
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One prompt to continue.
@@ -104,6 +120,7 @@ class GenerationRequest:
         sampling: how tokens are chosen.
         num_logprobs: most likely alternatives to report with every token.
         prompt_logprobs: also report the prompt's tokens with their log-probabilities.
+        masking: narrows the experts of this request alone.
     """
 
     request_id: str
@@ -111,6 +128,7 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     num_logprobs: int = 0
     prompt_logprobs: bool = False
+    masking: Masking | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,7 +101,12 @@ class Runner:
             return output
         back = [order.index(at) for at in range(len(order))]
         share = RowShare(output.share.demanded[back], output.share.missed[back])
-        return StepOutput(output.logits[back], output.record, share)
+        return StepOutput(output.logits[back], output.record.take_tokens(back), share)
+
+    def prefetch(self, mask: ExpertMask) -> None:
+        """Bring the experts that a mask allows into slots ahead of their use, as far as slots reach."""
+        for layer, allowed in enumerate(mask.allowed & self.model.routing.mask.allowed):
+            self.model.cache.prefetch(layer, np.flatnonzero(allowed).tolist())
 
     def close(self) -> None:
         """Free what the model holds."""

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,13 +37,16 @@ WAIT_SECONDS = 60
 class Client:
     """Submits one request and collects its events."""
 
-    def __init__(self, engine: Engine, text: str, name: str | None = None, num_logprobs: int = 0, **sampling) -> None:
+    def __init__(
+        self, engine: Engine, text: str, name: str | None = None, num_logprobs: int = 0, masking=None, **sampling
+    ) -> None:
         self.events: list[Event] = []
         self.ended = threading.Event()
         self.first = threading.Event()
         self.name = name or f"request-{id(self)}"
         ids = tuple(engine.runner.model.tokenizer(text).input_ids)
-        request = GenerationRequest(self.name, ids, SamplingParams(**sampling), num_logprobs=num_logprobs)
+        params = SamplingParams(**sampling)
+        request = GenerationRequest(self.name, ids, params, num_logprobs=num_logprobs, masking=masking)
         engine.submit(request, self._take)
 
     def _take(self, event: Event) -> None:
@@ -291,3 +295,43 @@ def test_a_masked_engine_reports_the_deficit_of_each_answer(make_engine: Callabl
     assert 0.2 < result.deficit.overall < 1.0
     assert len(result.deficit.per_layer) == 8
     assert engine.ledger.deficit == pytest.approx(result.deficit.overall)
+
+
+class PoolOfPrompt:
+    """Keeps, per layer, the experts that the first step wanted; stands for any policy that follows the text."""
+
+    def __init__(self) -> None:
+        self.mask: ExpertMask | None = None
+        self.num_observed = 0
+
+    def observe(self, demand_index, demand_weight) -> None:
+        self.num_observed += demand_index.shape[1]
+        if self.mask is None:
+            allowed = np.zeros((8, 64), dtype=np.bool_)
+            for layer, ids in enumerate(demand_index):
+                allowed[layer, np.unique(ids)] = True
+            self.mask = ExpertMask.of(allowed)
+
+
+def test_requests_with_masks_of_their_own_get_what_each_gets_alone(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    texts = ["Once upon a time", "The capital of France is", "Der Hund ist"]
+    alone = [Client(engine, text, masking=PoolOfPrompt(), max_new_tokens=12).result() for text in texts]
+    pools = [PoolOfPrompt() for _ in texts]
+    unmasked = Client(engine, texts[0], max_new_tokens=12)
+    together = [Client(engine, text, masking=pool, max_new_tokens=12) for text, pool in zip(texts, pools, strict=True)]
+    assert [client.result().generated_text for client in together] == [result.generated_text for result in alone]
+    for client, pool, result in zip(together, pools, alone, strict=True):
+        final = client.result()
+        assert final.deficit.overall == pytest.approx(result.deficit.overall, abs=1e-6)
+        assert final.deficit.overall > 0.0
+        assert pool.num_observed == final.num_prompt_tokens + final.num_generated_tokens - 1
+    assert unmasked.result().deficit.overall == 0.0
+
+
+def test_a_mask_that_leaves_nothing_of_what_is_served_is_refused(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(mask=ExpertMask.same_in_every_layer(range(16), 8, 64))
+    pool = PoolOfPrompt()
+    pool.mask = ExpertMask.same_in_every_layer([20], 8, 64)
+    with pytest.raises(InvalidRequestError, match="too little in common"):
+        Client(engine, "Once", masking=pool, max_new_tokens=2)
