@@ -165,7 +165,7 @@ def _generated(work: Path) -> Path:
 def _extract(checkpoint: Path, work: Path) -> Path:
     store = work / f"store-{checkpoint.name}"
     if not (store / "manifest.json").is_file():
-        command = [sys.executable, "-m", "extractor", "extract", str(checkpoint), str(store)]
+        command = [sys.executable, "-m", "server.cli", "extract", str(checkpoint), str(store)]
         subprocess.run(command, cwd=REPOSITORY, check=True, stdout=sys.stderr)
     return store
 

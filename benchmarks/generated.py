@@ -1,7 +1,8 @@
 """Generated checkpoints: Qwen3-MoE layout, random weights, written one tensor at a time, most of their bytes experts.
 
-Speed and memory do not depend on what the weights are, but for one thing: the router of random weights spreads tokens
-evenly over all experts, which is the worst case for a cache. The tokenizer is the bundled checkpoint's.
+Speed and memory do not depend on what the weights are, but for one thing: which experts a token wants. Embeddings are
+large beside what the layers add, so that different tokens look different to the routers, and these spread them over all
+experts: hard on a cache. The tokenizer is the bundled checkpoint's.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Shape:
 
 
 def write_checkpoint(directory: Path, shape: Shape, *, seed: int = 0) -> None:
-    """Write a checkpoint of bf16 tensors with standard deviation 0.02 (norms: ones) into `directory`.
+    """Write a checkpoint of bf16 tensors into `directory`: standard deviation 0.02, embeddings 1, norms all ones.
 
     Holds one tensor in memory at a time. A directory that already holds this very checkpoint is left as it is.
     """
@@ -83,12 +84,14 @@ def _config(shape: Shape) -> dict[str, object]:
         "num_experts": shape.num_experts,
         "num_experts_per_tok": shape.top_k,
         "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
     }
 
 
 def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden, head = shape.hidden, shape.head_dim
     yield "model.embed_tokens.weight", (shape.vocab_size, hidden)
+    yield "lm_head.weight", (shape.vocab_size, hidden)
     yield "model.norm.weight", (hidden,)
     for layer in range(shape.num_layers):
         at = f"model.layers.{layer}"
@@ -133,8 +136,9 @@ def _write_file(path: Path, tensors: dict[str, tuple[int, ...]], generator: torc
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for size in tensors.values():
-            weights = torch.ones(size) if len(size) == 1 else torch.randn(size, generator=generator) * 0.02
+        for name, size in tensors.items():
+            scale = 1.0 if "embed_tokens" in name else 0.02
+            weights = torch.ones(size) if len(size) == 1 else torch.randn(size, generator=generator) * scale
             file.write(weights.bfloat16().view(torch.int16).numpy().data)
 
 
