@@ -28,6 +28,8 @@ from transformers.core_model_loading import (
 
 from extractor.errors import CheckpointError, UnsupportedFamilyError
 
+TOP_K_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -119,7 +121,7 @@ def trace(directory: Path, keys: Iterable[str]) -> Trace:
     modules = {
         name: {parameter: tuple(value.shape) for parameter, value in module.named_parameters(recurse=False)}
         for name, module in model.named_modules()
-        if hasattr(module, "_is_expert_parallel") and hasattr(module, "is_transposed")
+        if hasattr(module, "is_concatenated") and hasattr(module, "is_transposed")
     }
     if not modules:
         raise UnsupportedFamilyError(
@@ -190,8 +192,10 @@ def _recipe(
 
 
 def _top_k(config: Any) -> int:
+    """How many experts a token has; families call it by different names."""
     text = config.get_text_config()
-    top_k = getattr(text, "num_experts_per_tok", None)
-    if not isinstance(top_k, int) or top_k < 1:
-        raise CheckpointError(f"config.json: num_experts_per_tok is {top_k!r}, wanted a positive number")
+    found = [getattr(text, name, None) for name in TOP_K_KEYS]
+    top_k = next((value for value in found if isinstance(value, int) and value > 0), None)
+    if top_k is None:
+        raise CheckpointError(f"config.json has none of {', '.join(TOP_K_KEYS)} as a positive number: check the file")
     return top_k

@@ -52,7 +52,7 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
     from server.engine.engine import Engine
     from server.engine.usage import UsageFile
     from server.model.assembly import load_model, resolve_device, resolve_dtype
-    from server.model.runner import Runner
+    from server.model.sequence_runner import make_runner
 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     progress(0.0, "opening the store")
@@ -66,7 +66,7 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
         raise
     failure: list[BaseException] = []
 
-    def make_runner(report: Callable[[str, float], None]) -> Runner:
+    def load_runner(report: Callable[[str, float], None]) -> Runner:
         try:
             experts_bytes = _experts_bytes(store)
             slots_memory, host_memory = settings.model.slots_memory, settings.model.host_memory
@@ -86,13 +86,13 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
                     f"max_context_tokens is {limit}, the model was made for {model.context_tokens}: "
                     "set at most that, or leave it out"
                 )
-            return Runner(model, max_rows=settings.engine.max_batch_size, max_tokens=limit)
+            return make_runner(model, max_rows=settings.engine.max_batch_size, max_tokens=limit)
         except BaseException as error:
             failure.append(error)
             raise
 
     engine = Engine(
-        make_runner,
+        load_runner,
         EngineLimits(
             max_waiting_requests=settings.engine.max_queue_requests,
             max_waiting_tokens=settings.engine.max_queue_tokens,

@@ -150,7 +150,7 @@ def _run_grouped(
         if module.has_bias:
             into += rows["down_proj_bias"][slot]
         position += end - start
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):
         for _, start, end in wave:
             outputs[start:end] = module.post_expert_norm(outputs[start:end])
 
@@ -172,7 +172,7 @@ def _run_batched(
     up = _batched_linear(module, params, up_name, slot_of, inputs[at])
     activated = module._apply_gate(up) if module.has_gate else module.act_fn(up)
     out = _batched_linear(module, params, "down_proj", slot_of, activated)
-    outputs[at] = module.post_expert_norm(out) if module.has_post_expert_norm else out
+    outputs[at] = module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
 
 
 def _batched_linear(module: Any, params: dict[str, Tensor], name: str, slot_of: Tensor, x: Tensor) -> Tensor:

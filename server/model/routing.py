@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from router.gating import GatingRule, find_gating_rule
+from router.gating import GatingRule, Picks, find_gating_rule
 from router.ledger import StepRecord
 from router.mask import ExpertMask
 
@@ -110,7 +110,8 @@ class StepRouting:
         self._steps = [None] * self._num_layers
 
     def _choose(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        weight, index = output[1], output[2]
+        stock = Picks.of(output)
+        weight, index = stock.weights, stock.index
         mask = self._mask_of(layer, index.shape[0])
         if mask is None:
             self._steps[layer] = _LayerStep(index, weight, index, weight, None)
@@ -119,8 +120,9 @@ class StepRouting:
         if rule is None:
             rule = self._rules[layer] = find_gating_rule(self._model_type, module)
         masked = rule.masked(module, args, kwargs, output, mask)
+        served = Picks.of(masked)
         missed = weight.float().masked_fill(mask.gather(-1, index), 0.0).sum(dim=-1)  # [T]
-        self._steps[layer] = _LayerStep(masked[2], masked[1], index, weight, missed)
+        self._steps[layer] = _LayerStep(served.index, served.weights, index, weight, missed)
         return masked
 
     def _mask_of(self, layer: int, num_tokens: int) -> Tensor | None:

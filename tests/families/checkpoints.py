@@ -63,7 +63,7 @@ _COMMON: dict[str, Any] = {
     "v_head_dim": 8,
     "index_topk": 6,
     "index_head_dim": 16,
-    "index_n_heads": 2,
+    "index_n_heads": 16,
     # linear attention
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
