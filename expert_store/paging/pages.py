@@ -1,0 +1,175 @@
+"""Device-side state of the paged experts: slots, page table, owners, last uses, work list; mutated by kernels alone.
+
+`DevicePages` owns the tensors that `kernels.plan_layer` reads and writes. The host reads them (statistics, integrity) only
+between steps. Invariant: page table and slot owners are inverse to each other, layer by layer; a slot's bytes are the
+owner's span in the host tier. A step may want more experts than a layer has slots: the rest go to a spill area shared by
+all layers and are forgotten after the layer, so no batch needs a second pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from expert_store.errors import SlotsError
+
+Policy = Literal["lru", "lfu"]
+
+
+@dataclass(frozen=True)
+class PagesShape:
+    """L layers of E experts, top-K, S slots a layer, spans of `span_elements` of `dtype`, batches of at most B tokens."""
+
+    num_layers: int
+    num_experts: int
+    top_k: int
+    num_slots: int
+    span_elements: int
+    max_batch: int
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def max_distinct(self) -> int:
+        """Distinct experts that one layer of one step can want."""
+        return min(self.num_experts, self.max_batch * self.top_k)
+
+    @property
+    def paged(self) -> bool:
+        return self.num_slots < self.num_experts
+
+    def num_spill(self, num_pinned: int) -> int:
+        """Spill slots so that every expert that a step wants has a place even if no unpinned slot can be evicted for it."""
+        return max(0, self.max_distinct - (self.num_slots - num_pinned)) if self.paged else 0
+
+
+class DevicePages:
+    """Slots and page table of all layers on one device.
+
+    `host_spans` [L, E, span_elements] is pinned host memory (any memory for the CPU interpreter), or None when every
+    expert has a slot; `host_index` [L, E] int64 says which span of a flat `host_spans` [N, span_elements] an expert has,
+    -1 for experts that exist nowhere (the caller masks them).
+    Raises SlotsError when there are fewer slots than the top-k.
+    """
+
+    def __init__(
+        self,
+        shape: PagesShape,
+        host_spans: Tensor | None,
+        host_index: Tensor | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        policy: Policy = "lru",
+        num_pinned: int = 0,
+    ) -> None:
+        num_layers, num_experts, num_slots = shape.num_layers, shape.num_experts, shape.num_slots
+        if num_slots < min(shape.top_k, num_experts) or num_slots > num_experts:
+            raise SlotsError(
+                f"{num_slots} slots a layer: wanted from {shape.top_k} (the experts of one token) to {num_experts} (all)"
+            )
+        if not 0 <= num_pinned <= num_slots:
+            raise SlotsError(f"{num_pinned} pinned slots a layer: wanted from 0 to {num_slots}, the slots there are")
+        if shape.span_elements * shape.dtype.itemsize % 16:
+            raise SlotsError(f"spans of {shape.span_elements * shape.dtype.itemsize} bytes: wanted a multiple of 16")
+        self.shape, self.policy, self.num_pinned, self.device = shape, policy, num_pinned, torch.device(device)
+        num_spill = shape.num_spill(num_pinned)
+        total = num_layers * num_slots + num_spill
+        self.slots = torch.empty(total, shape.span_elements, dtype=shape.dtype, device=device)
+        self.spill = self.slots[num_layers * num_slots :]
+        self.host_spans = host_spans
+
+        def ints(*size: int, fill: int = 0, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.full(size, fill, dtype=dtype, device=device)
+
+        self.page_table = ints(num_layers, num_experts, fill=-1)
+        self.slot_owner = ints(num_layers, num_slots, fill=-1)
+        self.last_use = ints(num_layers, num_slots, fill=-1)
+        self.use_count = ints(num_layers, num_experts)
+        self.pinned = ints(num_layers, num_slots, dtype=torch.int8)
+        self.stats = ints(num_layers, 4, dtype=torch.int64)
+        self.step = ints(1)
+        spans = torch.arange(num_layers + 1, dtype=torch.int64) * num_slots
+        self.pool_offset = (spans * shape.span_elements).to(device)
+        self.host_index = self._index(host_spans, host_index)
+        self.host_offset = self._host_offsets().to(device)
+        # The work list of the layer in flight; layers follow one another, so one is enough.
+        distinct, batch = shape.max_distinct, 1 << (shape.max_batch - 1).bit_length()
+        self.header = ints(2)
+        self.target = ints(distinct, dtype=torch.int64)
+        self.source = ints(distinct, dtype=torch.int64)
+        self.count = ints(distinct)
+        self.pairs = ints(distinct, batch)
+        pairs = 1 << (shape.max_batch * shape.top_k - 1).bit_length()
+        self.pair_target = ints(pairs, fill=-1, dtype=torch.int64)
+        self.scratch = ints(2 << (num_slots - 1).bit_length(), dtype=torch.int64)
+
+    def _index(self, host_spans: Tensor | None, host_index: Tensor | None) -> Tensor:
+        shape = self.shape
+        if host_index is not None:
+            return host_index.to("cpu", torch.int64)
+        if host_spans is None:
+            return torch.full((shape.num_layers, shape.num_experts), -1, dtype=torch.int64)
+        return torch.arange(shape.num_layers * shape.num_experts).view(shape.num_layers, shape.num_experts)
+
+    def _host_offsets(self) -> Tensor:
+        """Element offset of each host span from the slots' first element (host and device share one address space)."""
+        if self.host_spans is None:
+            return torch.zeros_like(self.host_index)
+        size = self.shape.dtype.itemsize
+        distance = self.host_spans.data_ptr() - self.slots.data_ptr()
+        if distance % 16:
+            raise SlotsError("host spans and slots differ in alignment: both must start at a multiple of 16 bytes")
+        return distance // size + self.host_index * self.shape.span_elements
+
+    def seed(self, experts: Tensor) -> None:
+        """Fills slots 0..n-1 of each layer with experts [L, n] (n <= S), from the host tier; the first are the pinned ones.
+
+        Mutates everything; call it before the first step or between steps.
+        """
+        shape = self.shape
+        if self.host_spans is None:
+            raise SlotsError("no host tier to fill slots from: fill `slots` and call `adopt` instead")
+        flat = self.host_spans.view(-1, shape.span_elements)
+        for layer in range(shape.num_layers):
+            for slot, expert in enumerate(experts[layer].tolist()):
+                span = flat[int(self.host_index[layer, expert])]
+                self.slots[layer * shape.num_slots + slot].copy_(span, non_blocking=True)
+        self.adopt(experts)
+
+    def adopt(self, experts: Tensor) -> None:
+        """Declares that slot i of layer l holds experts[l, i] ([L, n], n <= S) and that all other slots are empty."""
+        layers, width = experts.shape
+        owners = torch.full((layers, self.shape.num_slots), -1, dtype=torch.int32)
+        owners[:, :width] = experts.to("cpu", torch.int32)
+        table = torch.full((layers, self.shape.num_experts), -1, dtype=torch.int32)
+        slot_ids = torch.arange(width, dtype=torch.int32).expand(layers, width).contiguous()
+        table.scatter_(1, experts.to("cpu", torch.int64), slot_ids)
+        self.slot_owner.copy_(owners)
+        self.page_table.copy_(table)
+        self.last_use.fill_(-1)
+        self.pinned.zero_()
+        self.pinned[:, : self.num_pinned] = 1
+        self.stats.zero_()
+
+    def hit_rate(self) -> float:
+        """Share of the distinct experts wanted, over layers and steps, that were in a slot. Synchronises."""
+        hits, misses = self.stats[:, 0].sum().item(), self.stats[:, 1].sum().item()
+        return float(hits) / max(float(hits + misses), 1.0)
+
+    def check_integrity(self, *, contents: bool = False) -> None:
+        """Raises SlotsError where the invariant is broken; with `contents` also compares bytes with the host tier."""
+        table, owners = self.page_table.cpu(), self.slot_owner.cpu()
+        for layer in range(self.shape.num_layers):
+            for expert, slot in enumerate(table[layer].tolist()):
+                if slot >= 0 and int(owners[layer, slot]) != expert:
+                    raise SlotsError(f"layer {layer}: expert {expert} maps to slot {slot}, owned by {owners[layer, slot]}")
+            for slot, expert in enumerate(owners[layer].tolist()):
+                if expert >= 0 and int(table[layer, expert]) != slot:
+                    raise SlotsError(f"layer {layer}: slot {slot} owned by {expert}, which maps to {table[layer, expert]}")
+                if contents and expert >= 0 and self.host_spans is not None:
+                    span = self.host_spans.view(-1, self.shape.span_elements)[int(self.host_index[layer, expert])]
+                    here = self.slots[layer * self.shape.num_slots + slot].cpu()
+                    if not torch.equal(here.view(torch.uint8), span.cpu().view(torch.uint8)):
+                        raise SlotsError(f"layer {layer}: slot {slot} does not hold the bytes of expert {expert}")

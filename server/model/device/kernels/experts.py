@@ -1,0 +1,228 @@
+"""The routed experts of one layer, read through the work list that the router planned; fetches overlap with compute.
+
+`gate_up*`: the first FETCHERS programs fetch the missing experts from pinned host memory, tile by tile, and compute each
+tile as it arrives, then fetch their down projections; all other programs compute the experts that are already there. So
+PCIe and HBM work at the same time, and a kernel's end means that everything the layer needs is in its slot.
+A span is gate_up [2I, H] then down [H, I]. Sums are fp32 and in pick order, whatever was resident: a cache's state never
+shows in the results.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from expert_store.paging.kernels import FETCHED, copy_span
+from server.model.device.kernels.trunk import normalise
+
+
+@triton.jit
+def silu_mul(gate, up, dtype: tl.constexpr):
+    """silu(gate) * up with transformers' roundings to the model's dtype."""
+    gate = gate.to(dtype).to(tl.float32)
+    gate = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    return (gate * up.to(dtype).to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def _gate_up_one(
+    normed, anchor, weight_at, act, pair, tile, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr, BI: tl.constexpr
+):
+    """act [pair, tile rows] of the one token; a tile is BI gate rows and the BI up rows that belong to them."""
+    cols = tl.arange(0, HP)
+    rows = tile * BI + tl.arange(0, BI)
+    mask = (rows < I)[:, None] & (cols < H)[None, :]
+    at = anchor + weight_at + rows[:, None] * H + cols[None, :]
+    w_gate = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+    w_up = tl.load(at + I * H, mask=mask, other=0.0, cache_modifier=".cg")
+    x = tl.load(normed + cols, mask=cols < H, other=0.0).to(tl.float32)[None, :]
+    gate = tl.sum(w_gate.to(tl.float32) * x, axis=1)
+    up = tl.sum(w_up.to(tl.float32) * x, axis=1)
+    tl.store(act + pair * I + rows, silu_mul(gate, up, act.dtype.element_ty), mask=rows < I)
+
+
+@triton.jit
+def _gate_up_many(
+    normed, anchor, weight_at, act, count, pairs, expert, tile,
+    K: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BP: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr,
+    STRIDE: tl.constexpr,
+):  # fmt: skip
+    """act [pair, tile rows] for every token of one expert."""
+    lane = tl.arange(0, BP)
+    num_tokens = tl.load(count + expert)
+    pair = tl.load(pairs + expert * STRIDE + lane, mask=lane < num_tokens, other=0)
+    rows = tile * BI + tl.arange(0, BI)
+    cols = tl.arange(0, BK)
+    w_at = anchor + weight_at + rows[:, None] * H + cols[None, :]
+    x_at = normed + (pair // K)[None, :] * H + cols[:, None]
+    w_mask = (rows < I)[:, None]
+    x_mask = (lane < num_tokens)[None, :]
+    gate = tl.zeros([BI, BP], tl.float32)
+    up = tl.zeros([BI, BP], tl.float32)
+    for start in range(0, H, BK):
+        x = tl.load(x_at + start, mask=x_mask, other=0.0)
+        gate = tl.dot(tl.load(w_at + start, mask=w_mask, other=0.0), x, gate, input_precision="ieee")
+        up = tl.dot(tl.load(w_at + I * H + start, mask=w_mask, other=0.0), x, up, input_precision="ieee")
+    out = silu_mul(gate, up, act.dtype.element_ty)
+    tl.store(act + pair[None, :] * I + rows[:, None], out, mask=w_mask & x_mask)
+
+
+@triton.jit
+def gate_up(
+    normed, anchor, header, target, source, count, pairs, act,
+    K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr, BP: tl.constexpr, BI: tl.constexpr,
+    BK: tl.constexpr, STRIDE: tl.constexpr, FETCHERS: tl.constexpr, COPY: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """act [B * K, I] = silu(gate) * up of each pick; missing spans are copied to their slots on the way.
+
+    Grid (FETCHERS + distinct experts at most * ceil(I / BI),); ONE: a single token, products without tensor cores.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    TILES: tl.constexpr = (I + BI - 1) // BI
+    program = tl.program_id(0)
+    num_distinct = tl.load(header)
+    num_miss = tl.load(header + 1)
+    if program < FETCHERS:
+        for unit in range(program, num_miss * TILES, FETCHERS):
+            expert = unit // TILES
+            tile = unit % TILES
+            origin = tl.multiple_of(tl.load(source + expert), 8)
+            slot = tl.multiple_of(tl.load(target + expert), 8)
+            num_rows = tl.minimum(BI, I - tile * BI)
+            first = tile * BI * H
+            copy_span(anchor, origin + first, slot + first, num_rows * H, COPY)
+            copy_span(anchor, origin + first + I * H, slot + first + I * H, num_rows * H, COPY)
+            tl.debug_barrier()
+            if ONE:
+                _gate_up_one(normed, anchor, slot, act, tl.load(pairs + expert * STRIDE), tile, H, HP, I, BI)
+            else:
+                _gate_up_many(normed, anchor, slot, act, count, pairs, expert, tile, K, H, I, BP, BI, BK, STRIDE)
+        for unit in range(program, num_miss * TILES, FETCHERS):
+            expert = unit // TILES
+            share = (H * I) // TILES // 8 * 8
+            first = 2 * I * H + (unit % TILES) * share
+            size = tl.where(unit % TILES == TILES - 1, H * I - (TILES - 1) * share, share)
+            origin = tl.multiple_of(tl.load(source + expert), 8)
+            slot = tl.multiple_of(tl.load(target + expert), 8)
+            copy_span(anchor, origin + first, slot + first, size, COPY)
+    else:
+        expert = (program - FETCHERS) // TILES + num_miss
+        tile = (program - FETCHERS) % TILES
+        if expert < num_distinct:
+            slot = tl.multiple_of(tl.load(target + expert), 8)
+            if ONE:
+                _gate_up_one(normed, anchor, slot, act, tl.load(pairs + expert * STRIDE), tile, H, HP, I, BI)
+            else:
+                _gate_up_many(normed, anchor, slot, act, count, pairs, expert, tile, K, H, I, BP, BI, BK, STRIDE)
+
+
+@triton.jit
+def _down_at(anchor, pair_target, rows, flat, K: tl.constexpr, H: tl.constexpr, I: tl.constexpr):
+    """Where the columns `flat` of all picks' down rows, side by side, lie; which of them exist; which are being fetched."""
+    slot = tl.load(pair_target + flat // I, mask=flat < K * I, other=-1)
+    slot = tl.max_constancy(slot, 8)
+    missing = slot >= FETCHED
+    slot = tl.multiple_of(tl.where(missing, slot - FETCHED, slot), 8)
+    at = anchor + (slot + 2 * I * H + (flat % I))[None, :] + rows[:, None] * I
+    return at, (rows < H)[:, None] & (slot >= 0)[None, :], missing[None, :]
+
+
+@triton.jit
+def down_one(
+    act, anchor, pair_target, weights, residual, out,
+    K: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
+    PAGED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [H] = residual + sum over the K picks of weight * (down · act); one token. Grid (ceil(H / BH),).
+
+    Reads the work list, and the weights of experts that were there, before its wait: see the package's note.
+    """
+    if PDL:
+        gdc_launch_dependents()
+    rows = tl.program_id(0) * BH + tl.arange(0, BH)
+    STEPS: tl.constexpr = (K * I + BC - 1) // BC
+    tiles = ()
+    for s in tl.static_range(STEPS):
+        at, mask, missing = _down_at(anchor, pair_target, rows, s * BC + tl.arange(0, BC), K, H, I)
+        if PAGED:
+            mask = mask & (missing == 0)
+        tiles = tiles + (tl.load(at, mask=mask, other=0.0, cache_modifier=".cg"),)
+    if PDL:
+        gdc_wait()
+    acc = tl.zeros([BH], tl.float32)
+    for s in tl.static_range(STEPS):
+        flat = s * BC + tl.arange(0, BC)
+        tile = tiles[s]
+        if PAGED:
+            at, mask, missing = _down_at(anchor, pair_target, rows, flat, K, H, I)
+            late = tl.load(at, mask=mask & missing, other=0.0, cache_modifier=".cg")
+            tile = tl.where(missing, late, tile)
+        live = flat < K * I
+        value = tl.load(act + flat, mask=live, other=0.0).to(tl.float32)
+        weight = tl.load(weights + flat // I, mask=live, other=0.0)
+        value = tl.where(weight == 0.0, 0.0, value * weight)
+        acc += tl.sum(tile.to(tl.float32) * value[None, :], axis=1)
+    dtype: tl.constexpr = out.dtype.element_ty
+    before = tl.load(residual + rows, mask=rows < H, other=0.0).to(tl.float32)
+    tl.store(out + rows, (before + acc.to(dtype).to(tl.float32)).to(dtype), mask=rows < H)
+
+
+@triton.jit
+def down_many(
+    act, anchor, header, target, count, pairs, out,
+    H: tl.constexpr, I: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+    STRIDE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [B * K, H] fp32 = down · act of each pick, unweighted; I % BK == 0. Grid (distinct at most * ceil(H / BH),)."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    TILES: tl.constexpr = (H + BH - 1) // BH
+    expert = tl.program_id(0) // TILES
+    tile = tl.program_id(0) % TILES
+    if expert < tl.load(header):
+        lane = tl.arange(0, BP)
+        num_tokens = tl.load(count + expert)
+        pair = tl.load(pairs + expert * STRIDE + lane, mask=lane < num_tokens, other=0)
+        rows = tile * BH + tl.arange(0, BH)
+        cols = tl.arange(0, BK)
+        slot = tl.multiple_of(tl.load(target + expert), 8)
+        w_at = anchor + slot + 2 * I * H + rows[:, None] * I + cols[None, :]
+        a_at = act + pair[None, :] * I + cols[:, None]
+        w_mask = (rows < H)[:, None]
+        a_mask = (lane < num_tokens)[None, :]
+        acc = tl.zeros([BH, BP], tl.float32)
+        for start in range(0, I, BK):
+            w = tl.load(w_at + start, mask=w_mask, other=0.0)
+            a = tl.load(a_at + start, mask=a_mask, other=0.0)
+            acc = tl.dot(w, a, acc, input_precision="ieee")
+        tl.store(out + pair[None, :] * H + rows[:, None], acc, mask=w_mask & a_mask)
+
+
+@triton.jit
+def combine(
+    parts, weights, residual, norm, x, normed, eps,
+    K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """x [B, H] = residual + sum over picks, in pick order, of weight * part; with NORM also normed [B, H]. Grid (B,)."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    batch = tl.program_id(0)
+    cols = tl.arange(0, HP)
+    inside = cols < H
+    dtype: tl.constexpr = x.dtype.element_ty
+    acc = tl.zeros([HP], tl.float32)
+    for k in tl.static_range(K):
+        weight = tl.load(weights + batch * K + k)
+        part = tl.load(parts + (batch * K + k) * H + cols, mask=inside, other=0.0)
+        acc += tl.where(weight == 0.0, 0.0, part * weight)
+    before = tl.load(residual + batch * H + cols, mask=inside, other=0.0).to(tl.float32)
+    value = (before + acc.to(dtype).to(tl.float32)).to(dtype)
+    tl.store(x + batch * H + cols, value, mask=inside)
+    if NORM:
+        scale = tl.load(norm + cols, mask=inside, other=0.0)
+        tl.store(normed + batch * H + cols, normalise(value.to(tl.float32), scale, eps, H, dtype), mask=inside)

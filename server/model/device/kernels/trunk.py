@@ -1,0 +1,130 @@
+"""Embedding, normalisation and dense products of one decode step.
+
+One token: `gemv` holds a few whole weight rows per program in registers, so the entire matrix is in flight at once.
+More tokens: `gemm` streams weight tiles through the tensor cores, rows of weights as M. Sums are fp32, in an order that
+does not depend on anything but shapes; results are rounded to the model's dtype where transformers rounds.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def normalise(x, weight, eps, n, dtype: tl.constexpr):
+    """RMS norm of one row x (fp32), rounded like transformers: normalise, round, scale, round."""
+    scale = tl.rsqrt(tl.sum(x * x, axis=0) / n + eps)
+    return ((x * scale).to(dtype).to(tl.float32) * weight.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def embed(
+    tokens, table, norm, x, normed, step, eps,
+    H: tl.constexpr, HP: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """x[b] = table[tokens[b]]; with NORM also normed[b]. Program 0 begins a new step. Grid (B,)."""
+    row = tl.program_id(0)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    cols = tl.arange(0, HP)
+    token = tl.load(tokens + row).to(tl.int64)
+    value = tl.load(table + token * H + cols, mask=cols < H, other=0.0)
+    tl.store(x + row * H + cols, value, mask=cols < H)
+    if NORM:
+        weight = tl.load(norm + cols, mask=cols < H, other=0.0)
+        out = normalise(value.to(tl.float32), weight, eps, H, x.dtype.element_ty)
+        tl.store(normed + row * H + cols, out, mask=cols < H)
+    if row == 0:
+        tl.store(step, tl.load(step) + 1)
+
+
+@triton.jit
+def gemv(
+    x, norm, weight, bias, residual, out, eps, N,
+    K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [N] = weight [N, K] · norm?(x [K]) + bias? + residual?. Grid (ceil(N / BN),)."""
+    if PDL:
+        gdc_launch_dependents()
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    cols = tl.arange(0, KP)
+    inside = rows < N
+    w = tl.load(
+        weight + rows.to(tl.int64)[:, None] * K + cols[None, :],
+        mask=inside[:, None] & (cols[None, :] < K), other=0.0, cache_modifier=".cg",
+    )  # fmt: skip
+    if NORM:
+        scale = tl.load(norm + cols, mask=cols < K, other=0.0)
+    if PDL:
+        gdc_wait()
+    value = tl.load(x + cols, mask=cols < K, other=0.0)
+    if NORM:
+        value = normalise(value.to(tl.float32), scale, eps, K, x.dtype.element_ty)
+    acc = tl.sum(w.to(tl.float32) * value.to(tl.float32)[None, :], axis=1)
+    if BIAS:
+        acc += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        acc = acc.to(x.dtype.element_ty).to(tl.float32)
+        acc += tl.load(residual + rows, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + rows, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gemm(
+    x, weight, bias, residual, out, N,
+    B: tl.constexpr, BP: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [B, N] = x [B, K] · weight [N, K]ᵀ + bias? + residual?; K % BK == 0. Grid (ceil(N / BN),)."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    batch = tl.arange(0, BP)
+    cols = tl.arange(0, BK)
+    inside = rows < N
+    w_at = weight + rows.to(tl.int64)[:, None] * K + cols[None, :]
+    x_at = x + batch[None, :] * K + cols[:, None]
+    acc = tl.zeros([BN, BP], tl.float32)
+    for start in range(0, K, BK):
+        w = tl.load(w_at + start, mask=inside[:, None], other=0.0)
+        value = tl.load(x_at + start, mask=(batch < B)[None, :], other=0.0)
+        acc = tl.dot(w, value, acc, input_precision="ieee")
+    at = batch[None, :] * N + rows[:, None]
+    mask = inside[:, None] & (batch < B)[None, :]
+    if BIAS:
+        acc += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
+    if RESIDUAL:
+        acc = acc.to(x.dtype.element_ty).to(tl.float32)
+        acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def finish(
+    logits, rows, tokens, lengths, V,
+    VP: tl.constexpr, BLOCK: tl.constexpr, GREEDY: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """lengths[rows[b]] += 1; with GREEDY tokens[b] = argmax(logits[b]), the lowest id of equals. Grid (B,)."""
+    batch = tl.program_id(0)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    if GREEDY:
+        best = tl.full([BLOCK], -float("inf"), tl.float32)
+        where = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, VP, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            value = tl.load(logits + batch.to(tl.int64) * V + cols, mask=cols < V, other=-float("inf"))
+            better = value > best
+            best = tl.where(better, value, best)
+            where = tl.where(better, cols, where)
+        top = tl.max(best, axis=0)
+        tl.store(tokens + batch, tl.min(tl.where(best == top, where, 0x7FFFFFFF), axis=0))
+    row = tl.load(rows + batch)
+    if row >= 0:
+        tl.store(lengths + row, tl.load(lengths + row) + 1)

@@ -1,0 +1,274 @@
+"""One decode step for a fixed batch size: the buffers between the kernels, and their launches in order.
+
+`DecodeStep.launch()` enqueues a step on the current stream and touches no host memory, so it can be captured once per batch
+size and replayed (`server.model.device.graph`). All inputs are device tensors that the owner fills before a step: `rows`
+(KV row of each batch entry, -1: none) and `tokens`; `lengths` is advanced by the step itself. Batch entries without a row
+leave no trace: they reach no expert, no KV memory and no statistics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from expert_store.paging.kernels import LFU, LRU
+from expert_store.paging.pages import DevicePages
+from server.model.device.kernels import attention, experts, routing, trunk
+from server.model.device.weights import DecodeShape, TrunkWeights
+
+STAGES = ("embed", "qkv", "attention", "output", "route", "gate_up", "down", "combine", "head", "greedy")
+
+
+def pow2(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _divisor(n: int, most: int) -> int:
+    """The largest power of two that divides n, at most `most`."""
+    return min(n & -n, most)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Tile sizes; the defaults are what docs/performance.md found best on an H100 for weights of 2 bytes."""
+
+    qkv_rows: int = 8
+    output_rows: int = 4
+    head_rows: int = 8
+    gate_rows: int = 2
+    up_rows: int = 4
+    down_rows: int = 4
+    down_columns: int = 2048
+    gemv_warps: int = 4
+    up_warps: int = 4
+    down_warps: int = 4
+    route_warps: int = 4
+    gemm_rows: int = 32
+    gemm_columns: int = 128
+    gemm_stages: int = 4
+    expert_rows: int = 32
+    expert_columns: int = 128
+    expert_stages: int = 3
+    attention_splits: int = 16
+    attention_block: int = 64
+    fetchers: int = 16
+    copy_elements: int = 8192
+
+
+@dataclass
+class StepOptions:
+    """What a step does beside plain decoding; each changes the captured code."""
+
+    pdl: bool = False
+    masked: bool = False
+    resident_bias: float = 0.0
+    greedy: bool = False
+    forced: Tensor | None = None  # [num_forced, L, B, K] int32 replaces the routers' choice (replayed traces)
+    skip: frozenset[str] = field(default_factory=frozenset)  # stages left out, to see what they cost
+    tuning: Tuning = field(default_factory=Tuning)
+
+
+class RowState:
+    """KV memory and per-row device state, shared by the steps of all batch sizes.
+
+    keys, values: per layer [rows, kv_heads, max_tokens, head_dim]; lengths [rows] int32; masks [rows, L, E] int8, 1 =
+    available; bias_range [L] fp32, the running range of the router's logits.
+    """
+
+    def __init__(self, shape: DecodeShape, device: torch.device | str) -> None:
+        size = (shape.num_layers, shape.max_rows, shape.num_kv_heads, shape.max_tokens, shape.head_dim)
+        self.keys = torch.zeros(size, dtype=shape.dtype, device=device)
+        self.values = torch.zeros(size, dtype=shape.dtype, device=device)
+        self.lengths = torch.zeros(shape.max_rows, dtype=torch.int32, device=device)
+        self.masks = torch.ones(shape.max_rows, shape.num_layers, shape.num_experts, dtype=torch.int8, device=device)
+        self.bias_range = torch.zeros(shape.num_layers, dtype=torch.float32, device=device)
+
+
+class DecodeStep:
+    """The kernels of one step for `batch` entries; reads weights and pages, mutates rows and pages."""
+
+    def __init__(
+        self,
+        shape: DecodeShape,
+        weights: TrunkWeights,
+        pages: DevicePages,
+        state: RowState,
+        batch: int,
+        options: StepOptions | None = None,
+    ) -> None:
+        self.shape, self.weights, self.pages, self.state, self.batch = shape, weights, pages, state, batch
+        self.options = options or StepOptions()
+        device = weights.embedding.device
+        hidden, top_k, layers = shape.hidden, shape.top_k, shape.num_layers
+        heads, splits = shape.num_heads, self.options.tuning.attention_splits
+
+        def fresh(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        self.rows = torch.full((batch,), -1, dtype=torch.int32, device=device)
+        self.tokens = fresh(batch, dtype=torch.int32)
+        self.x, self.mid, self.normed = fresh(batch, hidden), fresh(batch, hidden), fresh(batch, hidden)
+        self.qkv = fresh(batch, shape.qkv)
+        self.attended = fresh(batch, heads * shape.head_dim)
+        self.part_max = fresh(batch, heads, splits, dtype=torch.float32)
+        self.part_sum = fresh(batch, heads, splits, dtype=torch.float32)
+        self.part_out = fresh(batch, heads, splits, shape.head_dim, dtype=torch.float32)
+        self.arrived = fresh(batch * shape.num_kv_heads + 1, dtype=torch.int32)
+        self.router_logits = fresh(batch, shape.num_experts, dtype=torch.float32)
+        self.pick_weights = fresh(batch, top_k, dtype=torch.float32)
+        self.act = fresh(batch * top_k, shape.intermediate)
+        self.parts = fresh(batch * top_k, hidden, dtype=torch.float32) if batch > 1 else self.mid
+        self.logits = fresh(batch, shape.vocab, dtype=torch.float32)
+        self.log_ids = fresh(layers, batch, top_k, dtype=torch.int32)
+        self.log_weights = fresh(layers, batch, top_k, dtype=torch.float32)
+        self.log_demand = fresh(layers, batch, top_k, dtype=torch.int32)
+        self.log_mass = fresh(layers, batch, top_k, dtype=torch.float32)
+
+    def launch(self) -> None:
+        """Enqueues one step: reads `rows` and `tokens`, writes `logits` [B, V] fp32 and the routing log; advances lengths
+        (and with `greedy` writes the next tokens)."""
+        self._embed()
+        for layer in range(self.shape.num_layers):
+            self._attention(layer)
+            self._route(layer)
+            self._experts(layer)
+        self._head()
+
+    def _run(self, stage: str, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        if stage in self.options.skip:
+            return
+        if self.options.pdl:
+            constants["launch_pdl"] = True
+        kernel[grid](*args, PDL=self.options.pdl, **constants)
+
+    def _embed(self) -> None:
+        shape, weights = self.shape, self.weights
+        self._run(
+            "embed", trunk.embed, (self.batch,),
+            self.tokens, weights.embedding, weights.layers[0].input_norm, self.x, self.normed, self.pages.step, shape.eps,
+            H=shape.hidden, HP=pow2(shape.hidden), NORM=self.batch > 1,
+        )  # fmt: skip
+
+    def _dense(
+        self, stage: str, x: Tensor, norm: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+        out: Tensor, rows: int,
+    ) -> None:  # fmt: skip
+        """out = norm(x) · weightᵀ + bias + residual; the norm is applied here only for a single token."""
+        num_rows, width = weight.shape
+        tuning = self.options.tuning
+        if self.batch == 1:
+            self._run(
+                stage, trunk.gemv, (triton.cdiv(num_rows, rows),),
+                x, x if norm is None else norm, weight, x if bias is None else bias, x if residual is None else residual,
+                out, self.shape.eps, num_rows, K=width, KP=pow2(width), BN=rows, NORM=norm is not None,
+                BIAS=bias is not None, RESIDUAL=residual is not None, num_warps=tuning.gemv_warps,
+            )  # fmt: skip
+            return
+        tile = tuning.gemm_rows if num_rows >= 8192 or num_rows >= 132 * tuning.gemm_rows else 16
+        self._run(
+            stage, trunk.gemm, (triton.cdiv(num_rows, tile),),
+            x, weight, x if bias is None else bias, x if residual is None else residual, out, num_rows,
+            B=self.batch, BP=max(16, pow2(self.batch)), K=width, BN=tile, BK=_divisor(width, tuning.gemm_columns),
+            BIAS=bias is not None, RESIDUAL=residual is not None,
+            num_warps=4 if tile >= 32 else 2, num_stages=tuning.gemm_stages,
+        )  # fmt: skip
+
+    def _attention(self, layer: int) -> None:
+        shape, weights, state, tuning = self.shape, self.weights.layers[layer], self.state, self.options.tuning
+        many = self.batch > 1
+        self._dense(
+            "qkv", self.normed if many else self.x, None if many else weights.input_norm, weights.qkv, weights.qkv_bias, None,
+            self.qkv, tuning.qkv_rows,
+        )  # fmt: skip
+        group = shape.num_heads // shape.num_kv_heads
+        splits = max(1, min(tuning.attention_splits, 256 // (self.batch * shape.num_kv_heads)))
+        self._run(
+            "attention", attention.attend, (splits, shape.num_kv_heads, self.batch),
+            self.qkv, weights.q_norm, weights.k_norm, self.weights.cos, self.weights.sin, self.rows, state.lengths,
+            state.keys[layer], state.values[layer], self.attended, self.part_max, self.part_sum, self.part_out,
+            self.arrived[1:], shape.eps, shape.scaling or shape.head_dim**-0.5, shape.max_tokens,
+            NUM_HEADS=shape.num_heads, NUM_KV=shape.num_kv_heads, D=shape.head_dim, GP=max(16, pow2(group)),
+            SPLITS=splits, BLOCK=tuning.attention_block, NORM=shape.head_norm, num_warps=4, num_stages=2,
+        )  # fmt: skip
+        self._dense(
+            "output", self.attended, None, weights.output, weights.output_bias, self.x, self.mid, tuning.output_rows
+        )
+
+    def _route(self, layer: int) -> None:
+        shape, weights, pages, state = self.shape, self.weights.layers[layer], self.pages, self.state
+        options, tuning = self.options, self.options.tuning
+        forced = options.forced if options.forced is not None else self.log_ids
+        rows = max(tuning.gate_rows, min(16, pow2(self.batch) * tuning.gate_rows))
+        self._run(
+            "route", routing.route, (triton.cdiv(shape.num_experts, rows), self.batch),
+            self.mid, weights.post_norm, weights.gate, self.normed, self.router_logits, self.arrived, self.rows, state.masks,
+            forced, state.bias_range, self.log_ids, self.log_weights, self.log_demand, self.log_mass, layer, pages.step,
+            pages.page_table, pages.slot_owner, pages.last_use, pages.use_count, pages.pinned, pages.host_offset,
+            pages.pool_offset, pages.stats, pages.header, pages.target, pages.source, pages.count, pages.pairs,
+            pages.pair_target, self.pick_weights, pages.scratch, pages.shape.span_elements, shape.eps,
+            options.resident_bias, forced.shape[0],
+            B=self.batch, K=shape.top_k, E=shape.num_experts, S=pages.shape.num_slots, H=shape.hidden, L=shape.num_layers,
+            BP=pow2(self.batch), KP=pow2(shape.top_k), EP=pow2(shape.num_experts), SP=pow2(pages.shape.num_slots),
+            HP=pow2(shape.hidden), PAIRS=pow2(self.batch * shape.top_k),
+            STRIDE=pages.pairs.shape[1], BE=rows,
+            POLICY=LFU.value if pages.policy == "lfu" else LRU.value, PAGED=pages.shape.paged, MASKED=options.masked,
+            FORCED=options.forced is not None, BIASED=options.resident_bias != 0.0, RENORMALISE=shape.renormalise,
+            num_warps=tuning.route_warps if self.batch <= 4 else 8,
+        )  # fmt: skip
+
+    def _experts(self, layer: int) -> None:
+        shape, pages, tuning, batch = self.shape, self.pages, self.options.tuning, self.batch
+        one = batch == 1
+        distinct = min(shape.num_experts, batch * shape.top_k)
+        fetchers = tuning.fetchers if pages.shape.paged else 0
+        rows = tuning.up_rows if one else tuning.expert_rows
+        slots = pages.slots
+        self._run(
+            "gate_up", experts.gate_up, (fetchers + distinct * triton.cdiv(shape.intermediate, rows),),
+            self.normed, slots, pages.header, pages.target, pages.source, pages.count, pages.pairs, self.act,
+            K=shape.top_k, H=shape.hidden, HP=pow2(shape.hidden), I=shape.intermediate, BP=max(16, pow2(batch)), BI=rows,
+            BK=_divisor(shape.hidden, tuning.expert_columns), STRIDE=pages.pairs.shape[1], FETCHERS=fetchers, COPY=tuning.copy_elements, ONE=one,
+            num_warps=tuning.up_warps, num_stages=tuning.expert_stages,
+        )  # fmt: skip
+        following = self.weights.layers[layer + 1].input_norm if layer + 1 < shape.num_layers else self.weights.norm
+        if one:
+            self._run(
+                "down", experts.down_one, (triton.cdiv(shape.hidden, tuning.down_rows),),
+                self.act, slots, pages.pair_target, self.pick_weights, self.mid, self.x,
+                K=shape.top_k, H=shape.hidden, I=shape.intermediate, BH=tuning.down_rows, BC=tuning.down_columns,
+                PAGED=pages.shape.paged, num_warps=tuning.down_warps,
+            )  # fmt: skip
+            return
+        self._run(
+            "down", experts.down_many, (distinct * triton.cdiv(shape.hidden, tuning.expert_rows),),
+            self.act, slots, pages.header, pages.target, pages.count, pages.pairs, self.parts,
+            H=shape.hidden, I=shape.intermediate, BP=max(16, pow2(batch)), BH=tuning.expert_rows,
+            BK=_divisor(shape.intermediate, tuning.expert_columns), STRIDE=pages.pairs.shape[1], num_warps=4, num_stages=tuning.expert_stages,
+        )  # fmt: skip
+        self._run(
+            "combine", experts.combine, (batch,),
+            self.parts, self.pick_weights, self.mid, following, self.x, self.normed, shape.eps,
+            K=shape.top_k, H=shape.hidden, HP=pow2(shape.hidden), NORM=True, num_warps=8,
+        )  # fmt: skip
+
+    def _head(self) -> None:
+        shape, weights, many = self.shape, self.weights, self.batch > 1
+        self._dense(
+            "head", self.normed if many else self.x, None if many else weights.norm, weights.head, None, None, self.logits,
+            self.options.tuning.head_rows,
+        )  # fmt: skip
+        self._run(
+            "greedy", trunk.finish, (self.batch,),
+            self.logits, self.rows, self.tokens, self.state.lengths, shape.vocab, GREEDY=self.options.greedy,
+            VP=triton.cdiv(shape.vocab, 4096) * 4096, BLOCK=4096, num_warps=8,
+        )  # fmt: skip
+
+
+def without(options: StepOptions, stage: str) -> StepOptions:
+    """The same step with one stage left out, for the time split."""
+    return replace(options, skip=options.skip | {stage})
