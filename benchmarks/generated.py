@@ -45,10 +45,11 @@ class Shape:
         return self.num_layers * self.num_experts * self.expert_bytes
 
 
-def write_checkpoint(directory: Path, shape: Shape, *, seed: int = 0) -> None:
+def write_checkpoint(directory: Path, shape: Shape, *, seed: int = 0, device: str = "cpu") -> None:
     """Write a checkpoint of bf16 tensors into `directory`: standard deviation 0.02, embeddings 1, norms all ones.
 
-    Holds one tensor in memory at a time. A directory that already holds this very checkpoint is left as it is.
+    `device` draws the weights: a GPU does tens of GB in seconds, with other numbers than a CPU's. Holds one tensor at a
+    time. A directory that already holds this very checkpoint is left as it is.
     """
     marker = directory / "generated.json"
     wanted = json.dumps({"seed": seed, **asdict(shape)})
@@ -59,7 +60,7 @@ def write_checkpoint(directory: Path, shape: Shape, *, seed: int = 0) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         shutil.copy(TOKENIZER / name, directory / name)
     (directory / "config.json").write_text(json.dumps(_config(shape), indent=1))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     files = _files(shape)
     weight_map = {}
     for number, tensors in enumerate(files, start=1):
@@ -138,8 +139,9 @@ def _write_file(path: Path, tensors: dict[str, tuple[int, ...]], generator: torc
         file.write(len(text).to_bytes(8, "little") + text)
         for name, size in tensors.items():
             scale = 1.0 if "embed_tokens" in name else 0.02
-            weights = torch.ones(size) if len(size) == 1 else torch.randn(size, generator=generator) * scale
-            file.write(weights.bfloat16().view(torch.int16).numpy().data)
+            drawn = torch.randn(size, generator=generator, device=generator.device) if len(size) > 1 else None
+            weights = torch.ones(size) if drawn is None else drawn * scale
+            file.write(weights.bfloat16().cpu().view(torch.int16).numpy().data)
 
 
 if __name__ == "__main__":
