@@ -21,6 +21,8 @@ from rich.console import Console
 
 from expert_store.errors import StoreError
 from expert_store.manifest import read_manifest
+from extractor.checkpoint import Checkpoint
+from extractor.journal import JOURNAL_NAME
 from server.cli import UsageError, is_domain_error
 from server.cli import main as deepfew
 from server.cli_port import holder_of
@@ -66,14 +68,20 @@ def make_store(store: Path) -> int:
     named is left alone.
     """
     _heading(f"1  {CHECKPOINT.relative_to(ROOT)} → {_shown(store)}: one file for each deep expert")
-    if (store / "manifest.json").exists() and store == STORE:
-        try:
-            read_manifest(store)
-        except StoreError as error:
-            console.print(f"   {error}", style="yellow", markup=False)
-            console.print("   making it anew")
-            shutil.rmtree(store)
+    if store == STORE and store.exists() and not (store / JOURNAL_NAME).exists() and (why := _why_stale(store)):
+        console.print(f"   {why}; making it anew", style="yellow", markup=False)
+        shutil.rmtree(store)
     return deepfew(["extract", str(CHECKPOINT), str(store)])
+
+
+def _why_stale(store: Path) -> str:
+    """Why an extraction could not continue this store, or nothing where it could."""
+    try:
+        if read_manifest(store).source.fingerprint == Checkpoint.open(CHECKPOINT).fingerprint:
+            return ""
+    except StoreError as error:
+        return str(error)
+    return f"{_shown(store)} was made from another checkpoint"
 
 
 def free_port() -> int:
