@@ -3,6 +3,9 @@
 .PHONY: help venv venv-dev demo test check format bench clean
 PY := .venv/bin/python
 export PYTHON
+# Threads of a parallel loop sleep when they wait. Spinning, the default, is 15 times slower as soon as another program
+# wants the cores.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F '|' '{printf "  make %-9s %s\n", $$1, $$2}'
