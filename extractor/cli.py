@@ -82,6 +82,7 @@ def extract(
             work.check_disk()
         elif work.is_finished:
             result["status"] = "nothing to do"
+            work.run()
         else:
             started = time.monotonic()
             with byte_progress("extracting", work.remaining_bytes, quiet=as_json) as on_bytes:

@@ -26,7 +26,7 @@ from expert_store.shard import ShardLayout, shard_name
 from extractor.checkpoint import Checkpoint
 from extractor.disk import DISK_MARGIN_BYTES, format_bytes, free_bytes, keep_that_fits
 from extractor.errors import DiskFullError, TargetError
-from extractor.journal import JOURNAL_NAME, Journal, journal_head
+from extractor.journal import JOURNAL_NAME, Journal, journal_head, read_journal
 from extractor.outputs import OutputFile
 from extractor.pipeline import FileDigest, partial_path, stream
 from extractor.selection import Selection
@@ -83,14 +83,17 @@ class Extraction:
             raise DiskFullError(self._disk_full_message(free, set(self.done)))
 
     def run(self, on_bytes: Callable[[int], None] | None = None) -> Manifest:
-        """Write what remains, then the manifest; returns it.
+        """Write what remains, then the manifest; returns it. On a finished store only leftovers are removed.
 
         `on_bytes` is called with the number of bytes written since the last call. Raises DiskFullError, CheckpointError
         or TargetError; files that were finished stay, and the next run continues after them.
         """
-        self.check_disk()
         finished = set(self.done)
         try:
+            if self.existing is not None and self.is_finished:
+                self._tidy()
+                return self.existing
+            self.check_disk()
             return self._write(on_bytes, finished)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -106,8 +109,8 @@ class Extraction:
         for folder in ("trunk", "experts"):
             (self.target / folder).mkdir(parents=True, exist_ok=True)
         held = [deep.experts for deep in self.existing.deep_experts] if self.existing is not None else []
-        stale = journal_head(fingerprint, held)
-        journal = Journal.open(self.target, journal_head(fingerprint, self.selection.columns), stale)
+        head, stale = journal_head(fingerprint, self.selection.columns), journal_head(fingerprint, held)
+        journal = Journal.open(self.target, head, stale)
         try:
             for digest in stream(self.remaining, self.target, on_bytes):
                 journal.add(digest)
@@ -121,6 +124,13 @@ class Extraction:
         finally:
             journal.close()
         return manifest
+
+    def _tidy(self) -> None:
+        """Remove the journal that a run left which was killed after it had written the manifest."""
+        head = journal_head(self.checkpoint.fingerprint, self.selection.columns)
+        left = read_journal(self.target)
+        if left is not None and left[0] == head:
+            Journal.open(self.target, head).remove()
 
     def _manifest(self, digests: dict[str, FileDigest]) -> Manifest:
         deep_experts = []
