@@ -8,10 +8,12 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from server.api import generate, status
+from server.api import generate, openai, status
 from server.api.context import ApiContext
 from server.api.errors import ApiError, MethodError, NotFoundError, ValidationFailed, error_response
 from server.api.middleware import OPEN_PATHS, Gate
+from server.api.openai_responses import ChatResponse, CompletionResponse, OpenAIErrorResponse
+from server.api.openai_schemas import ChatRequest, CompletionRequest
 from server.api.openapi import install_openapi
 from server.api.schemas import (
     ErrorResponse,
@@ -51,13 +53,26 @@ def create_app(
     )
     app.state.context = ApiContext(service, metrics, http, version, log_prompts)
     app.include_router(generate.router, tags=["generate"])
+    app.include_router(openai.router, tags=["openai"])
     app.include_router(status.router, tags=["status"])
     install_openapi(
         app,
-        bodies=dict.fromkeys(("/generate", "/generate_stream", "/"), GenerateRequest),
-        models=[GenerateResponse, StreamResponse, ErrorResponse, HealthResponse, NotReadyResponse],
+        bodies={
+            **dict.fromkeys(("/generate", "/generate_stream", "/"), GenerateRequest),
+            "/v1/completions": CompletionRequest,
+            "/v1/chat/completions": ChatRequest,
+        },
+        models=[
+            GenerateResponse,
+            StreamResponse,
+            ErrorResponse,
+            HealthResponse,
+            NotReadyResponse,
+            CompletionResponse,
+            ChatResponse,
+        ],
         key_error=ErrorResponse,
-        openai_key_error=ErrorResponse,
+        openai_key_error=OpenAIErrorResponse,
         has_key=key is not None,
         open_paths=OPEN_PATHS,
     )

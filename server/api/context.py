@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from server.settings import HttpSettings
 MAX_WAITING_TEXTS = 256
 
 Body = TypeVar("Body", bound=BaseModel)
+Argument = TypeVar("Argument")
 
 
 class TextEncoder:
@@ -36,8 +38,12 @@ class TextEncoder:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="deepfew-encode")
         self._waiting = 0
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; text of special tokens stands for these tokens.
+    async def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; text of special tokens stands for these tokens. Raises QueueFullError."""
+        return await self.run(_encode, text)
+
+    async def run(self, work: Callable[[Any, Argument], list[int]], argument: Argument) -> list[int]:
+        """`work(tokenizer, argument)` on the thread.
 
         Raises:
             QueueFullError: too many texts wait for this.
@@ -46,15 +52,13 @@ class TextEncoder:
             raise QueueFullError(f"{MAX_WAITING_TEXTS} prompts are waiting to be tokenised; try again")
         self._waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._encode, text, add_special_tokens
-            )
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work, self.tokenizer, argument)
         finally:
             self._waiting -= 1
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-        return [int(token) for token in ids]
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return [int(token) for token in tokenizer(text, verbose=False)["input_ids"]]
 
 
 @dataclass

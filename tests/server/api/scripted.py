@@ -128,7 +128,7 @@ class ScriptedEngine:
     def _run(self, request: GenerationRequest, on_event: OnEvent) -> None:
         started = time.perf_counter()
         cancelled = self._active[request.request_id]
-        text, reason, count = "", "length", 0
+        text, reason, count, stopped = "", "length", 0, None
         pieces = [*self.answer, None]
         for index, piece in enumerate(pieces[: request.sampling.max_new_tokens], start=1):
             while not self.may_run.wait(0.005) and not cancelled.is_set():
@@ -148,6 +148,9 @@ class ScriptedEngine:
             if not special:
                 text += shown
             stopped = next((stop for stop in request.sampling.stop if stop in text), None)
+            if stopped is not None:
+                surplus = len(text) - text.index(stopped) - len(stopped)
+                text, shown = text[: len(text) - surplus], shown[: len(shown) - surplus]
             is_last = special or stopped is not None or index == request.sampling.max_new_tokens
             on_event(TokenEvent(index, token_id, shown, -0.25, special, top, is_last))
             if is_last:
@@ -173,6 +176,7 @@ class ScriptedEngine:
                 prefill=prefill,
                 timing=Timing(0.001, 0.002, seconds, 0.003),
                 deficit=Deficit(0.125, (0.0, 0.25)),
+                stop_text=stopped,
             )
         )
 
