@@ -9,6 +9,7 @@ used here are guarded by tests/extractor/test_conversion.py.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,13 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from extractor.errors import CheckpointError, UnsupportedFamilyError
+from extractor.families import check_routers
 
+# transformers builds a model under a process-wide default dtype, which two threads would leave behind wrong.
+_building = threading.Lock()
 TOP_K_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 
 
@@ -111,7 +116,12 @@ def trace(directory: Path, keys: Iterable[str]) -> Trace:
     """
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-        with torch.device("meta"):
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UnsupportedFamilyError(
+                f"{directory}: transformers has no causal language model for model_type {config.model_type!r}; only "
+                "text models are supported"
+            )
+        with _building, torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError, ImportError) as error:
         raise CheckpointError(
@@ -125,8 +135,10 @@ def trace(directory: Path, keys: Iterable[str]) -> Trace:
     }
     if not modules:
         raise UnsupportedFamilyError(
-            f"{directory}: {type(model).__name__} has no MoE layer; there is nothing to extract"
+            f"{directory}: {type(model).__name__} has no MoE layer that goes through transformers' experts registry; "
+            "there is nothing to extract"
         )
+    check_routers(model, modules, config.model_type, str(directory))
     collected, trunk, converters = _assign(model, modules, keys)
     experts = {
         module: tuple(

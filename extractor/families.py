@@ -1,36 +1,43 @@
 """Which checkpoints are taken, and the reason given for those that are not.
 
-The table is about what was tested, not about code: how a checkpoint's tensors become expert spans comes from
-transformers (`conversion.py`), without family names. Quantised checkpoints are refused in one place, which is where
-dequantisation belongs.
+No list of families: a checkpoint is taken when transformers has a causal language model of it whose routed experts go
+through its experts registry, and when the gating rule of each of its routers is known (`router.gating`), since a model
+that cannot be masked exactly cannot be served from part of its experts. Quantised checkpoints are refused in one place,
+which is where dequantisation belongs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
+
 from extractor.errors import UnsupportedFamilyError
+from router.gating import UnsupportedGatingError, find_gating_rule
 
-SUPPORTED_FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
-"""`model_type` of the families whose stores were compared bit for bit with what transformers loads."""
-
-_EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+_EXPERT_COUNT_KEYS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "num_experts_per_tok",
+    "moe_topk",
+)
+_ROUTER_NAMES = ("gate", "router")
 
 
 def check_family(config: dict[str, Any], where: str) -> str:
-    """The family (`model_type`) of a config.json, if it is supported.
+    """The family (`model_type`) of a config.json, as far as it can be judged without the model.
 
-    Raises UnsupportedFamilyError for dense models, other families and quantised checkpoints; `where` names the input.
+    Raises UnsupportedFamilyError for dense models and quantised checkpoints; `where` names the input.
     """
     family = str(config.get("model_type", ""))
-    supported = f"supported are {', '.join(SUPPORTED_FAMILIES)}"
-    if family not in SUPPORTED_FAMILIES:
-        if not has_experts(config):
-            raise UnsupportedFamilyError(
-                f"{where} is a dense model (model_type {family!r}): it has no experts to extract; "
-                f"use a Mixture-of-Experts checkpoint, {supported}"
-            )
-        raise UnsupportedFamilyError(f"{where} is of the family {family!r}, which is not supported; {supported}")
+    if not has_experts(config):
+        raise UnsupportedFamilyError(
+            f"{where} is a dense model (model_type {family!r}): it has no experts to extract; use a Mixture-of-Experts "
+            "checkpoint"
+        )
     if config.get("quantization_config"):
         method = config["quantization_config"]
         method = method.get("quant_method", "unknown") if isinstance(method, dict) else method
@@ -39,6 +46,23 @@ def check_family(config: dict[str, Any], where: str) -> str:
             "use the bfloat16 or float16 release of the model"
         )
     return family
+
+
+def check_routers(model: nn.Module, experts_modules: Iterable[str], family: str, where: str) -> None:
+    """Refuse a model with a router whose choice cannot be masked exactly. Raises UnsupportedFamilyError."""
+    for name in experts_modules:
+        block = model.get_submodule(name.rpartition(".")[0])
+        routers = [getattr(block, router, None) for router in _ROUTER_NAMES]
+        router = next((router for router in routers if isinstance(router, nn.Module)), None)
+        if router is None:
+            raise UnsupportedFamilyError(
+                f"{where}: beside {name} stands no router named {' or '.join(_ROUTER_NAMES)}; the family {family!r} is "
+                "not supported"
+            )
+        try:
+            find_gating_rule(family, router)
+        except UnsupportedGatingError as error:
+            raise UnsupportedFamilyError(f"{where}: {error}") from error
 
 
 def has_experts(config: dict[str, Any]) -> bool:

@@ -187,13 +187,16 @@ def find_gating_rule(model_type: str, module: nn.Module) -> GatingRule:
         raise UnsupportedGatingError(
             f"the router {name} of model type {model_type!r} cannot be masked: {REFUSED[name]}"
         )
-    family = family_of(module) or model_type
-    rule = RULES.get(family) or _rule_of_same_code(module)
+    if type(module) is nn.Linear:
+        raise UnsupportedGatingError(
+            f"model type {model_type!r} chooses its experts outside its router, which is a plain linear layer in this "
+            "release of transformers: use a newer one"
+        )
+    rule = RULES.get(family_of(module) or "") or _rule_of_same_code(module)
     if rule is None:
         raise UnsupportedGatingError(
-            f"no gating rule is known for the router {name} of model type {model_type!r} (family {family!r}); known "
-            f"families: {', '.join(sorted(RULES))}. Serve it without a mask, or add its rule to the table in "
-            "router/gating/families.py."
+            f"no gating rule is known for the router {name} of model type {model_type!r}; known families: "
+            f"{', '.join(sorted(RULES))}. Add its rule to the table in router/gating/families.py"
         )
     return rule
 

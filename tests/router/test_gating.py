@@ -84,7 +84,7 @@ def mask_of(call: Call, keep: Sequence[int]) -> Tensor:
 
 def dense(picks: Picks) -> Tensor:
     """Weights [T, E + 1] by expert, the sentinel last."""
-    weights = torch.zeros(picks.index.shape[0], NUM_EXPERTS + 1)
+    weights = torch.zeros(picks.index.shape[0], NUM_EXPERTS + 1, dtype=torch.float32)
     return weights.scatter_add(1, picks.index.clamp(max=NUM_EXPERTS), picks.weights.float())
 
 
