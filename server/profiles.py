@@ -1,0 +1,170 @@
+"""Masks for single requests: named profiles, and pools chosen from a request's own router mass.
+
+A *profile* is a mask that was made beforehand, from a plan. A *pool* is `count` experts of every layer chosen while the
+request runs: from what its tokens wanted so far (recent ones count more), helped by a prior over the domains that were
+calibrated, and chosen anew every few tokens as the text goes on. The router sees every expert's score, so demand is
+known for experts that the mask hides. Invariant: a pool depends on its own request's tokens alone, so a request in a
+batch gets the mask that it would get alone. Source of the idea: document pools (Ai2's EMO, 2605.06663).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from extractor.plan import Plan, read_plan
+from extractor.statistics import ExpertStatistics
+from router.mask import ExpertMask
+
+Float = npt.NDArray[np.float64]
+MAX_PROFILES = 256
+SHARE_FLOOR = 1e-3
+"""Added to a domain's shares before the logarithm: an expert never seen there is rare, not impossible."""
+
+
+class ProfileError(ValueError):
+    """A profile that does not exist, or that does not fit the model."""
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """How pools are chosen.
+
+    Attributes:
+        refresh_tokens: tokens between two choices.
+        half_life_tokens: after which what a token wanted counts half.
+        prior_tokens: how many tokens' worth of mass the prior weighs.
+        sharpness: of the prior's choice among domains.
+    """
+
+    refresh_tokens: int = 32
+    half_life_tokens: float = 64.0
+    prior_tokens: float = 40.0
+    sharpness: float = 20.0
+
+
+class UsagePrior:
+    """What text usually wants: the shares of each calibrated domain, weighed by how well a text fits them.
+
+    Args:
+        shares: float64 [D, L, E], each expert's share of its layer's mass in each domain.
+    """
+
+    def __init__(self, shares: Float) -> None:
+        self._shares = shares
+        self._logs = np.log(shares + SHARE_FLOOR)
+
+    @classmethod
+    def of(cls, statistics: ExpertStatistics) -> UsagePrior:
+        """From the domains of calibration statistics."""
+        return cls(np.stack([statistics.demand_shares(name) for name in statistics.domains]))
+
+    def shares(self, seen: Float, sharpness: float) -> Float:
+        """Expected shares [L, E] of a text whose mass so far is `seen` [L, E]."""
+        sums = seen.sum(axis=1, keepdims=True)
+        own = np.divide(seen, sums, out=np.zeros_like(seen), where=sums > 0)
+        fit = sharpness * np.tensordot(self._logs, own, axes=2)  # [D]
+        weights = np.exp(fit - fit.max())
+        return np.asarray(np.tensordot(weights / weights.sum(), self._shares, axes=1))
+
+
+class PromptPool:
+    """The pool of one request.
+
+    Args:
+        count: experts of every layer.
+        num_layers, num_experts: L and E.
+        prior: None chooses from the request's own mass alone.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        num_layers: int,
+        num_experts: int,
+        prior: UsagePrior | None = None,
+        options: PoolOptions | None = None,
+    ) -> None:
+        if not 1 <= count <= num_experts:
+            raise ProfileError(f"a pool of {count} experts, wanted 1 to {num_experts}")
+        self.count = count
+        self.options = options or PoolOptions()
+        self._prior = prior
+        self._mass = np.zeros((num_layers, num_experts))
+        self._unchosen_tokens = 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether enough tokens were seen since the last choice."""
+        return self._unchosen_tokens >= self.options.refresh_tokens
+
+    def see(self, index: npt.NDArray[np.integer], weight: npt.NDArray[np.floating]) -> None:
+        """Take in what tokens wanted: the unmasked choice [L, T, K], in order; ids ≥ E fall away."""
+        num_layers, num_tokens, _ = index.shape
+        num_experts = self._mass.shape[1]
+        age = np.arange(num_tokens - 1, -1, -1)
+        decay = 0.5 ** (age / self.options.half_life_tokens)
+        flat = np.minimum(index, num_experts) + (np.arange(num_layers) * (num_experts + 1))[:, None, None]
+        values = (weight * decay[None, :, None]).astype(np.float64)
+        added = np.bincount(flat.ravel(), weights=values.ravel(), minlength=num_layers * (num_experts + 1))
+        self._mass *= 0.5 ** (num_tokens / self.options.half_life_tokens)
+        self._mass += added.reshape(num_layers, num_experts + 1)[:, :num_experts]
+        self._unchosen_tokens += num_tokens
+
+    def choose(self) -> ExpertMask:
+        """The `count` experts of every layer that are wanted most now."""
+        wanted = self._mass
+        if self._prior is not None:
+            per_token = self.options.prior_tokens
+            wanted = wanted + per_token * self._prior.shares(self._mass, self.options.sharpness)
+        chosen = np.argsort(-wanted, axis=1, kind="stable")[:, : self.count]
+        allowed = np.zeros(self._mass.shape, dtype=np.bool_)
+        np.put_along_axis(allowed, chosen, True, axis=1)
+        self._unchosen_tokens = 0
+        return ExpertMask(allowed)
+
+
+def mask_of_plan(plan: Plan, num_layers: int, num_experts: int) -> ExpertMask:
+    """The experts that a plan's deep experts consist of.
+
+    Raises:
+        ProfileError: the plan is for another shape.
+    """
+    if (plan.num_layers, plan.num_experts) != (num_layers, num_experts):
+        raise ProfileError(
+            f"the plan is for {plan.num_layers} layers of {plan.num_experts} experts, the model has {num_layers} of "
+            f"{num_experts}: make a plan for this checkpoint"
+        )
+    columns = np.array([deep.experts for deep in plan.deep_experts])
+    allowed = np.zeros((num_layers, num_experts), dtype=np.bool_)
+    allowed[np.arange(num_layers)[None, :], columns] = True
+    return ExpertMask(allowed)
+
+
+def load_profiles(files: Iterable[Path], available: ExpertMask) -> Mapping[str, ExpertMask]:
+    """Named masks from plan files (the name is the file's), intersected with what is available.
+
+    Raises:
+        ProfileError: a plan for another shape, one name twice, or too many. SelectionError: no plan.
+        MaskError: nothing of a layer is left.
+    """
+    profiles: dict[str, ExpertMask] = {}
+    num_layers, num_experts = available.allowed.shape
+    for file in files:
+        if file.stem in profiles:
+            raise ProfileError(f"two profiles are called {file.stem!r}: rename {file}")
+        if len(profiles) >= MAX_PROFILES:
+            raise ProfileError(f"there are more than {MAX_PROFILES} profiles: leave some out")
+        profiles[file.stem] = mask_of_plan(read_plan(file), num_layers, num_experts) & available
+    return profiles
+
+
+def find_profile(profiles: Mapping[str, ExpertMask], name: str) -> ExpertMask:
+    """The profile of that name. Raises `ProfileError`."""
+    if name not in profiles:
+        raise ProfileError(f"profile {name!r} does not exist: this server has {', '.join(sorted(profiles)) or 'none'}")
+    return profiles[name]
