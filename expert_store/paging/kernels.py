@@ -71,19 +71,20 @@ def _rank_victims(
 
 @triton.jit
 def plan_layer(
-    chosen, order, layer, step,
-    page_table, slot_owner, last_use, use_count, pinned, host_offset, pool_offset, stats,
+    chosen, order, slot, pool, spill, layer, step,
+    page_table, slot_owner, last_use, use_count, pinned, host_offset, stats,
     header, target, source, count, pairs, pair_target, scratch, span,
     B: tl.constexpr, K: tl.constexpr, E: tl.constexpr, S: tl.constexpr,
-    BP: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr, PAIRS: tl.constexpr, STRIDE: tl.constexpr, L: tl.constexpr,
+    BP: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr, PAIRS: tl.constexpr, STRIDE: tl.constexpr,
     POLICY: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
     """Turns one layer's choice into a work list, evicting where it must; called by exactly one program.
 
-    STRIDE is the width of `pairs`; chosen [BP, EP] bool: row b picked expert e, as its order[b, e]-th pick. Mutates the layer's page table, slot owners,
-    last uses, use counts and stats [L, 4] (picks of distinct experts that hit, that missed, that spilled; layers' steps).
-    Writes header (distinct experts, misses), then for each distinct expert d, misses first: target[d], source[d] (0: it is
-    there), count[d] and pairs[d, :count] (b * K + pick); and pair_target[b * K + pick], plus FETCHED if it was missing, -1 where
+    chosen [BP, EP] bool: row b picked expert e, as its order[b, e]-th pick; slot [EP] is the layer's page table; pool and
+    spill are the offsets of its slots and of the spill area. Mutates the layer's page table, slot owners, last uses, use
+    counts and stats [L, 4] (distinct experts that hit, that missed, that spilled; steps). Writes header (distinct experts,
+    misses), then for each distinct expert d, misses first: target[d], source[d] (0: it is there), count[d] and
+    pairs[d, :count] (b * K + pick; rows of STRIDE); and pair_target[b * K + pick], plus FETCHED if it was missing, -1 where
     nothing was picked.
     """
     rows = tl.arange(0, BP)
@@ -92,18 +93,15 @@ def plan_layer(
     picks = chosen.to(tl.int32)
     tokens = tl.sum(picks, axis=0)
     wanted = tokens > 0
-    slot = tl.load(page_table + layer * E + experts, mask=known, other=-1)
     hit = wanted & (slot >= 0)
     miss = wanted & (slot < 0)
     num_miss = tl.sum(miss.to(tl.int32), axis=0)
     num_hit = tl.sum(hit.to(tl.int32), axis=0)
     miss_index = tl.cumsum(miss.to(tl.int32), axis=0) - 1
     hit_index = tl.cumsum(hit.to(tl.int32), axis=0) - 1
+    num_spilled = 0
     if PAGED:
         tl.store(last_use + layer * S + slot, step, mask=hit)
-        uses = tl.load(use_count + layer * E + experts, mask=known, other=0)
-        tl.store(use_count + layer * E + experts, uses + tokens, mask=known & wanted)
-        num_spilled = 0
         if num_miss > 0:
             tl.debug_barrier()
             num_victims = _rank_victims(
@@ -120,13 +118,7 @@ def plan_layer(
             slot = tl.where(placed, victim, slot)
             num_spilled = tl.maximum(num_miss - num_victims, 0)
             slot = tl.where(miss & (miss_index >= num_victims), S + miss_index - num_victims, slot)
-        tl.store(stats + layer * 4, tl.load(stats + layer * 4) + num_hit)
-        tl.store(stats + layer * 4 + 1, tl.load(stats + layer * 4 + 1) + num_miss)
-        tl.store(stats + layer * 4 + 2, tl.load(stats + layer * 4 + 2) + num_spilled)
-        tl.store(stats + layer * 4 + 3, tl.load(stats + layer * 4 + 3) + 1)
     wide_slot = slot.to(tl.int64)
-    pool = tl.load(pool_offset + layer)
-    spill = tl.load(pool_offset + L)
     offset = tl.where(wide_slot < S, pool + wide_slot * span, spill + (wide_slot - S) * span)
     home = tl.load(host_offset + layer * E + experts, mask=miss, other=0)
     index = tl.where(miss, miss_index, num_miss + hit_index)
@@ -141,3 +133,10 @@ def plan_layer(
     tl.store(pair_target + tl.arange(0, PAIRS), -1)
     tl.debug_barrier()
     tl.store(pair_target + pair, tl.broadcast_to(tl.where(miss, offset + FETCHED, offset)[None, :], [BP, EP]), mask=chosen)
+    if PAGED:
+        uses = tl.load(use_count + layer * E + experts, mask=known, other=0)
+        tl.store(use_count + layer * E + experts, uses + tokens, mask=known & wanted)
+        tl.store(stats + layer * 4, tl.load(stats + layer * 4) + num_hit)
+        tl.store(stats + layer * 4 + 1, tl.load(stats + layer * 4 + 1) + num_miss)
+        tl.store(stats + layer * 4 + 2, tl.load(stats + layer * 4 + 2) + num_spilled)
+        tl.store(stats + layer * 4 + 3, tl.load(stats + layer * 4 + 3) + 1)

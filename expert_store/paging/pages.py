@@ -123,15 +123,20 @@ class DevicePages:
             raise SlotsError("host spans and slots differ in alignment: both must start at a multiple of 16 bytes")
         return distance // size + self.host_index * self.shape.span_elements
 
+    @property
+    def flat_host_spans(self) -> Tensor:
+        """The host tier as [N, span_elements]; `host_index` says whose each is. Raises SlotsError where there is none."""
+        if self.host_spans is None:
+            raise SlotsError("these pages have no host tier: every expert was given a slot")
+        return self.host_spans.view(-1, self.shape.span_elements)
+
     def seed(self, experts: Tensor) -> None:
         """Fills slots 0..n-1 of each layer with experts [L, n] (n <= S), from the host tier; the first are the pinned ones.
 
         Mutates everything; call it before the first step or between steps.
         """
         shape = self.shape
-        if self.host_spans is None:
-            raise SlotsError("no host tier to fill slots from: fill `slots` and call `adopt` instead")
-        flat = self.host_spans.view(-1, shape.span_elements)
+        flat = self.flat_host_spans
         for layer in range(shape.num_layers):
             for slot, expert in enumerate(experts[layer].tolist()):
                 span = flat[int(self.host_index[layer, expert])]
@@ -168,8 +173,8 @@ class DevicePages:
             for slot, expert in enumerate(owners[layer].tolist()):
                 if expert >= 0 and int(table[layer, expert]) != slot:
                     raise SlotsError(f"layer {layer}: slot {slot} owned by {expert}, which maps to {table[layer, expert]}")
-                if contents and expert >= 0 and self.host_spans is not None:
-                    span = self.host_spans.view(-1, self.shape.span_elements)[int(self.host_index[layer, expert])]
+                if contents and expert >= 0:
+                    span = self.flat_host_spans[int(self.host_index[layer, expert])]
                     here = self.slots[layer * self.shape.num_slots + slot].cpu()
                     if not torch.equal(here.view(torch.uint8), span.cpu().view(torch.uint8)):
                         raise SlotsError(f"layer {layer}: slot {slot} does not hold the bytes of expert {expert}")

@@ -32,7 +32,7 @@ class StepGraph:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             for _ in range(self._steps):
                 self.step.launch()
         self.step.rows.copy_(rows)

@@ -1,8 +1,8 @@
 """One decode step for a fixed batch size: the buffers between the kernels, and their launches in order.
 
 `DecodeStep.launch()` enqueues a step on the current stream and touches no host memory, so it can be captured once per batch
-size and replayed (`server.model.device.graph`). All inputs are device tensors that the owner fills before a step: `rows`
-(KV row of each batch entry, -1: none) and `tokens`; `lengths` is advanced by the step itself. Batch entries without a row
+size and replayed (`server.model.device.graph`). All inputs are device tensors that the owner fills before a step: `inputs`
+[2, B], that is `rows` (KV row of each batch entry, -1: none) and `tokens`; `lengths` is advanced by the step itself. Batch entries without a row
 leave no trace: they reach no expert, no KV memory and no statistics.
 """
 
@@ -21,6 +21,7 @@ from server.model.device.kernels import attention, experts, routing, trunk
 from server.model.device.weights import DecodeShape, TrunkWeights
 
 STAGES = ("embed", "qkv", "attention", "output", "route", "gate_up", "down", "combine", "head", "greedy")
+GREEDY_PARTS = 32
 
 
 def pow2(n: int) -> int:
@@ -28,7 +29,7 @@ def pow2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _divisor(n: int, most: int) -> int:
+def divisor(n: int, most: int) -> int:
     """The largest power of two that divides n, at most `most`."""
     return min(n & -n, most)
 
@@ -47,7 +48,7 @@ class Tuning:
     gemv_warps: int = 4
     up_warps: int = 4
     down_warps: int = 4
-    route_warps: int = 4
+    route_warps: int = 2
     gemm_rows: int = 32
     gemm_columns: int = 128
     gemm_stages: int = 4
@@ -56,7 +57,7 @@ class Tuning:
     expert_stages: int = 3
     attention_splits: int = 16
     attention_block: int = 64
-    fetchers: int = 16
+    fetchers: int = 32
     copy_elements: int = 8192
 
 
@@ -110,8 +111,8 @@ class DecodeStep:
         def fresh(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
-        self.rows = torch.full((batch,), -1, dtype=torch.int32, device=device)
-        self.tokens = fresh(batch, dtype=torch.int32)
+        self.inputs = torch.tensor([[-1], [0]], dtype=torch.int32).repeat(1, batch).to(device)
+        self.rows, self.tokens = self.inputs[0], self.inputs[1]
         self.x, self.mid, self.normed = fresh(batch, hidden), fresh(batch, hidden), fresh(batch, hidden)
         self.qkv = fresh(batch, shape.qkv)
         self.attended = fresh(batch, heads * shape.head_dim)
@@ -123,6 +124,9 @@ class DecodeStep:
         self.pick_weights = fresh(batch, top_k, dtype=torch.float32)
         self.act = fresh(batch * top_k, shape.intermediate)
         self.parts = fresh(batch * top_k, hidden, dtype=torch.float32) if batch > 1 else self.mid
+        self.best = fresh(batch, GREEDY_PARTS, dtype=torch.float32)
+        self.best_token = fresh(batch, GREEDY_PARTS, dtype=torch.int32)
+        self.arrived_rows = fresh(batch, dtype=torch.int32)
         self.logits = fresh(batch, shape.vocab, dtype=torch.float32)
         self.log_ids = fresh(layers, batch, top_k, dtype=torch.int32)
         self.log_weights = fresh(layers, batch, top_k, dtype=torch.float32)
@@ -173,7 +177,7 @@ class DecodeStep:
         self._run(
             stage, trunk.gemm, (triton.cdiv(num_rows, tile),),
             x, weight, x if bias is None else bias, x if residual is None else residual, out, num_rows,
-            B=self.batch, BP=max(16, pow2(self.batch)), K=width, BN=tile, BK=_divisor(width, tuning.gemm_columns),
+            B=self.batch, BP=max(16, pow2(self.batch)), K=width, BN=tile, BK=divisor(width, tuning.gemm_columns),
             BIAS=bias is not None, RESIDUAL=residual is not None,
             num_warps=4 if tile >= 32 else 2, num_stages=tuning.gemm_stages,
         )  # fmt: skip
@@ -193,7 +197,7 @@ class DecodeStep:
             state.keys[layer], state.values[layer], self.attended, self.part_max, self.part_sum, self.part_out,
             self.arrived[1:], shape.eps, shape.scaling or shape.head_dim**-0.5, shape.max_tokens,
             NUM_HEADS=shape.num_heads, NUM_KV=shape.num_kv_heads, D=shape.head_dim, GP=max(16, pow2(group)),
-            SPLITS=splits, BLOCK=tuning.attention_block, NORM=shape.head_norm, num_warps=4, num_stages=2,
+            G2=pow2(group), SPLITS=splits, BLOCK=tuning.attention_block, NORM=shape.head_norm, num_warps=4, num_stages=2,
         )  # fmt: skip
         self._dense(
             "output", self.attended, None, weights.output, weights.output_bias, self.x, self.mid, tuning.output_rows
@@ -217,7 +221,8 @@ class DecodeStep:
             HP=pow2(shape.hidden), PAIRS=pow2(self.batch * shape.top_k),
             STRIDE=pages.pairs.shape[1], BE=rows,
             POLICY=LFU.value if pages.policy == "lfu" else LRU.value, PAGED=pages.shape.paged, MASKED=options.masked,
-            FORCED=options.forced is not None, BIASED=options.resident_bias != 0.0, RENORMALISE=shape.renormalise,
+            FORCED=options.forced is not None,
+            NARROW=shape.dtype == torch.bfloat16, BIASED=options.resident_bias != 0.0, RENORMALISE=shape.renormalise,
             num_warps=tuning.route_warps if self.batch <= 4 else 8,
         )  # fmt: skip
 
@@ -232,7 +237,7 @@ class DecodeStep:
             "gate_up", experts.gate_up, (fetchers + distinct * triton.cdiv(shape.intermediate, rows),),
             self.normed, slots, pages.header, pages.target, pages.source, pages.count, pages.pairs, self.act,
             K=shape.top_k, H=shape.hidden, HP=pow2(shape.hidden), I=shape.intermediate, BP=max(16, pow2(batch)), BI=rows,
-            BK=_divisor(shape.hidden, tuning.expert_columns), STRIDE=pages.pairs.shape[1], FETCHERS=fetchers, COPY=tuning.copy_elements, ONE=one,
+            BK=divisor(shape.hidden, tuning.expert_columns), STRIDE=pages.pairs.shape[1], FETCHERS=fetchers, COPY=tuning.copy_elements, ONE=one,
             num_warps=tuning.up_warps, num_stages=tuning.expert_stages,
         )  # fmt: skip
         following = self.weights.layers[layer + 1].input_norm if layer + 1 < shape.num_layers else self.weights.norm
@@ -248,7 +253,7 @@ class DecodeStep:
             "down", experts.down_many, (distinct * triton.cdiv(shape.hidden, tuning.expert_rows),),
             self.act, slots, pages.header, pages.target, pages.count, pages.pairs, self.parts,
             H=shape.hidden, I=shape.intermediate, BP=max(16, pow2(batch)), BH=tuning.expert_rows,
-            BK=_divisor(shape.intermediate, tuning.expert_columns), STRIDE=pages.pairs.shape[1], num_warps=4, num_stages=tuning.expert_stages,
+            BK=divisor(shape.intermediate, tuning.expert_columns), STRIDE=pages.pairs.shape[1], num_warps=4, num_stages=tuning.expert_stages,
         )  # fmt: skip
         self._run(
             "combine", experts.combine, (batch,),
@@ -262,10 +267,12 @@ class DecodeStep:
             "head", self.normed if many else self.x, None if many else weights.norm, weights.head, None, None, self.logits,
             self.options.tuning.head_rows,
         )  # fmt: skip
+        greedy, parts = self.options.greedy, self.best.shape[1]
+        block = pow2(triton.cdiv(shape.vocab, parts))
         self._run(
-            "greedy", trunk.finish, (self.batch,),
-            self.logits, self.rows, self.tokens, self.state.lengths, shape.vocab, GREEDY=self.options.greedy,
-            VP=triton.cdiv(shape.vocab, 4096) * 4096, BLOCK=4096, num_warps=8,
+            "greedy", trunk.finish, (parts if greedy else 1, self.batch),
+            self.logits, self.rows, self.tokens, self.state.lengths, self.best, self.best_token, self.arrived_rows,
+            shape.vocab, PARTS=parts, BLOCK=block, GREEDY=greedy, num_warps=4,
         )  # fmt: skip
 
 

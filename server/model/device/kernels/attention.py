@@ -33,98 +33,119 @@ def _head(ptr, norm, cos, sin, eps, heads, valid, D: tl.constexpr, NORM: tl.cons
 
 
 @triton.jit
+def _join(
+    part_max, part_sum, part_out, out, first_head, num_splits,
+    GROUP: tl.constexpr, G2: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Joins the splits of the heads first_head ... first_head + GROUP - 1 in one sweep of independent loads."""
+    head = tl.arange(0, G2)
+    split = tl.arange(0, SPLITS)
+    full = tl.arange(0, D)
+    part = (first_head + head)[:, None] * SPLITS + split[None, :]
+    mask = (head < GROUP)[:, None] & (split < num_splits)[None, :]
+    peaks = tl.load(part_max + part, mask=mask, other=-1.0e30, cache_modifier=".cg")
+    totals = tl.load(part_sum + part, mask=mask, other=0.0, cache_modifier=".cg")
+    parts = tl.load(
+        part_out + part[:, :, None] * D + full[None, None, :], mask=mask[:, :, None], other=0.0, cache_modifier=".cg"
+    )
+    gain = tl.exp(peaks - tl.max(peaks, axis=1)[:, None])
+    total = tl.sum(totals * gain, axis=1)
+    gain = gain / tl.where(total > 0.0, total, 1.0)[:, None]
+    joined = tl.sum(parts * gain[:, :, None], axis=1)
+    at = (first_head + head)[:, None] * D + full[None, :]
+    tl.store(out + at, joined.to(dtype), mask=(head < GROUP)[:, None])
+
+
+@triton.jit
 def attend(
     qkv, q_norm, k_norm, cos_table, sin_table, rows, lengths, keys, values, out,
     part_max, part_sum, part_out, arrived, eps, scaling, max_tokens,
-    NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, GP: tl.constexpr,
+    NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, G2: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, NUM_HEADS * D] from qkv [B, (NUM_HEADS + 2 NUM_KV) * D]; writes position lengths[row] of keys and values
-    [rows, NUM_KV, max_tokens, D]. A batch entry with row -1 is skipped. Grid (SPLITS, NUM_KV, B)."""
+    [rows, NUM_KV, max_tokens, D]. A batch entry with row -1 is skipped. Grid (SPLITS, NUM_KV, B).
+
+    The split's first block of cached keys and values is loaded before the wait: no kernel of this step writes it.
+    """
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     split, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    GROUP: tl.constexpr = NUM_HEADS // NUM_KV
+    HALF: tl.constexpr = D // 2
+    half = tl.arange(0, HALF)
+    full = tl.arange(0, D)
+    block = tl.arange(0, BLOCK)
+    group = tl.arange(0, GP)
     row = tl.load(rows + batch)
-    if row >= 0:
-        dtype: tl.constexpr = qkv.dtype.element_ty
-        GROUP: tl.constexpr = NUM_HEADS // NUM_KV
-        HALF: tl.constexpr = D // 2
-        half = tl.arange(0, HALF)
-        group = tl.arange(0, GP)
-        position = tl.load(lengths + row)
-        per_split = tl.cdiv(tl.cdiv(position, SPLITS), BLOCK) * BLOCK
-        num_splits = tl.maximum(tl.cdiv(position, tl.maximum(per_split, 1)), 1)
-        if split < num_splits:
-            cos = tl.load(cos_table + position * HALF + half)
-            sin = tl.load(sin_table + position * HALF + half)
-            mine = qkv + batch * (NUM_HEADS + 2 * NUM_KV) * D
-            q_low, q_high = _head(mine, q_norm, cos, sin, eps, kv_head * GROUP + group, group < GROUP, D, NORM, dtype)
-            cache = (row.to(tl.int64) * NUM_KV + kv_head) * max_tokens * D
-            full = tl.arange(0, D)
-            peak = tl.full([GP], -float("inf"), tl.float32)
-            total = tl.zeros([GP], tl.float32)
-            acc = tl.zeros([GP, D], tl.float32)
-            if split == 0:
-                one = tl.arange(0, 1)
-                k_low, k_high = _head(
-                    mine + NUM_HEADS * D, k_norm, cos, sin, eps, kv_head + one, one < 1, D, NORM, dtype
+    position = tl.load(lengths + row, mask=row >= 0, other=0)
+    per_split = tl.cdiv(tl.cdiv(position, SPLITS), BLOCK) * BLOCK
+    num_splits = tl.maximum(tl.cdiv(position, tl.maximum(per_split, 1)), 1)
+    cos = tl.load(cos_table + position * HALF + half)
+    sin = tl.load(sin_table + position * HALF + half)
+    begin = split * per_split
+    end = tl.where(row >= 0, tl.minimum(begin + per_split, position), 0)
+    cache = (row.to(tl.int64) * NUM_KV + kv_head) * max_tokens * D
+    inside = begin + block < end
+    k_at = keys + cache + (begin + block)[None, :] * D + half[:, None]
+    k_low = tl.load(k_at, mask=inside[None, :], other=0.0)
+    k_high = tl.load(k_at + HALF, mask=inside[None, :], other=0.0)
+    v = tl.load(values + cache + (begin + block)[:, None] * D + full[None, :], mask=inside[:, None], other=0.0)
+    if PDL:
+        gdc_wait()
+    if (row >= 0) & (split < num_splits):
+        mine = qkv + batch * (NUM_HEADS + 2 * NUM_KV) * D
+        q_low, q_high = _head(mine, q_norm, cos, sin, eps, kv_head * GROUP + group, group < GROUP, D, NORM, dtype)
+        peak = tl.full([GP], -float("inf"), tl.float32)
+        total = tl.zeros([GP], tl.float32)
+        acc = tl.zeros([GP, D], tl.float32)
+        if split == 0:
+            one = tl.arange(0, 1)
+            new_low, new_high = _head(
+                mine + NUM_HEADS * D, k_norm, cos, sin, eps, kv_head + one, one < 1, D, NORM, dtype
+            )  # fmt: skip
+            v_new = tl.load(mine + (NUM_HEADS + NUM_KV + kv_head) * D + full)
+            here = cache + position.to(tl.int64) * D
+            tl.store(keys + here + half[None, :], new_low)
+            tl.store(keys + here + HALF + half[None, :], new_high)
+            tl.store(values + here + full, v_new)
+            peak = scaling * (
+                tl.sum(q_low.to(tl.float32) * new_low.to(tl.float32), axis=1)
+                + tl.sum(q_high.to(tl.float32) * new_high.to(tl.float32), axis=1)
+            )
+            total += 1.0
+            acc += v_new.to(tl.float32)[None, :]
+        for start in range(begin, end, BLOCK):
+            score = tl.dot(q_low, k_low, input_precision="ieee")
+            score = tl.dot(q_high, k_high, score, input_precision="ieee") * scaling
+            score = tl.where((start + block < end)[None, :], score, -float("inf"))
+            new_peak = tl.maximum(peak, tl.max(score, axis=1))
+            decay = tl.exp(peak - new_peak)
+            weight = tl.exp(score - new_peak[:, None])
+            total = total * decay + tl.sum(weight, axis=1)
+            acc = tl.dot(weight.to(dtype), v, acc * decay[:, None], input_precision="ieee")
+            peak = new_peak
+            following = start + BLOCK + block
+            ahead = following < end
+            k_at = keys + cache + following[None, :] * D + half[:, None]
+            k_low = tl.load(k_at, mask=ahead[None, :], other=0.0)
+            k_high = tl.load(k_at + HALF, mask=ahead[None, :], other=0.0)
+            v = tl.load(values + cache + following[:, None] * D + full[None, :], mask=ahead[:, None], other=0.0)
+        heads = batch * NUM_HEADS + kv_head * GROUP + group
+        mask = group < GROUP
+        if num_splits == 1:
+            tl.store(out + heads[:, None] * D + full[None, :], (acc / total[:, None]).to(dtype), mask=mask[:, None])
+        else:
+            part = heads * SPLITS + split
+            tl.store(part_max + part, peak, mask=mask)
+            tl.store(part_sum + part, total, mask=mask)
+            tl.store(part_out + part[:, None] * D + full[None, :], acc, mask=mask[:, None])
+            tl.debug_barrier()
+            counter = arrived + batch * NUM_KV + kv_head
+            if tl.atomic_add(counter, 1) == num_splits - 1:
+                tl.store(counter, 0)
+                _join(
+                    part_max, part_sum, part_out, out, batch * NUM_HEADS + kv_head * GROUP, num_splits,
+                    GROUP, G2, D, SPLITS, dtype,
                 )  # fmt: skip
-                v_new = tl.load(mine + (NUM_HEADS + NUM_KV + kv_head) * D + full)
-                here = cache + position.to(tl.int64) * D
-                tl.store(keys + here + half[None, :], k_low)
-                tl.store(keys + here + HALF + half[None, :], k_high)
-                tl.store(values + here + full, v_new)
-                peak = scaling * (
-                    tl.sum(q_low.to(tl.float32) * k_low.to(tl.float32), axis=1)
-                    + tl.sum(q_high.to(tl.float32) * k_high.to(tl.float32), axis=1)
-                )
-                total += 1.0
-                acc += v_new.to(tl.float32)[None, :]
-            begin = split * per_split
-            end = tl.minimum(begin + per_split, position)
-            for start in range(begin, end, BLOCK):
-                tokens = start + tl.arange(0, BLOCK)
-                inside = tokens < end
-                k_at = keys + cache + tokens[None, :] * D + half[:, None]
-                k_low = tl.load(k_at, mask=inside[None, :], other=0.0)
-                k_high = tl.load(k_at + HALF, mask=inside[None, :], other=0.0)
-                v = tl.load(values + cache + tokens[:, None] * D + full[None, :], mask=inside[:, None], other=0.0)
-                score = tl.dot(q_low, k_low, input_precision="ieee")
-                score = tl.dot(q_high, k_high, score, input_precision="ieee") * scaling
-                score = tl.where(inside[None, :], score, -float("inf"))
-                new_peak = tl.maximum(peak, tl.max(score, axis=1))
-                decay = tl.exp(peak - new_peak)
-                weight = tl.exp(score - new_peak[:, None])
-                total = total * decay + tl.sum(weight, axis=1)
-                acc = tl.dot(weight.to(dtype), v, acc * decay[:, None], input_precision="ieee")
-                peak = new_peak
-            heads = kv_head * GROUP + group
-            mask = group < GROUP
-            out_at = out + (batch * NUM_HEADS + heads[:, None]) * D + full[None, :]
-            if num_splits == 1:
-                tl.store(out_at, (acc / total[:, None]).to(dtype), mask=mask[:, None])
-            else:
-                part = (batch * NUM_HEADS + heads) * SPLITS
-                tl.store(part_max + part + split, peak, mask=mask)
-                tl.store(part_sum + part + split, total, mask=mask)
-                tl.store(part_out + (part + split)[:, None] * D + full[None, :], acc, mask=mask[:, None])
-                tl.debug_barrier()
-                counter = arrived + batch * NUM_KV + kv_head
-                if tl.atomic_add(counter, 1) == num_splits - 1:
-                    tl.store(counter, 0)
-                    splits = tl.arange(0, SPLITS)
-                    done = splits < num_splits
-                    for g in tl.static_range(GROUP):
-                        one_part = (batch * NUM_HEADS + kv_head * GROUP + g) * SPLITS
-                        peaks = tl.load(
-                            part_max + one_part + splits, mask=done, other=-float("inf"), cache_modifier=".cg"
-                        )
-                        totals = tl.load(part_sum + one_part + splits, mask=done, other=0.0, cache_modifier=".cg")
-                        parts = tl.load(
-                            part_out + (one_part + splits)[:, None] * D + full[None, :],
-                            mask=done[:, None], other=0.0, cache_modifier=".cg",
-                        )  # fmt: skip
-                        gain = tl.exp(peaks - tl.max(peaks, axis=0))
-                        joined = tl.sum(parts * gain[:, None], axis=0) / tl.sum(totals * gain, axis=0)
-                        tl.store(out + (batch * NUM_HEADS + kv_head * GROUP + g) * D + full, joined.to(dtype))

@@ -24,16 +24,24 @@ def _sortable(value):
 
 
 @triton.jit
-def top_k(choice, logits, allowed, K: tl.constexpr, KP: tl.constexpr, BP: tl.constexpr, EP: tl.constexpr):
+def top_k(
+    choice, logits, allowed,
+    K: tl.constexpr, KP: tl.constexpr, BP: tl.constexpr, EP: tl.constexpr, SAME: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
     """The K largest of choice [BP, EP] among allowed, lowest id first where equal.
 
+    SAME: choice is logits; NARROW: their values are bf16, so that value and id fit one 32-bit key.
     Returns chosen [BP, EP], order [BP, EP] (which pick it is), ids [BP, KP] (-1 past the available) and the chosen
     entries of `logits` [BP, KP] (-inf past the available).
     """
     experts = tl.arange(0, EP)
     picks = tl.arange(0, KP)
-    key = (_sortable(choice).to(tl.int64) << 32) | (EP - 1 - experts)[None, :].to(tl.int64)
-    nothing: tl.constexpr = -0x8000000000000000
+    if NARROW:
+        key = (_sortable(choice) & -65536) | (EP - 1 - experts)[None, :]
+        nothing: tl.constexpr = -0x80000000
+    else:
+        key = (_sortable(choice).to(tl.int64) << 32) | (EP - 1 - experts)[None, :].to(tl.int64)
+        nothing: tl.constexpr = -0x8000000000000000
     key = tl.where(allowed, key, nothing)
     chosen = tl.zeros([BP, EP], tl.int32) > 0
     order = tl.zeros([BP, EP], tl.int32)
@@ -42,9 +50,21 @@ def top_k(choice, logits, allowed, K: tl.constexpr, KP: tl.constexpr, BP: tl.con
     for k in tl.static_range(K):
         best = tl.max(key, axis=1)
         found = best != nothing
-        expert = (EP - 1) - (best & 0xFFFFFFFF).to(tl.int32)
+        if NARROW:
+            expert = (EP - 1) - (best & 0xFFFF)
+            high = best & -65536
+        else:
+            expert = (EP - 1) - (best & 0xFFFFFFFF).to(tl.int32)
+            high = (best >> 32).to(tl.int32)
         here = (experts[None, :] == expert[:, None]) & found[:, None]
-        value = tl.max(tl.where(here, logits, -float("inf")), axis=1)
+        if SAME:
+            value = tl.where(high < 0, high ^ 0x7FFFFFFF, high).to(tl.float32, bitcast=True)
+            if NARROW:
+                value = value.to(tl.int32, bitcast=True)
+                value = tl.where(value < 0, value & -65536, value).to(tl.float32, bitcast=True)
+            value = tl.where(found, value, -float("inf"))
+        else:
+            value = tl.max(tl.where(here, logits, -float("inf")), axis=1)
         chosen = chosen | here
         order = tl.where(here, k, order)
         ids = tl.where((picks == k)[None, :] & found[:, None], expert[:, None], ids)
@@ -76,7 +96,7 @@ def route(
     B: tl.constexpr, K: tl.constexpr, E: tl.constexpr, S: tl.constexpr, H: tl.constexpr, L: tl.constexpr,
     BP: tl.constexpr, KP: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr, HP: tl.constexpr, PAIRS: tl.constexpr,
     STRIDE: tl.constexpr, BE: tl.constexpr, POLICY: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr, FORCED: tl.constexpr,
-    BIASED: tl.constexpr, RENORMALISE: tl.constexpr, PDL: tl.constexpr,
+    BIASED: tl.constexpr, RENORMALISE: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Routes x [B, H]; writes normed [B, H], weights [B, K], the work list (see `plan_layer`) and the step's log [L, B, K].
 
@@ -92,22 +112,25 @@ def route(
     mine = part * BE + tl.arange(0, BE)
     w = tl.load(gate + mine[:, None] * H + cols[None, :], mask=(mine < E)[:, None] & inside[None, :], other=0.0)
     scale = tl.load(norm + cols, mask=inside, other=0.0)
+    batches = tl.arange(0, BP)
+    experts = tl.arange(0, EP)
+    row = tl.load(rows + batches, mask=batches < B, other=-1)
+    slot = tl.load(page_table + layer * E + experts, mask=experts < E, other=-1)
+    pool = tl.load(pool_offset + layer)
+    spill = tl.load(pool_offset + L)
     if PDL:
         gdc_wait()
-    value = tl.load(x + batch * H + cols, mask=inside, other=0.0)
-    value = normalise(value.to(tl.float32), scale, eps, H, dtype)
+    hidden = tl.load(x + batch * H + cols, mask=inside, other=0.0)
+    hidden = normalise(hidden.to(tl.float32), scale, eps, H, dtype)
     if part == 0:
-        tl.store(normed + batch * H + cols, value, mask=inside)
-    gate_score = tl.sum(w.to(tl.float32) * value.to(tl.float32)[None, :], axis=1).to(dtype).to(tl.float32)
+        tl.store(normed + batch * H + cols, hidden, mask=inside)
+    gate_score = tl.sum(w.to(tl.float32) * hidden.to(tl.float32)[None, :], axis=1).to(dtype).to(tl.float32)
     tl.store(logits + batch * E + mine, gate_score, mask=mine < E)
     tl.debug_barrier()
     if tl.atomic_add(arrived, 1) == tl.num_programs(0) * tl.num_programs(1) - 1:
         tl.store(arrived, 0)
         step = tl.load(step_at)
-        batches = tl.arange(0, BP)
-        experts = tl.arange(0, EP)
         picks = tl.arange(0, KP)
-        row = tl.load(rows + batches, mask=batches < B, other=-1)
         known = (row >= 0)[:, None] & (experts < E)[None, :]
         score = tl.load(
             logits + batches[:, None] * E + experts[None, :], mask=known, other=-float("inf"), cache_modifier=".cg"
@@ -116,9 +139,11 @@ def route(
         log_mask = (batches < B)[:, None] & (picks < K)[None, :]
         allowed = known
         if MASKED:
-            demand_chosen, demand_order, demand_ids, demand_values = top_k(score, score, known, K, KP, BP, EP)
+            demand_chosen, demand_order, demand_ids, demand_values = top_k(
+                score, score, known, K, KP, BP, EP, True, NARROW
+            )
             tl.store(log_demand + log_at, tl.where(demand_ids < 0, E, demand_ids), mask=log_mask)
-            tl.store(log_mass + log_at, _weights(demand_values, score, known, False, tl.float32), mask=log_mask)
+            tl.store(log_mass + log_at, _weights(demand_values, score, known, RENORMALISE, dtype), mask=log_mask)
             visible = tl.load(masks + (row[:, None] * L + layer) * E + experts[None, :], mask=known, other=0)
             allowed = known & (visible != 0)
         choice = score
@@ -130,8 +155,7 @@ def route(
             before = tl.load(bias_range + layer)
             spread = tl.where(before > 0.0, 0.9 * before + 0.1 * spread, spread)
             tl.store(bias_range + layer, spread)
-            resident = tl.load(page_table + layer * E + experts, mask=experts < E, other=-1) >= 0
-            choice = score + tl.where(resident, resident_bias * spread, 0.0)[None, :]
+            choice = score + tl.where(slot >= 0, resident_bias * spread, 0.0)[None, :]
         if FORCED:
             chosen = tl.zeros([BP, EP], tl.int32) > 0
             order = tl.zeros([BP, EP], tl.int32)
@@ -148,15 +172,15 @@ def route(
                 value = tl.max(tl.where(here, score, -float("inf")), axis=1)
                 values = tl.where((picks == k)[None, :], value[:, None], values)
         else:
-            chosen, order, ids, values = top_k(choice, score, allowed, K, KP, BP, EP)
+            chosen, order, ids, values = top_k(choice, score, allowed, K, KP, BP, EP, not BIASED, NARROW and not BIASED)
         weight = _weights(values, score, allowed, RENORMALISE, dtype)
         pick_at = batches[:, None] * K + picks[None, :]
         tl.store(weights + pick_at, weight, mask=log_mask)
         tl.store(log_ids + log_at, tl.where(ids < 0, E, ids), mask=log_mask)
         tl.store(log_weights + log_at, weight, mask=log_mask)
         plan_layer(
-            chosen, order, layer, step,
-            page_table, slot_owner, last_use, use_count, pinned, host_offset, pool_offset, stats,
+            chosen, order, slot, pool, spill, layer, step,
+            page_table, slot_owner, last_use, use_count, pinned, host_offset, stats,
             header, target, source, count, pairs, pair_target, scratch, span,
-            B, K, E, S, BP, EP, SP, PAIRS, STRIDE, L, POLICY, PAGED,
+            B, K, E, S, BP, EP, SP, PAIRS, STRIDE, POLICY, PAGED,
         )  # fmt: skip

@@ -26,9 +26,9 @@ def embed(
 ):  # fmt: skip
     """x[b] = table[tokens[b]]; with NORM also normed[b]. Program 0 begins a new step. Grid (B,)."""
     row = tl.program_id(0)
-    if PDL:
-        gdc_launch_dependents()
+    if PDL:  # in this order, so that whatever starts early in a step finds the step before it complete
         gdc_wait()
+        gdc_launch_dependents()
     cols = tl.arange(0, HP)
     token = tl.load(tokens + row).to(tl.int64)
     value = tl.load(table + token * H + cols, mask=cols < H, other=0.0)
@@ -106,25 +106,30 @@ def gemm(
 
 @triton.jit
 def finish(
-    logits, rows, tokens, lengths, V,
-    VP: tl.constexpr, BLOCK: tl.constexpr, GREEDY: tl.constexpr, PDL: tl.constexpr,
+    logits, rows, tokens, lengths, part_best, part_token, arrived, V,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, GREEDY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """lengths[rows[b]] += 1; with GREEDY tokens[b] = argmax(logits[b]), the lowest id of equals. Grid (B,)."""
-    batch = tl.program_id(0)
+    """lengths[rows[b]] += 1; with GREEDY tokens[b] = argmax(logits[b]), the lowest id of equals. PARTS * BLOCK >= V.
+
+    Grid (PARTS, B) with GREEDY, else (1, B): each program takes a part of the vocabulary, the last one of a row decides.
+    """
+    part, batch = tl.program_id(0), tl.program_id(1)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     if GREEDY:
-        best = tl.full([BLOCK], -float("inf"), tl.float32)
-        where = tl.zeros([BLOCK], tl.int32)
-        for start in range(0, VP, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            value = tl.load(logits + batch.to(tl.int64) * V + cols, mask=cols < V, other=-float("inf"))
-            better = value > best
-            best = tl.where(better, value, best)
-            where = tl.where(better, cols, where)
-        top = tl.max(best, axis=0)
-        tl.store(tokens + batch, tl.min(tl.where(best == top, where, 0x7FFFFFFF), axis=0))
+        cols = part * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(logits + batch.to(tl.int64) * V + cols, mask=cols < V, other=-float("inf"))
+        best = tl.max(value, axis=0)
+        tl.store(part_best + batch * PARTS + part, best)
+        tl.store(part_token + batch * PARTS + part, tl.min(tl.where(value == best, cols, 0x7FFFFFFF), axis=0))
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + batch, 1) == PARTS - 1:
+            tl.store(arrived + batch, 0)
+            parts = batch * PARTS + tl.arange(0, PARTS)
+            bests = tl.load(part_best + parts, cache_modifier=".cg")
+            ids = tl.load(part_token + parts, cache_modifier=".cg")
+            tl.store(tokens + batch, tl.min(tl.where(bests == tl.max(bests, axis=0), ids, 0x7FFFFFFF), axis=0))
     row = tl.load(rows + batch)
-    if row >= 0:
+    if (row >= 0) & (part == 0):
         tl.store(lengths + row, tl.load(lengths + row) + 1)

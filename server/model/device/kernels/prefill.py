@@ -1,0 +1,70 @@
+"""Many tokens through a group of experts: one launch each for gate/up and down, weights read through addresses.
+
+Pairs (token, pick) come sorted by expert; `offsets` [E + 1] bounds each expert's pairs. A program owns a tile of one expert's
+weight rows and walks over all of its pairs, so a weight tile comes from memory once and from L2 after that.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from server.model.device.kernels.experts import silu_mul
+
+
+@triton.jit
+def gate_up_group(
+    hidden, anchor, ids, targets, offsets, order, act,
+    K: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """act [T * K, I], in sorted order, of the group's experts ids[g], whose spans lie at targets[g].
+
+    hidden [T, H]; order [T * K] int64: sorted position -> pair. H % BK == 0. Grid (group, ceil(I / BI)).
+    """
+    expert = tl.load(ids + tl.program_id(0))
+    span = tl.multiple_of(tl.load(targets + tl.program_id(0)), 8)
+    rows = tl.program_id(1) * BI + tl.arange(0, BI)
+    lane = tl.arange(0, BT)
+    cols = tl.arange(0, BK)
+    w_at = anchor + span + rows[None, :] * H + cols[:, None]
+    w_mask = (rows < I)[None, :]
+    end = tl.load(offsets + expert + 1)
+    for start in range(tl.load(offsets + expert), end, BT):
+        place = start + lane
+        live = place < end
+        token = tl.load(order + place, mask=live, other=0) // K
+        x_at = hidden + token[:, None] * H + cols[None, :]
+        gate = tl.zeros([BT, BI], tl.float32)
+        up = tl.zeros([BT, BI], tl.float32)
+        for k in range(0, H, BK):
+            x = tl.load(x_at + k, mask=live[:, None], other=0.0)
+            gate = tl.dot(x, tl.load(w_at + k, mask=w_mask, other=0.0), gate, input_precision="ieee")
+            up = tl.dot(x, tl.load(w_at + I * H + k, mask=w_mask, other=0.0), up, input_precision="ieee")
+        out = silu_mul(gate, up, act.dtype.element_ty)
+        tl.store(act + place[:, None] * I + rows[None, :], out, mask=live[:, None] & w_mask)
+
+
+@triton.jit
+def down_group(
+    act, anchor, ids, targets, offsets, order, out,
+    H: tl.constexpr, I: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out [T * K, H], at the pairs' own places, of the group's experts; I % BK == 0. Grid (group, ceil(H / BH))."""
+    expert = tl.load(ids + tl.program_id(0))
+    span = tl.multiple_of(tl.load(targets + tl.program_id(0)), 8)
+    rows = tl.program_id(1) * BH + tl.arange(0, BH)
+    lane = tl.arange(0, BT)
+    cols = tl.arange(0, BK)
+    w_at = anchor + span + 2 * I * H + rows[None, :] * I + cols[:, None]
+    w_mask = (rows < H)[None, :]
+    end = tl.load(offsets + expert + 1)
+    for start in range(tl.load(offsets + expert), end, BT):
+        place = start + lane
+        live = place < end
+        pair = tl.load(order + place, mask=live, other=0)
+        a_at = act + place.to(tl.int64)[:, None] * I + cols[None, :]
+        acc = tl.zeros([BT, BH], tl.float32)
+        for k in range(0, I, BK):
+            a = tl.load(a_at + k, mask=live[:, None], other=0.0)
+            acc = tl.dot(a, tl.load(w_at + k, mask=w_mask, other=0.0), acc, input_precision="ieee")
+        tl.store(out + pair[:, None] * H + rows[None, :], acc.to(out.dtype.element_ty), mask=live[:, None] & w_mask)

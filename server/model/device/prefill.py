@@ -1,0 +1,170 @@
+"""Experts of a prompt's chunk: resident ones from their slots, the others streamed through a ring of spans ahead of use.
+
+A chunk of many tokens wants nearly every expert of every layer, so which ones to fetch is known before its routers run: all
+that are allowed and not resident, layer after layer. Copies run on their own stream by the copy engine, several groups ahead
+of the compute and across layers; each missing expert crosses PCIe once a chunk. A small chunk looks at its routers' choice
+first (one synchronisation a layer) and fetches only that. Slots and page table are read, never changed. Invariant: a ring
+group is overwritten only after the products that read it have been enqueued, ordered by events.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+from torch import Tensor
+
+from expert_store.paging.pages import DevicePages
+from server.model.device.kernels import prefill as kernels
+from server.model.device.step import divisor, pow2
+
+GROUP = 8
+"""Experts that are copied, waited for and computed together."""
+
+
+@dataclass
+class _Group:
+    """Experts of one layer that are computed by one launch: entries [start, stop) of the chunk's flat ids and targets."""
+
+    layer: int
+    start: int
+    stop: int
+    copies: list[tuple[int, int]]  # (row of the host tier, ring entry)
+    arrived: Any = None
+    used: Any = None
+
+
+class ExpertStream:
+    """Computes the experts of prefill chunks over the slots of `pages` and a ring of `num_groups` groups.
+
+    `intermediate` is I; weights, activations and results are in the pages' dtype.
+    """
+
+    def __init__(self, pages: DevicePages, hidden: int, intermediate: int, *, num_groups: int = 4) -> None:
+        self._pages, self._hidden, self._intermediate = pages, hidden, intermediate
+        self._num_groups = num_groups if pages.shape.paged else 0
+        shape = pages.shape
+        self._ring = torch.empty(
+            self._num_groups * GROUP, shape.span_elements, dtype=shape.dtype, device=pages.device
+        )  # fmt: skip
+        distance = self._ring.data_ptr() - pages.slots.data_ptr() if self._num_groups else 0
+        self._ring_offset = distance // shape.dtype.itemsize
+        self._cuda = pages.slots.is_cuda
+        self._stream = torch.cuda.Stream() if self._cuda else None  # type: ignore[no-untyped-call]
+        self._table: npt.NDArray[np.int32] = np.zeros((0, 0), np.int32)
+        self._wanted: npt.NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
+        self._groups: list[_Group] = []
+        self._enqueued = self._computed = 0
+        self._ids = self._targets = torch.empty(0)
+        self._ahead = False
+        self.copied_spans = 0
+
+    def begin(self, num_tokens: int, allowed: npt.NDArray[np.bool_]) -> None:
+        """Starts a chunk: allowed [L, E] bool, what its mask leaves. Reads the page table back (synchronises)."""
+        shape = self._pages.shape
+        self._table = self._pages.page_table.cpu().numpy()
+        self._wanted = allowed & ((self._table >= 0) | (self._pages.host_index.numpy() >= 0))
+        self._ahead = num_tokens * shape.top_k >= 4 * shape.num_experts
+        self._reset()
+        if self._ahead:
+            self._plan(range(shape.num_layers), self._wanted)
+
+    def forward(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sum of the chosen experts' outputs: hidden [T, H], index [T, K] (ids >= E: none), weights [T, K]."""
+        num_tokens, top_k = index.shape
+        ids = index.reshape(-1)
+        if not self._ahead:
+            chosen = np.zeros_like(self._wanted)
+            picked = np.unique(ids.cpu().numpy())
+            chosen[layer, picked[picked < self._pages.shape.num_experts]] = True
+            self._reset()
+            self._plan([layer], chosen & self._wanted)
+        sorted_ids, order = ids.sort(stable=True)
+        edges = torch.arange(self._pages.shape.num_experts + 1, device=ids.device, dtype=sorted_ids.dtype)
+        offsets = torch.searchsorted(sorted_ids, edges).to(torch.int32)
+        act = hidden.new_empty(num_tokens * top_k, self._intermediate)
+        out = hidden.new_zeros(num_tokens * top_k, self._hidden)
+        while self._computed < len(self._groups) and self._groups[self._computed].layer == layer:
+            self._compute(self._groups[self._computed], hidden, offsets, order, act, out, top_k)
+            self._computed += 1
+            self._enqueue_copies()
+        weighted = out * weights.reshape(-1, 1).to(out.dtype)
+        return weighted.view(num_tokens, top_k, -1).sum(dim=1)
+
+    def _reset(self) -> None:
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        self._groups = []
+        self._enqueued = self._computed = 0
+
+    def _plan(self, layers: Any, wanted: npt.NDArray[np.bool_]) -> None:
+        """Lists the groups of the layers, resident experts first, and starts as many copies as the ring holds."""
+        span, slots = self._pages.shape.span_elements, self._pages.shape.num_slots
+        host_index = self._pages.host_index.numpy()
+        ids: list[int] = []
+        targets: list[int] = []
+        entry = 0
+        for layer in layers:
+            resident = np.flatnonzero(wanted[layer] & (self._table[layer] >= 0)).tolist()
+            missing = np.flatnonzero(wanted[layer] & (self._table[layer] < 0)).tolist()
+            if resident:
+                self._groups.append(_Group(layer, len(ids), len(ids) + len(resident), []))
+                ids += resident
+                targets += [(layer * slots + int(self._table[layer, expert])) * span for expert in resident]
+            for first in range(0, len(missing), GROUP):
+                experts = missing[first : first + GROUP]
+                base = entry % max(self._num_groups, 1) * GROUP
+                entry += 1
+                copies = [(int(host_index[layer, expert]), base + at) for at, expert in enumerate(experts)]
+                self._groups.append(_Group(layer, len(ids), len(ids) + len(experts), copies))
+                ids += experts
+                targets += [self._ring_offset + (base + at) * span for at in range(len(experts))]
+        self._ids = torch.tensor(ids, dtype=torch.int32).to(self._pages.device)
+        self._targets = torch.tensor(targets, dtype=torch.int64).to(self._pages.device)
+        self._streamed = [group for group in self._groups if group.copies]
+        self._enqueue_copies()
+
+    def _enqueue_copies(self) -> None:
+        """Copies every next group whose place in the ring has been read by products that are already enqueued."""
+        while self._enqueued < len(self._streamed):
+            group = self._streamed[self._enqueued]
+            before = self._enqueued - self._num_groups
+            if before >= 0 and self._streamed[before].used is None:
+                return
+            flat = self._pages.flat_host_spans
+            if self._stream is None:
+                for row, entry in group.copies:
+                    self._ring[entry].copy_(flat[row])
+            else:
+                with torch.cuda.stream(self._stream):
+                    if before >= 0:
+                        self._stream.wait_event(self._streamed[before].used)
+                    for row, entry in group.copies:
+                        self._ring[entry].copy_(flat[row], non_blocking=True)
+                    group.arrived = self._stream.record_event()
+            self.copied_spans += len(group.copies)
+            self._enqueued += 1
+
+    def _compute(
+        self, group: _Group, hidden: Tensor, offsets: Tensor, order: Tensor, act: Tensor, out: Tensor, top_k: int
+    ) -> None:
+        if group.arrived is not None:
+            torch.cuda.current_stream().wait_event(group.arrived)
+        ids, targets = self._ids[group.start : group.stop], self._targets[group.start : group.stop]
+        size, width, inner = group.stop - group.start, self._hidden, self._intermediate
+        tokens = 64 if hidden.shape[0] >= 256 else 16
+        tile = 64 if self._cuda else pow2(min(64, width))
+        anchor = self._pages.slots
+        kernels.gate_up_group[(size, triton.cdiv(inner, tile))](
+            hidden, anchor, ids, targets, offsets, order, act,
+            K=top_k, H=width, I=inner, BT=tokens, BI=tile, BK=divisor(width, 64), num_warps=4, num_stages=3,
+        )  # fmt: skip
+        kernels.down_group[(size, triton.cdiv(width, tile))](
+            act, anchor, ids, targets, offsets, order, out,
+            H=width, I=inner, BT=tokens, BH=tile, BK=divisor(inner, 64), num_warps=4, num_stages=3,
+        )  # fmt: skip
+        group.used = torch.cuda.current_stream().record_event() if self._cuda else True

@@ -1,0 +1,145 @@
+"""The device-driven runner against the host-driven one, on a small store; on a GPU also on the bundled checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from expert_store.paging.pages import DevicePages
+from expert_store.store import Store
+from extractor.checkpoint import Checkpoint
+from extractor.prepare import prepare
+from extractor.selection import SelectionRequest
+from router.mask import ExpertMask
+
+pytest.importorskip("triton")
+
+from server.model.assembly import load_model
+from server.model.device import runner as device_runner
+from server.model.device.assembly import load_device_runner
+from server.model.device.pack import NotCapturableError
+from server.model.device.runner import DeviceRunner
+from server.model.device.step import Tuning
+from server.model.runner import Runner
+
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+LAYERS, EXPERTS, TOP_K = 2, 8, 2
+# Few programs a kernel: the interpreter runs them one after the other.
+TUNING = Tuning(
+    qkv_rows=64, output_rows=32, head_rows=1024, gate_rows=8, up_rows=16, down_rows=32, down_columns=32,
+    attention_splits=1, fetchers=1, copy_elements=2048,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small_store(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of a random two-layer model that has the bundled checkpoint's tokenizer."""
+    torch.manual_seed(1)
+    config = Qwen3MoeConfig(
+        vocab_size=8192, hidden_size=32, num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+        moe_intermediate_size=16, num_experts=EXPERTS, num_experts_per_tok=TOP_K, norm_topk_prob=True,
+        max_position_embeddings=128, initializer_range=0.3, tie_word_embeddings=True,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("small")
+    Qwen3MoeForCausalLM(config).save_pretrained(path / "checkpoint")
+    AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(path / "checkpoint")
+    prepare(Checkpoint.open(path / "checkpoint"), path / "store", SelectionRequest()).run()
+    return path / "store"
+
+
+@pytest.fixture
+def runners(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[DeviceRunner, Runner]]]:
+    made: list[DeviceRunner | Runner] = []
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(device_runner, "Tuning", lambda: TUNING)
+
+    def make(path: Path, num_slots: int, mask: ExpertMask | None = None) -> tuple[DeviceRunner, Runner]:
+        options = {"device": DEVICE, "dtype": torch.float32, "num_slots": num_slots, "mask": mask}
+        device = load_device_runner(Store.open(path), max_rows=2, max_tokens=384, **options)
+        host = Runner(load_model(Store.open(path), **options), max_rows=2, max_tokens=384)
+        made.extend([device, host])
+        return device, host
+
+    yield make
+    for runner in made:
+        runner.close()
+
+
+def greedy(runner: DeviceRunner | Runner, prompt: list[int], num_tokens: int) -> list[int]:
+    row = runner.allocate()
+    tokens = [int(runner.prefill(row, prompt).logits[0].argmax())]
+    while len(tokens) < num_tokens:
+        tokens.append(int(runner.decode([row], [tokens[-1]]).logits[0].argmax()))
+    runner.free(row)
+    return tokens
+
+
+@pytest.mark.parametrize("num_slots", [TOP_K, 5, EXPERTS])
+def test_greedy_tokens_equal_the_host_driven_runner(small_store, runners, num_slots):
+    device, host = runners(small_store, num_slots)
+    prompt = list(range(40, 60))  # more pairs than four times the experts: streamed ahead
+    assert greedy(device, prompt, 5) == greedy(host, prompt, 5)
+    assert greedy(device, [7, 8], 3) == greedy(host, [7, 8], 3)
+    pages: DevicePages = device.pages
+    pages.check_integrity(contents=True)
+
+
+def test_records_and_shares_equal_the_host_driven_ones_under_masks(small_store, runners):
+    device, host = runners(small_store, 3)
+    allowed = np.ones((LAYERS, EXPERTS), dtype=bool)
+    allowed[:, [0, 3, 4]] = False
+    mask = ExpertMask.of(allowed)
+    outputs = []
+    for runner in (device, host):
+        rows = [runner.allocate(), runner.allocate()]
+        runner.prefill(rows[0], [5, 6, 7], mask=mask)
+        runner.prefill(rows[1], [9, 10])
+        outputs.append(runner.decode(rows, [11, 12], masks=[mask, None]))
+    got, wanted = outputs
+    assert torch.allclose(got.logits, wanted.logits, rtol=1e-4, atol=1e-4)
+    assert (got.record.served_index == wanted.record.served_index).all()
+    assert got.record.served_weight == pytest.approx(wanted.record.served_weight, abs=1e-5)
+    assert (got.record.demand_index == wanted.record.demand_index).all()
+    assert got.record.missed_mass == pytest.approx(wanted.record.missed_mass, abs=1e-5)
+    assert got.share.missed == pytest.approx(wanted.share.missed, abs=1e-5)
+    assert got.share.demanded == pytest.approx(wanted.share.demanded, abs=1e-5)
+
+
+def test_rows_join_and_leave_without_another_capture(small_store, runners):
+    device, host = runners(small_store, 4)
+    first = {runner: runner.allocate() for runner in (device, host)}
+    second = {runner: runner.allocate() for runner in (device, host)}
+    for runner in (device, host):
+        runner.prefill(first[runner], [20, 21, 22])
+        runner.prefill(second[runner], [30, 31])
+    graphs = dict(device._graphs)
+    both = [runner.decode([second[runner], first[runner]], [32, 23]).logits for runner in (device, host)]
+    assert torch.allclose(both[0], both[1], rtol=1e-4, atol=1e-4)
+    for runner in (device, host):
+        runner.free(first[runner])
+    alone = [runner.decode([second[runner]], [33]).logits for runner in (device, host)]
+    assert torch.allclose(alone[0], alone[1], rtol=1e-4, atol=1e-4)
+    assert device._graphs == graphs
+    assert device.num_free_rows == 1
+    assert device.num_cached_tokens == 4
+
+
+def test_host_memory_that_cannot_pin_everything_is_left_to_the_host_driven_path(small_store):
+    with pytest.raises(NotCapturableError, match="cannot pin all"):
+        load_device_runner(
+            Store.open(small_store), device=DEVICE, dtype=torch.float32, max_rows=1, max_tokens=64, host_memory_bytes=1000
+        )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_slots", [8, 16, 40, 64])
+def test_256_greedy_tokens_of_the_bundled_checkpoint_equal_the_host_driven_runner(tiny_store, runners, num_slots):
+    device, host = runners(tiny_store, num_slots)
+    prompt = device.model.tokenizer("Once upon a time")["input_ids"]
+    assert greedy(device, prompt, 256) == greedy(host, prompt, 256)
+    device.pages.check_integrity(contents=True)
