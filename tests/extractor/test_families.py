@@ -1,0 +1,25 @@
+"""Which checkpoints are refused by their config alone, and the reasons given."""
+
+from typing import Any
+
+import pytest
+
+from extractor.errors import UnsupportedFamilyError
+from extractor.families import check_family
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe"])
+def test_the_first_families_are_taken(family: str) -> None:
+    assert check_family({"model_type": family, "num_experts": 8}, "x") == family
+
+
+@pytest.mark.parametrize("config", [{"model_type": "llama"}, {"model_type": "qwen3", "num_experts": 0}, {}])
+def test_a_dense_model_is_told_what_is_wanted(config: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedFamilyError, match=r"is a dense model.*use a Mixture-of-Experts checkpoint"):
+        check_family(config, "x")
+
+
+def test_a_quantised_checkpoint_is_refused_with_the_reason() -> None:
+    config = {"model_type": "qwen3_moe", "num_experts": 8, "quantization_config": {"quant_method": "fp8"}}
+    with pytest.raises(UnsupportedFamilyError, match=r"is quantised \(fp8\)"):
+        check_family(config, "x")
