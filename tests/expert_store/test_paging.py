@@ -1,0 +1,174 @@
+"""Paging kernels under random choices, against a page table kept by hand in Python; Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+
+from expert_store.errors import SlotsError
+from expert_store.paging.kernels import LFU, LRU, copy_span, plan_layer
+from expert_store.paging.pages import DevicePages, PagesShape
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAYERS, EXPERTS, TOP_K, BATCH, SPAN = 2, 7, 2, 2, 16
+
+
+@triton.jit
+def plan_and_fetch(
+    choice, layer, step_at, page_table, slot_owner, last_use, use_count, pinned, host_offset, pool_offset, stats,
+    header, target, source, count, pairs, pair_target, scratch, span, anchor,
+    B: tl.constexpr, K: tl.constexpr, E: tl.constexpr, S: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr,
+    PAIRS: tl.constexpr, STRIDE: tl.constexpr, L: tl.constexpr, POLICY: tl.constexpr, PAGED: tl.constexpr,
+):  # fmt: skip
+    """choice [B, E] int32: which pick an expert is, -1 none. One program plans and then fetches."""
+    rows, experts = tl.arange(0, B), tl.arange(0, EP)
+    order = tl.load(choice + rows[:, None] * E + experts[None, :], mask=(experts < E)[None, :], other=-1)
+    slot = tl.load(page_table + layer * E + experts, mask=experts < E, other=-1)
+    plan_layer(
+        order >= 0, order, slot, tl.load(pool_offset + layer), tl.load(pool_offset + L), layer, tl.load(step_at),
+        page_table, slot_owner, last_use, use_count, pinned, host_offset, stats,
+        header, target, source, count, pairs, pair_target, scratch, span,
+        B, K, E, S, B, EP, SP, PAIRS, STRIDE, POLICY, PAGED,
+    )  # fmt: skip
+    tl.debug_barrier()
+    for miss in range(0, tl.load(header + 1)):
+        origin = tl.multiple_of(tl.load(source + miss), 8)
+        copy_span(anchor, origin, tl.multiple_of(tl.load(target + miss), 8), span, 16)
+
+
+def make(num_slots: int, policy: str = "lru", num_pinned: int = 0) -> DevicePages:
+    spans = torch.arange(LAYERS * EXPERTS * SPAN, dtype=torch.float32).view(LAYERS, EXPERTS, SPAN)
+    if DEVICE == "cuda":
+        spans = spans.pin_memory()
+    shape = PagesShape(LAYERS, EXPERTS, TOP_K, num_slots, SPAN, BATCH, torch.float32)
+    pages = DevicePages(shape, spans, device=DEVICE, policy=policy, num_pinned=num_pinned)
+    pages.seed(torch.arange(num_slots).expand(LAYERS, num_slots))
+    return pages
+
+
+def step(pages: DevicePages, layer: int, picks: list[list[int]]) -> None:
+    shape = pages.shape
+    choice = torch.full((BATCH, EXPERTS), -1, dtype=torch.int32)
+    for row, experts in enumerate(picks):
+        for pick, expert in enumerate(experts):
+            choice[row, expert] = pick
+    pages.step += 1
+    plan_and_fetch[(1,)](
+        choice.to(DEVICE), layer, pages.step, pages.page_table, pages.slot_owner, pages.last_use, pages.use_count,
+        pages.pinned, pages.host_offset, pages.pool_offset, pages.stats, pages.header, pages.target, pages.source,
+        pages.count, pages.pairs, pages.pair_target, pages.scratch, SPAN, pages.slots,
+        B=BATCH, K=TOP_K, E=EXPERTS, S=shape.num_slots, EP=8, SP=1 << (shape.num_slots - 1).bit_length(), PAIRS=4,
+        STRIDE=pages.pairs.shape[1], L=LAYERS, POLICY=(LFU if pages.policy == "lfu" else LRU).value, PAGED=shape.paged,
+    )  # fmt: skip
+
+
+def check_work_list(pages: DevicePages, layer: int, picks: list[list[int]]) -> None:
+    """Every wanted expert is listed once, with its tokens, and its bytes are where the list says."""
+    listed: dict[int, set[int]] = {}
+    for entry in range(int(pages.header[0])):
+        row, column = divmod(int(pages.target[entry]), SPAN)
+        assert column == 0
+        content = pages.slots[row].cpu()
+        expert = int(content[0]) // SPAN - layer * EXPERTS
+        assert torch.equal(content, pages.host_spans[layer, expert].cpu())
+        assert (int(pages.source[entry]) != 0) == (entry < int(pages.header[1]))
+        listed[expert] = {int(pair) for pair in pages.pairs[entry, : int(pages.count[entry])]}
+    wanted: dict[int, set[int]] = {}
+    for row, experts in enumerate(picks):
+        for pick, expert in enumerate(experts):
+            wanted.setdefault(expert, set()).add(row * TOP_K + pick)
+    assert listed == wanted
+
+
+class ByHand:
+    """The same policy over dictionaries: last uses of the experts of one layer, and how often each was wanted."""
+
+    def __init__(self, num_slots: int, policy: str, num_pinned: int) -> None:
+        self.slots: list[int] = list(range(num_slots))
+        self.last = dict.fromkeys(self.slots, -1)
+        self.uses = dict.fromkeys(range(EXPERTS), 0)
+        self.policy, self.pinned = policy, set(self.slots[:num_pinned])
+        self.hits = self.misses = self.spilled = 0
+
+    def use(self, step: int, picks: list[list[int]]) -> None:
+        wanted = {expert for experts in picks for expert in experts}
+        missing = sorted(wanted - set(self.slots))
+        self.hits += len(wanted) - len(missing)
+        self.misses += len(missing)
+        for expert in wanted & set(self.slots):
+            self.last[expert] = step
+
+        def key(slot: int) -> tuple[int, int, int]:
+            owner = self.slots[slot]
+            return (self.uses[owner] if self.policy == "lfu" else 0, self.last[owner], slot)
+
+        victims = sorted((s for s, owner in enumerate(self.slots) if owner not in wanted | self.pinned), key=key)
+        for expert, slot in zip(missing, victims, strict=False):
+            self.slots[slot] = expert
+            self.last[expert] = step
+        self.spilled += max(0, len(missing) - len(victims))
+        for experts in picks:
+            for expert in experts:
+                self.uses[expert] += 1
+
+
+@pytest.mark.parametrize(("policy", "num_slots", "num_pinned"), [("lru", 2, 0), ("lru", 4, 0), ("lfu", 3, 0), ("lru", 5, 3)])
+def test_random_steps_match_a_page_table_kept_by_hand(policy, num_slots, num_pinned):
+    pages = make(num_slots, policy, num_pinned)
+    hands = [ByHand(num_slots, policy, num_pinned) for _ in range(LAYERS)]
+    generator = torch.Generator().manual_seed(num_slots)
+    for _ in range(10):
+        for layer in range(LAYERS):
+            rows = int(torch.randint(0, BATCH + 1, (1,), generator=generator))
+            picks = [torch.randperm(EXPERTS, generator=generator)[:TOP_K].tolist() for _ in range(rows)]
+            step(pages, layer, picks)
+            hands[layer].use(int(pages.step), picks)
+            check_work_list(pages, layer, picks)
+            assert pages.slot_owner[layer].tolist() == hands[layer].slots
+        pages.check_integrity(contents=True)
+    assert pages.stats[:, :3].tolist() == [[hand.hits, hand.misses, hand.spilled] for hand in hands]
+
+
+def test_a_slot_used_in_this_step_is_never_a_victim():
+    pages = make(2)
+    step(pages, 0, [[0, 5], [1, 6]])  # both slots are in use: the misses go to the spill area
+    assert pages.slot_owner[0].tolist() == [0, 1]
+    assert pages.stats[0].tolist() == [2, 2, 2, 1]
+    check_work_list(pages, 0, [[0, 5], [1, 6]])
+
+
+def test_with_a_slot_for_every_expert_nothing_moves():
+    pages = make(EXPERTS)
+    step(pages, 1, [[6, 2], [3, 2]])
+    assert pages.header.tolist() == [3, 0]
+    assert pages.stats.sum() == 0
+    check_work_list(pages, 1, [[6, 2], [3, 2]])
+
+
+def test_pinned_experts_stay_whatever_is_wanted():
+    pages = make(3, num_pinned=2)
+    for expert in (3, 4, 5, 6, 3):
+        step(pages, 0, [[expert, 2]])
+    assert pages.slot_owner[0, :2].tolist() == [0, 1]
+
+
+def test_fewer_slots_than_one_token_needs_are_refused():
+    with pytest.raises(SlotsError, match="from 2 .* to 7"):
+        make(1)
+
+
+def test_integrity_check_sees_a_page_table_that_lies():
+    pages = make(3)
+    pages.page_table[1, 0] = 2
+    with pytest.raises(SlotsError, match="layer 1"):
+        pages.check_integrity()
+
+
+def test_integrity_check_sees_wrong_bytes():
+    pages = make(3)
+    pages.slots[1, 3] += 1
+    with pytest.raises(SlotsError, match="bytes of expert 1"):
+        pages.check_integrity(contents=True)
