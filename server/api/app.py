@@ -75,6 +75,7 @@ def create_app(
         openai_key_error=OpenAIErrorResponse,
         has_key=key is not None,
         open_paths=OPEN_PATHS,
+        model_name=lambda: None if service.loaded is None else service.loaded.name,
     )
     return app
 

@@ -26,6 +26,7 @@ from server.api.errors import (
 MAX_DEPTH = 32
 MAX_DIGITS = 40
 MAX_VALUES = 100_000
+MAX_EXACT = 2**53
 _STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{\]},]', re.DOTALL)
 """A string (or the rest of the body, where one is not closed: the scan stays linear), or a character of structure."""
 _LONG_BODY_BYTES = 64 * 2**10
@@ -135,7 +136,8 @@ def _finite_float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise MalformedBodyError("a number is too large")
-    return value
+    # JSON has one kind of number: 2.0 is the integer 2, as JSON Schema says as well.
+    return int(value) if value.is_integer() and abs(value) <= MAX_EXACT else value
 
 
 def _short_int(text: str) -> int:

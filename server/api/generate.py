@@ -56,7 +56,11 @@ class Prompt:
         return bool(self.parameters.details or self.parameters.decoder_input_details)
 
 
-@router.post("/generate", summary="Generate tokens", responses=responses(GenerateResponse, ErrorResponse, stream=True))
+@router.post(
+    "/generate",
+    summary="Generate tokens",
+    responses=responses(GenerateResponse, ErrorResponse, stream="StreamResponse"),
+)
 async def generate(request: Request) -> Response:
     """Continue `inputs`; with `stream` as server-sent events, one for each token."""
     context = context_of(request)
@@ -65,7 +69,9 @@ async def generate(request: Request) -> Response:
 
 
 @router.post(
-    "/generate_stream", summary="Generate a stream of tokens", responses=responses(None, ErrorResponse, stream=True)
+    "/generate_stream",
+    summary="Generate a stream of tokens",
+    responses=responses(None, ErrorResponse, stream="StreamResponse"),
 )
 async def generate_stream(request: Request) -> Response:
     """Continue `inputs` as server-sent events, one for each token, whatever `stream` says."""
@@ -73,7 +79,9 @@ async def generate_stream(request: Request) -> Response:
     return await _answer(request, context, await context.read(request, GenerateRequest), stream=True)
 
 
-@router.post("/", summary="Generate tokens", responses=responses(GenerateResponse, ErrorResponse, stream=True))
+@router.post(
+    "/", summary="Generate tokens", responses=responses(GenerateResponse, ErrorResponse, stream="StreamResponse")
+)
 async def generate_at_root(request: Request) -> Response:
     """The same as `/generate`, at the place where `InferenceClient` posts when it is given the server's address."""
     return await generate(request)

@@ -114,7 +114,7 @@ async def model(request: Request, name: str) -> JSONResponse:
 @router.post(
     "/completions",
     summary="Continue prompts",
-    responses=responses(CompletionResponse, OpenAIErrorResponse, stream=True),
+    responses=responses(CompletionResponse, OpenAIErrorResponse, stream=""),
 )
 async def completions(request: Request) -> Response:
     """Continue one prompt or several, as texts or token ids."""
@@ -140,7 +140,7 @@ async def completions(request: Request) -> Response:
 @router.post(
     "/chat/completions",
     summary="Answer a chat",
-    responses=responses(ChatResponse, OpenAIErrorResponse, stream=True),
+    responses=responses(ChatResponse, OpenAIErrorResponse, stream=""),
 )
 async def chat(request: Request) -> Response:
     """Answer the last message, with the checkpoint's own chat template."""

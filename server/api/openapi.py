@@ -6,6 +6,7 @@ here; `tests` hold the document against the running server.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -28,13 +29,22 @@ POST_ERRORS = {
 }
 
 
-def responses(success: type[BaseModel] | None, error: type[BaseModel], *, stream: bool = False) -> Responses:
-    """Responses of a route that takes a body and generates."""
+def responses(success: type[BaseModel] | None, error: type[BaseModel], *, stream: str | None = None) -> Responses:
+    """Responses of a route that takes a body and generates.
+
+    Args:
+        success: of an answer without a stream, if there is one.
+        error: of every refusal.
+        stream: name of the model of a stream's events; empty where there is a stream without one.
+    """
     content: dict[str, Any] = {}
     if success is not None:
         content["application/json"] = {"schema": {"$ref": REF.format(model=success.__name__)}}
-    if stream:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+    if stream is not None:
+        data: dict[str, Any] = {"type": "string", "contentMediaType": "application/json"}
+        if stream:
+            data["contentSchema"] = {"$ref": REF.format(model=stream)}
+        content["text/event-stream"] = {"schema": {"type": "object", "properties": {"data": data}}}
     found: Responses = {200: {"description": "Generated.", "content": content}}
     for status, text in POST_ERRORS.items():
         found[status] = error_response_of(error, text)
@@ -58,6 +68,7 @@ def install_openapi(
     openai_key_error: type[BaseModel],
     has_key: bool,
     open_paths: frozenset[str],
+    model_name: Callable[[], str | None],
 ) -> None:
     """Complete the document that FastAPI makes.
 
@@ -67,12 +78,12 @@ def install_openapi(
         key_error, openai_key_error: shape of the 401 in either dialect.
         has_key: whether a key guards the routes.
         open_paths: routes that need no key.
+        model_name: of the model that is served, None while it loads.
     """
     build = app.openapi
 
     def openapi() -> dict[str, Any]:
-        if app.openapi_schema is not None:
-            return app.openapi_schema
+        app.openapi_schema = None
         document = build()
         inputs = list(dict.fromkeys(bodies.values()))
         outputs = [model for model in dict.fromkeys([*models, key_error, openai_key_error]) if model not in inputs]
@@ -81,9 +92,18 @@ def install_openapi(
             ref_template=REF,
         )
         components = document.setdefault("components", {})
-        components.setdefault("schemas", {}).update(definitions["$defs"])
+        schemas = components.setdefault("schemas", {})
+        schemas.update(definitions["$defs"])
+        for unused in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(unused, None)
+        if (name := model_name()) is not None:
+            for body in inputs:
+                if "model" in body.model_fields:
+                    schemas[body.__name__]["properties"]["model"] = {"enum": [name]}
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
+                if method == "get":
+                    operation["responses"].pop("422", None)  # FastAPI's, for path parameters that cannot be wrong
                 if method == "post" and path in bodies:
                     schema = {"$ref": REF.format(model=bodies[path].__name__)}
                     operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}

@@ -89,7 +89,7 @@ PARAMETERS: list[tuple[str, Any]] = [
     ("max_new_tokens", -1),
     ("max_new_tokens", 2**63),
     ("max_new_tokens", True),
-    ("max_new_tokens", 1.0),
+    ("max_new_tokens", 1.5),
     ("max_new_tokens", "1"),
     ("max_new_tokens", 200),
     ("temperature", 0),
@@ -141,7 +141,15 @@ def test_bad_parameter_is_refused_by_its_name(client: httpx.Client, name: str, v
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("best_of", 1), ("frequency_penalty", 0), ("watermark", False), ("typical_p", None), ("temperature", 1)],
+    [
+        ("best_of", 1),
+        ("frequency_penalty", 0),
+        ("watermark", False),
+        ("typical_p", None),
+        ("temperature", 1),
+        ("top_k", 2.0),
+        ("seed", 1e3),
+    ],
 )
 def test_neutral_value_of_an_unsupported_parameter_is_taken(client: httpx.Client, name: str, value: Any) -> None:
     response = client.post("/generate", json={"inputs": "a", "parameters": {name: value, "max_new_tokens": 1}})

@@ -1,0 +1,59 @@
+"""The OpenAPI document against the running server: schemathesis sends what it allows and what it forbids."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.server.api.running import running
+
+CONFIG = """
+# A value can be of the right type and yet too much for this model or this server: 400 (OpenAI's) and 422 say so.
+[checks.positive_data_acceptance]
+expected-statuses = ["2xx", 400, 404, 422, 429]
+"""
+
+
+def test_document_names_the_served_model_and_every_body() -> None:
+    with running() as server, server.client() as client:
+        document = client.get("/openapi.json").json()
+    schemas = document["components"]["schemas"]
+    assert schemas["ChatRequest"]["properties"]["model"] == {"enum": ["scripted"]}
+    assert "HTTPValidationError" not in schemas
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            assert ("requestBody" in operation) == (method == "post"), path
+    references = set(re.findall(r"#/components/schemas/(\w+)", str(document)))
+    assert references <= set(schemas)
+    assert "securitySchemes" not in document["components"]
+
+
+def test_document_of_a_guarded_server_tells_of_the_key() -> None:
+    headers = {"x-api-key": "correct-horse-battery"}
+    with running(api_key=headers["x-api-key"]) as server, server.client(headers=headers) as client:
+        document = client.get("/openapi.json").json()
+    assert set(document["components"]["securitySchemes"]) == {"bearer", "header"}
+    assert "401" in document["paths"]["/generate"]["post"]["responses"]
+    assert "401" not in document["paths"]["/health/live"]["get"]["responses"]
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_no_difference(tmp_path: Path) -> None:
+    config = tmp_path / "schemathesis.toml"
+    config.write_text(CONFIG)
+    with running(receive_seconds=5.0) as server:
+        found = subprocess.run(
+            [
+                *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run"),
+                *(f"{server.url}/openapi.json", "--max-examples", "40", "--seed", "1", "--no-color"),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=170,
+            check=False,
+        )
+    assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]
