@@ -123,7 +123,9 @@ def trace(directory: Path, keys: Iterable[str]) -> Trace:
             )
         with _building, torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError, ImportError) as error:
+    except UnsupportedFamilyError:
+        raise
+    except Exception as error:  # a config can make transformers raise anything, its own validation errors included
         raise CheckpointError(
             f"transformers cannot build the model that {directory / 'config.json'} describes ({error}); "
             "check the file, or use another release of transformers"

@@ -1,0 +1,32 @@
+"""The summary of a store, and that it costs no heavy import."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from extractor.inspection import print_summary, store_summary
+from tests.expert_store.hand_made import write_store
+
+
+def test_layers_with_different_experts_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_store(tmp_path)
+    summary = store_summary(tmp_path)
+    assert summary["absent_experts"] == [[1, 3], [0, 2]]
+    assert summary["shard_bytes"] == 2 * 4168
+    print_summary(summary)
+    text = capsys.readouterr().out
+    assert "layer 0: 0,2" in text
+    assert "layer 1: 1,3" in text
+    assert "all there" in text
+
+
+def test_inspecting_needs_neither_torch_nor_transformers(repository: Path, tmp_path: Path) -> None:
+    write_store(tmp_path)
+    code = (
+        "import sys; from extractor.inspection import store_summary; "
+        f"store_summary({str(tmp_path)!r}); print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=repository, check=True)
+    assert done.stdout.strip() == "[]"
