@@ -22,8 +22,10 @@ from extractor.checkpoint import resolve_checkpoint
 from extractor.disk import format_bytes
 from extractor.errors import ExtractError
 from extractor.inspection import print_summary, store_summary
+from extractor.prepare import prepare
 from extractor.progress import byte_progress
 from extractor.selection import SelectionRequest, parse_bytes, parse_keep
+from extractor.verify import compared_bytes, verify_against, verify_store
 
 EXIT_DOMAIN_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -61,8 +63,6 @@ def extract(
             plan=plan,
         )
         opened = resolve_checkpoint(checkpoint)
-        from extractor.prepare import prepare  # imports transformers, which errors in the arguments need not wait for
-
         work = prepare(opened, store, request)
         result: dict[str, Any] = {
             "store": str(work.target),
@@ -109,8 +109,6 @@ def verify(
 ) -> None:
     """Hash every file of a store; with --against, compare it with its checkpoint bit for bit."""
     with _one_message():
-        from extractor.verify import compared_bytes, verify_against, verify_store
-
         total = compared_bytes(read_manifest(store))
         with byte_progress("verifying", total, quiet=as_json) as on_bytes:
             verified = verify_store(store, on_bytes)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -21,36 +22,10 @@ from extractor.checkpoint import Checkpoint
 from extractor.conversion import Recipe, trace
 from extractor.errors import CheckpointError, UnsupportedFamilyError
 from extractor.families import check_family
+from extractor.pieces import ConvertedPiece, CopiedPiece, Piece
 from extractor.tensor_file import TensorEntry
 
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-
-
-@dataclass(frozen=True, slots=True)
-class CopiedPiece:
-    """`num_bytes` bytes of a span that stand in `source`, from the file offset `offset` on."""
-
-    source: TensorEntry
-    offset: int
-    num_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class ConvertedPiece:
-    """`num_bytes` bytes of a span that come from converting one expert's `sources` (by source pattern)."""
-
-    recipe: Recipe
-    sources: tuple[tuple[str, CopiedPiece, tuple[int, ...]], ...]
-    num_bytes: int
-
-    def load(self) -> memoryview:
-        """Read the sources and convert them; host memory of about twice `num_bytes` is used."""
-        tensors = {pattern: _read_tensor(piece, shape) for pattern, piece, shape in self.sources}
-        converted = self.recipe.convert(tensors)
-        return memoryview(converted.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-Piece = CopiedPiece | ConvertedPiece
 
 
 @dataclass(frozen=True)
@@ -101,7 +76,14 @@ class ExpertsLayout:
             if recipe.is_concatenation:
                 yield from (piece for _, piece, _ in sources)
             else:
-                yield ConvertedPiece(recipe, tuple(sources), tensor.bytes)
+                yield ConvertedPiece(tensor.bytes, partial(convert_expert, recipe, sources))
+
+
+def convert_expert(recipe: Recipe, sources: Sequence[tuple[str, CopiedPiece, tuple[int, ...]]]) -> memoryview:
+    """One expert's part of a parameter as bytes; `sources` are source pattern, bytes and shape."""
+    tensors = {pattern: _read_tensor(piece, shape) for pattern, piece, shape in sources}
+    converted = recipe.convert(tensors)
+    return memoryview(converted.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _layer_spec(checkpoint: Checkpoint, layer: int, module: str, recipes: tuple[Recipe, ...]) -> LayerSpec:

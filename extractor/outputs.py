@@ -10,13 +10,16 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from expert_store.manifest import DTYPE_BYTES
 from expert_store.shard import ShardLayout, encode_header, shard_name
 from extractor.checkpoint import Checkpoint
-from extractor.layout import CopiedPiece, ExpertsLayout, Piece
+from extractor.pieces import CopiedPiece, Piece
 from extractor.tensor_file import TensorEntry
+
+if TYPE_CHECKING:
+    from extractor.layout import ExpertsLayout
 
 MAX_TRUNK_FILE_BYTES = 4 * 10**9
 WEIGHTS_STEM = "trunk/model"

@@ -21,8 +21,8 @@ from pathlib import Path
 import xxhash
 
 from extractor.errors import CheckpointError
-from extractor.layout import CopiedPiece
 from extractor.outputs import OutputFile
+from extractor.pieces import CopiedPiece
 
 BUFFER_BYTES = 4 * 2**20
 NUM_WORKERS = min(max(os.cpu_count() or 1, 4), 8)

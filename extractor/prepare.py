@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from expert_store.manifest import MANIFEST_NAME, Manifest, read_manifest
 from extractor.checkpoint import Checkpoint
 from extractor.errors import TargetError
 from extractor.extract import Extraction
 from extractor.journal import JOURNAL_NAME, journal_head, read_journal, unfinished_message
-from extractor.layout import ExpertsLayout
 from extractor.outputs import OutputFile, shard_output, trunk_outputs
 from extractor.pipeline import FileDigest
 from extractor.selection import Selection, SelectionRequest, select
+
+if TYPE_CHECKING:
+    from extractor.layout import ExpertsLayout
 
 
 def prepare(checkpoint: Checkpoint, target: str | os.PathLike[str], request: SelectionRequest) -> Extraction:
@@ -40,7 +42,7 @@ def prepare(checkpoint: Checkpoint, target: str | os.PathLike[str], request: Sel
     ):
         outputs = tuple(_finished(digest) for digest in intact.values())
         return Extraction(checkpoint, target, existing.model, existing.layers, selection, outputs, intact, existing)
-    layout = ExpertsLayout.of(checkpoint)
+    layout = _layout(checkpoint)
     if (layout.model, layout.layers) != (existing.model, existing.layers):
         raise TargetError(
             f"{target} was extracted with another layout of the experts (by another release of transformers); "
@@ -55,12 +57,19 @@ def prepare(checkpoint: Checkpoint, target: str | os.PathLike[str], request: Sel
 
 def _fresh(checkpoint: Checkpoint, target: Path, request: SelectionRequest) -> Extraction:
     """For a directory without a manifest: new, empty or half-made."""
-    layout = ExpertsLayout.of(checkpoint)
+    layout = _layout(checkpoint)
     trunk_bytes = sum(output.file_bytes for output in trunk_outputs(checkpoint, layout.trunk))
     selection = select(request, layout.model, layout.layers, trunk_bytes, checkpoint.fingerprint)
     outputs = _outputs(layout, selection)
     done = _present(target, outputs, _journaled(target, checkpoint, selection, None))
     return Extraction(checkpoint, target, layout.model, layout.layers, selection, outputs, done, None)
+
+
+def _layout(checkpoint: Checkpoint) -> ExpertsLayout:
+    """Imports transformers, which takes seconds that a finished store need not wait for."""
+    from extractor.layout import ExpertsLayout
+
+    return ExpertsLayout.of(checkpoint)
 
 
 def _existing(target: Path, checkpoint: Checkpoint) -> Manifest | None:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from expert_store.integrity import verify_files
 from expert_store.manifest import Manifest, format_ids, read_manifest
 from extractor.checkpoint import Checkpoint
 from extractor.errors import MismatchError
-from extractor.layout import ExpertsLayout
 from extractor.outputs import OutputFile, shard_output, trunk_outputs
 from extractor.pipeline import FileDigest, stream
+
+if TYPE_CHECKING:
+    from extractor.layout import ExpertsLayout
 
 MAX_REPORTED = 10
 
@@ -38,6 +41,8 @@ def verify_against(
     Together with `verify_store` this is equality bit for bit. How the checkpoint is cut into files does not matter.
     Returns the bytes compared. Raises MismatchError, naming layers and experts that differ.
     """
+    from extractor.layout import ExpertsLayout  # imports transformers, which hashing a store need not wait for
+
     manifest = read_manifest(path)
     layout = ExpertsLayout.of(checkpoint)
     if (layout.model, layout.layers) != (manifest.model, manifest.layers):

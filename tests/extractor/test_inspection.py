@@ -1,4 +1,4 @@
-"""The summary of a store, and that it costs no heavy import."""
+"""The summary of a store, and that a finished one costs no heavy import."""
 
 import subprocess
 import sys
@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from extractor.checkpoint import Checkpoint
 from extractor.inspection import print_summary, store_summary
+from extractor.prepare import prepare
+from extractor.selection import SelectionRequest
 from tests.expert_store.hand_made import write_store
 
 
@@ -30,3 +33,17 @@ def test_inspecting_needs_neither_torch_nor_transformers(repository: Path, tmp_p
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=repository, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_finished_store_has_nothing_to_do_without_them(
+    repository: Path, qwen_checkpoint: Path, tmp_path: Path
+) -> None:
+    prepare(Checkpoint.open(qwen_checkpoint), tmp_path / "store", SelectionRequest()).run()
+    code = (
+        "import sys; from extractor import cli; "
+        f"cli.extract({str(qwen_checkpoint)!r}, {str(tmp_path / 'store')!r}); "
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=repository, check=True)
+    assert done.stdout.startswith("nothing to do: ")
+    assert done.stdout.splitlines()[-1] == "[]"

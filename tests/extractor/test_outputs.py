@@ -8,8 +8,9 @@ import pytest
 from transformers import AutoConfig
 
 from extractor.checkpoint import Checkpoint
-from extractor.layout import CopiedPiece, ExpertsLayout
+from extractor.layout import ExpertsLayout
 from extractor.outputs import OutputFile, shard_output, trunk_outputs
+from extractor.pieces import CopiedPiece
 from extractor.pipeline import stream
 from tests.extractor.checkpoints import save_checkpoint
 

@@ -11,8 +11,8 @@ import xxhash
 
 from extractor import pipeline
 from extractor.errors import CheckpointError
-from extractor.layout import CopiedPiece, Piece
 from extractor.outputs import OutputFile
+from extractor.pieces import CopiedPiece, Piece
 from extractor.pipeline import FileDigest, partial_path, stream
 from extractor.tensor_file import TensorEntry
 
