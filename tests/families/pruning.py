@@ -63,17 +63,26 @@ def pruned_router(router: nn.Module, keep: Sequence[int]) -> nn.Module:
     return pruned
 
 
-def pruned_model(model: nn.Module, keep: Sequence[Sequence[int]]) -> nn.Module:
-    """A copy of the model with the experts `keep[l]` alone in MoE layer l."""
+def pruned_model(model: nn.Module, keep: Sequence[Sequence[int]]) -> nn.Module | None:
+    """A copy of the model with the experts `keep[l]` alone in MoE layer l.
+
+    Grouped routers ask for two experts at least: beside a single one stays another that a correction bias of −1e9 keeps
+    from being picked. None where transformers cannot run so few experts (SparseMixer always makes two picks).
+    """
     pruned = copy.deepcopy(model)
     for (block, router, experts), kept in zip(moe_blocks(pruned), keep, strict=True):
-        _prune_tensors(router, kept)
+        if hasattr(router, "router_jitter_noise") and len(kept) < 2:
+            return None
+        alone = len(kept) == 1 and getattr(router, "num_group", None) is not None
+        kept = [*kept, (kept[0] + 1) % NUM_EXPERTS] if alone and hasattr(router, "e_score_correction_bias") else kept
+        for module in (router, experts):
+            _prune_tensors(module, kept)
+        _prune_own_tensors(block, kept)
         _shrink_counts(router, len(kept))
-        _prune_tensors(experts, kept)
         for name in _COUNTS:
             if isinstance(getattr(experts, name, None), int):
                 setattr(experts, name, len(kept))
-        _prune_own_tensors(block, kept)
-        if isinstance(getattr(block, "top_k", None), int):
-            block.top_k = min(block.top_k, len(kept))
+        if len(kept) > len(keep[0]):
+            router.e_score_correction_bias[1] = -1e9
+            router.top_k = 1
     return pruned
