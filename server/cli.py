@@ -12,14 +12,13 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-COMMANDS = {
+COMMANDS = {  # name: (module with a typer function of that name, or else with `main(arguments)`; what it does)
     "extract": ("extractor.cli", "slice a checkpoint into a store of deep experts"),
     "inspect": ("extractor.cli", "say what a store holds"),
     "verify": ("extractor.cli", "check a store's files, and its bits against the checkpoint"),
     "serve": ("server.cli_serve", "serve a store over HTTP"),
     "generate": ("server.cli_generate", "continue a prompt without a server"),
     "config": ("server.cli_config", "show every setting, its value and where it came from"),
-    "health": ("server.cli_health", "ask a running server whether it is ready (for container health checks)"),
 }
 
 
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"there is no command {name!r}.{hint} `deepfew --help` lists all.")
     try:
         module = importlib.import_module(COMMANDS[name][0])
-        if module.__name__ == "extractor.cli":
+        if hasattr(module, name):
             return _run_typer(getattr(module, name), name, arguments[1:])
         status = module.main(arguments[1:])
         return int(status or 0)
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_typer(function: Callable[..., None], name: str, arguments: list[str]) -> int:
-    """Run one of the extractor's commands, which are typer functions and say their errors themselves."""
+    """Run a command that is a typer function of its own name, as the extractor's are."""
     import typer
 
     application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -13,11 +13,13 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from expert_store.errors import ExpertUnavailableError, ShardCorruptError, StoreError
 from server.engine.request import EngineStatus, FinishedEvent
 from server.service import ExpertsSnapshot, LoadedModel, Service
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OUTCOMES = ("length", "eos_token", "stop_sequence", "cancelled", "failed", "refused")
+STORE_ERRORS = {ShardCorruptError: "corrupt", ExpertUnavailableError: "unavailable", StoreError: "other"}
 SHORT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 LONG_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -44,6 +46,14 @@ class Metrics:
         )
         for status in ("2xx", "3xx", "4xx", "5xx"):
             self._responses.labels(status)
+        self._store_errors = Counter(
+            "deepfew_store_errors",
+            "Requests that failed because an expert could not be read; the log names the file.",
+            ["kind"],
+            registry=self.registry,
+        )
+        for kind in STORE_ERRORS.values():
+            self._store_errors.labels(kind)
         self.ttft = Histogram(
             "deepfew_time_to_first_token_seconds",
             "From submission to the first token.",
@@ -94,6 +104,12 @@ class Metrics:
     def request_ended(self, outcome: str) -> None:
         """A request ended otherwise: cancelled, failed or refused."""
         self._requests.labels(outcome).inc()
+
+    def request_failed(self, error: BaseException) -> None:
+        """The engine gave a request up."""
+        self.request_ended("failed")
+        if isinstance(error.__cause__, StoreError):
+            self._store_errors.labels(STORE_ERRORS.get(type(error.__cause__), "other")).inc()
 
     def response(self, status: int) -> None:
         """A response began."""

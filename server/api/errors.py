@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
+from expert_store.errors import StoreError
 from server.engine.request import (
     ContextTooLongError,
     EngineError,
@@ -141,6 +142,10 @@ def is_openai(path: str) -> bool:
 
 def message_of(error: Exception) -> str:
     """Bounded, printable text; an error that we did not raise on purpose says nothing of itself."""
+    if isinstance(error.__cause__, StoreError):  # its text names paths of the server
+        return (
+            "the generation could not be finished: an expert could not be read from the store; the log names the file"
+        )
     text = str(error) if isinstance(error, (ApiError, EngineError)) else "internal error; the log has the details"
     text = "".join(char if char.isprintable() else " " for char in text)
     return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"

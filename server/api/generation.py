@@ -145,7 +145,7 @@ class Generation:
             at, event = self._pending.popleft()
             if isinstance(event, FailedEvent):
                 self._has_ended = True
-                self._metrics.request_ended("failed")
+                self._metrics.request_failed(event.error)
                 raise event.error
             if isinstance(event, FinishedEvent) and event.reason == "cancelled":
                 self._has_ended = True

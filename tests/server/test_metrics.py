@@ -50,7 +50,7 @@ def test_names_are_ours_with_base_units_and_without_created_series(families: Fam
 
 
 def test_labels_are_bounded(families: Families) -> None:
-    allowed = {"le", "layer", "outcome", "status", "version", "model", "family", "dtype", "device"}
+    allowed = {"le", "layer", "outcome", "status", "version", "model", "family", "dtype", "device", "kind"}
     num_samples = 0
     for family in families.values():
         for sample in family.samples:

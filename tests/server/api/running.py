@@ -34,7 +34,7 @@ class Running:
     thread: threading.Thread
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=10, **options)
+        return httpx.Client(base_url=self.url, **{"timeout": 30, **options})
 
     def raw(self, timeout: float = 5.0) -> socket.socket:
         """A plain connection."""
@@ -77,7 +77,7 @@ def running(
         assert not thread.is_alive()
 
 
-def wait_until(condition: Any, seconds: float = 5.0) -> None:
+def wait_until(condition: Any, seconds: float = 15.0) -> None:
     """Return once `condition()` holds; fail after `seconds`."""
     until = time.monotonic() + seconds
     while not condition():
