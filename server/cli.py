@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-COMMANDS = {  # name: (module with a typer function of that name, or else with `main(arguments)`; what it does)
+COMMANDS = {  # name: (module with `main(arguments)`, or else with a typer function of that name; what it does)
     "extract": ("extractor.cli", "slice a checkpoint into a store of deep experts"),
     "inspect": ("extractor.cli", "say what a store holds"),
     "verify": ("extractor.cli", "check a store's files, and its bits against the checkpoint"),
@@ -50,10 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"there is no command {name!r}.{hint} `deepfew --help` lists all.")
     try:
         module = importlib.import_module(COMMANDS[name][0])
-        if hasattr(module, name):
+        if not hasattr(module, "main"):
             return _run_typer(getattr(module, name), name, arguments[1:])
-        status = module.main(arguments[1:])
-        return int(status or 0)
+        return int(module.main(arguments[1:]) or 0)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
