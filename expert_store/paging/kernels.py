@@ -73,7 +73,7 @@ def _rank_victims(
 def plan_layer(
     chosen, order, slot, pool, spill, layer, step,
     page_table, slot_owner, last_use, use_count, pinned, host_offset, stats,
-    header, target, source, count, pairs, pair_target, scratch, span,
+    header, target, source, count, pairs, pair_target, pair_source, scratch, span,
     B: tl.constexpr, K: tl.constexpr, E: tl.constexpr, S: tl.constexpr,
     BP: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr, PAIRS: tl.constexpr, STRIDE: tl.constexpr,
     POLICY: tl.constexpr, PAGED: tl.constexpr,
@@ -84,8 +84,8 @@ def plan_layer(
     spill are the offsets of its slots and of the spill area. Mutates the layer's page table, slot owners, last uses, use
     counts and stats [L, 4] (distinct experts that hit, that missed, that spilled; steps). Writes header (distinct experts,
     misses), then for each distinct expert d, misses first: target[d], source[d] (0: it is there), count[d] and
-    pairs[d, :count] (b * K + pick; rows of STRIDE); and pair_target[b * K + pick], plus FETCHED if it was missing, -1 where
-    nothing was picked.
+    pairs[d, :count] (b * K + pick; rows of STRIDE); and pair_target[b * K + pick], plus FETCHED if it was missing (then
+    pair_source has its offset in host memory), -1 where nothing was picked.
     """
     rows = tl.arange(0, BP)
     experts = tl.arange(0, EP)
@@ -134,6 +134,7 @@ def plan_layer(
     tl.debug_barrier()
     tl.store(pair_target + pair, tl.broadcast_to(tl.where(miss, offset + FETCHED, offset)[None, :], [BP, EP]), mask=chosen)
     if PAGED:
+        tl.store(pair_source + pair, tl.broadcast_to(home[None, :], [BP, EP]), mask=chosen & miss[None, :])
         uses = tl.load(use_count + layer * E + experts, mask=known, other=0)
         tl.store(use_count + layer * E + experts, uses + tokens, mask=known & wanted)
         tl.store(stats + layer * 4, tl.load(stats + layer * 4) + num_hit)

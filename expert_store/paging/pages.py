@@ -103,6 +103,7 @@ class DevicePages:
         self.pairs = ints(distinct, batch)
         pairs = 1 << (shape.max_batch * shape.top_k - 1).bit_length()
         self.pair_target = ints(pairs, fill=-1, dtype=torch.int64)
+        self.pair_source = ints(pairs, dtype=torch.int64)
         self.scratch = ints(2 << (num_slots - 1).bit_length(), dtype=torch.int64)
 
     def _index(self, host_spans: Tensor | None, host_index: Tensor | None) -> Tensor:

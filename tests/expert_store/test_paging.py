@@ -19,7 +19,7 @@ LAYERS, EXPERTS, TOP_K, BATCH, SPAN = 2, 7, 2, 2, 16
 @triton.jit
 def plan_and_fetch(
     choice, layer, step_at, page_table, slot_owner, last_use, use_count, pinned, host_offset, pool_offset, stats,
-    header, target, source, count, pairs, pair_target, scratch, span, anchor,
+    header, target, source, count, pairs, pair_target, pair_source, scratch, span, anchor,
     B: tl.constexpr, K: tl.constexpr, E: tl.constexpr, S: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr,
     PAIRS: tl.constexpr, STRIDE: tl.constexpr, L: tl.constexpr, POLICY: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
@@ -30,7 +30,7 @@ def plan_and_fetch(
     plan_layer(
         order >= 0, order, slot, tl.load(pool_offset + layer), tl.load(pool_offset + L), layer, tl.load(step_at),
         page_table, slot_owner, last_use, use_count, pinned, host_offset, stats,
-        header, target, source, count, pairs, pair_target, scratch, span,
+        header, target, source, count, pairs, pair_target, pair_source, scratch, span,
         B, K, E, S, B, EP, SP, PAIRS, STRIDE, POLICY, PAGED,
     )  # fmt: skip
     tl.debug_barrier()
@@ -59,7 +59,7 @@ def step(pages: DevicePages, layer: int, picks: list[list[int]]) -> None:
     plan_and_fetch[(1,)](
         choice.to(DEVICE), layer, pages.step, pages.page_table, pages.slot_owner, pages.last_use, pages.use_count,
         pages.pinned, pages.host_offset, pages.pool_offset, pages.stats, pages.header, pages.target, pages.source,
-        pages.count, pages.pairs, pages.pair_target, pages.scratch, SPAN, pages.slots,
+        pages.count, pages.pairs, pages.pair_target, pages.pair_source, pages.scratch, SPAN, pages.slots,
         B=BATCH, K=TOP_K, E=EXPERTS, S=shape.num_slots, EP=8, SP=1 << (shape.num_slots - 1).bit_length(), PAIRS=4,
         STRIDE=pages.pairs.shape[1], L=LAYERS, POLICY=(LFU if pages.policy == "lfu" else LRU).value, PAGED=shape.paged,
     )  # fmt: skip

@@ -22,6 +22,8 @@ from server.model.device.weights import DecodeShape, TrunkWeights
 
 STAGES = ("embed", "qkv", "attention", "output", "route", "gate_up", "down", "combine", "head", "greedy")
 GREEDY_PARTS = 32
+MOST_DOWN_ELEMENTS = 28 << 10
+"""Weights that one program of `down_one` holds in registers; more would halve how many programs an SM can hold."""
 
 
 def pow2(n: int) -> int:
@@ -59,6 +61,7 @@ class Tuning:
     attention_block: int = 64
     fetchers: int = 32
     copy_elements: int = 8192
+    down_fetches: bool = True
 
 
 @dataclass
@@ -214,7 +217,7 @@ class DecodeStep:
             forced, state.bias_range, self.log_ids, self.log_weights, self.log_demand, self.log_mass, layer, pages.step,
             pages.page_table, pages.slot_owner, pages.last_use, pages.use_count, pages.pinned, pages.host_offset,
             pages.pool_offset, pages.stats, pages.header, pages.target, pages.source, pages.count, pages.pairs,
-            pages.pair_target, self.pick_weights, pages.scratch, pages.shape.span_elements, shape.eps,
+            pages.pair_target, pages.pair_source, self.pick_weights, pages.scratch, pages.shape.span_elements, shape.eps,
             options.resident_bias, forced.shape[0],
             B=self.batch, K=shape.top_k, E=shape.num_experts, S=pages.shape.num_slots, H=shape.hidden, L=shape.num_layers,
             BP=pow2(self.batch), KP=pow2(shape.top_k), EP=pow2(shape.num_experts), SP=pow2(pages.shape.num_slots),
@@ -238,15 +241,19 @@ class DecodeStep:
             self.normed, slots, pages.header, pages.target, pages.source, pages.count, pages.pairs, self.act,
             K=shape.top_k, H=shape.hidden, HP=pow2(shape.hidden), I=shape.intermediate, BP=max(16, pow2(batch)), BI=rows,
             BK=divisor(shape.hidden, tuning.expert_columns), STRIDE=pages.pairs.shape[1], FETCHERS=fetchers, COPY=tuning.copy_elements, ONE=one,
+            DOWN=not (one and tuning.down_fetches),
             num_warps=tuning.up_warps, num_stages=tuning.expert_stages,
         )  # fmt: skip
         following = self.weights.layers[layer + 1].input_norm if layer + 1 < shape.num_layers else self.weights.norm
         if one:
+            down_rows = tuning.down_rows
+            while down_rows > 1 and down_rows * shape.top_k * shape.intermediate > MOST_DOWN_ELEMENTS:
+                down_rows //= 2
             self._run(
-                "down", experts.down_one, (triton.cdiv(shape.hidden, tuning.down_rows),),
-                self.act, slots, pages.pair_target, self.pick_weights, self.mid, self.x,
-                K=shape.top_k, H=shape.hidden, I=shape.intermediate, BH=tuning.down_rows, BC=tuning.down_columns,
-                PAGED=pages.shape.paged, num_warps=tuning.down_warps,
+                "down", experts.down_one, (triton.cdiv(shape.hidden, down_rows),),
+                self.act, slots, pages.pair_target, pages.pair_source, self.pick_weights, self.mid, self.x,
+                K=shape.top_k, H=shape.hidden, I=shape.intermediate, BH=down_rows, BC=tuning.down_columns,
+                PAGED=pages.shape.paged, FETCH=tuning.down_fetches, num_warps=tuning.down_warps,
             )  # fmt: skip
             return
         self._run(

@@ -72,11 +72,13 @@ def _gate_up_many(
 def gate_up(
     normed, anchor, header, target, source, count, pairs, act,
     K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr, BP: tl.constexpr, BI: tl.constexpr,
-    BK: tl.constexpr, STRIDE: tl.constexpr, FETCHERS: tl.constexpr, COPY: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr,
+    BK: tl.constexpr, STRIDE: tl.constexpr, FETCHERS: tl.constexpr, COPY: tl.constexpr, ONE: tl.constexpr,
+    DOWN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """act [B * K, I] = silu(gate) * up of each pick; missing spans are copied to their slots on the way.
 
-    Grid (FETCHERS + distinct experts at most * ceil(I / BI),); ONE: a single token, products without tensor cores.
+    Grid (FETCHERS + distinct experts at most * ceil(I / BI),). ONE: a single token, products without tensor cores; DOWN:
+    fetch the down projections too (else `down_one` does).
     """
     if PDL:
         gdc_wait()
@@ -100,7 +102,7 @@ def gate_up(
                 _gate_up_one(normed, anchor, slot, act, tl.load(pairs + expert * STRIDE), tile, H, HP, I, BI)
             else:
                 _gate_up_many(normed, anchor, slot, act, count, pairs, expert, tile, K, H, I, BP, BI, BK, STRIDE)
-        for unit in range(program, num_miss * TILES, FETCHERS):
+        for unit in range(program, num_miss * TILES if DOWN else 0, FETCHERS):
             expert = unit // TILES
             share = (H * I) // TILES // 8 * 8
             first = 2 * I * H + (unit % TILES) * share
@@ -120,25 +122,16 @@ def gate_up(
 
 
 @triton.jit
-def _down_at(anchor, pair_target, rows, flat, K: tl.constexpr, H: tl.constexpr, I: tl.constexpr):
-    """Where the columns `flat` of all picks' down rows, side by side, lie; which of them exist; which are being fetched."""
-    slot = tl.load(pair_target + flat // I, mask=flat < K * I, other=-1)
-    slot = tl.max_constancy(slot, 8)
-    missing = slot >= FETCHED
-    slot = tl.multiple_of(tl.where(missing, slot - FETCHED, slot), 8)
-    at = anchor + (slot + 2 * I * H + (flat % I))[None, :] + rows[:, None] * I
-    return at, (rows < H)[:, None] & (slot >= 0)[None, :], missing[None, :]
-
-
-@triton.jit
 def down_one(
-    act, anchor, pair_target, weights, residual, out,
+    act, anchor, pair_target, pair_source, weights, residual, out,
     K: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
-    PAGED: tl.constexpr, PDL: tl.constexpr,
+    PAGED: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [H] = residual + sum over the K picks of weight * (down · act); one token. Grid (ceil(H / BH),).
 
-    Reads the work list, and the weights of experts that were there, before its wait: see the package's note.
+    The picks' down rows are read side by side as one row of K * I columns, before the wait: see the package's note. FETCH:
+    rows of missing experts come from host memory and are stored in their slots on the way, so that PCIe goes on while
+    `gate_up` ends; else `gate_up` has put them there and they are read after the wait.
     """
     if PDL:
         gdc_launch_dependents()
@@ -146,21 +139,43 @@ def down_one(
     STEPS: tl.constexpr = (K * I + BC - 1) // BC
     tiles = ()
     for s in tl.static_range(STEPS):
-        at, mask, missing = _down_at(anchor, pair_target, rows, s * BC + tl.arange(0, BC), K, H, I)
+        flat = s * BC + tl.arange(0, BC)
+        slot = tl.max_constancy(tl.load(pair_target + flat // I, mask=flat < K * I, other=-1), 8)
+        mask = (rows < H)[:, None] & (slot >= 0)[None, :]
+        within = (2 * I * H + flat % I)[None, :] + rows[:, None] * I
         if PAGED:
-            mask = mask & (missing == 0)
-        tiles = tiles + (tl.load(at, mask=mask, other=0.0, cache_modifier=".cg"),)
+            missing = slot >= FETCHED
+            if FETCH:
+                home = tl.max_constancy(tl.load(pair_source + flat // I, mask=missing, other=0), 8)
+                origin = tl.multiple_of(tl.where(missing, home, slot), 8)
+                tile = tl.load(anchor + origin[None, :] + within, mask=mask, other=0.0, cache_modifier=".cg")
+                place = tl.multiple_of(tl.where(missing, slot - FETCHED, 0), 8)
+                tl.store(anchor + place[None, :] + within, tile, mask=mask & missing[None, :])
+            else:
+                origin = tl.multiple_of(slot, 8)
+                here = mask & (missing == 0)[None, :]
+                tile = tl.load(anchor + origin[None, :] + within, mask=here, other=0.0, cache_modifier=".cg")
+        else:
+            origin = tl.multiple_of(slot, 8)
+            tile = tl.load(anchor + origin[None, :] + within, mask=mask, other=0.0, cache_modifier=".cg")
+        tiles = tiles + (tile,)
     if PDL:
         gdc_wait()
     acc = tl.zeros([BH], tl.float32)
     for s in tl.static_range(STEPS):
         flat = s * BC + tl.arange(0, BC)
-        tile = tiles[s]
-        if PAGED:
-            at, mask, missing = _down_at(anchor, pair_target, rows, flat, K, H, I)
-            late = tl.load(at, mask=mask & missing, other=0.0, cache_modifier=".cg")
-            tile = tl.where(missing, late, tile)
         live = flat < K * I
+        tile = tiles[s]
+        if PAGED and not FETCH:
+            slot = tl.max_constancy(tl.load(pair_target + flat // I, mask=live, other=-1), 8)
+            missing = slot >= FETCHED
+            place = tl.multiple_of(tl.where(missing, slot - FETCHED, 0), 8)
+            within = (2 * I * H + flat % I)[None, :] + rows[:, None] * I
+            late = tl.load(
+                anchor + place[None, :] + within, mask=(rows < H)[:, None] & missing[None, :], other=0.0,
+                cache_modifier=".cg",
+            )  # fmt: skip
+            tile = tl.where(missing[None, :], late, tile)
         value = tl.load(act + flat, mask=live, other=0.0).to(tl.float32)
         weight = tl.load(weights + flat // I, mask=live, other=0.0)
         value = tl.where(weight == 0.0, 0.0, value * weight)

@@ -92,7 +92,7 @@ def route(
     x, norm, gate, normed, logits, arrived, rows, masks, forced, bias_range,
     log_ids, log_weights, log_demand, log_mass, layer, step_at,
     page_table, slot_owner, last_use, use_count, pinned, host_offset, pool_offset, stats,
-    header, target, source, count, pairs, pair_target, weights, scratch, span, eps, resident_bias, num_forced,
+    header, target, source, count, pairs, pair_target, pair_source, weights, scratch, span, eps, resident_bias, num_forced,
     B: tl.constexpr, K: tl.constexpr, E: tl.constexpr, S: tl.constexpr, H: tl.constexpr, L: tl.constexpr,
     BP: tl.constexpr, KP: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr, HP: tl.constexpr, PAIRS: tl.constexpr,
     STRIDE: tl.constexpr, BE: tl.constexpr, POLICY: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr, FORCED: tl.constexpr,
@@ -181,6 +181,6 @@ def route(
         plan_layer(
             chosen, order, slot, pool, spill, layer, step,
             page_table, slot_owner, last_use, use_count, pinned, host_offset, stats,
-            header, target, source, count, pairs, pair_target, scratch, span,
+            header, target, source, count, pairs, pair_target, pair_source, scratch, span,
             B, K, E, S, BP, EP, SP, PAIRS, STRIDE, POLICY, PAGED,
         )  # fmt: skip
