@@ -117,7 +117,7 @@ class LogSettings(_Section):
 
     log_format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, else JSON lines")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level to log")
-    log_prompts: bool = Field(False, description="log prompts and answers (never by default)")
+    log_prompts: bool = Field(False, description="log prompts and whole answers (never by default)")
 
 
 class Settings(BaseSettings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from server.engine.request import EngineError, GenerationRequest, QueueFullError
 from server.metrics import Metrics
 from server.service import LoadedModel, Service
 from server.settings import HttpSettings
+
+logger = logging.getLogger(__name__)
 
 MAX_WAITING_TEXTS = 256
 
@@ -85,6 +88,11 @@ class ApiContext:
             if id(model) not in self._encoders:
                 self._encoders = {id(model): TextEncoder(model.tokenizer)}
             return self._encoders[id(model)]
+
+    def log_text(self, request: Request, what: str, text: object) -> None:
+        """Log what a client wrote or was answered, where `log_prompts` asks for it and nowhere else."""
+        if self.log_prompts:
+            logger.info(what, extra={"request_id": request.state.request_id, "text": str(text)})
 
     def submit(self, model: LoadedModel, request: GenerationRequest) -> Generation:
         """Hand a request to the engine. The caller enters the `Generation` at once.

@@ -6,7 +6,6 @@ Everything that can be refused is refused before the response begins: the body, 
 
 from __future__ import annotations
 
-import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -40,7 +39,6 @@ COLDEST = 1e-4
 """Below this temperature the most likely token is taken anyway, and the division would overflow."""
 
 router = APIRouter()
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,16 +90,14 @@ async def _answer(request: Request, context: ApiContext, body: GenerateRequest, 
     model = context.service.model()
     prompt = await _prepare(context, model, body, stream=stream)
     generation = context.submit(model, prompt.request)
-    if context.log_prompts:
-        logger.info("prompt", extra={"request_id": request.state.request_id, "inputs": body.inputs})
+    context.log_text(request, "prompt", body.inputs)
     if stream:
         headers = {"x-prompt-tokens": str(len(prompt.request.prompt_ids))}
         events = _stream(generation, prompt, context.http.keep_alive_seconds, request.url.path)
         return EventStream(events, guard=generation, send_seconds=context.http.send_seconds, headers=headers)
     with generation:
         tokens, end = await unless_disconnected(request, generation.finished())
-    if context.log_prompts:
-        logger.info("answer", extra={"request_id": request.state.request_id, "text": end.generated_text})
+    context.log_text(request, "answer", end.generated_text)
     payload: dict[str, Any] = {"generated_text": _whole_text(prompt, end)}
     if prompt.wants_details:
         payload["details"] = _details(prompt, tokens, end)

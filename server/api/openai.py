@@ -122,6 +122,7 @@ async def completions(request: Request) -> Response:
     body = await context.read(request, CompletionRequest)
     served = _served(context, body.model)
     _check_count(context, len(body.prompt), body.n)
+    context.log_text(request, "prompt", body.prompt)
     encoder = context.encoder(served)
     prompts = [prompt if isinstance(prompt, list) else await encoder.encode(prompt) for prompt in body.prompt]
     job = Job(
@@ -152,6 +153,7 @@ async def chat(request: Request) -> Response:
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise ValidationFailed("`max_tokens` and `max_completion_tokens` are one; give one", param="max_tokens")
     _check_count(context, 1, body.n)
+    context.log_text(request, "prompt", [message.content for message in body.messages])
     ids = await chat_ids(context.encoder(served), body.messages)
     wanted = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     job = Job(
@@ -191,6 +193,7 @@ async def _answer(request: Request, context: ApiContext, served: LoadedModel, jo
         return EventStream(events, guard=answers, send_seconds=context.http.send_seconds)
     with answers:
         finished = await unless_disconnected(request, answers.finished())
+    context.log_text(request, "answer", [end.generated_text for _, end in finished])
     choices = []
     for index, (tokens, end) in enumerate(finished):
         text = StopFilter(job.stops).finish(end.generated_text, end.stop_text)

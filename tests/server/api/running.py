@@ -54,14 +54,21 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    engine: ScriptedEngine | None = None, *, load: Loader | None = None, stall_seconds: float = 60.0, **http: Any
+    engine: ScriptedEngine | None = None,
+    *,
+    load: Loader | None = None,
+    stall_seconds: float = 60.0,
+    log_prompts: bool = False,
+    **http: Any,
 ) -> Iterator[Running]:
     """Serve a scripted engine (or what `load` makes) for the length of the block."""
     engine = ScriptedEngine() if engine is None else engine
     service = Service(load or (lambda progress: loaded(engine)), stall_seconds=stall_seconds)
     settings = HttpSettings(**{"drain_seconds": 1.0, **http})
     metrics = Metrics(service, "1.2.3")
-    listener = Listener(create_app(service, metrics, settings, version="1.2.3"), service, settings)
+    listener = Listener(
+        create_app(service, metrics, settings, version="1.2.3", log_prompts=log_prompts), service, settings
+    )
     bound = bind_socket("127.0.0.1", 0)
     port = bound.getsockname()[1]
     thread = threading.Thread(target=listener.run, kwargs={"sockets": [bound]}, daemon=True)
