@@ -9,14 +9,16 @@ used here are guarded by tests/extractor/test_conversion.py.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -26,10 +28,11 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from extractor.errors import CheckpointError, UnsupportedFamilyError
 from extractor.families import check_routers
+from router.gating import RULES
 
 # transformers builds a model under a process-wide default dtype, which two threads would leave behind wrong.
 _building = threading.Lock()
@@ -114,13 +117,13 @@ def trace(directory: Path, keys: Iterable[str]) -> Trace:
     Reads config.json in `directory` and nothing else. Raises UnsupportedFamilyError when the model has no experts
     module that transformers marks as one, CheckpointError when an experts parameter has no tensors.
     """
+    family = json.loads((directory / "config.json").read_bytes()).get("model_type")
+    if family not in CONFIG_MAPPING:
+        raise unsupported(directory, f"transformers {version('transformers')} does not know the family {family!r}")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise UnsupportedFamilyError(
-                f"{directory}: transformers has no causal language model for model_type {config.model_type!r}; only "
-                "text models are supported"
-            )
+            raise unsupported(directory, f"transformers has no causal language model of {config.model_type!r}")
         with _building, torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
     except UnsupportedFamilyError:
@@ -136,10 +139,7 @@ def trace(directory: Path, keys: Iterable[str]) -> Trace:
         if hasattr(module, "is_concatenated") and hasattr(module, "is_transposed")
     }
     if not modules:
-        raise UnsupportedFamilyError(
-            f"{directory}: {type(model).__name__} has no MoE layer that goes through transformers' experts registry; "
-            "there is nothing to extract"
-        )
+        raise unsupported(directory, f"no layer of {type(model).__name__} goes through transformers' experts registry")
     check_routers(model, modules, config.model_type, str(directory))
     collected, trunk, converters = _assign(model, modules, keys)
     experts = {
@@ -150,6 +150,14 @@ def trace(directory: Path, keys: Iterable[str]) -> Trace:
         for module, parameters in modules.items()
     }
     return Trace(type(model).__name__, _top_k(config), experts, tuple(trunk))
+
+
+def unsupported(directory: Path, reason: str) -> UnsupportedFamilyError:
+    """The error for a family that cannot be extracted, with the families that can."""
+    supported = sorted(set(RULES) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    return UnsupportedFamilyError(
+        f"{directory} cannot be extracted: {reason}; use a checkpoint of a supported family: {', '.join(supported)}"
+    )
 
 
 def _assign(

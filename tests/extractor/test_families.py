@@ -1,9 +1,12 @@
 """Which checkpoints are refused by their config alone, and the reasons given."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from extractor.conversion import trace
 from extractor.errors import UnsupportedFamilyError
 from extractor.families import check_family
 
@@ -23,3 +26,14 @@ def test_a_quantised_checkpoint_is_refused_with_the_reason() -> None:
     config = {"model_type": "qwen3_moe", "num_experts": 8, "quantization_config": {"quant_method": "fp8"}}
     with pytest.raises(UnsupportedFamilyError, match=r"is quantised \(fp8\)"):
         check_family(config, "x")
+
+
+@pytest.mark.parametrize("family", ["newmoe", "switch_transformers", "llama", None])
+def test_a_family_that_cannot_be_extracted_is_told_which_can(family: str | None, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "num_experts": 8, "num_hidden_layers": 1}))
+    with pytest.raises(
+        UnsupportedFamilyError, match=r"cannot be extracted: .*use a checkpoint of a supported"
+    ) as caught:
+        trace(tmp_path, [])
+    assert "mixtral" in str(caught.value)
+    assert "qwen3_moe" in str(caught.value)
