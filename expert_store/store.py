@@ -126,7 +126,7 @@ class Store:
         view = self._view
         deep = self._locate(view, layer, expert)
         memory = _as_bytes(out, view.manifest.layers[layer].span_bytes)
-        where = f"{self.path / deep.file} (layer {layer}, expert {expert})"
+        where = f"{self.path}/{deep.file} (layer {layer}, expert {expert})"
         with self._shard(view, deep) as descriptor:
             read_fully(descriptor, memory, view.layouts[deep.index].span_offsets[layer], where)
         if verify and xxhash.xxh3_64_hexdigest(memory) != deep.span_hashes[layer]:
@@ -201,7 +201,9 @@ class Store:
 
     def _close_idle(self) -> None:
         excess = len(self._open) if self._closed else len(self._open) - self._max_open_files
-        for index in [index for index, shard in self._open.items() if shard.users == 0][: max(excess, 0)]:
+        if excess <= 0:
+            return
+        for index in [index for index, shard in self._open.items() if shard.users == 0][:excess]:
             os.close(self._open.pop(index).descriptor)
 
     def _check_files(self, manifest: Manifest) -> None:

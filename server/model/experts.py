@@ -19,8 +19,10 @@ from expert_store.cache import ExpertCache
 IMPLEMENTATION = "deepfew"
 LAYER_ATTRIBUTE = "_deepfew_experts"
 BATCHED_PAIRS = 64
-"""On a GPU, up to this many (token, pick) pairs gather their experts' weights into two batched products; more pairs are
-computed expert by expert."""
+"""Up to this many (token, pick) pairs of a step may gather their experts' weights into two batched products: few
+launches and a copy of the weights. More are computed expert by expert, which copies nothing."""
+BATCHED_CPU_BYTES = 1 << 16
+"""On a CPU the copy pays only for experts up to this size, in dtypes whose small products are slow to start."""
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -64,8 +66,9 @@ class ExpertsLayer:
         tokens = None if order is None else order.div(num_picks, rounding_mode="floor")
         inputs = hidden.expand(num_picks, -1) if tokens is None else hidden[tokens]  # [T·K, H]
         outputs = hidden.new_empty(inputs.shape) if _covers(groups, len(sorted_ids)) else torch.zeros_like(inputs)
+        batched = self._is_batched(inputs)
         for wave in _waves(groups, self._cache.num_slots, self._resident):
-            self._run_wave(module, inputs, outputs, wave)
+            self._run_wave(module, inputs, outputs, wave, batched)
         if order is not None:
             unsorted = torch.empty_like(outputs)
             unsorted[order] = outputs
@@ -76,12 +79,19 @@ class ExpertsLayer:
     def _resident(self, expert: int) -> bool:
         return bool(self._cache.page_table[self._layer, expert] >= 0)
 
-    def _run_wave(self, module: Any, inputs: Tensor, outputs: Tensor, wave: Sequence[_Group]) -> None:
+    def _is_batched(self, inputs: Tensor) -> bool:
+        """By the whole step, not by the wave, so that results do not depend on the number of slots."""
+        if len(inputs) > BATCHED_PAIRS:
+            return False
+        small = self._cache.pools[self._layer].slot_bytes <= BATCHED_CPU_BYTES
+        return inputs.is_cuda or (small and inputs.dtype != torch.float32)
+
+    def _run_wave(self, module: Any, inputs: Tensor, outputs: Tensor, wave: Sequence[_Group], batched: bool) -> None:
         experts = [expert for expert, _, _ in wave]
         slots = self._cache.acquire(self._layer, experts)
         try:
             pool = self._cache.pools[self._layer]
-            if inputs.is_cuda and sum(end - start for _, start, end in wave) <= BATCHED_PAIRS:
+            if batched:
                 _run_batched(module, pool.params, inputs, outputs, wave, slots)
             else:
                 _run_grouped(module, pool.rows, inputs, outputs, wave, slots)
@@ -136,8 +146,7 @@ def _run_grouped(
     position = 0
     for (_, start, end), slot in zip(wave, slots, strict=True):
         into = up[position : position + end - start]
-        weight = up_rows[slot] if transposed else up_rows[slot].t()
-        torch.mm(inputs[start:end], weight, out=into)
+        _linear(inputs[start:end], up_rows[slot], transposed, into)
         if module.has_bias:
             into += rows[up_name + "_bias"][slot]
         position += end - start
@@ -145,14 +154,23 @@ def _run_grouped(
     position = 0
     for (_, start, end), slot in zip(wave, slots, strict=True):
         into = outputs[start:end]
-        weight = down_rows[slot] if transposed else down_rows[slot].t()
-        torch.mm(activated[position : position + end - start], weight, out=into)
+        _linear(activated[position : position + end - start], down_rows[slot], transposed, into)
         if module.has_bias:
             into += rows["down_proj_bias"][slot]
         position += end - start
     if getattr(module, "has_post_expert_norm", False):
         for _, start, end in wave:
             outputs[start:end] = module.post_expert_norm(outputs[start:end])
+
+
+def _linear(x: Tensor, weight: Tensor, transposed: bool, out: Tensor) -> None:
+    """out [N, out] = x [N, in] times one expert's weight; one row takes the faster matrix-vector product."""
+    if transposed:
+        torch.mm(x, weight, out=out)
+    elif len(x) == 1:
+        torch.mv(weight, x[0], out=out[0])
+    else:
+        torch.mm(x, weight.t(), out=out)
 
 
 def _run_batched(
@@ -166,8 +184,9 @@ def _run_batched(
     """All pairs of the wave in two batched products over gathered weights: few launches, for small steps on a GPU."""
     pairs = [pair for _, start, end in wave for pair in range(start, end)]
     pair_slots = [slot for (_, start, end), slot in zip(wave, slots, strict=True) for _ in range(start, end)]
-    pair_index = torch.tensor([pairs, pair_slots], device=inputs.device)
-    at, slot_of = pair_index[0], pair_index[1]
+    slot_of = torch.tensor(pair_slots, device=inputs.device)
+    everything = pairs == list(range(len(inputs)))
+    at = slice(None) if everything else torch.tensor(pairs, device=inputs.device)
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
     up = _batched_linear(module, params, up_name, slot_of, inputs[at])
     activated = module._apply_gate(up) if module.has_gate else module.act_fn(up)
@@ -178,5 +197,5 @@ def _run_batched(
 def _batched_linear(module: Any, params: dict[str, Tensor], name: str, slot_of: Tensor, x: Tensor) -> Tensor:
     """x [N, in] → [N, out] with the weights of each row's slot."""
     weight = params[name][slot_of]
-    product = torch.bmm(x.unsqueeze(1), weight if module.is_transposed else weight.transpose(1, 2)).squeeze(1)
+    product = torch.bmm(weight.transpose(1, 2) if module.is_transposed else weight, x.unsqueeze(-1)).squeeze(-1)
     return product + params[name + "_bias"][slot_of] if module.has_bias else product
