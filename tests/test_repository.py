@@ -1,7 +1,10 @@
 """What the repository says of itself: no traces of one machine, and a README whose figures and commands are real."""
 
+import os
 import re
+import shlex
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -21,11 +24,12 @@ def _tracked() -> list[Path]:
 
 
 def _texts() -> dict[str, str]:
+    """Tracked text files by name; the bundled tokenizer and the licence are not ours to word."""
     texts = {}
     for path in _tracked():
-        if path.suffix in {".safetensors", ".png"} or path.name in {"tokenizer.json", "LICENSE"}:
-            continue
-        texts[path.relative_to(REPOSITORY).as_posix()] = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
+        if b"\0" not in content and path.name not in {"tokenizer.json", "LICENSE"}:
+            texts[path.relative_to(REPOSITORY).as_posix()] = content.decode("utf-8")
     return texts
 
 
@@ -110,3 +114,25 @@ def test_make_targets_that_the_pages_name_exist() -> None:
             named |= set(re.findall(r"\bmake ([a-z][a-z-]*)", block))
     assert {"demo", "test"} <= named
     assert named - targets == set()
+
+
+def _deepfew_lines() -> list[list[str]]:
+    """Words of every `deepfew …` line in the README's code blocks, comments left out."""
+    blocks = re.findall(r"^```\n(.*?)^```", _readme(), flags=re.DOTALL | re.MULTILINE)
+    lines = [line.partition(" #")[0] for block in blocks for line in block.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("deepfew ")]
+
+
+@pytest.mark.parametrize("command", sorted({words[0] for words in _deepfew_lines()}))
+def test_commands_and_flags_in_the_readme_exist(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "server.cli", command, "--help"],
+        cwd=REPOSITORY,
+        env=os.environ | {"COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    used = {word for words in _deepfew_lines() if words[0] == command for word in words if word.startswith("--")}
+    known = set(re.findall(r"--[a-z][a-z-]*", done.stdout))
+    assert used - known == set()
