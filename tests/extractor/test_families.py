@@ -23,8 +23,8 @@ def test_a_dense_model_is_told_what_is_wanted(config: dict[str, Any]) -> None:
 
 
 def test_a_quantised_checkpoint_is_refused_with_the_reason() -> None:
-    config = {"model_type": "qwen3_moe", "num_experts": 8, "quantization_config": {"quant_method": "fp8"}}
-    with pytest.raises(UnsupportedFamilyError, match=r"is quantised \(fp8\)"):
+    config = {"model_type": "qwen3_moe", "num_experts": 8, "quantization_config": {"quant_method": "unheard-of"}}
+    with pytest.raises(UnsupportedFamilyError, match=r"is quantised \(unheard-of\)"):
         check_family(config, "x")
 
 
