@@ -1,7 +1,9 @@
 """Streaming: the right bytes and hashes at every size, and errors that end it."""
 
 import hashlib
+import os
 import random
+import resource
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +89,17 @@ def test_every_byte_is_reported_once(source: Path, tmp_path: Path) -> None:
     files = [output(f"file{i}", source, b"head", [(0, 700 * i)]) for i in range(1, 9)]
     list(stream(files, tmp_path, counted.append))
     assert sum(counted) == sum(file.file_bytes for file in files)
+
+
+def test_memory_does_not_grow_with_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "BUFFER_BYTES", 2**20)
+    source, size = tmp_path / "sparse", 40 * 2**20
+    source.touch()
+    os.truncate(source, size)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    list(stream([output(f"file{i}", source, b"", [(0, size)]) for i in range(8)], None))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown * 1024 < 3 * pipeline.NUM_WORKERS * 2**20
 
 
 def test_a_source_that_is_too_short_ends_it(source: Path, tmp_path: Path) -> None:
