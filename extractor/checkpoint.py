@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from extractor.errors import CheckpointError
+from extractor.quantised import plain_tensors
 from extractor.tensor_file import TensorEntry, TensorFile, read_tensor_file
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -62,8 +63,9 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, TensorEntry]:
-        """Every tensor by its name in the checkpoint."""
-        return {tensor.name: tensor for file in self.files for tensor in file.tensors}
+        """Every tensor by its name in the checkpoint; quantised ones as the plain tensors that they stand for."""
+        stored = {tensor.name: tensor for file in self.files for tensor in file.tensors}
+        return plain_tensors(stored, self.config)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -107,7 +109,7 @@ def resolve_checkpoint(name: str) -> Checkpoint:
 
     patterns = ["*.safetensors", *(f"*{suffix}" for suffix in SIDECAR_SUFFIXES)]
     try:
-        path = snapshot_download(name, allow_patterns=patterns)
+        path = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
     except Exception as error:  # the hub's client raises its own, requests', and the system's errors
         raise CheckpointError(
             f"{name} is no local directory and could not be downloaded from the hub ({error}); check the name and the "

@@ -2,8 +2,8 @@
 
 No list of families: a checkpoint is taken when transformers has a causal language model of it whose routed experts go
 through its experts registry, and when the gating rule of each of its routers is known (`router.gating`), since a model
-that cannot be masked exactly cannot be served from part of its experts. Quantised checkpoints are refused in one place,
-which is where dequantisation belongs.
+that cannot be masked exactly cannot be served from part of its experts. Quantised checkpoints are taken when
+`quantised.py` can undo it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from extractor.errors import UnsupportedFamilyError
+from extractor.quantised import METHODS, quantisation_of
 from router.gating import UnsupportedGatingError, find_gating_rule
 
 _EXPERT_COUNT_KEYS = (
@@ -30,7 +31,7 @@ _ROUTER_NAMES = ("gate", "router")
 def check_family(config: dict[str, Any], where: str) -> str:
     """The family (`model_type`) of a config.json, as far as it can be judged without the model.
 
-    Raises UnsupportedFamilyError for dense models and quantised checkpoints; `where` names the input.
+    Raises UnsupportedFamilyError for dense models and for quantisations that cannot be undone; `where` names the input.
     """
     family = str(config.get("model_type", ""))
     if not has_experts(config):
@@ -38,11 +39,10 @@ def check_family(config: dict[str, Any], where: str) -> str:
             f"{where} is a dense model (model_type {family!r}): it has no experts to extract; use a Mixture-of-Experts "
             "checkpoint"
         )
-    if config.get("quantization_config"):
-        method = config["quantization_config"]
-        method = method.get("quant_method", "unknown") if isinstance(method, dict) else method
+    method = (quantisation_of(config) or {"quant_method": METHODS[0]}).get("quant_method")
+    if method not in METHODS:
         raise UnsupportedFamilyError(
-            f"{where} is quantised ({method}); only checkpoints in a plain dtype are extracted: "
+            f"{where} is quantised ({method}); taken are plain dtypes, {' and '.join(METHODS)}: "
             "use the bfloat16 or float16 release of the model"
         )
     return family

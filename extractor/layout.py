@@ -9,7 +9,6 @@ order of `LayerSpec.tensors`; every checkpoint tensor belongs either to spans or
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,10 +21,14 @@ from extractor.checkpoint import Checkpoint
 from extractor.conversion import Recipe, trace
 from extractor.errors import CheckpointError, UnsupportedFamilyError
 from extractor.families import check_family
-from extractor.pieces import ConvertedPiece, CopiedPiece, Piece
+from extractor.pieces import ConvertedPiece, Piece
+from extractor.quantised import piece_of, read_part
 from extractor.tensor_file import TensorEntry
 
-_TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
+
+Part = tuple[TensorEntry, int, int]
+"""A tensor of the checkpoint, and which of how many equal parts of its first axis."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +77,14 @@ class ExpertsLayout:
                 (pattern, *_expert_part(self.checkpoint, recipe, pattern, expert)) for pattern in recipe.source_patterns
             ]
             if recipe.is_concatenation:
-                yield from (piece for _, piece, _ in sources)
+                yield from (piece_of(*part) for _, part, _ in sources)
             else:
                 yield ConvertedPiece(tensor.bytes, partial(convert_expert, recipe, sources))
 
 
-def convert_expert(recipe: Recipe, sources: Sequence[tuple[str, CopiedPiece, tuple[int, ...]]]) -> memoryview:
-    """One expert's part of a parameter as bytes; `sources` are source pattern, bytes and shape."""
-    tensors = {pattern: _read_tensor(piece, shape) for pattern, piece, shape in sources}
+def convert_expert(recipe: Recipe, sources: Sequence[tuple[str, Part, tuple[int, ...]]]) -> memoryview:
+    """One expert's part of a parameter as bytes; `sources` are source pattern, place and shape."""
+    tensors = {pattern: read_part(*part).view(shape) for pattern, part, shape in sources}
     converted = recipe.convert(tensors)
     return memoryview(converted.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
@@ -113,10 +116,10 @@ def _check_sources(checkpoint: Checkpoint, recipe: Recipe) -> str:
             )
         entries += found
     dtypes = {entry.dtype for entry in entries}
-    if len(dtypes) != 1 or not dtypes <= _TORCH_DTYPES.keys():
+    if len(dtypes) != 1 or not dtypes <= set(_PLAIN_DTYPES):
         raise CheckpointError(
             f"{checkpoint.path}: {recipe.parameter} comes from tensors of the dtypes {sorted(dtypes)}; wanted one of "
-            f"{', '.join(_TORCH_DTYPES)} for all: use a checkpoint in a plain dtype"
+            f"{', '.join(_PLAIN_DTYPES)} for all: use a checkpoint in a plain dtype"
         )
     if recipe.is_concatenation:
         for expert in range(num_experts):
@@ -135,29 +138,11 @@ def _check_concatenation(checkpoint: Checkpoint, recipe: Recipe, expert: int) ->
         )
 
 
-def _expert_part(
-    checkpoint: Checkpoint, recipe: Recipe, pattern: str, expert: int
-) -> tuple[CopiedPiece, tuple[int, ...]]:
-    """The bytes that `pattern` has for one expert, and their shape: a whole tensor, or a row of a fused one."""
+def _expert_part(checkpoint: Checkpoint, recipe: Recipe, pattern: str, expert: int) -> tuple[Part, tuple[int, ...]]:
+    """Where `pattern` has one expert's values, and their shape: a whole tensor, or a row of a fused one."""
     keys = recipe.keys[pattern]
     if len(keys) == recipe.shape[0] and len(checkpoint.tensors[keys[0]].shape) < len(recipe.shape):
         entry = checkpoint.tensors[keys[expert]]
-        return CopiedPiece(entry, entry.offset, entry.bytes), entry.shape
+        return (entry, 0, 1), entry.shape
     entry = checkpoint.tensors[keys[0]]
-    row = entry.bytes // recipe.shape[0]
-    return CopiedPiece(entry, entry.offset + expert * row, row), entry.shape[1:]
-
-
-def _read_tensor(piece: CopiedPiece, shape: tuple[int, ...]) -> torch.Tensor:
-    memory = bytearray(piece.num_bytes)
-    descriptor = os.open(piece.source.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        done = 0
-        while done < len(memory):
-            count = os.preadv(descriptor, [memoryview(memory)[done:]], piece.offset + done)
-            if count == 0:
-                raise CheckpointError(f"{piece.source.path} became shorter while it was read; download it again")
-            done += count
-    finally:
-        os.close(descriptor)
-    return torch.frombuffer(memory, dtype=_TORCH_DTYPES[piece.source.dtype]).view(shape)
+    return (entry, expert, recipe.shape[0]), entry.shape[1:]

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from expert_store.manifest import DTYPE_BYTES
 from expert_store.shard import ShardLayout, encode_header, shard_name
 from extractor.checkpoint import Checkpoint
-from extractor.pieces import CopiedPiece, Piece
+from extractor.pieces import Piece
+from extractor.quantised import METHODS, piece_of, quantisation_of
 from extractor.tensor_file import TensorEntry
 
 if TYPE_CHECKING:
@@ -96,23 +97,28 @@ def _tensors(name: str, group: Sequence[TensorEntry]) -> OutputFile:
     head = encode_header(entries)
 
     def pieces() -> Iterator[Piece]:
-        return (CopiedPiece(tensor, tensor.offset, tensor.bytes) for tensor in group)
+        return map(piece_of, group)
 
     return OutputFile(name, len(head) + at, head, pieces)
 
 
 def _sidecar(path: Path) -> OutputFile:
-    """A side file as it is, except that references to the checkpoint's own code are dropped."""
+    """A side file as it is, except that references to the checkpoint's own code are dropped, and the note that it is
+    quantised in a way that is undone here."""
     content = path.read_bytes()
     if path.suffix == ".json" and b'"auto_map"' in content:
-        content = _json_bytes(_without_auto_map(json.loads(content)))
+        content = _json_bytes(_without(json.loads(content), "auto_map"))
+    if path.name == "config.json" and b'"quantization_config"' in content:
+        config = json.loads(content)
+        if (quantisation_of(config) or {}).get("quant_method") in METHODS:
+            content = _json_bytes(_without(config, "quantization_config"))
     return _in_memory(f"trunk/{path.name}", content)
 
 
-def _without_auto_map(value: Any) -> Any:
+def _without(value: Any, name: str) -> Any:
     if isinstance(value, dict):
-        return {key: _without_auto_map(item) for key, item in value.items() if key != "auto_map"}
-    return [_without_auto_map(item) for item in value] if isinstance(value, list) else value
+        return {key: _without(item, name) for key, item in value.items() if key != name}
+    return [_without(item, name) for item in value] if isinstance(value, list) else value
 
 
 def _json_bytes(value: Any) -> bytes:
