@@ -68,13 +68,13 @@ class Store:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], max_open_files: int = MAX_OPEN_FILES) -> Store:
-        """Open the store at `path`, checking the manifest and that every file it names is there with its size.
+        """Open the store at `path`, checking the manifest, the size of every file it names and the header of every shard.
 
         At most `max_open_files` shards are kept open. Raises ManifestError or ShardCorruptError.
         """
         root = Path(path).resolve()
         store = cls(root, read_manifest(root), max_open_files)
-        store._check_files(store._view.manifest)
+        store._check_files(store._view)
         return store
 
     def __enter__(self) -> Store:
@@ -152,7 +152,7 @@ class Store:
                     "experts removed or changed); restart to use it"
                 )
             view = _View.of(newer)
-            self._check_files(newer)
+            self._check_files(view)
             self._view = view
             return True
 
@@ -206,16 +206,17 @@ class Store:
         for index in [index for index, shard in self._open.items() if shard.users == 0][:excess]:
             os.close(self._open.pop(index).descriptor)
 
-    def _check_files(self, manifest: Manifest) -> None:
-        """Every named file is there with its size, and nothing else lies where transformers would pick it up."""
-        sizes = {deep.file: deep.bytes for deep in manifest.deep_experts}
-        sizes |= {file.name: file.bytes for file in manifest.trunk}
-        for name, size in sizes.items():
+    def _check_files(self, view: _View) -> None:
+        """Every named file is there with its size, every shard has its header, and nothing else lies in the trunk."""
+        for deep, layout in zip(view.manifest.deep_experts, view.layouts, strict=True):
+            os.close(open_shard(self.path, deep, layout))
+        named = {file.name: file.bytes for file in view.manifest.trunk}
+        for name, size in named.items():
             os.close(open_checked(self.path, name, size))
         for directory, _, files in os.walk(self.trunk_path):
             for file in files:
                 name = (Path(directory) / file).relative_to(self.path).as_posix()
-                if name not in sizes:
+                if name not in named:
                     raise ManifestError(
                         f"{self.path / name} is not named by the manifest and would be read with the trunk; remove it"
                     )

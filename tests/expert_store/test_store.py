@@ -127,8 +127,15 @@ def test_swapped_shards_are_told(tmp_path: Path, manifest: Manifest) -> None:
     os.rename(first, tmp_path / "aside")
     os.rename(second, first)
     os.rename(tmp_path / "aside", second)
-    with Store.open(tmp_path) as store, pytest.raises(ShardCorruptError, match="swapped"):
-        store.read_expert(0, 0, memoryview(bytearray(36)))
+    with pytest.raises(ShardCorruptError, match="swapped"):
+        Store.open(tmp_path)
+
+
+def test_a_shard_swapped_after_the_store_was_opened_is_told(tmp_path: Path, manifest: Manifest) -> None:
+    with Store.open(tmp_path) as store:
+        os.replace(tmp_path / shard_name(1), tmp_path / shard_name(0))
+        with pytest.raises(ShardCorruptError, match="swapped"):
+            store.read_expert(0, 0, memoryview(bytearray(36)))
 
 
 def test_files_that_transformers_would_pick_up_must_be_named(tmp_path: Path, manifest: Manifest) -> None:
