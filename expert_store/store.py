@@ -68,7 +68,7 @@ class Store:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], max_open_files: int = MAX_OPEN_FILES) -> Store:
-        """Open the store at `path`, checking the manifest, the size of every file it names and the header of every shard.
+        """Open the store at `path` after checking the manifest, all files' sizes and every shard's header.
 
         At most `max_open_files` shards are kept open. Raises ManifestError or ShardCorruptError.
         """
