@@ -8,7 +8,8 @@ What is measured, in words:
 - *columns*: every kind masked to its best deep experts of one alignment that was made for all kinds; `plan` forms the
   deep experts from the kind's own free choice.
 - *pools*: the first 128 tokens of a sequence run whole; what follows is masked to experts chosen from them (`static`:
-  once, from their router mass; `followed`: with the prior, and anew every 32 tokens).
+  once, from their router mass; `followed`: with the prior, and anew every 32 tokens; `fetched`: experts of a layer that
+  were new in the pool each time).
 - *price*: loss expected from the measured deficit by the calibrated curves, against the loss measured: R² over kinds
   and sizes, for the criterion coverage.
 - *depth*: k experts of every layer against all experts of few layers (one of each other layer), at equal bytes.
@@ -44,6 +45,7 @@ DATA = REPOSITORY / "benchmarks" / "data" / "selection"
 CRITERIA = ("reap-sum", "reap", "gate-mass", "frequency", "ean", "man", "easy", "coverage", "aimer", "index")
 ALIGNMENTS = ("index", "rank", "chain", "profile", "tiers", "coverage")
 SHARES = (0.5, 0.25, 0.125)
+PARTS = ("criteria", "columns", "pools", "price", "depth", "questions")
 
 
 def main() -> None:
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, default=4096, help="held-out tokens of a kind")
     parser.add_argument("--seeds", type=int, default=3, help="of the random control")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; default: all")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     arguments = parser.parse_args()
     import transformers
@@ -87,16 +90,12 @@ def run(checkpoint: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         texts = tokenised(model, domains, CalibrateOptions(half="odd", max_tokens=arguments.tokens))
         unmasked = {name: evaluate_text(model, tokens) for name, tokens in texts.items()}
         bench = _Bench(model, statistics, texts, unmasked, arguments)
-        result = {
+        result: dict[str, Any] = {
             "calibration_tokens": {n: int(t) for n, t in zip(statistics.domains, statistics.num_tokens, strict=True)},
             "unmasked_loss": {name: round(one.loss, 4) for name, one in unmasked.items()},
-            "criteria": bench.criteria(),
-            "columns": bench.columns(),
-            "pools": bench.pools(),
-            "price": bench.price(),
-            "depth": bench.depth(),
-            "questions": bench.questions(),
         }
+        for part in arguments.parts:
+            result[part] = getattr(bench, part)()
         model.close()
     return result
 
@@ -181,7 +180,7 @@ class _Bench:
                         "mean_ratio": round(one.mean_ratio, 4),
                         "worst": [worst, round(one.ratios[worst], 4)],
                         "deficit": round(one.deficit, 4),
-                        "fetched_per_refresh": round(one.fetched_per_refresh, 3),
+                        "fetched": round(one.fetched_per_refresh, 3),
                     }
                 )
         rows = [
@@ -191,7 +190,7 @@ class _Bench:
                 f"{one['mean_ratio']:.4f}",
                 *one["worst"],
                 one["deficit"],
-                one["fetched_per_refresh"],
+                one["fetched"],
             ]
             for one in results
         ]
@@ -201,9 +200,13 @@ class _Bench:
 
     def price(self) -> dict[str, Any]:
         """How well the expected loss held, over kinds and sizes."""
-        from server.evaluate_sweep import check_price
+        from server.evaluate_sweep import check_price, masks_per_domain
 
-        check = check_price(self.statistics, self._coverage, self.unmasked)
+        coverage = self._coverage or [
+            self._measure("coverage", count, masks_per_domain(self.statistics, self.names, "coverage", count))
+            for count in self.counts
+        ]
+        check = check_price(self.statistics, coverage, self.unmasked)
         print(f"\nprice of a deficit: R² {check.r_squared:.3f} over {len(check.points)} kinds and sizes")
         return check.to_json()
 

@@ -124,6 +124,44 @@ def coverage_alignment(
     return columns
 
 
+def restarted_coverage_alignment(
+    saliency: Float,
+    windows: npt.NDArray[np.floating],
+    groups: npt.NDArray[np.floating],
+    weights: npt.NDArray[np.floating],
+    num_starts: int,
+    shares: Sequence[tuple[float, float]] = COVERAGE_SHARES,
+) -> Columns:
+    """The best of `num_starts` coverage alignments of all experts, int64 [E, L]; the starts are always the same ones.
+
+    The first starts from the profile alignment of the ranks, the others from that of shuffled layers: the ascent ends
+    in one of many local optima, and what it ascends says which is best.
+    """
+    rng = np.random.default_rng(0)
+    ranked = rank_alignment(saliency)
+    best, best_value = ranked, -np.inf
+    for number in range(num_starts):
+        start = ranked if number == 0 else rng.permuted(ranked, axis=0)
+        columns = coverage_alignment(profile_alignment(start, windows), groups, weights, shares)
+        value = _kept_mass(columns, groups, weights, shares)
+        if value > best_value:
+            best, best_value = columns, value
+    return best
+
+
+def _kept_mass(
+    columns: Columns,
+    groups: npt.NDArray[np.floating],
+    weights: npt.NDArray[np.floating],
+    shares: Sequence[tuple[float, float]],
+) -> float:
+    """What `coverage_alignment` ascends."""
+    mass = column_mass(columns, groups / np.maximum(groups.sum(axis=(1, 2), keepdims=True), 1e-300))
+    ranked = np.sort(mass, axis=1)[:, ::-1]
+    kept = [weight * ranked[:, : max(1, round(share * len(columns)))].sum(axis=1) for share, weight in shares]
+    return float((weights * sum(kept, np.zeros(()))).sum())
+
+
 def column_mass(columns: Columns, mass: npt.NDArray[np.floating]) -> Float:
     """Mass of each column, float64 [..., C], from mass of the experts [..., L, E]."""
     layers = np.arange(columns.shape[1])

@@ -24,6 +24,7 @@ from extractor.alignment import (
     index_alignment,
     profile_alignment,
     rank_alignment,
+    restarted_coverage_alignment,
     tiered_alignment,
 )
 from extractor.criteria import DEFAULT_CRITERION, normalised, ranking, score
@@ -37,6 +38,8 @@ Float = npt.NDArray[np.float64]
 ALIGNMENTS = ("free", "index", "rank", "chain", "profile", "tiers", "coverage")
 """How deep experts are formed; "free" chooses per layer first."""
 MAX_GROUP_WINDOWS = 512
+NUM_STARTS, MANY_EXPERTS = 8, 160
+"""Starts of the coverage alignment, where a layer has no more experts than that; else one."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,8 @@ def align(statistics: ExpertStatistics, kind: str, saliency: Float, domains: Seq
         return tiered_alignment(saliency, windows)
     if kind == "coverage":
         groups, weights = _groups(statistics, domains)
-        return coverage_alignment(profile_alignment(rank_alignment(saliency), windows), groups, weights)
+        num_starts = NUM_STARTS if statistics.num_experts <= MANY_EXPERTS else 1
+        return restarted_coverage_alignment(saliency, windows, groups, weights, num_starts)
     raise SelectionError(f"alignment {kind!r} does not exist: take one of {', '.join(ALIGNMENTS)}")
 
 
@@ -206,18 +210,18 @@ def _choose_columns(
 
 
 def _groups(statistics: ExpertStatistics, domains: Sequence[str]) -> tuple[Float, Float]:
-    """Groups of text that columns should suit, mass [G, L, E], and weights [G]: each domain, windows, and all of it."""
+    """Groups of text that columns should suit, mass [G, L, E], and weights [G].
+
+    Each domain weighs 1, all of it together 1, and the windows together 4: they stand for kinds that have no name, and
+    matter where few have one.
+    """
     shares = np.stack([statistics.demand_shares(name) for name in domains])
     sample = statistics.windows
     chosen = np.flatnonzero(sample.of(statistics.indices(domains)))
     chosen = chosen[:: max(1, math.ceil(len(chosen) / MAX_GROUP_WINDOWS))]
     windows = sample.arrays["mass"][chosen].astype(np.float64)
     groups = [shares, windows, shares.mean(axis=0, keepdims=True)]
-    weights = [
-        np.full(len(shares), 1 / len(shares)),
-        np.full(len(windows), 0.5 / max(len(windows), 1)),
-        np.array([0.25]),
-    ]
+    weights = [np.full(len(shares), 1.0), np.full(len(windows), 4 / max(len(windows), 1)), np.array([1.0])]
     return np.concatenate(groups), np.concatenate(weights)
 
 

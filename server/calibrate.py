@@ -28,6 +28,8 @@ from server.model.assembly import SelectiveModel
 
 PRICE_SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125)
 """Shares of the experts at which the price is measured."""
+PRICE_CRITERIA = (DEFAULT_CRITERION, "coverage")
+"""Two ways to choose, so that the curves do not depend on one."""
 SAVE_SECONDS = 30.0
 
 
@@ -45,7 +47,7 @@ class CalibrateOptions:
 
     context: int = 512
     max_tokens: int = 65536
-    price_tokens: int = 4096
+    price_tokens: int = 16384
     half: str = "all"
     with_weights: bool = True
 
@@ -149,9 +151,10 @@ def measure_price(
     plain = _mean_loss(model, chosen, None)[0]
     points = []
     for share in PRICE_SHARES:
-        mask = best_experts(statistics, domain.name, max(1, round(share * statistics.num_experts)))
-        loss, deficit, num_tokens = _mean_loss(model, chosen, mask & model.routing.mask)
-        points.append(PricePoint(domain.name, deficit, loss - plain, num_tokens, share))
+        for criterion in PRICE_CRITERIA:
+            mask = best_experts(statistics, domain.name, max(1, round(share * statistics.num_experts)), criterion)
+            loss, deficit, num_tokens = _mean_loss(model, chosen, mask & model.routing.mask)
+            points.append(PricePoint(domain.name, deficit, loss - plain, num_tokens, share))
     return points
 
 

@@ -168,3 +168,40 @@ def find_profile(profiles: Mapping[str, ExpertMask], name: str) -> ExpertMask:
     if name not in profiles:
         raise ProfileError(f"profile {name!r} does not exist: this server has {', '.join(sorted(profiles)) or 'none'}")
     return profiles[name]
+
+
+class FixedMasking:
+    """A request's mask that stays: a profile."""
+
+    def __init__(self, mask: ExpertMask) -> None:
+        self.mask: ExpertMask | None = mask
+
+    def observe(self, demand_index: npt.NDArray[np.int64], demand_weight: npt.NDArray[np.float32]) -> None:
+        """Nothing changes."""
+
+
+class PoolMasking:
+    """A request whose prompt runs whole and whose rest is masked to its pool.
+
+    Args:
+        pool: of this request alone.
+        num_prompt_tokens: after which the pool is chosen.
+    """
+
+    def __init__(self, pool: PromptPool, num_prompt_tokens: int) -> None:
+        self.mask: ExpertMask | None = None
+        self._pool = pool
+        self._num_unseen = num_prompt_tokens
+
+    def observe(self, demand_index: npt.NDArray[np.int64], demand_weight: npt.NDArray[np.float32]) -> None:
+        """Take in a step's demand [L, T, K]; chooses at the end of the prompt, and again when enough came since."""
+        self._pool.see(demand_index, demand_weight)
+        if self._num_unseen > 0:
+            self._num_unseen -= demand_index.shape[1]
+            if self._num_unseen > 0:
+                return
+        elif not self._pool.is_due:
+            return
+        chosen = self._pool.choose()
+        if self.mask is None or not np.array_equal(chosen.allowed, self.mask.allowed):
+            self.mask = chosen

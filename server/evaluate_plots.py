@@ -1,0 +1,61 @@
+"""Pictures of an evaluation: quality over kept share with random's spread, and expected against actual loss.
+
+Drawn with matplotlib's Agg canvas: no display, no global state.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from server.evaluate_report import Report
+
+
+def draw_report(path: Path, report: Report) -> None:
+    """Write a picture of a report's sweeps to `path`; the suffix chooses the format. Raises OSError."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_quality(left, report)
+    _draw_price(right, report)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_quality(axes: Axes, report: Report) -> None:
+    ways: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for sweep in report.sweeps:
+        name = "random" if sweep.name.startswith("random") else sweep.name
+        ways[name][sweep.kept / report.num_experts].append(sweep.mean_ratio)
+    for name, points in ways.items():
+        shares = sorted(points)
+        middle = [float(np.median(points[share])) for share in shares]
+        line = axes.plot(shares, middle, marker="o", markersize=3, label=name)[0]
+        if name == "random":
+            low, high = ([pick(points[share]) for share in shares] for pick in (min, max))
+            axes.fill_between(shares, low, high, alpha=0.2, color=line.get_color())
+    axes.set(xlabel="share of experts kept", ylabel="perplexity ÷ unmasked", title="quality over kept share")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    if ways:
+        axes.legend(fontsize=7)
+
+
+def _draw_price(axes: Axes, report: Report) -> None:
+    axes.set(xlabel="expected change of loss, nats a token", ylabel="actual change", title="price of a deficit")
+    axes.grid(alpha=0.3)
+    if report.price is None or not report.price.points:
+        return
+    expected = [point["expected"] for point in report.price.points]
+    actual = [point["actual"] for point in report.price.points]
+    axes.scatter(expected, actual, s=8)
+    end = max([*expected, *actual, 1e-3])
+    axes.plot([0, end], [0, end], color="black", linewidth=0.8)
+    axes.set_title(f"price of a deficit, R² {report.price.r_squared:.3f}")

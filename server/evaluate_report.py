@@ -1,0 +1,196 @@
+"""Everything that `deepfew evaluate` measures, as one report: texts, questions, criteria over kept shares, the price.
+
+Invariant: figures are compared only on the same tokens of the same text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from extractor.plan import read_plan
+from extractor.statistics import ExpertStatistics, StatisticsError
+from extractor.statistics_file import read_statistics
+from extractor.statistics_price import price_curve
+from router.mask import ExpertMask
+from server.calibrate import CalibrateOptions
+from server.calibrate_texts import Domain
+from server.evaluate import TextResult, answered, evaluate_text, geometric_mean, read_questions, tokenised
+from server.evaluate_metrics import configuration_entropy, efficiency, parameters
+from server.evaluate_sweep import PriceCheck, SweepResult, check_price, sweep_criteria
+from server.model.assembly import SelectiveModel
+from server.model.runner import Runner
+from server.profiles import mask_of_plan
+
+Say = Callable[[str, int, int | None], None]
+MAX_QUESTION_TOKENS = 4096
+FIGURES = ("activation_ratio", "p3", "p2f", "mer", "r3", "saa")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to measure; see the options of `deepfew evaluate`."""
+
+    domains: Sequence[Domain]
+    questions: Sequence[Path]
+    options: CalibrateOptions
+    plan: Path | None = None
+    statistics: Path | None = None
+    shares: Sequence[float] = ()
+    criteria: Sequence[str] = ()
+    seeds: Sequence[int] = ()
+
+
+@dataclass
+class Report:
+    """What was measured.
+
+    Attributes:
+        texts: of each domain; reference: the same of the whole model, empty without one.
+        expected: change of loss that calibration expects at each domain's deficit.
+        questions: name, accuracy, reference accuracy and efficiency metrics of each set.
+        entropy: CES of each layer, from the statistics.
+        sweeps: criteria over kept shares; price: how well the expected loss held over them.
+        num_experts: E.
+    """
+
+    num_experts: int
+    texts: dict[str, TextResult] = field(default_factory=dict)
+    reference: dict[str, TextResult] = field(default_factory=dict)
+    expected: dict[str, float] = field(default_factory=dict)
+    questions: list[dict[str, Any]] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)
+    sweeps: list[SweepResult] = field(default_factory=list)
+    price: PriceCheck | None = None
+
+    def ratio(self, domain: str) -> float:
+        """Perplexity ÷ the reference's."""
+        return math.exp(self.texts[domain].loss - self.reference[domain].loss)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        texts: dict[str, Any] = {}
+        for name, one in self.texts.items():
+            texts[name] = {
+                "perplexity": one.perplexity,
+                "loss": one.loss,
+                "num_tokens": one.num_tokens,
+                "deficit": one.deficit,
+                "deficit_per_layer": list(one.deficit_per_layer),
+                "top1_missing": one.top1_missing,
+                "expected_loss_change": self.expected.get(name),
+                "ratio": self.ratio(name) if name in self.reference else None,
+            }
+        ratios = [self.ratio(name) for name in self.texts if name in self.reference]
+        return {
+            "texts": texts,
+            "mean_ratio": geometric_mean(ratios) if ratios else None,
+            "questions": self.questions,
+            "ces": self.entropy,
+            "sweeps": [sweep.to_json() for sweep in self.sweeps],
+            "price": None if self.price is None else self.price.to_json(),
+        }
+
+    def to_text(self) -> str:
+        """As tables for a terminal."""
+        lines: list[str] = []
+        if self.texts:
+            lines.append(f"{'text':20} {'perplexity':>10} {'ratio':>8} {'deficit':>8} {'expected':>9}")
+        for name, one in self.texts.items():
+            ratio = f"{self.ratio(name):8.4f}" if name in self.reference else f"{'–':>8}"
+            expected = f"×{math.exp(self.expected[name]):8.4f}" if name in self.expected else f"{'–':>9}"
+            lines.append(f"{name:20} {one.perplexity:10.4f} {ratio} {one.deficit:8.4f} {expected}")
+        if self.reference and self.texts:
+            mean = geometric_mean([self.ratio(name) for name in self.texts])
+            lines.append(f"{'geometric mean':20} {'':10} {mean:8.4f}")
+        for asked in self.questions:
+            figures = ", ".join(f"{key} {asked[key]:.4g}" for key in FIGURES)
+            lines.append(f"questions {asked['name']}: {asked['accuracy']:.1%} answered; {figures}")
+        if self.entropy:
+            lines.append("CES per layer: " + " ".join(f"{value:.3f}" for value in self.entropy))
+        for sweep in self.sweeps:
+            share = sweep.kept / self.num_experts
+            lines.append(f"keep {share:6.1%} by {sweep.name:12} mean ratio {sweep.mean_ratio:.4f}")
+        if self.price is not None and self.price.points:
+            lines.append(f"expected against actual loss: R² {self.price.r_squared:.3f}")
+        return "\n".join(lines)
+
+
+def evaluate_all(model: SelectiveModel, whole: SelectiveModel | None, asked: Evaluation, say: Say) -> Report:
+    """Measure everything that was asked for.
+
+    Raises:
+        TextsError, StatisticsError, SelectionError, ProfileError, StoreError: see there.
+    """
+    manifest = model.store.manifest
+    report = Report(manifest.model.num_experts)
+    statistics = None if asked.statistics is None else _statistics(asked.statistics, model)
+    mask: ExpertMask | None = None
+    if asked.plan is not None:
+        plan = read_plan(asked.plan)
+        mask = mask_of_plan(plan, manifest.model.num_layers, manifest.model.num_experts) & model.routing.mask
+    if whole is None and (mask is not None or statistics is not None) and model.routing.mask.is_full:
+        whole = model  # a whole store is its own reference
+    texts = tokenised(model, asked.domains, asked.options)
+    for number, (name, tokens) in enumerate(texts.items()):
+        say(f"reading {name}", number, len(texts))
+        report.texts[name] = evaluate_text(model, tokens, mask)
+        if whole is not None:
+            report.reference[name] = evaluate_text(whole, tokens)
+        curve = None if statistics is None else price_curve(statistics.price, name) or price_curve(statistics.price)
+        if curve is not None:
+            report.expected[name] = curve(report.texts[name].deficit)
+    _ask(report, model, asked, mask, say)
+    if statistics is not None:
+        report.entropy = [float(value) for value in configuration_entropy(statistics.total("picks"))]
+        _sweep(report, model, statistics, texts, asked, say)
+    return report
+
+
+def _statistics(path: Path, model: SelectiveModel) -> ExpertStatistics:
+    statistics = read_statistics(path)
+    fingerprint = model.store.manifest.source.fingerprint
+    if statistics.fingerprint != fingerprint:
+        raise StatisticsError(
+            f"{path} is of checkpoint {statistics.fingerprint}, the store of {fingerprint}: calibrate on this one"
+        )
+    return statistics
+
+
+def _ask(report: Report, model: SelectiveModel, asked: Evaluation, mask: ExpertMask | None, say: Say) -> None:
+    runner = Runner(model, max_rows=1, max_tokens=min(model.context_tokens, MAX_QUESTION_TOKENS))
+    for path in asked.questions:
+        found = read_questions(path)
+        say(f"asking {found.name}", 0, None)
+        accuracy = answered(runner, found.questions, mask)
+        metrics = efficiency(accuracy, found.chance, parameters(model, mask)).to_json()
+        report.questions.append({"name": found.name, "num_questions": len(found.questions), **metrics})
+
+
+def _sweep(
+    report: Report,
+    model: SelectiveModel,
+    statistics: ExpertStatistics,
+    texts: Mapping[str, Sequence[Sequence[int]]],
+    asked: Evaluation,
+    say: Say,
+) -> None:
+    if not texts or not model.routing.mask.is_full:
+        return  # which experts are best can be compared only where all of them are
+    statistics.indices(list(texts))
+    counts = [max(1, round(share * statistics.num_experts)) for share in asked.shares]
+    report.sweeps = sweep_criteria(
+        model,
+        statistics,
+        texts,
+        report.reference,
+        asked.criteria,
+        counts,
+        asked.seeds,
+        lambda text: say(text, 0, None),
+    )
+    chosen = [sweep for sweep in report.sweeps if sweep.name in asked.criteria]
+    report.price = check_price(statistics, chosen, report.reference)
