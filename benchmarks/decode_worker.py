@@ -101,12 +101,12 @@ def _deepfew(job: Job) -> dict[str, Any]:
     from server.engine.engine import Engine
     from server.engine.request import EngineStatus
     from server.model.assembly import load_model
-    from server.model.runner import Runner
+    from server.model.sequence_runner import make_runner
 
     store = Store.open(job.path)
     device = torch.device(job.device)
     model = load_model(store, device=device, dtype=getattr(torch, job.dtype), num_slots=job.num_slots)
-    runner = Runner(model, max_rows=1, max_tokens=job.prompt_tokens + job.new_tokens)
+    runner = make_runner(model, max_rows=1, max_tokens=job.prompt_tokens + job.new_tokens)
     engine = Engine(lambda progress: runner)
     engine.start()
     status: EngineStatus = engine.status()
