@@ -24,7 +24,7 @@ from extractor.prepare import prepare
 from extractor.selection import SelectionRequest
 from router.mask import ExpertMask
 from server.model.assembly import SelectiveModel, load_model
-from server.model.sequence_runner import make_runner
+from server.model.sequence_runner import has_plain_memory, make_runner
 from tests.families.checkpoints import FAMILIES, NUM_EXPERTS, is_installed, moe_blocks, random_model, tiny_config
 from tests.families.pruning import pruned_model
 
@@ -115,7 +115,7 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
 
 @pytest.mark.parametrize("family", SERVED)
 def test_store_holds_what_transformers_loads_and_serves_what_it_computes(
-    family: str, tmp_path: Path, repository: Path
+    family: str, tmp_path: Path, repository: Path, request: pytest.FixtureRequest
 ) -> None:
     """Every span, and logits at the least slot count, half and all: prefill, decode, a batch of different lengths."""
     model = random_model(family)
@@ -131,6 +131,8 @@ def test_store_holds_what_transformers_loads_and_serves_what_it_computes(
                 for tensor in spec.tensors:
                     stored = span[tensor.offset : tensor.offset + tensor.bytes].view(np.float32).reshape(tensor.shape)
                     assert np.array_equal(stored, getattr(experts, tensor.name)[expert].detach().numpy())
+    memory = "rows" if has_plain_memory(model) else "a cache a sequence"
+    request.node.user_properties.append(("memory", memory))
     reference = [stock_logits(loaded, prompt) for prompt in PROMPTS]
     for num_slots in (1, NUM_EXPERTS // 2, NUM_EXPERTS):
         selective = assembled(Store.open(tmp_path / "store"), num_slots)
