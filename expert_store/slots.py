@@ -57,17 +57,18 @@ class SlotPool:
                 f"{error}; pass a smaller --slots or --slots-memory"
             ) from error
         self._flat = self._memory.view(dtype)
-        self.params: dict[str, torch.Tensor] = {}
-        start = 0
-        for tensor, numel in zip(spec.tensors, numels, strict=True):
-            self.params[tensor.name] = self._flat[:, start : start + numel].view(num_slots, *tensor.shape)
-            start += numel
+        self._numels = numels
+        self.params = self._as_params(self._flat)
         self.rows = {name: list(param.unbind(0)) for name, param in self.params.items()}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the pool."""
         return self.num_slots * self.slot_bytes
+
+    def gather(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Copies of slots' parameters, name → [N, *shape], made as one block; slots is int64 [N] on the device."""
+        return self._as_params(self._flat.index_select(0, slots))
 
     def fill(self, slot: int, read: Callable[[torch.Tensor], None]) -> None:
         """Let `read` write a span (uint8 [span_bytes] on the CPU) into slot `slot`, with no copy where dtypes agree."""
@@ -86,3 +87,11 @@ class SlotPool:
         for tensor in self.spec.tensors:
             part = span[tensor.offset : tensor.offset + tensor.bytes].view(TORCH_DTYPES[tensor.dtype])
             self.params[tensor.name][slot].copy_(part.view(tensor.shape), non_blocking=True)
+
+    def _as_params(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Views name → [N, *shape] of whole slots, flat [N, elements]."""
+        params, start = {}, 0
+        for tensor, numel in zip(self.spec.tensors, self._numels, strict=True):
+            params[tensor.name] = flat[:, start : start + numel].view(len(flat), *tensor.shape)
+            start += numel
+        return params

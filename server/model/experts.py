@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from expert_store.cache import ExpertCache
+from expert_store.slots import SlotPool
 
 IMPLEMENTATION = "deepfew"
 LAYER_ATTRIBUTE = "_deepfew_experts"
@@ -92,7 +93,7 @@ class ExpertsLayer:
         try:
             pool = self._cache.pools[self._layer]
             if batched:
-                _run_batched(module, pool.params, inputs, outputs, wave, slots)
+                _run_batched(module, pool, inputs, outputs, wave, slots)
             else:
                 _run_grouped(module, pool.rows, inputs, outputs, wave, slots)
         finally:
@@ -175,7 +176,7 @@ def _linear(x: Tensor, weight: Tensor, transposed: bool, out: Tensor) -> None:
 
 def _run_batched(
     module: Any,
-    params: dict[str, Tensor],
+    pool: SlotPool,
     inputs: Tensor,
     outputs: Tensor,
     wave: Sequence[_Group],
@@ -184,18 +185,18 @@ def _run_batched(
     """All pairs of the wave in two batched products over gathered weights: few launches, for small steps on a GPU."""
     pairs = [pair for _, start, end in wave for pair in range(start, end)]
     pair_slots = [slot for (_, start, end), slot in zip(wave, slots, strict=True) for _ in range(start, end)]
-    slot_of = torch.tensor(pair_slots, device=inputs.device)
+    params = pool.gather(torch.tensor(pair_slots, device=inputs.device))
     everything = pairs == list(range(len(inputs)))
     at = slice(None) if everything else torch.tensor(pairs, device=inputs.device)
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
-    up = _batched_linear(module, params, up_name, slot_of, inputs[at])
+    up = _batched_linear(module, params, up_name, inputs[at])
     activated = module._apply_gate(up) if module.has_gate else module.act_fn(up)
-    out = _batched_linear(module, params, "down_proj", slot_of, activated)
+    out = _batched_linear(module, params, "down_proj", activated)
     outputs[at] = module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
 
 
-def _batched_linear(module: Any, params: dict[str, Tensor], name: str, slot_of: Tensor, x: Tensor) -> Tensor:
-    """x [N, in] → [N, out] with the weights of each row's slot."""
-    weight = params[name][slot_of]
+def _batched_linear(module: Any, params: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """x [N, in] → [N, out], each row with its own of the gathered weights."""
+    weight = params[name]
     product = torch.bmm(weight.transpose(1, 2) if module.is_transposed else weight, x.unsqueeze(-1)).squeeze(-1)
-    return product + params[name + "_bias"][slot_of] if module.has_bias else product
+    return product + params[name + "_bias"] if module.has_bias else product
