@@ -8,6 +8,7 @@ Metrics, in words:
 - `start`: seconds that the command takes before it writes: Python, transformers, headers, fingerprint, layout.
 - `peak memory`: the command's largest resident set, and that minus a bare interpreter's.
 - `warm`: the checkpoint's files are in the page cache when a run begins; `cold`: they were dropped from it (fadvise).
+- `load`: processes that wanted a core in the minute before, from others than this benchmark; near 0 on a quiet machine.
 The checkpoint is generated: a qwen3_moe config and random bytes in several safetensors files. Rounds alternate between
 the two, after one uncounted round; outputs are deleted and the disk is synced before each run.
 
@@ -53,6 +54,7 @@ def main() -> None:
 
 def run(folder: Path, gigabytes: float, rounds: int) -> dict[str, object]:
     checkpoint, copy, store = folder / "checkpoint", folder / "copy", folder / "store"
+    load = os.getloadavg()[0]
     size = generate(checkpoint, gigabytes)
     bare_kib = peak_kib([sys.executable, "-c", "pass"])
     print(f"checkpoint: {size / 1e9:.2f} GB in {len(list(checkpoint.glob('*.safetensors')))} files")
@@ -80,6 +82,7 @@ def run(folder: Path, gigabytes: float, rounds: int) -> dict[str, object]:
         **table,
         "peak_mib": round(peak / 1024),
         "peak_above_interpreter_mib": round((peak - bare_kib) / 1024),
+        "load_average_before": round(load, 1),
         "commit": commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
         "versions": {

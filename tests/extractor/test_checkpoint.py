@@ -128,21 +128,22 @@ def test_a_file_is_no_checkpoint(qwen_checkpoint: Path) -> None:
 def test_a_hub_name_is_downloaded_without_code_or_pickles(
     qwen_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, list[str]]] = []
+    asked: list[tuple[str, list[str], list[str]]] = []
 
-    def download(name: str, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns))
+    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns, ignore_patterns))
         return str(qwen_checkpoint)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     found = resolve_checkpoint("owner/name")
     assert found.name == "owner/name"
     assert found.location == "owner/name@checkpoint"
-    assert asked == [("owner/name", ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])]
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    assert asked == [("owner/name", wanted, ["*/*", "consolidated*"])]
 
 
 def test_a_hub_name_without_a_network_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(name: str, allow_patterns: list[str]) -> str:
+    def download(name: str, **_: list[str]) -> str:
         raise OSError("offline")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
