@@ -1,20 +1,23 @@
 """Decoding on a GPU at the hardware's limit: step times beside the floors that this machine sets, in one run.
 
 What is measured, in words:
-- *resident*: one decode step with every expert in a slot, KV memory 1,024 tokens deep, as a captured graph; its *floor* is
-  the bytes that the step must read (trunk, and the distinct experts that the batch chose) over the read rate.
+- *resident*: one decode step with every expert in a slot, KV memory 1,024 tokens deep, as a captured graph; its
+  *floor* is the bytes that the step must read (trunk, and the distinct experts that the batch chose) over the read
+  rate.
 - *split*: the step without one stage, subtracted from the whole: what that stage adds.
-- *paging*: the mean step over the trace's second part while a trace's recorded or synthetic choices replace the router's; *missed* are the bytes of
-  experts that were in no slot; its *limit* is 1.2 times the larger of the resident step and missed bytes over the copy rate.
-- *host-driven*, *device-driven*: `decode` of the two runners on the same weights, with their own routers' choices, wall clock
-  including what the host does around it; 12 of the 48 layers, since the host-driven one needs its own pinned copy.
+- *paging*: the mean step over the trace's second part while a trace's recorded or synthetic choices replace the
+  router's; *missed* are the bytes of experts that were in no slot; its *limit* is 1.2 times the larger of the
+  resident step and missed bytes over the copy rate.
+- *host-driven*, *device-driven*: `decode` of the two runners on the same weights, with their own routers' choices,
+  wall clock including what the host does around it; 12 of the 48 layers, since the host-driven one needs its own
+  pinned copy.
 - *offload*: transformers with accelerate's hooks, a quarter of the layers on the GPU; 4 of the 48 layers, times 12.
-- *prefill*: 2,048 tokens through the device-driven runner; floor: the same chunk with every expert resident, or missed bytes
-  over the copy rate, the larger.
+- *prefill*: 2,048 tokens through the device-driven runner; floor: the same chunk with every expert resident, or
+  missed bytes over the copy rate, the larger.
 
-Shapes: Qwen3-30B-A3B (48 layers, 128 experts, top-8, H 2048, I 768) and that of the recorded traces (26 layers, 64 experts,
-top-6, H 2048, I 1408, with the same attention), bf16, random weights. Pinned memory holds fewer distinct spans than the model
-has, which no copy can tell. Sections that fail are named in the result; the rest stands.
+Shapes: Qwen3-30B-A3B (48 layers, 128 experts, top-8, H 2048, I 768) and that of the recorded traces (26 layers, 64
+experts, top-6, H 2048, I 1408, with the same attention), bf16, random weights. Pinned memory holds fewer distinct
+spans than the model has, which no copy can tell. Sections that fail are named in the result; the rest stands.
 """
 
 from __future__ import annotations
@@ -71,6 +74,7 @@ class Bench:
         gc.collect()
         torch.cuda.empty_cache()
         now = time.perf_counter()
+        print(json.dumps({name: self.result.get(name)}), file=sys.stderr)
         print(f"[{now - self.started:.0f} s] {name}: {now - began:.0f} s", file=sys.stderr, flush=True)
 
     def machine(self) -> dict[str, float]:
@@ -85,7 +89,7 @@ class Bench:
         trunk = self._trunk("qwen", QWEN)
         pages, state = self._full_pages(QWEN), RowState(QWEN, DEVICE)
         rows = []
-        for batch in (1, 2, 4, 8, 16, 32):
+        for batch in (1, 8, 32):
             rows.append(self._resident_step(QWEN, trunk, pages, state, batch))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         self.result["split"] = self._split(trunk, pages, state)
@@ -111,7 +115,9 @@ class Bench:
     def _resident_step(
         self, shape: DecodeShape, trunk: TrunkWeights, pages: DevicePages, state: RowState, batch: int
     ) -> dict[str, Any]:
+        began = time.perf_counter()
         step, replay = self._graph(shape, trunk, pages, state, batch, StepOptions(greedy=True, pdl=batch == 1))
+        build_seconds = time.perf_counter() - began
         step_ms = gpu_timing.median_ms(replay)
         ids = step.log_ids.cpu()
         distinct = sum(len(set(layer.flatten().tolist())) for layer in ids) / shape.num_layers
@@ -123,18 +129,22 @@ class Bench:
             "floor_ms": floor_ms,
             "ratio": step_ms / floor_ms,
             "distinct": distinct,
+            "compile_and_capture_seconds": build_seconds,
         }
 
     def _split(self, trunk: TrunkWeights, pages: DevicePages, state: RowState) -> dict[str, dict[str, float]]:
         split = {}
         for batch in (1, 8):
             pdl = batch == 1
-            whole = self._time(QWEN, trunk, pages, state, batch, StepOptions(greedy=True, pdl=pdl))
+            # One choice for every variant: without a stage the rows would converge and choose fewer experts.
+            trace = gpu_paging.synthetic(batch, QWEN.num_layers, QWEN.num_experts, QWEN.top_k, 0.0, 0.0, seed=2)
+            forced = torch.from_numpy(trace.transpose(1, 0, 2)[None].copy()).to(DEVICE)
+            whole = self._time(QWEN, trunk, pages, state, batch, StepOptions(greedy=True, pdl=pdl, forced=forced))
             parts = {}
             for stage in STAGES:
                 if batch == 1 and stage == "combine":
                     continue
-                options = StepOptions(greedy=True, pdl=pdl, skip=frozenset([stage]))
+                options = StepOptions(greedy=True, pdl=pdl, forced=forced, skip=frozenset([stage]))
                 parts[stage] = whole - self._time(QWEN, trunk, pages, state, batch, options)
             split[f"batch {batch}"] = {"whole": whole, **parts}
         return split
@@ -146,10 +156,10 @@ class Bench:
         resident_ms = next(row["step_ms"] for row in self.result["resident"] if row["batch"] == 1)
         rows = []
         for skew, stickiness in SYNTHETIC:
-            trace = gpu_paging.synthetic(224, QWEN.num_layers, QWEN.num_experts, QWEN.top_k, skew, stickiness, seed=1)
+            trace = gpu_paging.synthetic(144, QWEN.num_layers, QWEN.num_experts, QWEN.top_k, skew, stickiness, seed=1)
             for share in SHARES:
                 name = f"zipf {skew}, sticky {stickiness}"
-                rows.append(self._paging(QWEN, trunk, state, trace, share, resident_ms, name, warmup=96))
+                rows.append(self._paging(QWEN, trunk, state, trace, share, resident_ms, name, warmup=64))
         return rows
 
     def paging_recorded(self) -> list[dict[str, Any]]:
@@ -161,7 +171,7 @@ class Bench:
         for task in ("intent", "summary"):
             trace = gpu_paging.recorded(task)
             for share in SHARES:
-                rows.append(self._paging(TRACED, trunk, state, trace[:256], share, resident_ms, task, warmup=128))
+                rows.append(self._paging(TRACED, trunk, state, trace[:160], share, resident_ms, task, warmup=80))
         return rows
 
     def paging_variants(self) -> list[dict[str, Any]]:
@@ -169,14 +179,17 @@ class Bench:
         trunk, state = self._trunk("qwen", QWEN), RowState(QWEN, DEVICE)
         resident_ms = next(row["step_ms"] for row in self.result["resident"] if row["batch"] == 1)
         rows = []
-        for (skew, stickiness), share in ((SYNTHETIC[1], 0.5), (SYNTHETIC[0], 0.25)):
+        plans: list[tuple[int, float, list[dict[str, Any]]]] = [
+            (1, 0.5, [{"fetchers": 16}, {"fetchers": 64}, {"down_fetches": False}, {"pdl": False}]),
+            (0, 0.25, [{"fetchers": 16}, {"copy_elements": 16384}, {"down_fetches": False}]),
+        ]
+        for at, share, variants in plans:
+            skew, stickiness = SYNTHETIC[at]
             trace = gpu_paging.synthetic(144, QWEN.num_layers, QWEN.num_experts, QWEN.top_k, skew, stickiness, seed=1)
-            for changed in ({"fetchers": 16}, {"fetchers": 64}, {"copy_elements": 16384}, {"down_fetches": False}):
-                name = f"{changed}, {skew}, {stickiness}"
-                options = self._tuned(**changed)
-                rows.append(self._paging(QWEN, trunk, state, trace, share, resident_ms, name, 96, options))
-            options = StepOptions(greedy=True)
-            rows.append(self._paging(QWEN, trunk, state, trace, share, resident_ms, f"no PDL, {skew}", 96, options))
+            for changed in variants:
+                name = f"{changed}, zipf {skew}"
+                options = StepOptions(greedy=True) if "pdl" in changed else self._tuned(**changed)
+                rows.append(self._paging(QWEN, trunk, state, trace, share, resident_ms, name, 64, options))
         return rows
 
     def policies(self) -> list[dict[str, Any]]:
@@ -188,7 +201,11 @@ class Bench:
             for share in SHARES:
                 num_slots = int(share * TRACED.num_experts)
                 row = {"task": task, "slots": num_slots}
-                for name, policy, pinned in (("lru", "lru", 0), ("lfu", "lfu", 0), ("pinned", "lru", num_slots - TRACED.top_k)):
+                for name, policy, pinned in (
+                    ("lru", "lru", 0),
+                    ("lfu", "lfu", 0),
+                    ("pinned", "lru", num_slots - TRACED.top_k),
+                ):
                     row[name] = self._hit_rate(trunk, state, trace, num_slots, policy, pinned)
                 row["belady"] = gpu_paging.belady_hit_rate(trace, num_slots, TRACED.num_experts, len(trace) // 2)
                 rows.append(row)
@@ -197,11 +214,12 @@ class Bench:
     def _hit_rate(
         self, trunk: TrunkWeights, state: RowState, trace: gpu_paging.Trace, num_slots: int, policy: str, pinned: int
     ) -> float:
-        """The device's own page table over the trace; experts' products and trunk left out, since nothing reads them."""
+        """The device's own page table over the trace; experts' products and trunk left out, since nothing reads
+        them.
+        """
         order = gpu_paging.most_used(trace[: len(trace) // 2], num_slots, TRACED.num_experts) if pinned else None
         pages = self._pages(TRACED, num_slots, policy, pinned, order)
-        only = frozenset(STAGES) - {"embed", "route"}
-        options = StepOptions(forced=self._forced(trace), skip=only)
+        options = StepOptions(forced=self._forced(trace), skip=frozenset(STAGES) - {"embed", "route"})
         _, replay = self._graph(TRACED, trunk, pages, state, 1, options)
         pages.step.fill_(-1)
         pages.last_use.fill_(-1)
@@ -322,10 +340,10 @@ def main() -> None:
     sections: dict[str, Callable[[], Any]] = {
         "paging_synthetic": bench.paging_synthetic,
         "paging_recorded": bench.paging_recorded,
-        "paging_variants": bench.paging_variants,
         "prefill": lambda: gpu_paths.prefill(QWEN, bench.spans, bench.copy_rate),
         "runners": lambda: gpu_paths.runners(QWEN),
         "offload": lambda: gpu_paths.offload(QWEN),
+        "paging_variants": bench.paging_variants,
         "policies": bench.policies,
     }
     for name, run in sections.items():

@@ -1,8 +1,8 @@
 """Routing to replay, and what a cache can make of it: recorded and synthetic traces, Belady's optimum, a policy's hits.
 
-A trace is int32 [steps, L, K], the distinct experts of each step; hit rates count distinct experts wanted. The synthetic
-trace: popularity p(rank) ~ 1 / rank^skew over a random order of each layer's experts, without replacement; with probability
-`stickiness` a step keeps each of the previous step's choices.
+A trace is int32 [steps, L, K], the distinct experts of each step; hit rates count distinct experts wanted. The
+synthetic trace: popularity p(rank) ~ 1 / rank^skew over a random order of each layer's experts, without replacement;
+with probability `stickiness` a step keeps each of the previous step's choices.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def synthetic(steps: int, layers: int, experts: int, top_k: int, skew: float, st
 
 
 def belady_hit_rate(trace: Trace, num_slots: int, num_experts: int, first: int) -> float:
-    """Hit rate from step `first` on of the policy that evicts what is wanted again last; slots start with experts 0, 1, …"""
+    """Hit rate from step `first` on of the policy that evicts what is wanted again last; slots start with experts 0,
+    1, …
+    """
     hits = wanted = 0
     steps, layers, _ = trace.shape
     for layer in range(layers):
@@ -58,7 +60,9 @@ def belady_hit_rate(trace: Trace, num_slots: int, num_experts: int, first: int) 
             absent = now - resident
             if not absent:
                 continue
-            ranked = sorted(resident - now, key=lambda expert: -(following[expert][-1] if following[expert] else 1 << 30))
+            ranked = sorted(
+                resident - now, key=lambda expert: -(following[expert][-1] if following[expert] else 1 << 30)
+            )
             resident -= set(ranked[: len(absent)])
             resident |= absent
     return hits / max(wanted, 1)

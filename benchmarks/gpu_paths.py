@@ -1,11 +1,13 @@
 """The runners side by side, a long prompt, and transformers' own offload: the same random model through each.
 
-Weights are random and routers are the model's own, so experts are wanted nearly uniformly: the hardest case for a cache.
+Weights are random and routers are the model's own, so experts are wanted nearly uniformly: the hardest case for a
+cache.
 """
 
 from __future__ import annotations
 
 import time
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -39,9 +41,11 @@ RUNNER_LAYERS, OFFLOAD_LAYERS = 12, 4
 def config_of(shape: DecodeShape, num_layers: int) -> Qwen3MoeConfig:
     """transformers' config of a shape."""
     return Qwen3MoeConfig(
-        vocab_size=shape.vocab, hidden_size=shape.hidden, num_hidden_layers=num_layers, num_attention_heads=shape.num_heads,
+        vocab_size=shape.vocab, hidden_size=shape.hidden, num_hidden_layers=num_layers,
+        num_attention_heads=shape.num_heads,
         num_key_value_heads=shape.num_kv_heads, head_dim=shape.head_dim, moe_intermediate_size=shape.intermediate,
-        num_experts=shape.num_experts, num_experts_per_tok=shape.top_k, norm_topk_prob=True, max_position_embeddings=8192,
+        num_experts=shape.num_experts, num_experts_per_tok=shape.top_k, norm_topk_prob=True,
+        max_position_embeddings=8192,
         initializer_range=0.02, dtype=DTYPE,
     )  # fmt: skip
 
@@ -79,33 +83,39 @@ def device_runner(model: Any, spans: torch.Tensor, num_slots: int, *, max_rows: 
 
 
 def runners(shape: DecodeShape) -> dict[str, Any]:
-    """Batch-1 decode of both runners, a quarter of the experts in slots, and how long the device-driven one captures."""
+    """Batch-1 decode of both runners, a quarter of the experts in slots, and how long the device-driven one
+    captures.
+    """
     num_slots, layers = shape.num_experts // 4, RUNNER_LAYERS
     model = trunk_of(shape, layers)
     num_spans = layers * shape.num_experts
     host = _host_runner(model, shape, layers, num_slots)
     row = host.allocate()
     host.prefill(row, list(range(16)))
-    host_ms = wall_ms(lambda: host.decode([row], [5]), repeats=16, warmup=6)
+    host_ms = _random_tokens_ms(host, row, shape.vocab)
     statistics = host.model.cache.statistics()
     host_hits = float(statistics.hits.sum() / (statistics.hits.sum() + statistics.misses.sum()))
     tier = host.model.cache.host_tier
     assert tier is not None
     spans = tier._arena.view(DTYPE)[:num_spans]
     started = time.perf_counter()
-    device = device_runner(model, spans, num_slots, max_rows=8, max_tokens=2304)
+    device = device_runner(model, spans, num_slots, max_rows=2, max_tokens=2304)
     device.capture()
     capture_seconds = time.perf_counter() - started
     row = device.allocate()
     device.prefill(row, list(range(16)))
-    device_ms = wall_ms(lambda: device.decode([row], [5]), repeats=64, warmup=16)
-    graph = device._graphs[1, False]
-    graph_ms = wall_ms(graph.replay, repeats=64)
+    device_ms = _random_tokens_ms(device, row, shape.vocab)
     return {
-        "layers": layers, "slots": num_slots, "host_driven_ms": host_ms, "device_driven_ms": device_ms, "graph_ms": graph_ms,
+        "layers": layers, "slots": num_slots, "host_driven_ms": host_ms, "device_driven_ms": device_ms,
         "host_over_device": host_ms / device_ms, "host_hit_rate": host_hits, "device_hit_rate": device.pages.hit_rate(),
         "compile_and_capture_seconds": capture_seconds, "captured_batches": sorted(key[0] for key in device._graphs),
     }  # fmt: skip
+
+
+def _random_tokens_ms(runner: Any, row: int, vocab: int) -> float:
+    """Median of 24 decode steps over the same random tokens for every runner, after 8."""
+    tokens = iter(torch.randint(0, vocab, (32,), generator=torch.Generator().manual_seed(3)).tolist())
+    return wall_ms(lambda: runner.decode([row], [next(tokens)]), repeats=24, warmup=8)
 
 
 def prefill(shape: DecodeShape, spans: torch.Tensor, copy_rate: float, num_tokens: int = 2048) -> dict[str, Any]:
@@ -116,25 +126,24 @@ def prefill(shape: DecodeShape, spans: torch.Tensor, copy_rate: float, num_token
     for name, num_slots in (("quarter", shape.num_experts // 4), ("resident", shape.num_experts)):
         runner = device_runner(model, spans, num_slots, max_rows=1, max_tokens=num_tokens + 64)
         runner.capture()
-
-        def chunk(runner: DeviceRunner = runner) -> None:
-            row = runner.allocate()
-            runner.prefill(row, tokens)
-            runner.free(row)
-
+        chunk = partial(_chunk, runner, tokens)
         figures[f"{name}_ms"] = wall_ms(chunk, repeats=3)
         if name == "quarter":
             before = runner._stream.copied_spans
             chunk()
             missed = (runner._stream.copied_spans - before) * spans.shape[1] * 2
             figures |= {"missed_bytes": missed, "copy_ms": missed / copy_rate * 1e3}
-            short = tokens[:64]
-            row = runner.allocate()
-            figures["quarter_64_tokens_ms"] = wall_ms(lambda: (runner._set_length(row, 0), runner.prefill(row, short)), repeats=3)
+            figures["quarter_64_tokens_ms"] = wall_ms(partial(_chunk, runner, tokens[:64]), repeats=3)
         del runner, chunk
         torch.cuda.empty_cache()
     figures["ratio"] = figures["quarter_ms"] / max(figures["resident_ms"], figures["copy_ms"])
     return figures
+
+
+def _chunk(runner: DeviceRunner, tokens: list[int]) -> None:
+    row = runner.allocate()
+    runner.prefill(row, tokens)
+    runner.free(row)
 
 
 def offload(shape: DecodeShape) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Timing on the device and the machine's own ceilings, which every limit of the GPU benchmark is a multiple of.
 
-- *read rate*: bytes of a 4 GB matrix that our product kernel reads once, over the median time; the best of a few tilings.
+- *read rate*: bytes of a 4 GB matrix that our product kernel reads once, over the median time; the best of a few
+  tilings.
 - *copy rate*: pinned host memory to the device by the copy engine, in pieces of one expert.
 - *median*: over replays timed one by one with device events, after warm-up; nothing synchronises in between.
 """

@@ -1,10 +1,11 @@
 """Triton device functions of paging: from a batch's choice of experts to a work list, and the fetch of what is missing.
 
-They run inside the caller's kernels (`server.model.device`), so that a decode step never returns to the host. One program
-plans a layer (`plan_layer`); any number of programs may fetch (`copy_span`). Invariants, for layer l:
-`slot_owner[l, page_table[l, e]] == e` for every resident e; a slot used in step t has `last_use == t` and is never a victim
-in t; a miss that finds no victim goes to the spill area, which belongs to no layer and is in no page table.
-All offsets count elements of the weights' dtype from one anchor tensor, also those of pinned host memory (one address space).
+They run inside the caller's kernels (`server.model.device`), so that a decode step never returns to the host. One
+program plans a layer (`plan_layer`); any number of programs may fetch (`copy_span`). Invariants, for layer l:
+`slot_owner[l, page_table[l, e]] == e` for every resident e; a slot used in step t has `last_use == t` and is never a
+victim in t; a miss that finds no victim goes to the spill area, which belongs to no layer and is in no page table.
+All offsets count elements of the weights' dtype from one anchor tensor, also those of pinned host memory (one address
+space).
 """
 
 # Triton code is Python that mypy cannot follow: see the override for `*.kernels` in pyproject.toml.
@@ -25,8 +26,8 @@ _NEVER = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # sorts after every slot that may be 
 def copy_span(anchor, source, target, num_elements, BLOCK: tl.constexpr):
     """Copies `num_elements` elements from anchor+source to anchor+target.
 
-    The caller marks both offsets with `tl.multiple_of(…, 8)` where it loads them (the mark is lost on an argument), or the
-    copy moves single elements.
+    The caller marks both offsets with `tl.multiple_of(…, 8)` where it loads them (the mark is lost on an argument),
+    or the copy moves single elements.
     """
     lanes = tl.arange(0, BLOCK)
     for start in range(0, num_elements, BLOCK):
@@ -80,12 +81,12 @@ def plan_layer(
 ):  # fmt: skip
     """Turns one layer's choice into a work list, evicting where it must; called by exactly one program.
 
-    chosen [BP, EP] bool: row b picked expert e, as its order[b, e]-th pick; slot [EP] is the layer's page table; pool and
-    spill are the offsets of its slots and of the spill area. Mutates the layer's page table, slot owners, last uses, use
-    counts and stats [L, 4] (distinct experts that hit, that missed, that spilled; steps). Writes header (distinct experts,
-    misses), then for each distinct expert d, misses first: target[d], source[d] (0: it is there), count[d] and
-    pairs[d, :count] (b * K + pick; rows of STRIDE); and pair_target[b * K + pick], plus FETCHED if it was missing (then
-    pair_source has its offset in host memory), -1 where nothing was picked.
+    chosen [BP, EP] bool: row b picked expert e, as its order[b, e]-th pick; slot [EP] is the layer's page table; pool
+    and spill are the offsets of its slots and of the spill area. Mutates the layer's page table, slot owners, last
+    uses, use counts and stats [L, 4] (distinct experts that hit, that missed, that spilled; steps). Writes header
+    (distinct experts, misses), then for each distinct expert d, misses first: target[d], source[d] (0: it is there),
+    count[d] and pairs[d, :count] (b * K + pick; rows of STRIDE); and pair_target[b * K + pick], plus FETCHED if it
+    was missing (then pair_source has its offset in host memory), -1 where nothing was picked.
     """
     rows = tl.arange(0, BP)
     experts = tl.arange(0, EP)
@@ -132,7 +133,9 @@ def plan_layer(
     tl.store(pairs + index[None, :] * STRIDE + before, pair, mask=chosen)
     tl.store(pair_target + tl.arange(0, PAIRS), -1)
     tl.debug_barrier()
-    tl.store(pair_target + pair, tl.broadcast_to(tl.where(miss, offset + FETCHED, offset)[None, :], [BP, EP]), mask=chosen)
+    tl.store(
+        pair_target + pair, tl.broadcast_to(tl.where(miss, offset + FETCHED, offset)[None, :], [BP, EP]), mask=chosen
+    )
     if PAGED:
         tl.store(pair_source + pair, tl.broadcast_to(home[None, :], [BP, EP]), mask=chosen & miss[None, :])
         uses = tl.load(use_count + layer * E + experts, mask=known, other=0)

@@ -1,9 +1,9 @@
 """Device-side state of the paged experts: slots, page table, owners, last uses, work list; mutated by kernels alone.
 
-`DevicePages` owns the tensors that `kernels.plan_layer` reads and writes. The host reads them (statistics, integrity) only
-between steps. Invariant: page table and slot owners are inverse to each other, layer by layer; a slot's bytes are the
-owner's span in the host tier. A step may want more experts than a layer has slots: the rest go to a spill area shared by
-all layers and are forgotten after the layer, so no batch needs a second pass.
+`DevicePages` owns the tensors that `kernels.plan_layer` reads and writes. The host reads them (statistics, integrity)
+only between steps. Invariant: page table and slot owners are inverse to each other, layer by layer; a slot's bytes
+are the owner's span in the host tier. A step may want more experts than a layer has slots: the rest go to a spill
+area shared by all layers and are forgotten after the layer, so no batch needs a second pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ Policy = Literal["lru", "lfu"]
 
 @dataclass(frozen=True)
 class PagesShape:
-    """L layers of E experts, top-K, S slots a layer, spans of `span_elements` of `dtype`, batches of at most B tokens."""
+    """L layers of E experts, top-K, S slots a layer, spans of `span_elements` of `dtype`, batches of at most B
+    tokens.
+    """
 
     num_layers: int
     num_experts: int
@@ -41,7 +43,9 @@ class PagesShape:
         return self.num_slots < self.num_experts
 
     def num_spill(self, num_pinned: int) -> int:
-        """Spill slots so that every expert that a step wants has a place even if no unpinned slot can be evicted for it."""
+        """Spill slots so that every expert that a step wants has a place even if no unpinned slot can be evicted for
+        it.
+        """
         return max(0, self.max_distinct - (self.num_slots - num_pinned)) if self.paged else 0
 
 
@@ -49,9 +53,9 @@ class DevicePages:
     """Slots and page table of all layers on one device.
 
     `host_spans` [L, E, span_elements] is pinned host memory (any memory for the CPU interpreter), or None when every
-    expert has a slot; `host_index` [L, E] int64 says which span of a flat `host_spans` [N, span_elements] an expert has,
-    -1 for experts that exist nowhere (the caller masks them).
-    Raises SlotsError when there are fewer slots than the top-k.
+    expert has a slot; `host_index` [L, E] int64 says which span of a flat `host_spans` [N, span_elements] an expert
+    has, -1 for experts that exist nowhere (the caller masks them). Raises SlotsError when there are fewer slots than
+    the top-k.
     """
 
     def __init__(
@@ -67,7 +71,7 @@ class DevicePages:
         num_layers, num_experts, num_slots = shape.num_layers, shape.num_experts, shape.num_slots
         if num_slots < min(shape.top_k, num_experts) or num_slots > num_experts:
             raise SlotsError(
-                f"{num_slots} slots a layer: wanted from {shape.top_k} (the experts of one token) to {num_experts} (all)"
+                f"{num_slots} slots a layer: wanted from {shape.top_k} (one token's experts) to {num_experts} (all)"
             )
         if not 0 <= num_pinned <= num_slots:
             raise SlotsError(f"{num_pinned} pinned slots a layer: wanted from 0 to {num_slots}, the slots there are")
@@ -126,13 +130,16 @@ class DevicePages:
 
     @property
     def flat_host_spans(self) -> Tensor:
-        """The host tier as [N, span_elements]; `host_index` says whose each is. Raises SlotsError where there is none."""
+        """The host tier as [N, span_elements]; `host_index` says whose each is. Raises SlotsError where there is
+        none.
+        """
         if self.host_spans is None:
             raise SlotsError("these pages have no host tier: every expert was given a slot")
         return self.host_spans.view(-1, self.shape.span_elements)
 
     def seed(self, experts: Tensor) -> None:
-        """Fills slots 0..n-1 of each layer with experts [L, n] (n <= S), from the host tier; the first are the pinned ones.
+        """Fills slots 0..n-1 of each layer with experts [L, n] (n <= S), from the host tier; the first are the pinned
+        ones.
 
         Mutates everything; call it before the first step or between steps.
         """
@@ -170,10 +177,14 @@ class DevicePages:
         for layer in range(self.shape.num_layers):
             for expert, slot in enumerate(table[layer].tolist()):
                 if slot >= 0 and int(owners[layer, slot]) != expert:
-                    raise SlotsError(f"layer {layer}: expert {expert} maps to slot {slot}, owned by {owners[layer, slot]}")
+                    raise SlotsError(
+                        f"layer {layer}: expert {expert} maps to slot {slot}, owned by {owners[layer, slot]}"
+                    )
             for slot, expert in enumerate(owners[layer].tolist()):
                 if expert >= 0 and int(table[layer, expert]) != slot:
-                    raise SlotsError(f"layer {layer}: slot {slot} owned by {expert}, which maps to {table[layer, expert]}")
+                    raise SlotsError(
+                        f"layer {layer}: slot {slot} owned by {expert}, which maps to {table[layer, expert]}"
+                    )
                 if contents and expert >= 0:
                     span = self.flat_host_spans[int(self.host_index[layer, expert])]
                     here = self.slots[layer * self.shape.num_slots + slot].cpu()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-tl = pytest.importorskip("triton.language")
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
 
 from expert_store.errors import SlotsError
 from expert_store.paging.kernels import LFU, LRU, copy_span, plan_layer
@@ -34,7 +36,7 @@ def plan_and_fetch(
         B, K, E, S, B, EP, SP, PAIRS, STRIDE, POLICY, PAGED,
     )  # fmt: skip
     tl.debug_barrier()
-    for miss in range(0, tl.load(header + 1)):
+    for miss in range(tl.load(header + 1)):
         origin = tl.multiple_of(tl.load(source + miss), 8)
         copy_span(anchor, origin, tl.multiple_of(tl.load(target + miss), 8), span, 16)
 
@@ -115,7 +117,9 @@ class ByHand:
                 self.uses[expert] += 1
 
 
-@pytest.mark.parametrize(("policy", "num_slots", "num_pinned"), [("lru", 2, 0), ("lru", 4, 0), ("lfu", 3, 0), ("lru", 5, 3)])
+@pytest.mark.parametrize(
+    ("policy", "num_slots", "num_pinned"), [("lru", 2, 0), ("lru", 4, 0), ("lfu", 3, 0), ("lru", 5, 3)]
+)
 def test_random_steps_match_a_page_table_kept_by_hand(policy, num_slots, num_pinned):
     pages = make(num_slots, policy, num_pinned)
     hands = [ByHand(num_slots, policy, num_pinned) for _ in range(LAYERS)]
@@ -156,7 +160,7 @@ def test_pinned_experts_stay_whatever_is_wanted():
 
 
 def test_fewer_slots_than_one_token_needs_are_refused():
-    with pytest.raises(SlotsError, match="from 2 .* to 7"):
+    with pytest.raises(SlotsError, match=r"from 2 .* to 7"):
         make(1)
 
 

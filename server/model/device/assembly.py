@@ -6,6 +6,7 @@ allocated, for models or memory budgets that the host-driven path serves instead
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -30,6 +31,8 @@ from server.model.trunk import load_trunk
 Progress = Callable[[str, float], None]
 RESERVE_BYTES = 1 << 30
 """Left free on a GPU for activations, logits and the allocator's rounding when slots are sized from free memory."""
+
+SMALL_ARENA_BYTES = 1 << 30
 
 
 class StreamLayer:
@@ -59,8 +62,8 @@ def load_device_runner(
     resident_bias: float = 0.0,
     progress: Progress = lambda phase, share: None,
 ) -> DeviceRunner:
-    """Loads, pins, fills slots and captures; `max_tokens` are those of a row. `num_slots` wins over `slots_memory_bytes`;
-    with neither, slots take what is free on the device.
+    """Loads, pins, fills slots and captures; `max_tokens` are those of a row. `num_slots` wins over
+    `slots_memory_bytes`; with neither, slots take what is free on the device.
 
     Raises:
         NotCapturableError: the model, or a host budget too small to pin every expert, needs the host-driven path.
@@ -77,7 +80,9 @@ def load_device_runner(
     model = load_trunk(store.trunk_path, device=device, dtype=dtype)
     shape = decode_shape(model, intermediate=inner, max_rows=max_rows, max_tokens=max_tokens)
     if shape.num_layers != len(store.manifest.layers):
-        raise NotCapturableError(f"{shape.num_layers} layers, of which the store has experts for {len(store.manifest.layers)}")
+        raise NotCapturableError(
+            f"{shape.num_layers} layers, of which the store has experts for {len(store.manifest.layers)}"
+        )
     weights = pack_trunk(model, shape)
     top_k, most = shape.top_k, int(mask.num_allowed.max())
     pages_shape = PagesShape(shape.num_layers, num_experts, top_k, num_experts, shape.span_elements, max_rows, dtype)
@@ -127,7 +132,9 @@ def _intermediate(store: Store) -> int:
         shapes = [tuple(tensor.shape) for tensor in spec.tensors]
         plain = names == ["gate_up_proj", "down_proj"] and shapes[0] == (2 * shapes[1][1], shapes[1][0])
         if not plain or shapes != [tuple(tensor.shape) for tensor in store.manifest.layers[0].tensors]:
-            raise NotCapturableError(f"experts hold {dict(zip(names, shapes, strict=True))}, not gate_up [2I, H] and down [H, I]")
+            raise NotCapturableError(
+                f"experts hold {dict(zip(names, shapes, strict=True))}, not gate_up [2I, H] and down [H, I]"
+            )
     return int(store.manifest.layers[0].tensors[1].shape[1])
 
 
@@ -147,7 +154,7 @@ def _slots_that_fit(shape: PagesShape, kv_bytes: int, device: torch.device, budg
         needed = shape.top_k * per_slot + spill_bytes
         raise SlotsError(
             f"{budget} bytes for slots: {shape.top_k} slots in each of {shape.num_layers} layers and what a batch of "
-            f"{shape.max_batch} needs beside them take {needed} bytes. Give that much, or use fewer rows or shorter rows"
+            f"{shape.max_batch} needs beside them take {needed} bytes: give that much, or use fewer or shorter rows"
         )
     return min(int(num_slots), most)
 
@@ -175,13 +182,8 @@ def _read_spans(
     elements = sum(torch.Size(tensor.shape).numel() for tensor in layers[0].tensors)
     index = torch.full(mask.allowed.shape, -1, dtype=torch.int64)
     wanted = [(layer, int(expert)) for layer, row in enumerate(mask.allowed) for expert in row.nonzero()[0]]
-    spans = torch.empty(len(wanted), elements, dtype=dtype)
-    if pinned:
-        progress("pinning host memory", 0.0)
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        status = runtime.cudaHostRegister(spans.data_ptr(), spans.nbytes, 0)
-        if int(status) != 0:
-            raise NotCapturableError(f"{spans.nbytes} bytes of host memory could not be page-locked ({status})")
+    progress("pinning host memory", 0.0)
+    spans = _host_arena(len(wanted), elements, dtype, pinned)
     same = stored == {dtype}
     scratch = torch.empty(layers[0].span_bytes, dtype=torch.uint8)
     for row, (layer, expert) in enumerate(wanted):
@@ -194,3 +196,19 @@ def _read_spans(
         if row % 64 == 0:
             progress("reading experts", row / len(wanted))
     return spans, index
+
+
+def _host_arena(num_spans: int, elements: int, dtype: torch.dtype, pinned: bool) -> Tensor:
+    """[num_spans, elements], page-locked if asked. torch rounds its pinned blocks up to powers of two, so a large
+    arena is allocated plainly and registered; it is unregistered when the tensor goes.
+    """
+    if not pinned or num_spans * elements * dtype.itemsize <= SMALL_ARENA_BYTES:
+        return torch.empty(num_spans, elements, dtype=dtype, pin_memory=pinned)
+    spans = torch.empty(num_spans, elements, dtype=dtype)
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    address = spans.data_ptr()
+    status = int(runtime.cudaHostRegister(address, spans.nbytes, 0))
+    if status != 0:
+        raise NotCapturableError(f"{spans.nbytes} bytes of host memory could not be page-locked (CUDA error {status})")
+    weakref.finalize(spans.untyped_storage(), runtime.cudaHostUnregister, address)
+    return spans

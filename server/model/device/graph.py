@@ -1,7 +1,7 @@
 """A decode step captured as a CUDA graph and replayed; on the CPU (the kernels' interpreter) it is launched as it is.
 
-Capture happens once per batch size, after one uncaptured step has compiled the kernels. A captured graph holds the addresses
-of the step's tensors: they live as long as the `StepGraph`.
+Capture happens once per batch size, after one uncaptured step has compiled the kernels. A captured graph holds the
+addresses of the step's tensors: they live as long as the `StepGraph`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class StepGraph:
             return
         rows = self.step.rows.clone()
         self.step.rows.fill_(-1)
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.step.launch()

@@ -1,8 +1,9 @@
 """From a transformers model in memory to the tensors that the captured decode step reads.
 
-Accepts decoders whose attention is standard grouped-query attention with rotary embedding over whole heads and whose layers
-are all MoE with a softmax top-k router; anything else is refused with the reason, and is then run uncaptured. Families are
-not named: the modules' own shapes and attributes decide. Projections are packed once (q, k, v rows in one matrix).
+Accepts decoders whose attention is standard grouped-query attention with rotary embedding over whole heads and whose
+layers are all MoE with a softmax top-k router; anything else is refused with the reason, and is then run uncaptured.
+Families are not named: the modules' own shapes and attributes decide. Projections are packed once (q, k, v rows in
+one matrix).
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def _linear_bias(linear: nn.Module) -> Tensor | None:
 
 
 def _check_layer(layer: Any, index: int, head_dim: int) -> None:
-    attention, block = layer.self_attn, layer.mlp if hasattr(layer, "mlp") else None
+    attention: Any = layer.self_attn
+    block: Any = getattr(layer, "mlp", None)
     where = f"layer {index}"
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         _need(isinstance(getattr(attention, name, None), nn.Linear), f"{where}: attention has no linear {name}")

@@ -1,10 +1,12 @@
-"""Experts of a prompt's chunk: resident ones from their slots, the others streamed through a ring of spans ahead of use.
+"""Experts of a prompt's chunk: resident ones from their slots, the others streamed through a ring of spans ahead of
+use.
 
-A chunk of many tokens wants nearly every expert of every layer, so which ones to fetch is known before its routers run: all
-that are allowed and not resident, layer after layer. Copies run on their own stream by the copy engine, several groups ahead
-of the compute and across layers; each missing expert crosses PCIe once a chunk. A small chunk looks at its routers' choice
-first (one synchronisation a layer) and fetches only that. Slots and page table are read, never changed. Invariant: a ring
-group is overwritten only after the products that read it have been enqueued, ordered by events.
+A chunk of many tokens wants nearly every expert of every layer, so which ones to fetch is known before its routers
+run: all that are allowed and not resident, layer after layer. Copies run on their own stream by the copy engine,
+several groups ahead of the compute and across layers; each missing expert crosses PCIe once a chunk. A small chunk
+looks at its routers' choice first (one synchronisation a layer) and fetches only that. Slots and page table are read,
+never changed. Invariant: a ring group is overwritten only after the products that read it have been enqueued, ordered
+by events.
 """
 
 from __future__ import annotations
@@ -25,10 +27,17 @@ from server.model.device.step import divisor, pow2
 GROUP = 8
 """Experts that are copied, waited for and computed together."""
 
+AHEAD_PICKS = 12
+"""Picks an expert from which a chunk streams everything ahead: the recorded traces then want 96 % of a layer's
+experts.
+"""
+
 
 @dataclass
 class _Group:
-    """Experts of one layer that are computed by one launch: entries [start, stop) of the chunk's flat ids and targets."""
+    """Experts of one layer that are computed by one launch: entries [start, stop) of the chunk's flat ids and
+    targets.
+    """
 
     layer: int
     start: int
@@ -68,7 +77,7 @@ class ExpertStream:
         shape = self._pages.shape
         self._table = self._pages.page_table.cpu().numpy()
         self._wanted = allowed & ((self._table >= 0) | (self._pages.host_index.numpy() >= 0))
-        self._ahead = num_tokens * shape.top_k >= 4 * shape.num_experts
+        self._ahead = num_tokens * shape.top_k >= AHEAD_PICKS * shape.num_experts
         self._reset()
         if self._ahead:
             self._plan(range(shape.num_layers), self._wanted)

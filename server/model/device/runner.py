@@ -1,8 +1,9 @@
-"""The runner of the device-driven path: prompts through transformers with streamed experts, tokens through captured graphs.
+"""The runner of the device-driven path: prompts through transformers with streamed experts, tokens through captured
+graphs.
 
 The interface of `server.model.runner.Runner`. KV memory has fixed rows of fixed length, so a sequence joins, leaves or
-changes its mask by writing device tensors, never by another capture. Invariant: `lengths` on the device equal the host's,
-and a call that raises before its graph is replayed leaves both as they were.
+changes its mask by writing device tensors, never by another capture. Invariant: `lengths` on the device equal the
+host's, and a call that raises before its graph is replayed leaves both as they were.
 """
 
 from __future__ import annotations
@@ -75,16 +76,17 @@ class DeviceRunner:
         self._state = RowState(shape, model.device)
         self._lengths = [0] * self.max_rows
         self._free = list(range(self.max_rows - 1, -1, -1))
-        self._row_mask: list[ExpertMask | None] = [None] * self.max_rows
+        self._servable = ExpertMask.of(((pages.host_index >= 0) | (pages.page_table.cpu() >= 0)).numpy())
+        self._row_mask: list[ExpertMask | None] = [None] * self.max_rows  # as given, to see a change
+        self._row_allowed = [self._servable] * self.max_rows  # as the device has it
         self._graphs: dict[tuple[int, bool], StepGraph] = {}
-        self._write_mask(slice(None), None)
 
     def capture(self, progress: Callable[[str, float], None] = lambda phase, share: None) -> None:
         """Compiles and captures the step of every batch size up to `max_rows`, so that no request waits for it."""
         sizes = sorted({pow2(rows) for rows in range(1, self.max_rows + 1)})
         for done, size in enumerate(sizes):
             progress("capturing decode", done / len(sizes))
-            self._graph(size, not self.model.routing.mask.is_full)
+            self._graph(size, not self._effective(None).is_full)
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
@@ -120,8 +122,9 @@ class DeviceRunner:
         end = start + len(tokens)
         assert end <= self.max_tokens, f"row {row}: {end} tokens, room for {self.max_tokens}"
         positions = torch.arange(start, end, device=self.model.device)[None]
-        routing.begin(1, len(tokens), None if mask is None else [mask])
-        self._stream.begin(len(tokens), (routing.mask if mask is None else mask).allowed)
+        effective = self._effective(mask)
+        routing.begin(1, len(tokens), None if effective is routing.mask else [effective])
+        self._stream.begin(len(tokens), effective.allowed)
         try:
             result = self.model.model(
                 input_ids=torch.tensor([list(tokens)], device=self.model.device),
@@ -146,12 +149,9 @@ class DeviceRunner:
         """Append one token to each row; logits come in the order of `rows`."""
         for row in rows:
             assert self._lengths[row] < self.max_tokens, f"row {row} is full: {self.max_tokens} tokens"
-        wanted = [None] * len(rows) if masks is None else list(masks)
-        for row, mask in zip(rows, wanted, strict=True):
-            if mask is not self._row_mask[row]:
-                self._write_mask(slice(row, row + 1), mask)
-                self._row_mask[row] = mask
-        masked = not self.model.routing.mask.is_full or any(mask is not None for mask in wanted)
+        for row, mask in zip(rows, masks or [None] * len(rows), strict=True):
+            self._set_mask(row, mask)
+        masked = self._bias != 0.0 or any(not self._row_allowed[row].is_full for row in rows)
         graph = self._graph(pow2(len(rows)), masked)
         step, idle = graph.step, graph.step.batch - len(rows)
         step.inputs.copy_(torch.tensor([[*rows, *[-1] * idle], [*tokens, *[0] * idle]], dtype=torch.int32))
@@ -176,7 +176,7 @@ class DeviceRunner:
         if key not in self._graphs:
             options = StepOptions(
                 pdl=batch == 1 and self.model.device.type == "cuda",
-                masked=masked,
+                masked=masked or self._bias != 0.0,
                 resident_bias=self._bias,
                 tuning=Tuning(),
             )
@@ -196,10 +196,8 @@ class DeviceRunner:
             return StepRecord(served, weight), RowShare(demanded.T, np.zeros_like(demanded.T))
         demand = step.log_demand[:, :num].cpu().numpy().astype(np.int64)
         mass = step.log_mass[:, :num].cpu().numpy()
-        default = self.model.routing.mask
-        allowed = np.stack([(self._row_mask[row] or default).allowed for row in rows], axis=1)  # [L, B, E]
-        known = np.minimum(demand, self.shape.num_experts - 1)
-        missed = np.where(np.take_along_axis(allowed, known, axis=2), 0.0, mass).sum(axis=2, dtype=np.float64)
+        given = (demand[..., None] == served[..., None, :]).any(axis=-1)
+        missed = np.where(given, 0.0, mass).sum(axis=2, dtype=np.float64)
         demanded = mass.sum(axis=2, dtype=np.float64)
         record = StepRecord(served, weight, demand, mass, missed.sum(axis=1))
         return record, RowShare(demanded.T, missed.T)
@@ -208,6 +206,15 @@ class DeviceRunner:
         self._lengths[row] = length
         self._state.lengths[row : row + 1].fill_(length)
 
-    def _write_mask(self, rows: slice, mask: ExpertMask | None) -> None:
-        allowed = (self.model.routing.mask if mask is None else mask).allowed
-        self._state.masks[rows] = torch.from_numpy(allowed.astype(np.int8)).to(self.model.device)
+    def _effective(self, mask: ExpertMask | None) -> ExpertMask:
+        """A sequence's mask (None: the server's) without experts that came to the store after the spans were pinned."""
+        wanted = self.model.routing.mask if mask is None else mask
+        return wanted & self._servable if (wanted.allowed & ~self._servable.allowed).any() else wanted
+
+    def _set_mask(self, row: int, mask: ExpertMask | None) -> None:
+        given = self.model.routing.mask if mask is None else mask
+        if given is self._row_mask[row]:
+            return
+        allowed = self._effective(mask)
+        self._state.masks[row] = torch.from_numpy(allowed.allowed.astype(np.int8)).to(self.model.device)
+        self._row_mask[row], self._row_allowed[row] = given, allowed

@@ -1,9 +1,9 @@
 """One decode step for a fixed batch size: the buffers between the kernels, and their launches in order.
 
-`DecodeStep.launch()` enqueues a step on the current stream and touches no host memory, so it can be captured once per batch
-size and replayed (`server.model.device.graph`). All inputs are device tensors that the owner fills before a step: `inputs`
-[2, B], that is `rows` (KV row of each batch entry, -1: none) and `tokens`; `lengths` is advanced by the step itself. Batch entries without a row
-leave no trace: they reach no expert, no KV memory and no statistics.
+`DecodeStep.launch()` enqueues a step on the current stream and touches no host memory, so it can be captured once per
+batch size and replayed (`server.model.device.graph`). All inputs are device tensors that the owner fills before a
+step: `inputs` [2, B], that is `rows` (KV row of each batch entry, -1: none) and `tokens`; `lengths` is advanced by
+the step itself. Batch entries without a row leave no trace: they reach no expert, no KV memory and no statistics.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class Tuning:
     expert_rows: int = 32
     expert_columns: int = 128
     expert_stages: int = 3
-    attention_splits: int = 16
+    attention_splits: int = 32
     attention_block: int = 64
-    fetchers: int = 32
-    copy_elements: int = 8192
+    fetchers: int = 64
+    copy_elements: int = 16384
     down_fetches: bool = True
 
 
@@ -137,8 +137,9 @@ class DecodeStep:
         self.log_mass = fresh(layers, batch, top_k, dtype=torch.float32)
 
     def launch(self) -> None:
-        """Enqueues one step: reads `rows` and `tokens`, writes `logits` [B, V] fp32 and the routing log; advances lengths
-        (and with `greedy` writes the next tokens)."""
+        """Enqueues one step: reads `rows` and `tokens`, writes `logits` [B, V] fp32 and the routing log; advances
+        lengths (and with `greedy` writes the next tokens).
+        """
         self._embed()
         for layer in range(self.shape.num_layers):
             self._attention(layer)
@@ -157,7 +158,8 @@ class DecodeStep:
         shape, weights = self.shape, self.weights
         self._run(
             "embed", trunk.embed, (self.batch,),
-            self.tokens, weights.embedding, weights.layers[0].input_norm, self.x, self.normed, self.pages.step, shape.eps,
+            self.tokens, weights.embedding, weights.layers[0].input_norm, self.x, self.normed, self.pages.step,
+            shape.eps,
             H=shape.hidden, HP=pow2(shape.hidden), NORM=self.batch > 1,
         )  # fmt: skip
 
@@ -171,7 +173,8 @@ class DecodeStep:
         if self.batch == 1:
             self._run(
                 stage, trunk.gemv, (triton.cdiv(num_rows, rows),),
-                x, x if norm is None else norm, weight, x if bias is None else bias, x if residual is None else residual,
+                x, x if norm is None else norm, weight, x if bias is None else bias,
+                x if residual is None else residual,
                 out, self.shape.eps, num_rows, K=width, KP=pow2(width), BN=rows, NORM=norm is not None,
                 BIAS=bias is not None, RESIDUAL=residual is not None, num_warps=tuning.gemv_warps,
             )  # fmt: skip
@@ -189,7 +192,8 @@ class DecodeStep:
         shape, weights, state, tuning = self.shape, self.weights.layers[layer], self.state, self.options.tuning
         many = self.batch > 1
         self._dense(
-            "qkv", self.normed if many else self.x, None if many else weights.input_norm, weights.qkv, weights.qkv_bias, None,
+            "qkv", self.normed if many else self.x, None if many else weights.input_norm, weights.qkv,
+            weights.qkv_bias, None,
             self.qkv, tuning.qkv_rows,
         )  # fmt: skip
         group = shape.num_heads // shape.num_kv_heads
@@ -200,7 +204,8 @@ class DecodeStep:
             state.keys[layer], state.values[layer], self.attended, self.part_max, self.part_sum, self.part_out,
             self.arrived[1:], shape.eps, shape.scaling or shape.head_dim**-0.5, shape.max_tokens,
             NUM_HEADS=shape.num_heads, NUM_KV=shape.num_kv_heads, D=shape.head_dim, GP=max(16, pow2(group)),
-            G2=pow2(group), SPLITS=splits, BLOCK=tuning.attention_block, NORM=shape.head_norm, num_warps=4, num_stages=2,
+            G2=pow2(group), SPLITS=splits, BLOCK=tuning.attention_block, NORM=shape.head_norm, num_warps=4,
+            num_stages=2,
         )  # fmt: skip
         self._dense(
             "output", self.attended, None, weights.output, weights.output_bias, self.x, self.mid, tuning.output_rows
@@ -213,13 +218,16 @@ class DecodeStep:
         rows = max(tuning.gate_rows, min(16, pow2(self.batch) * tuning.gate_rows))
         self._run(
             "route", routing.route, (triton.cdiv(shape.num_experts, rows), self.batch),
-            self.mid, weights.post_norm, weights.gate, self.normed, self.router_logits, self.arrived, self.rows, state.masks,
+            self.mid, weights.post_norm, weights.gate, self.normed, self.router_logits, self.arrived, self.rows,
+            state.masks,
             forced, state.bias_range, self.log_ids, self.log_weights, self.log_demand, self.log_mass, layer, pages.step,
             pages.page_table, pages.slot_owner, pages.last_use, pages.use_count, pages.pinned, pages.host_offset,
             pages.pool_offset, pages.stats, pages.header, pages.target, pages.source, pages.count, pages.pairs,
-            pages.pair_target, pages.pair_source, self.pick_weights, pages.scratch, pages.shape.span_elements, shape.eps,
+            pages.pair_target, pages.pair_source, self.pick_weights, pages.scratch, pages.shape.span_elements,
+            shape.eps,
             options.resident_bias, forced.shape[0],
-            B=self.batch, K=shape.top_k, E=shape.num_experts, S=pages.shape.num_slots, H=shape.hidden, L=shape.num_layers,
+            B=self.batch, K=shape.top_k, E=shape.num_experts, S=pages.shape.num_slots, H=shape.hidden,
+            L=shape.num_layers,
             BP=pow2(self.batch), KP=pow2(shape.top_k), EP=pow2(shape.num_experts), SP=pow2(pages.shape.num_slots),
             HP=pow2(shape.hidden), PAIRS=pow2(self.batch * shape.top_k),
             STRIDE=pages.pairs.shape[1], BE=rows,
@@ -239,8 +247,10 @@ class DecodeStep:
         self._run(
             "gate_up", experts.gate_up, (fetchers + distinct * triton.cdiv(shape.intermediate, rows),),
             self.normed, slots, pages.header, pages.target, pages.source, pages.count, pages.pairs, self.act,
-            K=shape.top_k, H=shape.hidden, HP=pow2(shape.hidden), I=shape.intermediate, BP=max(16, pow2(batch)), BI=rows,
-            BK=divisor(shape.hidden, tuning.expert_columns), STRIDE=pages.pairs.shape[1], FETCHERS=fetchers, COPY=tuning.copy_elements, ONE=one,
+            K=shape.top_k, H=shape.hidden, HP=pow2(shape.hidden), I=shape.intermediate, BP=max(16, pow2(batch)),
+            BI=rows,
+            BK=divisor(shape.hidden, tuning.expert_columns), STRIDE=pages.pairs.shape[1], FETCHERS=fetchers,
+            COPY=tuning.copy_elements, ONE=one,
             DOWN=not (one and tuning.down_fetches),
             num_warps=tuning.up_warps, num_stages=tuning.expert_stages,
         )  # fmt: skip
@@ -260,7 +270,8 @@ class DecodeStep:
             "down", experts.down_many, (distinct * triton.cdiv(shape.hidden, tuning.expert_rows),),
             self.act, slots, pages.header, pages.target, pages.count, pages.pairs, self.parts,
             H=shape.hidden, I=shape.intermediate, BP=max(16, pow2(batch)), BH=tuning.expert_rows,
-            BK=divisor(shape.intermediate, tuning.expert_columns), STRIDE=pages.pairs.shape[1], num_warps=4, num_stages=tuning.expert_stages,
+            BK=divisor(shape.intermediate, tuning.expert_columns), STRIDE=pages.pairs.shape[1], num_warps=4,
+            num_stages=tuning.expert_stages,
         )  # fmt: skip
         self._run(
             "combine", experts.combine, (batch,),
@@ -271,7 +282,8 @@ class DecodeStep:
     def _head(self) -> None:
         shape, weights, many = self.shape, self.weights, self.batch > 1
         self._dense(
-            "head", self.normed if many else self.x, None if many else weights.norm, weights.head, None, None, self.logits,
+            "head", self.normed if many else self.x, None if many else weights.norm, weights.head, None, None,
+            self.logits,
             self.options.tuning.head_rows,
         )  # fmt: skip
         greedy, parts = self.options.greedy, self.best.shape[1]

@@ -1,7 +1,8 @@
 """What a decode step is made of: the model's shape and its trunk weights, packed the way the kernels read them.
 
-Only standard grouped-query attention with rotary embedding over whole heads, and a softmax top-k router; a model that needs
-more is refused by whoever packs it. Weights stay in the model's dtype; rotary tables are fp32 holding values rounded to it.
+Only standard grouped-query attention with rotary embedding over whole heads, and a softmax top-k router; a model that
+needs more is refused by whoever packs it. Weights stay in the model's dtype; rotary tables are fp32 holding values
+rounded to it.
 """
 
 from __future__ import annotations
@@ -43,14 +44,18 @@ class DecodeShape:
 
     @property
     def trunk_bytes(self) -> int:
-        """Bytes of trunk weights that one step reads: projections, gates and the head (one embedding row is nothing)."""
+        """Bytes of trunk weights that one step reads: projections, gates and the head (one embedding row is
+        nothing).
+        """
         layer = self.qkv * self.hidden + self.hidden * self.num_heads * self.head_dim + self.num_experts * self.hidden
         return (self.num_layers * layer + self.vocab * self.hidden) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer: norms [H], qkv [Q, H] rows q, k, v; output [H, heads * head_dim]; gate [E, H]; head norms [head_dim]."""
+    """One layer: norms [H], qkv [Q, H] rows q, k, v; output [H, heads * head_dim]; gate [E, H]; head norms
+    [head_dim].
+    """
 
     input_norm: Tensor
     qkv: Tensor
@@ -65,7 +70,9 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class TrunkWeights:
-    """embedding [V, H], layers, final norm [H], head [V, H] (may be the embedding), cos and sin [max_tokens, head_dim / 2]."""
+    """embedding [V, H], layers, final norm [H], head [V, H] (may be the embedding), cos and sin [max_tokens, head_dim
+    / 2].
+    """
 
     embedding: Tensor
     layers: tuple[LayerWeights, ...]
@@ -78,7 +85,9 @@ class TrunkWeights:
 def rotary_tables(
     inverse_frequency: Tensor, max_tokens: int, dtype: torch.dtype, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [max_tokens, head_dim / 2] fp32, rounded to `dtype` as transformers does, times its attention scaling."""
+    """cos and sin [max_tokens, head_dim / 2] fp32, rounded to `dtype` as transformers does, times its attention
+    scaling.
+    """
     position = torch.arange(max_tokens, dtype=torch.float32, device=inverse_frequency.device)
     angle = position[:, None] * inverse_frequency.float()[None, :]
     cos, sin = (angle.cos() * scaling).to(dtype).float(), (angle.sin() * scaling).to(dtype).float()
@@ -86,7 +95,9 @@ def rotary_tables(
 
 
 def random_trunk(shape: DecodeShape, device: torch.device | str, seed: int = 0) -> TrunkWeights:
-    """A trunk of the shape with random weights, scaled so that activations neither vanish nor grow; for benches and tests."""
+    """A trunk of the shape with random weights, scaled so that activations neither vanish nor grow; for benches and
+    tests.
+    """
     generator = torch.Generator(device=device).manual_seed(seed)
 
     def matrix(rows: int, cols: int) -> Tensor:

@@ -12,11 +12,11 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM  # noqa: E402
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from expert_store.paging.pages import DevicePages, PagesShape  # noqa: E402
-from server.model.device.pack import decode_shape, pack_trunk  # noqa: E402
-from server.model.device.step import DecodeStep, RowState, StepOptions, Tuning  # noqa: E402
+from expert_store.paging.pages import DevicePages, PagesShape
+from server.model.device.pack import decode_shape, pack_trunk
+from server.model.device.step import DecodeStep, RowState, StepOptions, Tuning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter multiplies bf16 matrices as if they were integers, so the CPU checks the roundings in fp16.
@@ -70,9 +70,12 @@ def build(model, dtype, *, batch, slots=EXPERTS, policy="lru", **options):
 
 
 @torch.no_grad()
-def reference(model, tokens: torch.Tensor, num_steps: int, hidden: set[tuple[int, int]] = frozenset(),
-              dtype=torch.float32) -> torch.Tensor:
-    """Logits [steps, B, V] in float64 of teacher-forced tokens [steps, B], weights rounded to `dtype`; `hidden` (layer, expert) are made unavailable."""
+def reference(
+    model, tokens: torch.Tensor, num_steps: int, hidden: set[tuple[int, int]] = frozenset(), dtype=torch.float32
+) -> torch.Tensor:
+    """Logits [steps, B, V] in float64 of teacher-forced tokens [steps, B], weights rounded to `dtype`; `hidden`
+    (layer, expert) are made unavailable.
+    """
     exact = Qwen3MoeForCausalLM(model.config).eval().to(dtype)
     exact.load_state_dict(model.state_dict())
     exact = exact.double()
@@ -109,21 +112,19 @@ def distance(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("batch", [1, 2, 5])
-@pytest.mark.parametrize("slots", [TOP_K, 6, EXPERTS])
+@pytest.mark.parametrize(("batch", "slots"), [(1, TOP_K), (1, EXPERTS), (2, 6), (5, TOP_K)])
 def test_step_agrees_with_float64_at_every_slot_count(model, batch, slots):
-    tokens = torch.randint(0, 96, (6, batch), generator=torch.Generator().manual_seed(batch))
+    tokens = torch.randint(0, 96, (4, batch), generator=torch.Generator().manual_seed(batch))
     step = build(model, torch.float32, batch=batch, slots=slots)
     got = run(step, tokens, [(2 * b + 1) % 6 for b in range(batch)] if batch < 4 else [4, 0, 3, 1, 5])
-    assert distance(got, reference(model, tokens, 6)) < 1e-5
+    assert distance(got, reference(model, tokens, 4)) < 1e-5
     step.pages.check_integrity(contents=True)
 
 
 def test_results_do_not_depend_on_what_was_resident(model):
-    tokens = torch.randint(0, 96, (4, 1), generator=torch.Generator().manual_seed(7))
-    results = [run(build(model, HALF, batch=1, slots=slots), tokens, [0]) for slots in (TOP_K, 5, EXPERTS)]
+    tokens = torch.randint(0, 96, (3, 1), generator=torch.Generator().manual_seed(7))
+    results = [run(build(model, HALF, batch=1, slots=slots), tokens, [0]) for slots in (TOP_K, EXPERTS)]
     assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -157,12 +158,12 @@ def test_fewer_available_than_top_k_leaves_sentinels_and_no_phantom_fetch(model)
 
 
 def test_entries_without_a_row_change_nothing(model):
-    tokens = torch.randint(0, 96, (5, 1), generator=torch.Generator().manual_seed(5))
+    tokens = torch.randint(0, 96, (4, 1), generator=torch.Generator().manual_seed(5))
     alone = build(model, torch.float32, batch=2, slots=6)
-    got = run(alone, tokens.expand(5, 2), [-1, 4])
-    assert distance(got[:, 1:], reference(model, tokens, 5)) < 1e-5
-    assert alone.state.lengths.tolist() == [0, 0, 0, 0, 5, 0]
-    assert alone.pages.stats[0, :2].sum() == 5 * TOP_K
+    got = run(alone, tokens.expand(4, 2), [-1, 4])
+    assert distance(got[:, 1:], reference(model, tokens, 4)) < 1e-5
+    assert alone.state.lengths.tolist() == [0, 0, 0, 0, 4, 0]
+    assert alone.pages.stats[0, :2].sum() == 4 * TOP_K
 
 
 def test_greedy_tokens_follow_on_the_device(model):

@@ -1,12 +1,13 @@
 """The routed experts of one layer, read through the work list that the router planned; fetches overlap with compute.
 
-`gate_up*`: the first FETCHERS programs fetch the missing experts from pinned host memory, tile by tile, and compute each
-tile as it arrives, then fetch their down projections; all other programs compute the experts that are already there. So
-PCIe and HBM work at the same time, and a kernel's end means that everything the layer needs is in its slot.
-A span is gate_up [2I, H] then down [H, I]. Sums are fp32 and in pick order, whatever was resident: a cache's state never
-shows in the results.
+`gate_up*`: the first FETCHERS programs fetch the missing experts from pinned host memory, tile by tile, and compute
+each tile as it arrives, then fetch their down projections; all other programs compute the experts that are already
+there. So PCIe and HBM work at the same time, and a kernel's end means that everything the layer needs is in its slot.
+A span is gate_up [2I, H] then down [H, I]. Sums are fp32 and in pick order, whatever was resident: a cache's state
+never shows in the results.
 """
 
+# ruff: noqa: E741 (I is the experts' intermediate size everywhere)
 from __future__ import annotations
 
 import triton
@@ -77,8 +78,8 @@ def gate_up(
 ):  # fmt: skip
     """act [B * K, I] = silu(gate) * up of each pick; missing spans are copied to their slots on the way.
 
-    Grid (FETCHERS + distinct experts at most * ceil(I / BI),). ONE: a single token, products without tensor cores; DOWN:
-    fetch the down projections too (else `down_one` does).
+    Grid (FETCHERS + distinct experts at most * ceil(I / BI),). ONE: a single token, products without tensor cores;
+    DOWN: fetch the down projections too (else `down_one` does).
     """
     if PDL:
         gdc_wait()
@@ -129,9 +130,9 @@ def down_one(
 ):  # fmt: skip
     """out [H] = residual + sum over the K picks of weight * (down · act); one token. Grid (ceil(H / BH),).
 
-    The picks' down rows are read side by side as one row of K * I columns, before the wait: see the package's note. FETCH:
-    rows of missing experts come from host memory and are stored in their slots on the way, so that PCIe goes on while
-    `gate_up` ends; else `gate_up` has put them there and they are read after the wait.
+    The picks' down rows are read side by side as one row of K * I columns, before the wait: see the package's note.
+    FETCH: rows of missing experts come from host memory and are stored in their slots on the way, so that PCIe goes
+    on while `gate_up` ends; else `gate_up` has put them there and they are read after the wait.
     """
     if PDL:
         gdc_launch_dependents()
@@ -158,7 +159,7 @@ def down_one(
         else:
             origin = tl.multiple_of(slot, 8)
             tile = tl.load(anchor + origin[None, :] + within, mask=mask, other=0.0, cache_modifier=".cg")
-        tiles = tiles + (tile,)
+        tiles = tiles + (tile,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no starred tuples)
     if PDL:
         gdc_wait()
     acc = tl.zeros([BH], tl.float32)
@@ -191,7 +192,9 @@ def down_many(
     H: tl.constexpr, I: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
     STRIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [B * K, H] fp32 = down · act of each pick, unweighted; I % BK == 0. Grid (distinct at most * ceil(H / BH),)."""
+    """out [B * K, H] fp32 = down · act of each pick, unweighted; I % BK == 0. Grid (distinct at most * ceil(H /
+    BH),).
+    """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -222,7 +225,9 @@ def combine(
     parts, weights, residual, norm, x, normed, eps,
     K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x [B, H] = residual + sum over picks, in pick order, of weight * part; with NORM also normed [B, H]. Grid (B,)."""
+    """x [B, H] = residual + sum over picks, in pick order, of weight * part; with NORM also normed [B, H]. Grid
+    (B,).
+    """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()

@@ -1,9 +1,10 @@
 """Many tokens through a group of experts: one launch each for gate/up and down, weights read through addresses.
 
-Pairs (token, pick) come sorted by expert; `offsets` [E + 1] bounds each expert's pairs. A program owns a tile of one expert's
-weight rows and walks over all of its pairs, so a weight tile comes from memory once and from L2 after that.
+Pairs (token, pick) come sorted by expert; `offsets` [E + 1] bounds each expert's pairs. A program owns a tile of one
+expert's weight rows and walks over all of its pairs, so a weight tile comes from memory once and from L2 after that.
 """
 
+# ruff: noqa: E741 (I is the experts' intermediate size everywhere)
 from __future__ import annotations
 
 import triton

@@ -1,9 +1,9 @@
 """Router of one layer in one kernel: norm, gate, top-k under each row's mask, and the paging plan.
 
 Programs compute gate logits for a few experts of one row; the last to finish chooses for all rows and plans the layer
-(`expert_store.paging.kernels.plan_layer`). The choice is exact under a mask: hidden experts get -inf before the softmax,
-so weights equal those of a checkpoint without them; where fewer than K are available the rest of the picks carry the
-sentinel id E and weight 0 and reach neither the plan nor the experts.
+(`expert_store.paging.kernels.plan_layer`). The choice is exact under a mask: hidden experts get -inf before the
+softmax, so weights equal those of a checkpoint without them; where fewer than K are available the rest of the picks
+carry the sentinel id E and weight 0 and reach neither the plan nor the experts.
 """
 
 from __future__ import annotations
@@ -38,10 +38,9 @@ def top_k(
     picks = tl.arange(0, KP)
     if NARROW:
         key = (_sortable(choice) & -65536) | (EP - 1 - experts)[None, :]
-        nothing: tl.constexpr = -0x80000000
     else:
         key = (_sortable(choice).to(tl.int64) << 32) | (EP - 1 - experts)[None, :].to(tl.int64)
-        nothing: tl.constexpr = -0x8000000000000000
+    nothing: tl.constexpr = -0x80000000 if NARROW else -0x8000000000000000
     key = tl.where(allowed, key, nothing)
     chosen = tl.zeros([BP, EP], tl.int32) > 0
     order = tl.zeros([BP, EP], tl.int32)
@@ -75,7 +74,9 @@ def top_k(
 
 @triton.jit
 def _weights(values, logits, allowed, RENORMALISE: tl.constexpr, dtype: tl.constexpr):
-    """Softmax over the allowed logits, of the picked values [BP, KP]; 0 past the available. Rounded like transformers."""
+    """Softmax over the allowed logits, of the picked values [BP, KP]; 0 past the available. Rounded like
+    transformers.
+    """
     peak = tl.max(tl.where(allowed, logits, -float("inf")), axis=1)
     peak = tl.where(peak == -float("inf"), 0.0, peak)
     mass = tl.exp(values - peak[:, None])
@@ -92,16 +93,20 @@ def route(
     x, norm, gate, normed, logits, arrived, rows, masks, forced, bias_range,
     log_ids, log_weights, log_demand, log_mass, layer, step_at,
     page_table, slot_owner, last_use, use_count, pinned, host_offset, pool_offset, stats,
-    header, target, source, count, pairs, pair_target, pair_source, weights, scratch, span, eps, resident_bias, num_forced,
+    header, target, source, count, pairs, pair_target, pair_source, weights, scratch, span, eps, resident_bias,
+    num_forced,
     B: tl.constexpr, K: tl.constexpr, E: tl.constexpr, S: tl.constexpr, H: tl.constexpr, L: tl.constexpr,
     BP: tl.constexpr, KP: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr, HP: tl.constexpr, PAIRS: tl.constexpr,
-    STRIDE: tl.constexpr, BE: tl.constexpr, POLICY: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr, FORCED: tl.constexpr,
+    STRIDE: tl.constexpr, BE: tl.constexpr, POLICY: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr,
+    FORCED: tl.constexpr,
     BIASED: tl.constexpr, RENORMALISE: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Routes x [B, H]; writes normed [B, H], weights [B, K], the work list (see `plan_layer`) and the step's log [L, B, K].
+    """Routes x [B, H]; writes normed [B, H], weights [B, K], the work list (see `plan_layer`) and the step's log [L,
+    B, K].
 
-    masks [rows, L, E] int8 (MASKED), forced [num_forced, L, B, K] int32 replaces the choice (FORCED, for replayed traces),
-    bias_range [L] fp32 is the running range of the logits (BIASED; mutated). Grid (E / BE, B); the last program plans.
+    masks [rows, L, E] int8 (MASKED), forced [num_forced, L, B, K] int32 replaces the choice (FORCED, for replayed
+    traces), bias_range [L] fp32 is the running range of the logits (BIASED; mutated). Grid (E / BE, B); the last
+    program plans.
     """
     if PDL:
         gdc_launch_dependents()
@@ -139,9 +144,7 @@ def route(
         log_mask = (batches < B)[:, None] & (picks < K)[None, :]
         allowed = known
         if MASKED:
-            demand_chosen, demand_order, demand_ids, demand_values = top_k(
-                score, score, known, K, KP, BP, EP, True, NARROW
-            )
+            _, _, demand_ids, demand_values = top_k(score, score, known, K, KP, BP, EP, True, NARROW)
             tl.store(log_demand + log_at, tl.where(demand_ids < 0, E, demand_ids), mask=log_mask)
             tl.store(log_mass + log_at, _weights(demand_values, score, known, RENORMALISE, dtype), mask=log_mask)
             visible = tl.load(masks + (row[:, None] * L + layer) * E + experts[None, :], mask=known, other=0)

@@ -111,7 +111,8 @@ def finish(
 ):  # fmt: skip
     """lengths[rows[b]] += 1; with GREEDY tokens[b] = argmax(logits[b]), the lowest id of equals. PARTS * BLOCK >= V.
 
-    Grid (PARTS, B) with GREEDY, else (1, B): each program takes a part of the vocabulary, the last one of a row decides.
+    Grid (PARTS, B) with GREEDY, else (1, B): each program takes a part of the vocabulary, the last one of a row
+    decides.
     """
     part, batch = tl.program_id(0), tl.program_id(1)
     if PDL:
