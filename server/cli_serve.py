@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import socket
+import sys
 from collections.abc import Callable, Sequence
 
 from server.api.app import create_app
@@ -73,6 +75,11 @@ def serve(resolved: Resolved, *, on_listening: OnListening | None = None) -> int
     if service.error is not None:
         raise service.error
     logger.info("stopped")
+    if service.loaded is None:
+        # The loading thread is deep inside a library; an interpreter that unloads under it may crash.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
     return 0
 
 

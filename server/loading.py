@@ -108,10 +108,10 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
         raise failure[0]
     if status.state != "ready":
         raise RuntimeError(f"the engine ended while it loaded: {status.reason}")
-    return _describe(engine, store, mask)
+    return _describe(engine, store)
 
 
-def _describe(engine: Engine, store: Store, mask: ExpertMask | None) -> LoadedModel:
+def _describe(engine: Engine, store: Store) -> LoadedModel:
     runner = engine.runner
     model, spec = runner.model, store.manifest.model
     return LoadedModel(
@@ -126,17 +126,16 @@ def _describe(engine: Engine, store: Store, mask: ExpertMask | None) -> LoadedMo
         max_context_tokens=runner.max_tokens,
         tokenizer=model.tokenizer,
         engine=engine,
-        experts=lambda: _snapshot(engine, store, mask),
+        experts=lambda: _snapshot(engine, store),
     )
 
 
-def _snapshot(engine: Engine, store: Store, mask: ExpertMask | None) -> ExpertsSnapshot:
+def _snapshot(engine: Engine, store: Store) -> ExpertsSnapshot:
     cache, ledger = engine.runner.model.cache, engine.ledger
     assert ledger is not None
     statistics = cache.statistics()
-    available = store.available.copy() if mask is None else store.available & mask.allowed
     return ExpertsSnapshot(
-        available=available,
+        available=engine.runner.model.routing.mask.allowed.copy(),
         uses=ledger.served_count.copy(),
         demand=ledger.demand_count.copy(),
         served_mass=ledger.served_mass.copy(),

@@ -20,14 +20,6 @@ async def chat_ids(encoder: TextEncoder, messages: Sequence[Message]) -> list[in
     Raises:
         ValidationFailed: no chat template, special tokens in a message, or messages that the template refuses.
     """
-    tokenizer = encoder.tokenizer
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValidationFailed("this checkpoint has no chat template; use /v1/completions", param="messages")
-    reserved = special_texts(tokenizer)
-    for number, message in enumerate(messages):
-        if any(text in message.content for text in reserved):
-            name = f"messages.{number}.content"
-            raise ValidationFailed(f"`{name}` contains the text of a special token, which is not taken", param=name)
     return await encoder.run(_render, [message.model_dump(include={"role", "content"}) for message in messages])
 
 
@@ -39,6 +31,13 @@ def special_texts(tokenizer: Any) -> frozenset[str]:
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValidationFailed("this checkpoint has no chat template; use /v1/completions", param="messages")
+    reserved = special_texts(tokenizer)
+    for number, message in enumerate(messages):
+        if any(text in message["content"] for text in reserved):
+            name = f"messages.{number}.content"
+            raise ValidationFailed(f"`{name}` contains the text of a special token, which is not taken", param=name)
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template may raise whatever its author wrote

@@ -7,7 +7,7 @@ import copy
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -37,8 +37,8 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = copy.deepcopy(tokenizer)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="deepfew-encode")
+        self._tokenizer: Future[Any] = self._thread.submit(copy.deepcopy, tokenizer)
         self._waiting = 0
 
     async def encode(self, text: str) -> list[int]:
@@ -55,7 +55,8 @@ class TextEncoder:
             raise QueueFullError(f"{MAX_WAITING_TEXTS} prompts are waiting to be tokenised; try again")
         self._waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work, self.tokenizer, argument)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._thread, lambda: work(self._tokenizer.result(), argument))
         finally:
             self._waiting -= 1
 

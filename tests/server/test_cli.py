@@ -229,6 +229,18 @@ def test_second_sigterm_ends_at_once(store: Path, tmp_path: Path) -> None:
         found.process.wait()
 
 
+def test_sigterm_while_loading_exits_0(store: Path, tmp_path: Path) -> None:
+    found = Server(store, tmp_path / "log")
+    try:
+        found.wait_for("/health/live")
+        found.process.send_signal(signal.SIGTERM)
+        assert found.process.wait(30) == 0
+        assert "Traceback" not in found.log.read_text()
+    finally:
+        found.process.kill()
+        found.process.wait()
+
+
 def test_store_that_cannot_be_loaded_ends_the_server_with_one_message(store: Path, tmp_path: Path) -> None:
     found = deepfew("serve", str(store), "--port", "0", "--experts", "60-63", "--log-level", "error")
     assert found.returncode == 2

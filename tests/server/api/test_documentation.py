@@ -41,6 +41,19 @@ def test_every_metric_and_route_is_documented(page: str) -> None:
     assert {path for path in paths if f"{path}`" not in page} == set()
 
 
+def test_every_test_that_the_reliability_page_names_exists() -> None:
+    root = Path(__file__).parents[3]
+    page = (root / "docs" / "reliability.md").read_text()
+    defined = {
+        name
+        for file in root.glob("tests/**/test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+    }
+    named = {name for name in re.findall(r"`(test_\w+)`", page) if f"{name}.py" not in page}
+    assert named
+    assert named <= defined
+
+
 def test_every_status_is_documented(page: str) -> None:
     documented = {int(status) for status in re.findall(r"\b[45]\d\d\b", page)}
     assert {row.status for row in TABLE.values()} <= documented
