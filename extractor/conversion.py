@@ -10,6 +10,7 @@ used here are guarded by tests/extractor/test_conversion.py.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -28,10 +29,11 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from extractor.errors import CheckpointError, UnsupportedFamilyError
 from extractor.families import check_routers
+from extractor.text_model import text_model
 from router.gating import RULES
 
 # transformers builds a model under a process-wide default dtype, which two threads would leave behind wrong.
@@ -122,10 +124,13 @@ def trace(directory: Path, keys: Iterable[str]) -> Trace:
         raise unsupported(directory, f"transformers {version('transformers')} does not know the family {family!r}")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        found = text_model(config)
+        if found is None:
             raise unsupported(directory, f"transformers has no causal language model of {config.model_type!r}")
+        ignored = _other_parts(config)
+        model_class, config = found
         with _building, torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+            model: Any = model_class._from_config(config)  # type: ignore[no-untyped-call]
     except UnsupportedFamilyError:
         raise
     except Exception as error:  # a config can make transformers raise anything, its own validation errors included
@@ -141,7 +146,8 @@ def trace(directory: Path, keys: Iterable[str]) -> Trace:
     if not modules:
         raise unsupported(directory, f"no layer of {type(model).__name__} goes through transformers' experts registry")
     check_routers(model, modules, config.model_type, str(directory))
-    collected, trunk, converters = _assign(model, modules, keys)
+    ignored += model._keys_to_ignore_on_load_unexpected or ()
+    collected, trunk, converters = _assign(model, modules, keys, ignored)
     experts = {
         module: tuple(
             _recipe(f"{module}.{parameter}", shape, collected, converters, config)
@@ -150,6 +156,14 @@ def trace(directory: Path, keys: Iterable[str]) -> Trace:
         for module, parameters in modules.items()
     }
     return Trace(type(model).__name__, _top_k(config), experts, tuple(trunk))
+
+
+def _other_parts(config: Any) -> list[str]:
+    """Patterns of the keys of an omni model that belong to its talker and vocoder; its thinker alone is extracted."""
+    if not hasattr(config, "thinker_config"):
+        return []
+    parts = (name.removesuffix("_config") for name in type(config).sub_configs if name != "thinker_config")
+    return [rf"^{re.escape(part)}\." for part in parts]
 
 
 def unsupported(directory: Path, reason: str) -> UnsupportedFamilyError:
@@ -161,7 +175,7 @@ def unsupported(directory: Path, reason: str) -> UnsupportedFamilyError:
 
 
 def _assign(
-    model: Any, modules: Mapping[str, Mapping[str, Any]], keys: Iterable[str]
+    model: Any, modules: Mapping[str, Mapping[str, Any]], keys: Iterable[str], ignored: Iterable[str]
 ) -> tuple[dict[str, dict[str, list[str]]], list[str], dict[str, Any]]:
     """The keys of every experts parameter by source pattern, the keys of the trunk, and the converters by pattern."""
     transforms = get_model_conversion_mapping(model)
@@ -177,7 +191,7 @@ def _assign(
             target, pattern = rename_source_key(key, [], [], model.base_model_prefix, names)
         if target in wanted:
             collected[target].setdefault(pattern or key, []).append(key)
-        else:
+        elif target in names or not any(re.search(pattern, target) for pattern in ignored):
             trunk.append(key)
     return collected, trunk, {pattern: item for item in converters for pattern in item.source_patterns}
 

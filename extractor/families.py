@@ -67,5 +67,7 @@ def check_routers(model: nn.Module, experts_modules: Iterable[str], family: str,
 
 def has_experts(config: dict[str, Any]) -> bool:
     """Whether a config.json mentions routed experts, at its top or in its text part."""
-    parts = [config, *(config[key] for key in ("text_config", "llm_config", "ffn_config") if key in config)]
-    return any(part.get(key) for part in parts if isinstance(part, dict) for key in _EXPERT_COUNT_KEYS)
+    nested = [config.get(key) for key in ("text_config", "llm_config", "ffn_config", "thinker_config")]
+    return any(config.get(key) for key in _EXPERT_COUNT_KEYS) or any(
+        has_experts(part) for part in nested if isinstance(part, dict)
+    )

@@ -3,7 +3,7 @@
 Owns the map from (MoE layer, expert) to the pieces of its span. A piece is a byte range of a checkpoint file wherever
 the in-memory layout is a concatenation of what is on disk (per-expert linears, rows of fused tensors), else a
 conversion of one expert's tensors. Invariant: the pieces of a span have together exactly `span_bytes` bytes, in the
-order of `LayerSpec.tensors`; every checkpoint tensor belongs either to spans or to the trunk.
+order of `LayerSpec.tensors`; every checkpoint tensor that the model reads belongs either to spans or to the trunk.
 """
 
 from __future__ import annotations

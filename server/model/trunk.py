@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from extractor.text_model import text_model
 from server.model.experts import IMPLEMENTATION
 
 
@@ -45,7 +45,10 @@ def load_trunk(path: Path, *, device: torch.device, dtype: torch.dtype) -> PreTr
         TrunkError: tensors of the trunk are missing.
     """
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    model_class = _model_class(config)
+    found = text_model(config)
+    if found is None:
+        raise TrunkError(f"transformers has no causal language model for {type(config).__name__}")
+    model_class, config = found
     with _no_progress_bar():
         loaded: Any = _without_experts(model_class).from_pretrained(
             path,
@@ -70,15 +73,6 @@ def load_trunk(path: Path, *, device: torch.device, dtype: torch.dtype) -> PreTr
     return trunk
 
 
-def _model_class(config: Any) -> type[PreTrainedModel]:
-    """The causal language model that transformers has for the config."""
-    mapped: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if mapped is None:
-        raise TrunkError(f"transformers has no causal language model for {type(config).__name__}")
-    model_class: type[PreTrainedModel] = mapped[0] if isinstance(mapped, tuple) else mapped
-    return model_class
-
-
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
     """transformers' bar over trunk tensors kept quiet: loading has one progress line of ours."""
@@ -96,11 +90,12 @@ def _without_experts(model_class: type[PreTrainedModel]) -> type[PreTrainedModel
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
-        for module in self.modules():
-            if is_experts_module(module):
-                for name in [name for name, _ in module.named_parameters(recurse=False)]:
-                    delattr(module, name)
-                module._is_hf_initialized = True
+        for block in self.modules():
+            for experts in [child for child in block.children() if is_experts_module(child)]:
+                for name in [name for name, _ in experts.named_parameters(recurse=False)]:
+                    delattr(experts, name)
+                experts._is_hf_initialized = True
+                block._is_hf_initialized = True  # some families initialise the experts' weights from their block
 
     stripped = type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
     assert hasattr(importlib.import_module(model_class.__module__), model_class.__name__)

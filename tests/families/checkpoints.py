@@ -78,12 +78,14 @@ _COMMON: dict[str, Any] = {
 class Family:
     """One family: config keys on top of the common sizes.
 
-    `causal`: transformers has a causal language model of it. `positive_bias`: its router fills experts of other groups
-    with 0 instead of −inf, so that negative choice scores would lead to ties that any implementation breaks at will.
+    `causal`: transformers has a causal language model of it. `buildable`: it has a model of this config alone.
+    `positive_bias`: its router fills experts of other groups with 0 instead of −inf, so that negative choice scores
+    would lead to ties that any implementation breaks at will.
     """
 
     overrides: dict[str, Any] = field(default_factory=dict)
     causal: bool = True
+    buildable: bool = True
     positive_bias: bool = False
 
 
@@ -180,6 +182,7 @@ FAMILIES: dict[str, Family] = {
     "muse_spark_text": Family(causal=False),
     "deepseek_v4": Family({"mlp_layer_types": ["moe"] * 3}),
     "qwen3_vl_moe_text": Family(causal=False),
+    "qwen3_omni_moe_text": Family(causal=False, buildable=False),
     "glm4v_moe_text": Family(
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}}, causal=False
     ),
@@ -188,8 +191,8 @@ FAMILIES: dict[str, Family] = {
 
 
 def is_installed(model_type: str) -> bool:
-    """Whether the installed transformers has the family."""
-    return model_type in CONFIG_MAPPING
+    """Whether the installed transformers has the family, as a model of its own."""
+    return model_type in CONFIG_MAPPING and FAMILIES[model_type].buildable
 
 
 def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
@@ -209,11 +212,16 @@ def random_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrained
     torch.manual_seed(seed)
     auto = AutoModelForCausalLM if FAMILIES[model_type].causal else AutoModel
     model = auto.from_config(tiny_config(model_type, **overrides), dtype=torch.float32).eval()
+    return randomise(model, FAMILIES[model_type].positive_bias)
+
+
+def randomise(model: PreTrainedModel, positive_bias: bool = False) -> PreTrainedModel:
+    """Make biases and norms of a freshly initialised model random, in place."""
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "bias" in name and tensor.is_floating_point():
                 noise = torch.randn_like(tensor) * 0.2
-                tensor.add_(noise.abs() if FAMILIES[model_type].positive_bias else noise)
+                tensor.add_(noise.abs() if positive_bias else noise)
             elif tensor.ndim == 1 and "norm" in name:
                 tensor.add_(torch.randn_like(tensor) * 0.1)
     return model
