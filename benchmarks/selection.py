@@ -85,7 +85,8 @@ def run(checkpoint: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         model = load_model(Store.open(folder), device=resolve_device(arguments.device), dtype=torch.float32)
         domains = find_domains(arguments.texts)
         started = time.monotonic()
-        statistics = calibrate(model, domains, CalibrateOptions(half="even"))
+        options = CalibrateOptions(half="even", price_tokens=16384 if "price" in arguments.parts else 0)
+        statistics = calibrate(model, domains, options)
         print(f"\n# {checkpoint.name}\ncalibrated in {time.monotonic() - started:.0f} s")
         texts = tokenised(model, domains, CalibrateOptions(half="odd", max_tokens=arguments.tokens))
         unmasked = {name: evaluate_text(model, tokens) for name, tokens in texts.items()}

@@ -212,8 +212,8 @@ def _choose_columns(
 def _groups(statistics: ExpertStatistics, domains: Sequence[str]) -> tuple[Float, Float]:
     """Groups of text that columns should suit, mass [G, L, E], and weights [G].
 
-    Each domain weighs 1, all of it together 1, and the windows together 4: they stand for kinds that have no name, and
-    matter where few have one.
+    Each domain weighs 1. The windows stand for kinds that have no name: together they weigh the more the fewer have one
+    (8 ÷ D), and all of the text a quarter of that.
     """
     shares = np.stack([statistics.demand_shares(name) for name in domains])
     sample = statistics.windows
@@ -221,7 +221,12 @@ def _groups(statistics: ExpertStatistics, domains: Sequence[str]) -> tuple[Float
     chosen = chosen[:: max(1, math.ceil(len(chosen) / MAX_GROUP_WINDOWS))]
     windows = sample.arrays["mass"][chosen].astype(np.float64)
     groups = [shares, windows, shares.mean(axis=0, keepdims=True)]
-    weights = [np.full(len(shares), 1.0), np.full(len(windows), 4 / max(len(windows), 1)), np.array([1.0])]
+    unnamed = 8 / len(shares)
+    weights = [
+        np.full(len(shares), 1.0),
+        np.full(len(windows), unnamed / max(len(windows), 1)),
+        np.array([unnamed / 4]),
+    ]
     return np.concatenate(groups), np.concatenate(weights)
 
 

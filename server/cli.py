@@ -19,6 +19,7 @@ COMMANDS = {  # name: (module with `main(arguments)`, or else with a typer funct
     "calibrate": ("server.select_cli", "see which experts texts want, and what they are worth"),
     "plan": ("extractor.plan_cli", "choose from that which experts a store should have"),
     "evaluate": ("server.select_cli", "measure what serving a part of the experts costs"),
+    "grow": ("server.select_cli", "add the deep experts that were wanted and missing"),
     "serve": ("server.cli_serve", "serve a store over HTTP"),
     "generate": ("server.cli_generate", "continue a prompt without a server"),
     "config": ("server.cli_config", "show every setting, its value and where it came from"),

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from router.ledger import UsageLedger
 from router.mask import MaskError
@@ -63,6 +64,7 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._ids: set[str] = set()
         self._cancelled: set[str] = set()
+        self._actions: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._state: EngineState = "loading"
         self._reason = "not started"
         self._progress = 0.0
@@ -124,6 +126,20 @@ class Engine:
             if request_id in self._ids:
                 self._cancelled.add(request_id)
                 self._lock.notify()
+
+    def between_steps(self, action: Callable[[], None]) -> Future[None]:
+        """Run `action` on the engine thread before its next step; what it raises is the future's, not the engine's.
+
+        Raises:
+            EngineStoppedError: the engine has no model, or no longer.
+        """
+        future: Future[None] = Future()
+        with self._lock:
+            if self._state not in ("ready", "draining") or self._runner is None:
+                raise EngineStoppedError(f"the engine is {self._state}" + (f": {self._reason}" if self._reason else ""))
+            self._actions.append((action, future))
+            self._lock.notify()
+        return future
 
     def stop(self, drain_seconds: float) -> None:
         """Take no more requests, let what was accepted finish for at most `drain_seconds`, end the thread."""
@@ -213,7 +229,7 @@ class Engine:
         while True:
             with self._lock:
                 self._last_progress = time.monotonic()
-                busy = bool(self._waiting or self._cancelled or len(batch))
+                busy = bool(self._waiting or self._cancelled or self._actions or len(batch))
                 if self._drain_until is not None and (not busy or time.monotonic() >= self._drain_until):
                     return False
                 if busy:
@@ -224,6 +240,7 @@ class Engine:
 
     def step(self, batch: Batch) -> None:
         """One step: schedule, run, postprocess."""
+        self._run_actions()
         self._drop_cancelled(batch)
         while batch.has_room and (sequence := self._next_waiting()) is not None:
             batch.admit(sequence)
@@ -231,6 +248,17 @@ class Engine:
             batch.step()
         if self._usage is not None:
             self._usage.save_if_due()
+
+    def _run_actions(self) -> None:
+        with self._lock:
+            actions, self._actions = self._actions, deque()
+        for action, future in actions:
+            try:
+                action()
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                future.set_result(None)
 
     def _drop_cancelled(self, batch: Batch) -> None:
         with self._lock:
@@ -256,8 +284,11 @@ class Engine:
         """Refuse from now on, fail what is left, save usage, give memory back."""
         with self._lock:
             self._state, self._reason = state, reason
-            left = list(self._waiting)
+            left, actions = list(self._waiting), list(self._actions)
             self._waiting.clear()
+            self._actions.clear()
+        for _, future in actions:
+            future.set_exception(EngineStoppedError(f"the engine {state}: {reason}"))
         if self._batch is not None:
             error = EngineStoppedError(f"the engine {state}: {reason}")
             self._batch.fail_all(error)

@@ -1,0 +1,73 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from expert_store.manifest import read_manifest
+from extractor.checkpoint import Checkpoint
+from extractor.prepare import prepare
+from extractor.selection import SelectionRequest
+from router.ledger import UsageLedger
+from server.cli import main
+
+TEXTS = Path(__file__).parents[2] / "benchmarks" / "data" / "selection"
+
+
+@pytest.fixture
+def stories(tmp_path: Path) -> Path:
+    path = tmp_path / "stories.txt"
+    path.write_text((TEXTS / "stories_synth.txt").read_text()[:2400])
+    return path
+
+
+def test_from_texts_to_a_plan_to_a_store_that_serves_them(
+    tiny_checkpoint: Path, stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stats, plan, store = tmp_path / "stats.safetensors", tmp_path / "plan.json", tmp_path / "store"
+    small = ["--context", "96", "--max-tokens", "192"]
+    assert main(["calibrate", str(tiny_checkpoint), str(stories), "--out", str(stats), *small, "--price", "96"]) == 0
+    assert "192 tokens" in capsys.readouterr().out
+    assert main(["plan", "--stats", str(stats), "--keep", "50%", "--out", str(plan)]) == 0
+    assert main(["extract", str(tiny_checkpoint), str(store), "--plan", str(plan)]) == 0
+    assert len(read_manifest(store).deep_experts) == 32
+    capsys.readouterr()
+    arguments = ["--texts", str(stories), "--reference", str(tiny_checkpoint), *small, "--json"]
+    assert main(["evaluate", str(store), *arguments]) == 0
+    (text,) = json.loads(capsys.readouterr().out)["texts"].values()
+    assert 0.9 < text["ratio"] < 1.1
+    assert 0.0 < text["deficit"] < 0.3
+
+
+def test_grow_adds_what_was_wanted_and_missing(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    prepare(Checkpoint.open(tiny_checkpoint), store, SelectionRequest(experts="0-3")).run()
+    ledger = UsageLedger(8, 64, read_manifest(store).source.fingerprint)
+    ledger.demand_mass[:, 40] = 5.0
+    ledger.demand_mass[:, 0] = 9.0
+    ledger.save(store / "usage.json")
+    assert main(["grow", str(store), "--dry-run"]) == 0
+    assert "would add 1 deep experts" in capsys.readouterr().out
+    assert len(read_manifest(store).deep_experts) == 4
+    assert main(["grow", str(store), "--from", str(tiny_checkpoint), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["added"][0]["experts"] == [40] * 8
+    assert read_manifest(store).deep_experts[4].experts == (40,) * 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["calibrate", "missing", "missing.txt", "--out", "stats"], "missing.txt: no text is there"),
+        (["evaluate", "missing"], "nothing to measure"),
+        (["evaluate", "missing", "--texts", "x", "--half", "third"], "--half is 'third'"),
+        (["grow", "missing"], "missing"),
+    ],
+)
+def test_mistakes_are_one_message_and_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
