@@ -205,3 +205,46 @@ class PoolMasking:
         chosen = self._pool.choose()
         if self.mask is None or not np.array_equal(chosen.allowed, self.mask.allowed):
             self.mask = chosen
+
+
+@dataclass(frozen=True)
+class RequestMasks:
+    """What a server offers requests: its profiles, and pools with its prior.
+
+    Attributes:
+        profiles: by name.
+        num_layers, num_experts: L and E.
+        prior: for pools; None chooses from a request's own mass alone.
+        options: of pools.
+    """
+
+    profiles: Mapping[str, ExpertMask]
+    num_layers: int
+    num_experts: int
+    prior: UsagePrior | None = None
+    options: PoolOptions = PoolOptions()
+
+    def masking(
+        self, num_prompt_tokens: int, *, profile: str | None = None, pool: int | float | None = None
+    ) -> FixedMasking | PoolMasking | None:
+        """The masking of one request; None where it asks for none.
+
+        Args:
+            profile: name of a profile.
+            pool: experts of every layer, or a share of them as a float up to 1.
+
+        Raises:
+            ProfileError: both are given, the profile does not exist, or the pool is too small or too large.
+        """
+        if profile is not None and pool is not None:
+            raise ProfileError("profile and pool contradict each other: give one of them")
+        if profile is not None:
+            return FixedMasking(find_profile(self.profiles, profile))
+        if pool is None:
+            return None
+        if isinstance(pool, bool) or (isinstance(pool, float) and not 0 < pool <= 1):
+            raise ProfileError(f"pool is {pool}, wanted a number of experts or a share from 0 to 1")
+        count = max(1, round(pool * self.num_experts)) if isinstance(pool, float) else pool
+        return PoolMasking(
+            PromptPool(count, self.num_layers, self.num_experts, self.prior, self.options), num_prompt_tokens
+        )

@@ -14,6 +14,7 @@ from server.profiles import (
     PoolOptions,
     ProfileError,
     PromptPool,
+    RequestMasks,
     UsagePrior,
     find_profile,
     load_profiles,
@@ -167,3 +168,26 @@ def test_a_request_in_a_batch_gets_the_pool_and_the_logits_it_gets_alone(
         ((alone_mask, alone_logits),) = run([prompt])
         assert np.array_equal(mask, alone_mask)
         assert np.allclose(logits, alone_logits, atol=1e-4)
+
+
+def test_a_request_asks_for_a_profile_a_pool_or_nothing() -> None:
+    masks = RequestMasks({"code": FULL}, L, E)
+    assert masks.masking(3) is None
+    fixed = masks.masking(3, profile="code")
+    assert isinstance(fixed, FixedMasking)
+    assert fixed.mask is FULL
+    for pool in (3, 0.5):
+        masking = masks.masking(2, pool=pool)
+        assert masking is not None
+        masking.observe(*picks(0, 5))
+        assert len(allowed(masking.mask)) == 3
+    for arguments, message in (
+        ({"profile": "code", "pool": 3}, "contradict"),
+        ({"profile": "chat"}, "does not exist"),
+        ({"pool": 7}, "wanted 1 to 6"),
+        ({"pool": 0}, "wanted 1 to 6"),
+        ({"pool": 1.5}, "a share from 0 to 1"),
+        ({"pool": True}, "a share from 0 to 1"),
+    ):
+        with pytest.raises(ProfileError, match=message):
+            masks.masking(2, **arguments)  # type: ignore[arg-type]
