@@ -145,6 +145,8 @@ def trace(directory: Path, keys: Iterable[str]) -> Trace:
     }
     if not modules:
         raise unsupported(directory, f"no layer of {type(model).__name__} goes through transformers' experts registry")
+    if len({tuple(re.findall(r"\d+", name)) for name in modules}) != len(modules):
+        raise unsupported(directory, f"a layer of {type(model).__name__} has more than one set of routed experts")
     check_routers(model, modules, config.model_type, str(directory))
     ignored += model._keys_to_ignore_on_load_unexpected or ()
     collected, trunk, converters = _assign(model, modules, keys, ignored)
