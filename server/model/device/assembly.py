@@ -146,8 +146,8 @@ def _slots_that_fit(shape: PagesShape, kv_bytes: int, device: torch.device, budg
             return most
         budget = torch.cuda.mem_get_info(device)[0] - kv_bytes - RESERVE_BYTES
     per_slot = shape.num_layers * span_bytes
-    if most * per_slot <= budget:
-        return most
+    if most == shape.num_experts and most * per_slot <= budget:
+        return most  # nothing is ever fetched, so neither a spill area nor a ring is needed
     spill_bytes = (shape.max_distinct + 32) * span_bytes
     num_slots = (budget - spill_bytes) // per_slot
     if num_slots < shape.top_k:

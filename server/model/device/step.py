@@ -57,7 +57,7 @@ class Tuning:
     expert_rows: int = 32
     expert_columns: int = 128
     expert_stages: int = 3
-    attention_splits: int = 32
+    attention_splits: int = 16
     attention_block: int = 64
     fetchers: int = 64
     copy_elements: int = 16384
