@@ -26,4 +26,4 @@ def test_killed_before_any_step_an_extraction_continues(
 def test_killed_at_random_moments_an_extraction_continues(
     repository: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    assert rounds(repository, str(tiny_checkpoint), str(tmp_path), "random", "2", "0.4") >= 1
+    assert rounds(repository, str(tiny_checkpoint), str(tmp_path), "random", "2", "0.05") >= 1
