@@ -7,7 +7,8 @@ import json
 from collections.abc import Sequence
 
 from server.cli_settings import add_settings_flags, settings_from
-from server.settings import Leaf, Settings, leaves
+from server.settings import Settings
+from server.settings_load import Leaf, leaves
 
 
 def main(argv: Sequence[str]) -> int:

@@ -19,7 +19,8 @@ from server.loading import check_store, load
 from server.logging_setup import configure_logging
 from server.metrics import Metrics
 from server.service import Service
-from server.settings import Resolved, Settings
+from server.settings import Settings
+from server.settings_load import Resolved
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from server.settings import Leaf, Resolved, leaves, load_settings
+from server.settings_load import Leaf, Resolved, leaves, load_settings
 
 
 def add_settings_flags(parser: argparse.ArgumentParser, *, sections: tuple[str, ...], store: bool = True) -> None:

@@ -27,7 +27,7 @@ from server.cli import UsageError, is_domain_error
 from server.cli import main as deepfew
 from server.cli_port import holder_of
 from server.service import Service
-from server.settings import load_settings
+from server.settings_load import load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "models" / "tiny-moe"

@@ -14,7 +14,8 @@ from server.api.app import create_app
 from server.cli import COMMANDS
 from server.metrics import Metrics
 from server.service import Service
-from server.settings import HttpSettings, Settings, leaves, load_settings
+from server.settings import HttpSettings, Settings
+from server.settings_load import leaves, load_settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCKER = REPOSITORY / "docker"

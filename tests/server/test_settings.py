@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from server.settings import Settings, SettingsError, is_loopback, leaves, load_settings
+from server.settings import Settings, SettingsError, is_loopback
+from server.settings_load import leaves, load_settings
 from server.settings_values import MemoryAmount, parse_size
 
 

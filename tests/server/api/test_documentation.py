@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.api.errors import TABLE
-from server.settings import leaves
+from server.settings_load import leaves
 from tests.server.api.running import running
 
 

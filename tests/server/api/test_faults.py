@@ -17,7 +17,7 @@ import pytest
 
 from server.loading import load
 from server.service import LoadedModel, Progress
-from server.settings import load_settings
+from server.settings_load import load_settings
 from tests.server.api.running import Running, events_of, running, wait_until
 
 PROMPTS = ["The capital of France is", "Once upon a time", "Water is", "The moon", "In the city of"]
