@@ -224,8 +224,9 @@ class ExpertCache:
             self.host_tier.check_integrity()
 
     def _fetch(self, layer: int, experts: Sequence[int]) -> None:
+        readable = self._store.readable[layer]
         for expert in experts:
-            if not self._store.available[layer, expert]:
+            if not readable[expert]:
                 raise ExpertUnavailableError(
                     f"expert {expert} of layer {layer} is not in the store {self._store.path}; routing must be masked "
                     "to the experts that are available"

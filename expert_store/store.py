@@ -3,7 +3,7 @@
 Owns the manifest in force and the open shard files. Invariants: it opens nothing that the manifest does not name; a
 read either fills the caller's memory with exactly the bytes that were extracted or raises; `reload` only ever adds
 deep experts, so what was available stays available and reads in flight stay valid. All methods may be called from any
-thread.
+thread. With a source attached, experts that the store lacks are read from there, and nothing of them is kept here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,13 @@ class _View:
         return cls(manifest, layouts, deep_of, available)
 
 
+class SourceReader(Protocol):
+    """Reads experts from where the store was extracted from; called from any thread."""
+
+    def read_expert(self, layer: int, expert: int, out: memoryview) -> None:
+        """Fill `out` with the span of (layer, expert), any expert of the model. Raises a StoreError."""
+
+
 class _OpenShard:
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -65,6 +73,7 @@ class Store:
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = False
+        self._source: SourceReader | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], max_open_files: int = MAX_OPEN_FILES) -> Store:
@@ -101,6 +110,22 @@ class Store:
         return self._view.available
 
     @property
+    def readable(self) -> npt.NDArray[np.bool_]:
+        """Which experts `read_expert` can give, [L, E], read-only: those held, or all where a source is attached."""
+        if self._source is None:
+            return self._view.available
+        return np.broadcast_to(np.True_, self._view.available.shape)
+
+    @property
+    def has_source(self) -> bool:
+        """Whether experts that the store lacks can be read from its source."""
+        return self._source is not None
+
+    def attach_source(self, source: SourceReader) -> None:
+        """Read experts that the store lacks from `source`, from now on. `available` stays what the store holds."""
+        self._source = source
+
+    @property
     def trunk_path(self) -> Path:
         """The directory that transformers loads the trunk from."""
         return self.path / "trunk"
@@ -120,10 +145,14 @@ class Store:
         """Fill `out` with the span of (layer, expert), read from disk straight into it.
 
         `out` is writable contiguous memory of exactly `layer_spec(layer).span_bytes` bytes: a memoryview, or a one
-        dimensional uint8 tensor in host memory. With `verify` the bytes are compared with the manifest's XXH3-64.
-        Raises ExpertUnavailableError, ShardCorruptError (`out` is then undefined), ValueError for a wrong `out`.
+        dimensional uint8 tensor in host memory. With `verify` the bytes are compared with the manifest's XXH3-64. What
+        the store lacks comes from the attached source. Raises ExpertUnavailableError, ShardCorruptError (`out` is then
+        undefined), ValueError for a wrong `out`.
         """
-        view = self._view
+        view, source = self._view, self._source
+        if source is not None and _is_lacking(view, layer, expert):
+            source.read_expert(layer, expert, _as_bytes(out, view.manifest.layers[layer].span_bytes))
+            return
         deep = self._locate(view, layer, expert)
         memory = _as_bytes(out, view.manifest.layers[layer].span_bytes)
         where = f"{self.path}/{deep.file} (layer {layer}, expert {expert})"
@@ -220,6 +249,12 @@ class Store:
                     raise ManifestError(
                         f"{self.path / name} is not named by the manifest and would be read with the trunk; remove it"
                     )
+
+
+def _is_lacking(view: _View, layer: int, expert: int) -> bool:
+    """Whether (layer, expert) exists in the model and not in the store."""
+    num_layers, num_experts = view.deep_of.shape
+    return 0 <= layer < num_layers and 0 <= expert < num_experts and bool(view.deep_of[layer, expert] < 0)
 
 
 def _as_bytes(out: memoryview | torch.Tensor, size: int) -> memoryview:

@@ -19,7 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 FORMAT = "deepfew-usage"
-VERSION = 1
+VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 did not count tokens whose wanted top-1 expert was missing; they are read as 0."""
 MAX_FILE_BYTES = 256 << 20
 _ARRAYS = ("served_count", "served_mass", "demand_count", "demand_mass")
 
@@ -55,6 +57,15 @@ class StepRecord:
             demand_weight=None if self.demand_weight is None else self.demand_weight[:, order],
         )
 
+    @property
+    def top1_missing(self) -> npt.NDArray[np.bool_] | None:
+        """Bool [L, T]: whether the expert that a token wanted most was not served; None where nothing was masked."""
+        if self.demand_index is None or self.demand_weight is None:
+            return None
+        first = self.demand_weight.argmax(axis=2)[:, :, None]
+        wanted = np.take_along_axis(self.demand_index, first, axis=2)  # [L, T, 1]
+        return np.asarray((self.served_index != wanted).all(axis=2))
+
     def demand_of(self, tokens: slice) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Index and weight [L, T', K] of what the unmasked router wanted for some of the tokens."""
         if self.demand_index is None or self.demand_weight is None:
@@ -73,7 +84,8 @@ class UsageLedger:
         served_count, demand_count: int64 [L, E], times an expert was computed, times it was wanted.
         served_mass, demand_mass: float64 [L, E], sums of the gate weights of those.
         missed_mass: float64 [L], demanded mass that was unavailable.
-        num_tokens: tokens routed.
+        top1_missing: int64 [L], tokens whose most wanted expert was missing there.
+        num_tokens: tokens routed; top1_missing_tokens: those among them that missed it in any layer.
     """
 
     def __init__(self, num_layers: int, num_experts: int, fingerprint: str) -> None:
@@ -84,7 +96,9 @@ class UsageLedger:
         self.demand_count = np.zeros(shape, dtype=np.int64)
         self.demand_mass = np.zeros(shape, dtype=np.float64)
         self.missed_mass = np.zeros(num_layers, dtype=np.float64)
+        self.top1_missing = np.zeros(num_layers, dtype=np.int64)
         self.num_tokens = 0
+        self.top1_missing_tokens = 0
 
     @property
     def deficit_per_layer(self) -> npt.NDArray[np.float64]:
@@ -109,6 +123,10 @@ class UsageLedger:
         else:
             _accumulate(self.demand_count, self.demand_mass, record.demand_index, record.demand_weight)
             self.missed_mass += record.missed_mass
+            top1_missing = record.top1_missing
+            assert top1_missing is not None
+            self.top1_missing += top1_missing.sum(axis=1)
+            self.top1_missing_tokens += int(top1_missing.any(axis=0).sum())
 
     def merge(self, other: UsageLedger) -> None:
         """Add another ledger of the same checkpoint to this one.
@@ -124,7 +142,9 @@ class UsageLedger:
         for name in _ARRAYS:
             getattr(self, name).__iadd__(getattr(other, name))
         self.missed_mass += other.missed_mass
+        self.top1_missing += other.top1_missing
         self.num_tokens += other.num_tokens
+        self.top1_missing_tokens += other.top1_missing_tokens
 
     def to_json(self) -> dict[str, Any]:
         """The ledger as JSON-ready data."""
@@ -133,8 +153,10 @@ class UsageLedger:
             "version": VERSION,
             "fingerprint": self.fingerprint,
             "num_tokens": self.num_tokens,
+            "top1_missing_tokens": self.top1_missing_tokens,
             **{name: getattr(self, name).tolist() for name in _ARRAYS},
             "missed_mass": self.missed_mass.tolist(),
+            "top1_missing": self.top1_missing.tolist(),
         }
 
     def save(self, path: Path) -> None:
@@ -158,8 +180,11 @@ class UsageLedger:
             raise LedgerError(f"{path} is larger than {MAX_FILE_BYTES} bytes: not a usage file")
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            if data["format"] != FORMAT or data["version"] != VERSION:
-                raise LedgerError(f"{path}: {data['format']} version {data['version']}; this reads {FORMAT} {VERSION}")
+            if data["format"] != FORMAT or data["version"] not in READABLE_VERSIONS:
+                raise LedgerError(
+                    f"{path}: {data['format']} version {data['version']}; this reads {FORMAT} versions "
+                    f"{', '.join(map(str, READABLE_VERSIONS))}"
+                )
             shape = np.asarray(data["served_count"]).shape
             if len(shape) != 2:
                 raise LedgerError(f"{path}: served_count has shape {shape}, wanted [layers, experts]")
@@ -167,6 +192,9 @@ class UsageLedger:
             for name in (*_ARRAYS, "missed_mass"):
                 getattr(ledger, name)[...] = np.asarray(data[name])
             ledger.num_tokens = int(data["num_tokens"])
+            if data["version"] >= 2:
+                ledger.top1_missing[...] = np.asarray(data["top1_missing"])
+                ledger.top1_missing_tokens = int(data["top1_missing_tokens"])
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, LedgerError):
                 raise

@@ -53,6 +53,7 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
     from server.engine.usage import UsageFile
     from server.model.assembly import load_model, resolve_device, resolve_dtype
     from server.model.sequence_runner import make_runner
+    from server.source import attach_source
 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     progress(0.0, "opening the store")
@@ -80,6 +81,8 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
                 mask=mask,
                 progress=report,
             )
+            report("looking for the checkpoint", 1.0)
+            model.source_problem = attach_source(store)
             limit = settings.engine.max_context_tokens or min(model.context_tokens, DEFAULT_CONTEXT_TOKENS)
             if limit > model.context_tokens:
                 raise SettingsError(
@@ -143,6 +146,8 @@ def _snapshot(engine: Engine, store: Store) -> ExpertsSnapshot:
         deficit=ledger.deficit_per_layer,
         overall_deficit=ledger.deficit,
         num_tokens=ledger.num_tokens,
+        top1_missing=ledger.top1_missing.copy(),
+        top1_missing_tokens=ledger.top1_missing_tokens,
         resident=cache.page_table >= 0,
         hits=statistics.hits,
         misses=statistics.misses,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,13 +40,22 @@ class Picks:
         return Picks(logits, weights, index, tuple(rest), index_first)
 
     def replaced(
-        self, weights: Tensor, index: Tensor, exists: Tensor, mask: Tensor, rest: Output | None = None
+        self,
+        weights: Tensor,
+        index: Tensor,
+        exists: Tensor,
+        mask: Tensor,
+        rest: Output | None = None,
+        temperature: Tensor | None = None,
     ) -> Output:
         """The output tuple with other picks [T, K]: sentinel E and weight 0 where `exists` is False.
 
-        `mask` is [T, E]; rows that mask nothing keep the stock values. `rest` replaces what follows the picks.
+        `mask` is [T, E]; rows that mask nothing at temperature 1 keep the stock values. `rest` replaces what follows
+        the picks.
         """
         stock = mask.all(dim=-1, keepdim=True)
+        if temperature is not None:
+            stock = stock & (temperature == 1.0)[:, None]
         weights = torch.where(exists, weights, 0.0).to(self.weights.dtype)
         index = torch.where(exists, index, mask.shape[-1]).to(self.index.dtype)
         weights = torch.where(stock, self.weights, weights)
@@ -76,10 +85,19 @@ class RouterCall:
 
 
 class GatingRule(Protocol):
-    """The masked counterpart of one family's router."""
+    """The masked counterpart of one family's router. `takes_temperature`: whether its logits may be divided."""
+
+    @property
+    def takes_temperature(self) -> bool: ...
 
     def masked(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, mask: Tensor
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Output,
+        mask: Tensor,
+        temperature: Tensor | None = None,
     ) -> Output:
         """The router's output as a checkpoint without the masked experts would give it.
 
@@ -87,6 +105,9 @@ class GatingRule(Protocol):
         True = available, one row per token. Returns the same tuple with weights and index replaced, in the same shapes
         and dtypes; nothing is mutated. A pick that does not exist carries index E and weight 0. Rows whose mask is all
         True keep the stock values bit for bit.
+
+        `temperature` [T] > 0 divides the logits before they are scored; None, or 1 for a row, leaves them as they are.
+        Only rules with `takes_temperature` look at it.
         """
 
 
@@ -247,15 +268,25 @@ class TopKRule:
     scale: str | None = None
     logits: Callable[[RouterCall], Tensor] = field(default=lambda call: call.picks.logits)
     expert_scale: str | None = None
+    takes_temperature: ClassVar[bool] = True
 
     def masked(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, mask: Tensor
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Output,
+        mask: Tensor,
+        temperature: Tensor | None = None,
     ) -> Output:
         """See `GatingRule.masked`."""
         picks = Picks.of(output)
         call = RouterCall(module, args, kwargs, picks)
         k = picks.index.shape[-1]
-        scores = self.scores(call, self.logits(call).masked_fill(~mask, -torch.inf))  # [T, E]
+        logits = self.logits(call)
+        if temperature is not None:
+            logits = logits / temperature[:, None].to(logits.dtype)
+        scores = self.scores(call, logits.masked_fill(~mask, -torch.inf))  # [T, E]
         bias = self.bias(call)
         choice = (scores if bias is None else scores + bias).masked_fill(~mask, -torch.inf)
         if self.groups is not None and self.groups.when(module):
@@ -268,4 +299,4 @@ class TopKRule:
             weights = weights * getattr(module, self.scale)
         if self.expert_scale is not None:
             weights = weights * getattr(module, self.expert_scale)[index]
-        return picks.replaced(weights, index, exists, mask)
+        return picks.replaced(weights, index, exists, mask, temperature=temperature)

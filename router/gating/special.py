@@ -7,7 +7,7 @@ deleted. Source: transformers' `phimoe`, `inkling` and `zaya`; SparseMixer is ar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,16 @@ class SparseMixerRule:
     available the first pick alone exists.
     """
 
+    takes_temperature: ClassVar[bool] = False
+
     def masked(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, mask: Tensor
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Output,
+        mask: Tensor,
+        temperature: Tensor | None = None,
     ) -> Output:
         """See `GatingRule.masked`."""
         picks = Picks.of(output)
@@ -52,8 +60,16 @@ class SharedSoftmaxRule:
     The choice is by sigmoid plus correction bias; the router's fourth output are the gammas, so it changes as well.
     """
 
+    takes_temperature: ClassVar[bool] = False
+
     def masked(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, mask: Tensor
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Output,
+        mask: Tensor,
+        temperature: Tensor | None = None,
     ) -> Output:
         """See `GatingRule.masked`."""
         picks = Picks.of(output)
@@ -79,8 +95,16 @@ class SkipClassRule:
     The probabilities of the chosen classes are the weights; a chosen skip counts as a pick that does not exist.
     """
 
+    takes_temperature: ClassVar[bool] = False
+
     def masked(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, mask: Tensor
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Output,
+        mask: Tensor,
+        temperature: Tensor | None = None,
     ) -> Output:
         """See `GatingRule.masked`."""
         picks = Picks.of(output)

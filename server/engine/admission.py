@@ -5,10 +5,19 @@ Everything that can be known to be impossible is refused before it is queued, wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
-from server.engine.request import ContextTooLongError, GenerationRequest, InvalidRequestError, QueueFullError
+from server.engine.request import (
+    ContextTooLongError,
+    GenerationRequest,
+    InvalidRequestError,
+    OnMissing,
+    QueueFullError,
+)
+from server.model.runner import Runner
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,11 @@ def check_request(request: GenerationRequest, limits: EngineLimits, *, vocab_siz
         raise InvalidRequestError(f"max_new_tokens is {sampling.max_new_tokens}; at least 1 is needed")
     if not 0 <= request.num_logprobs <= limits.max_logprobs:
         raise InvalidRequestError(f"{request.num_logprobs} alternatives a token; 0 to {limits.max_logprobs} are served")
+    if request.on_missing not in get_args(OnMissing):
+        wanted = ", ".join(get_args(OnMissing))
+        raise InvalidRequestError(f"on_missing is {request.on_missing!r}, wanted one of {wanted}")
+    if not (math.isfinite(request.router_temperature) and request.router_temperature > 0.0):
+        raise InvalidRequestError(f"router_temperature is {request.router_temperature}, wanted a number above 0")
     prompt_tokens = len(request.prompt_ids)
     needed = prompt_tokens + sampling.max_new_tokens
     if needed > max_tokens:
@@ -55,6 +69,31 @@ def check_request(request: GenerationRequest, limits: EngineLimits, *, vocab_siz
             f"the prompt's {prompt_tokens} tokens and max_new_tokens {sampling.max_new_tokens} make {needed}; "
             f"a sequence holds {max_tokens}: {advice}"
         )
+
+
+def check_ability(request: GenerationRequest, runner: Runner) -> None:
+    """Refuse what this model, or the way in which it is run, cannot do.
+
+    Raises:
+        InvalidRequestError.
+    """
+    if request.router_temperature != 1.0:
+        if not runner.can_temper_router:
+            raise InvalidRequestError(f"router_temperature is not possible on {runner.kind}: leave it out")
+        refusal = runner.model.routing.temperature_refusal()
+        if refusal is not None:
+            raise InvalidRequestError(f"router_temperature is not possible for this model: {refusal}; leave it out")
+    if request.on_missing == "fetch":
+        if not runner.can_fetch_missing:
+            raise InvalidRequestError(
+                f'on_missing "fetch" is not possible on {runner.kind}: use "mask", or have the host drive the experts'
+            )
+        store = runner.model.store
+        if not store.readable.all():
+            raise InvalidRequestError(
+                f'on_missing "fetch" needs the checkpoint that the store was extracted from: '
+                f'{runner.model.source_problem}; use "mask"'
+            )
 
 
 def check_queue(request: GenerationRequest, limits: EngineLimits, waiting: Sequence[int]) -> None:

@@ -10,12 +10,22 @@ import logging
 import time
 from collections import Counter, deque
 
+import numpy as np
 from torch import Tensor
 
 from expert_store.errors import StoreError
 from router.ledger import UsageLedger
 from router.mask import ExpertMask, MaskError
-from server.engine.request import EngineError, FailedEvent, FinishedEvent, FinishReason, GenerationError, TokenEvent
+from server.engine.missing import check_nothing_missing
+from server.engine.request import (
+    EngineError,
+    ExpertMissingError,
+    FailedEvent,
+    FinishedEvent,
+    FinishReason,
+    GenerationError,
+    TokenEvent,
+)
 from server.engine.sequence import Sequence
 from server.engine.tokens import prompt_logprobs, token_logprob, token_text, top_logprobs
 from server.model.runner import Runner, StepOutput
@@ -40,6 +50,7 @@ class Batch:
         self._runner = runner
         self._ledger = ledger
         self._chunk = prefill_chunk_tokens
+        self._everything = ExpertMask(np.ones(runner.model.routing.mask.allowed.shape, dtype=np.bool_))
         self._prefilling: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self.prompt_tokens = 0
@@ -89,16 +100,23 @@ class Batch:
         end = min(sequence.num_prefilled + self._chunk, sequence.num_prompt_tokens)
         tokens = request.prompt_ids[sequence.num_prefilled : end]
         try:
-            mask = self._mask_of(sequence)
-            output = self._runner.prefill(sequence.row, tokens, mask=mask, all_logits=request.prompt_logprobs)
+            temper = {} if request.router_temperature == 1.0 else {"temperature": request.router_temperature}
+            output = self._runner.prefill(
+                sequence.row,
+                tokens,
+                mask=self._mask_of(sequence),
+                all_logits=request.prompt_logprobs,
+                **temper,
+            )
         except (StoreError, MaskError) as error:
             self._fail_step([sequence], error)
+            return
+        if self._record(output, [sequence]):
             return
         if request.prompt_logprobs:
             following = request.prompt_ids[sequence.num_prefilled + 1 : end + 1]
             sequence.prefill_logprobs += prompt_logprobs(output.logits, following, self._runner.model.tokenizer)
         sequence.num_prefilled = end
-        self._record(output, [sequence])
         if sequence.is_prefilled:
             self._prefilling.remove(sequence)
             self._running.append(sequence)
@@ -109,33 +127,58 @@ class Batch:
         rows = [sequence.row for sequence in sequences if sequence.row is not None]
         try:
             tokens = [sequence.generated[-1] for sequence in sequences]
-            output = self._runner.decode(rows, tokens, masks=[self._mask_of(sequence) for sequence in sequences])
+            temperatures = [sequence.request.router_temperature for sequence in sequences]
+            temper = {} if all(value == 1.0 for value in temperatures) else {"temperatures": temperatures}
+            masks = [self._mask_of(sequence) for sequence in sequences]
+            output = self._runner.decode(rows, tokens, masks=masks, **temper)
         except (StoreError, MaskError) as error:
             self._fail_step(sequences, error)
             return
-        self._record(output, sequences)
+        refused = self._record(output, sequences)
         for sequence, logits in zip(sequences, output.logits, strict=True):
-            self._take_token(sequence, logits)
+            if sequence not in refused:
+                self._take_token(sequence, logits)
 
     # -- postprocess ---------------------------------------------------------------------------------------------------
 
-    def _record(self, output: StepOutput, sequences: list[Sequence]) -> None:
-        self._ledger.add(output.record)
-        tokens_per_row = output.record.served_index.shape[1] // len(sequences)
+    def _record(self, output: StepOutput, sequences: list[Sequence]) -> list[Sequence]:
+        """Enter a step into ledger, deficits and maskings; ends and returns those that refuse to do without experts."""
+        record = output.record
+        self._ledger.add(record)
+        tokens_per_row = record.served_index.shape[1] // len(sequences)
+        top1_missing = record.top1_missing
+        refused: list[Sequence] = []
         for at, sequence in enumerate(sequences):
-            sequence.add_share(output.share.demanded[at], output.share.missed[at])
+            tokens = slice(at * tokens_per_row, (at + 1) * tokens_per_row)
+            missing = None if top1_missing is None else top1_missing[:, tokens]
+            sequence.add_share(tokens_per_row, output.share.demanded[at], output.share.missed[at], missing)
+            if sequence.request.on_missing == "refuse" and output.share.missed[at].any():
+                try:
+                    mask = self._mask_of(sequence) or self._runner.model.routing.mask
+                    check_nothing_missing(*record.demand_of(tokens), mask)
+                except ExpertMissingError as error:
+                    refused.append(sequence)
+                    self.fail(sequence, error)
+                    continue
             masking = sequence.request.masking
             if masking is not None:
                 before = masking.mask
-                masking.observe(*output.record.demand_of(slice(at * tokens_per_row, (at + 1) * tokens_per_row)))
+                masking.observe(*record.demand_of(tokens))
                 if masking.mask is not None and masking.mask is not before:
                     self._runner.prefetch(masking.mask)
+        return refused
 
     def _mask_of(self, sequence: Sequence) -> ExpertMask | None:
-        """The request's own mask within the server's, or None where it brings none."""
+        """The request's own mask within what it may have, or None where that is what the server serves.
+
+        A request that fetches may have every expert, so its own mask alone narrows it.
+        """
         masking = sequence.request.masking
         own = None if masking is None else masking.mask
-        return None if own is None else own & self._runner.model.routing.mask
+        served = self._runner.model.routing.mask
+        if sequence.request.on_missing == "fetch":
+            return own or (None if served.is_full else self._everything)
+        return None if own is None else own & served
 
     def _take_token(self, sequence: Sequence, logits: Tensor) -> None:
         """Choose the next token from logits [V], tell the client, end the sequence if it is complete."""

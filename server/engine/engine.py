@@ -16,7 +16,7 @@ from concurrent.futures import Future
 
 from router.ledger import UsageLedger
 from router.mask import MaskError
-from server.engine.admission import EngineLimits, check_queue, check_request
+from server.engine.admission import EngineLimits, check_ability, check_queue, check_request
 from server.engine.batch import Batch
 from server.engine.request import (
     EngineError,
@@ -180,9 +180,10 @@ class Engine:
     def _check(self, request: GenerationRequest) -> None:
         runner = self.runner
         check_request(request, self.limits, vocab_size=runner.model.vocab_size, max_tokens=runner.max_tokens)
+        check_ability(request, runner)
         if request.request_id in self._ids:
             raise InvalidRequestError(f"a request with the id {request.request_id} is waiting or running")
-        if request.masking is not None and request.masking.mask is not None:
+        if request.masking is not None and request.masking.mask is not None and request.on_missing != "fetch":
             try:
                 request.masking.mask & runner.model.routing.mask
             except MaskError as error:

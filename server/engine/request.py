@@ -17,6 +17,7 @@ from router.mask import ExpertMask
 
 FinishReason = Literal["length", "eos_token", "stop_sequence", "cancelled"]
 EngineState = Literal["loading", "ready", "draining", "stopped", "failed"]
+OnMissing = Literal["mask", "fetch", "refuse"]
 Logprob = tuple[int, str, float]
 """(token id, text, natural log-probability under the model's unmodified distribution)"""
 
@@ -30,6 +31,7 @@ class EngineError(Exception):
       InvalidRequestError     a value that no model could serve (empty prompt, unknown token id, …)
       EngineStoppedError      not ready, draining, stopped or failed
       GenerationError         the request was running and could not be finished
+        ExpertMissingError    it refused to go on without an expert that is not available to it
     """
 
 
@@ -60,6 +62,23 @@ class EngineStoppedError(EngineError):
 
 class GenerationError(EngineError):
     """A running request could not be finished; the message says why."""
+
+
+class ExpertMissingError(GenerationError):
+    """A request with `on_missing="refuse"` wanted an expert that is not available to it.
+
+    Attributes:
+        layer, expert: MoE layer and the most wanted of the missing experts there.
+        share: of the router mass that the token wanted in that layer, for this expert.
+    """
+
+    def __init__(self, layer: int, expert: int, share: float) -> None:
+        super().__init__(
+            f"expert {expert} of layer {layer} was wanted with {share:.1%} of the layer's router mass and is not "
+            'available, and on_missing is "refuse": let the request be masked or fetch what is missing, or serve a '
+            "store that has the expert"
+        )
+        self.layer, self.expert, self.share = layer, expert, share
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +140,10 @@ class GenerationRequest:
         num_logprobs: most likely alternatives to report with every token.
         prompt_logprobs: also report the prompt's tokens with their log-probabilities.
         masking: narrows the experts of this request alone.
+        on_missing: what happens where a token wants an expert that is not available. "mask": the router chooses among
+            those that are. "fetch": what the store lacks comes from the source checkpoint. "refuse": the request ends
+            with `ExpertMissingError`.
+        router_temperature: > 0, divides the router's logits for choice and weights; 1 leaves the model as it is.
     """
 
     request_id: str
@@ -129,6 +152,8 @@ class GenerationRequest:
     num_logprobs: int = 0
     prompt_logprobs: bool = False
     masking: Masking | None = None
+    on_missing: OnMissing = "mask"
+    router_temperature: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +168,20 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Deficit:
-    """The share of the unmasked top-k router mass that was unavailable, over a request's tokens (0 is no loss)."""
+    """The share of the unmasked top-k router mass that was unavailable, over a request's tokens (0 is no loss).
+
+    Attributes:
+        overall, per_layer: that share.
+        num_tokens: tokens routed, prompt included.
+        top1_missing_tokens: tokens that did without the expert they wanted most in any layer.
+        top1_missing_per_layer: tokens that did so in each layer.
+    """
 
     overall: float
     per_layer: tuple[float, ...]
+    num_tokens: int = 0
+    top1_missing_tokens: int = 0
+    top1_missing_per_layer: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,8 @@ class Sequence:
         num_prefilled: prompt tokens already in the row.
         generated: token ids so far.
         demanded, missed: router mass over its tokens, float64 [L].
+        top1_missing: tokens that did without their most wanted expert, int64 [L]; top1_missing_tokens: in any layer.
+        num_routed: tokens whose routing these sums hold.
     """
 
     request: GenerationRequest
@@ -39,6 +41,9 @@ class Sequence:
     prefill_logprobs: list[Logprob] = field(default_factory=list)
     demanded: npt.NDArray[np.float64] | None = None
     missed: npt.NDArray[np.float64] | None = None
+    top1_missing: npt.NDArray[np.int64] | None = None
+    top1_missing_tokens: int = 0
+    num_routed: int = 0
 
     def admit(self, row: int, tokenizer: PreTrainedTokenizerBase) -> None:
         """Give the sequence a row and what it needs to generate."""
@@ -62,10 +67,21 @@ class Sequence:
         """Whether the whole prompt is in the row."""
         return self.num_prefilled == self.num_prompt_tokens
 
-    def add_share(self, demanded: npt.NDArray[np.float64], missed: npt.NDArray[np.float64]) -> None:
-        """Add a step's router mass, [L] each."""
+    def add_share(
+        self,
+        num_tokens: int,
+        demanded: npt.NDArray[np.float64],
+        missed: npt.NDArray[np.float64],
+        top1_missing: npt.NDArray[np.bool_] | None,
+    ) -> None:
+        """Add a step over `num_tokens` of its tokens: router mass, [L] each, and `StepRecord.top1_missing` [L, T]."""
+        self.num_routed += num_tokens
         self.demanded = demanded if self.demanded is None else self.demanded + demanded
         self.missed = missed if self.missed is None else self.missed + missed
+        if top1_missing is not None:
+            per_layer = top1_missing.sum(axis=1, dtype=np.int64)
+            self.top1_missing = per_layer if self.top1_missing is None else self.top1_missing + per_layer
+            self.top1_missing_tokens += int(top1_missing.any(axis=0).sum())
 
     def deficit(self) -> Deficit:
         """Missing share of the router mass that the sequence's tokens demanded so far."""
@@ -73,7 +89,14 @@ class Sequence:
             return Deficit(0.0, ())
         total = float(self.demanded.sum())
         per_layer = np.divide(self.missed, self.demanded, out=np.zeros_like(self.missed), where=self.demanded > 0)
-        return Deficit(float(self.missed.sum()) / total if total else 0.0, tuple(per_layer.tolist()))
+        missing = np.zeros(len(per_layer), dtype=np.int64) if self.top1_missing is None else self.top1_missing
+        return Deficit(
+            overall=float(self.missed.sum()) / total if total else 0.0,
+            per_layer=tuple(per_layer.tolist()),
+            num_tokens=self.num_routed,
+            top1_missing_tokens=self.top1_missing_tokens,
+            top1_missing_per_layer=tuple(missing.tolist()),
+        )
 
     def timing(self) -> Timing:
         """Where its time went until now; what it never reached took none."""

@@ -44,6 +44,7 @@ class SelectiveModel:
         eos_token_ids: that end a generation.
         special_token_ids: that stand for no text.
         context_tokens: most tokens that the model was made for.
+        source_problem: why the store has no source attached, where it has none.
     """
 
     model: PreTrainedModel
@@ -56,6 +57,7 @@ class SelectiveModel:
     eos_token_ids: frozenset[int]
     special_token_ids: frozenset[int]
     context_tokens: int
+    source_problem: str = "it was not looked for"
 
     @property
     def num_layers(self) -> int:

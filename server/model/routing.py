@@ -3,11 +3,12 @@
 A forward hook on every router module sees transformers' own result. Without a mask that result passes through
 untouched, so unmasked routing is exact by construction; with one, the family's gating rule makes the choice as if the
 masked experts did not exist. Invariant: between `begin` and `finish` each MoE layer's router ran exactly once over the
-step's tokens.
+step's tokens. A row's choice depends on its own tokens, mask and temperature alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from router.gating import GatingRule, Picks, find_gating_rule
+from router.gating import GatingRule, Picks, UnsupportedGatingError, find_gating_rule
 from router.ledger import StepRecord
 from router.mask import ExpertMask
 
@@ -55,10 +56,12 @@ class StepRouting:
         self._model_type = model_type
         self._device = device
         self._num_layers = num_layers
+        self._routers: list[nn.Module | None] = [None] * num_layers
         self._rules: list[GatingRule | None] = [None] * num_layers
         self._steps: list[_LayerStep | None] = [None] * num_layers
         self._table: Tensor | None = None
         self._token_masks: Tensor | None = None
+        self._temperature: Tensor | None = None
         self._num_rows = 0
         self._tokens_per_row = 0
         self.set_mask(mask)
@@ -70,18 +73,42 @@ class StepRouting:
 
     def install(self, layer: int, router: nn.Module) -> None:
         """Hook the router of MoE layer `layer`; called once a layer while the model is assembled."""
+        self._routers[layer] = router
         router.register_forward_hook(lambda *call: self._choose(layer, *call), with_kwargs=True)
 
-    def begin(self, num_rows: int, tokens_per_row: int, masks: list[ExpertMask | None] | None = None) -> None:
+    def temperature_refusal(self) -> str | None:
+        """Why the routers' logits cannot be divided by a temperature; None where they can."""
+        for layer, router in enumerate(self._routers):
+            assert router is not None, f"no router was installed for layer {layer}"
+            try:
+                rule = self._rule(layer, router)
+            except UnsupportedGatingError as error:
+                return str(error)
+            if not rule.takes_temperature:
+                return f"the router {type(router).__name__} of {self._model_type} is no plain scored top-k"
+        return None
+
+    def begin(
+        self,
+        num_rows: int,
+        tokens_per_row: int,
+        masks: Sequence[ExpertMask | None] | None = None,
+        temperatures: Sequence[float] | None = None,
+    ) -> None:
         """Start a step over `num_rows` × `tokens_per_row` tokens.
 
         Args:
             masks: one a row, intersected with the default by the caller; None (or None for a row) is the default.
+            temperatures: one a row, dividing the router's logits; None is 1 for all. What a row wanted (demand) is
+                the unmasked choice at its temperature.
         """
         self._num_rows, self._tokens_per_row = num_rows, tokens_per_row
         self._steps = [None] * self._num_layers
         self._table = self._default
-        self._token_masks = None
+        self._token_masks = self._temperature = None
+        if temperatures is not None and any(value != 1.0 for value in temperatures):
+            rows = torch.tensor(list(temperatures), dtype=torch.float32, device=self._device)
+            self._temperature = rows.repeat_interleave(tokens_per_row)  # [T]
         if masks is not None and any(mask is not None for mask in masks):
             table = np.stack([(mask or self.mask).allowed for mask in masks], axis=1)  # [L, B, E]
             self._token_masks = torch.from_numpy(table).to(self._device).repeat_interleave(tokens_per_row, dim=1)
@@ -110,20 +137,31 @@ class StepRouting:
         self._steps = [None] * self._num_layers
 
     def _choose(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        stock = Picks.of(output)
-        weight, index = stock.weights, stock.index
-        mask = self._mask_of(layer, index.shape[0])
-        if mask is None:
-            self._steps[layer] = _LayerStep(index, weight, index, weight, None)
+        wanted = Picks.of(output)
+        mask, temperature = self._mask_of(layer, wanted.index.shape[0]), self._temperature
+        if mask is None and temperature is None:
+            self._steps[layer] = _LayerStep(wanted.index, wanted.weights, wanted.index, wanted.weights, None)
             return None
+        rule = self._rule(layer, module)
+        if temperature is not None:
+            everything = torch.ones_like(wanted.logits, dtype=torch.bool)
+            tempered = rule.masked(module, args, kwargs, output, everything, temperature)
+            wanted = Picks.of(tempered)
+            if mask is None:
+                self._steps[layer] = _LayerStep(wanted.index, wanted.weights, wanted.index, wanted.weights, None)
+                return tempered
+        assert mask is not None
+        masked = rule.masked(module, args, kwargs, output, mask, temperature)
+        served = Picks.of(masked)
+        missed = wanted.weights.float().masked_fill(mask.gather(-1, wanted.index), 0.0).sum(dim=-1)  # [T]
+        self._steps[layer] = _LayerStep(served.index, served.weights, wanted.index, wanted.weights, missed)
+        return masked
+
+    def _rule(self, layer: int, router: nn.Module) -> GatingRule:
         rule = self._rules[layer]
         if rule is None:
-            rule = self._rules[layer] = find_gating_rule(self._model_type, module)
-        masked = rule.masked(module, args, kwargs, output, mask)
-        served = Picks.of(masked)
-        missed = weight.float().masked_fill(mask.gather(-1, index), 0.0).sum(dim=-1)  # [T]
-        self._steps[layer] = _LayerStep(served.index, served.weights, index, weight, missed)
-        return masked
+            rule = self._rules[layer] = find_gating_rule(self._model_type, router)
+        return rule
 
     def _mask_of(self, layer: int, num_tokens: int) -> Tensor | None:
         if self._token_masks is not None:

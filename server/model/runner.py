@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -44,7 +44,16 @@ class Runner:
         model: what to run.
         max_rows: most sequences at once.
         max_tokens: most tokens of a row.
+
+    Attributes:
+        kind: what this way of running is called towards users.
+        can_fetch_missing: whether experts that the store lacks can come from elsewhere in the middle of a step.
+        can_temper_router: whether rows may have a router temperature.
     """
+
+    kind: ClassVar[str] = "the host-driven path"
+    can_fetch_missing: ClassVar[bool] = True
+    can_temper_router: ClassVar[bool] = True
 
     def __init__(self, model: SelectiveModel, *, max_rows: int, max_tokens: int) -> None:
         self.model = model
@@ -71,7 +80,13 @@ class Runner:
 
     @torch.inference_mode()
     def prefill(
-        self, row: int, tokens: Sequence[int], *, mask: ExpertMask | None = None, all_logits: bool = False
+        self,
+        row: int,
+        tokens: Sequence[int],
+        *,
+        mask: ExpertMask | None = None,
+        temperature: float = 1.0,
+        all_logits: bool = False,
     ) -> StepOutput:
         """Append `tokens` to a row.
 
@@ -79,23 +94,34 @@ class Runner:
             row: handle from `allocate`.
             tokens: at least one, and no more than the row has room for.
             mask: of this sequence; None is the server's.
+            temperature: of its routers.
             all_logits: give the logits of every token, not only of the last.
         """
         start = self.cache.begin_prefill(row, len(tokens))
         ids = torch.tensor([list(tokens)], device=self.model.device)
         positions = torch.arange(start, start + len(tokens), device=self.model.device)[None]
-        self.model.routing.begin(1, len(tokens), None if mask is None else [mask])
+        self.model.routing.begin(1, len(tokens), None if mask is None else [mask], [temperature])
         return self._forward(ids, positions, 0 if all_logits else 1)
 
     @torch.inference_mode()
     def decode(
-        self, rows: Sequence[int], tokens: Sequence[int], *, masks: Sequence[ExpertMask | None] | None = None
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[int],
+        *,
+        masks: Sequence[ExpertMask | None] | None = None,
+        temperatures: Sequence[float] | None = None,
     ) -> StepOutput:
-        """Append one token to each row; logits come in the order of `rows`."""
+        """Append one token to each row; logits come in the order of `rows`. See `prefill` for the rest."""
         order = self.cache.order(rows)
         positions = self.cache.begin_decode([rows[at] for at in order])[:, None]
         ids = torch.tensor([[tokens[at]] for at in order], device=self.model.device)
-        self.model.routing.begin(len(rows), 1, None if masks is None else [masks[at] for at in order])
+        self.model.routing.begin(
+            len(rows),
+            1,
+            None if masks is None else [masks[at] for at in order],
+            None if temperatures is None else [temperatures[at] for at in order],
+        )
         output = self._forward(ids, positions, 1)
         if order == list(range(len(order))):
             return output

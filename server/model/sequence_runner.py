@@ -85,34 +85,48 @@ class SequenceRunner(Runner):
 
     @torch.inference_mode()
     def prefill(
-        self, row: int, tokens: Sequence[int], *, mask: ExpertMask | None = None, all_logits: bool = False
+        self,
+        row: int,
+        tokens: Sequence[int],
+        *,
+        mask: ExpertMask | None = None,
+        temperature: float = 1.0,
+        all_logits: bool = False,
     ) -> StepOutput:
         """See `Runner.prefill`."""
         state, logits_to_keep = self._rows[row], 0 if all_logits else 1
         if state.length == 0 or self.model.model.config.model_type not in _CONTINUED_BY_ONE:
-            return self._append(state, tokens, mask, logits_to_keep)
-        step = _joined([self._append(state, [token], mask, logits_to_keep) for token in tokens])
+            return self._append(state, tokens, mask, temperature, logits_to_keep)
+        step = _joined([self._append(state, [token], mask, temperature, logits_to_keep) for token in tokens])
         share = RowShare(step.share.demanded.sum(axis=0, keepdims=True), step.share.missed.sum(axis=0, keepdims=True))
         return StepOutput(step.logits if all_logits else step.logits[-1:], step.record, share)
 
     @torch.inference_mode()
     def decode(
-        self, rows: Sequence[int], tokens: Sequence[int], *, masks: Sequence[ExpertMask | None] | None = None
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[int],
+        *,
+        masks: Sequence[ExpertMask | None] | None = None,
+        temperatures: Sequence[float] | None = None,
     ) -> StepOutput:
         """See `Runner.decode`; rows run one after the other."""
         wanted = masks if masks is not None else [None] * len(rows)
+        warmth = temperatures if temperatures is not None else [1.0] * len(rows)
         return _joined(
             [
-                self._append(self._rows[row], [token], mask, 1)
-                for row, token, mask in zip(rows, tokens, wanted, strict=True)
+                self._append(self._rows[row], [token], mask, temperature, 1)
+                for row, token, mask, temperature in zip(rows, tokens, wanted, warmth, strict=True)
             ]
         )
 
-    def _append(self, row: _Row, tokens: Sequence[int], mask: ExpertMask | None, logits_to_keep: int) -> StepOutput:
+    def _append(
+        self, row: _Row, tokens: Sequence[int], mask: ExpertMask | None, temperature: float, logits_to_keep: int
+    ) -> StepOutput:
         device, routing = self.model.device, self.model.routing
         ids = torch.tensor([list(tokens)], device=device)
         positions = torch.arange(row.length, row.length + len(tokens), device=device)[None]
-        routing.begin(1, len(tokens), None if mask is None else [mask])
+        routing.begin(1, len(tokens), None if mask is None else [mask], [temperature])
         arguments: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "past_key_values": row.cache}
         try:
             result = self.model.model(**arguments, use_cache=True, logits_to_keep=logits_to_keep)

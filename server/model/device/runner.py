@@ -9,7 +9,7 @@ host's, and a call that raises before its graph is replayed leaves both as they 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -58,7 +58,14 @@ class DeviceRunner:
         shape, weights: of the captured step.
         pages, stream: of the experts.
         resident_bias: lambda of cache-aware routing, 0: off.
+
+    Attributes:
+        kind, can_fetch_missing, can_temper_router: see `Runner`.
     """
+
+    kind: ClassVar[str] = "the device-driven path"
+    can_fetch_missing: ClassVar[bool] = False
+    can_temper_router: ClassVar[bool] = False
 
     def __init__(
         self,

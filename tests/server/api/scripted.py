@@ -205,6 +205,8 @@ def experts_snapshot() -> ExpertsSnapshot:
         deficit=np.array([0.0, 0.25]),
         overall_deficit=0.125,
         num_tokens=11,
+        top1_missing=np.array([0, 3]),
+        top1_missing_tokens=3,
         resident=resident,
         hits=np.array([10, 20]),
         misses=np.array([1, 2]),

@@ -1,104 +1,26 @@
 """The engine over the bundled checkpoint: batches that change at every step, endings of every kind."""
 
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from expert_store.errors import ShardCorruptError
-from expert_store.store import Store
 from router.ledger import UsageLedger
 from router.mask import ExpertMask
-from server.engine.admission import EngineLimits
 from server.engine.engine import Engine
 from server.engine.request import (
     ContextTooLongError,
     EngineStoppedError,
-    Event,
     FailedEvent,
-    FinishedEvent,
     GenerationRequest,
     InvalidRequestError,
     QueueFullError,
-    SamplingParams,
-    TokenEvent,
 )
-from server.engine.usage import UsageFile
-from server.model.assembly import load_model
 from server.model.runner import Runner
-
-WAIT_SECONDS = 60
-
-
-class Client:
-    """Submits one request and collects its events."""
-
-    def __init__(
-        self, engine: Engine, text: str, name: str | None = None, num_logprobs: int = 0, masking=None, **sampling
-    ) -> None:
-        self.events: list[Event] = []
-        self.ended = threading.Event()
-        self.first = threading.Event()
-        self.name = name or f"request-{id(self)}"
-        ids = tuple(engine.runner.model.tokenizer(text).input_ids)
-        params = SamplingParams(**sampling)
-        request = GenerationRequest(self.name, ids, params, num_logprobs=num_logprobs, masking=masking)
-        engine.submit(request, self._take)
-
-    def _take(self, event: Event) -> None:
-        assert not self.ended.is_set(), f"{event} after the final event"
-        self.events.append(event)
-        self.first.set()
-        if not isinstance(event, TokenEvent):
-            self.ended.set()
-
-    def result(self) -> FinishedEvent:
-        assert self.ended.wait(WAIT_SECONDS), "the request did not end"
-        last = self.events[-1]
-        assert isinstance(last, FinishedEvent), last
-        return last
-
-    @property
-    def tokens(self) -> list[TokenEvent]:
-        return [event for event in self.events if isinstance(event, TokenEvent)]
-
-
-@pytest.fixture
-def make_engine(tiny_store: Path) -> Iterator[Callable[..., Engine]]:
-    engines: list[Engine] = []
-
-    def make(max_rows: int = 4, mask: ExpertMask | None = None, usage_path: Path | None = None, **limits) -> Engine:
-        def loader(progress) -> Runner:
-            model = load_model(
-                Store.open(tiny_store),
-                device=torch.device("cpu"),
-                dtype=torch.float32,
-                num_slots=16,
-                mask=mask,
-                progress=progress,
-            )
-            return Runner(model, max_rows=max_rows, max_tokens=256)
-
-        def usage(empty: UsageLedger) -> UsageFile:
-            assert usage_path is not None
-            return UsageFile(usage_path, empty)
-
-        engine = Engine(loader, EngineLimits(**limits), None if usage_path is None else usage)
-        engine.start()
-        engines.append(engine)
-        until = time.monotonic() + WAIT_SECONDS
-        while engine.status().state == "loading" and time.monotonic() < until:
-            time.sleep(0.01)
-        assert engine.status().state == "ready", engine.status()
-        return engine
-
-    yield make
-    for engine in engines:
-        engine.stop(0)
+from tests.server.engine.clients import WAIT_SECONDS, Client
 
 
 def test_greedy_answer_and_its_events(make_engine: Callable[..., Engine]) -> None:

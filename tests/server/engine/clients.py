@@ -1,0 +1,78 @@
+"""A client of the engine that collects the events of one request."""
+
+import threading
+from typing import Any
+
+from server.engine.engine import Engine
+from server.engine.request import (
+    EngineError,
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    GenerationRequest,
+    Masking,
+    OnMissing,
+    SamplingParams,
+    TokenEvent,
+)
+
+WAIT_SECONDS = 60
+
+
+class Client:
+    """Submits one request and collects its events."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        text: str,
+        name: str | None = None,
+        num_logprobs: int = 0,
+        masking: Masking | None = None,
+        on_missing: OnMissing = "mask",
+        router_temperature: float = 1.0,
+        **sampling: Any,
+    ) -> None:
+        self.events: list[Event] = []
+        self.ended = threading.Event()
+        self.first = threading.Event()
+        self.name = name or f"request-{id(self)}"
+        ids = tuple(engine.runner.model.tokenizer(text).input_ids)
+        params = SamplingParams(**sampling)
+        request = GenerationRequest(
+            self.name,
+            ids,
+            params,
+            num_logprobs=num_logprobs,
+            masking=masking,
+            on_missing=on_missing,
+            router_temperature=router_temperature,
+        )
+        engine.submit(request, self._take)
+
+    def _take(self, event: Event) -> None:
+        assert not self.ended.is_set(), f"{event} after the final event"
+        self.events.append(event)
+        self.first.set()
+        if not isinstance(event, TokenEvent):
+            self.ended.set()
+
+    def result(self) -> FinishedEvent:
+        assert self.ended.wait(WAIT_SECONDS), "the request did not end"
+        last = self.events[-1]
+        assert isinstance(last, FinishedEvent), last
+        return last
+
+    def error(self) -> EngineError:
+        assert self.ended.wait(WAIT_SECONDS), "the request did not end"
+        last = self.events[-1]
+        assert isinstance(last, FailedEvent), last
+        return last.error
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token.token_id for token in self.tokens]
+
+    @property
+    def tokens(self) -> list[TokenEvent]:
+        return [event for event in self.events if isinstance(event, TokenEvent)]

@@ -1,0 +1,61 @@
+"""Engines over stores of the bundled checkpoint."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from expert_store.store import Store
+from router.ledger import UsageLedger
+from router.mask import ExpertMask
+from server.engine.admission import EngineLimits
+from server.engine.engine import Engine
+from server.engine.usage import UsageFile
+from server.model.assembly import load_model
+from server.model.runner import Runner
+from server.source import attach_source
+from tests.server.engine.clients import WAIT_SECONDS
+
+
+@pytest.fixture
+def make_engine(tiny_store: Path) -> Iterator[Callable[..., Engine]]:
+    engines: list[Engine] = []
+
+    def make(
+        max_rows: int = 4,
+        mask: ExpertMask | None = None,
+        usage_path: Path | None = None,
+        store_path: Path = tiny_store,
+        num_slots: int = 16,
+        **limits,
+    ) -> Engine:
+        def loader(progress) -> Runner:
+            model = load_model(
+                Store.open(store_path),
+                device=torch.device("cpu"),
+                dtype=torch.float32,
+                num_slots=num_slots,
+                mask=mask,
+                progress=progress,
+            )
+            model.source_problem = attach_source(model.store)
+            return Runner(model, max_rows=max_rows, max_tokens=256)
+
+        def usage(empty: UsageLedger) -> UsageFile:
+            assert usage_path is not None
+            return UsageFile(usage_path, empty)
+
+        engine = Engine(loader, EngineLimits(**limits), None if usage_path is None else usage)
+        engine.start()
+        engines.append(engine)
+        until = time.monotonic() + WAIT_SECONDS
+        while engine.status().state == "loading" and time.monotonic() < until:
+            time.sleep(0.01)
+        assert engine.status().state == "ready", engine.status()
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.stop(0)
