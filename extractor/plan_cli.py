@@ -7,7 +7,6 @@ the result alone, as text or, with --json, as one JSON object. A plan that is ex
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +20,8 @@ from extractor.disk import format_bytes
 from extractor.errors import ExtractError, SelectionError
 from extractor.plan import Plan, write_plan
 from extractor.planning import ALIGNMENTS, PlanRequest, count_for, make_plan
-from extractor.planning_expectation import BAD_LOSS_CHANGE, Expectation
+from extractor.planning_expectation import Expectation, cost_warning
+from extractor.price import WARN_PERPLEXITY_RATIO, Price
 from extractor.selection import parse_bytes, parse_keep
 from extractor.statistics import ExpertStatistics, merge_all
 from extractor.statistics_file import read_statistics
@@ -46,6 +46,9 @@ def plan(
         list[str] | None, typer.Option(help="Share of the places chosen for one domain alone, such as code=0.5.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the criterion random.")] = 0,
+    warn_perplexity_ratio: Annotated[
+        float, typer.Option(min=1.0, help="Warn of domains whose perplexity is expected to grow by more than this.")
+    ] = WARN_PERPLEXITY_RATIO,
     plot: Annotated[Path | None, typer.Option(help="Picture to draw (png, svg or pdf).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
@@ -77,33 +80,22 @@ def plan(
         print(json.dumps({"plan": str(out), "num_deep_experts": len(made.deep_experts), **made.extra}))
     else:
         print(_text(out, statistics, made))
-    for warning in plan_warnings(made):
-        print(f"warning: {warning}", file=sys.stderr)
+    for warning in plan_warnings(made, warn_perplexity_ratio):
+        print(f"WARNING: {warning}", file=sys.stderr)
 
 
 def expectations(made: Plan) -> list[Expectation]:
     """What a plan file says that it is expected to serve; none if it does not say."""
-    return [
-        Expectation(str(item["domain"]), float(item["served_share"]), item["loss_change"])
-        for item in made.extra.get("expected", ())
-    ]
+    return [Expectation.from_json(item) for item in made.extra.get("expected", ())]
 
 
-def plan_warnings(made: Plan) -> list[str]:
+def plan_warnings(made: Plan, warn_ratio: float = WARN_PERPLEXITY_RATIO) -> list[str]:
     """What a user must know before serving from this plan."""
-    bad = sorted(
-        (one for one in expectations(made) if one.is_bad), key=lambda one: one.loss_change or 0.0, reverse=True
-    )
-    if not bad:
-        return []
-    worst = bad[0]
-    assert worst.loss_change is not None
-    return [
-        f"masked to this plan, {len(bad)} of {len(expectations(made))} domains are expected to lose more than "
-        f"{BAD_LOSS_CHANGE} nats a token, {worst.domain} the most ({worst.loss_change:+.2f}, perplexity × "
-        f"{math.exp(worst.loss_change):.2f}): keep more experts, or serve a whole store with experts paged in, "
-        "which is exact"
-    ]
+    expected = expectations(made)
+    if expected and all(one.loss_change is None for one in expected):
+        return ["what this plan costs is unknown: calibrate with --price to measure it"]
+    warning = cost_warning(expected, warn_ratio, "this plan")
+    return [] if warning is None else [warning]
 
 
 def _draw(path: Path, statistics: ExpertStatistics, made: Plan, request: PlanRequest) -> None:
@@ -132,4 +124,12 @@ def _text(out: Path, statistics: ExpertStatistics, made: Plan) -> str:
         f"{out}: {len(made.deep_experts)} of {made.num_experts} deep experts of {made.num_layers} layers{size}, "
         f"chosen by {made.extra['criterion']}, alignment {made.alignment['kind']}"
     )
-    return "\n".join([head, *(f"  {one.describe()}" for one in expectations(made))])
+    return "\n".join([head, *(f"  {one.describe()}" for one in expectations(made)), *_fit_line(made)])
+
+
+def _fit_line(made: Plan) -> list[str]:
+    """How far the expected losses can be trusted."""
+    fit = Price.from_json(made.alignment["price"]).fit if "price" in made.alignment else None
+    if fit is None:
+        return []
+    return [f"  expected losses predict unseen text with R² {fit.r_squared:.3f}, mean error {fit.mean_error:.3f} nats"]

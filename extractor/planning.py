@@ -31,6 +31,7 @@ from extractor.criteria import DEFAULT_CRITERION, normalised, ranking, score
 from extractor.errors import SelectionError
 from extractor.plan import Plan, PlannedExpert
 from extractor.planning_expectation import Expectation, expect
+from extractor.price import Price
 from extractor.statistics import ExpertStatistics
 
 Float = npt.NDArray[np.float64]
@@ -86,11 +87,11 @@ def make_plan(statistics: ExpertStatistics, request: PlanRequest) -> Plan:
     check_columns(columns, statistics.num_layers, statistics.num_experts)
     value = column_mass(columns, together) / statistics.num_layers
     order = np.argsort(-value, kind="stable")
-    expectations = expect(statistics, columns, names)
+    expectations = expect(statistics, allowed_by(columns, statistics.num_experts), names)
     return Plan(
         num_layers=statistics.num_layers,
         num_experts=statistics.num_experts,
-        alignment={"kind": request.alignment},
+        alignment=_alignment(statistics, request, names, expectations),
         deep_experts=tuple(
             PlannedExpert(tuple(int(expert) for expert in columns[at]), round(float(value[at]), 6)) for at in order
         ),
@@ -253,6 +254,22 @@ def _check(statistics: ExpertStatistics, request: PlanRequest) -> None:
         )
 
 
+def allowed_by(columns: Columns, num_experts: int) -> npt.NDArray[np.bool_]:
+    """The experts that deep experts [C, L] consist of, bool [L, E]."""
+    allowed = np.zeros((columns.shape[1], num_experts), dtype=np.bool_)
+    allowed[np.arange(columns.shape[1])[None, :], columns] = True
+    return allowed
+
+
+def _alignment(
+    statistics: ExpertStatistics, request: PlanRequest, domains: Sequence[str], expectations: Sequence[Expectation]
+) -> dict[str, Any]:
+    """The kind, and what a store keeps of its plan so that its server knows what it costs to do without the others."""
+    price = Price.of([point for point in statistics.price if point.domain in domains])
+    kept = {"num_planned": request.count, "expected": [one.to_json() for one in expectations]}
+    return {"kind": request.alignment} | kept | ({} if price is None else {"price": price.to_json()})
+
+
 def _description(
     statistics: ExpertStatistics, request: PlanRequest, expectations: Sequence[Expectation]
 ) -> dict[str, Any]:
@@ -260,12 +277,5 @@ def _description(
         "fingerprint": statistics.fingerprint,
         "criterion": request.criterion,
         "quotas": dict(request.quotas),
-        "expected": [
-            {
-                "domain": one.domain,
-                "served_share": round(one.served_share, 6),
-                "loss_change": None if one.loss_change is None else round(one.loss_change, 6),
-            }
-            for one in expectations
-        ],
+        "expected": [one.to_json() for one in expectations],
     }

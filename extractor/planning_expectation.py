@@ -1,7 +1,7 @@
 """What a choice of experts is expected to serve, and to cost, in each domain of the statistics.
 
 The served share is measured on the calibration text; the cost follows from the price curves, where calibration measured
-masks. An expected cost above `BAD_LOSS_CHANGE` must be said loudly: there, paging serves better than masking.
+masks. A cost above what the user bears must be said loudly: there, paging serves better than masking.
 """
 
 from __future__ import annotations
@@ -9,18 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from extractor.alignment import Columns, served_share
-from extractor.statistics import ExpertStatistics
-from extractor.statistics_price import price_curve
+import numpy as np
+import numpy.typing as npt
 
-BAD_LOSS_CHANGE = 0.1
-"""Expected nats a token from which a plan is called costly (perplexity × 1.105)."""
+from extractor.price import WARN_PERPLEXITY_RATIO, Price
+from extractor.statistics import ExpertStatistics, StatisticsError
+
+ADVICE = "keep more experts, or serve a whole store with experts paged in, which is exact"
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a plan should serve of one domain.
+    """What a choice of experts should serve of one domain.
 
     Attributes:
         domain: name.
@@ -33,23 +35,62 @@ class Expectation:
     loss_change: float | None
 
     @property
-    def is_bad(self) -> bool:
-        """Whether serving this domain from the plan is expected to cost a lot."""
-        return self.loss_change is not None and self.loss_change > BAD_LOSS_CHANGE
+    def ratio(self) -> float | None:
+        """Expected perplexity ÷ unmasked perplexity."""
+        return None if self.loss_change is None else math.exp(self.loss_change)
 
     def describe(self) -> str:
         """One line of text."""
         text = f"{self.domain}: {self.served_share:.1%} of router mass served"
         if self.loss_change is None:
             return text + ", cost unknown (calibrate with --price)"
-        return text + f", expected loss {self.loss_change:+.3f} (perplexity × {math.exp(self.loss_change):.3f})"
+        return text + f", expected loss {self.loss_change:+.3f} (perplexity × {self.ratio:.3f})"
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON-ready data, rounded."""
+        loss = None if self.loss_change is None else round(self.loss_change, 6)
+        return {"domain": self.domain, "served_share": round(self.served_share, 6), "loss_change": loss}
+
+    @classmethod
+    def from_json(cls, item: Any) -> Expectation:
+        """What `to_json` gave. Raises `StatisticsError` for anything else."""
+        try:
+            loss = item["loss_change"]
+            return cls(str(item["domain"]), float(item["served_share"]), None if loss is None else float(loss))
+        except (KeyError, TypeError, ValueError) as error:
+            raise StatisticsError(f"the expectation {item!r} is damaged ({error!r}): plan again") from error
 
 
-def expect(statistics: ExpertStatistics, columns: Columns, domains: Sequence[str]) -> list[Expectation]:
-    """What columns [C, L] are expected to serve of each domain."""
+def expect(
+    statistics: ExpertStatistics, allowed: npt.NDArray[np.bool_], domains: Sequence[str] | None = None
+) -> list[Expectation]:
+    """What the experts `allowed` [L, E] are expected to serve of each domain (all by default)."""
+    price = Price.of(statistics.price)
     expectations = []
-    for name in domains:
-        share = served_share(columns, statistics.demand_shares(name))
-        curve = price_curve(statistics.price, name) or price_curve(statistics.price)
-        expectations.append(Expectation(name, share, None if curve is None else curve(1.0 - share)))
+    for name in domains or statistics.domains:
+        shares = statistics.demand_shares(name)
+        share = float(shares[allowed].sum()) / max(float(shares.sum()), np.finfo(np.float64).tiny)
+        loss = None if price is None else price.expected_loss(1.0 - share, name).nats
+        expectations.append(Expectation(name, share, loss))
     return expectations
+
+
+def costly(expectations: Sequence[Expectation], warn_ratio: float = WARN_PERPLEXITY_RATIO) -> list[Expectation]:
+    """Those whose perplexity is expected to grow by more than `warn_ratio` times, the dearest first."""
+    found = [one for one in expectations if one.ratio is not None and one.ratio > warn_ratio]
+    return sorted(found, key=lambda one: one.ratio or 0.0, reverse=True)
+
+
+def cost_warning(expectations: Sequence[Expectation], warn_ratio: float, masked_to: str) -> str | None:
+    """What a user must know before serving masked to what `masked_to` names; None where nothing is bad."""
+    bad = costly(expectations, warn_ratio)
+    if not bad:
+        return None
+    worst = bad[0]
+    assert worst.loss_change is not None
+    assert worst.ratio is not None
+    return (
+        f"masked to {masked_to}, {len(bad)} of {len(expectations)} domains are expected to lose more than perplexity × "
+        f"{warn_ratio:g}, {worst.domain} the most ({worst.loss_change:+.2f} nats a token, perplexity × "
+        f"{worst.ratio:.2f}): {ADVICE}"
+    )

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_store.manifest import MANIFEST_NAME, Manifest, read_manifest
+from expert_store.manifest import MANIFEST_NAME, Alignment, Manifest, read_manifest
 from extractor.checkpoint import Checkpoint
 from extractor.errors import TargetError
 from extractor.extract import Extraction
@@ -115,7 +115,8 @@ def _grown(existing: Manifest, selection: Selection, target: Path) -> Selection:
             f"{target} holds {len(held)} deep experts, of which {len(missing)} are not in what was asked for; a store "
             "only grows: ask for a selection that includes them, or name another directory"
         )
-    return Selection((*held, *added), selection.alignment)
+    kept = existing.alignment.statistics | selection.alignment.statistics
+    return Selection((*held, *added), Alignment(selection.alignment.kind, kept))
 
 
 def _outputs(layout: ExpertsLayout, selection: Selection) -> tuple[OutputFile, ...]:

@@ -49,6 +49,9 @@ class PricePoint:
     Attributes:
         domain: name; deficit: missing share of the router mass; loss_change: nats a token above the unmasked loss.
         num_tokens: measured on; kept_share: of the experts.
+        part: of the domain's text that it was measured on (every second sequence), so that one part can be predicted
+            from the other; 0 in files of before that.
+        per_layer: deficit of each layer; empty in files of before that.
     """
 
     domain: str
@@ -56,6 +59,8 @@ class PricePoint:
     loss_change: float
     num_tokens: int
     kept_share: float
+    part: int = 0
+    per_layer: tuple[float, ...] = ()
 
 
 @dataclass

@@ -111,10 +111,23 @@ def _statistics(header: dict[str, Any], arrays: Arrays) -> ExpertStatistics:
     if "weight_flatness" in arrays:
         shape = (loaded.num_layers, loaded.num_experts)
         loaded.weight_flatness = _array(arrays, "weight_flatness", shape).astype(np.float64)
-    loaded.price = [PricePoint(**point) for point in header["price"]]
+    loaded.price = [_price_point(point) for point in header["price"]]
     if loaded.tokens.arrays["experts"].size and int(loaded.tokens.arrays["experts"].max()) > loaded.num_experts:
         raise StatisticsError(f"a token names an expert above {loaded.num_experts}")
     return loaded
+
+
+def _price_point(item: dict[str, Any]) -> PricePoint:
+    """`part` and `per_layer` came later than the rest: files of before read as they were."""
+    return PricePoint(
+        domain=str(item["domain"]),
+        deficit=float(item["deficit"]),
+        loss_change=float(item["loss_change"]),
+        num_tokens=int(item["num_tokens"]),
+        kept_share=float(item["kept_share"]),
+        part=int(item.get("part", 0)),
+        per_layer=tuple(float(value) for value in item.get("per_layer", ())),
+    )
 
 
 def _fill(sample: KeyedSample, name: str, arrays: Arrays, num_domains: int) -> None:

@@ -146,30 +146,48 @@ def best_experts(
 def measure_price(
     model: SelectiveModel, statistics: ExpertStatistics, domain: Domain, options: CalibrateOptions
 ) -> list[PricePoint]:
-    """What masks of several sizes cost on a domain's first sequences, each mask the domain's own best experts."""
+    """What masks of several sizes cost on a domain's first sequences, each mask the domain's own best experts.
+
+    The sequences are two parts, taken in turns, so that the curves of one can be tried on the other.
+    """
     chosen = domain_sequences(model, domain, options)[: max(1, options.price_tokens // options.context)]
-    plain = _mean_loss(model, chosen, None)[0]
+    parts = [part for part in (chosen[::2], chosen[1::2]) if part]
+    plain = [_mean_loss(model, part, None).loss for part in parts]
     points = []
     for share in PRICE_SHARES:
         for criterion in PRICE_CRITERIA:
             mask = best_experts(statistics, domain.name, max(1, round(share * statistics.num_experts)), criterion)
-            loss, deficit, num_tokens = _mean_loss(model, chosen, mask & model.routing.mask)
-            points.append(PricePoint(domain.name, deficit, loss - plain, num_tokens, share))
+            for number, part in enumerate(parts):
+                one = _mean_loss(model, part, mask & model.routing.mask)
+                change = one.loss - plain[number]
+                points.append(
+                    PricePoint(domain.name, one.deficit, change, one.num_tokens, share, number, one.per_layer)
+                )
     return points
 
 
-def _mean_loss(
-    model: SelectiveModel, chosen: Sequence[Sequence[int]], mask: ExpertMask | None
-) -> tuple[float, float, int]:
-    """Loss, deficit, and the number of tokens that the loss is the mean of."""
-    total, num_tokens, demanded, missed = 0.0, 0, 0.0, 0.0
+@dataclass(frozen=True)
+class _Measured:
+    """Loss in nats a token, the missing share of the router mass, and the tokens that the loss is the mean of."""
+
+    loss: float
+    deficit: float
+    per_layer: tuple[float, ...]
+    num_tokens: int
+
+
+def _mean_loss(model: SelectiveModel, chosen: Sequence[Sequence[int]], mask: ExpertMask | None) -> _Measured:
+    total, num_tokens = 0.0, 0
+    demanded, missed = np.zeros(model.num_layers), np.zeros(model.num_layers)
     for batch in batches(model, chosen):
         output = run_batch(model, batch, mask)
         values = losses(output.logits, batch)
         total, num_tokens = total + float(values.sum()), num_tokens + values.size
-        demanded += float(output.share.demanded.sum())
-        missed += float(output.share.missed.sum())
-    return total / num_tokens, missed / demanded if demanded else 0.0, num_tokens
+        demanded += output.share.demanded.sum(axis=0)
+        missed += output.share.missed.sum(axis=0)
+    per_layer = np.divide(missed, demanded, out=np.zeros_like(missed), where=demanded > 0)
+    deficit = float(missed.sum()) / max(float(demanded.sum()), np.finfo(np.float64).tiny)
+    return _Measured(total / num_tokens, deficit, tuple(round(float(one), 6) for one in per_layer), num_tokens)
 
 
 class _Checkpoint:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from extractor.plan import read_plan
+from extractor.price import Price
 from extractor.statistics import ExpertStatistics, StatisticsError
 from extractor.statistics_file import read_statistics
-from extractor.statistics_price import price_curve
 from router.mask import ExpertMask
 from server.calibrate import CalibrateOptions
 from server.calibrate_texts import Domain
@@ -140,9 +140,9 @@ def evaluate_all(model: SelectiveModel, whole: SelectiveModel | None, asked: Eva
         report.texts[name] = evaluate_text(model, tokens, mask)
         if whole is not None:
             report.reference[name] = evaluate_text(whole, tokens)
-        curve = None if statistics is None else price_curve(statistics.price, name) or price_curve(statistics.price)
-        if curve is not None:
-            report.expected[name] = curve(report.texts[name].deficit)
+        price = None if statistics is None else Price.of(statistics.price)
+        if price is not None:
+            report.expected[name] = price.expected_loss(report.texts[name].deficit, name).nats
     _ask(report, model, asked, mask, say)
     if statistics is not None:
         report.entropy = [float(value) for value in configuration_entropy(statistics.total("picks"))]

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from extractor.alignment import Columns
 from extractor.criteria import ranking, score
 from extractor.planning import best_columns
+from extractor.price import Price, determination
 from extractor.statistics import ExpertStatistics
-from extractor.statistics_price import determination, price_curve
 from router.mask import ExpertMask
 from server.evaluate import TextResult, evaluate_text, geometric_mean
 from server.model.assembly import SelectiveModel
@@ -118,12 +118,13 @@ def check_price(
 ) -> PriceCheck:
     """Compare the loss that calibration expects for each measured deficit with the loss that was measured."""
     points: list[dict[str, Any]] = []
+    price = Price.of(statistics.price)
+    if price is None:
+        return PriceCheck(float("nan"), points)
     for sweep in sweeps:
         for domain, result in sweep.results.items():
-            curve = price_curve(statistics.price, domain) or price_curve(statistics.price)
-            if curve is None:
-                continue
-            actual, expected = result.loss - unmasked[domain].loss, curve(result.deficit)
+            actual = result.loss - unmasked[domain].loss
+            expected = price.expected_loss(result.deficit, domain).nats
             points.append(
                 {
                     "domain": domain,

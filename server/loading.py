@@ -5,6 +5,7 @@ Importing torch and transformers takes seconds, so it happens inside `load`, whi
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from router.mask import ExpertMask
     from server.engine.engine import Engine
     from server.model.runner import Runner
+    from server.pricing import KnownPrice
 
+logger = logging.getLogger(__name__)
 DEFAULT_CONTEXT_TOKENS = 8192
 POLL_SECONDS = 0.05
 
@@ -62,6 +65,7 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
         mask = _mask(settings, store)
         device = resolve_device(settings.model.device)
         dtype = resolve_dtype(settings.model.dtype, store)
+        known = _known_price(settings, store, mask)
     except BaseException:
         store.close()
         raise
@@ -111,10 +115,10 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
         raise failure[0]
     if status.state != "ready":
         raise RuntimeError(f"the engine ended while it loaded: {status.reason}")
-    return _describe(engine, store)
+    return _describe(engine, store, known)
 
 
-def _describe(engine: Engine, store: Store) -> LoadedModel:
+def _describe(engine: Engine, store: Store, known: KnownPrice) -> LoadedModel:
     runner = engine.runner
     model, spec = runner.model, store.manifest.model
     return LoadedModel(
@@ -130,6 +134,7 @@ def _describe(engine: Engine, store: Store) -> LoadedModel:
         tokenizer=model.tokenizer,
         engine=engine,
         experts=lambda: _snapshot(engine, store),
+        price=known.price,
     )
 
 
@@ -177,6 +182,18 @@ def _mask(settings: Settings, store: Store) -> ExpertMask | None:
     spec = store.manifest.model
     wanted = ExpertMask.same_in_every_layer(parse_experts(settings.model.experts), spec.num_layers, spec.num_experts)
     return ExpertMask.of(store.available) & wanted
+
+
+def _known_price(settings: Settings, store: Store, mask: ExpertMask | None) -> KnownPrice:
+    """What is known of the mask's price; warns where it is high, or unknown."""
+    from router.mask import ExpertMask
+    from server.pricing import known_price, load_statistics, price_warnings
+
+    served = ExpertMask.of(store.available) if mask is None else mask
+    known = known_price(store.manifest, served, load_statistics(settings.model.statistics, store.manifest))
+    for warning in price_warnings(known, served, settings.model.warn_perplexity_ratio):
+        logger.warning("%s", warning)
+    return known
 
 
 def _span_bytes(store: Store) -> NDArray[np.int64]:

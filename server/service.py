@@ -11,12 +11,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from server.engine.request import EngineStatus, EngineStoppedError, GenerationRequest, OnEvent
+
+if TYPE_CHECKING:
+    from extractor.price import Price
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +101,8 @@ class LoadedModel:
     tokenizer: Any
     engine: EngineLike
     experts: Callable[[], ExpertsSnapshot]
+    price: Price | None = None
+    """What a deficit is expected to cost: `price.expected_loss(deficit)`. None where nothing was calibrated."""
 
 
 Loader = Callable[[Progress], LoadedModel]

@@ -45,6 +45,13 @@ class ModelSettings(Section):
         None, description="memory for experts on the host behind the slots, for instance 32GiB or 100%"
     )
 
+    statistics: Path | None = Field(
+        None, description="statistics file of `deepfew calibrate`, for what masks are expected to cost"
+    )
+    warn_perplexity_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
+        1.1, description="warn at start where the mask is expected to raise perplexity by more than this factor"
+    )
+
     @model_validator(mode="after")
     def _one_way_to_say_slots(self) -> ModelSettings:
         if self.slots is not None and self.slots_memory is not None:

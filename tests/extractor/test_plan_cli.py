@@ -36,10 +36,10 @@ def test_a_plan_that_will_be_bad_is_said_to_be(tmp_path: Path) -> None:
     write_statistics(stats, make_statistics())
     result = run("--stats", stats, "--count", "1", "--out", out)
     assert result.exit_code == 0
-    assert "warning: masked to this plan, 2 of 2 domains are expected to lose more than 0.1 nats" in result.stderr
+    assert "WARNING: masked to this plan, 2 of 2 domains are expected to lose more than perplexity" in result.stderr
     assert "code the most" in result.stderr
     good = run("--stats", stats, "--count", "8", "--out", out)
-    assert "warning" not in good.stderr
+    assert "WARNING" not in good.stderr
 
 
 def test_statistics_are_added_up_and_usage_and_quotas_taken(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ import pytest
 
 from extractor.errors import SelectionError
 from extractor.plan import parse_plan, plan_document
-from extractor.planning import ALIGNMENTS, PlanRequest, best_columns, choose_per_layer, count_for, make_plan
+from extractor.planning import ALIGNMENTS, PlanRequest, allowed_by, best_columns, choose_per_layer, count_for, make_plan
 from extractor.planning_expectation import expect
 from tests.extractor.selection_statistics import NUM_EXPERTS, NUM_LAYERS, expert_of, make_statistics
 
@@ -39,7 +39,8 @@ def test_deep_experts_follow_the_kind_of_text() -> None:
     statistics = make_statistics()
     columns = columns_of(make_plan(statistics, PlanRequest(count=NUM_EXPERTS)))
     for domain in ("code", "chat"):
-        (expectation,) = expect(statistics, best_columns(columns, statistics.demand_shares(domain), 4), [domain])
+        best = best_columns(columns, statistics.demand_shares(domain), 4)
+        (expectation,) = expect(statistics, allowed_by(best, NUM_EXPERTS), [domain])
         assert expectation.served_share > 0.9
 
 

@@ -6,7 +6,6 @@ from safetensors.numpy import save_file
 
 from extractor.statistics import TOTALS, ExpertStatistics, StatisticsError, merge_all
 from extractor.statistics_file import read_statistics, write_statistics
-from extractor.statistics_price import determination, price_curve
 from extractor.statistics_sample import KeyedSample, item_keys
 from tests.extractor.selection_statistics import make_statistics
 
@@ -105,23 +104,3 @@ def test_a_file_that_is_no_statistics_is_refused_with_its_name(tmp_path: Path, d
 def test_an_unknown_domain_is_named_with_those_that_exist() -> None:
     with pytest.raises(StatisticsError, match="'poems' is not in the statistics, which have: code, chat"):
         make_statistics().total("picks", ["poems"])
-
-
-def test_a_price_curve_starts_at_nothing_never_falls_and_differs_by_domain() -> None:
-    points = make_statistics().price
-    code, chat = price_curve(points, "code"), price_curve(points, "chat")
-    assert code is not None
-    assert chat is not None
-    assert code(0.0) == 0.0
-    assert code(0.1) == pytest.approx(0.01)
-    assert code(0.4) == pytest.approx(0.2)
-    assert chat(0.4) == pytest.approx(0.02)
-    rising = [code(deficit) for deficit in np.linspace(0, 1, 50)]
-    assert rising == sorted(rising)
-    assert code(0.8) == pytest.approx(0.2 * 8)
-    assert price_curve(points, "poems") is None
-
-
-def test_determination_is_one_for_perfect_and_zero_for_the_mean() -> None:
-    assert determination([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == 1.0
-    assert determination([1.0, 2.0, 3.0], [2.0, 2.0, 2.0]) == 0.0
