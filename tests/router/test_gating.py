@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from router.gating import Picks, UnsupportedGatingError, find_gating_rule
+from router.gating import RULES, Picks, UnsupportedGatingError, find_gating_rule
 from tests.families.checkpoints import FAMILIES, NUM_EXPERTS, is_installed, moe_blocks, random_model
 from tests.families.pruning import pruned_router
 
@@ -40,9 +40,9 @@ class Call:
     def picks(self) -> Picks:
         return Picks.of(self.output)
 
-    def masked(self, model_type: str, mask: Tensor) -> Picks:
+    def masked(self, model_type: str, mask: Tensor, temperature: Tensor | None = None) -> Picks:
         rule = find_gating_rule(model_type, self.router)
-        return Picks.of(rule.masked(self.router, self.args, self.kwargs, self.output, mask))
+        return Picks.of(rule.masked(self.router, self.args, self.kwargs, self.output, mask, temperature))
 
     def pruned(self, keep: Sequence[int]) -> Picks:
         """What transformers' forward gives on the pruned router, with expert ids of the unpruned one."""
@@ -251,6 +251,84 @@ def test_half_precision_router_keeps_dtypes_and_available_experts(model_type: st
         assert (picks.weights.dtype, picks.index.dtype) == (stock.weights.dtype, stock.index.dtype)
         assert set(picks.index.flatten().tolist()) <= {*FEW, NUM_EXPERTS}
         assert bool(torch.isfinite(picks.weights).all())
+
+
+def cooled(router: nn.Module, temperature: float) -> nn.Module:
+    """A copy of a router whose logits are divided by a power of two, exactly: its gate's weights and bias are."""
+    copy = pruned_router(router, range(NUM_EXPERTS))
+    gates = [name for name, value in copy.named_parameters() if value.ndim == 2 and value.shape[0] == NUM_EXPERTS]
+    assert gates, f"{type(router).__name__} has no gate: {[name for name, _ in copy.named_parameters()]}"
+    for gate in gates:
+        for name, value in copy.named_parameters():
+            if name in (gate, gate.replace("weight", "bias")):
+                value.data /= temperature
+    return copy
+
+
+@pytest.mark.parametrize("temperature", [2.0, 0.25])
+@pytest.mark.parametrize("model_type", INSTALLED)
+def test_temperature_equals_a_router_whose_gate_is_divided(model_type: str, temperature: float) -> None:
+    for call in calls(model_type):
+        if not find_gating_rule(model_type, call.router).takes_temperature:
+            pytest.skip("refused by name")
+        num_tokens = len(call.picks.index)
+        tempered = call.masked(model_type, mask_of(call, range(NUM_EXPERTS)), torch.full((num_tokens,), temperature))
+        reference = Picks.of(cooled(call.router, temperature)(*call.args, **call.kwargs))
+        torch.testing.assert_close(dense(tempered), dense(reference), atol=2e-6, rtol=2e-5)
+        assert chosen(tempered) == chosen(reference)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "olmoe", "minimax_m2", "laguna", "flint"])
+def test_temperature_agrees_with_float64(model_type: str) -> None:
+    """Softmax and sigmoid families without groups, masked as well, at a temperature that rounds."""
+    temperature = 1.7
+    for call in calls(model_type):
+        router: Any = call.router
+        bias = getattr(router, "e_score_correction_bias", None)
+        if bias is None and len(call.args) + len(call.kwargs) > 1:
+            bias = next(v for v in (*call.args, *call.kwargs.values()) if v.shape == (NUM_EXPERTS,))
+        sigmoid = model_type in ("minimax_m2", "laguna", "flint")
+        renormalised = getattr(router, "norm_topk_prob", True)
+        for keep in (list(range(NUM_EXPERTS)), PLENTY):
+            picks = call.masked(model_type, mask_of(call, keep), torch.full((len(call.picks.index),), temperature))
+            expected = torch.zeros(len(picks.index), NUM_EXPERTS + 1, dtype=torch.float64)
+            for row, logits in zip(expected, call.picks.logits.double(), strict=True):
+                kept = logits[keep] / temperature
+                scores = torch.sigmoid(kept) if sigmoid else torch.softmax(kept, dim=0)
+                choice = scores if bias is None else scores + bias.double()[keep]
+                best = choice.topk(picks.index.shape[1]).indices
+                weights = scores[best] / scores[best].sum() if renormalised else scores[best]
+                row[torch.tensor(keep)[best]] = weights
+            torch.testing.assert_close(dense(picks).double(), expected, atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("model_type", INSTALLED)
+def test_each_token_has_its_own_temperature_and_1_changes_nothing(model_type: str) -> None:
+    for call in calls(model_type):
+        if not find_gating_rule(model_type, call.router).takes_temperature:
+            continue
+        everything = mask_of(call, range(NUM_EXPERTS))
+        values = torch.tensor([1.0, 3.0, 0.6]).repeat(len(everything))[: len(everything)]
+        together = call.masked(model_type, everything, values)
+        for value in (1.0, 3.0, 0.6):
+            at = values == value
+            alone = call.masked(model_type, everything, torch.full((len(everything),), value))
+            assert torch.equal(together.index[at], alone.index[at])
+            assert torch.equal(together.weights[at], alone.weights[at])
+        stock = values == 1.0
+        assert torch.equal(together.index[stock], call.picks.index[stock])
+        assert torch.equal(together.weights[stock], call.picks.weights[stock])
+        masked, plain = (
+            call.masked(model_type, mask_of(call, FEW), torch.ones(len(everything))),
+            call.masked(model_type, mask_of(call, FEW)),
+        )
+        assert torch.equal(masked.index, plain.index)
+        assert torch.equal(masked.weights, plain.weights)
+
+
+def test_routers_that_are_no_plain_scored_top_k_take_no_temperature() -> None:
+    refused = [name for name, rule in RULES.items() if not rule.takes_temperature]
+    assert sorted(refused) == ["inkling", "phimoe", "zaya"]
 
 
 class NextMonthsRouter(Qwen3MoeTopKRouter):

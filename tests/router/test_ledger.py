@@ -31,6 +31,29 @@ def test_served_and_demanded_are_counted_apart_and_the_sentinel_nowhere() -> Non
     assert ledger.num_tokens == 1
 
 
+def test_tokens_that_did_without_their_most_wanted_expert_are_counted_by_layer_and_once_over_all() -> None:
+    ledger = UsageLedger(2, NUM_EXPERTS, "f")
+    ledger.add(masked_record())
+    assert ledger.top1_missing.tolist() == [0, 0], "what was missed was the second choice"
+    weight = np.full((2, 3, 1), 1.0, dtype=np.float32)
+    served, wanted = np.array([[[0], [1], [2]], [[0], [1], [2]]]), np.array([[[0], [3], [3]], [[0], [3], [2]]])
+    ledger.add(StepRecord(served, weight, wanted, weight, np.array([2.0, 1.0])))
+    assert ledger.top1_missing.tolist() == [2, 1]
+    assert ledger.top1_missing_tokens == 2
+    assert ledger.num_tokens == 4
+
+
+def test_a_file_of_version_1_is_read_and_has_counted_no_missing_top1(tmp_path: Path) -> None:
+    ledger = UsageLedger(2, NUM_EXPERTS, "f")
+    ledger.add(masked_record())
+    data = ledger.to_json() | {"version": 1}
+    del data["top1_missing"], data["top1_missing_tokens"]
+    (tmp_path / "usage.json").write_text(json.dumps(data))
+    read = UsageLedger.load(tmp_path / "usage.json")
+    assert read.to_json() == ledger.to_json()
+    assert read.to_json()["version"] == 2
+
+
 def test_without_a_mask_demand_is_what_was_served() -> None:
     ledger = UsageLedger(1, NUM_EXPERTS, "f")
     ledger.add(StepRecord(np.array([[[3, 0], [3, 1]]]), np.full((1, 2, 2), 0.5, dtype=np.float32)))
