@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from server.api.app import create_app
 from server.api.listener import Listener, PortTakenError, bind_socket
-from server.cli import UsageError, package_version
+from server.cli import UsageError, is_domain_error, package_version
 from server.cli_config import section_names
 from server.cli_port import holder_of
 from server.cli_settings import add_settings_flags, settings_from
@@ -44,10 +44,11 @@ def serve(resolved: Resolved, *, on_listening: OnListening | None = None) -> int
             what ends the server as a signal does. Must not block.
 
     Returns:
-        0 after a signal.
+        0 after a signal; 2 when the model could not be loaded and the log says what to put right.
 
     Raises:
-        UsageError: the address is taken. SettingsError, StoreError and others: what made loading fail.
+        UsageError: the address is taken. SettingsError, ManifestError: what can be told before listening. Whatever else
+        made loading fail and is no error of ours.
     """
     settings = resolved.settings
     configure_logging(settings.log.log_format, settings.log.log_level)
@@ -74,7 +75,10 @@ def serve(resolved: Resolved, *, on_listening: OnListening | None = None) -> int
         on_listening(service, url, server.stop)
     server.run(sockets=[listener])
     if service.error is not None:
-        raise service.error
+        if not is_domain_error(service.error):
+            raise service.error
+        logger.error(str(service.error))
+        return 2
     logger.info("stopped")
     if service.loaded is None:
         # The loading thread is deep inside a library; an interpreter that unloads under it may crash.

@@ -197,6 +197,10 @@ class Engine:
     def _run(self) -> None:
         try:
             batch = self._load()
+        except BaseException as error:  # said once, by whoever waits for the loader that raised it
+            self._end("failed", f"{type(error).__name__}: {error}")
+            return
+        try:
             while self._wait_for_work(batch):
                 self.step(batch)
         except BaseException as error:  # the thread must leave no request without its final event

@@ -241,8 +241,20 @@ def test_sigterm_while_loading_exits_0(store: Path, tmp_path: Path) -> None:
         found.process.wait()
 
 
-def test_store_that_cannot_be_loaded_ends_the_server_with_one_message(store: Path, tmp_path: Path) -> None:
-    found = deepfew("serve", str(store), "--port", "0", "--experts", "60-63", "--log-level", "error")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--experts", "60-63"], "expert"),  # the mask, before the engine's thread begins
+        (["--slots-memory", "1KiB"], "at least"),  # the memory, on the engine's thread
+        (["--max-context-tokens", "1000000"], "max_context_tokens is 1000000"),
+    ],
+)
+def test_store_that_cannot_be_loaded_ends_the_server_with_one_message(
+    store: Path, flags: list[str], message: str
+) -> None:
+    found = deepfew("serve", str(store), "--port", "0", "--log-level", "error", *flags)
     assert found.returncode == 2
-    assert found.stderr.count("error: ") == 1
-    assert "Traceback" not in found.stderr
+    (record,) = [json.loads(line) for line in found.stderr.splitlines()]
+    assert record["level"] == "error"
+    assert message in record["message"]
+    assert "exception" not in record
