@@ -1,12 +1,24 @@
 """Churn with faults injected: nothing lost, nothing leaked, the same answers.
 
 Clients of every kind come and go at one server for `--minutes`: whole answers, streams, streams left in the middle,
-slow readers, bad bodies, bursts over the queue's bound, OpenAI requests of several answers; meanwhile a shard is
-corrupted and restored now and then. Counted, in words:
+answers not waited for, slow readers, half bodies, bad bodies, bursts over the queue's bound, OpenAI's dialect, several
+answers to a request. Meanwhile shards are altered, cut, removed and exchanged for a second each, the disk fills up, and
+in the first half of the time the server is ended (SIGTERM) and killed (-9) by turns and started again. The second half
+is one life of one process, in which leaks are looked for. Counted, in words:
 - *wrong*: a greedy answer of status 200 that differs from the one given before the churn.
-- *lost*: a request that got neither an answer nor a refusal nor an error event (a connection cut, a 500, no reply).
-- *leaked*: requests running or waiting, KV tokens in use, or connections, after the last client left; growth of the
-  resident memory and of open files from the end of the first tenth of the time to the end.
+- *lost*: a request that got neither an answer nor a refusal nor an error event, with nothing done to the server that
+  explains it: sent before SIGTERM and cut, failed for want of an expert while every shard was whole, or not answered
+  within two minutes while hundreds of others were. Waiting that long on a machine too busy to answer anybody is counted
+  apart. Events of a stream must be numbered without a gap, every response must carry the id of its request, and in the
+  last life the server must have finished what the clients read and no more than that and what they left.
+- *faults*: an exit status of SIGTERM other than 0, usage lost or counted twice by a restart, an unhealthy server, a
+  traceback in the log, a file left in the store.
+- *leaked*: requests running or waiting or KV tokens in use after the last client left; more open files or threads at
+  rest than in the beginning; growth of the server's own memory (anonymous pages, a line fitted through the last life
+  without its first fifth) above `--max-growth-mib`.
+The figures so far are written to `--result` every half minute, so that an interrupted run still has them.
+
+Filling the disk takes a file system of its own, which takes the right to mount one; without it the result says so.
 """
 
 from __future__ import annotations
@@ -16,229 +28,230 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import httpx
 
-from benchmarks.reporting import environment, finish
-from benchmarks.serve import CHECKPOINT, running
+from benchmarks.churn_clients import Clients
+from benchmarks.churn_server import ChurnServer, Disk, Sample, finished, growth, held_json, metrics_of, mount_small_disk
+from benchmarks.reporting import RESULTS, environment, finish
+from benchmarks.serving import CHECKPOINT
 
-PROMPTS = ("The capital of France is", "Once upon a time", "Water is", "The moon", "In the city of")
-ANSWERED = {200, 422, 400, 413, 415, 424, 429}
+DRAIN_SECONDS = 30
+SAVE_USAGE_SECONDS = 3
+SAMPLE_SECONDS = 5
+REPORT_SECONDS = 30
+MAX_MORE_OPEN_FILES = 8
+MAX_MORE_THREADS = 40  # what the web framework's pool may keep
 
 
 class Churn:
-    """Clients of one server and what they saw."""
+    """One run: the server, its disk, its clients, and what came of them."""
 
-    def __init__(self, client: httpx.AsyncClient, store: Path, seed: int) -> None:
-        self.client = client
-        self.store = store
-        self.random = random.Random(seed)
-        self.seen: Counter[str] = Counter()
-        self.reference: dict[str, str] = {}
-        self.wrong: list[str] = []
-        self.lost: list[str] = []
+    def __init__(self, store: Path, log: Path, arguments: argparse.Namespace, can_fill: bool) -> None:
+        limits = ["--slots", "16", "--max-queue-requests", "12", "--max-batch-size", "4"]
+        others = ["--dtype", "float32", "--log-level", "warning", "--log-format", "json", "--idle-seconds", "10"]
+        times = ["--drain-seconds", str(DRAIN_SECONDS), "--usage-save-seconds", str(SAVE_USAGE_SECONDS)]
+        serve = [sys.executable, "-m", "server.cli", "serve", str(store)]
+        self.server = ChurnServer([*serve, *limits, *others, *times], store / "usage.json", log)
+        self.disk = Disk(store, arguments.seed)
+        self.clients = Clients(self.server, self.disk, CHECKPOINT.name, arguments.seed)
+        self._arguments = arguments
+        self._can_fill = can_fill
+        self._random = random.Random(arguments.seed + 1)
+        self._seconds = arguments.minutes * 60
+        self._began = 0.0
+        self._at_rest: list[Sample] = []
+        self._left: dict[str, float] = {}
+        self._last_life = (0, 0)
 
-    async def learn(self) -> None:
-        """The right answers, one at a time."""
-        for prompt in PROMPTS:
-            self.reference[prompt] = (await self._post(prompt)).json()["generated_text"]
+    async def run(self) -> dict[str, Any]:
+        """Everything; returns the result."""
+        await self.server.start()
+        await self.clients.learn()
+        await self._rest()
+        self._began = time.monotonic()
+        until = self._began + self._seconds
+        background = [
+            asyncio.ensure_future(work) for work in (self.server.watch(SAMPLE_SECONDS), self._keep_reporting())
+        ]
+        work = [self.clients.run(until) for _ in range(self._arguments.clients)]
+        try:
+            await asyncio.gather(self._inject(until), *work)
+            await self.clients.learn()  # reads every expert again: a fault that stayed would show
+        finally:
+            for task in background:
+                task.cancel()
+        await self.clients.close()
+        await self._rest()
+        values = await self._metrics()
+        return self.result(is_finished=True, num_finished=finished(values))
 
-    async def run(self, until: float) -> None:
-        """One client after another until the time is over."""
-        kinds = (self.whole, self.stream, self.leave, self.slow, self.bad, self.several, self.burst)
-        while time.monotonic() < until:
-            kind = self.random.choices(kinds, weights=(6, 6, 6, 1, 3, 2, 1))[0]
-            try:
-                await kind()
-            except httpx.HTTPError as error:
-                self.lost.append(f"{kind.__name__}: {type(error).__name__} {error}")
+    async def _inject(self, until: float) -> None:
+        """Faults one after another: of the disk all the time, outages by turns in the first half."""
+        num_outages = max(2, min(6, int(self._arguments.minutes / 4)))
+        outages = [self._began + self._seconds / 2 * (number + 1) / num_outages for number in range(num_outages)]
+        kinds = ["terminate", "kill"] * num_outages
+        fill_at = self._began + self._seconds / 20
+        while time.monotonic() < until - 8:
+            await asyncio.sleep(self._random.uniform(2, 6))
+            if outages and time.monotonic() > outages[0]:
+                outages.pop(0)
+                await self.server.end(kinds.pop(0), DRAIN_SECONDS)
+                await asyncio.sleep(1)  # what had been received is counted
+                self._last_life = (self.clients.num_answered, self.clients.num_unseen)
+                await self.server.start()
+            elif self._can_fill and time.monotonic() > fill_at:
+                fill_at += max(self._seconds / 10, 40)
+                await self._fill()
+            else:
+                await self.disk.spoil_shard()
 
-    async def whole(self) -> None:
-        """A whole answer."""
-        prompt = self.random.choice(PROMPTS)
-        response = await self._post(prompt)
-        self._count("whole", response)
-        if response.status_code == 200:
-            self._compare(prompt, response.json()["generated_text"])
+    async def _fill(self) -> None:
+        """Fill the disk for longer than the interval of saving the usage, and see that it is saved again afterwards."""
+        await self.disk.fill(SAVE_USAGE_SECONDS * 2)
+        usage = self.disk.store / "usage.json"
+        freed = time.time()
+        for _ in range(600):
+            if usage.exists() and usage.stat().st_mtime > freed:
+                return
+            await asyncio.sleep(0.1)
+        self.server.faults.append("the usage was not saved within a minute after the disk had room again")
 
-    async def stream(self, pause: float = 0.0) -> None:
-        """A stream read to its end."""
-        prompt = self.random.choice(PROMPTS)
-        async with self.client.stream("POST", "/generate_stream", json=_body(prompt)) as response:
-            self._count("stream", response)
-            last = ""
-            async for line in response.aiter_lines():
-                await asyncio.sleep(pause)
-                last = line if line.startswith("data: ") else last
-        if response.status_code != 200:
-            return
-        event = json.loads(last.removeprefix("data: ") or "{}")
-        if event.get("generated_text") is not None:
-            self._compare(prompt, event["generated_text"])
-        elif "error" in event:
-            self.seen["error event"] += 1
-        else:
-            self.lost.append("a stream without an end")
+    async def _rest(self) -> None:
+        """Wait until nothing runs and idle connections are closed, and note what the process holds then."""
+        for _ in range(100):
+            values = await self._metrics()
+            names = ("deepfew_requests_running", "deepfew_requests_waiting", "deepfew_kv_used_tokens")
+            self._left = {name: values[name] for name in names if values[name]}
+            if not self._left:
+                break
+            await asyncio.sleep(0.2)
+        await asyncio.sleep(12)
+        self._at_rest.append(self.server.held())
 
-    async def slow(self) -> None:
-        """A stream read slowly."""
-        await self.stream(pause=0.05)
+    async def _metrics(self) -> dict[str, float]:
+        async with httpx.AsyncClient(base_url=self.server.url, timeout=60) as client:
+            return metrics_of((await client.get("/metrics")).text)
 
-    async def leave(self) -> None:
-        """A stream left after a few events, or before the first."""
-        body = _body(self.random.choice(PROMPTS), tokens=200)
-        async with self.client.stream("POST", "/generate_stream", json=body) as response:
-            self._count("leave", response)
-            num_lines = self.random.randrange(12)
-            async for _ in response.aiter_lines():
-                num_lines -= 1
-                if num_lines < 0:
-                    break
+    async def _keep_reporting(self) -> None:
+        while True:
+            await asyncio.sleep(REPORT_SECONDS)
+            _write(self._arguments.result, self.result())
 
-    async def bad(self) -> None:
-        """A body that is refused."""
-        body = self.random.choice(
-            (b"{", b'{"inputs":1}', b"[" * 5000, b'{"inputs":"a","parameters":{"best_of":9}}', b"")
-        )
-        response = await self.client.post("/generate", content=body, headers={"content-type": "application/json"})
-        self._count("bad", response)
+    def result(self, *, is_finished: bool = False, num_finished: float | None = None) -> dict[str, Any]:
+        """The figures so far."""
+        clients, server, life = self.clients, self.server, self.server.lives[-1]
+        records, num_tracebacks = server.records()
+        faults = list(server.faults)
+        faults += [f"{num_tracebacks} tracebacks in the log"] if num_tracebacks else []
+        memory = growth(life.samples)
+        leaked = [f"{name} {value:g}" for name, value in self._left.items()] if is_finished else []
+        answers: dict[str, Any] = {}
+        if num_finished is not None:
+            faults += [f"left in the store: {name}" for name in self.disk.strays()]
+            answered = clients.num_answered - self._last_life[0]
+            unseen, most = num_finished - answered, clients.num_unseen - self._last_life[1]
+            answers = {"finished": num_finished, "read": answered, "unseen": unseen, "at_most_unseen": most}
+            if not 0 <= unseen <= most:
+                faults.append(f"the server finished {num_finished:g}, clients read {answered} and left at most {most}")
+            leaked += self._more_at_rest()
+        if memory["growth_mib"] > self._arguments.max_growth_mib:
+            leaked.append(f"{memory['growth_mib']:.1f} MiB in {memory['minutes']:.1f} minutes")
+        busy = [one.idle_seconds for each in server.lives for one in each.samples if one.busy]
+        return {
+            **environment(),
+            "minutes": self._arguments.minutes,
+            "minutes_done": round((time.monotonic() - self._began) / 60, 1),
+            "is_finished": is_finished,
+            "requests": sum(clients.seen.values()),
+            "answers_read": clients.num_answered,
+            "seen": dict(sorted(clients.seen.items())),
+            "wrong": clients.wrong[:20],
+            "lost": clients.lost[:20],
+            "num_wrong": len(clients.wrong),
+            "num_lost": len(clients.lost),
+            "faults": faults[:20],
+            "leaked": leaked,
+            "injected": dict(sorted(self.disk.done.items())) | _kinds(server),
+            "not_injected": [] if self._can_fill else ["disk full: no right to mount a file system"],
+            "last_life": answers,
+            "memory_of_the_last_life": memory,
+            "memory_by_minute": _by_minute(life.samples),
+            "at_rest": [held_json(sample) for sample in self._at_rest],
+            "most_open_files": max((one.open_files for each in server.lives for one in each.samples), default=0),
+            "most_threads": max((one.threads for each in server.lives for one in each.samples), default=0),
+            "longest_seconds_without_progress_while_busy": max(busy, default=0.0),
+            "samples_not_answered": server.unanswered_samples,
+            "log": dict(records.most_common(20)),
+        }
 
-    async def several(self) -> None:
-        """Several prompts, two answers each."""
-        prompts = self.random.sample(PROMPTS, 2)
-        body = {"model": CHECKPOINT.name, "prompt": prompts, "n": 2, "max_tokens": 12, "temperature": 0}
-        response = await self.client.post("/v1/completions", json=body)
-        if (
-            response.status_code == 500 and "could not be read" in response.text
-        ):  # OpenAI's status for what is 424 elsewhere
-            self.seen["several 500 could not be read"] += 1
-            return
-        self._count("several", response)
-        if response.status_code == 200:
-            texts = [choice["text"] for choice in response.json()["choices"]]
-            for prompt, text in zip([prompt for prompt in prompts for _ in range(2)], texts, strict=True):
-                self._compare(prompt, text)
-
-    async def burst(self) -> None:
-        """More at once than the queue takes."""
-        await asyncio.gather(*(self.whole() for _ in range(30)))
-
-    async def corrupt(self, until: float) -> None:
-        """Corrupt a shard, restore it, and again."""
-        shards = sorted((self.store / "experts").iterdir())
-        while time.monotonic() < until - 5:
-            await asyncio.sleep(self.random.uniform(3, 8))
-            shard = self.random.choice(shards)
-            whole = shard.read_bytes()
-            middle = len(whole) // 2
-            _write(shard, middle, bytes(byte ^ 0xFF for byte in whole[middle:]))
-            await asyncio.sleep(self.random.uniform(0.5, 2))
-            _write(shard, middle, whole[middle:])
-            self.seen["shard corrupted and restored"] += 1
-
-    async def _post(self, prompt: str) -> httpx.Response:
-        return await self.client.post("/generate", json=_body(prompt))
-
-    def _count(self, kind: str, response: httpx.Response) -> None:
-        self.seen[f"{kind} {response.status_code}"] += 1
-        if response.status_code not in ANSWERED:
-            self.lost.append(f"{kind}: status {response.status_code}")
-
-    def _compare(self, prompt: str, text: str) -> None:
-        if text != self.reference[prompt]:
-            self.wrong.append(f"{prompt!r}: {text!r}, wanted {self.reference[prompt]!r}")
+    def _more_at_rest(self) -> list[str]:
+        first, last = self._at_rest[0], self._at_rest[-1]
+        found = []
+        if last.open_files > first.open_files + MAX_MORE_OPEN_FILES:
+            found.append(f"open files at rest: {first.open_files} at first, {last.open_files} at the end")
+        if last.threads > first.threads + MAX_MORE_THREADS:
+            found.append(f"threads at rest: {first.threads} at first, {last.threads} at the end")
+        return found
 
 
 def main() -> None:
-    """Run the churn and print what was seen."""
+    """Run the churn and print what was seen; status 1 when something was wrong, lost, faulty or leaked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--clients", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--save", action="store_true", help="write the result file")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-growth-mib", type=float, default=16, help="of the server's own memory in its last life")
+    parser.add_argument("--result", type=Path, default=None, help="file for the figures so far, written all the time")
+    parser.add_argument("--save", action="store_true", help="write the result file that the documentation cites")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        store = Path(folder) / "store"
-        extract = [sys.executable, "-m", "server.cli", "extract", str(CHECKPOINT), str(store)]
+    if arguments.result is None:
+        arguments.result = RESULTS / "churn.json" if arguments.save else Path(tempfile.gettempdir()) / "churn.json"
+    with tempfile.TemporaryDirectory(prefix="churn-") as folder:
+        made, store = Path(folder) / "made", Path(folder) / "store"
+        extract = [sys.executable, "-m", "server.cli", "extract", str(CHECKPOINT), str(made)]
         subprocess.run(extract, check=True, capture_output=True)
-        serve = [sys.executable, "-m", "server.cli", "serve", str(store), "--dtype", "float32", "--slots", "16"]
-        limits = ["--max-queue-requests", "12", "--max-batch-size", "4", "--log-level", "error"]
-        with running([*serve, *limits]) as url:
-            result = asyncio.run(churn(url, store, arguments.minutes * 60, arguments.clients, arguments.seed))
-    finish("churn", {**environment(), "minutes": arguments.minutes, **result}, save=arguments.save)
-    sys.exit(bool(result["wrong"] or result["lost"] or result["left_behind"]))
+        store.mkdir()
+        can_fill = mount_small_disk(store, sum(path.stat().st_size for path in made.rglob("*")))
+        try:
+            shutil.copytree(made, store, dirs_exist_ok=True)
+            run = Churn(store, Path(folder) / "log", arguments, can_fill)
+            try:
+                result = asyncio.run(run.run())
+            finally:
+                run.server.close()
+        finally:
+            if can_fill:
+                subprocess.run(["umount", "--lazy", str(store)], check=False)
+    finish("churn", result, save=arguments.save)
+    sys.exit(bool(result["wrong"] or result["lost"] or result["faults"] or result["leaked"]))
 
 
-async def churn(url: str, store: Path, seconds: float, clients: int, seed: int) -> dict[str, object]:
-    """All clients for `seconds`; what they saw and what was left behind."""
-    limits = httpx.Limits(max_connections=200, max_keepalive_connections=20)
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
-        found = Churn(client, store, seed)
-        await found.learn()
-        pid = _listener(url)
-        until = time.monotonic() + seconds
-        work = [asyncio.ensure_future(found.run(until)) for _ in range(clients)]
-        work.append(asyncio.ensure_future(found.corrupt(until)))
-        await asyncio.sleep(seconds / 10)
-        before = _held(pid)
-        await asyncio.gather(*work)
-        await found.learn()  # reads every expert again: a fault that stayed would show
-    left: dict[str, float] = {}
-    async with httpx.AsyncClient(base_url=url, timeout=30) as client:
-        for _ in range(50):
-            left = _values((await client.get("/metrics")).text)
-            if not any(left.values()):
-                break
-            await asyncio.sleep(0.2)
-    return {
-        "requests": sum(found.seen.values()),
-        "seen": dict(sorted(found.seen.items())),
-        "wrong": found.wrong[:20],
-        "lost": found.lost[:20],
-        "left_behind": {name: value for name, value in left.items() if value},
-        "after_a_tenth": before,
-        "at_the_end": _held(pid),
-    }
+def _kinds(server: ChurnServer) -> dict[str, int]:
+    kinds = [outage.kind for outage in server.outages]
+    return {f"server: {kind}, started again": kinds.count(kind) for kind in sorted(set(kinds))}
 
 
-def _body(prompt: str, tokens: int = 12) -> dict[str, object]:
-    return {"inputs": prompt, "parameters": {"max_new_tokens": tokens}}
+def _by_minute(samples: list[Sample]) -> list[list[float]]:
+    """(minute, MiB of the server's own memory) once a minute."""
+    step = 60 // SAMPLE_SECONDS
+    return [[round((one.at - samples[0].at) / 60, 1), round(one.anonymous / 2**20, 1)] for one in samples[::step]]
 
 
-def _values(text: str) -> dict[str, float]:
-    names = ("deepfew_requests_running", "deepfew_requests_waiting", "deepfew_kv_used_tokens")
-    lines = [line.split() for line in text.splitlines() if line.startswith(names)]
-    return {name: float(value) for name, value in lines}
-
-
-def _write(shard: Path, at: int, content: bytes) -> None:
-    with shard.open("r+b") as file:
-        file.seek(at)
-        file.write(content)
-
-
-def _listener(url: str) -> int:
-    from server.cli_port import holder_of
-
-    return int(holder_of(int(url.rpartition(":")[2])).split()[2])
-
-
-def _held(pid: int) -> dict[str, float]:
-    status = Path(f"/proc/{pid}/status").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in status)
-    return {
-        "resident_mib": int(fields["VmRSS"].split()[0]) / 1024,
-        "threads": int(fields["Threads"]),
-        "open_files": len(os.listdir(f"/proc/{pid}/fd")),
-    }
+def _write(path: Path, result: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(partial, path)
 
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     main()
