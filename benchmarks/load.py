@@ -161,7 +161,7 @@ def draw(path: Path, rows: list[dict[str, Any]], names: list[str]) -> None:
     """tokens/s and p99 latency over the number of users, a line for each server."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     for axis, column, label in zip(
         axes, ("tokens/s", "latency p99 ms"), ("output tokens/s", "p99 latency, ms"), strict=True
@@ -170,10 +170,11 @@ def draw(path: Path, rows: list[dict[str, Any]], names: list[str]) -> None:
             mine = [row for row in rows if row["server"] == name]
             axis.plot([row["users"] for row in mine], [row[column] for row in mine], marker="o", label=name)
         axis.set_xlabel("users at once")
+        axis.set_xticks(sorted({row["users"] for row in rows}))
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -195,7 +196,9 @@ def _require_locust() -> None:
     try:
         version("locust")
     except PackageNotFoundError:
-        raise SystemExit("locust is not installed: pip install -c constraints.txt -e '.[load]', then run again") from None
+        raise SystemExit(
+            "locust is not installed: pip install -c constraints.txt -e '.[load]', and run again"
+        ) from None
 
 
 if __name__ == "__main__":

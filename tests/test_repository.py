@@ -81,7 +81,8 @@ def test_every_dependency_has_an_exact_version_that_was_run() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     pins = {line.partition("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
-    wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    extras = project["optional-dependencies"].values()
+    wanted = [*project["dependencies"], *(text for extra in extras for text in extra)]
     names = {re.split(r"[^\w.-]", text, maxsplit=1)[0].lower().replace("_", "-") for text in wanted}
     assert names - pins - {"triton"} == set()
     assert "torch==2.13.0" in lines
