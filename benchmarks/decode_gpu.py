@@ -39,7 +39,8 @@ from benchmarks import gpu_paging, gpu_paths, gpu_timing
 from benchmarks.reporting import environment, finish, table
 from expert_store.paging.pages import DevicePages, PagesShape, Policy
 from server.model.device.graph import StepGraph
-from server.model.device.step import STAGES, DecodeStep, RowState, StepOptions
+from server.model.device.state import RowState
+from server.model.device.step import STAGES, DecodeStep, StepOptions
 from server.model.device.weights import DecodeShape, TrunkWeights, random_trunk
 
 QWEN = DecodeShape(

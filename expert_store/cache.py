@@ -20,7 +20,7 @@ import torch
 
 from expert_store.errors import ExpertUnavailableError, SlotsError
 from expert_store.host_tier import PARALLEL_READ_BYTES, READ_THREADS, HostTier
-from expert_store.policy import LRU, EvictionPolicy
+from expert_store.policy import LRU, EvictionPolicy, Pinned
 from expert_store.slots import SlotPool
 
 if TYPE_CHECKING:
@@ -64,9 +64,11 @@ class ExpertCache:
         host_tier: between disk and slots; None reads from disk straight into the slots' memory (CPU).
         policy: makes one eviction policy for each layer.
         mask: bool [L, E], what `preload` may choose from; None is all of the store.
+        pinned: for each layer the experts that keep their slots, loaded first; a step that needs every slot of a layer
+            may take theirs.
 
     Raises:
-        SlotsError: `num_slots` < 1, or the device has too little memory for them.
+        SlotsError: `num_slots` < 1, fewer than are pinned, or the device has too little memory for them.
     """
 
     def __init__(
@@ -79,9 +81,16 @@ class ExpertCache:
         host_tier: HostTier | None = None,
         policy: Callable[[], EvictionPolicy] = LRU,
         mask: npt.NDArray[np.bool_] | None = None,
+        pinned: Sequence[Sequence[int]] | None = None,
     ) -> None:
         if num_slots < 1:
             raise SlotsError(f"{num_slots} slots a layer; at least 1 is needed: pass --slots 1 or more")
+        self._pinned = [list(experts) for experts in pinned or [[]] * len(store.manifest.layers)]
+        most_pinned = max(map(len, self._pinned))
+        if most_pinned > num_slots:
+            raise SlotsError(
+                f"{most_pinned} pinned experts in {num_slots} slots a layer: pin fewer, or have more slots"
+            )
         self._store = store
         self.num_layers = len(store.manifest.layers)
         self.num_experts = store.manifest.model.num_experts
@@ -96,7 +105,7 @@ class ExpertCache:
         self._owners = np.full((self.num_layers, self.num_slots), -1, dtype=np.int32)
         self._free = [list(range(self.num_slots - 1, -1, -1)) for _ in range(self.num_layers)]
         self._leases: list[dict[int, int]] = [{} for _ in range(self.num_layers)]
-        self._policies = [policy() for _ in range(self.num_layers)]
+        self._policies = [Pinned(policy(), experts) if experts else policy() for experts in self._pinned]
         self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="expert-read")
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._hits = np.zeros(self.num_layers, dtype=np.int64)
@@ -162,7 +171,7 @@ class ExpertCache:
         self.release(layer, chosen)
 
     def preload(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Fill empty slots with the store's experts, in the order of its deep experts (best first).
+        """Fill empty slots: the pinned experts, then the store's in the order of its deep experts (best first).
 
         Args:
             progress: called with (bytes done, bytes in all) after each expert.
@@ -171,7 +180,8 @@ class ExpertCache:
         order = [deep.experts for deep in self._store.manifest.deep_experts]
         wanted = []
         for layer in range(self.num_layers):
-            ids = [experts[layer] for experts in order if available[layer, experts[layer]]]
+            wished = [*self._pinned[layer], *(experts[layer] for experts in order)]
+            ids = [expert for expert in wished if available[layer, expert]]
             absent = [expert for expert in dict.fromkeys(ids) if self.page_table[layer, expert] < 0]
             wanted += [(layer, expert) for expert in absent[: len(self._free[layer])]]
         total = sum(self.pools[layer].slot_bytes for layer, _ in wanted)
@@ -227,10 +237,12 @@ class ExpertCache:
         readable = self._store.readable[layer]
         for expert in experts:
             if not readable[expert]:
-                raise ExpertUnavailableError(
+                error = ExpertUnavailableError(
                     f"expert {expert} of layer {layer} is not in the store {self._store.path}; routing must be masked "
                     "to the experts that are available"
                 )
+                error.expert = (layer, expert)
+                raise error
         started = time.perf_counter()
         claimed = [(expert, self._claim(layer)) for expert in experts]
         failure = self._fill(layer, claimed)
@@ -271,15 +283,19 @@ class ExpertCache:
     def _fill_from_disk(self, layer: int, claimed: Sequence[tuple[int, int]]) -> None:
         pool = self.pools[layer]
 
-        def read(item: tuple[int, int]) -> None:
+        def read(item: tuple[int, int]) -> Exception | None:
             expert, slot = item
-            pool.fill(slot, lambda out: self._store.read_expert(layer, expert, out))
+            try:
+                pool.fill(slot, lambda out: self._store.read_expert(layer, expert, out))
+            except Exception as error:  # raised once no thread writes into a slot any more
+                return error
+            return None
 
-        if len(claimed) > 1 and pool.spec.span_bytes >= PARALLEL_READ_BYTES:
-            list(self._readers.map(read, claimed))
-        else:
-            for item in claimed:
-                read(item)
+        in_parallel = len(claimed) > 1 and pool.spec.span_bytes >= PARALLEL_READ_BYTES
+        errors = list(self._readers.map(read, claimed) if in_parallel else map(read, claimed))
+        failure = next((error for error in errors if error is not None), None)
+        if failure is not None:
+            raise failure
 
     def _fill_from_host(self, layer: int, claimed: Sequence[tuple[int, int]], host: HostTier) -> None:
         pool = self.pools[layer]

@@ -11,7 +11,13 @@ Every message says what is wrong, what was found, what was wanted and what to do
 
 
 class StoreError(Exception):
-    """Base of everything that this package raises on purpose."""
+    """Base of everything that this package raises on purpose.
+
+    Attributes:
+        expert: the (layer, expert) whose span could not be read, where one is to blame.
+    """
+
+    expert: tuple[int, int] | None = None
 
 
 class ManifestError(StoreError):

@@ -6,7 +6,7 @@ Adding a policy means writing one class with these four methods and naming it in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
 
@@ -83,6 +83,38 @@ class LFU:
         self._clock += 1
         self._uses[expert] = self._uses.get(expert, 0) + 1
         self._last[expert] = self._clock
+
+
+class Pinned:
+    """Another policy's order, with some experts held: they leave only where every other expert is leased.
+
+    Args:
+        policy: orders the others, and the held ones among themselves.
+        experts: that are held once they are resident.
+    """
+
+    def __init__(self, policy: EvictionPolicy, experts: Collection[int]) -> None:
+        self._policy = policy
+        self._held = frozenset(experts)
+
+    def admit(self, expert: int) -> None:
+        """See `EvictionPolicy.admit`."""
+        self._policy.admit(expert)
+
+    def touch(self, expert: int) -> None:
+        """See `EvictionPolicy.touch`."""
+        self._policy.touch(expert)
+
+    def evict(self, is_leased: Callable[[int], bool]) -> int:
+        """See `EvictionPolicy.evict`."""
+        if all(expert in self._held or is_leased(expert) for expert in self._policy.resident()):
+            return self._policy.evict(is_leased)
+        return self._policy.evict(lambda expert: expert in self._held or is_leased(expert))
+
+    def resident(self) -> Iterable[int]:
+        """The experts known: the others, next victim first, then the held ones."""
+        known = list(self._policy.resident())
+        return [e for e in known if e not in self._held] + [e for e in known if e in self._held]
 
 
 POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"lru": LRU, "lfu": LFU}

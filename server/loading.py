@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,10 @@ from server.settings import Settings, SettingsError
 if TYPE_CHECKING:
     from expert_store.manifest import Manifest
     from expert_store.store import Store
+    from extractor.statistics import ExpertStatistics
     from router.mask import ExpertMask
     from server.engine.engine import Engine
+    from server.model.decode_path import RunnerOptions
     from server.model.runner import Runner
     from server.pricing import KnownPrice
 
@@ -54,8 +57,10 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
     from server.engine.admission import EngineLimits
     from server.engine.engine import Engine
     from server.engine.usage import UsageFile
-    from server.model.assembly import load_model, resolve_device, resolve_dtype
-    from server.model.sequence_runner import make_runner
+    from server.model.assembly import resolve_device, resolve_dtype
+    from server.model.decode_path import DecodePathError, load_runner
+    from server.offers import Offers
+    from server.pricing import load_statistics
     from server.source import attach_source
 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -65,41 +70,31 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
         mask = _mask(settings, store)
         device = resolve_device(settings.model.device)
         dtype = resolve_dtype(settings.model.dtype, store)
-        known = _known_price(settings, store, mask)
+        statistics = load_statistics(settings.model.statistics, store.manifest)
+        known = _known_price(settings, store, mask, statistics)
+        offers = Offers.read(settings, store, mask, statistics)
     except BaseException:
         store.close()
         raise
     failure: list[BaseException] = []
 
-    def load_runner(report: Callable[[str, float], None]) -> Runner:
+    def make_runner(report: Callable[[str, float], None]) -> Runner:
         try:
-            experts_bytes = _experts_bytes(store)
-            slots_memory, host_memory = settings.model.slots_memory, settings.model.host_memory
-            model = load_model(
-                store,
-                device=device,
-                dtype=dtype,
-                num_slots=settings.model.slots,
-                slots_memory_bytes=None if slots_memory is None else slots_memory.resolve(experts_bytes),
-                host_memory_bytes=None if host_memory is None else host_memory.resolve(experts_bytes),
-                mask=mask,
-                progress=report,
-            )
+            limit = _context_limit(settings, store)
+            try:
+                options = _options(settings, store, mask, limit)
+                runner = load_runner(store, options, device=device, dtype=dtype, progress=report)
+            except DecodePathError as error:
+                raise SettingsError(str(error)) from error
             report("looking for the checkpoint", 1.0)
-            model.source_problem = attach_source(store)
-            limit = settings.engine.max_context_tokens or min(model.context_tokens, DEFAULT_CONTEXT_TOKENS)
-            if limit > model.context_tokens:
-                raise SettingsError(
-                    f"max_context_tokens is {limit}, the model was made for {model.context_tokens}: "
-                    "set at most that, or leave it out"
-                )
-            return make_runner(model, max_rows=settings.engine.max_batch_size, max_tokens=limit)
+            runner.model.source_problem = attach_source(store)
+            return runner
         except BaseException as error:
             failure.append(error)
             raise
 
     engine = Engine(
-        load_runner,
+        make_runner,
         EngineLimits(
             max_waiting_requests=settings.engine.max_queue_requests,
             max_waiting_tokens=settings.engine.max_queue_tokens,
@@ -115,7 +110,40 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
         raise failure[0]
     if status.state != "ready":
         raise RuntimeError(f"the engine ended while it loaded: {status.reason}")
-    return _describe(engine, store, known)
+    model, grower = _describe(engine, store, known), offers.grower(engine, settings)
+    offers.start_growing(grower, engine, settings)
+    return replace(model, growth=grower, masks=offers.masks(engine))
+
+
+def _context_limit(settings: Settings, store: Store) -> int:
+    """Tokens of a row: what was asked for, within what the model was made for."""
+    from server.model.trunk import context_tokens
+
+    most = context_tokens(store.trunk_path)
+    limit = settings.engine.max_context_tokens or min(most, DEFAULT_CONTEXT_TOKENS)
+    if limit > most:
+        raise SettingsError(
+            f"max_context_tokens is {limit}, the model was made for {most}: set at most that, or leave it out"
+        )
+    return limit
+
+
+def _options(settings: Settings, store: Store, mask: ExpertMask | None, max_tokens: int) -> RunnerOptions:
+    from server.model.decode_path import RunnerOptions
+
+    model, experts_bytes = settings.model, _experts_bytes(store)
+    return RunnerOptions(
+        path=model.decode_path,
+        max_rows=settings.engine.max_batch_size,
+        max_tokens=max_tokens,
+        num_slots=model.slots,
+        slots_memory_bytes=None if model.slots_memory is None else model.slots_memory.resolve(experts_bytes),
+        host_memory_bytes=None if model.host_memory is None else model.host_memory.resolve(experts_bytes),
+        mask=mask,
+        cache_policy=model.cache_policy,
+        pinned_experts=model.pinned_experts,
+        resident_bias=model.resident_bias,
+    )
 
 
 def _describe(engine: Engine, store: Store, known: KnownPrice) -> LoadedModel:
@@ -126,6 +154,7 @@ def _describe(engine: Engine, store: Store, known: KnownPrice) -> LoadedModel:
         family=spec.family,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
+        decode_path=runner.decode_path,
         num_layers=spec.num_layers,
         num_experts=spec.num_experts,
         top_k=spec.top_k,
@@ -184,13 +213,15 @@ def _mask(settings: Settings, store: Store) -> ExpertMask | None:
     return ExpertMask.of(store.available) & wanted
 
 
-def _known_price(settings: Settings, store: Store, mask: ExpertMask | None) -> KnownPrice:
+def _known_price(
+    settings: Settings, store: Store, mask: ExpertMask | None, statistics: ExpertStatistics | None
+) -> KnownPrice:
     """What is known of the mask's price; warns where it is high, or unknown."""
     from router.mask import ExpertMask
-    from server.pricing import known_price, load_statistics, price_warnings
+    from server.pricing import known_price, price_warnings
 
     served = ExpertMask.of(store.available) if mask is None else mask
-    known = known_price(store.manifest, served, load_statistics(settings.model.statistics, store.manifest))
+    known = known_price(store.manifest, served, statistics)
     for warning in price_warnings(known, served, settings.model.warn_perplexity_ratio):
         logger.warning("%s", warning)
     return known

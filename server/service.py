@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server.engine.request import EngineStatus, EngineStoppedError, GenerationRequest, OnEvent
+from server.growth_status import GrowthLike
+from server.profiles import RequestMasks
 
 if TYPE_CHECKING:
     from extractor.price import Price
@@ -101,8 +103,14 @@ class LoadedModel:
     tokenizer: Any
     engine: EngineLike
     experts: Callable[[], ExpertsSnapshot]
+    decode_path: str = "host"
+    """Who drives the experts of a decode step: "host" or "device"."""
     price: Price | None = None
     """What a deficit is expected to cost: `price.expected_loss(deficit)`. None where nothing was calibrated."""
+    growth: GrowthLike | None = None
+    """What changes the store that is served; None where nothing can."""
+    masks: RequestMasks | None = None
+    """What requests may narrow their experts to; None where they may not."""
 
 
 Loader = Callable[[Progress], LoadedModel]
@@ -194,6 +202,8 @@ class Service:
         """Finish running requests within `drain_seconds`, stop the engine, which saves the usage. Blocks."""
         self.begin_drain()
         if self._model is not None:
+            if self._model.growth is not None:
+                self._model.growth.stop()
             self._model.engine.stop(drain_seconds)
 
     def _run(self) -> None:
@@ -205,7 +215,12 @@ class Service:
             return
         self._report(1.0, "ready")
         self._model = model
-        logger.info("ready", extra={"model": model.name, "device": model.device, "dtype": model.dtype})
+        logger.info(
+            "ready",
+            extra={
+                "model": model.name, "device": model.device, "dtype": model.dtype, "decode_path": model.decode_path
+            },
+        )  # fmt: skip
 
     def _report(self, share: float, doing: str) -> None:
         if (share, doing) != self._progress:

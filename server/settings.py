@@ -44,6 +44,18 @@ class ModelSettings(Section):
     host_memory: MemoryAmount | None = Field(
         None, description="memory for experts on the host behind the slots, for instance 32GiB or 100%"
     )
+    decode_path: Literal["auto", "device", "host"] = Field(
+        "auto", description="who fetches experts while decoding: device (captured graphs, GPU only), host, or auto"
+    )
+    cache_policy: Literal["lru", "lfu"] = Field(
+        "lru", description="which expert leaves a slot: the least recently or the least frequently used"
+    )
+    pinned_experts: Annotated[int, Field(ge=0)] = Field(
+        0, description="slots of every layer kept for the experts that usage.json has seen served most"
+    )
+    resident_bias: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = Field(
+        0.0, description="cache-aware routing: bonus of experts in slots, in ranges of the logits; device path only"
+    )
 
     statistics: Path | None = Field(
         None, description="statistics file of `deepfew calibrate`, for what masks are expected to cost"
@@ -85,6 +97,11 @@ class HttpSettings(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8080, description="port to listen on; 0 takes a free one")
     api_key: SecretStr | None = Field(None, description="key that guards every route but liveness")
     api_key_file: Path | None = Field(None, description="file that holds the key, rather than the key itself")
+    admin_key: SecretStr | None = Field(
+        None,
+        description="key that opens what changes the server: growing, shrinking, reloading; without it nothing does",
+    )
+    admin_key_file: Path | None = Field(None, description="file that holds the admin key, rather than the key itself")
     max_body_bytes: Bytes = Field(4 * 2**20, description="longest request body, for instance 4MiB")
     max_header_bytes: Annotated[int, Field(ge=1024)] = Field(32 * 2**10, description="longest request line and headers")
     max_connections: Annotated[int, Field(ge=1)] = Field(1024, description="open connections before 503")
@@ -109,6 +126,31 @@ class UsageSettings(Section):
     usage_save_seconds: Seconds = Field(60.0, description="interval between snapshots of usage.json in the store")
 
 
+class MasksSettings(Section):
+    """What requests may narrow their experts to."""
+
+    profiles: str | None = Field(
+        None, description="masks that requests may name: plan files, or folders of them, joined by commas"
+    )
+
+
+class GrowthSettings(Section):
+    """Growing the store that is served: when asked, and by itself under a budget."""
+
+    grow_budget: MemoryAmount | None = Field(
+        None, description="grow by itself until the shards take this, for instance 12GiB, or 50% of all experts"
+    )
+    grow_from: str | None = Field(
+        None, description="the store's checkpoint, a directory or a hub name; default where it was extracted from"
+    )
+    grow_interval_seconds: Seconds = Field(60.0, description="interval between looks at what was wanted and missing")
+    grow_min_share: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+        0.01,
+        description="add by itself only deep experts that were missed for at least this share of the router mass",
+    )
+    grow_step: Annotated[int, Field(ge=1)] = Field(1, description="most deep experts added at one look")
+
+
 class LogSettings(Section):
     """What is logged and how."""
 
@@ -127,6 +169,8 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     http: HttpSettings = HttpSettings()
     usage: UsageSettings = UsageSettings()
+    masks: MasksSettings = MasksSettings()
+    growth: GrowthSettings = GrowthSettings()
     log: LogSettings = LogSettings()
 
     @classmethod

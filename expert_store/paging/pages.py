@@ -1,13 +1,16 @@
 """Device-side state of the paged experts: slots, page table, owners, last uses, work list; mutated by kernels alone.
 
 `DevicePages` owns the tensors that `kernels.plan_layer` reads and writes. The host reads them (statistics, integrity)
-only between steps. Invariant: page table and slot owners are inverse to each other, layer by layer; a slot's bytes
-are the owner's span in the host tier. A step may want more experts than a layer has slots: the rest go to a spill
-area shared by all layers and are forgotten after the layer, so no batch needs a second pass.
+only between steps, and changes them only in place, so that captured graphs stay valid. Invariant: page table and slot
+owners are inverse to each other, layer by layer; a slot's bytes are the owner's span in the host tier. A step may want
+more experts than a layer has slots: the rest go to a spill area shared by all layers and are forgotten after the layer,
+so no batch needs a second pass.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,10 +55,10 @@ class PagesShape:
 class DevicePages:
     """Slots and page table of all layers on one device.
 
-    `host_spans` [L, E, span_elements] is pinned host memory (any memory for the CPU interpreter), or None when every
-    expert has a slot; `host_index` [L, E] int64 says which span of a flat `host_spans` [N, span_elements] an expert
-    has, -1 for experts that exist nowhere (the caller masks them). Raises SlotsError when there are fewer slots than
-    the top-k.
+    `host_spans` [N, span_elements] (or [L, E, span_elements]) is pinned host memory (any memory for the CPU
+    interpreter), or None when every expert has a slot or spans come later (`add_spans`); `host_index` [L, E] int64 says
+    which span an expert has, -1 for experts that have none: the caller masks those that are in no slot either. Raises
+    SlotsError when there are fewer slots than the top-k.
     """
 
     def __init__(
@@ -82,7 +85,8 @@ class DevicePages:
         total = num_layers * num_slots + num_spill
         self.slots = torch.empty(total, shape.span_elements, dtype=shape.dtype, device=device)
         self.spill = self.slots[num_layers * num_slots :]
-        self.host_spans = host_spans
+        self._arenas: list[Tensor] = []
+        self._first_rows: list[int] = []
 
         def ints(*size: int, fill: int = 0, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.full(size, fill, dtype=dtype, device=device)
@@ -97,7 +101,10 @@ class DevicePages:
         spans = torch.arange(num_layers + 1, dtype=torch.int64) * num_slots
         self.pool_offset = (spans * shape.span_elements).to(device)
         self.host_index = self._index(host_spans, host_index)
-        self.host_offset = self._host_offsets().to(device)
+        self.host_offset = ints(num_layers, num_experts, dtype=torch.int64)
+        if host_spans is not None:
+            self._add_arena(host_spans.view(-1, shape.span_elements))
+            self._write_offsets()
         # The work list of the layer in flight; layers follow one another, so one is enough.
         distinct, batch = shape.max_distinct, 1 << (shape.max_batch - 1).bit_length()
         self.header = ints(2)
@@ -118,52 +125,86 @@ class DevicePages:
             return torch.full((shape.num_layers, shape.num_experts), -1, dtype=torch.int64)
         return torch.arange(shape.num_layers * shape.num_experts).view(shape.num_layers, shape.num_experts)
 
-    def _host_offsets(self) -> Tensor:
-        """Element offset of each host span from the slots' first element (host and device share one address space)."""
-        if self.host_spans is None:
-            return torch.zeros_like(self.host_index)
-        size = self.shape.dtype.itemsize
-        distance = self.host_spans.data_ptr() - self.slots.data_ptr()
-        if distance % 16:
+    def _add_arena(self, spans: Tensor) -> int:
+        """Appends spans [n, span_elements] to the host tier; returns the row of the first."""
+        if (spans.data_ptr() - self.slots.data_ptr()) % 16:
             raise SlotsError("host spans and slots differ in alignment: both must start at a multiple of 16 bytes")
-        return distance // size + self.host_index * self.shape.span_elements
+        first = self._first_rows[-1] + len(self._arenas[-1]) if self._arenas else 0
+        self._arenas.append(spans)
+        self._first_rows.append(first)
+        return first
+
+    def _write_offsets(self) -> None:
+        """Element offset of each expert's span from the slots' first element: host and device share one address space.
+        In place, ordered after the steps that are enqueued."""
+        size = self.shape.dtype.itemsize
+        origins = [(arena.data_ptr() - self.slots.data_ptr()) // size for arena in self._arenas]
+        firsts = torch.tensor(self._first_rows)
+        arena = torch.searchsorted(firsts, self.host_index.clamp(min=0), right=True) - 1
+        rows = self.host_index - firsts[arena]
+        offsets = torch.tensor(origins)[arena] + rows * self.shape.span_elements
+        self.host_offset.copy_(torch.where(self.host_index >= 0, offsets, 0))
+
+    def host_span(self, layer: int, expert: int) -> Tensor:
+        """The span of an expert in the host tier, a view [span_elements]. Raises SlotsError where it has none."""
+        row = int(self.host_index[layer, expert])
+        if row < 0:
+            raise SlotsError(f"expert {expert} of layer {layer} has no span in the host tier")
+        at = bisect_right(self._first_rows, row) - 1
+        return self._arenas[at][row - self._first_rows[at]]
 
     @property
-    def flat_host_spans(self) -> Tensor:
-        """The host tier as [N, span_elements]; `host_index` says whose each is. Raises SlotsError where there is
-        none.
+    def servable(self) -> Tensor:
+        """Experts that a step can reach, [L, E] bool on the host: their span is in the host tier, or their slot is
+        theirs for good because nothing is ever evicted. Synchronises in the second case."""
+        return self.host_index >= 0 if self.shape.paged else self.page_table.cpu() >= 0
+
+    def add_spans(self, spans: Tensor, experts: Sequence[tuple[int, int]]) -> None:
+        """Takes (layer, expert) that were in no tier into use, with their spans [n, span_elements] in pinned memory.
+
+        Call it between two steps. Where every expert has a slot they go to their slots at once, else to the host tier,
+        which keeps `spans`; they are then fetched like any other.
         """
-        if self.host_spans is None:
-            raise SlotsError("these pages have no host tier: every expert was given a slot")
-        return self.host_spans.view(-1, self.shape.span_elements)
+        if not self.shape.paged:
+            for span, (layer, expert) in zip(spans, experts, strict=True):
+                slot = int((self.slot_owner[layer] < 0).nonzero()[0])
+                self.slots[layer * self.shape.num_slots + slot].copy_(span)
+                self.slot_owner[layer, slot] = expert
+                self.page_table[layer, expert] = slot
+            return
+        first = self._add_arena(spans)
+        for row, (layer, expert) in enumerate(experts):
+            assert int(self.host_index[layer, expert]) < 0, f"expert {expert} of layer {layer} has a span already"
+            self.host_index[layer, expert] = first + row
+        self._write_offsets()
 
     def seed(self, experts: Tensor) -> None:
-        """Fills slots 0..n-1 of each layer with experts [L, n] (n <= S), from the host tier; the first are the pinned
-        ones.
+        """Fills slots 0..n-1 of each layer with experts [L, n] (n <= S, -1: none), from the host tier; the first are
+        the pinned ones.
 
         Mutates everything; call it before the first step or between steps.
         """
-        shape = self.shape
-        flat = self.flat_host_spans
-        for layer in range(shape.num_layers):
-            for slot, expert in enumerate(experts[layer].tolist()):
-                span = flat[int(self.host_index[layer, expert])]
-                self.slots[layer * shape.num_slots + slot].copy_(span, non_blocking=True)
+        for layer, chosen in enumerate(experts.tolist()):
+            for slot, expert in enumerate(chosen):
+                if expert >= 0:
+                    target = self.slots[layer * self.shape.num_slots + slot]
+                    target.copy_(self.host_span(layer, expert), non_blocking=True)
         self.adopt(experts)
 
     def adopt(self, experts: Tensor) -> None:
-        """Declares that slot i of layer l holds experts[l, i] ([L, n], n <= S) and that all other slots are empty."""
+        """Declares that slot i of layer l holds experts[l, i] ([L, n], n <= S, -1: nothing) and that all other slots
+        are empty."""
         layers, width = experts.shape
         owners = torch.full((layers, self.shape.num_slots), -1, dtype=torch.int32)
         owners[:, :width] = experts.to("cpu", torch.int32)
         table = torch.full((layers, self.shape.num_experts), -1, dtype=torch.int32)
-        slot_ids = torch.arange(width, dtype=torch.int32).expand(layers, width).contiguous()
-        table.scatter_(1, experts.to("cpu", torch.int64), slot_ids)
+        at_layer, at_slot = (owners >= 0).nonzero(as_tuple=True)
+        table[at_layer, owners[at_layer, at_slot].long()] = at_slot.to(torch.int32)
         self.slot_owner.copy_(owners)
         self.page_table.copy_(table)
         self.last_use.fill_(-1)
         self.pinned.zero_()
-        self.pinned[:, : self.num_pinned] = 1
+        self.pinned[:, : self.num_pinned] = (self.slot_owner[:, : self.num_pinned] >= 0).to(torch.int8)
         self.stats.zero_()
 
     def hit_rate(self) -> float:
@@ -172,7 +213,8 @@ class DevicePages:
         return float(hits) / max(float(hits + misses), 1.0)
 
     def check_integrity(self, *, contents: bool = False) -> None:
-        """Raises SlotsError where the invariant is broken; with `contents` also compares bytes with the host tier."""
+        """Raises SlotsError where the invariant is broken; with `contents` also compares the bytes of experts that have
+        a span in the host tier with it."""
         table, owners = self.page_table.cpu(), self.slot_owner.cpu()
         for layer in range(self.shape.num_layers):
             for expert, slot in enumerate(table[layer].tolist()):
@@ -185,8 +227,8 @@ class DevicePages:
                     raise SlotsError(
                         f"layer {layer}: slot {slot} owned by {expert}, which maps to {table[layer, expert]}"
                     )
-                if contents and expert >= 0:
-                    span = self.flat_host_spans[int(self.host_index[layer, expert])]
+                if contents and expert >= 0 and int(self.host_index[layer, expert]) >= 0:
+                    span = self.host_span(layer, expert)
                     here = self.slots[layer * self.shape.num_slots + slot].cpu()
                     if not torch.equal(here.view(torch.uint8), span.cpu().view(torch.uint8)):
                         raise SlotsError(f"layer {layer}: slot {slot} does not hold the bytes of expert {expert}")

@@ -71,6 +71,7 @@ async def info(request: Request) -> JSONResponse:
             "model_dtype": model.dtype,
             "model_device_type": model.device,
             "model_pipeline_tag": "text-generation",
+            "decode_path": model.decode_path,
             "num_layers": model.num_layers,
             "num_experts": model.num_experts,
             "top_k": model.top_k,

@@ -10,13 +10,17 @@ class _Response(BaseModel):
 
 
 class InfoResponse(_Response):
-    """What is served, and its limits; the names are TGI's where TGI has the field."""
+    """What is served, and its limits; the names are TGI's where TGI has the field.
+
+    `decode_path`: who drives the experts of a decode step, `host` or `device`.
+    """
 
     model_id: str
     model_family: str
     model_dtype: str
     model_device_type: str
     model_pipeline_tag: str
+    decode_path: str
     num_layers: int
     num_experts: int
     top_k: int

@@ -7,7 +7,7 @@ same layer; `load_model` refuses anything else.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from expert_store.store import Store
 from router.mask import ExpertMask
 from server.model.experts import LAYER_ATTRIBUTE, ExpertsLayer
 from server.model.routing import StepRouting
-from server.model.trunk import TrunkError, is_experts_module, load_trunk
+from server.model.trunk import TrunkError, context_tokens, is_experts_module, load_trunk
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of it done, in [0, 1]."""
@@ -129,6 +129,7 @@ def load_model(
     host_memory_bytes: int | None = None,
     mask: ExpertMask | None = None,
     policy: Callable[[], EvictionPolicy] = LRU,
+    pinned: Sequence[Sequence[int]] | None = None,
     progress: Progress = lambda phase, share: None,
 ) -> SelectiveModel:
     """Assemble the model of a store.
@@ -139,6 +140,7 @@ def load_model(
         host_memory_bytes: of the pinned host tier of a GPU; None holds every expert of the store.
         mask: narrows what the store has.
         policy: eviction policy of each layer.
+        pinned: for each layer the experts that keep their slots.
         progress: told of each phase.
 
     Raises:
@@ -157,13 +159,13 @@ def load_model(
     if device.type == "cuda":
         host_tier = _host_tier(store, host_memory_bytes)
     cache = ExpertCache(
-        store, num_slots=num_slots, device=device, dtype=dtype, host_tier=host_tier, policy=policy, mask=mask.allowed
-    )
+        store, num_slots=num_slots, device=device, dtype=dtype, host_tier=host_tier, policy=policy, mask=mask.allowed,
+        pinned=pinned,
+    )  # fmt: skip
     routing = StepRouting(store.manifest.model.family, len(store.manifest.layers), device, mask)
     _bind(model, store, cache, routing)
     cache.preload(lambda done, total: progress("filling slots", done / max(1, total)))
     tokenizer = AutoTokenizer.from_pretrained(store.trunk_path, trust_remote_code=False, local_files_only=True)
-    config = model.config.get_text_config()
     return SelectiveModel(
         model=model,
         tokenizer=tokenizer,
@@ -172,9 +174,9 @@ def load_model(
         routing=routing,
         device=device,
         dtype=dtype,
-        eos_token_ids=_eos_token_ids(model, tokenizer),
+        eos_token_ids=eos_token_ids_of(model, tokenizer),
         special_token_ids=frozenset(tokenizer.all_special_ids),
-        context_tokens=int(getattr(config, "max_position_embeddings", 0) or 1 << 20),
+        context_tokens=context_tokens(store.trunk_path),
     )
 
 
@@ -215,7 +217,7 @@ def _router_beside(model: PreTrainedModel, experts_name: str) -> nn.Module:
     raise TrunkError(f"beside {experts_name} stands no router named {' or '.join(ROUTER_NAMES)}")
 
 
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def eos_token_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     generation: GenerationConfig | None = model.generation_config
     ids = generation.eos_token_id if generation is not None else None
     if ids is None:

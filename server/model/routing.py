@@ -132,6 +132,14 @@ class StepRouting:
         demanded = demand_weight.reshape(shape).sum(axis=2, dtype=np.float64)
         return record, RowShare(demanded.T, per_row.T)
 
+    def rows_served_by(self, layer: int, expert: int) -> list[int]:
+        """Rows of the step whose tokens were given (layer, expert); none where that layer's router has not run."""
+        step = self._steps[layer]
+        if step is None:
+            return []
+        served = (step.served_index == expert).reshape(self._num_rows, -1).any(dim=1)
+        return [row for row, is_served in enumerate(served.tolist()) if is_served]
+
     def abandon(self) -> None:
         """Forget a step that failed."""
         self._steps = [None] * self._num_layers

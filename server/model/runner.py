@@ -11,15 +11,32 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from expert_store.errors import StoreError
 from router.ledger import StepRecord
 from router.mask import ExpertMask
 from server.model.assembly import SelectiveModel
 from server.model.attention_mask import attention_masks
 from server.model.kv_cache import RowCache
 from server.model.routing import RowShare
+
+
+@dataclass(frozen=True)
+class Likeliest:
+    """The most likely token of each row, [B] each, in host memory.
+
+    Attributes:
+        token: int32, the lowest id of equals.
+        logit: float32, its logit.
+        normaliser: float32, logsumexp of the row's logits: a logit less this is a log-probability.
+    """
+
+    token: npt.NDArray[np.int32]
+    logit: npt.NDArray[np.float32]
+    normaliser: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -30,11 +47,30 @@ class StepOutput:
         logits: [B, V] of the last token of each row (prefill: B = 1), or [T, V] of all tokens where asked.
         record: its routing, for the usage ledger.
         share: demanded and missed router mass of each row.
+        likeliest: of each row, where the runner computed it on the way; saves a greedy step every look at the logits.
     """
 
     logits: Tensor
     record: StepRecord
     share: RowShare
+    likeliest: Likeliest | None = None
+
+
+class StepFault(StoreError):
+    """A step that could not be run because an expert cannot be read. No row was advanced.
+
+    Attributes:
+        cause: what reading it raised.
+        positions: of the rows, among those given, whose tokens need it; they cannot be told where there are none.
+        is_repeatable: whether the rows that need it may run the step again, once they no longer do.
+    """
+
+    def __init__(self, cause: StoreError, positions: Sequence[int], is_repeatable: bool = True) -> None:
+        super().__init__(str(cause))
+        self.expert = cause.expert
+        self.cause = cause
+        self.positions = tuple(positions)
+        self.is_repeatable = is_repeatable
 
 
 class Runner:
@@ -47,11 +83,13 @@ class Runner:
 
     Attributes:
         kind: what this way of running is called towards users.
+        decode_path: who drives the experts of a decode step, "host" or "device".
         can_fetch_missing: whether experts that the store lacks can come from elsewhere in the middle of a step.
         can_temper_router: whether rows may have a router temperature.
     """
 
     kind: ClassVar[str] = "the host-driven path"
+    decode_path: ClassVar[str] = "host"
     can_fetch_missing: ClassVar[bool] = True
     can_temper_router: ClassVar[bool] = True
 
@@ -88,7 +126,7 @@ class Runner:
         temperature: float = 1.0,
         all_logits: bool = False,
     ) -> StepOutput:
-        """Append `tokens` to a row.
+        """Append `tokens` to a row. Raises StepFault.
 
         Args:
             row: handle from `allocate`.
@@ -112,7 +150,11 @@ class Runner:
         masks: Sequence[ExpertMask | None] | None = None,
         temperatures: Sequence[float] | None = None,
     ) -> StepOutput:
-        """Append one token to each row; logits come in the order of `rows`. See `prefill` for the rest."""
+        """Append one token to each row; logits come in the order of `rows`. See `prefill` for the rest.
+
+        Raises:
+            StepFault: an expert cannot be read; the step may be run again for the rows that do not need it.
+        """
         order = self.cache.order(rows)
         positions = self.cache.begin_decode([rows[at] for at in order])[:, None]
         ids = torch.tensor([[tokens[at]] for at in order], device=self.model.device)
@@ -122,7 +164,10 @@ class Runner:
             None if masks is None else [masks[at] for at in order],
             None if temperatures is None else [temperatures[at] for at in order],
         )
-        output = self._forward(ids, positions, 1)
+        try:
+            output = self._forward(ids, positions, 1)
+        except StepFault as fault:
+            raise StepFault(fault.cause, [order[at] for at in fault.positions]) from fault.cause
         if order == list(range(len(order))):
             return output
         back = [order.index(at) for at in range(len(order))]
@@ -133,6 +178,12 @@ class Runner:
         """Bring the experts that a mask allows into slots ahead of their use, as far as slots reach."""
         for layer, allowed in enumerate(mask.allowed & self.model.routing.mask.allowed):
             self.model.cache.prefetch(layer, np.flatnonzero(allowed).tolist())
+
+    def adopt(self) -> None:
+        """Take into use what the store and routing's mask have changed by; call it between two steps, after both.
+
+        The host-driven path has nothing to do: it asks the store at every miss.
+        """
 
     def close(self) -> None:
         """Free what the model holds."""
@@ -147,6 +198,10 @@ class Runner:
                 **arguments, past_key_values=self.cache, use_cache=True, logits_to_keep=logits_to_keep
             )
             record, share = self.model.routing.finish()
+        except StoreError as error:
+            needing = [] if error.expert is None else self.model.routing.rows_served_by(*error.expert)
+            self.model.routing.abandon()
+            raise StepFault(error, needing) from error
         except BaseException:
             self.model.routing.abandon()
             raise

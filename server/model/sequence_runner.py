@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from expert_store.errors import StoreError
 from router.ledger import StepRecord
 from router.mask import ExpertMask
 from server.model.assembly import SelectiveModel
 from server.model.routing import RowShare
-from server.model.runner import Runner, StepOutput
+from server.model.runner import Runner, StepFault, StepOutput
 
 _PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 _CONTINUED_BY_ONE = frozenset({"jamba"})
@@ -60,6 +61,7 @@ class SequenceRunner(Runner):
         self.max_rows, self.max_tokens = max_rows, max_tokens
         self._rows: dict[int, _Row] = {}
         self._next_row = 0
+        self._ahead: dict[int, StepOutput] = {}  # rows that ran a decode step which another row could not finish
 
     def allocate(self) -> int:
         """Take a row for a sequence; returns its handle."""
@@ -72,6 +74,7 @@ class SequenceRunner(Runner):
     def free(self, row: int) -> None:
         """Give a row back, and its cache's memory."""
         del self._rows[row]
+        self._ahead.pop(row, None)
 
     @property
     def num_free_rows(self) -> int:
@@ -110,15 +113,20 @@ class SequenceRunner(Runner):
         masks: Sequence[ExpertMask | None] | None = None,
         temperatures: Sequence[float] | None = None,
     ) -> StepOutput:
-        """See `Runner.decode`; rows run one after the other."""
+        """See `Runner.decode`; rows run one after the other.
+
+        Where one cannot, the step of those before it is kept and given out when they are decoded again.
+        """
         wanted = masks if masks is not None else [None] * len(rows)
         warmth = temperatures if temperatures is not None else [1.0] * len(rows)
-        return _joined(
-            [
-                self._append(self._rows[row], [token], mask, temperature, 1)
-                for row, token, mask, temperature in zip(rows, tokens, wanted, warmth, strict=True)
-            ]
-        )
+        for at, (row, token, mask, warm) in enumerate(zip(rows, tokens, wanted, warmth, strict=True)):
+            if row in self._ahead:
+                continue
+            try:
+                self._ahead[row] = self._append(self._rows[row], [token], mask, warm, 1)
+            except StepFault as fault:
+                raise StepFault(fault.cause, [at], is_repeatable=False) from fault.cause
+        return _joined([self._ahead.pop(row) for row in rows])
 
     def _append(
         self, row: _Row, tokens: Sequence[int], mask: ExpertMask | None, temperature: float, logits_to_keep: int
@@ -131,6 +139,9 @@ class SequenceRunner(Runner):
         try:
             result = self.model.model(**arguments, use_cache=True, logits_to_keep=logits_to_keep)
             record, share = routing.finish()
+        except StoreError as error:
+            routing.abandon()
+            raise StepFault(error, [0], is_repeatable=False) from error
         except BaseException:
             routing.abandon()
             raise

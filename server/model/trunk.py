@@ -44,11 +44,7 @@ def load_trunk(path: Path, *, device: torch.device, dtype: torch.dtype) -> PreTr
     Raises:
         TrunkError: tensors of the trunk are missing.
     """
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    found = text_model(config)
-    if found is None:
-        raise TrunkError(f"transformers has no causal language model for {type(config).__name__}")
-    model_class, config = found
+    model_class, config = _model_of(path)
     with _no_progress_bar():
         loaded: Any = _without_experts(model_class).from_pretrained(
             path,
@@ -71,6 +67,28 @@ def load_trunk(path: Path, *, device: torch.device, dtype: torch.dtype) -> PreTr
         )
     trunk: PreTrainedModel = model.to(device).eval()
     return trunk
+
+
+def trunk_skeleton(path: Path) -> PreTrainedModel:
+    """The model of `load_trunk` on the meta device: modules and shapes, all float32, no memory. Raises TrunkError."""
+    model_class, config = _model_of(path)
+    with torch.device("meta"):
+        return _without_experts(model_class)(config)
+
+
+def context_tokens(path: Path) -> int:
+    """Most tokens that the model at `path` was made for, from its config alone; 2^20 where that sets no bound."""
+    _, config = _model_of(path)
+    return int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
+
+
+def _model_of(path: Path) -> tuple[type[PreTrainedModel], Any]:
+    """The class that answers text with text for the config at `path`, and the part of the config that it takes."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    found = text_model(config)
+    if found is None:
+        raise TrunkError(f"transformers has no causal language model for {type(config).__name__}")
+    return found
 
 
 @contextmanager

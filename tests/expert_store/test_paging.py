@@ -75,7 +75,7 @@ def check_work_list(pages: DevicePages, layer: int, picks: list[list[int]]) -> N
         assert column == 0
         content = pages.slots[row].cpu()
         expert = int(content[0]) // SPAN - layer * EXPERTS
-        assert torch.equal(content, pages.host_spans[layer, expert].cpu())
+        assert torch.equal(content, pages.host_span(layer, expert).cpu())
         assert (int(pages.source[entry]) != 0) == (entry < int(pages.header[1]))
         listed[expert] = {int(pair) for pair in pages.pairs[entry, : int(pages.count[entry])]}
     wanted: dict[int, set[int]] = {}
@@ -157,6 +157,36 @@ def test_pinned_experts_stay_whatever_is_wanted():
     for expert in (3, 4, 5, 6, 3):
         step(pages, 0, [[expert, 2]])
     assert pages.slot_owner[0, :2].tolist() == [0, 1]
+
+
+def test_experts_added_between_steps_are_fetched_like_any_other():
+    pages = make(3)
+    for expert in (5, 6):
+        pages.host_index[:, expert] = -1
+    pages._write_offsets()
+    pages.adopt(torch.tensor([[0, 1, 2], [0, 1, -1]]))
+    step(pages, 0, [[0, 4]])
+    offsets = pages.host_offset
+    added = [(0, 6), (1, 5), (0, 5)]
+    spans = torch.stack([torch.arange(SPAN) + float((layer * EXPERTS + expert) * SPAN) for layer, expert in added])
+    pages.add_spans(spans.pin_memory() if DEVICE == "cuda" else spans, added)
+    assert pages.host_offset is offsets, "a captured graph holds its address"
+    assert pages.servable.sum(dim=1).tolist() == [EXPERTS, EXPERTS - 1]
+    for layer, picks in ((0, [[6, 5], [4, 1]]), (1, [[5, 0], [2, 3]])):
+        step(pages, layer, picks)
+        check_work_list(pages, layer, picks)
+    pages.check_integrity(contents=True)
+
+
+def test_experts_added_where_every_expert_has_a_slot_go_there_at_once():
+    pages = make(EXPERTS)
+    pages.adopt(torch.tensor([[0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, -1]]))
+    assert pages.servable.sum(dim=1).tolist() == [EXPERTS, EXPERTS - 1]
+    pages.add_spans(torch.full((1, SPAN), 9.0), [(1, 0)])
+    assert pages.servable.all()
+    assert pages.page_table[1, 0] == 6
+    assert (pages.slots[EXPERTS + 6] == 9.0).all()
+    pages.check_integrity()
 
 
 def test_fewer_slots_than_one_token_needs_are_refused():

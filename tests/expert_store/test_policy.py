@@ -1,4 +1,4 @@
-from expert_store.policy import LFU, LRU
+from expert_store.policy import LFU, LRU, Pinned
 
 
 def never(expert: int) -> bool:
@@ -32,3 +32,14 @@ def test_lfu_evicts_the_least_often_used_and_remembers_counts_after_eviction() -
     policy.admit(3)
     policy.admit(2)
     assert policy.evict(never) == 3, "2 was used more often in all, before and after it left"
+
+
+def test_pinned_experts_leave_only_when_every_other_is_leased() -> None:
+    policy = Pinned(LRU(), (1, 2))
+    for expert in (1, 2, 3, 4):
+        policy.admit(expert)
+    assert list(policy.resident()) == [3, 4, 1, 2]
+    assert policy.evict(never) == 3
+    assert policy.evict({4}.__contains__) == 1
+    policy.admit(5)
+    assert [policy.evict(never) for _ in range(3)] == [4, 5, 2]

@@ -1,38 +1,42 @@
 """A store made into a model that decodes on the device: trunk by transformers, experts in pages, every span pinned.
 
 The counterpart of `server.model.assembly.load_model` for a GPU. Raises NotCapturableError, before anything large is
-allocated, for models or memory budgets that the host-driven path serves instead.
+allocated where it can be told by then, for models or memory budgets that the host-driven path serves instead.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from expert_store.cache import ExpertCache
 from expert_store.errors import SlotsError
-from expert_store.paging.pages import DevicePages, PagesShape, Policy
+from expert_store.paging.pages import DevicePages, Policy
 from expert_store.store import Store
 from router.mask import ExpertMask
-from server.model.assembly import SelectiveModel, _eos_token_ids
+from server.model.assembly import SelectiveModel, eos_token_ids_of
 from server.model.device.cache import PagedCache
+from server.model.device.host_spans import Expert, SpanGrowth, SpanReader, new_arena, page_lock
+from server.model.device.memory import DeviceMemory
 from server.model.device.pack import NotCapturableError, decode_shape, pack_trunk
 from server.model.device.prefill import ExpertStream
 from server.model.device.runner import DeviceRunner
+from server.model.device.trial import try_out
+from server.model.device.weights import DecodeShape, TrunkWeights
 from server.model.experts import LAYER_ATTRIBUTE
 from server.model.routing import StepRouting
-from server.model.trunk import load_trunk
+from server.model.trunk import context_tokens, load_trunk, trunk_skeleton
 
+log = logging.getLogger(__name__)
 Progress = Callable[[str, float], None]
-RESERVE_BYTES = 1 << 30
-"""Left free on a GPU for activations, logits and the allocator's rounding when slots are sized from free memory."""
-
-SMALL_ARENA_BYTES = 1 << 30
+BOUNCE_SPANS = 16
+"""Spans read at a time where experts go to their slots for good and need no place in host memory."""
 
 
 class StreamLayer:
@@ -58,49 +62,99 @@ def load_device_runner(
     host_memory_bytes: int | None = None,
     mask: ExpertMask | None = None,
     policy: Policy = "lru",
-    num_pinned: int = 0,
+    pinned: Sequence[Sequence[int]] | None = None,
     resident_bias: float = 0.0,
+    trial: bool = True,
     progress: Progress = lambda phase, share: None,
 ) -> DeviceRunner:
-    """Loads, pins, fills slots and captures; `max_tokens` are those of a row. `num_slots` wins over
-    `slots_memory_bytes`; with neither, slots take what is free on the device.
+    """Loads, pins, fills slots, captures, and tries the captured step out.
+
+    Args:
+        max_rows, max_tokens: of KV memory, which is allocated for all of them.
+        num_slots: slots a layer; wins over `slots_memory_bytes`; with neither, slots take what is free on the device.
+        host_memory_bytes: bound on page-locked memory; None has none. Not needed where every expert has a slot.
+        mask: narrows what the store has.
+        pinned: for each layer the experts that keep their slots, equally many.
+        resident_bias: lambda of cache-aware routing of decode steps.
+        trial: whether to compare a few tokens with transformers' forward.
 
     Raises:
-        NotCapturableError: the model, or a host budget too small to pin every expert, needs the host-driven path.
-        SlotsError: memory that does not suffice; names what would.
+        NotCapturableError: the model, or host memory too small to pin every expert, needs the host-driven path.
+        SlotsError: device memory that does not suffice; names what would.
     """
-    inner = _intermediate(store)
-    num_experts = store.manifest.model.num_experts
     available = ExpertMask.of(store.available)
     mask = available if mask is None else available & mask
-    needed = int(mask.allowed.sum()) * max(spec.span_bytes for spec in store.manifest.layers)
-    if host_memory_bytes is not None and host_memory_bytes < needed:
-        raise NotCapturableError(f"host memory of {host_memory_bytes} bytes cannot pin all {needed} bytes of experts")
+    reader = SpanReader(store, dtype)
+    shape = replace(
+        decode_shape(
+            trunk_skeleton(store.trunk_path),
+            intermediate=_intermediate(store),
+            max_rows=max_rows,
+            max_tokens=max_tokens,
+        ),
+        dtype=dtype,
+    )
+    _check_layers(store, shape)
+    memory = DeviceMemory(shape, device, num_pinned=len(pinned[0]) if pinned else 0)
+    wanted = [(layer, int(expert)) for layer, row in enumerate(mask.allowed) for expert in row.nonzero()[0]]
     progress("loading the trunk", 0.0)
     model = load_trunk(store.trunk_path, device=device, dtype=dtype)
-    shape = decode_shape(model, intermediate=inner, max_rows=max_rows, max_tokens=max_tokens)
-    if shape.num_layers != len(store.manifest.layers):
-        raise NotCapturableError(
-            f"{shape.num_layers} layers, of which the store has experts for {len(store.manifest.layers)}"
-        )
     weights = pack_trunk(model, shape)
-    top_k, most = shape.top_k, int(mask.num_allowed.max())
-    pages_shape = PagesShape(shape.num_layers, num_experts, top_k, num_experts, shape.span_elements, max_rows, dtype)
-    if num_slots is None:
-        num_slots = _slots_that_fit(pages_shape, shape_kv_bytes(shape), device, slots_memory_bytes, most)
-    num_slots = num_experts if num_slots >= most and most == num_experts else min(num_slots, max(most, top_k))
-    pages_shape = PagesShape(shape.num_layers, num_experts, top_k, num_slots, shape.span_elements, max_rows, dtype)
-    spans, index = _read_spans(store, mask, dtype, device.type == "cuda", progress)
-    pages = DevicePages(pages_shape, spans, index, device=device, policy=policy, num_pinned=num_pinned)
-    progress("filling slots", 0.0)
-    pages.seed(_first_experts(store, mask, num_slots))
-    stream = ExpertStream(pages, shape.hidden, inner)
+    slots = memory.num_slots(int(mask.num_allowed.max()), num_slots, slots_memory_bytes)
+    pages_shape = memory.pages_shape(slots)
+    needed = len(wanted) * reader.span_bytes
+    if pages_shape.paged and host_memory_bytes is not None and host_memory_bytes < needed:
+        raise NotCapturableError(f"host memory of {host_memory_bytes} bytes cannot pin all {needed} bytes of experts")
+    order = _first_experts(store, mask, slots, pinned)
+    if pages_shape.paged:
+        spans, index = _read_spans(reader, wanted, mask, device.type == "cuda", progress)
+        pages = DevicePages(
+            pages_shape, spans, index, device=device, policy=policy, num_pinned=memory.num_pinned
+        )  # fmt: skip
+        progress("filling slots", 0.0)
+        pages.seed(order)
+    else:
+        pages = DevicePages(pages_shape, None, device=device, policy=policy)
+        _read_into_slots(reader, pages, order, progress)
+    runner = _runner(store, model, shape, weights, pages, mask, reader, host_memory_bytes, resident_bias)
+    _capture(runner, progress)
+    if trial and resident_bias == 0.0:
+        progress("trying the captured step out", 0.0)
+        distance = try_out(runner)
+        log.info("the captured step agrees with transformers' forward within %.2g of the logits' norm", distance)
+    return runner
+
+
+def _capture(runner: DeviceRunner, progress: Progress) -> None:
+    """Captures; what keeps kernels from being compiled here (no C compiler, an old GPU) is a reason to go without."""
+    try:
+        runner.capture(progress)
+    except torch.cuda.OutOfMemoryError as error:
+        raise SlotsError(f"the device's memory ended while decode steps were captured: {error}") from error
+    except Exception as error:
+        raise NotCapturableError(f"the step's kernels cannot be compiled or captured here: {error}") from error
+
+
+def _runner(
+    store: Store,
+    model: PreTrainedModel,
+    shape: DecodeShape,
+    weights: TrunkWeights,
+    pages: DevicePages,
+    mask: ExpertMask,
+    reader: SpanReader,
+    host_memory_bytes: int | None,
+    resident_bias: float,
+) -> DeviceRunner:
+    """The model's experts and routers bound to the pages, and the runner over all of it."""
+    stream = ExpertStream(pages, shape.hidden, shape.intermediate)
+    device = pages.device
     routing = StepRouting(store.manifest.model.family, shape.num_layers, device, mask)
-    for layer, block in enumerate(model.model.layers):
+    body: Any = model.model
+    for layer, block in enumerate(body.layers):
         object.__setattr__(block.mlp.experts, LAYER_ATTRIBUTE, StreamLayer(layer, stream))
         routing.install(layer, block.mlp.gate)
     tokenizer = AutoTokenizer.from_pretrained(store.trunk_path, trust_remote_code=False, local_files_only=True)
-    config = AutoConfig.from_pretrained(store.trunk_path, trust_remote_code=False).get_text_config()
     selective = SelectiveModel(
         model=model,
         tokenizer=tokenizer,
@@ -108,21 +162,24 @@ def load_device_runner(
         cache=cast(ExpertCache, PagedCache(store, pages)),
         routing=routing,
         device=device,
-        dtype=dtype,
-        eos_token_ids=_eos_token_ids(model, tokenizer),
+        dtype=shape.dtype,
+        eos_token_ids=eos_token_ids_of(model, tokenizer),
         special_token_ids=frozenset(tokenizer.all_special_ids),
-        context_tokens=int(getattr(config, "max_position_embeddings", 0) or 1 << 20),
+        context_tokens=context_tokens(store.trunk_path),
     )
-    runner = DeviceRunner(selective, shape, weights, pages, stream, resident_bias=resident_bias)
-    runner.capture(progress)
-    return runner
+    growth = SpanGrowth(reader, pages, host_memory_bytes)
+    return DeviceRunner(selective, shape, weights, pages, stream, growth=growth, resident_bias=resident_bias)
 
 
-def shape_kv_bytes(shape: Any) -> int:
-    """Bytes of KV memory of all rows."""
-    return int(
-        2 * shape.num_layers * shape.max_rows * shape.num_kv_heads * shape.max_tokens * shape.head_dim
-    ) * int(shape.dtype.itemsize)  # fmt: skip
+def _check_layers(store: Store, shape: DecodeShape) -> None:
+    if shape.num_layers != len(store.manifest.layers):
+        raise NotCapturableError(
+            f"{shape.num_layers} layers, of which the store has experts for {len(store.manifest.layers)}"
+        )
+    if shape.span_elements * shape.dtype.itemsize % 16:
+        raise NotCapturableError(
+            f"experts of {shape.span_elements * shape.dtype.itemsize} bytes: wanted a multiple of 16"
+        )
 
 
 def _intermediate(store: Store) -> int:
@@ -138,77 +195,47 @@ def _intermediate(store: Store) -> int:
     return int(store.manifest.layers[0].tensors[1].shape[1])
 
 
-def _slots_that_fit(shape: PagesShape, kv_bytes: int, device: torch.device, budget: int | None, most: int) -> int:
-    """Slots a layer for the budget, or for what the device has free beside KV memory, spill area and activations."""
-    span_bytes = shape.span_elements * shape.dtype.itemsize
-    if budget is None:
-        if device.type != "cuda":
-            return most
-        budget = torch.cuda.mem_get_info(device)[0] - kv_bytes - RESERVE_BYTES
-    per_slot = shape.num_layers * span_bytes
-    if most == shape.num_experts and most * per_slot <= budget:
-        return most  # nothing is ever fetched, so neither a spill area nor a ring is needed
-    spill_bytes = (shape.max_distinct + 32) * span_bytes
-    num_slots = (budget - spill_bytes) // per_slot
-    if num_slots < shape.top_k:
-        needed = shape.top_k * per_slot + spill_bytes
-        raise SlotsError(
-            f"{budget} bytes for slots: {shape.top_k} slots in each of {shape.num_layers} layers and what a batch of "
-            f"{shape.max_batch} needs beside them take {needed} bytes: give that much, or use fewer or shorter rows"
-        )
-    return min(int(num_slots), most)
-
-
-def _first_experts(store: Store, mask: ExpertMask, num_slots: int) -> Tensor:
-    """[L, n] experts that fill the slots first: the store's deep experts in order, then any other allowed one."""
-    rows = []
-    for layer in range(len(store.manifest.layers)):
-        best = [deep.experts[layer] for deep in store.manifest.deep_experts if mask.allowed[layer, deep.experts[layer]]]
-        rows.append(list(dict.fromkeys(best))[:num_slots])
-    width = min(len(row) for row in rows)
-    return torch.tensor([row[:width] for row in rows])
+def _first_experts(store: Store, mask: ExpertMask, num_slots: int, pinned: Sequence[Sequence[int]] | None) -> Tensor:
+    """[L, num_slots] experts that fill the slots first, -1 where a layer has no more: the pinned ones, then the store's
+    deep experts in order."""
+    order = torch.full((len(store.manifest.layers), num_slots), -1)
+    for layer in range(len(order)):
+        deep = (deep.experts[layer] for deep in store.manifest.deep_experts)
+        wished = [*(pinned[layer] if pinned else ()), *deep]
+        chosen = [expert for expert in dict.fromkeys(wished) if mask.allowed[layer, expert]][:num_slots]
+        order[layer, : len(chosen)] = torch.tensor(chosen)
+    return order
 
 
 def _read_spans(
-    store: Store, mask: ExpertMask, dtype: torch.dtype, pinned: bool, progress: Progress
+    reader: SpanReader, wanted: Sequence[Expert], mask: ExpertMask, pinned: bool, progress: Progress
 ) -> tuple[Tensor, Tensor]:
-    """Every allowed expert's span in one arena [N, span] of compute dtype, page-locked; and where each is, [L, E]."""
-    from expert_store.slots import TORCH_DTYPES
-
-    layers = store.manifest.layers
-    stored = {TORCH_DTYPES[tensor.dtype] for spec in layers for tensor in spec.tensors}
-    if len(stored) != 1:
-        raise NotCapturableError(f"experts of mixed dtypes: {sorted(str(one) for one in stored)}")
-    elements = sum(torch.Size(tensor.shape).numel() for tensor in layers[0].tensors)
+    """Every wanted expert's span in one page-locked arena [N, span], and where each is, [L, E]."""
     index = torch.full(mask.allowed.shape, -1, dtype=torch.int64)
-    wanted = [(layer, int(expert)) for layer, row in enumerate(mask.allowed) for expert in row.nonzero()[0]]
-    progress("pinning host memory", 0.0)
-    spans = _host_arena(len(wanted), elements, dtype, pinned)
-    same = stored == {dtype}
-    scratch = torch.empty(layers[0].span_bytes, dtype=torch.uint8)
     for row, (layer, expert) in enumerate(wanted):
-        if same:
-            store.read_expert(layer, expert, spans[row].view(torch.uint8))
-        else:
-            store.read_expert(layer, expert, scratch)
-            spans[row].copy_(scratch.view(next(iter(stored))))
         index[layer, expert] = row
-        if row % 64 == 0:
-            progress("reading experts", row / len(wanted))
+    progress("reading experts", 0.0)
+    spans = new_arena(len(wanted), reader.elements, reader.dtype, pinned)
+    reader.read(wanted, spans, lambda share: progress("reading experts", share))
+    if pinned:
+        progress("pinning host memory", 0.0)
+        page_lock(spans)
     return spans, index
 
 
-def _host_arena(num_spans: int, elements: int, dtype: torch.dtype, pinned: bool) -> Tensor:
-    """[num_spans, elements], page-locked if asked. torch rounds its pinned blocks up to powers of two, so a large
-    arena is allocated plainly and registered; it is unregistered when the tensor goes.
-    """
-    if not pinned or num_spans * elements * dtype.itemsize <= SMALL_ARENA_BYTES:
-        return torch.empty(num_spans, elements, dtype=dtype, pin_memory=pinned)
-    spans = torch.empty(num_spans, elements, dtype=dtype)
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    address = spans.data_ptr()
-    status = int(runtime.cudaHostRegister(address, spans.nbytes, 0))
-    if status != 0:
-        raise NotCapturableError(f"{spans.nbytes} bytes of host memory could not be page-locked (CUDA error {status})")
-    weakref.finalize(spans.untyped_storage(), runtime.cudaHostUnregister, address)
-    return spans
+def _read_into_slots(reader: SpanReader, pages: DevicePages, order: Tensor, progress: Progress) -> None:
+    """Every expert of `order` [L, S] into its slot, through a small bounce buffer."""
+    places = [
+        (layer * pages.shape.num_slots + slot, (layer, expert))
+        for layer, row in enumerate(order.tolist())
+        for slot, expert in enumerate(row)
+        if expert >= 0
+    ]
+    bounce = torch.empty(BOUNCE_SPANS, reader.elements, dtype=reader.dtype, pin_memory=pages.slots.is_cuda)
+    for first in range(0, len(places), BOUNCE_SPANS):
+        part = places[first : first + BOUNCE_SPANS]
+        reader.read([expert for _, expert in part], bounce[: len(part)])
+        for (slot, _), span in zip(part, bounce, strict=False):
+            pages.slots[slot].copy_(span)
+        progress("filling slots", first / len(places))
+    pages.adopt(order)

@@ -1,23 +1,36 @@
 """A decode step captured as a CUDA graph and replayed; on the CPU (the kernels' interpreter) it is launched as it is.
 
 Capture happens once per batch size, after one uncaptured step has compiled the kernels. A captured graph holds the
-addresses of the step's tensors: they live as long as the `StepGraph`.
+addresses of the step's tensors: they live as long as the `StepGraph`. What the host gives and gets passes through two
+tensors in its own memory, copied by the graph itself, so a step costs the host one launch and one wait.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 
+from server.model.device.state import Report
 from server.model.device.step import DecodeStep
 
 
 class StepGraph:
-    """Replays `steps_per_replay` decode steps; more than one only makes sense when the step picks its own tokens."""
+    """Replays `steps_per_replay` decode steps; more than one only makes sense when the step picks its own tokens.
 
-    def __init__(self, step: DecodeStep, *, steps_per_replay: int = 1) -> None:
+    With `for_host` a replay reads rows and tokens from host memory and reports to it: see `run`.
+    """
+
+    def __init__(self, step: DecodeStep, *, steps_per_replay: int = 1, for_host: bool = False) -> None:
         self.step = step
         self._steps = steps_per_replay
+        self._for_host = for_host
         self._graph: torch.cuda.CUDAGraph | None = None
+        pinned = step.report.is_cuda
+        self._inputs = torch.empty(step.inputs.shape, dtype=torch.int32, pin_memory=pinned)
+        self._report = torch.empty(step.report.shape, dtype=torch.int32, pin_memory=pinned)
+        self.report = Report.of(self._report, step.shape.num_layers, step.batch, step.shape.top_k)
 
     def capture(self) -> None:
         """Compiles and captures. Runs the step once with no rows, which changes nothing but the step counter."""
@@ -33,14 +46,34 @@ class StepGraph:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            for _ in range(self._steps):
-                self.step.launch()
+            self._launch()
         self.step.rows.copy_(rows)
         self._graph = graph
 
     def replay(self) -> None:
         """Enqueues the captured step(s) on the current stream."""
         if self._graph is None:
-            self.step.launch()
+            self._launch()
         else:
             self._graph.replay()
+
+    def run(self, rows: Sequence[int], tokens: Sequence[int]) -> Report:
+        """One step of a graph made `for_host`: each row takes its token. Waits for it.
+
+        Returns the report in host memory, valid until the next `run`; entries past `rows` are meaningless.
+        """
+        inputs = self._inputs.numpy()
+        inputs[0], inputs[1] = -1, 0
+        inputs[:, : len(rows)] = np.array([rows, tokens])
+        self.replay()
+        if self._report.is_pinned():
+            torch.cuda.current_stream().synchronize()
+        return self.report
+
+    def _launch(self) -> None:
+        if self._for_host:
+            self.step.inputs.copy_(self._inputs, non_blocking=True)
+        for _ in range(self._steps):
+            self.step.launch()
+        if self._for_host:
+            self._report.copy_(self.step.report, non_blocking=True)

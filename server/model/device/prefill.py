@@ -27,6 +27,9 @@ from server.model.device.step import divisor, pow2
 GROUP = 8
 """Experts that are copied, waited for and computed together."""
 
+RING_GROUPS = 4
+RING_SPANS = RING_GROUPS * GROUP
+
 AHEAD_PICKS = 12
 """Picks an expert from which a chunk streams everything ahead: the recorded traces then want 96 % of a layer's
 experts.
@@ -42,7 +45,7 @@ class _Group:
     layer: int
     start: int
     stop: int
-    copies: list[tuple[int, int]]  # (row of the host tier, ring entry)
+    copies: list[tuple[int, int]]  # (expert, ring entry)
     arrived: Any = None
     used: Any = None
 
@@ -53,7 +56,7 @@ class ExpertStream:
     `intermediate` is I; weights, activations and results are in the pages' dtype.
     """
 
-    def __init__(self, pages: DevicePages, hidden: int, intermediate: int, *, num_groups: int = 4) -> None:
+    def __init__(self, pages: DevicePages, hidden: int, intermediate: int, *, num_groups: int = RING_GROUPS) -> None:
         self._pages, self._hidden, self._intermediate = pages, hidden, intermediate
         self._num_groups = num_groups if pages.shape.paged else 0
         shape = pages.shape
@@ -113,7 +116,6 @@ class ExpertStream:
     def _plan(self, layers: Any, wanted: npt.NDArray[np.bool_]) -> None:
         """Lists the groups of the layers, resident experts first, and starts as many copies as the ring holds."""
         span, slots = self._pages.shape.span_elements, self._pages.shape.num_slots
-        host_index = self._pages.host_index.numpy()
         ids: list[int] = []
         targets: list[int] = []
         entry = 0
@@ -128,7 +130,7 @@ class ExpertStream:
                 experts = missing[first : first + GROUP]
                 base = entry % max(self._num_groups, 1) * GROUP
                 entry += 1
-                copies = [(int(host_index[layer, expert]), base + at) for at, expert in enumerate(experts)]
+                copies = [(expert, base + at) for at, expert in enumerate(experts)]
                 self._groups.append(_Group(layer, len(ids), len(ids) + len(experts), copies))
                 ids += experts
                 targets += [self._ring_offset + (base + at) * span for at in range(len(experts))]
@@ -144,16 +146,15 @@ class ExpertStream:
             before = self._enqueued - self._num_groups
             if before >= 0 and self._streamed[before].used is None:
                 return
-            flat = self._pages.flat_host_spans
             if self._stream is None:
-                for row, entry in group.copies:
-                    self._ring[entry].copy_(flat[row])
+                for expert, entry in group.copies:
+                    self._ring[entry].copy_(self._pages.host_span(group.layer, expert))
             else:
                 with torch.cuda.stream(self._stream):
                     if before >= 0:
                         self._stream.wait_event(self._streamed[before].used)
-                    for row, entry in group.copies:
-                        self._ring[entry].copy_(flat[row], non_blocking=True)
+                    for expert, entry in group.copies:
+                        self._ring[entry].copy_(self._pages.host_span(group.layer, expert), non_blocking=True)
                     group.arrived = self._stream.record_event()
             self.copied_spans += len(group.copies)
             self._enqueued += 1

@@ -1,9 +1,9 @@
 """The runner of the device-driven path: prompts through transformers with streamed experts, tokens through captured
 graphs.
 
-The interface of `server.model.runner.Runner`. KV memory has fixed rows of fixed length, so a sequence joins, leaves or
-changes its mask by writing device tensors, never by another capture. Invariant: `lengths` on the device equal the
-host's, and a call that raises before its graph is replayed leaves both as they were.
+KV memory has fixed rows of fixed length, so a sequence joins, leaves or changes its mask by writing device tensors,
+never by another capture. Invariant: `lengths` on the device equal the host's, and a call that raises before its graph
+is replayed leaves both as they were.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from router.mask import ExpertMask
 from server.model.assembly import SelectiveModel
 from server.model.attention_mask import attention_masks
 from server.model.device.graph import StepGraph
+from server.model.device.host_spans import SpanGrowth
 from server.model.device.prefill import ExpertStream
-from server.model.device.step import DecodeStep, RowState, StepOptions, Tuning, pow2
+from server.model.device.state import Report, RowState
+from server.model.device.step import DecodeStep, StepOptions, Tuning, pow2
 from server.model.device.weights import DecodeShape, TrunkWeights
 from server.model.routing import RowShare
-from server.model.runner import StepOutput
+from server.model.runner import Likeliest, Runner, StepOutput
 
 
 class PrefillRow(Cache):
@@ -50,22 +52,21 @@ class PrefillRow(Cache):
         return self._start
 
 
-class DeviceRunner:
+class DeviceRunner(Runner):
     """Prefill and decode over fixed rows of the device.
 
     Args:
         model: trunk, tokenizer and routing; its experts modules are bound to `stream`.
         shape, weights: of the captured step.
         pages, stream: of the experts.
-        resident_bias: lambda of cache-aware routing, 0: off.
-
-    Attributes:
-        kind, can_fetch_missing, can_temper_router: see `Runner`.
+        growth: brings experts that come into use later; None leaves them masked.
+        resident_bias: lambda of cache-aware routing of decode steps, 0: off.
     """
 
     kind: ClassVar[str] = "the device-driven path"
+    decode_path: ClassVar[str] = "device"
     can_fetch_missing: ClassVar[bool] = False
-    can_temper_router: ClassVar[bool] = False
+    can_temper_router: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -75,25 +76,30 @@ class DeviceRunner:
         pages: DevicePages,
         stream: ExpertStream,
         *,
+        growth: SpanGrowth | None = None,
         resident_bias: float = 0.0,
     ) -> None:
         self.model, self.shape, self.pages = model, shape, pages
         self.max_rows, self.max_tokens = shape.max_rows, shape.max_tokens
-        self._weights, self._stream, self._bias = weights, stream, resident_bias
+        self._weights, self._stream, self._growth, self._bias = weights, stream, growth, resident_bias
         self._state = RowState(shape, model.device)
         self._lengths = [0] * self.max_rows
         self._free = list(range(self.max_rows - 1, -1, -1))
-        self._servable = ExpertMask.of(((pages.host_index >= 0) | (pages.page_table.cpu() >= 0)).numpy())
+        self._servable = ExpertMask.of(pages.servable.numpy())
         self._row_mask: list[ExpertMask | None] = [None] * self.max_rows  # as given, to see a change
         self._row_allowed = [self._servable] * self.max_rows  # as the device has it
+        self._row_temperature = [1.0] * self.max_rows
         self._graphs: dict[tuple[int, bool], StepGraph] = {}
 
     def capture(self, progress: Callable[[str, float], None] = lambda phase, share: None) -> None:
-        """Compiles and captures the step of every batch size up to `max_rows`, so that no request waits for it."""
+        """Compiles and captures the step of every batch size up to `max_rows`, with masks and without, so that no
+        request waits for it."""
         sizes = sorted({pow2(rows) for rows in range(1, self.max_rows + 1)})
-        for done, size in enumerate(sizes):
-            progress("capturing decode", done / len(sizes))
-            self._graph(size, not self._effective(None).is_full)
+        full = self._bias == 0.0 and self._effective(None).is_full
+        wanted = [(size, masked) for masked in ((False, True) if full else (True,)) for size in sizes]
+        for done, (size, masked) in enumerate(wanted):
+            progress("capturing decode", done / len(wanted))
+            self._graph(size, masked)
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
@@ -122,15 +128,22 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def prefill(
-        self, row: int, tokens: Sequence[int], *, mask: ExpertMask | None = None, all_logits: bool = False
+        self,
+        row: int,
+        tokens: Sequence[int],
+        *,
+        mask: ExpertMask | None = None,
+        temperature: float = 1.0,
+        all_logits: bool = False,
     ) -> StepOutput:
         """Append `tokens` to a row: see `Runner.prefill`."""
+        self._take_growth()
         start, routing = self._lengths[row], self.model.routing
         end = start + len(tokens)
         assert end <= self.max_tokens, f"row {row}: {end} tokens, room for {self.max_tokens}"
         positions = torch.arange(start, end, device=self.model.device)[None]
         effective = self._effective(mask)
-        routing.begin(1, len(tokens), None if effective is routing.mask else [effective])
+        routing.begin(1, len(tokens), None if effective is routing.mask else [effective], [temperature])
         self._stream.begin(len(tokens), effective.allowed)
         try:
             result = self.model.model(
@@ -151,28 +164,49 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def decode(
-        self, rows: Sequence[int], tokens: Sequence[int], *, masks: Sequence[ExpertMask | None] | None = None
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[int],
+        *,
+        masks: Sequence[ExpertMask | None] | None = None,
+        temperatures: Sequence[float] | None = None,
     ) -> StepOutput:
-        """Append one token to each row; logits come in the order of `rows`."""
+        """Append one token to each row; logits come in the order of `rows` and are valid until the next `decode`."""
+        self._take_growth()
         for row in rows:
             assert self._lengths[row] < self.max_tokens, f"row {row} is full: {self.max_tokens} tokens"
         for row, mask in zip(rows, masks or [None] * len(rows), strict=True):
             self._set_mask(row, mask)
-        masked = self._bias != 0.0 or any(not self._row_allowed[row].is_full for row in rows)
+        for row, temperature in zip(rows, temperatures or [1.0] * len(rows), strict=True):
+            self._set_temperature(row, temperature)
+        masked = self._bias != 0.0 or any(
+            not self._row_allowed[row].is_full or self._row_temperature[row] != 1.0 for row in rows
+        )
         graph = self._graph(pow2(len(rows)), masked)
-        step, idle = graph.step, graph.step.batch - len(rows)
-        step.inputs.copy_(torch.tensor([[*rows, *[-1] * idle], [*tokens, *[0] * idle]], dtype=torch.int32))
-        graph.replay()
+        report = graph.run(rows, tokens)
         for row in rows:
             self._lengths[row] += 1
-        logits = step.logits[: len(rows)].clone()
-        return StepOutput(logits, *self._record(step, rows, masked))
+        num = len(rows)
+        likeliest = Likeliest(
+            report.best_token[:num].numpy().copy(),
+            report.best_logit[:num].numpy().copy(),
+            report.normaliser[:num].numpy().copy(),
+        )
+        return StepOutput(graph.step.logits[:num], *_record(report, num, masked), likeliest)
 
     def prefetch(self, mask: ExpertMask) -> None:
         """Nothing to do ahead of use: a prompt's chunk streams what its mask allows, and decoding fetches the rest."""
 
+    def adopt(self) -> None:
+        """Bring what routing's mask allows now and what is not in host memory yet; it is used from the first step after
+        its arrival on, and stays masked until then. See `Runner.adopt`."""
+        if self._growth is not None:
+            self._growth.want(self.model.routing.mask.allowed)
+
     def close(self) -> None:
         """Drop the graphs and free what the model holds."""
+        if self._growth is not None:
+            self._growth.wait()
         self._graphs.clear()
         self.model.close()
 
@@ -182,46 +216,62 @@ class DeviceRunner:
         key = (batch, masked)
         if key not in self._graphs:
             options = StepOptions(
-                pdl=batch == 1 and self.model.device.type == "cuda",
-                masked=masked or self._bias != 0.0,
+                pdl=batch == 1 and _launches_dependents(self.model.device),
+                masked=masked,
                 resident_bias=self._bias,
                 tuning=Tuning(),
             )
             step = DecodeStep(self.shape, self._weights, self.pages, self._state, batch, options)
-            graph = StepGraph(step)
+            graph = StepGraph(step, for_host=True)
             graph.capture()
             self._graphs[key] = graph
         return self._graphs[key]
 
-    def _record(self, step: DecodeStep, rows: Sequence[int], masked: bool) -> tuple[StepRecord, RowShare]:
-        """The step's routing; the one place of a decode step that waits for the device."""
-        num = len(rows)
-        served = step.log_ids[:, :num].cpu().numpy().astype(np.int64)
-        weight = step.log_weights[:, :num].cpu().numpy()
-        if not masked:
-            demanded = weight.sum(axis=2, dtype=np.float64)
-            return StepRecord(served, weight), RowShare(demanded.T, np.zeros_like(demanded.T))
-        demand = step.log_demand[:, :num].cpu().numpy().astype(np.int64)
-        mass = step.log_mass[:, :num].cpu().numpy()
-        given = (demand[..., None] == served[..., None, :]).any(axis=-1)
-        missed = np.where(given, 0.0, mass).sum(axis=2, dtype=np.float64)
-        demanded = mass.sum(axis=2, dtype=np.float64)
-        record = StepRecord(served, weight, demand, mass, missed.sum(axis=1))
-        return record, RowShare(demanded.T, missed.T)
+    def _take_growth(self) -> None:
+        if self._growth is not None and self._growth.take():
+            self._servable = ExpertMask.of(self.pages.servable.numpy())
+            self._row_mask = [None] * self.max_rows
 
     def _set_length(self, row: int, length: int) -> None:
         self._lengths[row] = length
         self._state.lengths[row : row + 1].fill_(length)
 
     def _effective(self, mask: ExpertMask | None) -> ExpertMask:
-        """A sequence's mask (None: the server's) without experts that came to the store after the spans were pinned."""
+        """A sequence's mask (None: the server's) without experts of the store that have not arrived in host memory."""
         wanted = self.model.routing.mask if mask is None else mask
         return wanted & self._servable if (wanted.allowed & ~self._servable.allowed).any() else wanted
 
     def _set_mask(self, row: int, mask: ExpertMask | None) -> None:
         given = self.model.routing.mask if mask is None else mask
-        if given is self._row_mask[row]:
+        known = self._row_mask[row]
+        if known is not None and (given is known or np.array_equal(given.allowed, known.allowed)):
             return
         allowed = self._effective(mask)
         self._state.masks[row] = torch.from_numpy(allowed.allowed.astype(np.int8)).to(self.model.device)
         self._row_mask[row], self._row_allowed[row] = given, allowed
+
+    def _set_temperature(self, row: int, temperature: float) -> None:
+        if temperature != self._row_temperature[row]:
+            self._state.temperatures[row : row + 1].fill_(temperature)
+            self._row_temperature[row] = temperature
+
+
+def _launches_dependents(device: torch.device) -> bool:
+    """Whether the GPU has programmatic dependent launch."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _record(report: Report, num: int, masked: bool) -> tuple[StepRecord, RowShare]:
+    """The routing of a step's first `num` entries."""
+    served = report.ids[:, :num].numpy().astype(np.int64)
+    weight = report.weights[:, :num].numpy().copy()
+    if not masked:
+        demanded = weight.sum(axis=2, dtype=np.float64)
+        return StepRecord(served, weight), RowShare(demanded.T, np.zeros_like(demanded.T))
+    demand = report.demand[:, :num].numpy().astype(np.int64)
+    mass = report.mass[:, :num].numpy().copy()
+    given = (demand[..., None] == served[..., None, :]).any(axis=-1)
+    missed = np.where(given, 0.0, mass).sum(axis=2, dtype=np.float64)
+    demanded = mass.sum(axis=2, dtype=np.float64)
+    record = StepRecord(served, weight, demand, mass, missed.sum(axis=1))
+    return record, RowShare(demanded.T, missed.T)

@@ -3,7 +3,8 @@
 `DecodeStep.launch()` enqueues a step on the current stream and touches no host memory, so it can be captured once per
 batch size and replayed (`server.model.device.graph`). All inputs are device tensors that the owner fills before a
 step: `inputs` [2, B], that is `rows` (KV row of each batch entry, -1: none) and `tokens`; `lengths` is advanced by
-the step itself. Batch entries without a row leave no trace: they reach no expert, no KV memory and no statistics.
+the step itself. What the host wants to know of a step lies in one tensor, `report`, so that one copy brings it. Batch
+entries without a row leave no trace: they reach no expert, no KV memory and no statistics.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from torch import Tensor
 from expert_store.paging.kernels import LFU, LRU
 from expert_store.paging.pages import DevicePages
 from server.model.device.kernels import attention, experts, routing, trunk
+from server.model.device.state import Report, RowState
 from server.model.device.weights import DecodeShape, TrunkWeights
 
 STAGES = ("embed", "qkv", "attention", "output", "route", "gate_up", "down", "combine", "head", "greedy")
-GREEDY_PARTS = 32
+GREEDY_PARTS = 128
+GREEDY_BLOCK = 2048
 MOST_DOWN_ELEMENTS = 28 << 10
 """Weights that one program of `down_one` holds in registers; more would halve how many programs an SM can hold."""
 
@@ -77,22 +80,6 @@ class StepOptions:
     tuning: Tuning = field(default_factory=Tuning)
 
 
-class RowState:
-    """KV memory and per-row device state, shared by the steps of all batch sizes.
-
-    keys, values: per layer [rows, kv_heads, max_tokens, head_dim]; lengths [rows] int32; masks [rows, L, E] int8, 1 =
-    available; bias_range [L] fp32, the running range of the router's logits.
-    """
-
-    def __init__(self, shape: DecodeShape, device: torch.device | str) -> None:
-        size = (shape.num_layers, shape.max_rows, shape.num_kv_heads, shape.max_tokens, shape.head_dim)
-        self.keys = torch.zeros(size, dtype=shape.dtype, device=device)
-        self.values = torch.zeros(size, dtype=shape.dtype, device=device)
-        self.lengths = torch.zeros(shape.max_rows, dtype=torch.int32, device=device)
-        self.masks = torch.ones(shape.max_rows, shape.num_layers, shape.num_experts, dtype=torch.int8, device=device)
-        self.bias_range = torch.zeros(shape.num_layers, dtype=torch.float32, device=device)
-
-
 class DecodeStep:
     """The kernels of one step for `batch` entries; reads weights and pages, mutates rows and pages."""
 
@@ -127,18 +114,20 @@ class DecodeStep:
         self.pick_weights = fresh(batch, top_k, dtype=torch.float32)
         self.act = fresh(batch * top_k, shape.intermediate)
         self.parts = fresh(batch * top_k, hidden, dtype=torch.float32) if batch > 1 else self.mid
-        self.best = fresh(batch, GREEDY_PARTS, dtype=torch.float32)
-        self.best_token = fresh(batch, GREEDY_PARTS, dtype=torch.int32)
+        self.num_parts = min(GREEDY_PARTS, pow2(triton.cdiv(shape.vocab, GREEDY_BLOCK)))
+        self.part_best = fresh(batch, self.num_parts, dtype=torch.float32)
+        self.part_total = fresh(batch, self.num_parts, dtype=torch.float32)
+        self.part_token = fresh(batch, self.num_parts, dtype=torch.int32)
         self.arrived_rows = fresh(batch, dtype=torch.int32)
         self.logits = fresh(batch, shape.vocab, dtype=torch.float32)
-        self.log_ids = fresh(layers, batch, top_k, dtype=torch.int32)
-        self.log_weights = fresh(layers, batch, top_k, dtype=torch.float32)
-        self.log_demand = fresh(layers, batch, top_k, dtype=torch.int32)
-        self.log_mass = fresh(layers, batch, top_k, dtype=torch.float32)
+        self.report = fresh(Report.num_entries(layers, batch, top_k), dtype=torch.int32)
+        log = Report.of(self.report, layers, batch, top_k)
+        self.best_token, self.best_logit, self.normaliser = log.best_token, log.best_logit, log.normaliser
+        self.log_ids, self.log_weights, self.log_demand, self.log_mass = log.ids, log.weights, log.demand, log.mass
 
     def launch(self) -> None:
-        """Enqueues one step: reads `rows` and `tokens`, writes `logits` [B, V] fp32 and the routing log; advances
-        lengths (and with `greedy` writes the next tokens).
+        """Enqueues one step: reads `rows` and `tokens`, writes `logits` [B, V] fp32 and `report`; advances lengths (and
+        with `greedy` writes the next tokens).
         """
         self._embed()
         for layer in range(self.shape.num_layers):
@@ -219,7 +208,7 @@ class DecodeStep:
         self._run(
             "route", routing.route, (triton.cdiv(shape.num_experts, rows), self.batch),
             self.mid, weights.post_norm, weights.gate, self.normed, self.router_logits, self.arrived, self.rows,
-            state.masks,
+            state.masks, state.temperatures,
             forced, state.bias_range, self.log_ids, self.log_weights, self.log_demand, self.log_mass, layer, pages.step,
             pages.page_table, pages.slot_owner, pages.last_use, pages.use_count, pages.pinned, pages.host_offset,
             pages.pool_offset, pages.stats, pages.header, pages.target, pages.source, pages.count, pages.pairs,
@@ -286,12 +275,12 @@ class DecodeStep:
             self.logits,
             self.options.tuning.head_rows,
         )  # fmt: skip
-        greedy, parts = self.options.greedy, self.best.shape[1]
-        block = pow2(triton.cdiv(shape.vocab, parts))
+        block = pow2(triton.cdiv(shape.vocab, self.num_parts))
         self._run(
-            "greedy", trunk.finish, (parts if greedy else 1, self.batch),
-            self.logits, self.rows, self.tokens, self.state.lengths, self.best, self.best_token, self.arrived_rows,
-            shape.vocab, PARTS=parts, BLOCK=block, GREEDY=greedy, num_warps=4,
+            "greedy", trunk.finish, (self.num_parts, self.batch),
+            self.logits, self.rows, self.tokens, self.state.lengths, self.part_best, self.part_total, self.part_token,
+            self.arrived_rows, self.best_token, self.best_logit, self.normaliser, shape.vocab,
+            PARTS=self.num_parts, BLOCK=block, GREEDY=self.options.greedy, num_warps=4,
         )  # fmt: skip
 
 

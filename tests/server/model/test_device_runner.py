@@ -25,6 +25,7 @@ from server.model.device.assembly import load_device_runner
 from server.model.device.pack import NotCapturableError
 from server.model.device.runner import DeviceRunner
 from server.model.device.step import Tuning
+from server.model.device.trial import try_out
 from server.model.runner import Runner
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -61,7 +62,7 @@ def runners(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Dev
 
     def make(path: Path, num_slots: int, mask: ExpertMask | None = None) -> tuple[DeviceRunner, Runner]:
         options = {"device": DEVICE, "dtype": torch.float32, "num_slots": num_slots, "mask": mask}
-        device = load_device_runner(Store.open(path), max_rows=2, max_tokens=384, **options)
+        device = load_device_runner(Store.open(path), max_rows=2, max_tokens=384, trial=False, **options)
         host = Runner(load_model(Store.open(path), **options), max_rows=2, max_tokens=384)
         made.extend([device, host])
         return device, host
@@ -90,7 +91,7 @@ def test_greedy_tokens_equal_the_host_driven_runner(small_store, runners, num_sl
     pages.check_integrity(contents=True)
 
 
-def test_records_and_shares_equal_the_host_driven_ones_under_masks(small_store, runners):
+def test_records_and_shares_equal_the_host_driven_ones_under_masks_and_temperatures(small_store, runners):
     device, host = runners(small_store, 3)
     allowed = np.ones((LAYERS, EXPERTS), dtype=bool)
     allowed[:, [0, 3, 4]] = False
@@ -100,8 +101,11 @@ def test_records_and_shares_equal_the_host_driven_ones_under_masks(small_store, 
         rows = [runner.allocate(), runner.allocate()]
         runner.prefill(rows[0], [5, 6, 7], mask=mask)
         runner.prefill(rows[1], [9, 10])
-        outputs.append(runner.decode(rows, [11, 12], masks=[mask, None]))
+        outputs.append(runner.decode(rows, [11, 12], masks=[mask, None], temperatures=[1.0, 3.0]))
     got, wanted = outputs
+    assert got.likeliest.token.tolist() == wanted.logits.argmax(dim=-1).tolist()
+    assert got.likeliest.logit == pytest.approx(wanted.logits.amax(dim=-1).cpu().numpy(), rel=1e-4)
+    assert got.likeliest.normaliser == pytest.approx(wanted.logits.logsumexp(dim=-1).cpu().numpy(), rel=1e-4)
     assert torch.allclose(got.logits, wanted.logits, rtol=1e-4, atol=1e-4)
     assert (got.record.served_index == wanted.record.served_index).all()
     assert got.record.served_weight == pytest.approx(wanted.record.served_weight, abs=1e-5)
@@ -130,11 +134,65 @@ def test_rows_join_and_leave_without_another_capture(small_store, runners):
     assert device.num_cached_tokens == 4
 
 
+@pytest.mark.parametrize("num_slots", [4, EXPERTS])
+def test_experts_that_come_into_use_are_served_from_the_next_step_on_and_leave_again(small_store, runners, num_slots):
+    first, all_experts = (ExpertMask.same_in_every_layer(range(n), LAYERS, EXPERTS) for n in (5, EXPERTS))
+    device, host = runners(small_store, num_slots, first)
+    rows = {runner: runner.allocate() for runner in (device, host)}
+    for runner in (device, host):
+        runner.prefill(rows[runner], [20, 21, 22])
+
+    def step(token: int) -> list[np.ndarray]:
+        outputs = [runner.decode([rows[runner]], [token]) for runner in (device, host)]
+        assert torch.allclose(outputs[0].logits, outputs[1].logits, rtol=1e-4, atol=1e-4)
+        return [output.record.served_index for output in outputs]
+
+    assert all(index.max() < 5 for index in step(23))
+    graphs = dict(device._graphs)
+    for runner in (device, host):
+        runner.model.routing.set_mask(all_experts)
+        runner.adopt()
+    device._growth.wait()
+    served = [index for token in range(24, 30) for index in step(token)]
+    assert max(index.max() for index in served) >= 5, "no token chose a new expert: the test shows nothing"
+    for runner in (device, host):
+        runner.model.routing.set_mask(ExpertMask.same_in_every_layer((1, 6, 7), LAYERS, EXPERTS))
+        runner.adopt()
+    assert all(set(index.ravel().tolist()) <= {1, 6, 7} for index in step(30))
+    assert {key: graph for key, graph in device._graphs.items() if key in graphs} == graphs
+    device.pages.check_integrity(contents=True)
+
+
+def test_experts_past_the_host_budget_stay_masked_and_the_log_says_so(small_store, caplog):
+    spans = 5 * LAYERS
+    span_bytes = Store.open(small_store).manifest.layers[0].span_bytes
+    runner = load_device_runner(
+        Store.open(small_store), device=DEVICE, dtype=torch.float32, max_rows=1, max_tokens=64, num_slots=4,
+        trial=False, mask=ExpertMask.same_in_every_layer(range(5), LAYERS, EXPERTS),
+        host_memory_bytes=(spans + 1) * span_bytes,
+    )  # fmt: skip
+    runner.model.routing.set_mask(ExpertMask.same_in_every_layer(range(EXPERTS), LAYERS, EXPERTS))
+    runner.adopt()
+    assert "stay masked" in caplog.text
+    assert runner._effective(None).num_allowed.tolist() == [5] * LAYERS
+    runner.close()
+
+
+def test_the_trial_finds_a_step_that_computes_something_else(small_store, runners):
+    device, _ = runners(small_store, EXPERTS)
+    assert try_out(device) < 1e-4
+    device._graphs.clear()
+    second = device._weights.layers[1]
+    object.__setattr__(second, "gate", second.gate.roll(1, dims=0).contiguous())
+    with pytest.raises(NotCapturableError, match="away from transformers"):
+        try_out(device)
+
+
 def test_host_memory_that_cannot_pin_everything_is_left_to_the_host_driven_path(small_store):
     with pytest.raises(NotCapturableError, match="cannot pin all"):
         load_device_runner(
             Store.open(small_store), device=DEVICE, dtype=torch.float32, max_rows=1, max_tokens=64,
-            host_memory_bytes=1000
+            num_slots=4, host_memory_bytes=1000
         )  # fmt: skip
 
 

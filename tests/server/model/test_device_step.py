@@ -16,7 +16,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from expert_store.paging.pages import DevicePages, PagesShape
 from server.model.device.pack import decode_shape, pack_trunk
-from server.model.device.step import DecodeStep, RowState, StepOptions, Tuning
+from server.model.device.state import RowState
+from server.model.device.step import DecodeStep, StepOptions, Tuning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter multiplies bf16 matrices as if they were integers, so the CPU checks the roundings in fp16.

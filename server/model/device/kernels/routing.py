@@ -90,7 +90,7 @@ def _weights(values, logits, allowed, RENORMALISE: tl.constexpr, dtype: tl.const
 
 @triton.jit
 def route(
-    x, norm, gate, normed, logits, arrived, rows, masks, forced, bias_range,
+    x, norm, gate, normed, logits, arrived, rows, masks, temperatures, forced, bias_range,
     log_ids, log_weights, log_demand, log_mass, layer, step_at,
     page_table, slot_owner, last_use, use_count, pinned, host_offset, pool_offset, stats,
     header, target, source, count, pairs, pair_target, pair_source, weights, scratch, span, eps, resident_bias,
@@ -104,9 +104,9 @@ def route(
     """Routes x [B, H]; writes normed [B, H], weights [B, K], the work list (see `plan_layer`) and the step's log [L,
     B, K].
 
-    masks [rows, L, E] int8 (MASKED), forced [num_forced, L, B, K] int32 replaces the choice (FORCED, for replayed
-    traces), bias_range [L] fp32 is the running range of the logits (BIASED; mutated). Grid (E / BE, B); the last
-    program plans.
+    masks [rows, L, E] int8 and temperatures [rows] fp32, which divide the logits, are a row's own (MASKED); forced
+    [num_forced, L, B, K] int32 replaces the choice (FORCED, for replayed traces), bias_range [L] fp32 is the running
+    range of the logits (BIASED; mutated). Grid (E / BE, B); the last program plans.
     """
     if PDL:
         gdc_launch_dependents()
@@ -144,6 +144,8 @@ def route(
         log_mask = (batches < B)[:, None] & (picks < K)[None, :]
         allowed = known
         if MASKED:
+            heat = tl.load(temperatures + row, mask=row >= 0, other=1.0).to(dtype).to(tl.float32)
+            score = tl.div_rn(score, tl.broadcast_to(heat[:, None], [BP, EP])).to(dtype).to(tl.float32)
             _, _, demand_ids, demand_values = top_k(score, score, known, K, KP, BP, EP, True, NARROW)
             tl.store(log_demand + log_at, tl.where(demand_ids < 0, E, demand_ids), mask=log_mask)
             tl.store(log_mass + log_at, _weights(demand_values, score, known, RENORMALISE, dtype), mask=log_mask)

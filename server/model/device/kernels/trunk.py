@@ -106,31 +106,39 @@ def gemm(
 
 @triton.jit
 def finish(
-    logits, rows, tokens, lengths, part_best, part_token, arrived, V,
+    logits, rows, tokens, lengths, part_best, part_sum, part_token, arrived, best_token, best_logit, normaliser, V,
     PARTS: tl.constexpr, BLOCK: tl.constexpr, GREEDY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """lengths[rows[b]] += 1; with GREEDY tokens[b] = argmax(logits[b]), the lowest id of equals. PARTS * BLOCK >= V.
+    """lengths[rows[b]] += 1; best_token[b] = argmax(logits[b]), the lowest id of equals, with its logit, and
+    normaliser[b] = logsumexp(logits[b]); with GREEDY also tokens[b], so that the next step goes on from it.
 
-    Grid (PARTS, B) with GREEDY, else (1, B): each program takes a part of the vocabulary, the last one of a row
-    decides.
+    Grid (PARTS, B), PARTS * BLOCK >= V: each program takes a part of the vocabulary, the last one of a row joins them.
     """
     part, batch = tl.program_id(0), tl.program_id(1)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    if GREEDY:
-        cols = part * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(logits + batch.to(tl.int64) * V + cols, mask=cols < V, other=-float("inf"))
-        best = tl.max(value, axis=0)
-        tl.store(part_best + batch * PARTS + part, best)
-        tl.store(part_token + batch * PARTS + part, tl.min(tl.where(value == best, cols, 0x7FFFFFFF), axis=0))
-        tl.debug_barrier()
-        if tl.atomic_add(arrived + batch, 1) == PARTS - 1:
-            tl.store(arrived + batch, 0)
-            parts = batch * PARTS + tl.arange(0, PARTS)
-            bests = tl.load(part_best + parts, cache_modifier=".cg")
-            ids = tl.load(part_token + parts, cache_modifier=".cg")
-            tl.store(tokens + batch, tl.min(tl.where(bests == tl.max(bests, axis=0), ids, 0x7FFFFFFF), axis=0))
+    cols = part * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(logits + batch.to(tl.int64) * V + cols, mask=cols < V, other=-float("inf"))
+    best = tl.max(value, axis=0)
+    tl.store(part_best + batch * PARTS + part, best)
+    # A part past the vocabulary has no finite maximum; exp(-inf - 0) is the 0 that it adds.
+    tl.store(part_sum + batch * PARTS + part, tl.sum(tl.exp(value - tl.maximum(best, -3.0e38)), axis=0))
+    tl.store(part_token + batch * PARTS + part, tl.min(tl.where(value == best, cols, 0x7FFFFFFF), axis=0))
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + batch, 1) == PARTS - 1:
+        tl.store(arrived + batch, 0)
+        parts = batch * PARTS + tl.arange(0, PARTS)
+        bests = tl.load(part_best + parts, cache_modifier=".cg")
+        sums = tl.load(part_sum + parts, cache_modifier=".cg")
+        ids = tl.load(part_token + parts, cache_modifier=".cg")
+        peak = tl.max(bests, axis=0)
+        token = tl.min(tl.where(bests == peak, ids, 0x7FFFFFFF), axis=0)
+        tl.store(best_token + batch, token)
+        tl.store(best_logit + batch, peak)
+        tl.store(normaliser + batch, peak + tl.log(tl.sum(sums * tl.exp(bests - peak), axis=0)))
+        if GREEDY:
+            tl.store(tokens + batch, token)
     row = tl.load(rows + batch)
     if (row >= 0) & (part == 0):
         tl.store(lengths + row, tl.load(lengths + row) + 1)

@@ -1,0 +1,172 @@
+"""Who drives the experts of a decode step: the device, in captured graphs, or the host. Chosen here, once, at start.
+
+Both ways have one interface (`server.model.runner.Runner`) and, up to rounding, the same results. Whatever an option
+cannot do on the way that is taken is an error that names it: no option is without effect.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from expert_store.errors import SlotsError
+from expert_store.policy import POLICIES
+from expert_store.store import Store
+from router.mask import ExpertMask
+from server.model.assembly import load_model
+from server.model.pinning import most_used_experts
+from server.model.runner import Runner
+from server.model.sequence_runner import make_runner
+
+log = logging.getLogger(__name__)
+
+DecodePath = Literal["auto", "device", "host"]
+CachePolicy = Literal["lru", "lfu"]
+UNPINNABLE_SHARE = 0.25
+"""Of the experts' bytes: the host tier's size where the host refused to page-lock all of them."""
+
+
+class DecodePathError(Exception):
+    """The settings ask for a way of decoding that this model, device or memory does not allow."""
+
+
+@dataclass(frozen=True)
+class RunnerOptions:
+    """How a store is run; see `server.settings.ModelSettings` for what each means."""
+
+    path: DecodePath
+    max_rows: int
+    max_tokens: int
+    num_slots: int | None = None
+    slots_memory_bytes: int | None = None
+    host_memory_bytes: int | None = None
+    mask: ExpertMask | None = None
+    cache_policy: CachePolicy = "lru"
+    pinned_experts: int = 0
+    resident_bias: float = 0.0
+
+
+def load_runner(
+    store: Store,
+    options: RunnerOptions,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[str, float], None] = lambda phase, share: None,
+) -> Runner:
+    """The runner of a store; says in one log line which way is taken, and why if it is the slower one.
+
+    Raises:
+        DecodePathError: the device-driven path, or what only it does, was asked for and is not possible.
+        StoreError, TrunkError, MaskError: see `load_model`.
+    """
+    if options.path == "host":
+        return _host_runner(store, options, device, dtype, "it was asked for", progress)
+    reason = _why_not(device, options.path)
+    host_options = options
+    if reason is None:
+        from server.model.device.assembly import load_device_runner
+        from server.model.device.host_spans import NotPinnableError
+        from server.model.device.pack import NotCapturableError
+
+        try:
+            runner: Runner = load_device_runner(
+                store,
+                device=device,
+                dtype=dtype,
+                max_rows=options.max_rows,
+                max_tokens=options.max_tokens,
+                num_slots=options.num_slots,
+                slots_memory_bytes=options.slots_memory_bytes,
+                host_memory_bytes=options.host_memory_bytes,
+                mask=options.mask,
+                policy=options.cache_policy,
+                pinned=_pinned(store, options),
+                resident_bias=options.resident_bias,
+                progress=progress,
+            )
+            log.info("decoding on the device-driven path: captured graphs of up to %d rows", options.max_rows)
+            return runner
+        except NotCapturableError as error:
+            reason = str(error)
+            if isinstance(error, NotPinnableError):
+                host_options = replace(options, host_memory_bytes=_share_of_experts(store, UNPINNABLE_SHARE))
+    if options.path == "device":
+        raise DecodePathError(f"decode_path is device, and that is not possible: {reason}. Set auto or host")
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return _host_runner(store, host_options, device, dtype, reason, progress)
+
+
+def _host_runner(
+    store: Store,
+    options: RunnerOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+    reason: str,
+    progress: Callable[[str, float], None],
+) -> Runner:
+    if options.resident_bias != 0.0:
+        raise DecodePathError(
+            f"resident_bias is {options.resident_bias}, which only the device-driven path does, and the host drives "
+            f"the experts here: {reason}. Set resident_bias to 0"
+        )
+    model = load_model(
+        store,
+        device=device,
+        dtype=dtype,
+        num_slots=options.num_slots,
+        slots_memory_bytes=options.slots_memory_bytes,
+        host_memory_bytes=options.host_memory_bytes,
+        mask=options.mask,
+        policy=POLICIES[options.cache_policy],
+        pinned=_pinned(store, options),
+        progress=progress,
+    )
+    tier = model.cache.host_tier
+    held = (
+        "" if tier is None else f"; {tier.capacity_bytes} bytes of page-locked host memory stand between disk and slots"
+    )
+    expected = options.path == "host" or device.type == "cpu"
+    log.log(logging.INFO if expected else logging.WARNING, "decoding on the host-driven path: %s%s", reason, held)
+    return make_runner(model, max_rows=options.max_rows, max_tokens=options.max_tokens)
+
+
+def _why_not(device: torch.device, path: DecodePath) -> str | None:
+    """Why the kernels cannot run here at all; None where they can. Triton's interpreter runs them on a CPU, slowly, for
+    who asks."""
+    if device.type != "cuda" and path == "auto":
+        return f"captured graphs need a CUDA device, and the model runs on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda":
+        from triton import knobs
+
+        if not knobs.runtime.interpret:
+            return f"captured graphs need a CUDA device, and the model runs on {device.type}"
+    return None
+
+
+def _pinned(store: Store, options: RunnerOptions) -> list[list[int]] | None:
+    if options.pinned_experts == 0:
+        return None
+    available = ExpertMask.of(store.available)
+    mask = available if options.mask is None else available & options.mask
+    fewest = int(mask.num_allowed.min())
+    if options.pinned_experts > fewest:
+        raise SlotsError(
+            f"pinned_experts is {options.pinned_experts}, and a layer serves only {fewest} experts: pin at most so many"
+        )
+    return most_used_experts(store, mask, options.pinned_experts)
+
+
+def _share_of_experts(store: Store, share: float) -> int:
+    sizes = [spec.span_bytes for spec in store.manifest.layers]
+    return int(share * sum(int(row.sum()) * size for row, size in zip(store.available, sizes, strict=True)))

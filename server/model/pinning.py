@@ -1,0 +1,40 @@
+"""Which experts keep their slots: those that the store's usage ledger has seen served most, layer by layer."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import numpy.typing as npt
+
+from expert_store.store import Store
+from router.ledger import LedgerError, UsageLedger
+from router.mask import ExpertMask
+
+log = logging.getLogger(__name__)
+
+
+def most_used_experts(store: Store, mask: ExpertMask, count: int) -> list[list[int]]:
+    """For each layer the `count` allowed experts with the most uses in the store's usage.json, most used first. Equals,
+    and all where there is no usage of this checkpoint, come in the order of the store's deep experts.
+
+    Args:
+        count: at most what the mask allows in any layer.
+    """
+    uses: npt.NDArray[np.int64] = np.zeros(mask.allowed.shape, dtype=np.int64)
+    try:
+        ledger = UsageLedger.load(store.path / "usage.json")
+        if ledger.fingerprint == store.manifest.source.fingerprint:
+            uses = ledger.served_count
+        else:
+            log.warning("usage.json is of another checkpoint: pinned experts are the store's first ones")
+    except FileNotFoundError:
+        log.info("the store has no usage yet: pinned experts are its first ones")
+    except (LedgerError, OSError) as error:
+        log.warning("usage.json cannot be read: pinned experts are the store's first ones (%s)", error)
+    chosen = []
+    for layer, row in enumerate(uses):
+        stored = dict.fromkeys(deep.experts[layer] for deep in store.manifest.deep_experts)
+        allowed = [expert for expert in stored if mask.allowed[layer, expert]]
+        chosen.append(sorted(allowed, key=lambda expert: -int(row[expert]))[:count])
+    return chosen
