@@ -31,6 +31,10 @@ class Fields:
         self._seen.add(key)
         return self._value[key]
 
+    def has(self, key: str) -> bool:
+        """Whether the object has `key`."""
+        return key in self._value
+
     def path(self, key: str) -> str:
         return f"{self.where}.{key}" if self.where else key
 

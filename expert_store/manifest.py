@@ -113,6 +113,8 @@ def format_manifest(manifest: Manifest) -> bytes:
         members.append(f'"{name}": {json.dumps(asdict(getattr(manifest, name)), sort_keys=name == "alignment")}')
     absent = [format_ids(ids) for ids in manifest.absent_experts]
     members.append(f'"absent_experts": {json.dumps(absent)}')
+    if manifest.retired_below:
+        members.append(f'"retired_below": {manifest.retired_below}')
     for name in ("layers", "deep_experts", "trunk"):
         items = ",\n  ".join(json.dumps(asdict(item)) for item in getattr(manifest, name))
         members.append(f'"{name}": [\n  {items}\n ]')
@@ -140,6 +142,7 @@ def parse_manifest(content: bytes) -> Manifest:
         alignment=_alignment(top.child("alignment")),
         deep_experts=tuple(_deep_expert(item) for item in top.children("deep_experts")),
         trunk=tuple(_trunk_file(item) for item in top.children("trunk")),
+        retired_below=top.integer("retired_below", 1) if top.has("retired_below") else 0,
     )
     absent = top.strings("absent_experts", r"[0-9,-]*")
     top.finish()
@@ -263,11 +266,13 @@ def _check_consistency(manifest: Manifest) -> None:
     files = [deep.file for deep in manifest.deep_experts] + [file.name for file in manifest.trunk]
     if len(set(files)) != len(files) or MANIFEST_NAME in files:
         raise ManifestError(f"two entries name the same file{REMEDY}")
+    if not _ascending([deep.index for deep in manifest.deep_experts]):
+        raise ManifestError(f"deep_experts: index does not ascend{REMEDY}")
     taken: list[set[int]] = [set() for _ in layers]
     for position, deep in enumerate(manifest.deep_experts):
         where = f"deep_experts[{position}]"
-        if deep.index != position or len(deep.experts) != len(layers) or len(deep.span_hashes) != len(layers):
-            raise ManifestError(f"{where}: wanted index {position} and {len(layers)} experts and hashes{REMEDY}")
+        if len(deep.experts) != len(layers) or len(deep.span_hashes) != len(layers):
+            raise ManifestError(f"{where}: wanted {len(layers)} experts and hashes{REMEDY}")
         for layer, expert in enumerate(deep.experts):
             if expert >= model.num_experts or expert in taken[layer]:
                 raise ManifestError(

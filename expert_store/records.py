@@ -93,7 +93,11 @@ class TrunkFile:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything that a reader knows about a store. `deep_experts[i].index == i`."""
+    """Everything that a reader knows about a store.
+
+    `deep_experts` ascend by `index`; a store that has shrunk has gaps. `retired_below` is 0, or the index below which
+    no new deep expert may be numbered, because a reader may still know the file of a removed one.
+    """
 
     source: Source
     model: ModelSpec
@@ -101,6 +105,12 @@ class Manifest:
     alignment: Alignment
     deep_experts: tuple[DeepExpert, ...]
     trunk: tuple[TrunkFile, ...]
+    retired_below: int = 0
+
+    @property
+    def next_index(self) -> int:
+        """Index of the next deep expert to be added: of none that the store has or had."""
+        return max(self.retired_below, *(deep.index + 1 for deep in self.deep_experts), 0)
 
     @property
     def absent_experts(self) -> tuple[tuple[int, ...], ...]:

@@ -1,9 +1,9 @@
 """`Store`: the reader of a store on disk.
 
 Owns the manifest in force and the open shard files. Invariants: it opens nothing that the manifest does not name; a
-read either fills the caller's memory with exactly the bytes that were extracted or raises; `reload` only ever adds
-deep experts, so what was available stays available and reads in flight stay valid. All methods may be called from any
-thread. With a source attached, experts that the store lacks are read from there, and nothing of them is kept here.
+read either fills the caller's memory with exactly the bytes that were extracted or raises; `reload` adds and removes
+whole deep experts and never changes one, so reads in flight stay valid. All methods may be called from any thread.
+With a source attached, experts that the store lacks are read from there, and nothing of them is kept here.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from expert_store.errors import ExpertUnavailableError, ManifestError, ShardCorruptError
+from expert_store.errors import ExpertUnavailableError, ManifestError, ShardCorruptError, StoreError
 from expert_store.integrity import verify_files
 from expert_store.manifest import DeepExpert, LayerSpec, Manifest, read_manifest
+from expert_store.readers import ReaderLock
 from expert_store.shard import ShardLayout, open_checked, open_shard, read_fully
+from expert_store.shrink import remove_unnamed_shards
 
 MAX_OPEN_FILES = 256
 
@@ -35,18 +37,20 @@ class _View:
     """One manifest with what is derived from it; replaced as a whole by `reload`."""
 
     manifest: Manifest
-    layouts: tuple[ShardLayout, ...]
-    deep_of: npt.NDArray[np.int32]  # [L, E]: index of the deep expert that holds the expert, -1 where none does
+    layouts: dict[int, ShardLayout]  # by the deep expert's index
+    deep_of: npt.NDArray[np.int32]  # [L, E]: place in `manifest.deep_experts` of what holds the expert, -1: none does
     available: npt.NDArray[np.bool_]  # [L, E]
 
     @classmethod
-    def of(cls, manifest: Manifest) -> _View:
+    def of(cls, manifest: Manifest, excluded: frozenset[tuple[int, int]] = frozenset()) -> _View:
+        """`excluded` are (layer, index of a deep expert) that count as not held."""
         deep_of = np.full((manifest.model.num_layers, manifest.model.num_experts), -1, dtype=np.int32)
-        for deep in manifest.deep_experts:
-            deep_of[np.arange(len(deep.experts)), deep.experts] = deep.index
+        for place, deep in enumerate(manifest.deep_experts):
+            kept = [layer for layer in range(len(deep.experts)) if (layer, deep.index) not in excluded]
+            deep_of[kept, np.array(deep.experts)[kept]] = place
         available = deep_of >= 0
         available.setflags(write=False)
-        layouts = tuple(ShardLayout.of(manifest.layers, deep) for deep in manifest.deep_experts)
+        layouts = {deep.index: ShardLayout.of(manifest.layers, deep) for deep in manifest.deep_experts}
         return cls(manifest, layouts, deep_of, available)
 
 
@@ -73,7 +77,9 @@ class Store:
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = False
+        self._readers = ReaderLock(path)
         self._source: SourceReader | None = None
+        self._excluded: frozenset[tuple[int, int]] = frozenset()  # (layer, index of the deep expert)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], max_open_files: int = MAX_OPEN_FILES) -> Store:
@@ -83,7 +89,11 @@ class Store:
         """
         root = Path(path).resolve()
         store = cls(root, read_manifest(root), max_open_files)
-        store._check_files(store._view)
+        try:
+            store._check_files(store._view)
+        except BaseException:
+            store.close()
+            raise
         return store
 
     def __enter__(self) -> Store:
@@ -98,6 +108,7 @@ class Store:
             self._closed = True
             for index in [index for index, shard in self._open.items() if shard.users == 0]:
                 os.close(self._open.pop(index).descriptor)
+            self._readers.close()
 
     @property
     def manifest(self) -> Manifest:
@@ -125,6 +136,25 @@ class Store:
         """Read experts that the store lacks from `source`, from now on. `available` stays what the store holds."""
         self._source = source
 
+    def exclude(self, layer: int, expert: int) -> None:
+        """Count (layer, expert) as not held from now on, `reload` included: its bytes are not to be trusted.
+
+        Raises ExpertUnavailableError when the store does not hold it.
+        """
+        with self._lock:
+            deep = self._locate(self._view, layer, expert)
+            self._excluded |= {(layer, deep.index)}
+            self._view = _View.of(self._view.manifest, self._excluded)
+
+    @property
+    def excluded(self) -> npt.NDArray[np.bool_]:
+        """Which experts a shard has and `exclude` took away, [L, E]; the caller may keep it."""
+        found = np.zeros(self._view.available.shape, dtype=np.bool_)
+        for deep in self._view.manifest.deep_experts:
+            for layer, expert in enumerate(deep.experts):
+                found[layer, expert] |= (layer, deep.index) in self._excluded
+        return found
+
     @property
     def trunk_path(self) -> Path:
         """The directory that transformers loads the trunk from."""
@@ -147,8 +177,15 @@ class Store:
         `out` is writable contiguous memory of exactly `layer_spec(layer).span_bytes` bytes: a memoryview, or a one
         dimensional uint8 tensor in host memory. With `verify` the bytes are compared with the manifest's XXH3-64. What
         the store lacks comes from the attached source. Raises ExpertUnavailableError, ShardCorruptError (`out` is then
-        undefined), ValueError for a wrong `out`.
+        undefined), both with their `expert` set, ValueError for a wrong `out`.
         """
+        try:
+            self._read_expert(layer, expert, out, verify)
+        except StoreError as error:
+            error.expert = (layer, expert)
+            raise
+
+    def _read_expert(self, layer: int, expert: int, out: memoryview | torch.Tensor, verify: bool) -> None:
         view, source = self._view, self._source
         if source is not None and _is_lacking(view, layer, expert):
             source.read_expert(layer, expert, _as_bytes(out, view.manifest.layers[layer].span_bytes))
@@ -165,25 +202,39 @@ class Store:
             )
 
     def reload(self) -> bool:
-        """Take a newer manifest with more deep experts; returns whether there was one.
+        """Take a newer manifest, with deep experts added, removed or both; returns whether there was one.
 
-        Raises ManifestError, keeping the manifest in force, when the new one is not a growth of it.
+        Raises ManifestError, keeping the manifest in force, when the new one is of something else or changes a deep
+        expert.
         """
         newer = read_manifest(self.path)
         with self._lock:
             older = self._view.manifest
             if newer == older:
                 return False
+            held = {deep.index: deep for deep in older.deep_experts}
             same = (newer.source, newer.model, newer.layers) == (older.source, older.model, older.layers)
-            if not same or newer.deep_experts[: len(older.deep_experts)] != older.deep_experts:
+            kept = {deep.index for deep in newer.deep_experts if deep.index < older.next_index}
+            if not same or any(held.get(d.index) != d for d in newer.deep_experts if d.index in kept):
                 raise ManifestError(
-                    f"{self.path}: the manifest on disk is not a growth of the one in use (another checkpoint, or deep "
-                    "experts removed or changed); restart to use it"
+                    f"{self.path}: the manifest on disk does not follow from the one in use (another checkpoint, or "
+                    "deep experts changed); restart to use it"
                 )
-            view = _View.of(newer)
+            view = _View.of(newer, self._excluded)
             self._check_files(view)
             self._view = view
+            for index in [index for index in held if index not in kept and index in self._open]:
+                if self._open[index].users == 0:
+                    os.close(self._open.pop(index).descriptor)
             return True
+
+    def remove_unnamed(self) -> int | None:
+        """Delete the shards that no manifest names any more; returns their bytes, or None when they have to stay.
+
+        They stay while another reader has the store open, and while the manifest in force here is not the one on disk.
+        """
+        with self._readers.alone() as is_alone:
+            return remove_unnamed_shards(self.path, self._view.manifest) if is_alone else None
 
     def verify(self, progress: Callable[[int], None] | None = None) -> int:
         """Read every file that the manifest names and compare its sha256 and the hash of every span.
@@ -237,8 +288,8 @@ class Store:
 
     def _check_files(self, view: _View) -> None:
         """Every named file is there with its size, every shard has its header, and nothing else lies in the trunk."""
-        for deep, layout in zip(view.manifest.deep_experts, view.layouts, strict=True):
-            os.close(open_shard(self.path, deep, layout))
+        for deep in view.manifest.deep_experts:
+            os.close(open_shard(self.path, deep, view.layouts[deep.index]))
         named = {file.name: file.bytes for file in view.manifest.trunk}
         for name, size in named.items():
             os.close(open_checked(self.path, name, size))

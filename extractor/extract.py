@@ -19,6 +19,7 @@ from expert_store.manifest import (
     ModelSpec,
     Source,
     TrunkFile,
+    read_manifest,
     sync_directory,
     write_manifest,
 )
@@ -27,7 +28,7 @@ from extractor.checkpoint import Checkpoint
 from extractor.disk import DISK_MARGIN_BYTES, format_bytes, free_bytes, keep_that_fits
 from extractor.errors import DiskFullError, TargetError
 from extractor.journal import JOURNAL_NAME, Journal, journal_head, read_journal
-from extractor.outputs import OutputFile
+from extractor.outputs import OutputFile, shard_indices
 from extractor.pipeline import FileDigest, partial_path, stream
 from extractor.selection import Selection
 
@@ -112,6 +113,7 @@ class Extraction:
         head, stale = journal_head(fingerprint, self.selection.columns), journal_head(fingerprint, held)
         journal = Journal.open(self.target, head, stale)
         try:
+            self._check_unchanged()
             for digest in stream(self.remaining, self.target, on_bytes):
                 journal.add(digest)
                 finished.add(digest.name)
@@ -125,6 +127,11 @@ class Extraction:
             journal.close()
         return manifest
 
+    def _check_unchanged(self) -> None:
+        """Raise TargetError when the store grew or shrank between `prepare` and the lock."""
+        if self.existing is not None and read_manifest(self.target) != self.existing:
+            raise TargetError(f"{self.target} was changed by somebody else just now; run the same command again")
+
     def _tidy(self) -> None:
         """Remove the journal that a run left which was killed after it had written the manifest."""
         head = journal_head(self.checkpoint.fingerprint, self.selection.columns)
@@ -134,7 +141,9 @@ class Extraction:
 
     def _manifest(self, digests: dict[str, FileDigest]) -> Manifest:
         deep_experts = []
-        for index, experts in enumerate(self.selection.columns):
+        for index, experts in zip(
+            shard_indices(self.existing, len(self.selection.columns)), self.selection.columns, strict=True
+        ):
             digest, shard = digests[shard_name(index)], ShardLayout(self.layers, index, experts)
             deep_experts.append(
                 DeepExpert(

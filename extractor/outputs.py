@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_store.manifest import DTYPE_BYTES
+from expert_store.manifest import DTYPE_BYTES, Manifest
 from expert_store.shard import ShardLayout, encode_header, shard_name
 from extractor.checkpoint import Checkpoint
 from extractor.pieces import Piece
@@ -35,6 +35,13 @@ class OutputFile:
     head: bytes
     pieces: Callable[[], Iterator[Piece]]
     cuts: tuple[int, ...] = ()
+
+
+def shard_indices(existing: Manifest | None, num_columns: int) -> list[int]:
+    """The index of each deep expert of a store: those that it has keep theirs, and new ones follow all that it had."""
+    held = [] if existing is None else [deep.index for deep in existing.deep_experts]
+    first = 0 if existing is None else existing.next_index
+    return held + list(range(first, first + num_columns - len(held)))
 
 
 def shard_output(layout: ExpertsLayout, index: int, experts: tuple[int, ...]) -> OutputFile:

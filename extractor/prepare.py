@@ -15,7 +15,7 @@ from extractor.checkpoint import Checkpoint
 from extractor.errors import TargetError
 from extractor.extract import Extraction
 from extractor.journal import JOURNAL_NAME, journal_head, read_journal, unfinished_message
-from extractor.outputs import OutputFile, shard_output, trunk_outputs
+from extractor.outputs import OutputFile, shard_indices, shard_output, trunk_outputs
 from extractor.pipeline import FileDigest
 from extractor.selection import Selection, SelectionRequest, select
 
@@ -48,7 +48,7 @@ def prepare(checkpoint: Checkpoint, target: str | os.PathLike[str], request: Sel
             f"{target} was extracted with another layout of the experts (by another release of transformers); "
             "extract into an empty directory"
         )
-    outputs = _outputs(layout, selection)
+    outputs = _outputs(layout, selection, existing)
     done = intact | _journaled(target, checkpoint, selection, existing)
     return Extraction(
         checkpoint, target, layout.model, layout.layers, selection, outputs, _present(target, outputs, done), existing
@@ -60,7 +60,7 @@ def _fresh(checkpoint: Checkpoint, target: Path, request: SelectionRequest) -> E
     layout = _layout(checkpoint)
     trunk_bytes = sum(output.file_bytes for output in trunk_outputs(checkpoint, layout.trunk))
     selection = select(request, layout.model, layout.layers, trunk_bytes, checkpoint.fingerprint)
-    outputs = _outputs(layout, selection)
+    outputs = _outputs(layout, selection, None)
     done = _present(target, outputs, _journaled(target, checkpoint, selection, None))
     return Extraction(checkpoint, target, layout.model, layout.layers, selection, outputs, done, None)
 
@@ -119,8 +119,9 @@ def _grown(existing: Manifest, selection: Selection, target: Path) -> Selection:
     return Selection((*held, *added), Alignment(selection.alignment.kind, kept))
 
 
-def _outputs(layout: ExpertsLayout, selection: Selection) -> tuple[OutputFile, ...]:
-    shards = [shard_output(layout, index, experts) for index, experts in enumerate(selection.columns)]
+def _outputs(layout: ExpertsLayout, selection: Selection, existing: Manifest | None) -> tuple[OutputFile, ...]:
+    indices = shard_indices(existing, len(selection.columns))
+    shards = [shard_output(layout, *numbered) for numbered in zip(indices, selection.columns, strict=True)]
     return (*trunk_outputs(layout.checkpoint, layout.trunk), *shards)
 
 

@@ -1,196 +1,59 @@
-"""Growing a store while it serves: what to extract next, extracting it, and taking it into use.
+"""Changing the store of a running server: growing it in the background, shrinking it, taking over what others did.
 
-The router sees every expert's score, so demand for experts that the store lacks is known exactly; only their output
-norm is not, and the layer's median stands in for it unless statistics say. Invariant: a store only grows by whole deep
-experts, each of the best missing expert of every layer; a running model takes them between two steps, so that every
-token is computed under one mask, before or after.
+Invariant: one change at a time; a running model takes a change between two steps, so that every token is computed under
+one mask, before or after; and files go only after nobody needs them.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from expert_store.manifest import read_manifest
+from expert_store.errors import ManifestError, StoreError
+from expert_store.manifest import Manifest, read_manifest
+from expert_store.shrink import without
 from expert_store.store import Store
-from extractor.checkpoint import resolve_checkpoint
-from extractor.plan import Plan, PlannedExpert, write_plan
-from extractor.prepare import prepare
-from extractor.selection import SelectionRequest
+from extractor.errors import TargetError
+from extractor.shrink import shrink_store
 from extractor.statistics import ExpertStatistics
-from router.ledger import UsageLedger
 from router.mask import ExpertMask
-from server.growth_errors import GrowthError
-from server.model.routing import StepRouting
+from server.growth_errors import GrowthBusyError, GrowthError, GrowthSourceError, NothingToGrowError
+from server.growth_ranking import Candidate, Float, deep_expert_bytes, rank_held, rank_missing, within_budget
+from server.growth_status import GrowthState, GrowthStatus, Reloaded, Shrunk
+from server.growth_store import grow_store, unfinished_growth
 
 log = logging.getLogger(__name__)
 
-Float = npt.NDArray[np.float64]
 NICENESS = 10
 """Priority of the thread that extracts, in the OS's terms; serving goes first."""
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A deep expert that the store could have.
-
-    Attributes:
-        experts: of each layer.
-        score: wanted and missing mass × expected output norm ÷ byte.
-        missing_share: of all demanded mass, that these experts would serve.
-        num_bytes: that it would take.
-    """
-
-    experts: tuple[int, ...]
-    score: float
-    missing_share: float
-    num_bytes: int
-
-    @property
-    def reason(self) -> str:
-        """Why, in words."""
-        return f"{self.missing_share:.2%} of the router mass asked for its experts and could not have them"
-
-
-def expected_norms(statistics: ExpertStatistics | None, available: npt.NDArray[np.bool_]) -> Float:
-    """Mean output norm of each expert, float64 [L, E]: measured, or the layer's median, or 1 where nothing is known."""
-    if statistics is None:
-        return np.ones(available.shape)
-    picks = statistics.total("picks")
-    means: Float = np.divide(statistics.total("output_norm"), picks, out=np.full(picks.shape, np.nan), where=picks > 0)
-    for row in means:
-        row[np.isnan(row)] = np.nanmedian(row) if np.isfinite(row).any() else 1.0
-    return means
-
-
-def rank_missing(
-    available: npt.NDArray[np.bool_],
-    demand_mass: Float,
-    num_bytes: int,
-    statistics: ExpertStatistics | None = None,
-) -> list[Candidate]:
-    """Deep experts that the store lacks, best first; none when it has all.
-
-    Args:
-        available, demand_mass: [L, E], what the store has and what the unmasked router wanted.
-        num_bytes: of a deep expert.
-    """
-    missing = np.where(available, 0.0, demand_mass)
-    worth = np.where(available, -np.inf, missing * expected_norms(statistics, available))
-    order = np.argsort(-worth, axis=1, kind="stable")
-    layers = np.arange(len(available))
-    demanded = max(float(demand_mass.sum()), np.finfo(np.float64).tiny)
-    candidates = []
-    for place in range(int((~available).sum(axis=1).min())):
-        experts = order[:, place]
-        candidates.append(
-            Candidate(
-                experts=tuple(int(expert) for expert in experts),
-                score=float(worth[layers, experts].sum()) / max(num_bytes, 1),
-                missing_share=float(missing[layers, experts].sum()) / demanded,
-                num_bytes=num_bytes,
-            )
-        )
-    return candidates
-
-
-def grow_store(
-    store: Path, checkpoint: str, added: list[tuple[int, ...]], on_bytes: Callable[[int], None] = lambda count: None
-) -> int:
-    """Extract deep experts into a finished store; returns how many bytes were written. A reader may have it open.
-
-    Args:
-        checkpoint: directory or hub name of the store's source.
-        added: for each new deep expert the expert of every layer.
-
-    Raises:
-        GrowthError: nothing to add. ExtractError: see `extractor.prepare`. StoreError: no store.
-    """
-    if not added:
-        raise GrowthError("there is nothing to grow by: the store has every expert that was asked for")
-    manifest = read_manifest(store)
-    held = [deep.experts for deep in manifest.deep_experts]
-    plan = Plan(
-        manifest.model.num_layers,
-        manifest.model.num_experts,
-        {"kind": "grown"},
-        tuple(PlannedExpert(tuple(experts)) for experts in (*held, *added)),
-    )
-    with tempfile.TemporaryDirectory(prefix="deepfew-grow-") as folder:
-        path = Path(folder) / "plan.json"
-        write_plan(path, plan)
-        work = prepare(resolve_checkpoint(checkpoint), store, SelectionRequest(plan=path))
-        work.check_disk()
-        num_bytes = work.remaining_bytes
-        work.run(on_bytes)
-    return num_bytes
-
-
-def wanted_growth(
-    store: Path, usage: Path, statistics: ExpertStatistics | None, budget_bytes: int | None, count: int
-) -> tuple[list[Candidate], str]:
-    """The `count` best candidates of a store on disk from its usage file, and where its checkpoint lay.
-
-    Raises:
-        GrowthError: nothing to grow by, or usage of another checkpoint.
-        LedgerError: no usage file. StoreError: no store.
-    """
-    manifest = read_manifest(store)
-    ledger = UsageLedger.load(usage)
-    if ledger.fingerprint != manifest.source.fingerprint:
-        raise GrowthError(f"{usage} is of checkpoint {ledger.fingerprint}, the store of {manifest.source.fingerprint}")
-    available = np.zeros(ledger.demand_mass.shape, dtype=np.bool_)
-    for deep in manifest.deep_experts:
-        available[np.arange(len(deep.experts)), list(deep.experts)] = True
-    num_bytes = sum(spec.span_bytes for spec in manifest.layers)
-    held = sum(deep.bytes for deep in manifest.deep_experts)
-    chosen = _within(rank_missing(available, ledger.demand_mass, num_bytes, statistics), held, budget_bytes)[:count]
-    if not chosen:
-        raise GrowthError("the store has every expert, or its byte budget holds no more")
-    return chosen, manifest.source.location
-
-
-def _within(ranked: list[Candidate], held_bytes: int, budget_bytes: int | None) -> list[Candidate]:
-    if budget_bytes is None or not ranked:
-        return ranked
-    return ranked[: max(0, (budget_bytes - held_bytes) // max(ranked[0].num_bytes, 1))]
-
-
-def adopt(store: Store, routing: StepRouting, served: ExpertMask | None) -> bool:
-    """Take what a store has grown by into use; call between two steps. Returns whether there was anything.
-
-    Args:
-        served: the mask that the server was started with; None is all of the store.
-
-    Raises:
-        ManifestError, ShardCorruptError: the new manifest cannot be used; the old one stays in force.
-    """
-    if not store.reload():
-        return False
-    available = ExpertMask.of(store.available)
-    routing.set_mask(available if served is None else available & served)
-    return True
+class _StoppedError(Exception):
+    """The server ends; what the growth finished stays for the next one."""
 
 
 class Grower:
-    """Grows the store of a running server in the background, at most one growth at a time.
+    """Grows and shrinks the store of a running server, one change at a time.
 
     Args:
         store: that is being served.
         checkpoint: directory or hub name of its source.
-        demand_mass: a snapshot [L, E] of what was wanted so far; called on the growing thread.
+        demand_mass: a snapshot [L, E] of what was wanted so far; called on any thread.
         between_steps: runs a function on the engine's thread between two steps and waits for it, as
             `Engine.between_steps(…).result` does.
-        adopt_growth: see `adopt`, bound to the running model.
+        adopt_change: see `adopt`, bound to the running model.
         budget_bytes: of all shards; None has no bound.
+        served: the mask that the server was started with; None is all of the store.
+        profiles: masks that requests may name, none of which may lose its last expert of a layer.
+
+    Attributes:
+        error: what went wrong with the last growth, by its name; None if nothing did.
+        stopping: set by `stop`.
     """
 
     def __init__(
@@ -199,63 +62,214 @@ class Grower:
         checkpoint: str,
         demand_mass: Callable[[], Float],
         between_steps: Callable[[Callable[[], None]], None],
-        adopt_growth: Callable[[], object],
+        adopt_change: Callable[[], object],
         *,
         budget_bytes: int | None = None,
         statistics: ExpertStatistics | None = None,
+        served: ExpertMask | None = None,
+        profiles: Mapping[str, ExpertMask] | None = None,
     ) -> None:
         self._store, self._checkpoint = store, checkpoint
-        self._demand_mass, self._between_steps, self._adopt = demand_mass, between_steps, adopt_growth
+        self._demand_mass, self._between_steps, self._adopt = demand_mass, between_steps, adopt_change
         self._budget_bytes, self._statistics = budget_bytes, statistics
-        self._lock = threading.Lock()
+        self._served, self._profiles = served, profiles or {}
+        self._turn = threading.Lock()  # held for as long as a change is under way
+        self._counting = threading.Lock()
+        self.stopping = threading.Event()
         self._thread: threading.Thread | None = None
+        self._state: GrowthState = "idle"
+        self._done_bytes = self._total_bytes = 0
+        self._num_growths = self._num_failures = self._num_shrinks = self._grown_bytes = 0
         self.error: str | None = None
 
-    @property
-    def is_growing(self) -> bool:
-        """Whether a growth is under way."""
-        thread = self._thread
-        return thread is not None and thread.is_alive()
-
-    def candidates(self) -> list[Candidate]:
-        """What to extract next, best first, as far as the budget allows."""
+    def status(self) -> GrowthStatus:
+        """A snapshot; any thread."""
         manifest = self._store.manifest
-        num_bytes = sum(spec.span_bytes for spec in manifest.layers)
-        ranked = rank_missing(self._store.available, self._demand_mass(), num_bytes, self._statistics)
-        return _within(ranked, sum(deep.bytes for deep in manifest.deep_experts), self._budget_bytes)
+        return GrowthStatus(
+            state=self._state,
+            done_bytes=self._done_bytes,
+            total_bytes=self._total_bytes,
+            error=self.error,
+            num_growths=self._num_growths,
+            num_failures=self._num_failures,
+            num_shrinks=self._num_shrinks,
+            grown_bytes=self._grown_bytes,
+            num_deep_experts=len(manifest.deep_experts),
+            held_bytes=sum(deep.bytes for deep in manifest.deep_experts),
+            budget_bytes=self._budget_bytes,
+        )
 
-    def grow(self, count: int) -> list[Candidate]:
+    def candidates(self, demand_mass: Float | None = None) -> list[Candidate]:
+        """What to extract next, best first, as far as the budget allows.
+
+        Args:
+            demand_mass: [L, E]; all that was wanted so far where it is left out.
+        """
+        manifest = self._store.manifest
+        wanted = self._demand_mass() if demand_mass is None else demand_mass
+        if self._served is not None:
+            wanted = np.where(self._served.allowed, wanted, 0.0)
+        ranked = rank_missing(self._store.available, wanted, deep_expert_bytes(manifest), self._statistics)
+        return within_budget(ranked, manifest, self._budget_bytes)
+
+    def grow(self, count: int, demand_mass: Float | None = None) -> list[Candidate]:
         """Start extracting the `count` best candidates and return them; `error` says later if it failed.
 
+        A growth that was broken off earlier is finished instead.
+
         Raises:
-            GrowthError: a growth is under way, the count is below 1, or there is nothing (more) to grow by.
+            GrowthError: a change is under way, the count is below 1, nothing is left to grow by, or no source.
         """
         if count < 1:
             raise GrowthError(f"growing by {count} deep experts, wanted at least 1")
-        with self._lock:
-            if self.is_growing:
-                raise GrowthError("the store is already growing: wait until that is done")
-            chosen = self.candidates()[:count]
+        if Path(self._checkpoint).is_absolute() and not Path(self._checkpoint).is_dir():
+            raise GrowthSourceError(
+                "the checkpoint that the store was extracted from is not where it was; say where it is with "
+                "`growth.grow_from`"
+            )
+        self._take_turn("growing")
+        try:
+            begun, ranked = unfinished_growth(self._store.path), self.candidates(demand_mass)
+            known = {one.experts: one for one in ranked}
+            num_bytes = deep_expert_bytes(self._store.manifest)
+            chosen = [known.get(experts) or Candidate(experts, 0.0, 0.0, num_bytes) for experts in begun]
+            chosen = chosen or ranked[:count]
             if not chosen:
-                raise GrowthError("the store has every expert, or its byte budget holds no more")
-            self.error = None
+                raise NothingToGrowError("the store has every expert, or its byte budget holds no more")
+            self.error, self._done_bytes = None, 0
+            self._total_bytes = num_bytes * len(chosen)
             self._thread = threading.Thread(target=self._run, args=(chosen,), name="grow", daemon=True)
             self._thread.start()
+        except BaseException:
+            self._end_turn()
+            raise
         return chosen
+
+    def shrink(self, indices: Collection[int] | None = None, *, count: int | None = None) -> Shrunk:
+        """Give deep experts up: those of these indices, or the `count` least wanted. Waits until the model did.
+
+        Raises:
+            GrowthError: a change is under way, what would be left does not suffice, or the store cannot be written.
+        """
+        self._take_turn("shrinking")
+        try:
+            before = self._store.manifest
+            if indices is None:
+                indices = [
+                    deep.index for deep in rank_held(before, self._demand_mass(), self._statistics)[: count or 0]
+                ]
+            try:
+                self._check_left(without(before, indices))
+            except ManifestError as error:
+                raise GrowthError(str(error)) from error
+            try:
+                shrink_store(self._store.path, indices)
+            except (ManifestError, TargetError) as error:  # its text names paths of the server
+                raise GrowthBusyError(
+                    "somebody else is changing the store, or did not finish: let that end, and reload"
+                ) from error
+            except OSError as error:
+                raise GrowthError(f"the store cannot be written: {error.strerror}") from error
+            self._take_over()
+            with self._counting:
+                self._num_shrinks += 1
+            removed = tuple(deep for deep in before.deep_experts if deep.index in set(indices))
+            log.info("the store shrank", extra={"num_removed": len(removed)})
+            return Shrunk(removed, self._store.remove_unnamed())
+        finally:
+            self._end_turn()
+
+    def reload(self) -> Reloaded:
+        """Take over what somebody else did to the store's directory. Waits until the model did.
+
+        Raises:
+            GrowthError: a change is under way, or the store on disk cannot be used, and the old one stays.
+        """
+        self._take_turn("reloading")
+        try:
+            before = {deep.index for deep in self._store.manifest.deep_experts}
+            try:
+                self._check_left(read_manifest(self._store.path))
+                self._take_over()
+            except StoreError as error:
+                log.exception("the store on disk cannot be taken over")
+                raise GrowthError(
+                    "the store on disk cannot be taken over, so what was served stays served; the log says why"
+                ) from error
+            after = {deep.index for deep in self._store.manifest.deep_experts}
+            self._store.remove_unnamed()
+            return Reloaded(len(after - before), len(before - after), len(after))
+        finally:
+            self._end_turn()
 
     def wait(self, seconds: float | None = None) -> None:
         """Wait for the growth under way, if there is one."""
         if self._thread is not None:
             self._thread.join(seconds)
 
+    def stop(self) -> None:
+        """Break the growth under way off, soon; the next one finishes it."""
+        self.stopping.set()
+
+    def _take_turn(self, state: GrowthState) -> None:
+        if not self._turn.acquire(blocking=False):
+            raise GrowthBusyError(f"the store is already {self._state}: wait until that is done")
+        self._state = state
+
+    def _end_turn(self) -> None:
+        self._state = "idle"
+        self._turn.release()
+
+    def _take_over(self) -> None:
+        self._between_steps(lambda: _ignore(self._adopt()))
+
+    def _check_left(self, manifest: Manifest) -> None:
+        """Raise GrowthError where the server's mask or a profile could not be served by what is left."""
+        model = manifest.model
+        left = np.zeros((model.num_layers, model.num_experts), dtype=np.bool_)
+        for deep in manifest.deep_experts:
+            left[np.arange(model.num_layers), list(deep.experts)] = True
+        if self._served is not None:
+            fewest = int((left & self._served.allowed).sum(axis=1).min())
+            before = int((self._store.available & self._served.allowed).sum(axis=1).min())
+            if fewest < min(model.top_k, before):
+                raise GrowthError(
+                    f"the server's mask would be left with {fewest} experts of a layer, and every token wants "
+                    f"{model.top_k}: give up others"
+                )
+        for name, profile in self._profiles.items():
+            empty = np.flatnonzero(~(left & profile.allowed).any(axis=1))
+            if empty.size:
+                raise GrowthError(
+                    f"the profile {name} would be left with no expert of layer {empty[0]}: give up others"
+                )
+
     def _run(self, chosen: list[Candidate]) -> None:
         try:
             _lower_priority()
-            grow_store(self._store.path, self._checkpoint, [candidate.experts for candidate in chosen])
-            self._between_steps(lambda: _ignore(self._adopt()))
+            added = [candidate.experts for candidate in chosen]
+            num_bytes = grow_store(self._store.path, self._checkpoint, added, self._count)
+            self._state = "adopting"
+            self._take_over()
+            with self._counting:
+                self._num_growths += 1
+                self._grown_bytes += num_bytes
+            log.info("the store grew", extra={"num_added": len(added), "num_bytes": num_bytes})
+        except _StoppedError:
+            log.info("a growth was broken off; the next one finishes it")
         except Exception as error:
-            self.error = f"{type(error).__name__}: {error}"
+            self.error = type(error).__name__
+            with self._counting:
+                self._num_failures += 1
             log.exception("growing %s failed; what was served stays served", self._store.path)
+        finally:
+            self._end_turn()
+
+    def _count(self, num_bytes: int) -> None:
+        if self.stopping.is_set():
+            raise _StoppedError
+        with self._counting:
+            self._done_bytes += num_bytes
 
 
 def _ignore(value: object) -> None:

@@ -9,7 +9,8 @@ batch gets the mask that it would get alone. Source of the idea: document pools 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +19,11 @@ import numpy.typing as npt
 
 from extractor.plan import Plan, read_plan
 from extractor.statistics import ExpertStatistics
-from router.mask import ExpertMask
+from router.mask import ExpertMask, MaskError
 
 Float = npt.NDArray[np.float64]
 MAX_PROFILES = 256
+_PROFILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SHARE_FLOOR = 1e-3
 """Added to a domain's shares before the logarithm: an expert never seen there is rare, not impossible."""
 
@@ -115,17 +117,22 @@ class PromptPool:
         self._mass += added.reshape(num_layers, num_experts + 1)[:, :num_experts]
         self._unchosen_tokens += num_tokens
 
-    def choose(self) -> ExpertMask:
-        """The `count` experts of every layer that are wanted most now."""
+    def choose(self, available: ExpertMask | None = None) -> ExpertMask:
+        """The `count` experts of every layer that are wanted most now, of those that are available.
+
+        Where fewer are available in a layer, these are the pool; None is all of the model.
+        """
         wanted = self._mass
         if self._prior is not None:
             per_token = self.options.prior_tokens
             wanted = wanted + per_token * self._prior.shares(self._mass, self.options.sharpness)
+        if available is not None:
+            wanted = np.where(available.allowed, wanted, -np.inf)
         chosen = np.argsort(-wanted, axis=1, kind="stable")[:, : self.count]
         allowed = np.zeros(self._mass.shape, dtype=np.bool_)
         np.put_along_axis(allowed, chosen, True, axis=1)
         self._unchosen_tokens = 0
-        return ExpertMask(allowed)
+        return ExpertMask(allowed if available is None else allowed & available.allowed)
 
 
 def mask_of_plan(plan: Plan, num_layers: int, num_experts: int) -> ExpertMask:
@@ -145,28 +152,53 @@ def mask_of_plan(plan: Plan, num_layers: int, num_experts: int) -> ExpertMask:
     return ExpertMask(allowed)
 
 
-def load_profiles(files: Iterable[Path], available: ExpertMask) -> Mapping[str, ExpertMask]:
-    """Named masks from plan files (the name is the file's), intersected with what is available.
+def profile_files(text: str) -> list[Path]:
+    """Plan files from a list such as ``code.json,plans/``: a folder stands for the files in it that end in .json.
 
     Raises:
-        ProfileError: a plan for another shape, one name twice, or too many. SelectionError: no plan.
-        MaskError: nothing of a layer is left.
+        ProfileError: something that does not exist.
+    """
+    files: list[Path] = []
+    for part in (Path(part.strip()) for part in text.split(",") if part.strip()):
+        if not part.exists():
+            raise ProfileError(
+                f"profiles: {part} does not exist; name plan files, or folders of them, joined by commas"
+            )
+        files += sorted(part.glob("*.json")) if part.is_dir() else [part]
+    return files
+
+
+def load_profiles(files: Iterable[Path], available: ExpertMask) -> Mapping[str, ExpertMask]:
+    """Named masks from plan files; the name is the file's. What of them is not available may become so later.
+
+    Raises:
+        ProfileError: a plan for another shape, a name that is none or is there twice, or too many.
+        SelectionError: no plan. MaskError: nothing of a layer is available.
     """
     profiles: dict[str, ExpertMask] = {}
     num_layers, num_experts = available.allowed.shape
     for file in files:
+        if not _PROFILE_NAME.fullmatch(file.stem):
+            raise ProfileError(
+                f"{file}: a profile's name has 1 to 64 letters, digits, '.', '_' and '-': rename the file"
+            )
         if file.stem in profiles:
             raise ProfileError(f"two profiles are called {file.stem!r}: rename {file}")
         if len(profiles) >= MAX_PROFILES:
             raise ProfileError(f"there are more than {MAX_PROFILES} profiles: leave some out")
-        profiles[file.stem] = mask_of_plan(read_plan(file), num_layers, num_experts) & available
+        mask = mask_of_plan(read_plan(file), num_layers, num_experts)
+        try:
+            mask & available
+        except MaskError as error:
+            raise MaskError(f"the profile {file}: {error}") from error
+        profiles[file.stem] = mask
     return profiles
 
 
 def find_profile(profiles: Mapping[str, ExpertMask], name: str) -> ExpertMask:
     """The profile of that name. Raises `ProfileError`."""
     if name not in profiles:
-        raise ProfileError(f"profile {name!r} does not exist: this server has {', '.join(sorted(profiles)) or 'none'}")
+        raise ProfileError(f"there is no such profile: this server has {', '.join(sorted(profiles)) or 'none'}")
     return profiles[name]
 
 
@@ -186,12 +218,24 @@ class PoolMasking:
     Args:
         pool: of this request alone.
         num_prompt_tokens: after which the pool is chosen.
+        available: what may be in it now, a new object whenever that changes; None is all of the model.
     """
 
-    def __init__(self, pool: PromptPool, num_prompt_tokens: int) -> None:
-        self.mask: ExpertMask | None = None
+    def __init__(
+        self, pool: PromptPool, num_prompt_tokens: int, available: Callable[[], ExpertMask] | None = None
+    ) -> None:
+        self._mask: ExpertMask | None = None
         self._pool = pool
         self._num_unseen = num_prompt_tokens
+        self._available = available
+        self._chosen_from: ExpertMask | None = None
+
+    @property
+    def mask(self) -> ExpertMask | None:
+        """The pool; chosen anew where what is available has changed since, so that nothing of it is gone."""
+        if self._mask is not None and self._available is not None and self._available() is not self._chosen_from:
+            self._choose()
+        return self._mask
 
     def observe(self, demand_index: npt.NDArray[np.int64], demand_weight: npt.NDArray[np.float32]) -> None:
         """Take in a step's demand [L, T, K]; chooses at the end of the prompt, and again when enough came since."""
@@ -202,9 +246,13 @@ class PoolMasking:
                 return
         elif not self._pool.is_due:
             return
-        chosen = self._pool.choose()
-        if self.mask is None or not np.array_equal(chosen.allowed, self.mask.allowed):
-            self.mask = chosen
+        self._choose()
+
+    def _choose(self) -> None:
+        self._chosen_from = None if self._available is None else self._available()
+        chosen = self._pool.choose(self._chosen_from)
+        if self._mask is None or not np.array_equal(chosen.allowed, self._mask.allowed):
+            self._mask = chosen
 
 
 @dataclass(frozen=True)
@@ -216,6 +264,7 @@ class RequestMasks:
         num_layers, num_experts: L and E.
         prior: for pools; None chooses from a request's own mass alone.
         options: of pools.
+        available: what the server serves now, a new object whenever that changes; None is all of the model.
     """
 
     profiles: Mapping[str, ExpertMask]
@@ -223,15 +272,22 @@ class RequestMasks:
     num_experts: int
     prior: UsagePrior | None = None
     options: PoolOptions = PoolOptions()
+    available: Callable[[], ExpertMask] | None = None
 
     def masking(
-        self, num_prompt_tokens: int, *, profile: str | None = None, pool: int | float | None = None
+        self,
+        num_prompt_tokens: int,
+        *,
+        profile: str | None = None,
+        pool: int | float | None = None,
+        may_fetch: bool = False,
     ) -> FixedMasking | PoolMasking | None:
-        """The masking of one request; None where it asks for none.
+        """The masking of one request, for that request alone; None where it asks for none.
 
         Args:
             profile: name of a profile.
             pool: experts of every layer, or a share of them as a float up to 1.
+            may_fetch: the request may have experts that are not available, so its pool may hold them.
 
         Raises:
             ProfileError: both are given, the profile does not exist, or the pool is too small or too large.
@@ -245,6 +301,5 @@ class RequestMasks:
         if isinstance(pool, bool) or (isinstance(pool, float) and not 0 < pool <= 1):
             raise ProfileError(f"pool is {pool}, wanted a number of experts or a share from 0 to 1")
         count = max(1, round(pool * self.num_experts)) if isinstance(pool, float) else pool
-        return PoolMasking(
-            PromptPool(count, self.num_layers, self.num_experts, self.prior, self.options), num_prompt_tokens
-        )
+        chosen = PromptPool(count, self.num_layers, self.num_experts, self.prior, self.options)
+        return PoolMasking(chosen, num_prompt_tokens, None if may_fetch else self.available)

@@ -1,4 +1,4 @@
-"""The commands `calibrate`, `evaluate` and `grow`, as functions that a typer application mounts.
+"""The commands `calibrate` and `evaluate`, as functions that a typer application mounts.
 
 Invariant: what went wrong on purpose is one message on standard error and the exit status 2; standard output carries
 the result alone, as text or, with --json, as one JSON object; progress goes to standard error.
@@ -21,10 +21,8 @@ from expert_store.manifest import MANIFEST_NAME
 from extractor.criteria import CRITERIA
 from extractor.errors import ExtractError
 from extractor.selection import parse_bytes, parse_keep
-from router.ledger import LedgerError
 from router.mask import MaskError
 from server.calibrate_texts import TextsError
-from server.growth_errors import GrowthError
 from server.profiles import ProfileError
 
 if TYPE_CHECKING:
@@ -134,36 +132,6 @@ def evaluate(
     print(json.dumps(report.to_json()) if as_json else report.to_text())
 
 
-def grow(
-    store: Annotated[Path, typer.Argument(help="Store to grow; it may be being served.")],
-    source: Annotated[str | None, typer.Option("--from", help="Its checkpoint; by default where it lay.")] = None,
-    count: Annotated[int, typer.Option(help="How many deep experts to add.")] = 1,
-    budget: Annotated[str | None, typer.Option(help="Most bytes of all shards together, such as 12GiB.")] = None,
-    usage: Annotated[Path | None, typer.Option(help="What was wanted; by default the store's usage.json.")] = None,
-    stats: Annotated[Path | None, typer.Option(help="Statistics, for the size of the experts' outputs.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be added, and write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
-) -> None:
-    """Add the deep experts that were wanted most and missing. A server takes them up when told, or when it starts."""
-    with _one_message():
-        from extractor.statistics_file import read_statistics
-        from server.growth import grow_store, wanted_growth
-
-        statistics = None if stats is None else read_statistics(stats)
-        path = store / "usage.json" if usage is None else usage
-        limit = None if budget is None else parse_bytes(budget)
-        chosen, location = wanted_growth(store, path, statistics, limit, count)
-        if not dry_run:
-            grow_store(store, source or location, [candidate.experts for candidate in chosen])
-    if as_json:
-        added = [{"experts": list(one.experts), "score": one.score, "reason": one.reason} for one in chosen]
-        print(json.dumps({"store": str(store), "added": added, "dry_run": dry_run}))
-    else:
-        print(f"{store}: {'would add' if dry_run else 'added'} {len(chosen)} deep experts")
-        for candidate in chosen:
-            print(f"  {candidate.reason}")
-
-
 def _check(half: str, context: int) -> None:
     if half not in HALVES:
         raise TextsError(f"--half is {half!r}, wanted one of {', '.join(HALVES)}")
@@ -238,7 +206,7 @@ def _progress(title: str) -> Iterator[Any]:
 def _one_message() -> Iterator[None]:
     try:
         yield
-    except (ExtractError, StoreError, MaskError, ProfileError, GrowthError, LedgerError, TextsError, OSError) as error:
+    except (ExtractError, StoreError, MaskError, ProfileError, TextsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:

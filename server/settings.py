@@ -85,6 +85,9 @@ class EngineSettings(Section):
     prefill_chunk_tokens: Annotated[int, Field(ge=1)] = Field(
         256, description="prompt tokens computed at once, so that a long prompt does not stall the others"
     )
+    corrupt_experts: Literal["fail", "mask"] = Field(
+        "fail", description="damaged experts: fail the requests that need one, or mask it for all until a restart"
+    )
     stall_seconds: Seconds = Field(
         120.0, description="a busy engine without a finished step for this long is unhealthy"
     )

@@ -140,7 +140,7 @@ def _suggestion(name: str, known: Mapping[str, Any], render: Any) -> str:
 
 def _build(values: Mapping[str, tuple[Any, str]]) -> Resolved:
     values = dict(values)
-    _read_key_file(values)
+    _read_keys(values)
     nested: dict[str, Any] = {}
     for path, (value, origin) in values.items():
         if path.endswith("_bytes") and isinstance(value, str):
@@ -162,24 +162,36 @@ def _build(values: Mapping[str, tuple[Any, str]]) -> Resolved:
     return Resolved(settings, {path: origin for path, (_, origin) in values.items()})
 
 
-def _read_key_file(values: dict[str, tuple[Any, str]]) -> None:
-    """Put the key that `http.api_key_file` names into `http.api_key`. An empty variable counts as not set."""
-    for path in ("http.api_key", "http.api_key_file"):
+def _read_keys(values: dict[str, tuple[Any, str]]) -> None:
+    for name, title in (("api_key", "API key"), ("admin_key", "admin key")):
+        _read_key(values, f"http.{name}", title)
+    api_key, admin_key = (values.get(f"http.{name}") for name in ("api_key", "admin_key"))
+    if api_key is not None and admin_key is not None and api_key[0] == admin_key[0]:
+        raise SettingsError(
+            f"the admin key from {admin_key[1]} is the API key from {api_key[1]}; the admin key must be another, since "
+            "whoever has the API key must not have it"
+        )
+
+
+def _read_key(values: dict[str, tuple[Any, str]], key_path: str, title: str) -> None:
+    """Put the key that `{key_path}_file` names into `key_path`. An empty variable counts as not set."""
+    file_path = f"{key_path}_file"
+    for path in (key_path, file_path):
         if path in values and values[path][0] == "":
             del values[path]
-    if "http.api_key_file" in values:
-        if "http.api_key" in values:
-            first, second = values["http.api_key"][1], values["http.api_key_file"][1]
-            raise SettingsError(f"the API key is set twice, by {first} and by {second}; set one of them")
-        file, origin = values["http.api_key_file"]
+    if file_path in values:
+        if key_path in values:
+            first, second = values[key_path][1], values[file_path][1]
+            raise SettingsError(f"the {title} is set twice, by {first} and by {second}; set one of them")
+        file, origin = values[file_path]
         try:
-            values["http.api_key"] = (Path(file).read_text(encoding="utf-8").strip(), f"file {file}")
+            values[key_path] = (Path(file).read_text(encoding="utf-8").strip(), f"file {file}")
         except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"cannot read the API key file {file} (from {origin}): {error}") from error
-    if "http.api_key" in values:
-        key, origin = values["http.api_key"]
+            raise SettingsError(f"cannot read the {title} file {file} (from {origin}): {error}") from error
+    if key_path in values:
+        key, origin = values[key_path]
         if not isinstance(key, str) or len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key:
             raise SettingsError(
-                f"the API key from {origin} must be at least 8 printable ASCII characters without spaces; "
+                f"the {title} from {origin} must be at least 8 printable ASCII characters without spaces; "
                 "`openssl rand -hex 24` makes a good one"
             )

@@ -118,16 +118,23 @@ def test_the_environment_resolves_to_settings_that_may_listen() -> None:
     environment = _image_environment() | SERVER["environment"]
     ours = {name: value for name, value in environment.items() if name.startswith("DEEPFEW_")}
     assert set(ours) - {leaf.variable for leaf in leaves()} == set()
-    assert ours.pop("DEEPFEW_API_KEY_FILE") == f"/run/secrets/{SERVER['secrets'][0]}"
+    secrets = [ours.pop(name) for name in ("DEEPFEW_API_KEY_FILE", "DEEPFEW_ADMIN_KEY_FILE")]
+    assert secrets == [f"/run/secrets/{name}" for name in SERVER["secrets"]]
     resolved = load_settings({"api_key": "a-key-from-a-secret"}, environ=ours).settings
     assert resolved.http.host == "0.0.0.0"
     resolved.require_safe_address()
 
 
-def test_the_key_is_a_secret_that_git_does_not_see() -> None:
-    secret = COMPOSE["secrets"]["api_key"]["file"]
+@pytest.mark.parametrize("name", ["api_key", "admin_key"])
+def test_the_key_is_a_secret_that_git_does_not_see(name: str) -> None:
+    secret = COMPOSE["secrets"][name]["file"]
     ignored = subprocess.run(["git", "check-ignore", "-q", f"docker/{secret}"], cwd=REPOSITORY)
     assert ignored.returncode in (0, 128), "128: not a git checkout"
+
+
+def test_only_the_server_has_the_admin_key() -> None:
+    has_it = [name for name, service in COMPOSE["services"].items() if "admin_key" in service.get("secrets", [])]
+    assert has_it == ["server"]
 
 
 def test_one_port_everywhere() -> None:

@@ -8,13 +8,14 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from server.api import generate, openai, status
+from server.api import generate, growth, openai, status
 from server.api.context import ApiContext
 from server.api.errors import ApiError, MethodError, NotFoundError, ValidationFailed, error_response
+from server.api.growth_schemas import GrowRequest, ReloadRequest, ShrinkRequest
 from server.api.middleware import OPEN_PATHS, Gate
 from server.api.openai_responses import ChatResponse, CompletionResponse, OpenAIErrorResponse
 from server.api.openai_schemas import ChatRequest, CompletionRequest
-from server.api.openapi import install_openapi
+from server.api.openapi import ADMIN_TAG, install_openapi
 from server.api.schemas import (
     ErrorResponse,
     GenerateRequest,
@@ -24,6 +25,7 @@ from server.api.schemas import (
     StreamResponse,
 )
 from server.engine.request import EngineError
+from server.growth_errors import GrowthError
 from server.metrics import Metrics
 from server.service import Service
 from server.settings import HttpSettings
@@ -35,7 +37,7 @@ def create_app(
     service: Service, metrics: Metrics, http: HttpSettings, *, version: str, log_prompts: bool = False
 ) -> FastAPI:
     """The application over a service; it starts and stops nothing itself."""
-    key = None if http.api_key is None else http.api_key.get_secret_value()
+    key, admin_key = (None if k is None else k.get_secret_value() for k in (http.api_key, http.admin_key))
     app = FastAPI(
         title="deepfew",
         version=version,
@@ -43,10 +45,11 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        middleware=[Middleware(Gate, api_key=key, metrics=metrics)],
+        middleware=[Middleware(Gate, api_key=key, admin_key=admin_key, metrics=metrics)],
         exception_handlers={
             ApiError: _on_error,
             EngineError: _on_error,
+            GrowthError: _on_error,
             HTTPException: _on_http_exception,
             ClientDisconnect: _on_disconnect,
         },
@@ -55,13 +58,19 @@ def create_app(
     app.include_router(generate.router, tags=["generate"])
     app.include_router(openai.router, tags=["openai"])
     app.include_router(status.router, tags=["status"])
+    app.include_router(growth.router, tags=["status"])
+    app.include_router(growth.admin_router, tags=[ADMIN_TAG])
     install_openapi(
         app,
         bodies={
             **dict.fromkeys(("/generate", "/generate_stream", "/"), GenerateRequest),
             "/v1/completions": CompletionRequest,
             "/v1/chat/completions": ChatRequest,
+            "/experts/grow": GrowRequest,
+            "/experts/shrink": ShrinkRequest,
+            "/experts/reload": ReloadRequest,
         },
+        optional_bodies=frozenset({"/experts/grow", "/experts/reload"}),
         models=[
             GenerateResponse,
             StreamResponse,
@@ -74,6 +83,7 @@ def create_app(
         key_error=ErrorResponse,
         openai_key_error=OpenAIErrorResponse,
         has_key=key is not None,
+        has_admin_key=admin_key is not None,
         open_paths=OPEN_PATHS,
         model_name=lambda: None if service.loaded is None else service.loaded.name,
     )

@@ -34,13 +34,17 @@ _LONG_BODY_BYTES = 64 * 2**10
 Model = TypeVar("Model", bound=BaseModel)
 
 
-async def read_model(request: Request, schema: type[Model], *, max_bytes: int, receive_seconds: float) -> Model:
-    """The body of `request` as a `schema`.
+async def read_model(
+    request: Request, schema: type[Model], *, max_bytes: int, receive_seconds: float, optional: bool = False
+) -> Model:
+    """The body of `request` as a `schema`; with `optional` a body that is left out is an empty object.
 
     Raises:
         ApiError: one of its kinds; the body is too long, too slow, not JSON, or not what the schema wants.
         ClientDisconnect: the client left.
     """
+    if optional and request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
+        return schema()
     body = await read_body(request, max_bytes=max_bytes, receive_seconds=receive_seconds)
     if len(body) > _LONG_BODY_BYTES:
         return await asyncio.to_thread(_parse, body, schema)

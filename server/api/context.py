@@ -77,10 +77,14 @@ class ApiContext:
     _encoders: dict[int, TextEncoder] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    async def read(self, request: Request, schema: type[Body]) -> Body:
-        """The request's body as a `schema`. Raises `ApiError`."""
+    async def read(self, request: Request, schema: type[Body], *, optional: bool = False) -> Body:
+        """The request's body as a `schema`; see `read_model`. Raises `ApiError`."""
         return await read_model(
-            request, schema, max_bytes=self.http.max_body_bytes, receive_seconds=self.http.receive_seconds
+            request,
+            schema,
+            max_bytes=self.http.max_body_bytes,
+            receive_seconds=self.http.receive_seconds,
+            optional=optional,
         )
 
     def encoder(self, model: LoadedModel) -> TextEncoder:

@@ -18,10 +18,12 @@ from server.engine.request import (
     ContextTooLongError,
     EngineError,
     EngineStoppedError,
+    ExpertMissingError,
     GenerationError,
     InvalidRequestError,
     QueueFullError,
 )
+from server.growth_errors import GrowthBusyError, GrowthError, GrowthSourceError, NothingToGrowError
 from server.service import NotReadyError
 
 MAX_MESSAGE = 600
@@ -33,6 +35,7 @@ class ApiError(Exception):
     ApiError
       MalformedBodyError   400  not JSON, not UTF-8, a number that does not exist, a key given twice
       UnauthorizedError    401  no key, or a wrong one
+      ForbiddenError       403  a route that needs the admin key
       NotFoundError        404  no such path, no such model
       MethodError          405  the path exists, the method does not
       SlowClientError      408  the body did not arrive in time
@@ -58,6 +61,10 @@ class MalformedBodyError(ApiError):
 
 class UnauthorizedError(ApiError):
     """The key is missing or wrong."""
+
+
+class ForbiddenError(ApiError):
+    """The key does not open this route."""
 
 
 class NotFoundError(ApiError):
@@ -111,6 +118,7 @@ _INVALID = "invalid_request_error"
 TABLE: dict[type[Exception], Row] = {
     MalformedBodyError: Row(400, "validation", 400, _INVALID, "malformed_body"),
     UnauthorizedError: Row(401, "unauthorized", 401, "authentication_error", "invalid_api_key"),
+    ForbiddenError: Row(403, "forbidden", 403, "permission_error", "admin_key_required"),
     ModelNotFoundError: Row(404, "not_found", 404, _INVALID, "model_not_found"),
     NotFoundError: Row(404, "not_found", 404, _INVALID, "not_found"),
     MethodError: Row(405, "method_not_allowed", 405, _INVALID, "method_not_allowed"),
@@ -123,6 +131,11 @@ TABLE: dict[type[Exception], Row] = {
     QueueFullError: Row(429, "overloaded", 429, "rate_limit_error", "queue_full"),
     NotReadyError: Row(503, "healthcheck", 503, "server_error", "not_ready"),
     EngineStoppedError: Row(503, "healthcheck", 503, "server_error", "not_ready"),
+    GrowthBusyError: Row(409, "busy", 409, _INVALID, "busy"),
+    NothingToGrowError: Row(409, "nothing_to_grow", 409, _INVALID, "nothing_to_grow"),
+    GrowthSourceError: Row(409, "no_source", 409, _INVALID, "no_source"),
+    GrowthError: Row(422, "validation", 400, _INVALID, None),
+    ExpertMissingError: Row(424, "expert_missing", 424, _INVALID, "expert_missing"),
     RequestTimeoutError: Row(424, "generation", 500, "server_error", "timeout"),
     GenerationError: Row(424, "generation", 500, "server_error", "generation_failed"),
     EngineError: Row(500, "incomplete_generation", 500, "server_error", "generation_failed"),
@@ -142,11 +155,15 @@ def is_openai(path: str) -> bool:
 
 def message_of(error: Exception) -> str:
     """Bounded, printable text; an error that we did not raise on purpose says nothing of itself."""
-    if isinstance(error.__cause__, StoreError):  # its text names paths of the server
+    if isinstance(error, EngineError) and isinstance(error.__cause__, StoreError):  # its text names paths of the server
         return (
             "the generation could not be finished: an expert could not be read from the store; the log names the file"
         )
-    text = str(error) if isinstance(error, (ApiError, EngineError)) else "internal error; the log has the details"
+    text = (
+        str(error)
+        if isinstance(error, (ApiError, EngineError, GrowthError))
+        else "internal error; the log has the details"
+    )
     text = "".join(char if char.isprintable() else " " for char in text)
     return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
 

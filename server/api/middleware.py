@@ -1,7 +1,7 @@
 """What every request passes: an id, the key, one line in the log, and a last net under errors.
 
-Invariant: no route but liveness is reached without the key, where one is set; and nothing that fails inside reaches the
-client with anything but our own words.
+Invariant: no route but liveness is reached without the key, where one is set; what changes the server is reached with
+the admin key alone; and nothing that fails inside reaches the client with anything but our own words.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import uuid
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import UnauthorizedError, error_response
+from server.api.errors import ForbiddenError, UnauthorizedError, error_response
 from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -34,13 +35,15 @@ class Gate:
     Args:
         app: what is guarded.
         api_key: the key, or None where there is none.
+        admin_key: opens all that `api_key` opens, and what `require_admin` guards; None opens none of that.
         metrics: counts responses.
     """
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, api_key: str | None, admin_key: str | None, metrics: Metrics) -> None:
         self.app = app
         self.metrics = metrics
         self._key_digest = None if api_key is None else _digest(api_key)
+        self._admin_digest = None if admin_key is None else _digest(admin_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -49,7 +52,8 @@ class Gate:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        is_user, is_admin = self._who(headers)
+        scope.setdefault("state", {}).update(request_id=request_id, is_admin=is_admin)
         started = time.perf_counter()
         seen: dict[str, Any] = {"status": None}
 
@@ -61,7 +65,7 @@ class Gate:
             await send(message)
 
         try:
-            if self._key_digest is not None and scope["path"] not in OPEN_PATHS and not self._has_key(headers):
+            if scope["path"] not in OPEN_PATHS and not is_user and not is_admin:
                 error = UnauthorizedError(
                     "the API key is missing or wrong: send Authorization: Bearer KEY, or X-API-Key: KEY",
                     headers={"WWW-Authenticate": "Bearer"},
@@ -88,13 +92,38 @@ class Gate:
                 },
             )
 
-    def _has_key(self, headers: Headers) -> bool:
+    def _who(self, headers: Headers) -> tuple[bool, bool]:
+        """Whether the request may reach ordinary routes, and whether it shows the admin key."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        candidates = [headers.get("x-api-key", ""), token.strip() if scheme.lower() == "bearer" else ""]
-        assert self._key_digest is not None
-        # Both are always compared, as digests of one length, so that the time says nothing about the key.
-        matches = [hmac.compare_digest(_digest(candidate), self._key_digest) for candidate in candidates]
-        return any(matches)
+        shown = [headers.get("x-api-key", ""), token.strip() if scheme.lower() == "bearer" else ""]
+        digests = [_digest(candidate) for candidate in shown]
+        is_user = self._key_digest is None or _is_among(self._key_digest, digests)
+        return is_user, self._admin_digest is not None and _is_among(self._admin_digest, digests)
+
+
+async def require_admin(request: Request) -> None:
+    """Guards a route that changes the server, on loopback too.
+
+    Raises:
+        ForbiddenError: the request does not show the admin key, or there is none.
+    """
+    if request.state.is_admin:
+        return
+    if request.app.state.context.http.admin_key is None:
+        raise ForbiddenError(
+            "this route changes the server and needs an admin key, and none is set: set `http.admin_key_file` "
+            "(--admin-key-file FILE, or DEEPFEW_ADMIN_KEY_FILE)"
+        )
+    raise ForbiddenError(
+        "this route changes the server and needs the admin key (`http.admin_key`); the API key does not open it: send "
+        "Authorization: Bearer ADMIN_KEY, or X-API-Key: ADMIN_KEY"
+    )
+
+
+def _is_among(digest: bytes, shown: list[bytes]) -> bool:
+    """All are compared, as digests of one length, so that the time says nothing about the key."""
+    matches = [hmac.compare_digest(candidate, digest) for candidate in shown]
+    return any(matches)
 
 
 def abort(scope: Scope) -> None:

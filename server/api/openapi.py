@@ -14,6 +14,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 Responses = dict[int | str, dict[str, Any]]
+ADMIN_TAG = "admin"
+"""Routes that need the admin key."""
 REF = "#/components/schemas/{model}"
 POST_ERRORS = {
     400: "The body is not a JSON document, or (under /v1) a value is not taken.",
@@ -67,6 +69,8 @@ def install_openapi(
     key_error: type[BaseModel],
     openai_key_error: type[BaseModel],
     has_key: bool,
+    has_admin_key: bool,
+    optional_bodies: frozenset[str],
     open_paths: frozenset[str],
     model_name: Callable[[], str | None],
 ) -> None:
@@ -76,7 +80,8 @@ def install_openapi(
         bodies: path → model of the JSON body of its POST.
         models: other models that responses refer to.
         key_error, openai_key_error: shape of the 401 in either dialect.
-        has_key: whether a key guards the routes.
+        has_key: whether a key guards the routes; has_admin_key: whether one opens those of `ADMIN_TAG`.
+        optional_bodies: paths whose body may be left out.
         open_paths: routes that need no key.
         model_name: of the model that is served, None while it loads.
     """
@@ -102,19 +107,27 @@ def install_openapi(
                     schemas[body.__name__]["properties"]["model"] = {"enum": [name]}
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
-                if method == "get":
-                    operation["responses"].pop("422", None)  # FastAPI's, for path parameters that cannot be wrong
+                if "HTTPValidationError" in str(operation["responses"].get("422")):
+                    del operation["responses"]["422"]  # FastAPI's, for path parameters that cannot be wrong
                 if method == "post" and path in bodies:
                     schema = {"$ref": REF.format(model=bodies[path].__name__)}
-                    operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+                    content = {"application/json": {"schema": schema}}
+                    operation["requestBody"] = {"required": path not in optional_bodies, "content": content}
                 if has_key and path not in open_paths:
                     error = openai_key_error if path.startswith("/v1/") else key_error
                     operation["responses"]["401"] = error_response_of(error, "The API key is missing or wrong.")
                     operation["security"] = [{"bearer": []}, {"header": []}]
-        if has_key:
-            components["securitySchemes"] = {
-                "bearer": {"type": "http", "scheme": "bearer"},
-                "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+                if has_admin_key and ADMIN_TAG in operation.get("tags", ()):
+                    operation["security"] = [{"admin_bearer": []}, {"admin_header": []}]
+        schemes = [("", "the key")] * has_key + [("admin_", "the admin key, for routes that change the server")] * (
+            has_admin_key
+        )
+        if schemes:
+            components["securitySchemes"] = {}
+        for prefix, text in schemes:
+            components["securitySchemes"] |= {
+                f"{prefix}bearer": {"type": "http", "scheme": "bearer", "description": text},
+                f"{prefix}header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": text},
             }
         return document
 

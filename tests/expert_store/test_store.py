@@ -158,7 +158,7 @@ def test_no_more_files_are_open_than_allowed(tmp_path: Path) -> None:
         for expert in (0, 1, 2, 3, 0, 3, 1):
             store.read_expert(1, expert, memory)
             assert bytes(memory) == span(1, expert)
-            assert len(os.listdir("/proc/self/fd")) <= before + 2
+            assert len(os.listdir("/proc/self/fd")) <= before + 3  # and the directory, for its lock
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -221,15 +221,14 @@ def test_reads_go_on_while_the_store_is_reloaded(tmp_path: Path, manifest: Manif
     assert not failures
 
 
-def test_reload_refuses_what_is_not_a_growth(tmp_path: Path, manifest: Manifest) -> None:
+def test_reload_refuses_what_does_not_follow(tmp_path: Path, manifest: Manifest) -> None:
     with Store.open(tmp_path) as store:
         for other in (
             replace(manifest, source=Source("other", "cd" * 32, "x")),
-            replace(manifest, deep_experts=manifest.deep_experts[:1]),
             replace(manifest, deep_experts=(manifest.deep_experts[0], add_shard(tmp_path, 1, (1, 0)))),
         ):
             write_manifest(tmp_path, other)
-            with pytest.raises(ManifestError, match="not a growth"):
+            with pytest.raises(ManifestError, match="does not follow from"):
                 store.reload()
         assert store.manifest == manifest
 

@@ -12,8 +12,10 @@ from extractor.prepare import prepare
 from extractor.selection import SelectionRequest
 from server.engine.engine import Engine
 from server.engine.request import EngineStoppedError, Event, FinishedEvent, GenerationRequest, SamplingParams
-from server.growth import Grower, adopt, expected_norms, grow_store, rank_missing
+from server.growth import Grower
 from server.growth_errors import GrowthError
+from server.growth_ranking import expected_norms, rank_missing
+from server.growth_store import adopt, grow_store
 from server.model.assembly import load_model
 from server.model.runner import Runner
 from tests.extractor.selection_statistics import make_statistics
@@ -86,7 +88,7 @@ def test_a_running_server_grows_and_its_deficit_falls(small_store: Path, tiny_ch
             str(tiny_checkpoint),
             lambda: engine.ledger.demand_mass.copy(),
             lambda action: engine.between_steps(action).result(60),
-            lambda: adopt(store, routing, None),
+            lambda: adopt(engine.runner, None),
         )
         running = generate(engine, "during", prompt, num_tokens=60)
         chosen = grower.grow(20)
@@ -111,7 +113,7 @@ def test_a_grown_server_answers_as_one_that_started_so(small_store: Path, tiny_c
     try:
         prompt = engine.runner.model.tokenizer("The capital of France is")["input_ids"]
         grow_store(small_store, str(tiny_checkpoint), [(expert,) * 8 for expert in range(40, 60)])
-        engine.between_steps(lambda: adopt(store, engine.runner.model.routing, None) and None).result(60)
+        engine.between_steps(lambda: adopt(engine.runner, None) and None).result(60)
         grown = finished(generate(engine, "grown", prompt)).generated_text
     finally:
         engine.stop(0.0)
@@ -125,11 +127,12 @@ def test_a_grown_server_answers_as_one_that_started_so(small_store: Path, tiny_c
 def test_a_growth_that_fails_leaves_the_server_as_it_was(small_store: Path, tmp_path: Path) -> None:
     store = Store.open(small_store)
     demand = np.ones(store.available.shape)
-    grower = Grower(store, str(tmp_path / "missing"), lambda: demand, lambda action: action(), lambda: store.reload())
+    (tmp_path / "empty").mkdir()
+    grower = Grower(store, str(tmp_path / "empty"), lambda: demand, lambda action: action(), lambda: store.reload())
     grower.grow(1)
     grower.wait(60)
-    assert grower.error is not None
-    assert "missing" in grower.error
+    assert grower.error == "CheckpointError"
+    assert (grower.status().state, grower.status().num_failures) == ("idle", 1)
     assert store.available.sum(axis=1).tolist() == [12] * 8
 
 

@@ -123,7 +123,7 @@ def test_profiles_are_plans_by_the_name_of_their_file(tmp_path: Path) -> None:
     code = find_profile(profiles, "code")
     assert (allowed(code, 0), allowed(code, 1)) == ({0, 1}, {2, 3})
     assert FixedMasking(code).mask is code
-    with pytest.raises(ProfileError, match="'chat' does not exist: this server has code"):
+    with pytest.raises(ProfileError, match="no such profile: this server has code"):
         find_profile(profiles, "chat")
 
 
@@ -183,7 +183,7 @@ def test_a_request_asks_for_a_profile_a_pool_or_nothing() -> None:
         assert len(allowed(masking.mask)) == 3
     for arguments, message in (
         ({"profile": "code", "pool": 3}, "contradict"),
-        ({"profile": "chat"}, "does not exist"),
+        ({"profile": "chat"}, "no such profile"),
         ({"pool": 7}, "wanted 1 to 6"),
         ({"pool": 0}, "wanted 1 to 6"),
         ({"pool": 1.5}, "a share from 0 to 1"),

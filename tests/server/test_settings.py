@@ -94,6 +94,20 @@ def test_key_given_twice_is_an_error(tmp_path: Path) -> None:
         load_settings({"api_key_file": str(file)}, environ={"DEEPFEW_API_KEY": "fedcba9876543210"})
 
 
+def test_admin_key_is_another_key(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("0123456789abcdef")
+    resolved = load_settings({"admin_key_file": str(file)}, environ={"DEEPFEW_API_KEY": "fedcba9876543210"})
+    key = resolved.settings.http.admin_key
+    assert key is not None
+    assert key.get_secret_value() == "0123456789abcdef"
+    assert "0123456789abcdef" not in repr(resolved)
+    with pytest.raises(SettingsError, match="the admin key must be another"):
+        load_settings({"admin_key_file": str(file)}, environ={"DEEPFEW_API_KEY": "0123456789abcdef"})
+    with pytest.raises(SettingsError, match="the admin key from .* must be at least 8"):
+        load_settings(environ={"DEEPFEW_ADMIN_KEY": "short"})
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org", ""])
 def test_without_a_key_only_loopback_is_listened_on(host: str) -> None:
     if not host:

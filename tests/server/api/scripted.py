@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from expert_store.manifest import DeepExpert
 from server.engine.request import (
     ContextTooLongError,
     Deficit,
@@ -25,6 +26,9 @@ from server.engine.request import (
     Timing,
     TokenEvent,
 )
+from server.growth_errors import GrowthBusyError
+from server.growth_ranking import Candidate
+from server.growth_status import GrowthStatus, Reloaded, Shrunk
 from server.service import ExpertsSnapshot, LoadedModel, ShardInfo
 
 LAYERS, EXPERTS = 2, 4
@@ -198,6 +202,7 @@ def experts_snapshot() -> ExpertsSnapshot:
     counts = np.arange(8, dtype=np.int64).reshape(shape)
     return ExpertsSnapshot(
         available=available,
+        corrupt=np.zeros(shape, dtype=np.bool_),
         uses=counts,
         demand=counts + 1,
         served_mass=counts * 0.5,
@@ -222,7 +227,50 @@ def experts_snapshot() -> ExpertsSnapshot:
     )
 
 
-def loaded(engine: Any, experts: Callable[[], ExpertsSnapshot] = experts_snapshot) -> LoadedModel:
+@dataclass
+class ScriptedGrowth:
+    """A store that can be grown, shrunk and reloaded in words alone.
+
+    Attributes:
+        busy: a change is under way, so another one is refused.
+        asked: what was asked for, in order.
+        failure: raised by every change, if there is one.
+    """
+
+    busy: bool = False
+    failure: Exception | None = None
+    asked: list[Any] = field(default_factory=list)
+
+    def status(self) -> GrowthStatus:
+        return GrowthStatus("growing" if self.busy else "idle", 512, 1024, None, 2, 1, 3, 4096, 3, 12288, None)
+
+    def candidates(self) -> list[Candidate]:
+        return [Candidate((place, 3 - place), 0.5 / (place + 1), 0.25 / (place + 1), 512) for place in range(3)]
+
+    def grow(self, count: int) -> list[Candidate]:
+        self._change(("grow", count))
+        return self.candidates()[:count]
+
+    def shrink(self, indices: Collection[int] | None = None, *, count: int | None = None) -> Shrunk:
+        self._change(("shrink", indices, count))
+        return Shrunk((DeepExpert(1, "experts/deep-00001.safetensors", 512, "", 0, (0, 1), ()),), None)
+
+    def reload(self) -> Reloaded:
+        self._change(("reload",))
+        return Reloaded(1, 0, 3)
+
+    def stop(self) -> None:
+        self.asked.append(("stop",))
+
+    def _change(self, what: Any) -> None:
+        if self.failure is not None:
+            raise self.failure
+        if self.busy:
+            raise GrowthBusyError("the store is already growing: wait until that is done")
+        self.asked.append(what)
+
+
+def loaded(engine: Any, experts: Callable[[], ExpertsSnapshot] = experts_snapshot, **more: Any) -> LoadedModel:
     """A model around a scripted engine."""
     return LoadedModel(
         name="scripted",
@@ -237,4 +285,5 @@ def loaded(engine: Any, experts: Callable[[], ExpertsSnapshot] = experts_snapsho
         tokenizer=CharTokenizer(),
         engine=engine,
         experts=experts,
+        **{"growth": ScriptedGrowth(), **more},
     )

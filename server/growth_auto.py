@@ -1,0 +1,78 @@
+"""Growth by itself: now and then a look at what was wanted lately and could not be had, and a step towards having it.
+
+Invariant: never beyond the grower's byte budget, never for less than a given share of the router mass, and after a
+failure later and later, so that a full disk costs neither the service nor the log.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from server.growth import Grower
+from server.growth_errors import GrowthError
+from server.growth_ranking import Float
+
+log = logging.getLogger(__name__)
+
+MAX_WAIT_SECONDS = 3600.0
+DECAY = 0.5
+"""What was wanted before the last look counts half, so that growth follows what is asked for now."""
+
+
+class AutoGrower:
+    """Looks at intervals, on a thread of its own, until the grower is told to stop.
+
+    Args:
+        grower: does what is found to be worth it.
+        demand_mass: a snapshot [L, E] of all that was wanted so far.
+        interval_seconds: between two looks.
+        min_share: of the router mass, that a deep expert must have been missed for.
+        step: most deep experts at one look.
+    """
+
+    def __init__(
+        self, grower: Grower, demand_mass: Callable[[], Float], *, interval_seconds: float, min_share: float, step: int
+    ) -> None:
+        self._grower, self._demand_mass = grower, demand_mass
+        self._interval_seconds, self._min_share, self._step = interval_seconds, min_share, step
+        self._seen = demand_mass()
+        self._recent = np.zeros_like(self._seen)
+
+    def start(self) -> None:
+        """Begin to look."""
+        threading.Thread(target=self._run, name="grow-by-itself", daemon=True).start()
+
+    def look(self) -> int:
+        """Look once, and start a growth if it is worth it; returns by how many deep experts.
+
+        Raises:
+            GrowthError: it would be worth it and is not possible.
+        """
+        now = self._demand_mass()
+        self._recent = DECAY * self._recent + (now - self._seen)
+        self._seen = now
+        worth = [one for one in self._grower.candidates(self._recent) if one.missing_share >= self._min_share]
+        if not worth:
+            return 0
+        chosen = self._grower.grow(min(len(worth), self._step), self._recent)
+        log.info("the store grows by itself", extra={"num_added": len(chosen), "reason": chosen[0].reason})
+        return len(chosen)
+
+    def _run(self) -> None:
+        wait = self._interval_seconds
+        while not self._grower.stopping.wait(wait):
+            failures = self._grower.status().num_failures
+            try:
+                self.look()
+                self._grower.wait()
+            except GrowthError as error:
+                log.warning("the store cannot grow by itself: %s", error)
+                failures -= 1
+            has_failed = self._grower.status().num_failures > failures
+            wait = (
+                min(wait * 2, max(MAX_WAIT_SECONDS, self._interval_seconds)) if has_failed else self._interval_seconds
+            )

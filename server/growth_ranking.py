@@ -1,0 +1,138 @@
+"""What a store should have next, and what it could do without: deep experts ranked by what was wanted.
+
+The router sees every expert's score, so demand for experts that the store lacks is known exactly; only their output
+norm is not, and the layer's median stands in for it unless statistics say. Invariant: a candidate is one deep expert,
+the best missing expert of every layer, since a store holds whole deep experts alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from expert_store.manifest import DeepExpert, Manifest, read_manifest
+from extractor.statistics import ExpertStatistics
+from router.ledger import UsageLedger
+from server.growth_errors import GrowthError, NothingToGrowError
+
+Float = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A deep expert that the store could have.
+
+    Attributes:
+        experts: of each layer.
+        score: wanted and missing mass × expected output norm ÷ byte.
+        missing_share: of all demanded mass, that these experts would serve.
+        num_bytes: that it would take.
+    """
+
+    experts: tuple[int, ...]
+    score: float
+    missing_share: float
+    num_bytes: int
+
+    @property
+    def reason(self) -> str:
+        """Why, in words."""
+        return f"{self.missing_share:.2%} of the router mass asked for its experts and could not have them"
+
+
+def expected_norms(statistics: ExpertStatistics | None, available: npt.NDArray[np.bool_]) -> Float:
+    """Mean output norm of each expert, float64 [L, E]: measured, or the layer's median, or 1 where nothing is known."""
+    if statistics is None:
+        return np.ones(available.shape)
+    picks = statistics.total("picks")
+    means: Float = np.divide(statistics.total("output_norm"), picks, out=np.full(picks.shape, np.nan), where=picks > 0)
+    for row in means:
+        row[np.isnan(row)] = np.nanmedian(row) if np.isfinite(row).any() else 1.0
+    return means
+
+
+def rank_missing(
+    available: npt.NDArray[np.bool_],
+    demand_mass: Float,
+    num_bytes: int,
+    statistics: ExpertStatistics | None = None,
+) -> list[Candidate]:
+    """Deep experts that the store lacks, best first; none when it has all.
+
+    Args:
+        available, demand_mass: [L, E], what the store has and what the unmasked router wanted.
+        num_bytes: of a deep expert.
+    """
+    missing = np.where(available, 0.0, demand_mass)
+    worth = np.where(available, -np.inf, missing * expected_norms(statistics, available))
+    order = np.argsort(-worth, axis=1, kind="stable")
+    layers = np.arange(len(available))
+    demanded = max(float(demand_mass.sum()), np.finfo(np.float64).tiny)
+    candidates = []
+    for place in range(int((~available).sum(axis=1).min())):
+        experts = order[:, place]
+        candidates.append(
+            Candidate(
+                experts=tuple(int(expert) for expert in experts),
+                score=float(worth[layers, experts].sum()) / max(num_bytes, 1),
+                missing_share=float(missing[layers, experts].sum()) / demanded,
+                num_bytes=num_bytes,
+            )
+        )
+    return candidates
+
+
+def rank_held(manifest: Manifest, demand_mass: Float, statistics: ExpertStatistics | None = None) -> list[DeepExpert]:
+    """The deep experts of a store, least wanted first, by demanded mass × expected output norm."""
+    worth = demand_mass * expected_norms(statistics, demand_mass > 0)
+    layers = np.arange(len(worth))
+    return sorted(manifest.deep_experts, key=lambda deep: (float(worth[layers, list(deep.experts)].sum()), -deep.index))
+
+
+def within_budget(ranked: list[Candidate], manifest: Manifest, budget_bytes: int | None) -> list[Candidate]:
+    """The first of the candidates, as far as a budget for the bytes of all shards lets the store grow."""
+    if budget_bytes is None or not ranked:
+        return ranked
+    held = sum(deep.bytes for deep in manifest.deep_experts)
+    return ranked[: max(0, (budget_bytes - held) // max(ranked[0].num_bytes, 1))]
+
+
+def deep_expert_bytes(manifest: Manifest) -> int:
+    """Bytes of the experts of one shard, without its header."""
+    return sum(spec.span_bytes for spec in manifest.layers)
+
+
+def usage_of(manifest: Manifest, usage: Path) -> UsageLedger:
+    """What a usage file says was wanted of the checkpoint of a store.
+
+    Raises:
+        GrowthError: it is of another checkpoint. LedgerError, OSError: no usage file.
+    """
+    ledger = UsageLedger.load(usage)
+    if ledger.fingerprint != manifest.source.fingerprint:
+        raise GrowthError(f"{usage} is of checkpoint {ledger.fingerprint}, the store of {manifest.source.fingerprint}")
+    return ledger
+
+
+def wanted_growth(
+    store: Path, usage: Path, statistics: ExpertStatistics | None, budget_bytes: int | None, count: int
+) -> tuple[list[Candidate], str]:
+    """The `count` best candidates of a store on disk from its usage file, and where its checkpoint lay.
+
+    Raises:
+        GrowthError: nothing to grow by, or usage of another checkpoint.
+        LedgerError: no usage file. StoreError: no store.
+    """
+    manifest = read_manifest(store)
+    ledger = usage_of(manifest, usage)
+    available = np.zeros(ledger.demand_mass.shape, dtype=np.bool_)
+    for deep in manifest.deep_experts:
+        available[np.arange(len(deep.experts)), list(deep.experts)] = True
+    ranked = rank_missing(available, ledger.demand_mass, deep_expert_bytes(manifest), statistics)
+    chosen = within_budget(ranked, manifest, budget_bytes)[:count]
+    if not chosen:
+        raise NothingToGrowError("the store has every expert, or its byte budget holds no more")
+    return chosen, manifest.source.location
