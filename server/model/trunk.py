@@ -8,7 +8,7 @@ its parameters; `from_pretrained` then reads only the trunk's tensors. Source: `
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from transformers.utils import logging as transformers_logging
 from extractor.text_model import text_model
 from server.model.experts import IMPLEMENTATION
 
+LOADING_BAR = "Loading weights"  # how transformers' loop over the tensors calls its bar
+
 
 class TrunkError(Exception):
     """The trunk of a store cannot be loaded: its config and its tensors do not fit together."""
@@ -31,12 +33,15 @@ def is_experts_module(module: nn.Module) -> bool:
     return hasattr(module, "is_concatenated") and hasattr(module, "is_transposed")
 
 
-def load_trunk(path: Path, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def load_trunk(
+    path: Path, *, device: torch.device, dtype: torch.dtype, progress: Callable[[float], None] = lambda share: None
+) -> PreTrainedModel:
     """Load the model at `path` without its experts' parameters.
 
     Args:
         path: directory in the Hugging Face layout that holds the trunk's tensors.
         device, dtype: of the trunk.
+        progress: told the share of the tensors that are loaded, tensor by tensor.
 
     Returns:
         The model in eval mode, its experts dispatched to our implementation.
@@ -45,7 +50,7 @@ def load_trunk(path: Path, *, device: torch.device, dtype: torch.dtype) -> PreTr
         TrunkError: tensors of the trunk are missing.
     """
     model_class, config = _model_of(path)
-    with _no_progress_bar():
+    with _reported(progress):
         loaded: Any = _without_experts(model_class).from_pretrained(
             path,
             config=config,
@@ -92,15 +97,29 @@ def _model_of(path: Path) -> tuple[type[PreTrainedModel], Any]:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers' bar over trunk tensors kept quiet: loading has one progress line of ours."""
+def _reported(progress: Callable[[float], None]) -> Iterator[None]:
+    """transformers' bar over the trunk's tensors is not drawn: what it would show goes to `progress`."""
+
+    def watched(factory: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if options.get("desc") != LOADING_BAR or not arguments:
+            return factory(*arguments, **options)
+        return _counted(arguments[0], progress)
+
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    hook = transformers_logging.set_tqdm_hook(watched)
     try:
         yield
     finally:
+        transformers_logging.set_tqdm_hook(hook)
         if shown:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _counted(tensors: Collection[Any], progress: Callable[[float], None]) -> Iterator[Any]:
+    for number, tensor in enumerate(tensors):
+        yield tensor
+        progress((number + 1) / len(tensors))
 
 
 def _without_experts(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
