@@ -149,7 +149,9 @@ def load_model(
     available = ExpertMask.of(store.available)
     mask = available if mask is None else available & mask
     progress("loading the trunk", 0.0)
-    model = load_trunk(store.trunk_path, device=device, dtype=dtype)
+    model = load_trunk(
+        store.trunk_path, device=device, dtype=dtype, progress=lambda share: progress("loading the trunk", share)
+    )
     if num_slots is None:
         num_slots = int(mask.num_allowed.max())
         if slots_memory_bytes is not None:
