@@ -144,7 +144,13 @@ def open_shard(root: Path, deep: DeepExpert, layout: ShardLayout) -> int:
     Returns a descriptor that the caller closes. Raises ShardCorruptError.
     """
     descriptor = open_checked(root, deep.file, deep.bytes)
-    found = os.pread(descriptor, layout.data_offset, 0)
+    try:
+        found = os.pread(descriptor, layout.data_offset, 0)
+    except OSError as error:
+        os.close(descriptor)
+        raise ShardCorruptError(
+            f"{root / deep.file} cannot be read: {error.strerror}; check the disk, restore the file, or extract again"
+        ) from error
     if found != layout.header:
         os.close(descriptor)
         raise ShardCorruptError(

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +58,7 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
     from server.engine.engine import Engine
     from server.engine.usage import UsageFile
     from server.model.assembly import resolve_device, resolve_dtype
-    from server.model.decode_path import DecodePathError, load_runner
+    from server.model.decode_path import DecodePathError
     from server.offers import Offers
     from server.pricing import load_statistics
     from server.source import attach_source
@@ -83,7 +83,7 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
             limit = _context_limit(settings, store)
             try:
                 options = _options(settings, store, mask, limit)
-                runner = load_runner(store, options, device=device, dtype=dtype, progress=report)
+                runner = _load_runner(settings, store, options, device=device, dtype=dtype, progress=report)
             except DecodePathError as error:
                 raise SettingsError(str(error)) from error
             report("looking for the checkpoint", 1.0)
@@ -101,6 +101,7 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
             prefill_chunk_tokens=settings.engine.prefill_chunk_tokens,
         ),
         usage=lambda ledger: UsageFile(store.path / "usage.json", ledger, settings.usage.usage_save_seconds),
+        corrupt_experts=settings.engine.corrupt_experts,
     )
     engine.start()
     while (status := engine.status()).state == "loading":
@@ -113,6 +114,20 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
     model, grower = _describe(engine, store, known), offers.grower(engine, settings)
     offers.start_growing(grower, engine, settings)
     return replace(model, growth=grower, masks=offers.masks(engine))
+
+
+def _load_runner(settings: Settings, store: Store, options: RunnerOptions, **arguments: Any) -> Runner:
+    """The runner; what of the store turns out to be damaged meanwhile is left out where the settings say so."""
+    from expert_store.errors import ShardCorruptError
+    from server.engine.unreadable import exclude_damaged
+    from server.model.decode_path import load_runner
+
+    while True:
+        try:
+            return load_runner(store, options, **arguments)
+        except ShardCorruptError as error:
+            if settings.engine.corrupt_experts == "fail" or not exclude_damaged(store, error):
+                raise
 
 
 def _context_limit(settings: Settings, store: Store) -> int:
@@ -173,6 +188,7 @@ def _snapshot(engine: Engine, store: Store) -> ExpertsSnapshot:
     statistics = cache.statistics()
     return ExpertsSnapshot(
         available=engine.runner.model.routing.mask.allowed.copy(),
+        corrupt=store.excluded,
         uses=ledger.served_count.copy(),
         demand=ledger.demand_count.copy(),
         served_mass=ledger.served_mass.copy(),

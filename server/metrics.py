@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from expert_store.errors import ExpertUnavailableError, ShardCorruptError, StoreError
 from server.engine.request import EngineStatus, FinishedEvent
+from server.growth_status import GrowthStatus
 from server.service import ExpertsSnapshot, LoadedModel, Service
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -137,6 +138,8 @@ class _Snapshots(Collector):
             return
         yield from _of_the_engine(model.engine.status())
         yield from _of_the_experts(model.experts())
+        if model.growth is not None:
+            yield from _of_the_growth(model.growth.status())
 
     def _of_the_process(self) -> Iterator[Metric]:
         health = self._service.health()
@@ -162,6 +165,7 @@ def _of_the_engine(status: EngineStatus) -> Iterator[Metric]:
     yield _counter("deepfew_prompt_tokens", "Prompt tokens of the requests taken.", totals.prompt_tokens)
     yield _counter("deepfew_generated_tokens", "Tokens generated.", totals.generated_tokens)
     yield _counter("deepfew_engine_steps", "Steps of the engine.", totals.num_steps)
+    yield _counter("deepfew_read_faults", "Steps that could not read an expert.", totals.num_read_faults)
 
 
 def _of_the_experts(experts: ExpertsSnapshot) -> Iterator[Metric]:
@@ -180,6 +184,7 @@ def _of_the_experts(experts: ExpertsSnapshot) -> Iterator[Metric]:
     per_layer_gauges = (
         ("deepfew_experts_resident", "Experts in slots.", experts.resident.sum(axis=1)),
         ("deepfew_experts_available", "Experts that routing may choose.", experts.available.sum(axis=1)),
+        ("deepfew_experts_corrupt", "Damaged experts that are masked.", experts.corrupt.sum(axis=1)),
         ("deepfew_layer_deficit_ratio", "Share of router mass wanted but unavailable.", experts.deficit),
     )
     for name, text, values in per_layer_counters:
@@ -197,6 +202,18 @@ def _of_the_experts(experts: ExpertsSnapshot) -> Iterator[Metric]:
     yield _gauge("deepfew_slots_bytes", "Memory of all slots.", experts.slot_bytes)
     yield _counter("deepfew_host_tier_hits", "Fetches that the host tier served.", experts.host_hits)
     yield _counter("deepfew_host_tier_misses", "Fetches that went to the disk.", experts.host_misses)
+
+
+def _of_the_growth(status: GrowthStatus) -> Iterator[Metric]:
+    yield _gauge("deepfew_growing", "1 while the store is being changed.", status.state != "idle")
+    yield _counter("deepfew_growths", "Growths that the running model took.", status.num_growths)
+    yield _counter("deepfew_growth_failures", "Growths that failed.", status.num_failures)
+    yield _counter("deepfew_growth_bytes", "Bytes written by growths.", status.grown_bytes)
+    yield _counter("deepfew_shrinks", "Times that deep experts were given up.", status.num_shrinks)
+    yield _gauge("deepfew_store_deep_experts", "Deep experts in the store.", status.num_deep_experts)
+    yield _gauge("deepfew_store_bytes", "Bytes of all shards.", status.held_bytes)
+    if status.budget_bytes is not None:
+        yield _gauge("deepfew_store_budget_bytes", "Bytes that all shards may grow to.", status.budget_bytes)
 
 
 def _model_info(model: LoadedModel) -> Metric:

@@ -64,6 +64,7 @@ class ExpertsSnapshot:
     """
 
     available: NDArray[np.bool_]  # [L, E]
+    corrupt: NDArray[np.bool_]  # [L, E], in the store but damaged, and therefore masked
     uses: NDArray[np.int64]  # [L, E]
     demand: NDArray[np.int64]  # [L, E]
     served_mass: NDArray[np.float64]  # [L, E]

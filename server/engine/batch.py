@@ -1,7 +1,8 @@
 """The sequences that hold rows, and one step over them: a chunk of one prompt, a token of every running sequence.
 
 Owned by the engine thread. Invariant: every sequence that was admitted is told exactly one final event and then holds
-nothing; a step that fails takes only the sequences of that step with it.
+nothing; where an expert cannot be read, only the sequences whose tokens need it fail, and the step is run again without
+them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from server.engine.request import (
 )
 from server.engine.sequence import Sequence
 from server.engine.tokens import prompt_logprobs, token_logprob, token_text, top_logprobs
-from server.model.runner import Runner, StepOutput
+from server.engine.unreadable import CorruptExperts, UnreadableExperts
+from server.model.runner import Likeliest, Runner, StepFault, StepOutput
 
 log = logging.getLogger(__name__)
 
@@ -40,19 +42,28 @@ class Batch:
         runner: the model.
         ledger: told of every step's routing.
         prefill_chunk_tokens: prompt tokens processed in one step.
+        corrupt_experts: whether requests that need an expert with damaged bytes fail, or are masked from it.
 
     Attributes:
         prompt_tokens, generated_tokens, num_steps: counters since start.
         finished: sequences by finish reason; num_failed: those that failed.
+        unreadable: what was done about experts that could not be read.
     """
 
-    def __init__(self, runner: Runner, ledger: UsageLedger, prefill_chunk_tokens: int) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        ledger: UsageLedger,
+        prefill_chunk_tokens: int,
+        corrupt_experts: CorruptExperts = "fail",
+    ) -> None:
         self._runner = runner
         self._ledger = ledger
         self._chunk = prefill_chunk_tokens
         self._everything = ExpertMask(np.ones(runner.model.routing.mask.allowed.shape, dtype=np.bool_))
         self._prefilling: deque[Sequence] = deque()
         self._running: list[Sequence] = []
+        self.unreadable = UnreadableExperts(runner.model.store, runner.model.routing, corrupt_experts)
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.num_steps = 0
@@ -99,18 +110,18 @@ class Batch:
         self._prefilling.rotate(-1)
         end = min(sequence.num_prefilled + self._chunk, sequence.num_prompt_tokens)
         tokens = request.prompt_ids[sequence.num_prefilled : end]
-        try:
-            temper = {} if request.router_temperature == 1.0 else {"temperature": request.router_temperature}
-            output = self._runner.prefill(
-                sequence.row,
-                tokens,
-                mask=self._mask_of(sequence),
-                all_logits=request.prompt_logprobs,
-                **temper,
-            )
-        except (StoreError, MaskError) as error:
-            self._fail_step([sequence], error)
-            return
+        temper = {} if request.router_temperature == 1.0 else {"temperature": request.router_temperature}
+        while True:
+            if not (masks := self._masks_of([sequence])):
+                return
+            try:
+                output = self._runner.prefill(
+                    sequence.row, tokens, mask=masks[sequence], all_logits=request.prompt_logprobs, **temper
+                )
+                break
+            except StoreError as error:
+                if self._fail_those_in_need([sequence], error):
+                    return
         if self._record(output, [sequence]):
             return
         if request.prompt_logprobs:
@@ -124,20 +135,25 @@ class Batch:
             self._take_token(sequence, output.logits[-1])
 
     def _decode(self, sequences: list[Sequence]) -> None:
-        rows = [sequence.row for sequence in sequences if sequence.row is not None]
-        try:
+        while True:
+            masks = self._masks_of(sequences)
+            sequences = list(masks)
+            if not sequences:
+                return
+            rows = [sequence.row for sequence in sequences if sequence.row is not None]
             tokens = [sequence.generated[-1] for sequence in sequences]
             temperatures = [sequence.request.router_temperature for sequence in sequences]
             temper = {} if all(value == 1.0 for value in temperatures) else {"temperatures": temperatures}
-            masks = [self._mask_of(sequence) for sequence in sequences]
-            output = self._runner.decode(rows, tokens, masks=masks, **temper)
-        except (StoreError, MaskError) as error:
-            self._fail_step(sequences, error)
-            return
+            try:
+                output = self._runner.decode(rows, tokens, masks=list(masks.values()), **temper)
+                break
+            except StoreError as error:
+                failed = self._fail_those_in_need(sequences, error)
+                sequences = [sequence for sequence in sequences if sequence not in failed]
         refused = self._record(output, sequences)
-        for sequence, logits in zip(sequences, output.logits, strict=True):
+        for at, (sequence, logits) in enumerate(zip(sequences, output.logits, strict=True)):
             if sequence not in refused:
-                self._take_token(sequence, logits)
+                self._take_token(sequence, logits, output.likeliest, at)
 
     # -- postprocess ---------------------------------------------------------------------------------------------------
 
@@ -165,8 +181,24 @@ class Batch:
                 before = masking.mask
                 masking.observe(*record.demand_of(tokens))
                 if masking.mask is not None and masking.mask is not before:
-                    self._runner.prefetch(masking.mask)
+                    self._prefetch(masking.mask)
         return refused
+
+    def _prefetch(self, mask: ExpertMask) -> None:
+        try:
+            self._runner.prefetch(mask)
+        except StoreError as error:  # whoever comes to need the expert is told then
+            log.warning("experts could not be fetched ahead: %s", error)
+
+    def _masks_of(self, sequences: list[Sequence]) -> dict[Sequence, ExpertMask | None]:
+        """The mask of each sequence; those that are left with no expert of a layer fail and are left out."""
+        masks: dict[Sequence, ExpertMask | None] = {}
+        for sequence in sequences:
+            try:
+                masks[sequence] = self._mask_of(sequence)
+            except MaskError as error:
+                self._fail_for(sequence, error)
+        return masks
 
     def _mask_of(self, sequence: Sequence) -> ExpertMask | None:
         """The request's own mask within what it may have, or None where that is what the server serves.
@@ -180,9 +212,17 @@ class Batch:
             return own or (None if served.is_full else self._everything)
         return None if own is None else own & served
 
-    def _take_token(self, sequence: Sequence, logits: Tensor) -> None:
-        """Choose the next token from logits [V], tell the client, end the sequence if it is complete."""
-        token = sequence.sampler.choose(logits)
+    def _take_token(self, sequence: Sequence, logits: Tensor, likeliest: Likeliest | None = None, at: int = 0) -> None:
+        """Choose the next token from logits [V], tell the client, end the sequence if it is complete.
+
+        `likeliest` is of the step's rows, this sequence's the `at`-th: a greedy choice then leaves the logits alone.
+        """
+        if likeliest is not None and sequence.sampler.takes_likeliest:
+            token = int(likeliest.token[at])
+            logprob = float(likeliest.logit[at] - likeliest.normaliser[at])
+        else:
+            token = sequence.sampler.choose(logits)
+            logprob = token_logprob(logits, token, None if likeliest is None else float(likeliest.normaliser[at]))
         if sequence.first_token_at is None:
             sequence.first_token_at = time.monotonic()
         sequence.generated.append(token)
@@ -198,7 +238,7 @@ class Batch:
                 index=len(sequence.generated),
                 token_id=token,
                 text=token_text(model.tokenizer, token) if special else text,
-                logprob=token_logprob(logits, token),
+                logprob=logprob,
                 special=special,
                 top=top_logprobs(logits, sequence.request.num_logprobs, model.tokenizer),
                 is_last=reason is not None,
@@ -248,12 +288,23 @@ class Batch:
         self.num_failed += 1
         sequence.on_event(FailedEvent(error))
 
-    def _fail_step(self, sequences: list[Sequence], cause: StoreError | MaskError) -> None:
-        log.error("%d requests failed: %s", len(sequences), cause)
-        for sequence in sequences:
-            error = GenerationError(f"the generation could not be finished: {cause}")
-            error.__cause__ = cause
-            self.fail(sequence, error)
+    def _fail_those_in_need(self, sequences: list[Sequence], error: StoreError) -> list[Sequence]:
+        """After a step that could not read an expert: fail and return those who cannot run it again."""
+        fault = error if isinstance(error, StepFault) else StepFault(error, (), is_repeatable=False)
+        needing = [sequences[at] for at in fault.positions] or sequences
+        if self.unreadable.give_up(fault.cause):
+            self._runner.adopt()
+            if fault.is_repeatable:
+                return []
+        log.error("%d of %d requests failed: %s", len(needing), len(sequences), fault.cause)
+        for sequence in needing:
+            self._fail_for(sequence, fault.cause)
+        return needing
+
+    def _fail_for(self, sequence: Sequence, cause: StoreError | MaskError) -> None:
+        error = GenerationError(f"the generation could not be finished: {cause}")
+        error.__cause__ = cause
+        self.fail(sequence, error)
 
     def _forget(self, sequence: Sequence) -> None:
         if sequence in self._running:

@@ -29,6 +29,7 @@ from server.engine.request import (
     OnEvent,
 )
 from server.engine.sequence import Sequence
+from server.engine.unreadable import CorruptExperts
 from server.engine.usage import UsageFile
 from server.model.assembly import Progress
 from server.model.runner import Runner
@@ -45,6 +46,7 @@ class Engine:
         loader: makes the runner, on the engine thread; it is given a callback for progress.
         limits: bounds on what clients can make grow.
         usage: opens the file that keeps the ledger across restarts; None keeps it in memory alone.
+        corrupt_experts: what happens to requests that need an expert whose bytes are damaged: see `unreadable.py`.
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class Engine:
         loader: Callable[[Progress], Runner],
         limits: EngineLimits | None = None,
         usage: Callable[[UsageLedger], UsageFile] | None = None,
+        corrupt_experts: CorruptExperts = "fail",
     ) -> None:
+        self._corrupt_experts = corrupt_experts
         self.limits = limits or EngineLimits()
         self._loader = loader
         self._open_usage = usage
@@ -174,6 +178,7 @@ class Engine:
                     prompt_tokens=0 if batch is None else batch.prompt_tokens,
                     generated_tokens=0 if batch is None else batch.generated_tokens,
                     num_steps=0 if batch is None else batch.num_steps,
+                    num_read_faults=0 if batch is None else batch.unreadable.num_faults,
                 ),
             )
 
@@ -221,7 +226,7 @@ class Engine:
         ledger = UsageLedger(manifest.model.num_layers, manifest.model.num_experts, manifest.source.fingerprint)
         if self._open_usage is not None:
             self._usage = self._open_usage(ledger)
-        batch = Batch(runner, ledger, self.limits.prefill_chunk_tokens)
+        batch = Batch(runner, ledger, self.limits.prefill_chunk_tokens, self._corrupt_experts)
         with self._lock:
             self._runner, self._ledger, self._batch = runner, ledger, batch
             self._progress, self._last_progress = 1.0, time.monotonic()

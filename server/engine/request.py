@@ -231,7 +231,7 @@ OnEvent = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True)
 class EngineTotals:
-    """Counters since start."""
+    """Counters since start; `num_read_faults` are steps that could not read an expert."""
 
     num_requests: int = 0
     num_finished: dict[str, int] = field(default_factory=dict)
@@ -240,6 +240,7 @@ class EngineTotals:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     num_steps: int = 0
+    num_read_faults: int = 0
 
 
 @dataclass(frozen=True, slots=True)

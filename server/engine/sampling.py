@@ -45,8 +45,15 @@ class Sampler:
             self.seed = secrets.randbits(63) if params.seed is None else params.seed
             self._draws = np.random.Generator(np.random.Philox(key=self.seed))
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether `choose` takes the most likely token of the unmodified logits, so need not look at them."""
+        return self.seed is None and not self._processors
+
     def choose(self, logits: Tensor) -> int:
-        """The next token from logits [V] float32, which are not changed; advances the random stream by one draw."""
+        """The next token from logits [V] float32, which are not changed; advances the random stream by one draw. Waits
+        for the device once.
+        """
         scores = logits[None]
         if self._processors:
             ids = torch.tensor([self._ids if self._keeps_ids else [0]], device=logits.device)
@@ -55,7 +62,7 @@ class Sampler:
             token = int(scores[0].argmax())
         else:
             cumulative = torch.softmax(scores[0].double(), dim=-1).cumsum(dim=-1)
-            draw = self._draws.random() * float(cumulative[-1])
+            draw = cumulative[-1:] * self._draws.random()
             token = int(torch.searchsorted(cumulative, draw, right=True).clamp(max=len(cumulative) - 1))
         if self._keeps_ids:
             self._ids.append(token)

@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from server.engine.request import Logprob
 
 
-def token_logprob(logits: Tensor, token: int) -> float:
-    """Of one token, from logits [V] float32."""
+def token_logprob(logits: Tensor, token: int, normaliser: float | None = None) -> float:
+    """Of one token, from logits [V] float32; `normaliser` is their logsumexp where it is known."""
+    if normaliser is not None:
+        return float(logits[token]) - normaliser
     return float(logits[token] - torch.logsumexp(logits, dim=-1))
 
 

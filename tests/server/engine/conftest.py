@@ -12,6 +12,7 @@ from router.ledger import UsageLedger
 from router.mask import ExpertMask
 from server.engine.admission import EngineLimits
 from server.engine.engine import Engine
+from server.engine.unreadable import CorruptExperts
 from server.engine.usage import UsageFile
 from server.model.assembly import load_model
 from server.model.runner import Runner
@@ -29,6 +30,7 @@ def make_engine(tiny_store: Path) -> Iterator[Callable[..., Engine]]:
         usage_path: Path | None = None,
         store_path: Path = tiny_store,
         num_slots: int = 16,
+        corrupt_experts: CorruptExperts = "fail",
         **limits,
     ) -> Engine:
         def loader(progress) -> Runner:
@@ -47,7 +49,7 @@ def make_engine(tiny_store: Path) -> Iterator[Callable[..., Engine]]:
             assert usage_path is not None
             return UsageFile(usage_path, empty)
 
-        engine = Engine(loader, EngineLimits(**limits), None if usage_path is None else usage)
+        engine = Engine(loader, EngineLimits(**limits), None if usage_path is None else usage, corrupt_experts)
         engine.start()
         engines.append(engine)
         until = time.monotonic() + WAIT_SECONDS

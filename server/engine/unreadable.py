@@ -1,0 +1,79 @@
+"""What is done about an expert whose bytes cannot be read, by the operator's choice.
+
+"fail": the requests whose tokens need it fail, and the next that needs it tries to read it again, so a restored file
+heals. "mask": the expert is given up for everyone until a restart. Invariant: no token is ever computed from bytes that
+did not prove right, and every expert given up was allowed by the mask and leaves its layer with another.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import numpy as np
+
+from expert_store.errors import ShardCorruptError, StoreError
+from expert_store.store import Store
+from router.mask import ExpertMask, MaskError
+from server.model.routing import StepRouting
+
+log = logging.getLogger(__name__)
+
+CorruptExperts = Literal["fail", "mask"]
+
+
+class UnreadableExperts:
+    """Decides about the experts that a step could not read; called on the engine thread between two steps.
+
+    Args:
+        store, routing: of the model that runs; `give_up` changes both.
+        corrupt_experts: "mask" gives corrupt experts up.
+
+    Attributes:
+        num_faults: reads that failed a step.
+    """
+
+    def __init__(self, store: Store, routing: StepRouting, corrupt_experts: CorruptExperts) -> None:
+        self._store, self._routing = store, routing
+        self._gives_up = corrupt_experts == "mask"
+        self.num_faults = 0
+
+    def give_up(self, cause: StoreError) -> bool:
+        """Mask the expert that could not be read, where that is wanted and possible; returns whether it was."""
+        self.num_faults += 1
+        if not self._gives_up or not isinstance(cause, ShardCorruptError) or cause.expert is None:
+            return False
+        layer, expert = cause.expert
+        if not self._store.available[layer, expert]:
+            return False
+        allowed = np.array(self._routing.mask.allowed)
+        allowed[layer, expert] = False
+        try:
+            mask = ExpertMask(allowed)
+        except MaskError:
+            log.error("expert %d of layer %d is corrupt and cannot be masked: it is the layer's last", expert, layer)
+            return False
+        self._store.exclude(layer, expert)
+        self._routing.set_mask(mask)
+        log.error("expert %d of layer %d is masked for every request until a restart: %s", expert, layer, cause)
+        return True
+
+
+def exclude_damaged(store: Store, cause: StoreError) -> bool:
+    """While loading: take the experts of the shard that `cause` is about out of use, as far as they cannot be read.
+
+    Blocks while it reads the shard. Returns whether there was any.
+    """
+    if cause.expert is None or not store.available[cause.expert]:
+        return False
+    deep = store.deep_expert(*cause.expert)
+    found = False
+    for layer, expert in enumerate(deep.experts):
+        try:
+            if store.available[layer, expert]:
+                store.read_expert(layer, expert, memoryview(bytearray(store.layer_spec(layer).span_bytes)))
+        except ShardCorruptError as error:
+            log.error("expert %d of layer %d is masked for every request until a restart: %s", expert, layer, error)
+            store.exclude(layer, expert)
+            found = True
+    return found
