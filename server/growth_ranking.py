@@ -109,9 +109,15 @@ def usage_of(manifest: Manifest, usage: Path) -> UsageLedger:
     """What a usage file says was wanted of the checkpoint of a store.
 
     Raises:
-        GrowthError: it is of another checkpoint. LedgerError, OSError: no usage file.
+        GrowthError: there is none, or it is of another checkpoint. LedgerError, OSError: no usage file.
     """
-    ledger = UsageLedger.load(usage)
+    try:
+        ledger = UsageLedger.load(usage)
+    except FileNotFoundError:
+        raise GrowthError(
+            f"{usage} does not exist, so nothing is known of what was wanted: serve the store first, which saves it, or "
+            "name a usage file"
+        ) from None
     if ledger.fingerprint != manifest.source.fingerprint:
         raise GrowthError(f"{usage} is of checkpoint {ledger.fingerprint}, the store of {manifest.source.fingerprint}")
     return ledger

@@ -242,7 +242,7 @@ class ScriptedGrowth:
     asked: list[Any] = field(default_factory=list)
 
     def status(self) -> GrowthStatus:
-        return GrowthStatus("growing" if self.busy else "idle", 512, 1024, None, 2, 1, 3, 4096, 3, 12288, None)
+        return GrowthStatus("growing" if self.busy else "idle", 512, 1024, None, 2, 1, 3, 4096, 3, 12288, 65536)
 
     def candidates(self) -> list[Candidate]:
         return [Candidate((place, 3 - place), 0.5 / (place + 1), 0.25 / (place + 1), 512) for place in range(3)]

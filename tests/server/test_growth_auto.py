@@ -1,0 +1,174 @@
+"""A store that grows by itself: towards what is wanted lately, for what is worth it, within its budget, and patiently."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from expert_store.manifest import read_manifest
+from expert_store.store import Store
+from extractor.checkpoint import Checkpoint
+from extractor.extract import JOURNAL_NAME
+from extractor.prepare import prepare
+from extractor.selection import SelectionRequest
+from server.growth import Grower
+from server.growth_auto import AutoGrower
+from server.growth_errors import GrowthSourceError, NothingToGrowError
+from server.growth_store import grow_store, unfinished_growth
+
+L, E = 8, 64
+
+
+@pytest.fixture
+def store(tiny_checkpoint: Path, tmp_path: Path) -> Store:
+    prepare(Checkpoint.open(tiny_checkpoint), tmp_path / "store", SelectionRequest(experts="0-11")).run()
+    return Store.open(tmp_path / "store")
+
+
+class Usage:
+    """Demand as a server would have counted it."""
+
+    def __init__(self) -> None:
+        self.mass = np.zeros((L, E))
+
+    def want(self, expert: int, mass: float) -> None:
+        self.mass[:, expert] += mass
+
+    def snapshot(self) -> np.ndarray:
+        return self.mass.copy()
+
+
+def grower(store: Store, checkpoint: Path, usage: Usage, budget_bytes: int | None = None) -> Grower:
+    return Grower(
+        store, str(checkpoint), usage.snapshot, lambda action: action(), store.reload, budget_bytes=budget_bytes
+    )
+
+
+def auto(made: Grower, usage: Usage, min_share: float = 0.05, step: int = 1) -> AutoGrower:
+    return AutoGrower(made, usage.snapshot, interval_seconds=0.01, min_share=min_share, step=step)
+
+
+def test_what_was_wanted_lately_comes_first(store: Store, tiny_checkpoint: Path) -> None:
+    usage = Usage()
+    made = grower(store, tiny_checkpoint, usage)
+    looking = auto(made, usage)
+    usage.want(20, 100.0)
+    assert looking.look() == 1
+    made.wait(60)
+    assert store.available[:, 20].all()
+    usage.want(30, 30.0)  # of all that was ever wanted the smallest part, of what was wanted lately the larger
+    usage.want(0, 10.0)
+    assert looking.look() == 1
+    made.wait(60)
+    assert store.available[:, 30].all()
+    assert made.status().num_deep_experts == 14
+
+
+def test_what_is_hardly_missed_is_not_added(store: Store, tiny_checkpoint: Path) -> None:
+    usage = Usage()
+    made = grower(store, tiny_checkpoint, usage)
+    looking = auto(made, usage, min_share=0.05)
+    assert looking.look() == 0, "nothing was wanted yet"
+    usage.want(0, 99.0)
+    usage.want(20, 1.0)
+    assert looking.look() == 0
+    usage.want(20, 50.0)
+    assert looking.look() == 1
+    made.wait(60)
+
+
+def test_growth_stops_at_its_budget(store: Store, tiny_checkpoint: Path) -> None:
+    usage = Usage()
+    manifest = store.manifest
+    one = manifest.deep_experts[0].bytes
+    made = grower(store, tiny_checkpoint, usage, budget_bytes=14 * one)
+    looking = auto(made, usage, step=8)
+    for expert in range(20, 24):
+        usage.want(expert, 10.0)
+    assert looking.look() == 2
+    made.wait(60)
+    assert made.status().held_bytes <= 14 * one
+    usage.want(22, 10.0)
+    assert looking.look() == 0
+
+
+def test_it_goes_on_by_itself_and_ends_when_told(store: Store, tiny_checkpoint: Path) -> None:
+    usage = Usage()
+    made = grower(store, tiny_checkpoint, usage)
+    auto(made, usage).start()
+    usage.want(20, 10.0)
+    until = threading.Event()
+    for _ in range(600):
+        if made.status().num_growths:
+            break
+        until.wait(0.05)
+    assert store.available[:, 20].all()
+    made.stop()
+    made.wait(60)
+    usage.want(40, 1000.0)
+    until.wait(0.2)
+    assert not store.available[:, 40].any()
+
+
+def test_after_failures_it_looks_less_often(store: Store, tmp_path: Path) -> None:
+    usage = Usage()
+    (tmp_path / "empty").mkdir()
+    made = grower(store, tmp_path / "empty", usage)
+    auto(made, usage).start()
+    for _ in range(40):
+        usage.want(20, 10.0)
+        threading.Event().wait(0.02)
+    made.stop()
+    assert 1 <= made.status().num_failures <= 8
+    assert store.available.sum(axis=1).tolist() == [12] * L
+
+
+def test_growth_that_was_broken_off_is_finished_by_the_next_one(store: Store, tiny_checkpoint: Path) -> None:
+    usage = Usage()
+    usage.want(20, 10.0)
+
+    def stop_soon(count: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        grow_store(store.path, str(tiny_checkpoint), [(40,) * L, (41,) * L], stop_soon)
+    assert (store.path / JOURNAL_NAME).exists()
+    assert unfinished_growth(store.path) == [(40,) * L, (41,) * L]
+    made = grower(store, tiny_checkpoint, usage)
+    assert [one.experts for one in made.grow(1)] == [(40,) * L, (41,) * L]
+    made.wait(60)
+    assert made.error is None
+    assert unfinished_growth(store.path) == []
+    assert [one.experts for one in made.grow(1)] == [(20,) * L]
+    made.wait(60)
+    assert len(read_manifest(store.path).deep_experts) == 15
+
+
+def test_checkpoint_that_is_not_where_it_was_is_said_before_anything_begins(store: Store, tmp_path: Path) -> None:
+    usage = Usage()
+    made = grower(store, tmp_path / "gone", usage)
+    with pytest.raises(GrowthSourceError, match=r"growth\.grow_from"):
+        made.grow(1)
+    assert made.status().state == "idle"
+
+
+def test_stop_breaks_a_growth_off(store: Store, tiny_checkpoint: Path) -> None:
+    usage = Usage()
+    usage.want(20, 10.0)
+    made = grower(store, tiny_checkpoint, usage)
+    made.stop()
+    made.grow(4)
+    made.wait(60)
+    assert (made.status().num_growths, made.status().num_failures) == (0, 0)
+    assert len(unfinished_growth(store.path)) == 4
+
+
+def test_store_with_every_expert_does_not_grow(tiny_store: Path, tiny_checkpoint: Path) -> None:
+    usage = Usage()
+    made = grower(Store.open(tiny_store), tiny_checkpoint, usage)
+    assert auto(made, usage).look() == 0
+    with pytest.raises(NothingToGrowError):
+        made.grow(1)
