@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from expert_store.store import Store
 from extractor.checkpoint import Checkpoint
@@ -21,6 +21,23 @@ def tiny_store(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     path = tmp_path_factory.mktemp("stores") / "tiny"
     prepare(Checkpoint.open(tiny_checkpoint), path, SelectionRequest()).run()
     return path
+
+
+@pytest.fixture(scope="session")
+def small_store(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of a random two-layer model that has the bundled checkpoint's tokenizer."""
+    torch.manual_seed(1)
+    config = Qwen3MoeConfig(
+        vocab_size=8192, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32,
+        moe_intermediate_size=16, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True,
+        max_position_embeddings=128, initializer_range=0.3, tie_word_embeddings=True,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("small")
+    Qwen3MoeForCausalLM(config).save_pretrained(path / "checkpoint")
+    AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(path / "checkpoint")
+    prepare(Checkpoint.open(path / "checkpoint"), path / "store", SelectionRequest()).run()
+    return path / "store"
 
 
 @pytest.fixture(scope="session")

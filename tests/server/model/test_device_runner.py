@@ -8,13 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from expert_store.paging.pages import DevicePages
 from expert_store.store import Store
-from extractor.checkpoint import Checkpoint
-from extractor.prepare import prepare
-from extractor.selection import SelectionRequest
 from router.mask import ExpertMask
 
 pytest.importorskip("triton")
@@ -29,29 +25,12 @@ from server.model.device.trial import try_out
 from server.model.runner import Runner
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-LAYERS, EXPERTS, TOP_K = 2, 8, 2
+LAYERS, EXPERTS, TOP_K = 2, 8, 2  # of `small_store`
 # Few programs a kernel: the interpreter runs them one after the other.
 TUNING = Tuning(
     qkv_rows=64, output_rows=32, head_rows=1024, gate_rows=8, up_rows=16, down_rows=32, down_columns=32,
     attention_splits=1, fetchers=1, copy_elements=2048,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def small_store(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of a random two-layer model that has the bundled checkpoint's tokenizer."""
-    torch.manual_seed(1)
-    config = Qwen3MoeConfig(
-        vocab_size=8192, hidden_size=32, num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=32,
-        moe_intermediate_size=16, num_experts=EXPERTS, num_experts_per_tok=TOP_K, norm_topk_prob=True,
-        max_position_embeddings=128, initializer_range=0.3, tie_word_embeddings=True,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("small")
-    Qwen3MoeForCausalLM(config).save_pretrained(path / "checkpoint")
-    AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(path / "checkpoint")
-    prepare(Checkpoint.open(path / "checkpoint"), path / "store", SelectionRequest()).run()
-    return path / "store"
 
 
 @pytest.fixture

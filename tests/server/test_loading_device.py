@@ -1,0 +1,101 @@
+"""A loaded model on the device-driven path, as the service sees it; Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from router.mask import ExpertMask
+from server.loading import load
+from server.model.device import runner as device_runner
+from server.model.device.step import Tuning
+from server.profiles import FixedMasking
+from server.service import LoadedModel
+from server.settings import SettingsError
+from server.settings_load import load_settings
+from tests.server.engine.clients import Client
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TUNING = Tuning(
+    qkv_rows=64, output_rows=32, head_rows=1024, gate_rows=8, up_rows=16, down_rows=32, down_columns=32,
+    attention_splits=1, fetchers=1, copy_elements=2048,
+)  # fmt: skip
+
+
+@pytest.fixture
+def loaded(small_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LoadedModel]]:
+    if DEVICE == "cpu":
+        monkeypatch.setattr(device_runner, "Tuning", lambda: TUNING)
+    models: list[LoadedModel] = []
+
+    def make(path: str, **flags: Any) -> LoadedModel:
+        flags = {"dtype": "float32", "max_context_tokens": 64, "max_batch_size": 1, **flags}
+        settings = load_settings({"store": small_store, "device": DEVICE, "decode_path": path, **flags}, environ={})
+        models.append(load(settings.settings, lambda share, doing: None))
+        return models[-1]
+
+    yield make
+    for model in models:
+        model.engine.stop(0)
+
+
+def test_both_paths_give_the_same_text_and_the_same_account_of_it(loaded):
+    made = {path: loaded(path, slots=5, cache_policy="lfu", pinned_experts=1) for path in ("device", "host")}
+    texts = {}
+    for path, model in made.items():
+        assert model.decode_path == path
+        client = Client(model.engine, "one two three", max_new_tokens=5, ignore_eos=True)
+        texts[path] = (client.result().generated_text, [round(token.logprob, 3) for token in client.tokens])
+    assert texts["device"] == texts["host"]
+    snapshots = {path: model.experts() for path, model in made.items()}
+    device, host = snapshots["device"], snapshots["host"]
+    assert (device.uses == host.uses).all()
+    assert device.num_slots == host.num_slots == 5
+    assert device.resident.sum(axis=1).tolist() == [5, 5]
+    assert (device.hits + device.misses).sum() == 2 * 4 * 2, "four decoded tokens want two experts in two layers"
+    assert device.slot_bytes >= host.slot_bytes
+    assert (device.fetch_bytes == device.misses * device.expert_bytes).all()
+
+
+def test_requests_with_masks_of_their_own_share_a_batch(loaded):
+    texts = {}
+    for path in ("device", "host"):
+        engine = loaded(path, max_batch_size=2).engine
+        masks = [ExpertMask.same_in_every_layer(ids, 2, 8) for ids in ((0, 1, 2), (3, 4, 5, 6))]
+        clients = [
+            Client(engine, "one two", max_new_tokens=4, ignore_eos=True, masking=FixedMasking(mask)) for mask in masks
+        ]
+        texts[path] = [client.result().generated_text for client in clients]
+    assert texts["device"] == texts["host"]
+    assert len(set(texts["device"])) == 2
+
+
+def test_what_came_to_the_mask_between_two_steps_is_served(loaded):
+    model = loaded("device", experts="0-4")
+    engine = model.engine
+    first = Client(engine, "one two", max_new_tokens=3, ignore_eos=True).result()
+    assert first.deficit.overall > 0
+
+    def widen() -> None:
+        engine.runner.model.routing.set_mask(ExpertMask.same_in_every_layer(range(8), 2, 8))
+        engine.runner.adopt()
+
+    engine.between_steps(widen).result(60)
+    engine.runner._growth.wait()
+    assert Client(engine, "one two", max_new_tokens=3, ignore_eos=True).result().deficit.overall == 0
+    assert model.experts().available.all()
+
+
+def test_a_path_that_cannot_do_what_is_set_is_refused_by_name(loaded):
+    with pytest.raises(SettingsError, match="resident_bias"):
+        loaded("host", resident_bias=0.1)
+    with pytest.raises(SettingsError, match="decode_path is device"):
+        loaded("device", max_batch_size=64)
+    with pytest.raises(SettingsError, match="max_context_tokens is 4096"):
+        loaded("device", max_context_tokens=4096)
