@@ -44,7 +44,8 @@ def serve(resolved: Resolved, *, on_listening: OnListening | None = None) -> int
             what ends the server as a signal does. Must not block.
 
     Returns:
-        0 after a signal; 2 when the model could not be loaded and the log says what to put right.
+        0 after a signal; 2 when the model could not be loaded and the log says what to put right. With status 1 the
+        process ends here where the engine's thread hangs: an interpreter that waits for it would hang as well.
 
     Raises:
         UsageError: the address is taken. SettingsError, ManifestError: what can be told before listening. Whatever else
@@ -80,6 +81,10 @@ def serve(resolved: Resolved, *, on_listening: OnListening | None = None) -> int
         logger.error(str(service.error))
         return 2
     logger.info("stopped")
+    if service.loaded is not None and service.loaded.engine.status().is_wedged:
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(1)
     if service.loaded is None:
         # The loading thread is deep inside a library; an interpreter that unloads under it may crash.
         logging.shutdown()

@@ -8,8 +8,10 @@ final event, whatever happens to it or to the engine.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -37,6 +39,8 @@ from server.model.runner import Runner
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.5
+STOP_MARGIN_SECONDS = 8.0
+"""After the drain: for the step under way, and for saving."""
 
 
 class Engine:
@@ -72,6 +76,7 @@ class Engine:
         self._state: EngineState = "loading"
         self._reason = "not started"
         self._progress = 0.0
+        self._is_wedged = False
         self._drain_until: float | None = None
         self._num_requests = 0
         self._num_refused = 0
@@ -146,15 +151,33 @@ class Engine:
         return future
 
     def stop(self, drain_seconds: float) -> None:
-        """Take no more requests, let what was accepted finish for at most `drain_seconds`, end the thread."""
+        """Take no more requests, let what was accepted finish for at most `drain_seconds`, end the thread.
+
+        Returns after the drain and `STOP_MARGIN_SECONDS` at the latest. A thread that has not ended by then is wedged:
+        the status says so, the log says where it is stuck, and it is left behind.
+        """
         with self._lock:
             if self._state in ("ready", "loading"):
                 self._state, self._reason = "draining", "shutting down"
             until = time.monotonic() + drain_seconds
             self._drain_until = until if self._drain_until is None else min(until, self._drain_until)
             self._lock.notify()
-        if self._thread.ident is not None:
-            self._thread.join()
+            wait_seconds = max(0.0, self._drain_until - time.monotonic()) + STOP_MARGIN_SECONDS
+        if self._thread.ident is None:
+            return
+        self._thread.join(wait_seconds)
+        if self._thread.is_alive():
+            self._say_wedged(wait_seconds)
+
+    def _say_wedged(self, waited_seconds: float) -> None:
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        stack = "" if frame is None else "".join(traceback.format_stack(frame))
+        where = "" if frame is None else f", stuck in {frame.f_code.co_filename}:{frame.f_lineno}"
+        with self._lock:
+            self._is_wedged = True
+            self._state = "failed"
+            self._reason = f"the engine's thread did not end within {waited_seconds:.0f} s{where}"
+        log.error("%s\n%s", self._reason, stack)
 
     def status(self) -> EngineStatus:
         """A snapshot."""
@@ -164,6 +187,7 @@ class Engine:
                 state=self._state,
                 reason=self._reason,
                 progress=self._progress,
+                is_wedged=self._is_wedged,
                 num_running=0 if batch is None else len(batch),
                 num_waiting=len(self._waiting),
                 num_waiting_tokens=sum(sequence.num_prompt_tokens for sequence in self._waiting),

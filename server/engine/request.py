@@ -256,6 +256,7 @@ class EngineStatus:
         seconds_since_progress: since the loop last completed a step or found nothing to do.
         kv_tokens, kv_capacity_tokens: KV memory in use and in all.
         totals: counters since start.
+        is_wedged: the thread was told to end and has not; it may never.
     """
 
     state: EngineState
@@ -268,3 +269,4 @@ class EngineStatus:
     kv_tokens: int
     kv_capacity_tokens: int
     totals: EngineTotals
+    is_wedged: bool = False

@@ -1,5 +1,6 @@
 """The engine over the bundled checkpoint: batches that change at every step, endings of every kind."""
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -176,6 +177,34 @@ def test_a_drain_that_is_over_fails_what_is_left(make_engine: Callable[..., Engi
     assert client.first.wait(WAIT_SECONDS)
     engine.stop(drain_seconds=0)
     assert isinstance(client.events[-1], FailedEvent)
+
+
+def test_stopping_does_not_wait_for_ever_for_a_wedged_thread(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, released = make_engine(), threading.Event()
+    monkeypatch.setattr("server.engine.engine.STOP_MARGIN_SECONDS", 0.3)
+
+    def hang(*args: object, **kwargs: object) -> None:
+        released.wait(WAIT_SECONDS)
+        raise ShardCorruptError("released")
+
+    monkeypatch.setattr(engine.runner, "decode", hang)
+    client = Client(engine, "Once", max_new_tokens=5)
+    assert client.first.wait(WAIT_SECONDS)
+    started = time.monotonic()
+    engine.stop(drain_seconds=0.2)
+    assert 0.4 < time.monotonic() - started < 5
+    status = engine.status()
+    assert (status.state, status.is_wedged) == ("failed", True)
+    assert "did not end within" in status.reason
+    assert "stuck in" in status.reason
+    assert "in hang" in caplog.text, "the log has the stack of the thread"
+    with pytest.raises(EngineStoppedError):
+        Client(engine, "Once", max_new_tokens=1)
+    released.set()
+    client.error()
+    engine.stop(0)
 
 
 def test_a_loader_that_fails_is_told_in_the_status() -> None:
