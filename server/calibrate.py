@@ -21,7 +21,7 @@ from extractor.criteria import DEFAULT_CRITERION, ranking, score
 from extractor.statistics import ExpertStatistics, PricePoint
 from extractor.statistics_file import read_statistics, write_statistics
 from router.mask import ExpertMask
-from server.calibrate_collect import add_step, observe, weight_flatness
+from server.calibrate_collect import SequenceRun, add_run, observe, weight_flatness
 from server.calibrate_run import batches, encoder, losses, run_batch
 from server.calibrate_texts import Domain, documents, sequence_key, sequences
 from server.model.assembly import SelectiveModel
@@ -99,14 +99,9 @@ def calibrate(
                 norms, changes = outputs.take()
                 for at, tokens in enumerate(batch):
                     part = slice(at * len(tokens), (at + 1) * len(tokens))
-                    add_step(
-                        statistics,
-                        domain.name,
-                        sequence_key(tokens),
-                        output.record_of(at),
-                        norms[:, part],
-                        changes[:, part],
-                    )
+                    key = sequence_key(tokens)
+                    run = SequenceRun(key, output.record_of(at), norms[:, part], changes[:, part])
+                    add_run(statistics, domain.name, run)
                     checkpoint.note(domain.name, left.pop(0))
                 checkpoint.save_now_and_then()
                 say(f"running {domain.name}", len(found) - len(left), len(found))

@@ -76,47 +76,44 @@ def observe(model: SelectiveModel) -> Iterator[OutputNorms]:
             object.__setattr__(module, LAYER_ATTRIBUTE, own)
 
 
-def add_step(
-    statistics: ExpertStatistics,
-    domain: str,
-    key: int,
-    record: StepRecord,
-    norms: npt.NDArray[np.float32],
-    changes: npt.NDArray[np.float32],
-) -> None:
-    """Add one sequence that ran from its first token to `statistics`.
+@dataclass(frozen=True)
+class SequenceRun:
+    """What happened to one sequence that ran from its first token.
 
-    Args:
+    Attributes:
         key: of the sequence, see `sequence_key`.
-        record: its routing; norms [L, T, K] and changes [L, T]: see `OutputNorms`.
+        record: its routing.
+        norms, changes: [L, T, K] and [L, T], see `OutputNorms`.
     """
+
+    key: int
+    record: StepRecord
+    norms: npt.NDArray[np.float32]
+    changes: npt.NDArray[np.float32]
+
+
+def add_run(statistics: ExpertStatistics, domain: str, run: SequenceRun) -> None:
+    """Add one sequence to `statistics`, in parts that fit into memory."""
     index = statistics.domain_index(domain)
-    num_tokens = record.served_index.shape[1]
+    num_tokens = run.record.served_index.shape[1]
     statistics.num_tokens[index] += num_tokens
     step = max(WINDOW_TOKENS, MEMORY_ELEMENTS // (statistics.num_layers * statistics.num_experts) // 32 * 32)
     for start in range(0, num_tokens, step):
-        _add_part(statistics, index, key, record, norms, changes, slice(start, min(start + step, num_tokens)))
+        _add_part(statistics, index, run, slice(start, min(start + step, num_tokens)))
 
 
-def _add_part(
-    statistics: ExpertStatistics,
-    domain: int,
-    key: int,
-    record: StepRecord,
-    norms: npt.NDArray[np.float32],
-    changes: npt.NDArray[np.float32],
-    part: slice,
-) -> None:
+def _add_part(statistics: ExpertStatistics, domain: int, run: SequenceRun, part: slice) -> None:
+    record = run.record
     served = np.minimum(record.served_index[:, part], statistics.num_experts)
     gates = _shares(record.served_weight[:, part])
-    outputs = np.where(served < statistics.num_experts, norms[:, part], 0.0)
+    outputs = np.where(served < statistics.num_experts, run.norms[:, part], 0.0)
     contributions = record.served_weight[:, part] * outputs
     _scatter(statistics, domain, "picks", served, np.ones_like(gates))
     _scatter(statistics, domain, "gate_mass", served, gates)
     _scatter(statistics, domain, "output_norm", served, outputs)
     _scatter(statistics, domain, "output_norm_squared", served, np.square(outputs))
     _scatter(statistics, domain, "gate_output_norm", served, contributions)
-    _scatter(statistics, domain, "residual_change", served, contributions * changes[:, part, None])
+    _scatter(statistics, domain, "residual_change", served, contributions * run.changes[:, part, None])
     wanted, wanted_gates = served, gates
     if record.demand_index is not None and record.demand_weight is not None:
         wanted, wanted_gates = record.demand_index[:, part], _shares(record.demand_weight[:, part])
@@ -125,7 +122,8 @@ def _add_part(
         _scatter(statistics, domain, "missing_mass", wanted, wanted_gates * missing)
     _scatter(statistics, domain, "demand", wanted, np.ones_like(wanted_gates))
     _scatter(statistics, domain, "demand_mass", wanted, wanted_gates)
-    _add_samples(statistics, domain, key, part.start, wanted, wanted_gates, contributions if wanted is served else None)
+    computed = contributions if wanted is served else None
+    _add_samples(statistics, domain, run.key, part.start, wanted, wanted_gates, computed)
 
 
 def _add_samples(

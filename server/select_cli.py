@@ -7,6 +7,7 @@ the result alone, as text or, with --json, as one JSON object; progress goes to 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ def calibrate(
 
         domains = find_domains(texts)
         options = CalibrateOptions(context, max_tokens, price_tokens, half, weights)
-        model = stack.enter_context(_opened(source, out.parent, slots_memory, device, dtype))
+        model = stack.enter_context(_opened(source, out, slots_memory, device, dtype))
         progress = stack.enter_context(_progress("calibrating"))
         statistics = run(model, domains, options, out.with_name(out.name + ".resume"), progress)
         write_statistics(out, statistics)
@@ -141,9 +142,13 @@ def _check(half: str, context: int) -> None:
 
 @contextmanager
 def _opened(
-    source: str, beside: Path | None, slots_memory: str | None, device: str, dtype: str
+    source: str, out: Path | None, slots_memory: str | None, device: str, dtype: str
 ) -> Iterator[SelectiveModel]:
-    """The model of a store; a checkpoint becomes a store in a temporary folder first (`beside` says on which disk)."""
+    """The model of a store; a checkpoint becomes a store first, for as long as it is needed.
+
+    With `out`, the file that the command writes, that store lies beside it and outlives an interruption, so that the
+    same command does not extract again.
+    """
     import transformers
 
     from expert_store.store import Store
@@ -154,7 +159,7 @@ def _opened(
     with ExitStack() as stack:
         path = Path(source)
         if not (path / MANIFEST_NAME).is_file():
-            path = Path(stack.enter_context(_extracted(source, beside)))
+            path = stack.enter_context(_extracted(source, out))
         opened = Store.open(path)
         model = load_model(
             opened,
@@ -167,21 +172,26 @@ def _opened(
 
 
 @contextmanager
-def _extracted(source: str, beside: Path | None) -> Iterator[str]:
+def _extracted(source: str, out: Path | None) -> Iterator[Path]:
     from extractor.checkpoint import resolve_checkpoint
     from extractor.prepare import prepare
     from extractor.progress import byte_progress
     from extractor.selection import SelectionRequest
 
     checkpoint = resolve_checkpoint(source)
-    if beside is not None:
-        beside.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="deepfew-store-", dir=beside) as folder:
+    with ExitStack() as stack:
+        if out is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deepfew-store-")))
+        else:
+            folder = out.with_name(f"{out.name}.store-{checkpoint.fingerprint[:12]}")
+            folder.parent.mkdir(parents=True, exist_ok=True)
         work = prepare(checkpoint, folder, SelectionRequest())
         work.check_disk()
         with byte_progress("extracting", work.remaining_bytes) as on_bytes:
             work.run(on_bytes)
         yield folder
+    if out is not None:
+        shutil.rmtree(folder)
 
 
 @contextmanager

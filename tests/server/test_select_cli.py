@@ -38,6 +38,34 @@ def test_from_texts_to_a_plan_to_a_store_that_serves_them(
     assert 0.0 < text["deficit"] < 0.3
 
 
+def test_an_interrupted_calibration_of_a_checkpoint_does_not_extract_again(
+    tiny_checkpoint: Path, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+
+    def watched(*arguments: object) -> object:
+        work = prepare(*arguments)  # type: ignore[arg-type]
+        left.append(work.remaining_bytes)
+        return work
+
+    def interrupted(*arguments: object) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("extractor.prepare.prepare", watched)
+    stats = tmp_path / "stats.safetensors"
+    command = ["calibrate", str(tiny_checkpoint), str(stories), "--out", str(stats), "--context", "96"]
+    command += ["--max-tokens", "96", "--price", "0", "--no-weights"]
+    with monkeypatch.context() as patched:
+        patched.setattr("server.calibrate.run_batch", interrupted)
+        assert main(command) == 130
+    (store,) = tmp_path.glob("stats.safetensors.store-*")
+    assert len(read_manifest(store).deep_experts) == 64
+    assert main(command) == 0
+    assert left[0] > 0
+    assert left[1:] == [0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stats.safetensors", "stories.txt"]
+
+
 def test_grow_adds_what_was_wanted_and_missing(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
