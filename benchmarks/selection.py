@@ -158,7 +158,8 @@ class _Bench:
     def pools(self) -> list[dict[str, Any]]:
         """Pools chosen from the prompt."""
         from server.evaluate_pool import evaluate_pools
-        from server.profiles import PoolOptions, PromptPool, UsagePrior
+        from server.profiles import PoolOptions, PromptPool
+        from server.usage_prior import UsagePrior
 
         shape = (self.statistics.num_layers, self.statistics.num_experts)
         prior = UsagePrior.of(self.statistics)

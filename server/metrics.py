@@ -1,6 +1,6 @@
 """Prometheus metrics: latencies that the HTTP layer reports, and snapshots of engine, slots and ledger at scrape time.
 
-Invariant: labels are bounded (a layer, an outcome, a route at most; never an expert, never a request), units are base
+Invariant: labels are bounded (a layer, an outcome, a profile of ours; never an expert, never a request), units are base
 units, and no `_created` series. Names are `deepfew_*`; the vLLM-compatible set is in `metrics_vllm.py`, for its names
 hold colons, which `promtool check metrics` refuses.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, Summary, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -22,6 +22,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OUTCOMES = ("length", "eos_token", "stop_sequence", "cancelled", "failed", "refused")
 STORE_ERRORS = {ShardCorruptError: "corrupt", ExpertUnavailableError: "unavailable", StoreError: "other"}
 SHORT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+SHARE_BUCKETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+LOSS_BUCKETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 LONG_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -55,37 +57,32 @@ class Metrics:
         )
         for kind in STORE_ERRORS.values():
             self._store_errors.labels(kind)
-        self.ttft = Histogram(
-            "deepfew_time_to_first_token_seconds",
-            "From submission to the first token.",
-            buckets=LONG_BUCKETS,
-            registry=self.registry,
-        )
-        self.itl = Histogram(
-            "deepfew_inter_token_seconds",
-            "Between two tokens of one request.",
-            buckets=SHORT_BUCKETS,
-            registry=self.registry,
-        )
-        self.queue = Histogram(
-            "deepfew_request_queue_seconds",
-            "From submission to the start of prefill.",
-            buckets=LONG_BUCKETS,
-            registry=self.registry,
-        )
-        self.e2e = Histogram(
-            "deepfew_request_seconds",
-            "From submission to the end of the request.",
-            buckets=LONG_BUCKETS,
-            registry=self.registry,
-        )
-        self.deficit = Histogram(
+        self.ttft = self._histogram("deepfew_time_to_first_token_seconds", "From submission to the first token.")
+        self.itl = self._histogram("deepfew_inter_token_seconds", "Between two tokens of one request.", SHORT_BUCKETS)
+        self.queue = self._histogram("deepfew_request_queue_seconds", "From submission to the start of prefill.")
+        self.e2e = self._histogram("deepfew_request_seconds", "From submission to the end of the request.")
+        self.deficit = self._histogram(
             "deepfew_request_deficit_ratio",
             "Share of router mass that the mask kept from a request's tokens.",
-            buckets=(0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0),
+            SHARE_BUCKETS,
+        )
+        self.expected_loss = self._histogram(
+            "deepfew_request_expected_loss_nats",
+            "Expected change of a request's loss, nats a token; nothing where nothing was calibrated.",
+            LOSS_BUCKETS,
+        )
+        self._masked_deficit = Summary(
+            "deepfew_masked_request_deficit_ratio",
+            "Deficits of requests by how they are masked; the name is of one of the server's profiles.",
+            ["mask", "profile"],
             registry=self.registry,
         )
+        for mask in ("none", "pool"):
+            self._masked_deficit.labels(mask, "")
         self.registry.register(_Snapshots(service, version))
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = LONG_BUCKETS) -> Histogram:
+        return Histogram(name, text, buckets=buckets, registry=self.registry)
 
     def first_token(self, seconds: float) -> None:
         """The first token came `seconds` after submission."""
@@ -95,12 +92,28 @@ class Metrics:
         """A token came `seconds` after the one before."""
         self.itl.observe(seconds)
 
-    def request_finished(self, event: FinishedEvent, seconds: float) -> None:
-        """A request ended by itself, `seconds` after submission."""
+    def request_finished(
+        self,
+        event: FinishedEvent,
+        seconds: float,
+        *,
+        masking: tuple[str, str] = ("none", ""),
+        expected_nats: float | None = None,
+    ) -> None:
+        """A request ended by itself.
+
+        Args:
+            seconds: after submission.
+            masking: its kind and the name of a profile of this server, or nothing; a bounded set.
+            expected_nats: change of its loss, nats a token, where that is known.
+        """
         self._requests.labels(event.reason).inc()
         self.queue.observe(event.timing.queue_seconds)
         self.e2e.observe(seconds)
         self.deficit.observe(event.deficit.overall)
+        self._masked_deficit.labels(*masking).observe(event.deficit.overall)
+        if expected_nats is not None:
+            self.expected_loss.observe(expected_nats)
 
     def request_ended(self, outcome: str) -> None:
         """A request ended otherwise: cancelled, failed or refused."""
@@ -137,7 +150,11 @@ class _Snapshots(Collector):
         if model is None:
             return
         yield from _of_the_engine(model.engine.status())
-        yield from _of_the_experts(model.experts())
+        experts = model.experts()
+        yield from _of_the_experts(experts)
+        if model.price is not None:
+            nats = model.price.expected_loss(experts.overall_deficit).nats
+            yield _gauge("deepfew_expected_loss_nats", "Expected change of the loss at the present deficit.", nats)
         if model.growth is not None:
             yield from _of_the_growth(model.growth.status())
 
@@ -180,6 +197,7 @@ def _of_the_experts(experts: ExpertsSnapshot) -> Iterator[Metric]:
         ("deepfew_expert_demanded", "Experts wanted, kept across restarts.", experts.demand.sum(axis=1)),
         ("deepfew_expert_served_mass", "Router mass of the experts used.", experts.served_mass.sum(axis=1)),
         ("deepfew_expert_demanded_mass", "Router mass of the experts wanted.", experts.demand_mass.sum(axis=1)),
+        ("deepfew_layer_top1_missing_tokens", "Tokens without their most wanted expert there.", experts.top1_missing),
     )
     per_layer_gauges = (
         ("deepfew_experts_resident", "Experts in slots.", experts.resident.sum(axis=1)),
@@ -198,6 +216,12 @@ def _of_the_experts(experts: ExpertsSnapshot) -> Iterator[Metric]:
             gauge.add_metric([layer], value)
         yield gauge
     yield _gauge("deepfew_deficit_ratio", "Share of router mass wanted but unavailable.", experts.overall_deficit)
+    yield _counter("deepfew_routed_tokens", "Tokens routed, kept across restarts.", experts.num_tokens)
+    yield _counter(
+        "deepfew_top1_missing_tokens",
+        "Tokens without their most wanted expert in any layer, kept across restarts.",
+        experts.top1_missing_tokens,
+    )
     yield _gauge("deepfew_slots_per_layer", "Expert slots in every layer.", experts.num_slots)
     yield _gauge("deepfew_slots_bytes", "Memory of all slots.", experts.slot_bytes)
     yield _counter("deepfew_host_tier_hits", "Fetches that the host tier served.", experts.host_hits)

@@ -15,8 +15,9 @@ from expert_store.store import Store
 from extractor.statistics import ExpertStatistics
 from router.mask import ExpertMask
 from server.growth_ranking import deep_expert_bytes
-from server.profiles import RequestMasks, UsagePrior, load_profiles, profile_files
+from server.profiles import RequestMasks, load_profiles, profile_files
 from server.settings import Settings
+from server.usage_prior import UsagePrior
 
 if TYPE_CHECKING:
     from server.engine.engine import Engine

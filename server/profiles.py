@@ -18,14 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from extractor.plan import Plan, read_plan
-from extractor.statistics import ExpertStatistics
 from router.mask import ExpertMask, MaskError
+from server.usage_prior import UsagePrior
 
 Float = npt.NDArray[np.float64]
 MAX_PROFILES = 256
 _PROFILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-SHARE_FLOOR = 1e-3
-"""Added to a domain's shares before the logarithm: an expert never seen there is rare, not impossible."""
 
 
 class ProfileError(ValueError):
@@ -47,31 +45,6 @@ class PoolOptions:
     half_life_tokens: float = 64.0
     prior_tokens: float = 40.0
     sharpness: float = 20.0
-
-
-class UsagePrior:
-    """What text usually wants: the shares of each calibrated domain, weighed by how well a text fits them.
-
-    Args:
-        shares: float64 [D, L, E], each expert's share of its layer's mass in each domain.
-    """
-
-    def __init__(self, shares: Float) -> None:
-        self._shares = shares
-        self._logs = np.log(shares + SHARE_FLOOR)
-
-    @classmethod
-    def of(cls, statistics: ExpertStatistics) -> UsagePrior:
-        """From the domains of calibration statistics."""
-        return cls(np.stack([statistics.demand_shares(name) for name in statistics.domains]))
-
-    def shares(self, seen: Float, sharpness: float) -> Float:
-        """Expected shares [L, E] of a text whose mass so far is `seen` [L, E]."""
-        sums = seen.sum(axis=1, keepdims=True)
-        own = np.divide(seen, sums, out=np.zeros_like(seen), where=sums > 0)
-        fit = sharpness * np.tensordot(self._logs, own, axes=2)  # [D]
-        weights = np.exp(fit - fit.max())
-        return np.asarray(np.tensordot(weights / weights.sum(), self._shares, axes=1))
 
 
 class PromptPool:
@@ -203,10 +176,11 @@ def find_profile(profiles: Mapping[str, ExpertMask], name: str) -> ExpertMask:
 
 
 class FixedMasking:
-    """A request's mask that stays: a profile."""
+    """A request's mask that stays: a profile, called `name`."""
 
-    def __init__(self, mask: ExpertMask) -> None:
+    def __init__(self, mask: ExpertMask, name: str = "") -> None:
         self.mask: ExpertMask | None = mask
+        self.name = name
 
     def observe(self, demand_index: npt.NDArray[np.int64], demand_weight: npt.NDArray[np.float32]) -> None:
         """Nothing changes."""
@@ -295,7 +269,7 @@ class RequestMasks:
         if profile is not None and pool is not None:
             raise ProfileError("profile and pool contradict each other: give one of them")
         if profile is not None:
-            return FixedMasking(find_profile(self.profiles, profile))
+            return FixedMasking(find_profile(self.profiles, profile), profile)
         if pool is None:
             return None
         if isinstance(pool, bool) or (isinstance(pool, float) and not 0 < pool <= 1):
@@ -303,3 +277,10 @@ class RequestMasks:
         count = max(1, round(pool * self.num_experts)) if isinstance(pool, float) else pool
         chosen = PromptPool(count, self.num_layers, self.num_experts, self.prior, self.options)
         return PoolMasking(chosen, num_prompt_tokens, None if may_fetch else self.available)
+
+
+def masking_label(masking: object) -> tuple[str, str]:
+    """For metrics: how a request is masked (none, pool or profile), and the name of its profile or nothing."""
+    if isinstance(masking, FixedMasking):
+        return "profile", masking.name
+    return ("pool", "") if isinstance(masking, PoolMasking) else ("none", "")

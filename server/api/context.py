@@ -105,7 +105,7 @@ class ApiContext:
         Raises:
             EngineError: it was refused.
         """
-        generation = Generation(model.engine, request, self.metrics, max_seconds=self.http.max_request_seconds)
+        generation = Generation(model, request, self.metrics, max_seconds=self.http.max_request_seconds)
         try:
             return generation.submit()
         except EngineError:

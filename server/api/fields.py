@@ -6,7 +6,7 @@ document tells a client what would be refused.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -17,7 +17,9 @@ MAX_STOP_LENGTH = 256
 MAX_TOP_TOKENS = 20
 MAX_TOKENS = 2**31 - 1
 MAX_SEED = 2**64 - 1
+MAX_POOL = 65536
 NO_NUL = r"^[^\x00]*$"
+PROFILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 class Strict(BaseModel):
@@ -56,3 +58,46 @@ def unsupported(*neutral: bool | int | float | str | None) -> Any:
 
     allowed = [None, *neutral]
     return Annotated[Any, BeforeValidator(validate), WithJsonSchema({"enum": allowed})]
+
+
+def _pool(value: Any) -> int | float | None:
+    is_count = type(value) is int and 1 <= value <= MAX_POOL
+    if value is None or is_count or (type(value) is float and 0 < value < 1):
+        return value  # type: ignore[no-any-return]
+    raise PydanticCustomError(
+        "pool", f"must be a number of experts from 1 to {MAX_POOL}, or a share of them above 0 and below 1"
+    )
+
+
+Pool = Annotated[
+    int | float | None,
+    BeforeValidator(_pool),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "null"},
+                {"type": "integer", "minimum": 1, "maximum": MAX_POOL},
+                {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+            ]
+        }
+    ),
+]
+
+
+class MaskFields(Strict):
+    """Which experts a request may use; ours, in both dialects."""
+
+    profile: Annotated[str, Field(pattern=PROFILE_NAME)] | None = Field(
+        None, description="name of a mask of this server, see GET /experts/profiles"
+    )
+    pool: Pool = Field(
+        None,
+        description="experts of every layer, or a share of them, chosen from the prompt and anew as the text goes on",
+    )
+    on_missing: Literal["mask", "fetch", "refuse"] | None = Field(
+        None,
+        description="where a wanted expert is not available: do without it (default), fetch it from the checkpoint, fail",
+    )
+    router_temperature: Annotated[float, Field(ge=0.01, le=100)] | None = Field(
+        None, description="divides the routers' logits; 1 is the model as it is"
+    )

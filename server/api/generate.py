@@ -7,7 +7,6 @@ Everything that can be refused is refused before the response begins: the body, 
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,22 +20,18 @@ from server.api.errors import ValidationFailed, error_body
 from server.api.events import KEEP_ALIVE, EventStream, event, unless_disconnected
 from server.api.generation import Generation
 from server.api.openapi import responses
+from server.api.price import deficit_payload
+from server.api.requests import LEAST_LOGPROB, request_of, sampling_of, split
 from server.api.schemas import DEFAULT_NEW_TOKENS, ErrorResponse, GenerateParameters, GenerateRequest, GenerateResponse
 from server.engine.request import (
     ContextTooLongError,
-    Deficit,
     EngineError,
     FinishedEvent,
     GenerationRequest,
     Logprob,
-    SamplingParams,
     TokenEvent,
 )
 from server.service import LoadedModel
-
-LEAST_LOGPROB = -9999.0
-COLDEST = 1e-4
-"""Below this temperature the most likely token is taken anyway, and the division would overflow."""
 
 router = APIRouter()
 
@@ -48,6 +43,7 @@ class Prompt:
     request: GenerationRequest
     text: str
     parameters: GenerateParameters
+    model: LoadedModel
 
     @property
     def wants_details(self) -> bool:
@@ -131,24 +127,27 @@ async def _prepare(context: ApiContext, model: LoadedModel, body: GenerateReques
             f"`parameters.max_new_tokens`: the prompt has {len(ids)} tokens, which leaves room for {room} new ones "
             f"of {model.max_context_tokens} in all, got more: ask for at most {room}"
         )
-    sampling = SamplingParams(
+    sampling = sampling_of(
+        model,
         max_new_tokens=num_new if num_new is not None else min(DEFAULT_NEW_TOKENS, room),
-        temperature=None if parameters.temperature is None else max(parameters.temperature, COLDEST),
-        top_k=None if parameters.top_k is None else min(parameters.top_k, model.vocab_size),
+        temperature=parameters.temperature,
+        top_k=parameters.top_k,
         top_p=parameters.top_p,
         repetition_penalty=parameters.repetition_penalty,
         seed=parameters.seed,
         do_sample=bool(parameters.do_sample),
-        stop=tuple(parameters.stop or ()),
+        stop=parameters.stop or (),
     )
-    request = GenerationRequest(
-        request_id=uuid.uuid4().hex,
-        prompt_ids=tuple(ids),
-        sampling=sampling,
+    request = request_of(
+        model,
+        ids,
+        sampling,
+        parameters,
         num_logprobs=parameters.top_n_tokens or 0,
         prompt_logprobs=bool(parameters.decoder_input_details),
+        path="parameters.",
     )
-    return Prompt(request, body.inputs, parameters)
+    return Prompt(request, body.inputs, parameters, model)
 
 
 async def _stream(
@@ -159,8 +158,7 @@ async def _stream(
             if not batch:
                 yield KEEP_ALIVE
                 continue
-            end = batch[-1] if isinstance(batch[-1], FinishedEvent) else None
-            tokens = [item for item in batch if isinstance(item, TokenEvent)]
+            tokens, end = split(batch)
             chunks = [_stream_event(token, prompt, None) for token in tokens]
             if end is not None:
                 chunks[-1] = _stream_event(tokens[-1], prompt, end)
@@ -181,7 +179,7 @@ def _stream_event(token: TokenEvent, prompt: Prompt, end: FinishedEvent | None) 
             "generated_tokens": end.num_generated_tokens,
             "seed": end.seed,
             "input_length": end.num_prompt_tokens,
-            "deficit": _deficit(end.deficit),
+            "deficit": deficit_payload(end.deficit, prompt.model, prompt.request),
         }
     return event(payload)
 
@@ -196,7 +194,7 @@ def _details(prompt: Prompt, tokens: Sequence[TokenEvent], end: FinishedEvent) -
             for token, text, logprob in end.prefill or ()
         ],
         "tokens": [_token(token) for token in tokens],
-        "deficit": _deficit(end.deficit),
+        "deficit": deficit_payload(end.deficit, prompt.model, prompt.request),
     }
     if prompt.parameters.top_n_tokens:
         details["top_tokens"] = [[_alternative(top) for top in token.top] for token in tokens]
@@ -219,10 +217,6 @@ def _token(token: TokenEvent) -> dict[str, Any]:
 def _alternative(top: Logprob) -> dict[str, Any]:
     token, text, logprob = top
     return {"id": token, "text": text, "logprob": max(logprob, LEAST_LOGPROB), "special": False}
-
-
-def _deficit(deficit: Deficit) -> dict[str, Any]:
-    return {"overall": deficit.overall, "per_layer": list(deficit.per_layer)}
 
 
 def _timing_headers(end: FinishedEvent, total_seconds: float) -> dict[str, str]:

@@ -15,9 +15,11 @@ from types import TracebackType
 from typing import Self
 
 from server.api.errors import RequestTimeoutError, SlowReaderError
+from server.api.price import expected_nats
 from server.engine.request import Event, FailedEvent, FinishedEvent, GenerationError, GenerationRequest, TokenEvent
 from server.metrics import Metrics
-from server.service import EngineLike
+from server.profiles import masking_label
+from server.service import LoadedModel
 
 MAX_PENDING_EVENTS = 4096
 
@@ -26,15 +28,16 @@ class Generation:
     """A request on its way through the engine.
 
     Args:
-        engine: takes the request.
+        model: whose engine takes the request.
         request: what to generate.
         metrics: told of latencies and of the outcome.
         max_seconds: from submission to the end, else the request fails.
     """
 
-    def __init__(self, engine: EngineLike, request: GenerationRequest, metrics: Metrics, *, max_seconds: float) -> None:
+    def __init__(self, model: LoadedModel, request: GenerationRequest, metrics: Metrics, *, max_seconds: float) -> None:
         self.request = request
-        self._engine = engine
+        self._model = model
+        self._engine = model.engine
         self._metrics = metrics
         self._max_seconds = max_seconds
         self._pending: deque[tuple[float, Event]] = deque()
@@ -159,6 +162,8 @@ class Generation:
                 self._last_token_at = at
             else:
                 self._has_ended = True
-                self._metrics.request_finished(event, at - self._submitted_at)
+                nats = expected_nats(event, self._model, self.request)
+                masking = masking_label(self.request.masking)
+                self._metrics.request_finished(event, at - self._submitted_at, masking=masking, expected_nats=nats)
             batch.append(event)
         return batch

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from server.api.requests import LEAST_LOGPROB
 from server.engine.request import FinishedEvent, TokenEvent
 
-LEAST_LOGPROB = -9999.0
 Choice = dict[str, Any]
 
 
@@ -15,13 +15,12 @@ def completion_choice(
     index: int, text: str, tokens: Sequence[TokenEvent], end: FinishedEvent | None, num_logprobs: int | None
 ) -> Choice:
     """Of `/v1/completions`; the same shape for the whole and for a chunk."""
-    choice = {
+    return {
         "index": index,
         "text": text,
         "logprobs": None if num_logprobs is None else _completion_logprobs(tokens, num_logprobs),
         "finish_reason": _reason(end),
     }
-    return choice if end is None else {**choice, "deficit": end.deficit.overall}
 
 
 def chat_choice(
@@ -45,8 +44,7 @@ def _chat(
     logprobs = (
         None if num_logprobs is None else {"content": [_chat_logprob(token) for token in tokens], "refusal": None}
     )
-    choice = {"index": index, **body, "logprobs": logprobs, "finish_reason": _reason(end)}
-    return choice if end is None else {**choice, "deficit": end.deficit.overall}
+    return {"index": index, **body, "logprobs": logprobs, "finish_reason": _reason(end)}
 
 
 def _reason(end: FinishedEvent | None) -> str | None:

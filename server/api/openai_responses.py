@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from server.api.price import DeficitDetails
+
 
 class OpenAIErrorDetails(BaseModel):
     """What went wrong."""
@@ -56,13 +58,13 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One answer; `deficit` is ours: the share of router mass that was unavailable."""
+    """One answer; `deficit` is ours: what it did without, once it is finished."""
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"] | None
-    deficit: float | None = None
+    deficit: DeficitDetails | None = None
 
 
 class CompletionResponse(BaseModel):
@@ -99,7 +101,7 @@ class ChatChoice(BaseModel):
     message: ChatAnswer
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
-    deficit: float
+    deficit: DeficitDetails
 
 
 class ChatResponse(BaseModel):

@@ -18,6 +18,7 @@ from server.api.fields import (
     MAX_TOKENS,
     MAX_TOP_TOKENS,
     NO_NUL,
+    MaskFields,
     Strict,
     TokenCount,
     unsupported,
@@ -140,7 +141,7 @@ class StreamOptions(Strict):
     include_obfuscation: unsupported(False) = None  # type: ignore[valid-type]
 
 
-class _Common(Strict):
+class Common(MaskFields):
     """What completions and chat share."""
 
     model: Name = Field(description="name of the model, as /v1/models lists it")
@@ -164,7 +165,7 @@ class _Common(Strict):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class CompletionRequest(_Common):
+class CompletionRequest(Common):
     """`POST /v1/completions`."""
 
     prompt: Prompts
@@ -193,7 +194,7 @@ class ResponseFormat(Strict):
     type: Literal["text"]
 
 
-class ChatRequest(_Common):
+class ChatRequest(Common):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from server.api.fields import (
     MAX_TOP_TOKENS,
+    MaskFields,
     PromptText,
     Seed,
     StopTexts,
@@ -19,11 +20,12 @@ from server.api.fields import (
     TokenCount,
     unsupported,
 )
+from server.api.price import DeficitDetails
 
 DEFAULT_NEW_TOKENS = 100
 
 
-class GenerateParameters(Strict):
+class GenerateParameters(MaskFields):
     """How to generate. Any of temperature, top_k, top_p or do_sample turns sampling on; else decoding is greedy."""
 
     max_new_tokens: TokenCount | None = Field(
@@ -84,13 +86,6 @@ class PrefillToken(BaseModel):
     id: int
     text: str
     logprob: float | None
-
-
-class DeficitDetails(BaseModel):
-    """The share of router mass that the mask kept from this request's tokens: 0 where nothing was missing."""
-
-    overall: float
-    per_layer: list[float]
 
 
 class Details(BaseModel):

@@ -12,7 +12,7 @@ from server.api.context import context_of
 from server.api.fields import MAX_STOPS, MAX_TOP_TOKENS
 from server.api.openapi import Responses, error_response_of
 from server.api.schemas import ErrorResponse, HealthResponse, NotReadyResponse, ReadyResponse
-from server.api.status_schemas import ExpertsResponse, InfoResponse
+from server.api.status_schemas import ExpertsResponse, InfoResponse, ProfilesResponse
 from server.metrics import CONTENT_TYPE
 from server.metrics_vllm import render_vllm
 from server.service import ExpertsSnapshot, NotReadyError
@@ -103,6 +103,37 @@ def experts(request: Request) -> JSONResponse:
 
 
 @router.get(
+    "/experts/profiles",
+    summary="What requests may narrow their experts to",
+    response_model=ProfilesResponse,
+    responses=_LOADING,
+)
+def profiles(request: Request) -> JSONResponse:
+    """Named masks, and how large a pool may be."""
+    context = context_of(request)
+    model = context.service.loaded
+    if model is None:
+        raise NotReadyError(context.service.health().reason)
+    masks = model.masks
+    available = model.experts().available
+    found = [] if masks is None else sorted(masks.profiles.items())
+    return JSONResponse(
+        {
+            "profiles": [
+                {
+                    "name": name,
+                    "kept_share": float(mask.allowed.mean()),
+                    "available_share": float((mask.allowed & available).mean()),
+                }
+                for name, mask in found
+            ],
+            "max_pool": 0 if masks is None else model.num_experts,
+            "has_prior": masks is not None and masks.prior is not None,
+        }
+    )
+
+
+@router.get(
     "/metrics",
     summary="Prometheus metrics",
     response_class=Response,
@@ -130,7 +161,16 @@ def experts_payload(found: ExpertsSnapshot, top_k: int) -> dict[str, Any]:
     num_layers, num_experts = found.available.shape
     layers = {
         name: getattr(found, name).tolist()
-        for name in ("deficit", "hits", "misses", "evictions", "fetch_bytes", "fetch_seconds", "expert_bytes")
+        for name in (
+            "deficit",
+            "top1_missing",
+            "hits",
+            "misses",
+            "evictions",
+            "fetch_bytes",
+            "fetch_seconds",
+            "expert_bytes",
+        )
     }
     return {
         "num_layers": num_layers,
@@ -150,6 +190,7 @@ def experts_payload(found: ExpertsSnapshot, top_k: int) -> dict[str, Any]:
             "demand_mass": float(found.demand_mass.sum()),
             "deficit": found.overall_deficit,
             "tokens": found.num_tokens,
+            "top1_missing_tokens": found.top1_missing_tokens,
             "hits": int(found.hits.sum()),
             "misses": int(found.misses.sum()),
             "evictions": int(found.evictions.sum()),

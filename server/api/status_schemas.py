@@ -45,6 +45,7 @@ class ExpertTotals(_Response):
     demand_mass: float
     deficit: float
     tokens: int
+    top1_missing_tokens: int
     hits: int
     misses: int
     evictions: int
@@ -80,6 +81,7 @@ class ExpertsResponse(_Response):
     served_mass: list[list[float]]
     demand_mass: list[list[float]]
     deficit: list[float]
+    top1_missing: list[int]
     hits: list[int]
     misses: list[int]
     evictions: list[int]
@@ -88,3 +90,19 @@ class ExpertsResponse(_Response):
     expert_bytes: list[int]
     totals: ExpertTotals
     shards: list[Shard]
+
+
+class Profile(_Response):
+    """A mask that requests may name; shares are of all experts of the model."""
+
+    name: str
+    kept_share: float
+    available_share: float
+
+
+class ProfilesResponse(_Response):
+    """What requests may narrow their experts to. `max_pool` is the largest pool; `has_prior`: pools know usual text."""
+
+    profiles: list[Profile]
+    max_pool: int
+    has_prior: bool

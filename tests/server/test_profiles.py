@@ -15,10 +15,10 @@ from server.profiles import (
     ProfileError,
     PromptPool,
     RequestMasks,
-    UsagePrior,
     find_profile,
     load_profiles,
 )
+from server.usage_prior import UsagePrior
 from tests.extractor.selection_statistics import make_statistics
 
 L, E = 2, 6

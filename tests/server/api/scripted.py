@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from expert_store.manifest import DeepExpert
+from extractor.price import Price, PriceCurve
+from router.mask import ExpertMask
 from server.engine.request import (
     ContextTooLongError,
     Deficit,
@@ -29,6 +31,7 @@ from server.engine.request import (
 from server.growth_errors import GrowthBusyError
 from server.growth_ranking import Candidate
 from server.growth_status import GrowthStatus, Reloaded, Shrunk
+from server.profiles import RequestMasks
 from server.service import ExpertsSnapshot, LoadedModel, ShardInfo
 
 LAYERS, EXPERTS = 2, 4
@@ -179,7 +182,7 @@ class ScriptedEngine:
                 seed=None if request.sampling.is_greedy else (request.sampling.seed or 7),
                 prefill=prefill,
                 timing=Timing(0.001, 0.002, seconds, 0.003),
-                deficit=Deficit(0.125, (0.0, 0.25)),
+                deficit=Deficit(0.125, (0.0, 0.25), 12, 3, (0, 3)),
                 stop_text=stopped,
             )
         )
@@ -270,6 +273,21 @@ class ScriptedGrowth:
         self.asked.append(what)
 
 
+PRICE = Price(
+    {
+        "code": PriceCurve(np.array([0.0, 1.0]), np.array([0.0, 0.8])),
+        "prose": PriceCurve(np.array([0.0, 1.0]), np.array([0.0, 2.4])),
+    }
+)
+"""A deficit of 0.125 costs 0.1 nats in code, 0.3 in prose, and 0.2 where nobody knows which."""
+
+
+def request_masks() -> RequestMasks:
+    """One profile, of a kind of text that has a price."""
+    code = ExpertMask.same_in_every_layer([0, 1], LAYERS, EXPERTS)
+    return RequestMasks({"code": code}, LAYERS, EXPERTS)
+
+
 def loaded(engine: Any, experts: Callable[[], ExpertsSnapshot] = experts_snapshot, **more: Any) -> LoadedModel:
     """A model around a scripted engine."""
     return LoadedModel(
@@ -285,5 +303,5 @@ def loaded(engine: Any, experts: Callable[[], ExpertsSnapshot] = experts_snapsho
         tokenizer=CharTokenizer(),
         engine=engine,
         experts=experts,
-        **{"growth": ScriptedGrowth(), **more},
+        **{"growth": ScriptedGrowth(), "masks": request_masks(), "price": PRICE, **more},
     )

@@ -12,9 +12,10 @@ import pytest
 from tests.server.api.running import running
 
 CONFIG = """
-# A value can be of the right type and yet too much for this model or this server: 400 (OpenAI's) and 422 say so.
+# A value can be of the right type and yet too much for this model or this server: 400 (OpenAI's) and 422 say so. What
+# changes the server wants the admin key (403) and one change at a time (409).
 [checks.positive_data_acceptance]
-expected-statuses = ["2xx", 400, 404, 422, 429]
+expected-statuses = ["2xx", 400, 403, 404, 409, 422, 429]
 """
 
 

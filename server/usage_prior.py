@@ -1,0 +1,40 @@
+"""What text usually wants, from calibration: a prior for pools, before a request said much itself.
+
+Invariant: a request's own tokens choose among the calibrated domains; the prior never brings in another request's.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from extractor.statistics import ExpertStatistics
+
+Float = npt.NDArray[np.float64]
+SHARE_FLOOR = 1e-3
+"""Added to a domain's shares before the logarithm: an expert never seen there is rare, not impossible."""
+
+
+class UsagePrior:
+    """What text usually wants: the shares of each calibrated domain, weighed by how well a text fits them.
+
+    Args:
+        shares: float64 [D, L, E], each expert's share of its layer's mass in each domain.
+    """
+
+    def __init__(self, shares: Float) -> None:
+        self._shares = shares
+        self._logs = np.log(shares + SHARE_FLOOR)
+
+    @classmethod
+    def of(cls, statistics: ExpertStatistics) -> UsagePrior:
+        """From the domains of calibration statistics."""
+        return cls(np.stack([statistics.demand_shares(name) for name in statistics.domains]))
+
+    def shares(self, seen: Float, sharpness: float) -> Float:
+        """Expected shares [L, E] of a text whose mass so far is `seen` [L, E]."""
+        sums = seen.sum(axis=1, keepdims=True)
+        own = np.divide(seen, sums, out=np.zeros_like(seen), where=sums > 0)
+        fit = sharpness * np.tensordot(self._logs, own, axes=2)  # [D]
+        weights = np.exp(fit - fit.max())
+        return np.asarray(np.tensordot(weights / weights.sum(), self._shares, axes=1))
