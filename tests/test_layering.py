@@ -28,9 +28,15 @@ def _imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def _reads_environment(tree: ast.AST) -> Iterator[int]:
-    """Lines that name os.environ, os.getenv or their relatives."""
+    """Lines that name os.environ, os.getenv or their relatives; a default that is only set reads nothing."""
     names = ("environ", "environb", "getenv", "putenv")
+    calls = [
+        node.value.func for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    ]
+    set_only = {id(call.value) for call in calls if isinstance(call, ast.Attribute) and call.attr == "setdefault"}
     for node in ast.walk(tree):
+        if id(node) in set_only:
+            continue
         if isinstance(node, ast.Attribute) and node.attr in names and ast.unparse(node.value) == "os":
             yield node.lineno
         elif isinstance(node, ast.ImportFrom) and node.module == "os":
@@ -54,10 +60,11 @@ def _outside(*allowed: str) -> list[Path]:
 def test_the_readers_of_this_page_see_every_way_to_import() -> None:
     source = (
         "import a.b\ndef f():\n    from c.d import e\n    importlib.import_module('g')\nfrom . import h\nos.getenv('X')"
+        "\nos.environ.setdefault('X', 'Y')\nx = os.environ.setdefault('X', 'Y')"
     )
     tree = ast.parse(source)
     assert sorted(module for _, module in _imported(tree)) == ["a.b", "c.d", "g"]
-    assert list(_reads_environment(tree)) == [6]
+    assert list(_reads_environment(tree)) == [6, 8]
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)

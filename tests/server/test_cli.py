@@ -49,6 +49,14 @@ def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
     assert found.rstrip().endswith("[]")
 
 
+@pytest.mark.parametrize(("given", "wanted"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_that_wait_sleep_unless_told_otherwise(given: dict[str, str], wanted: str) -> None:
+    code = "import os; from server.cli import main; main(['config']); print(os.environ['OMP_WAIT_POLICY'])"
+    environ = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environ)
+    assert found.stdout.splitlines()[-1] == wanted
+
+
 def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert re.fullmatch(r"deepfew \S+\n", capsys.readouterr().out)
