@@ -6,13 +6,23 @@ import argparse
 import json
 import queue
 import sys
+import typing
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
 from server.cli import UsageError
 from server.cli_settings import add_settings_flags, settings_from
-from server.engine.request import Event, FailedEvent, FinishedEvent, GenerationRequest, SamplingParams
+from server.deficit import deficit_payload
+from server.engine.request import (
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    GenerationRequest,
+    Masking,
+    OnMissing,
+    SamplingParams,
+)
 from server.loading import check_store, load
 from server.logging_setup import configure_logging
 from server.service import LoadedModel
@@ -27,13 +37,22 @@ def main(argv: Sequence[str]) -> int:
     if not prompt:
         raise UsageError('the prompt is empty; write it after the store: deepfew generate STORE "The capital of"')
     sampling = _sampling(arguments)
+    _require("--router-temperature", arguments.router_temperature, 0.01, 100)
     check_store(settings)
     model = load(settings, _say if sys.stderr.isatty() else lambda share, doing: None)
     if sys.stderr.isatty():
         sys.stderr.write("\r\x1b[K")
     try:
         ids = _encode(model, prompt, chat=arguments.chat)
-        return _generate(model, ids, sampling, as_json=arguments.json)
+        request = GenerationRequest(
+            uuid.uuid4().hex,
+            tuple(ids),
+            sampling,
+            masking=_masking(arguments, model, len(ids)),
+            on_missing=arguments.on_missing,
+            router_temperature=arguments.router_temperature,
+        )
+        return _generate(model, request, as_json=arguments.json)
     finally:
         model.engine.stop(0.0)
 
@@ -50,10 +69,36 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1 repeats less")
     group.add_argument("--seed", type=int, metavar="SEED", help="the same seed gives the same text")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end after this; may be repeated")
+    group = parser.add_argument_group("experts of this prompt")
+    group.add_argument("--profile", metavar="NAME", help="mask to this plan of --profiles")
+    group.add_argument("--pool", type=_pool, metavar="N", help="experts of every layer, or a share such as 25%%")
+    group.add_argument(
+        "--on-missing",
+        choices=typing.get_args(OnMissing),
+        default="mask",
+        help="where an expert is not available: do without (default), read it from the checkpoint, or fail",
+    )
+    group.add_argument(
+        "--router-temperature", type=float, default=1.0, metavar="T", help="divides the routers' logits (default 1)"
+    )
     parser.add_argument("--chat", action="store_true", help="put the prompt into the checkpoint's chat template")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end, and nothing else")
-    add_settings_flags(parser, sections=("model", "engine", "log"), store=False)
+    add_settings_flags(parser, sections=("model", "engine", "masks", "log"), store=False)
     return parser
+
+
+def _pool(text: str) -> int | float:
+    """A number of experts, or a share in percent; `RequestMasks` has the bounds."""
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of experts and no share such as 25%") from None
+
+
+def _masking(arguments: argparse.Namespace, model: LoadedModel, num_prompt_tokens: int) -> Masking | None:
+    assert model.masks is not None, "a store on disk always offers masks"
+    may_fetch = arguments.on_missing == "fetch"
+    return model.masks.masking(num_prompt_tokens, profile=arguments.profile, pool=arguments.pool, may_fetch=may_fetch)
 
 
 def _sampling(arguments: argparse.Namespace) -> SamplingParams:
@@ -92,9 +137,9 @@ def _encode(model: LoadedModel, prompt: str, *, chat: bool) -> list[int]:
     return [int(token) for token in model.tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
-def _generate(model: LoadedModel, ids: list[int], sampling: SamplingParams, *, as_json: bool) -> int:
+def _generate(model: LoadedModel, request: GenerationRequest, *, as_json: bool) -> int:
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    model.engine.submit(GenerationRequest(uuid.uuid4().hex, tuple(ids), sampling), events.put)
+    model.engine.submit(request, events.put)
     while True:
         event = events.get()
         if isinstance(event, FailedEvent):
@@ -104,11 +149,11 @@ def _generate(model: LoadedModel, ids: list[int], sampling: SamplingParams, *, a
         if not as_json and not event.special:
             sys.stdout.write(event.text)
             sys.stdout.flush()
-    print(json.dumps(_summary(event), ensure_ascii=False) if as_json else "")
+    print(json.dumps(_summary(event, model, request), ensure_ascii=False) if as_json else "")
     return 0
 
 
-def _summary(end: FinishedEvent) -> dict[str, Any]:
+def _summary(end: FinishedEvent, model: LoadedModel, request: GenerationRequest) -> dict[str, Any]:
     seconds = end.timing.decode_seconds
     return {
         "generated_text": end.generated_text,
@@ -116,7 +161,7 @@ def _summary(end: FinishedEvent) -> dict[str, Any]:
         "prompt_tokens": end.num_prompt_tokens,
         "generated_tokens": end.num_generated_tokens,
         "seed": end.seed,
-        "deficit": {"overall": end.deficit.overall, "per_layer": list(end.deficit.per_layer)},
+        "deficit": deficit_payload(end.deficit, model, request),
         "ttft_seconds": round(end.timing.ttft_seconds, 4),
         "tokens_per_second": round((end.num_generated_tokens - 1) / seconds, 2) if seconds > 0 else None,
     }

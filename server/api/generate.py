@@ -20,9 +20,9 @@ from server.api.errors import ValidationFailed, error_body
 from server.api.events import KEEP_ALIVE, EventStream, event, unless_disconnected
 from server.api.generation import Generation
 from server.api.openapi import responses
-from server.api.price import deficit_payload
 from server.api.requests import LEAST_LOGPROB, request_of, sampling_of, split
 from server.api.schemas import DEFAULT_NEW_TOKENS, ErrorResponse, GenerateParameters, GenerateRequest, GenerateResponse
+from server.deficit import deficit_payload
 from server.engine.request import (
     ContextTooLongError,
     EngineError,

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from server.api.errors import RequestTimeoutError, SlowReaderError
-from server.api.price import expected_nats
+from server.deficit import expected_nats
 from server.engine.request import Event, FailedEvent, FinishedEvent, GenerationError, GenerationRequest, TokenEvent
 from server.metrics import Metrics
 from server.profiles import masking_label

@@ -20,9 +20,9 @@ from server.api.context import ApiContext
 from server.api.errors import error_body
 from server.api.events import DONE, KEEP_ALIVE, EventStream, event, unless_disconnected
 from server.api.openai_choices import chat_choice, chat_delta, completion_choice
-from server.api.price import deficit_payload
 from server.api.requests import split
 from server.api.stop_filter import StopFilter
+from server.deficit import deficit_payload
 from server.engine.request import EngineError, FinishedEvent, GenerationRequest, TokenEvent
 from server.service import LoadedModel
 

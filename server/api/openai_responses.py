@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from server.api.price import DeficitDetails
+from server.api.deficit_schemas import DeficitDetails
 
 
 class OpenAIErrorDetails(BaseModel):

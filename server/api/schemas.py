@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
+from server.api.deficit_schemas import DeficitDetails
 from server.api.fields import (
     MAX_TOP_TOKENS,
     MaskFields,
@@ -20,7 +21,6 @@ from server.api.fields import (
     TokenCount,
     unsupported,
 )
-from server.api.price import DeficitDetails
 
 DEFAULT_NEW_TOKENS = 100
 

@@ -121,6 +121,19 @@ def test_generate_prints_the_text_or_one_json_object(store: Path) -> None:
     assert plain.stderr == ""
 
 
+def test_generate_takes_masks_for_its_prompt(store: Path) -> None:
+    arguments = ("generate", str(store), "The capital of France is", "--max-new-tokens", "5", "--slots", "8", "--json")
+    plain, pool = (json.loads(deepfew(*arguments, *more).stdout)["deficit"] for more in ((), ("--pool", "2")))
+    assert 0 < plain["overall"] < pool["overall"]
+    assert pool["top1_missing_tokens"] > 0
+    for more, message in (
+        (("--pool", "many"), "no number of experts"),
+        (("--router-temperature", "0"), "--router-temperature is 0.0"),
+    ):
+        refused = deepfew(*arguments, *more)
+        assert (refused.returncode, message in refused.stderr) == (2, True), refused.stderr
+
+
 class Server:
     """`deepfew serve` in a process of its own."""
 

@@ -19,7 +19,7 @@ from extractor.prepare import prepare
 from extractor.selection import SelectionRequest
 from extractor.statistics import ExpertStatistics, PricePoint
 from extractor.statistics_file import write_statistics
-from server.api.price import DeficitDetails
+from server.api.deficit_schemas import DeficitDetails
 from server.api.status_schemas import ProfilesResponse
 from server.loading import load
 from server.profiles import FixedMasking, PoolMasking, ProfileError
@@ -223,7 +223,11 @@ def real(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     statistics.price = [PricePoint("prose", 0.5, 1.0, 100, 0.5)]
     write_statistics(folder / "statistics.safetensors", statistics)
     flags = {
-        "store": str(folder / "store"), "device": "cpu", "dtype": "float32", "slots": 32, "max_batch_size": 4,
+        "store": str(folder / "store"),
+        "device": "cpu",
+        "dtype": "float32",
+        "slots": 32,
+        "max_batch_size": 4,
         "profiles": f"{folder / 'low.json'}, {folder / 'high.json'}",
         "statistics": str(folder / "statistics.safetensors"),
     }

@@ -1,38 +1,16 @@
-"""What a request did without and what that is expected to have cost, as JSON; one shape in both dialects."""
+"""What a request did without and what that is expected to have cost, as JSON; one shape wherever it is shown."""
 
 from __future__ import annotations
 
 from typing import Any
-
-from pydantic import BaseModel, Field
 
 from server.engine.request import Deficit, FinishedEvent, GenerationRequest
 from server.profiles import masking_label
 from server.service import LoadedModel
 
 
-class ExpectedLossDetails(BaseModel):
-    """Expected change of the loss, from calibration; `low` and `high` span the kinds of text that it may be."""
-
-    nats: float = Field(description="nats a token")
-    low: float
-    high: float
-    perplexity_ratio: float
-
-
-class DeficitDetails(BaseModel):
-    """The share of router mass that was wanted and unavailable over this request's tokens, and what that cost."""
-
-    overall: float
-    per_layer: list[float]
-    tokens: int = Field(description="tokens routed, prompt included")
-    top1_missing_tokens: int = Field(description="tokens that did without their most wanted expert in any layer")
-    top1_missing_per_layer: list[int]
-    expected_loss: ExpectedLossDetails | None = Field(description="null where nothing was calibrated")
-
-
 def deficit_payload(deficit: Deficit, model: LoadedModel, request: GenerationRequest) -> dict[str, Any]:
-    """The JSON of `DeficitDetails`."""
+    """Deficit, top-1 losses and expected loss of a request; `api.deficit_schemas.DeficitDetails` is its schema."""
     return {
         "overall": deficit.overall,
         "per_layer": list(deficit.per_layer),

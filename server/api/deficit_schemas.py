@@ -1,0 +1,25 @@
+"""What a request did without and what that is expected to have cost, as both dialects show it."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, Field
+
+
+class ExpectedLossDetails(BaseModel):
+    """Expected change of the loss, from calibration; `low` and `high` span the kinds of text that it may be."""
+
+    nats: float = Field(description="nats a token")
+    low: float
+    high: float
+    perplexity_ratio: float
+
+
+class DeficitDetails(BaseModel):
+    """The share of router mass that was wanted and unavailable over this request's tokens, and what that cost."""
+
+    overall: float
+    per_layer: list[float]
+    tokens: int = Field(description="tokens routed, prompt included")
+    top1_missing_tokens: int = Field(description="tokens that did without their most wanted expert in any layer")
+    top1_missing_per_layer: list[int]
+    expected_loss: ExpectedLossDetails | None = Field(description="null where nothing was calibrated")
