@@ -10,9 +10,10 @@ Metrics, in words:
 - `warm`: the checkpoint's files are in the page cache when a run begins; `cold`: they were dropped from it (fadvise).
 - `load`: processes that wanted a core in the minute before, from others than this benchmark; near 0 on a quiet machine.
 The checkpoint is generated: a qwen3_moe config and random bytes in several safetensors files. Rounds alternate between
-the two, after one uncounted round; outputs are deleted and the disk is synced before each run.
+the two, after one uncounted round; outputs are deleted and the disk is synced before each run. The result file is
+written after every counted round, so that a run that was cut off leaves its medians so far, with `is_finished` false.
 
-    python benchmarks/extract.py [--gigabytes 4] [--rounds 3] [--directory DIR] [--result FILE]
+    python benchmarks/extract.py [--gigabytes 2] [--rounds 3] [--directory DIR] [--result FILE]
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,20 +40,20 @@ RANDOM_BYTES = 64 * 2**20
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the generated checkpoint")
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the generated checkpoint")
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds, warm and cold each")
     parser.add_argument("--directory", type=Path, default=None, help="where to work (default: the temporary directory)")
     parser.add_argument("--result", type=Path, default=None, help="file that also gets the JSON line")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="bench-extract-") as folder:
-        result = run(Path(folder), arguments.gigabytes, arguments.rounds)
-    line = json.dumps(result)
-    if arguments.result is not None:
-        arguments.result.write_text(line + "\n")
-    print(line)
+        for result in run(Path(folder), arguments.gigabytes, arguments.rounds):
+            if arguments.result is not None:
+                arguments.result.write_text(json.dumps(result) + "\n")
+    print(json.dumps(result))
 
 
-def run(folder: Path, gigabytes: float, rounds: int) -> dict[str, object]:
+def run(folder: Path, gigabytes: float, rounds: int) -> Iterator[dict[str, object]]:
+    """The figures after every counted round; the last are those of all rounds."""
     checkpoint, copy, store = folder / "checkpoint", folder / "copy", folder / "store"
     load = os.getloadavg()[0]
     size = generate(checkpoint, gigabytes)
@@ -61,35 +62,37 @@ def run(folder: Path, gigabytes: float, rounds: int) -> dict[str, object]:
     print(f"{'':<8} {'copy GB/s':>10} {'extract GB/s':>13} {'ratio':>6} {'start s':>8} {'peak MiB':>9}")
     table: dict[str, dict[str, float]] = {}
     peak = 0
-    for mode in ("warm", "cold"):
+    modes = ("warm", "cold")
+    for mode in modes:
         rows = []
         for number in range(rounds + 1):
             copy_rate = size / timed_copy(checkpoint, copy, mode)
             extract_rate, start, kib = timed_extract(checkpoint, store, mode)
             peak = max(peak, kib)
-            if number:
-                rows.append((copy_rate / 1e9, extract_rate / 1e9, extract_rate / copy_rate, start))
-                print_row(mode, rows[-1], f"{kib / 1024:>9.0f}")
-        medians = [statistics.median(column) for column in zip(*rows, strict=True)]
-        table[mode] = dict(
-            zip(("copy_gb_per_second", "extract_gb_per_second", "ratio", "start_seconds"), medians, strict=True)
-        )
+            if not number:
+                continue
+            rows.append((copy_rate / 1e9, extract_rate / 1e9, extract_rate / copy_rate, start))
+            print_row(mode, rows[-1], f"{kib / 1024:>9.0f}")
+            medians = [statistics.median(column) for column in zip(*rows, strict=True)]
+            names = ("copy_gb_per_second", "extract_gb_per_second", "ratio", "start_seconds")
+            table[mode] = {**dict(zip(names, medians, strict=True)), "rounds": number}
+            yield {
+                "benchmark": "extract",
+                "is_finished": mode == modes[-1] and number == rounds,
+                "checkpoint_bytes": size,
+                "rounds": rounds,
+                **table,
+                "peak_mib": round(peak / 1024),
+                "peak_above_interpreter_mib": round((peak - bare_kib) / 1024),
+                "load_average_before": round(load, 1),
+                "commit": commit(),
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
+                "versions": {
+                    "python": platform.python_version(),
+                    **{name: version(name) for name in ("torch", "transformers")},
+                },
+            }
         print_row(f"{mode} med.", medians)
-    return {
-        "benchmark": "extract",
-        "checkpoint_bytes": size,
-        "rounds": rounds,
-        **table,
-        "peak_mib": round(peak / 1024),
-        "peak_above_interpreter_mib": round((peak - bare_kib) / 1024),
-        "load_average_before": round(load, 1),
-        "commit": commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers")},
-        },
-    }
 
 
 def print_row(name: str, row: Sequence[float], peak: str = "") -> None:
