@@ -1,0 +1,69 @@
+"""schemathesis against `deepfew serve` of the bundled checkpoint: hundreds of cases a route, the real engine behind.
+
+Minutes long, so it is a command of its own: `python -m tests.server.api.fuzz [--examples 300] [--seconds 1500]`. Its
+exit status is 0 when no check of any case failed and the server was ready and idle afterwards. The test in
+`test_openapi.py` does the same in short with a scripted engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+
+from benchmarks.serving import extract_store, running
+from tests.server.api.test_openapi import CONFIG
+
+LEAVE_SECONDS = 30
+REQUEST_SECONDS = 120
+
+
+def main() -> None:
+    """Serve, fuzz, and look at the server once more."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=300, help="random cases of each operation")
+    parser.add_argument("--seconds", type=int, default=1500, help="most time for all of them")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--context-tokens", type=int, default=48, help="of the server, so that no case takes long")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        config = Path(folder) / "schemathesis.toml"
+        config.write_text(CONFIG)
+        serve = (sys.executable, "-m", "server.cli", "serve", str(extract_store(Path(folder))), "--dtype", "float32")
+        limits = ("--max-context-tokens", str(arguments.context_tokens), "--receive-seconds", "5")
+        with running((*serve, *limits, "--log-level", "warning")) as url:
+            counts = ("--max-examples", str(arguments.examples), "--max-time", str(arguments.seconds))
+            fuzz = (sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run")
+            options = ("--seed", str(arguments.seed), "--no-color", "--continue-on-failure")
+            patience = ("--request-timeout", str(REQUEST_SECONDS))  # a busy machine is no failure of the server
+            status = subprocess.run(
+                [*fuzz, f"{url}/openapi.json", *counts, *options, *patience], check=False
+            ).returncode
+            left = _left_behind(url)
+    print(f"left behind: {left or 'nothing'}")
+    sys.exit(bool(status or left))
+
+
+def _left_behind(url: str) -> str:
+    """What is not as it should be when the last case is over; a case that was given up has a while to end."""
+    until = time.monotonic() + LEAVE_SECONDS
+    while True:
+        ready = httpx.get(f"{url}/health/ready", timeout=30)
+        names = "deepfew_requests_running|deepfew_requests_waiting|deepfew_kv_used_tokens"
+        text = httpx.get(f"{url}/metrics", timeout=30).text
+        busy = [f"{name} {value}" for name, value in re.findall(rf"^({names}) (\S+)", text, re.M) if float(value)]
+        if ready.status_code == 200 and not busy:
+            return ""
+        if time.monotonic() > until:
+            return ", ".join([*busy, f"ready: {ready.text}"])
+        time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    main()
