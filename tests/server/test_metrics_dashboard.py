@@ -58,7 +58,9 @@ def test_dashboard_shows_what_an_operator_asks_for() -> None:
     for name in (
         *("request_seconds", "time_to_first_token_seconds", "inter_token_seconds", "generated_tokens_total"),
         *("requests_waiting", "expert_hits_total", "expert_fetch_bytes_total", "layer_deficit_ratio"),
-        *("experts_resident", "kv_used_tokens", "store_errors_total"),
+        *("experts_resident", "kv_used_tokens", "store_errors_total", "experts_corrupt"),
+        *("request_expected_loss_nats_sum", "top1_missing_tokens_total", "masked_request_deficit_ratio_sum"),
+        *("store_bytes", "growth_failures_total"),
     ):
         assert f"deepfew_{name}" in text
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in DASHBOARD["panels"]]
@@ -119,6 +121,14 @@ def test_promtool_reads_every_query_and_alert(tmp_path: Path) -> None:
                 'deepfew_time_to_first_token_seconds_bucket{le="+Inf",instance="a"}': "0+10x60",
             },
         ),
+        (
+            "DeepfewExpensiveMask",
+            {
+                'deepfew_request_expected_loss_nats_sum{instance="a"}': "0+9x60",
+                'deepfew_request_expected_loss_nats_count{instance="a"}': "0+10x60",
+            },
+        ),
+        ("DeepfewGrowthFails", {"deepfew_growth_failures_total": "0x25 1x34"}),
     ],
 )
 @pytest.mark.parametrize("is_wrong", [True, False])
