@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from expert_store.manifest import read_manifest
-from extractor.checkpoint import resolve_checkpoint
+from extractor.checkpoint import Checkpoint, resolve_checkpoint
 from extractor.journal import read_journal
 from extractor.plan import Plan, PlannedExpert, write_plan
 from extractor.prepare import prepare
@@ -19,6 +19,7 @@ from extractor.selection import SelectionRequest
 from router.mask import ExpertMask
 from server.growth_errors import NothingToGrowError
 from server.model.runner import Runner
+from server.source import local_directory
 
 
 def grow_store(
@@ -46,11 +47,19 @@ def grow_store(
     with tempfile.TemporaryDirectory(prefix="deepfew-grow-") as folder:
         path = Path(folder) / "plan.json"
         write_plan(path, plan)
-        work = prepare(resolve_checkpoint(checkpoint), store, SelectionRequest(plan=path))
+        work = prepare(_source(checkpoint), store, SelectionRequest(plan=path))
         work.check_disk()
         num_bytes = work.remaining_bytes
         work.run(on_bytes)
     return num_bytes
+
+
+def _source(checkpoint: str) -> Checkpoint:
+    """A manifest's location may name a snapshot of the hub, which `resolve_checkpoint` does not know."""
+    try:
+        return Checkpoint.open(local_directory(checkpoint))
+    except FileNotFoundError:
+        return resolve_checkpoint(checkpoint)
 
 
 def unfinished_growth(store: Path) -> list[tuple[int, ...]]:

@@ -87,7 +87,7 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
             except DecodePathError as error:
                 raise SettingsError(str(error)) from error
             report("looking for the checkpoint", 1.0)
-            runner.model.source_problem = attach_source(store)
+            runner.model.source_problem = attach_source(store, settings.growth.grow_from)
             return runner
         except BaseException as error:
             failure.append(error)

@@ -144,7 +144,7 @@ class GrowthSettings(Section):
         None, description="grow by itself until the shards take this, for instance 12GiB, or 50% of all experts"
     )
     grow_from: str | None = Field(
-        None, description="the store's checkpoint, a directory or a hub name; default where it was extracted from"
+        None, description="the store's checkpoint, for growing and fetching; default where it was extracted from"
     )
     grow_interval_seconds: Seconds = Field(60.0, description="interval between looks at what was wanted and missing")
     grow_min_share: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(

@@ -64,16 +64,17 @@ class CheckpointSource:
                 raise OSError(f"{path} was changed after the server had checked it; restart the server")
 
 
-def attach_source(store: Store) -> str:
+def attach_source(store: Store, location: str | None = None) -> str:
     """Attach the store's checkpoint where it is needed and can be read; returns why it was not, or nothing.
 
-    Reads about 1 MiB of every weights file for the fingerprint. Blocks.
+    `location` says where it lies now, where that is not where it was extracted from. Reads about 1 MiB of every weights
+    file for the fingerprint. Blocks.
     """
     if store.available.all():
         return "the store had every expert when it was opened"
     manifest = store.manifest
     try:
-        checkpoint = Checkpoint.open(_local_directory(manifest.source.location))
+        checkpoint = Checkpoint.open(local_directory(location or manifest.source.location))
         if checkpoint.fingerprint != manifest.source.fingerprint:
             return (
                 f"{checkpoint.path} has the fingerprint {checkpoint.fingerprint}, the store was extracted from "
@@ -88,7 +89,7 @@ def attach_source(store: Store) -> str:
     return ""
 
 
-def _local_directory(location: str) -> Path:
+def local_directory(location: str) -> Path:
     """Where a checkpoint lies on this machine: the directory itself, or a snapshot in the hub's cache.
 
     Raises:

@@ -1,14 +1,15 @@
-"""A store that grows by itself: towards what is wanted lately, for what is worth it, within its budget, and patiently."""
+"""A store that grows by itself: towards what is wanted lately, for what is worth it, within its budget, patiently."""
 
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from expert_store.manifest import read_manifest
+from expert_store.manifest import read_manifest, write_manifest
 from expert_store.store import Store
 from extractor.checkpoint import Checkpoint
 from extractor.extract import JOURNAL_NAME
@@ -18,6 +19,7 @@ from server.growth import Grower
 from server.growth_auto import AutoGrower
 from server.growth_errors import GrowthSourceError, NothingToGrowError
 from server.growth_store import grow_store, unfinished_growth
+from server.source import attach_source
 
 L, E = 8, 64
 
@@ -153,6 +155,21 @@ def test_checkpoint_that_is_not_where_it_was_is_said_before_anything_begins(stor
     with pytest.raises(GrowthSourceError, match=r"growth\.grow_from"):
         made.grow(1)
     assert made.status().state == "idle"
+
+
+def test_moved_checkpoint_is_grown_and_fetched_from_where_it_lies_now(store: Store, tiny_checkpoint: Path) -> None:
+    manifest = read_manifest(store.path)
+    write_manifest(store.path, replace(manifest, source=replace(manifest.source, location="/gone")))
+    moved = Store.open(store.path)
+    assert "no directory" in attach_source(moved)
+    assert attach_source(moved, str(tiny_checkpoint)) == ""
+    usage = Usage()
+    usage.want(20, 10.0)
+    made = grower(moved, tiny_checkpoint, usage)
+    made.grow(1)
+    made.wait(60)
+    assert moved.available[:, 20].all()
+    assert read_manifest(store.path).source.location == "/gone"
 
 
 def test_stop_breaks_a_growth_off(store: Store, tiny_checkpoint: Path) -> None:
