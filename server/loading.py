@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from extractor.statistics import ExpertStatistics
     from router.mask import ExpertMask
     from server.engine.engine import Engine
+    from server.engine.statistics_file import StatisticsFile
     from server.model.decode_path import RunnerOptions
     from server.model.runner import Runner
     from server.pricing import KnownPrice
@@ -102,6 +103,7 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
         ),
         usage=lambda ledger: UsageFile(store.path / "usage.json", ledger, settings.usage.usage_save_seconds),
         corrupt_experts=settings.engine.corrupt_experts,
+        statistics=_statistics_file(settings, store) if settings.usage.collect_statistics else None,
     )
     engine.start()
     while (status := engine.status()).state == "loading":
@@ -128,6 +130,12 @@ def _load_runner(settings: Settings, store: Store, options: RunnerOptions, **arg
         except ShardCorruptError as error:
             if settings.engine.corrupt_experts == "fail" or not exclude_damaged(store, error):
                 raise
+
+
+def _statistics_file(settings: Settings, store: Store) -> Callable[[ExpertStatistics], StatisticsFile]:
+    from server.engine.statistics_file import FILE_NAME, StatisticsFile
+
+    return lambda empty: StatisticsFile(store.path / FILE_NAME, empty, settings.usage.usage_save_seconds)
 
 
 def _context_limit(settings: Settings, store: Store) -> int:

@@ -127,6 +127,9 @@ class UsageSettings(Section):
     """The ledger of what was served and wanted."""
 
     usage_save_seconds: Seconds = Field(60.0, description="interval between snapshots of usage.json in the store")
+    collect_statistics: bool = Field(
+        True, description="collect what calibrate does from a sample of steps, into statistics.safetensors in the store"
+    )
 
 
 class MasksSettings(Section):

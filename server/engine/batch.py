@@ -28,6 +28,7 @@ from server.engine.request import (
     TokenEvent,
 )
 from server.engine.sequence import Sequence
+from server.engine.statistics import OnlineStatistics
 from server.engine.tokens import prompt_logprobs, token_logprob, token_text, top_logprobs
 from server.engine.unreadable import CorruptExperts, UnreadableExperts
 from server.model.runner import Likeliest, Runner, StepFault, StepOutput
@@ -42,11 +43,13 @@ class Batch:
         runner: the model.
         ledger: told of every step's routing.
         prefill_chunk_tokens: prompt tokens processed in one step.
+        collector: told of every step's routing and outputs; None collects nothing but the ledger.
         corrupt_experts: whether requests that need an expert with damaged bytes fail, or are masked from it.
 
     Attributes:
         prompt_tokens, generated_tokens, num_steps: counters since start.
         finished: sequences by finish reason; num_failed: those that failed.
+        collector: as given; may be changed between two steps.
         unreadable: what was done about experts that could not be read.
     """
 
@@ -56,10 +59,12 @@ class Batch:
         ledger: UsageLedger,
         prefill_chunk_tokens: int,
         corrupt_experts: CorruptExperts = "fail",
+        collector: OnlineStatistics | None = None,
     ) -> None:
         self._runner = runner
         self._ledger = ledger
         self._chunk = prefill_chunk_tokens
+        self.collector = collector
         self._everything = ExpertMask(np.ones(runner.model.routing.mask.allowed.shape, dtype=np.bool_))
         self._prefilling: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -95,11 +100,16 @@ class Batch:
 
     def step(self) -> None:
         """Process one chunk of one prompt, then one token of every running sequence."""
+        started = time.perf_counter()
+        if self.collector is not None:
+            self.collector.begin_step()
         if self._prefilling:
             self._prefill(self._prefilling[0])
         if self._running:
             self._decode(list(self._running))
         self.num_steps += 1
+        if self.collector is not None:
+            self.collector.end_step(time.perf_counter() - started)
 
     # -- run -----------------------------------------------------------------------------------------------------------
 
@@ -161,6 +171,8 @@ class Batch:
         """Enter a step into ledger, deficits and maskings; ends and returns those that refuse to do without experts."""
         record = output.record
         self._ledger.add(record)
+        if self.collector is not None:
+            self.collector.add(output, sequences)
         tokens_per_row = record.served_index.shape[1] // len(sequences)
         top1_missing = record.top1_missing
         refused: list[Sequence] = []

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from extractor.statistics import ExpertStatistics
 from router.ledger import UsageLedger
 from router.mask import MaskError
 from server.engine.admission import EngineLimits, check_ability, check_queue, check_request
@@ -31,6 +32,8 @@ from server.engine.request import (
     OnEvent,
 )
 from server.engine.sequence import Sequence
+from server.engine.statistics import OnlineStatistics, collect_from, empty_statistics
+from server.engine.statistics_file import StatisticsFile
 from server.engine.unreadable import CorruptExperts
 from server.engine.usage import UsageFile
 from server.model.assembly import Progress
@@ -50,6 +53,7 @@ class Engine:
         loader: makes the runner, on the engine thread; it is given a callback for progress.
         limits: bounds on what clients can make grow.
         usage: opens the file that keeps the ledger across restarts; None keeps it in memory alone.
+        statistics: opens the file of what is collected beside usage; None collects nothing.
         corrupt_experts: what happens to requests that need an expert whose bytes are damaged: see `unreadable.py`.
     """
 
@@ -59,8 +63,11 @@ class Engine:
         limits: EngineLimits | None = None,
         usage: Callable[[UsageLedger], UsageFile] | None = None,
         corrupt_experts: CorruptExperts = "fail",
+        statistics: Callable[[ExpertStatistics], StatisticsFile] | None = None,
     ) -> None:
         self._corrupt_experts = corrupt_experts
+        self._open_statistics = statistics
+        self._collector: OnlineStatistics | None = None
         self.limits = limits or EngineLimits()
         self._loader = loader
         self._open_usage = usage
@@ -250,7 +257,9 @@ class Engine:
         ledger = UsageLedger(manifest.model.num_layers, manifest.model.num_experts, manifest.source.fingerprint)
         if self._open_usage is not None:
             self._usage = self._open_usage(ledger)
-        batch = Batch(runner, ledger, self.limits.prefill_chunk_tokens, self._corrupt_experts)
+        if self._open_statistics is not None:
+            self._collector = collect_from(runner, self._open_statistics(empty_statistics(manifest)))
+        batch = Batch(runner, ledger, self.limits.prefill_chunk_tokens, self._corrupt_experts, self._collector)
         with self._lock:
             self._runner, self._ledger, self._batch = runner, ledger, batch
             self._progress, self._last_progress = 1.0, time.monotonic()
@@ -271,6 +280,8 @@ class Engine:
                 self._lock.wait(IDLE_SECONDS)
             if self._usage is not None:
                 self._usage.save_if_due()
+            if self._collector is not None:
+                self._collector.save_if_due()
 
     def step(self, batch: Batch) -> None:
         """One step: schedule, run, postprocess."""
@@ -330,5 +341,7 @@ class Engine:
                 self._batch.fail(sequence, error)
         if self._usage is not None:
             self._usage.save()
+        if self._collector is not None:
+            self._collector.close()
         if self._runner is not None:
             self._runner.close()

@@ -23,6 +23,7 @@ from expert_store.slots import TORCH_DTYPES
 from expert_store.store import Store
 from router.mask import ExpertMask
 from server.model.experts import LAYER_ATTRIBUTE, ExpertsLayer
+from server.model.observation import OutputObserver
 from server.model.routing import StepRouting
 from server.model.trunk import TrunkError, context_tokens, is_experts_module, load_trunk
 
@@ -44,6 +45,7 @@ class SelectiveModel:
         eos_token_ids: that end a generation.
         special_token_ids: that stand for no text.
         context_tokens: most tokens that the model was made for.
+        observer: of what the experts put out, where that is collected.
         source_problem: why the store has no source attached, where it has none.
     """
 
@@ -58,6 +60,7 @@ class SelectiveModel:
     special_token_ids: frozenset[int]
     context_tokens: int
     source_problem: str = "it was not looked for"
+    observer: OutputObserver | None = None
 
     @property
     def num_layers(self) -> int:

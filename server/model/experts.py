@@ -16,6 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from expert_store.cache import ExpertCache
 from expert_store.slots import SlotPool
+from server.model.observation import OutputObserver
 
 IMPLEMENTATION = "deepfew"
 LAYER_ATTRIBUTE = "_deepfew_experts"
@@ -41,11 +42,15 @@ class ExpertsLayer:
     Args:
         layer: MoE layer.
         cache: whose slots hold the weights; leased and released within each call.
+
+    Attributes:
+        observer: told of what the experts put out, while it is on.
     """
 
     def __init__(self, layer: int, cache: ExpertCache) -> None:
         self._layer = layer
         self._cache = cache
+        self.observer: OutputObserver | None = None
 
     def forward(self, module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the chosen experts' outputs.
@@ -75,7 +80,10 @@ class ExpertsLayer:
             unsorted[order] = outputs
             outputs = unsorted
         weighted = outputs * weights.reshape(-1, 1)
-        return weighted.view(num_tokens, num_picks, -1).sum(dim=1).to(hidden.dtype)
+        result = weighted.view(num_tokens, num_picks, -1).sum(dim=1).to(hidden.dtype)
+        if self.observer is not None and self.observer.is_on:
+            self.observer.note(self._layer, hidden, outputs, result)
+        return result
 
     def _resident(self, expert: int) -> bool:
         return bool(self._cache.page_table[self._layer, expert] >= 0)

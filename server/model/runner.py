@@ -21,6 +21,7 @@ from router.mask import ExpertMask
 from server.model.assembly import SelectiveModel
 from server.model.attention_mask import attention_masks
 from server.model.kv_cache import RowCache
+from server.model.observation import ExpertOutputs
 from server.model.routing import RowShare
 
 
@@ -47,6 +48,7 @@ class StepOutput:
         logits: [B, V] of the last token of each row (prefill: B = 1), or [T, V] of all tokens where asked.
         record: its routing, for the usage ledger.
         share: demanded and missed router mass of each row.
+        outputs: what the experts put out over the record's tokens, where it was observed.
         likeliest: of each row, where the runner computed it on the way; saves a greedy step every look at the logits.
     """
 
@@ -54,6 +56,7 @@ class StepOutput:
     record: StepRecord
     share: RowShare
     likeliest: Likeliest | None = None
+    outputs: ExpertOutputs | None = None
 
 
 class StepFault(StoreError):
@@ -172,7 +175,8 @@ class Runner:
             return output
         back = [order.index(at) for at in range(len(order))]
         share = RowShare(output.share.demanded[back], output.share.missed[back])
-        return StepOutput(output.logits[back], output.record.take_tokens(back), share)
+        outputs = None if output.outputs is None else output.outputs.take_tokens(back)
+        return StepOutput(output.logits[back], output.record.take_tokens(back), share, outputs=outputs)
 
     def prefetch(self, mask: ExpertMask) -> None:
         """Bring the experts that a mask allows into slots ahead of their use, as far as slots reach."""
@@ -198,6 +202,7 @@ class Runner:
                 **arguments, past_key_values=self.cache, use_cache=True, logits_to_keep=logits_to_keep
             )
             record, share = self.model.routing.finish()
+            outputs = None if self.model.observer is None else self.model.observer.take()
         except StoreError as error:
             needing = [] if error.expert is None else self.model.routing.rows_served_by(*error.expert)
             self.model.routing.abandon()
@@ -207,4 +212,4 @@ class Runner:
             raise
         self.cache.commit()
         logits = result.logits[0] if logits_to_keep == 0 else result.logits[:, -1]
-        return StepOutput(logits.float(), record, share)
+        return StepOutput(logits.float(), record, share, outputs=outputs)

@@ -20,6 +20,7 @@ from expert_store.errors import StoreError
 from router.ledger import StepRecord
 from router.mask import ExpertMask
 from server.model.assembly import SelectiveModel
+from server.model.observation import joined
 from server.model.routing import RowShare
 from server.model.runner import Runner, StepFault, StepOutput
 
@@ -102,7 +103,7 @@ class SequenceRunner(Runner):
             return self._append(state, tokens, mask, temperature, logits_to_keep)
         step = _joined([self._append(state, [token], mask, temperature, logits_to_keep) for token in tokens])
         share = RowShare(step.share.demanded.sum(axis=0, keepdims=True), step.share.missed.sum(axis=0, keepdims=True))
-        return StepOutput(step.logits if all_logits else step.logits[-1:], step.record, share)
+        return StepOutput(step.logits if all_logits else step.logits[-1:], step.record, share, outputs=step.outputs)
 
     @torch.inference_mode()
     def decode(
@@ -139,6 +140,7 @@ class SequenceRunner(Runner):
         try:
             result = self.model.model(**arguments, use_cache=True, logits_to_keep=logits_to_keep)
             record, share = routing.finish()
+            outputs = None if self.model.observer is None else self.model.observer.take()
         except StoreError as error:
             routing.abandon()
             raise StepFault(error, [0], is_repeatable=False) from error
@@ -148,7 +150,7 @@ class SequenceRunner(Runner):
         row.cache = result.past_key_values
         row.length += len(tokens)
         logits = result.logits[0] if logits_to_keep == 0 else result.logits[:, -1]
-        return StepOutput(logits.float(), record, share)
+        return StepOutput(logits.float(), record, share, outputs=outputs)
 
 
 def _joined(steps: list[StepOutput]) -> StepOutput:
@@ -172,7 +174,8 @@ def _joined(steps: list[StepOutput]) -> StepOutput:
     share = RowShare(
         np.concatenate([step.share.demanded for step in steps]), np.concatenate([step.share.missed for step in steps])
     )
-    return StepOutput(torch.cat([step.logits for step in steps]), record, share)
+    outputs = joined([step.outputs for step in steps])
+    return StepOutput(torch.cat([step.logits for step in steps]), record, share, outputs=outputs)
 
 
 def _demand(record: StepRecord) -> tuple[Any, Any]:

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from expert_store.store import Store
+from extractor.statistics import ExpertStatistics
 from router.ledger import UsageLedger
 from router.mask import ExpertMask
 from server.engine.admission import EngineLimits
 from server.engine.engine import Engine
+from server.engine.statistics_file import StatisticsFile
 from server.engine.unreadable import CorruptExperts
 from server.engine.usage import UsageFile
 from server.model.assembly import load_model
@@ -31,6 +33,8 @@ def make_engine(tiny_store: Path) -> Iterator[Callable[..., Engine]]:
         store_path: Path = tiny_store,
         num_slots: int = 16,
         corrupt_experts: CorruptExperts = "fail",
+        statistics_path: Path | None = None,
+        runner_type: type[Runner] = Runner,
         **limits,
     ) -> Engine:
         def loader(progress) -> Runner:
@@ -43,13 +47,23 @@ def make_engine(tiny_store: Path) -> Iterator[Callable[..., Engine]]:
                 progress=progress,
             )
             model.source_problem = attach_source(model.store)
-            return Runner(model, max_rows=max_rows, max_tokens=256)
+            return runner_type(model, max_rows=max_rows, max_tokens=256)
 
         def usage(empty: UsageLedger) -> UsageFile:
             assert usage_path is not None
             return UsageFile(usage_path, empty)
 
-        engine = Engine(loader, EngineLimits(**limits), None if usage_path is None else usage, corrupt_experts)
+        def statistics(empty: ExpertStatistics) -> StatisticsFile:
+            assert statistics_path is not None
+            return StatisticsFile(statistics_path, empty, interval_seconds=3600)
+
+        engine = Engine(
+            loader,
+            EngineLimits(**limits),
+            None if usage_path is None else usage,
+            corrupt_experts,
+            None if statistics_path is None else statistics,
+        )
         engine.start()
         engines.append(engine)
         until = time.monotonic() + WAIT_SECONDS
