@@ -1,42 +1,40 @@
 """A store that grows while it serves: starts with few deep experts, is sent two kinds of text, and its deficit falls.
 
 What is measured, in words:
-- *deficit*: missing share of the router mass over the tokens of one round of requests (prompt and generated).
+- *deficit*: missing share of the router mass over the tokens of one round of requests (prompt and generated), as the
+  answers say it.
 - *kept*: experts of every layer that the store holds when the round begins.
-A round sends four prompts of the first kind, from round `--switch` on of the second kind. After each round the store
-grows by the best candidates (what was wanted and missing), while the next round already runs. No request fails and no
-restart happens.
+- *seconds*: wall time of a round's requests, and of the same requests again while the store grows.
+Everything goes through `deepfew serve`'s HTTP routes. A round sends four prompts of the first kind, from round
+`--switch` on of the second kind. Then `POST /experts/grow` adds what was wanted and missing, while the same requests run
+once more; `--shrink` gives as many of the least wanted ones up first, so that the store follows the text without
+becoming larger. No request fails and no restart happens.
 
-    python -m benchmarks.growth [--rounds 10] [--start 4] [--step 4] [--plot FILE] [--save]
+    python -m benchmarks.growth [--rounds 10] [--start 8] [--step 4] [--shrink] [--plot FILE] [--save]
 """
 
 from __future__ import annotations
 
 import argparse
-import queue
+import secrets
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
+import httpx
 
 from benchmarks.reporting import REPOSITORY, environment, finish, table
-from expert_store.store import Store
+from benchmarks.serving import CHECKPOINT, ours, running
 from extractor.checkpoint import Checkpoint
 from extractor.prepare import prepare
 from extractor.selection import SelectionRequest
 from server.calibrate_texts import documents, find_domains
-from server.engine.engine import Engine
-from server.engine.request import Event, FailedEvent, FinishedEvent, GenerationRequest, SamplingParams
-from server.growth import Grower, adopt
-from server.model.assembly import load_model
-from server.model.runner import Runner
 
-CHECKPOINT = REPOSITORY / "models" / "tiny-moe"
 TEXTS = REPOSITORY / "benchmarks" / "data" / "selection"
 KINDS = ("stories_synth", "math_qa")
-NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 64, 24
+NUM_PROMPTS, PROMPT_CHARACTERS, NEW_TOKENS = 4, 250, 24
 
 
 def main() -> None:
@@ -44,86 +42,65 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--switch", type=int, default=5, help="round from which the second kind is sent")
-    parser.add_argument("--start", type=int, default=4, help="deep experts at the start")
+    parser.add_argument("--start", type=int, default=8, help="deep experts at the start")
     parser.add_argument("--step", type=int, default=4, help="deep experts added after each round")
+    parser.add_argument("--shrink", action="store_true", help="from --switch on, give up as many as are added")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/growth.json")
     arguments = parser.parse_args()
+    key = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="deepfew-growth-") as folder:
         prepare(Checkpoint.open(CHECKPOINT), folder, SelectionRequest(count=arguments.start)).run()
-        rounds = serve(Path(folder), arguments)
-    print(table(["round", "kind", "kept", "deficit"], [list(one.values()) for one in rounds]))
+        command = (*ours(Path(folder), 64, NUM_PROMPTS).command, "--admin-key", key)
+        with running(command) as url, httpx.Client(base_url=url, timeout=300, headers={"X-API-Key": key}) as client:
+            rounds = [_round(client, number, arguments) for number in range(arguments.rounds)]
+            growth = client.get("/experts/growth").raise_for_status().json()
+    columns = ["round", "kind", "kept", "deficit", "seconds", "seconds while it grows"]
+    print(table(columns, [list(one.values()) for one in rounds]))
     if arguments.plot is not None:
         draw(arguments.plot, rounds)
-    finish("growth", {"environment": environment(), "rounds": rounds}, save=arguments.save)
+    finish("growth", {"environment": environment(), "rounds": rounds, "growth": growth}, save=arguments.save)
 
 
-def serve(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Send the rounds while the store grows."""
-    store = Store.open(folder)
-    model = load_model(store, device=torch.device("cpu"), dtype=torch.float32, num_slots=64)
-    engine = Engine(lambda progress: Runner(model, max_rows=NUM_PROMPTS, max_tokens=256))
-    engine.start()
-    while engine.status().state == "loading":
-        time.sleep(0.01)
-    recent = _Recent(engine)
-    grower = Grower(
-        store,
-        str(CHECKPOINT),
-        recent.demand,
-        lambda action: engine.between_steps(action).result(60),
-        lambda: adopt(store, model.routing, None),
-    )
-    rounds = []
-    try:
-        for number in range(arguments.rounds):
-            kind = KINDS[number >= arguments.switch]
-            kept = int(model.routing.mask.num_allowed[0])
-            deficit = _round(engine, kind, number)
-            rounds.append({"round": number, "kind": kind, "kept": kept, "deficit": round(deficit, 4)})
-            grower.wait()
-            if grower.candidates():
-                grower.grow(arguments.step)
-                grower.wait()
-            recent.forget()
-    finally:
-        engine.stop(0.0)
-    return rounds
+def _round(client: httpx.Client, number: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Send a round, then grow behind another one."""
+    kind = KINDS[number >= arguments.switch]
+    kept = client.get("/experts/growth").raise_for_status().json()["deep_experts"]
+    deficit, seconds = _ask(client, kind, number)
+    if arguments.shrink and number >= arguments.switch:
+        client.post("/experts/shrink", json={"count": arguments.step}).raise_for_status()
+    response = client.post("/experts/grow", json={"count": arguments.step})
+    if response.status_code != 409:  # 409: it has every expert
+        response.raise_for_status()
+    _, meanwhile = _ask(client, kind, number)
+    while client.get("/experts/growth").raise_for_status().json()["state"] != "idle":
+        time.sleep(0.05)
+    error = client.get("/experts/growth").json()["error"]
+    assert error is None, error
+    return {
+        "round": number,
+        "kind": kind,
+        "kept": kept,
+        "deficit": round(deficit, 4),
+        "seconds": round(seconds, 3),
+        "growing_seconds": round(meanwhile, 3),
+    }
 
 
-class _Recent:
-    """Demand since the last round, so that growth follows what is wanted now."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._before = engine.ledger.demand_mass.copy()
-
-    def demand(self) -> Any:
-        return self._engine.ledger.demand_mass - self._before
-
-    def forget(self) -> None:
-        self._before = self._engine.ledger.demand_mass.copy()
-
-
-def _round(engine: Engine, kind: str, number: int) -> float:
-    """The mean deficit of one round's requests."""
+def _ask(client: httpx.Client, kind: str, number: int) -> tuple[float, float]:
+    """The mean deficit of one round's requests, sent together, and how long they took."""
     texts = list(documents(find_domains([str(TEXTS / f"{kind}.txt")])[0]))
-    events: list[queue.SimpleQueue[Event]] = []
-    for at in range(NUM_PROMPTS):
-        ids = engine.runner.model.tokenizer(texts[(number * NUM_PROMPTS + at) % len(texts)])["input_ids"]
-        sampling = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
-        events.append(queue.SimpleQueue())
-        engine.submit(GenerationRequest(f"{number}-{at}", tuple(ids[:PROMPT_TOKENS]), sampling), events[-1].put)
-    return sum(_finished(each).deficit.overall for each in events) / NUM_PROMPTS
+    parameters = {"max_new_tokens": NEW_TOKENS, "details": True}
 
+    def one(at: int) -> float:
+        text = texts[(number * NUM_PROMPTS + at) % len(texts)][:PROMPT_CHARACTERS]
+        response = client.post("/generate", json={"inputs": text, "parameters": parameters}).raise_for_status()
+        return float(response.json()["details"]["deficit"]["overall"])
 
-def _finished(events: queue.SimpleQueue[Event]) -> FinishedEvent:
-    while True:
-        event = events.get(timeout=120)
-        if isinstance(event, FailedEvent):
-            raise event.error
-        if isinstance(event, FinishedEvent):
-            return event
+    began = time.perf_counter()
+    with ThreadPoolExecutor(NUM_PROMPTS) as pool:
+        deficits = list(pool.map(one, range(NUM_PROMPTS)))
+    return sum(deficits) / NUM_PROMPTS, time.perf_counter() - began
 
 
 def draw(path: Path, rounds: list[dict[str, Any]]) -> None:
