@@ -13,7 +13,8 @@ What is measured, in words:
 - *price*: loss expected from the measured deficit by the calibrated curves, against the loss measured: R² over kinds
   and sizes, for the criterion coverage.
 - *depth*: k experts of every layer against all experts of few layers (one of each other layer), at equal bytes.
-- *questions*: answered exactly, greedily, under the mask of the kind of the same name, and the efficiency metrics.
+- *questions*: answered exactly, greedily, `planned`: under the mask of the kind of the same name, `pool`: under the
+  pool that each prompt chooses with the prior; and the efficiency metrics.
 
     python -m benchmarks.selection [--checkpoint DIR]... [--texts PATH...] [--questions FILE...] [--save NAME]
 """
@@ -35,8 +36,10 @@ from benchmarks.reporting import REPOSITORY, environment, finish, table
 from expert_store.store import Store
 from extractor.checkpoint import Checkpoint
 from extractor.criteria import normalised, score
-from extractor.planning import PlanRequest, align, make_plan
+from extractor.planning import PlanRequest, allowed_by, make_plan
+from extractor.planning_alignment import align
 from extractor.prepare import prepare
+from extractor.price import Price
 from extractor.selection import SelectionRequest
 from extractor.statistics import ExpertStatistics
 from router.mask import ExpertMask
@@ -136,7 +139,7 @@ class _Bench:
 
     def columns(self) -> list[dict[str, Any]]:
         """Whole deep experts of one alignment, and those that a plan forms for one kind."""
-        from server.evaluate_sweep import allow_columns, masks_of_columns
+        from server.evaluate_sweep import masks_of_columns
 
         parts = [normalised(score(self.statistics, "gate-mass", [name])) for name in self.names]
         sweeps = []
@@ -150,7 +153,7 @@ class _Bench:
             for name in self.names:
                 plan = make_plan(self.statistics, PlanRequest(count, criterion="coverage", domains=(name,)))
                 chosen = np.array([deep.experts for deep in plan.deep_experts])
-                planned[name] = allow_columns(chosen, self.statistics.num_experts)
+                planned[name] = ExpertMask(allowed_by(chosen, self.statistics.num_experts))
             sweeps.append(self._measure("plan", count, planned))
         self._print("alignment", sweeps)
         return [sweep.to_json() for sweep in sweeps]
@@ -209,8 +212,14 @@ class _Bench:
             for count in self.counts
         ]
         check = check_price(self.statistics, coverage, self.unmasked)
-        print(f"\nprice of a deficit: R² {check.r_squared:.3f} over {len(check.points)} kinds and sizes")
-        return check.to_json()
+        fit = Price.of(self.statistics.price)
+        assert fit is not None
+        assert fit.fit is not None
+        print(
+            f"\nprice of a deficit: R² {check.r_squared:.3f} over {len(check.points)} kinds and sizes, "
+            f"{check.r_squared_of_unknown_kind:.3f} where the kind is not told; by calibration {fit.fit.r_squared:.3f}"
+        )
+        return {"calibrated_fit": fit.to_json()["fit"], **check.to_json()}
 
     def depth(self) -> list[dict[str, Any]]:
         """k experts of every layer against all experts of few layers, at (almost) equal bytes."""
@@ -240,13 +249,17 @@ class _Bench:
         return [sweep.to_json() for sweep in sweeps]
 
     def questions(self) -> list[dict[str, Any]]:
-        """Questions answered under the mask of their kind, and the efficiency metrics."""
-        from server.evaluate import answered, read_questions
+        """Questions answered under the mask of their kind, and under pools; and the efficiency metrics."""
         from server.evaluate_metrics import configuration_entropy, efficiency, parameters
+        from server.evaluate_questions import answered, read_questions
         from server.evaluate_sweep import masks_per_domain
         from server.model.runner import Runner
+        from server.profiles import PoolMasking, PromptPool
+        from server.usage_prior import UsagePrior
 
-        runner = Runner(self.model, max_rows=1, max_tokens=256)
+        runner = Runner(self.model, max_rows=16, max_tokens=256)
+        prior = UsagePrior.of(self.statistics)
+        shape = (self.statistics.num_layers, self.statistics.num_experts)
         results = []
         for path in self.arguments.questions:
             asked = read_questions(path)
@@ -255,12 +268,20 @@ class _Bench:
             entropy = configuration_entropy(self.statistics.total("picks", [asked.name]))
             for count in (self.statistics.num_experts, *self.counts):
                 mask = masks_per_domain(self.statistics, [asked.name], "coverage", count)[asked.name]
-                accuracy = answered(runner, asked.questions, mask)
-                metrics = efficiency(accuracy, asked.chance, parameters(self.model, mask)).to_json()
-                results.append({"name": asked.name, "kept": count, "ces": entropy.round(4).tolist(), **metrics})
+
+                def pool(num_prompt_tokens: int, count: int = count) -> PoolMasking:
+                    return PoolMasking(PromptPool(count, *shape, prior), num_prompt_tokens)
+
+                ways = {"planned": answered(runner, asked.questions, mask)}
+                if count < self.statistics.num_experts:
+                    ways["pool"] = answered(runner, asked.questions, masking=pool)
+                for way, accuracy in ways.items():
+                    metrics = efficiency(accuracy, asked.chance, parameters(self.model, mask)).to_json()
+                    head = {"name": asked.name, "way": way, "kept": count, "num_questions": len(asked.questions)}
+                    results.append({**head, "ces": entropy.round(4).tolist(), **metrics})
         columns = ["accuracy", "activation_ratio", "p3", "p2f", "mer", "r3", "saa"]
-        rows = [[one["name"], one["kept"], *(float(one[column]) for column in columns)] for one in results]
-        print("\n" + table(["questions", "kept", *columns], rows), flush=True)
+        rows = [[one["name"], one["way"], one["kept"], *(float(one[column]) for column in columns)] for one in results]
+        print("\n" + table(["questions", "way", "kept", *columns], rows), flush=True)
         return results
 
     def _print(self, title: str, sweeps: Sequence[Any]) -> None:

@@ -24,8 +24,8 @@ Columns = npt.NDArray[np.int64]
 ROUNDS = 10
 """Sweeps over the layers at most; a sweep that moves nothing ends them."""
 NUM_TIERS = 4
-COVERAGE_SHARES = ((0.125, 1.0), (0.25, 2.0), (0.5, 1.0))
-"""Shares of the columns at which `coverage` measures, and the weight of each."""
+COVERAGE_SHARES = (0.125, 0.25, 0.5)
+"""Shares of the columns at which `coverage` measures."""
 
 
 class AlignmentError(ExtractError):
@@ -92,29 +92,31 @@ def coverage_alignment(
     columns: Columns,
     groups: npt.NDArray[np.floating],
     weights: npt.NDArray[np.floating],
-    shares: Sequence[tuple[float, float]] = COVERAGE_SHARES,
+    shares: Sequence[float] = COVERAGE_SHARES,
     rounds: int = 2 * ROUNDS,
 ) -> Columns:
     """Columns improved for what groups of text keep when each takes its own best columns, int64 [C, L].
 
-    Coordinate ascent of Σ_groups weight Σ_shares weight × (mass of the group in its own best share of the columns):
-    with the groups' choices of columns fixed, placing the experts of one layer is an assignment problem.
+    Coordinate ascent of Σ_groups Σ_shares weight × (mass of the group in its own best share of the columns): with the
+    groups' choices of columns fixed, placing the experts of one layer is an assignment problem.
 
     Args:
         columns: int64 [C, L], which experts take part and where the ascent starts; not changed.
         groups: mass [G, L, E] of each group of text (domains, windows, all of it).
-        weights: [G].
+        weights: [G, S], of each group at each of the S shares.
+        shares: of the columns, rising.
     """
     columns = columns.copy()
     groups = groups / np.maximum(groups.sum(axis=(1, 2), keepdims=True), np.finfo(np.float64).tiny)
     num_columns, num_layers = columns.shape
-    keeps = [(max(1, round(share * num_columns)), weight) for share, weight in shares]
+    keeps = [max(1, round(share * num_columns)) for share in shares]
     mass = column_mass(columns, groups)  # [G, C]
     for _ in range(rounds):
         before = columns.copy()
         for layer in range(num_layers):
             place = np.argsort(np.argsort(-mass, axis=1, kind="stable"), axis=1)  # rank of each column in its group
-            wanted = sum((weight * (place < keep) for keep, weight in keeps), np.zeros(())) * weights[:, None]  # [G, C]
+            chosen_at = [(place < keep) * weights[:, at, None] for at, keep in enumerate(keeps)]
+            wanted = sum(chosen_at, np.zeros(()))  # [G, C]
             own = groups[:, layer, columns[:, layer]]  # [G, C]
             _, chosen = linear_sum_assignment(wanted.T @ own, maximize=True)
             columns[:, layer] = columns[chosen, layer]
@@ -130,7 +132,7 @@ def restarted_coverage_alignment(
     groups: npt.NDArray[np.floating],
     weights: npt.NDArray[np.floating],
     num_starts: int,
-    shares: Sequence[tuple[float, float]] = COVERAGE_SHARES,
+    shares: Sequence[float] = COVERAGE_SHARES,
 ) -> Columns:
     """The best of `num_starts` coverage alignments of all experts, int64 [E, L]; the starts are always the same ones.
 
@@ -153,13 +155,13 @@ def _kept_mass(
     columns: Columns,
     groups: npt.NDArray[np.floating],
     weights: npt.NDArray[np.floating],
-    shares: Sequence[tuple[float, float]],
+    shares: Sequence[float],
 ) -> float:
     """What `coverage_alignment` ascends."""
     mass = column_mass(columns, groups / np.maximum(groups.sum(axis=(1, 2), keepdims=True), 1e-300))
     ranked = np.sort(mass, axis=1)[:, ::-1]
-    kept = [weight * ranked[:, : max(1, round(share * len(columns)))].sum(axis=1) for share, weight in shares]
-    return float((weights * sum(kept, np.zeros(()))).sum())
+    kept = [ranked[:, : max(1, round(share * len(columns)))].sum(axis=1) for share in shares]
+    return float((weights * np.stack(kept, axis=1)).sum())
 
 
 def column_mass(columns: Columns, mass: npt.NDArray[np.floating]) -> Float:

@@ -8,6 +8,7 @@ audit (2606.10703) found that none of them predicts causal importance, so random
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -21,6 +22,9 @@ Float = npt.NDArray[np.float64]
 DEFAULT_CRITERION = "reap-sum"
 SHRINKAGE_PICKS = 32.0
 """Picks' worth of the layer's mean that a per-pick mean is mixed with: a mean over a handful of picks is noise."""
+
+MAX_COVERED = 1 << 26
+"""Most values (token, layer, column) that a choice of columns looks at; beyond it, every n-th token."""
 
 
 class CriterionError(ExtractError):
@@ -63,33 +67,62 @@ def _index(statistics: ExpertStatistics) -> Float:
 
 def _coverage(statistics: ExpertStatistics, domains: Sequence[str] | None) -> Float:
     """Greedy choice that leaves the least squared missing share over the sampled tokens; earlier picks score higher."""
-    indices = statistics.indices(domains)
+    experts, shares, weights = _sampled_shares(statistics, domains)
+    scores = np.empty((statistics.num_layers, statistics.num_experts))
+    for layer in range(statistics.num_layers):
+        scores[layer] = _greedy_cover(_held(experts, shares, layer, statistics.num_experts), weights)
+    return scores
+
+
+def cover_columns(
+    statistics: ExpertStatistics, columns: npt.NDArray[np.int64], domains: Sequence[str] | None = None
+) -> Float:
+    """The criterion `coverage` for whole columns, int64 [C, L]: scores [C], larger is better.
+
+    A choice of columns is judged by what each token keeps in each layer, all layers together.
+
+    Raises:
+        CriterionError: no tokens were sampled. StatisticsError: an unknown domain.
+    """
+    experts, shares, weights = _sampled_shares(statistics, domains)
+    step = max(1, math.ceil(len(experts) * columns.size / MAX_COVERED))
+    experts, shares, weights = experts[::step], shares[::step], weights[::step]
+    parts = [
+        _held(experts, shares, layer, statistics.num_experts)[:, columns[:, layer]] for layer in range(columns.shape[1])
+    ]
+    return _greedy_cover(np.concatenate(parts), np.tile(weights, len(parts)))
+
+
+def _sampled_shares(
+    statistics: ExpertStatistics, domains: Sequence[str] | None
+) -> tuple[npt.NDArray[np.int64], Float, Float]:
+    """Experts [N, L, K] of the sampled tokens, each one's share of what the token got [N, L, K], and weights [N]."""
     sample = statistics.tokens
-    chosen = sample.of(indices)
+    chosen = sample.of(statistics.indices(domains))
     if not chosen.any():
         raise CriterionError("coverage needs sampled tokens: calibrate on text of the domains named")
     count = np.bincount(sample.domains[chosen], minlength=len(statistics.domains))
     weights = 1.0 / count[sample.domains[chosen]]  # every domain counts the same
-    experts = sample.arrays["experts"][chosen].astype(np.int64)
     parts = sample.arrays["contributions"][chosen].astype(np.float64)
     sums = parts.sum(axis=2, keepdims=True)
-    parts = np.divide(parts, sums, out=np.zeros_like(parts), where=sums > 0)
-    scores = np.empty((statistics.num_layers, statistics.num_experts))
-    for layer in range(statistics.num_layers):
-        scores[layer] = _greedy_cover(experts[:, layer], parts[:, layer], weights, statistics.num_experts)
-    return scores
+    shares = np.divide(parts, sums, out=np.zeros_like(parts), where=sums > 0)
+    return sample.arrays["experts"][chosen].astype(np.int64), shares, weights
 
 
-def _greedy_cover(experts: npt.NDArray[np.int64], shares: Float, weights: Float, num_experts: int) -> Float:
-    """Scores [E] of one layer: E for the first pick down to 1; each pick lowers Σ weight (1 − covered)² the most."""
+def _held(experts: npt.NDArray[np.int64], shares: Float, layer: int, num_experts: int) -> Float:
+    """Shares of one layer by expert, float64 [N, E]; the sentinel falls away."""
     held = np.zeros((len(experts), num_experts + 1))
-    np.put_along_axis(held, np.minimum(experts, num_experts), shares, axis=1)
-    held = held[:, :num_experts]
+    np.put_along_axis(held, np.minimum(experts[:, layer], num_experts), shares[:, layer], axis=1)
+    return held[:, :num_experts]
+
+
+def _greedy_cover(held: Float, weights: Float) -> Float:
+    """Scores [M] of what tokens hold [N, M], from M for the first pick; each leaves the least Σ w (1 − covered)²."""
     own = weights @ np.square(held)
     missing = np.ones(len(held))
-    scores = np.zeros(num_experts)
-    open_ = np.ones(num_experts, dtype=np.bool_)
-    for value in range(num_experts, 0, -1):
+    scores = np.zeros(held.shape[1])
+    open_ = np.ones(held.shape[1], dtype=np.bool_)
+    for value in range(held.shape[1], 0, -1):
         gains = np.where(open_, 2.0 * ((weights * missing) @ held) - own, -np.inf)
         best = int(np.argmax(gains))
         scores[best], open_[best] = value, False

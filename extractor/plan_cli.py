@@ -19,7 +19,8 @@ from extractor.criteria import CRITERIA, DEFAULT_CRITERION, normalised, score
 from extractor.disk import format_bytes
 from extractor.errors import ExtractError, SelectionError
 from extractor.plan import Plan, write_plan
-from extractor.planning import ALIGNMENTS, PlanRequest, count_for, make_plan
+from extractor.planning import PlanRequest, count_for, make_plan
+from extractor.planning_alignment import ALIGNMENTS
 from extractor.planning_expectation import Expectation, cost_warning
 from extractor.price import WARN_PERPLEXITY_RATIO, Price
 from extractor.selection import parse_bytes, parse_keep

@@ -7,7 +7,6 @@ expert. The other alignments fix the columns first and choose whole columns.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,32 +14,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from extractor.alignment import (
-    Columns,
-    chain_alignment,
-    check_columns,
-    column_mass,
-    coverage_alignment,
-    index_alignment,
-    profile_alignment,
-    rank_alignment,
-    restarted_coverage_alignment,
-    tiered_alignment,
-)
+from extractor.alignment import Columns, check_columns, column_mass
 from extractor.criteria import DEFAULT_CRITERION, normalised, ranking, score
 from extractor.errors import SelectionError
 from extractor.plan import Plan, PlannedExpert
+from extractor.planning_alignment import ALIGNMENTS, align, form_columns, ranked_columns
 from extractor.planning_expectation import Expectation, expect
 from extractor.price import Price
 from extractor.statistics import ExpertStatistics
 
 Float = npt.NDArray[np.float64]
-
-ALIGNMENTS = ("free", "index", "rank", "chain", "profile", "tiers", "coverage")
-"""How deep experts are formed; "free" chooses per layer first."""
-MAX_GROUP_WINDOWS = 512
-NUM_STARTS, MANY_EXPERTS = 8, 160
-"""Starts of the coverage alignment, where a layer has no more experts than that; else one."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +66,9 @@ def make_plan(statistics: ExpertStatistics, request: PlanRequest) -> Plan:
         columns = form_columns(statistics, chosen, together, names)
     else:
         aligned = align(statistics, request.alignment, together, names)
-        columns = _choose_columns(aligned, scores, together, request.quotas, request.count)
+        orders = {name: _order(statistics, request, aligned, own, [name]) for name, own in scores.items()}
+        order_together = _order(statistics, request, aligned, together, names)
+        columns = aligned[_choose_columns(orders, order_together, request.quotas, request.count)]
     check_columns(columns, statistics.num_layers, statistics.num_experts)
     value = column_mass(columns, together) / statistics.num_layers
     order = np.argsort(-value, kind="stable")
@@ -119,53 +104,6 @@ def choose_per_layer(
     return chosen
 
 
-def form_columns(
-    statistics: ExpertStatistics, chosen: npt.NDArray[np.bool_], together: Float, domains: Sequence[str]
-) -> Columns:
-    """Deep experts, int64 [C, L], of every chosen expert [L, E]: those that serve the same text stand together."""
-    count = int(chosen.sum(axis=1)[0])
-    ranked = ranking(np.where(chosen, together, -np.inf))[:, :count]
-    groups, weights = _groups(statistics, domains)
-    columns = np.ascontiguousarray(ranked.T)
-    if len(groups) == 0 or count == 1:
-        return columns
-    return coverage_alignment(profile_alignment(columns, groups), groups, weights)
-
-
-def align(statistics: ExpertStatistics, kind: str, saliency: Float, domains: Sequence[str]) -> Columns:
-    """Columns of all experts, int64 [E, L], by one of `ALIGNMENTS` other than "free"; saliency [L, E].
-
-    Raises:
-        SelectionError: the kind does not exist, or needs windows that the statistics do not have.
-    """
-    if kind == "index":
-        return index_alignment(*saliency.shape)
-    if kind == "rank":
-        return rank_alignment(saliency)
-    if kind == "chain":
-        return chain_alignment(saliency, statistics.coactivation)
-    sample = statistics.windows
-    windows = sample.arrays["mass"][sample.of(statistics.indices(domains))].astype(np.float64)
-    if len(windows) == 0:
-        raise SelectionError(
-            f"alignment {kind} needs windows of text, the statistics have none: calibrate on more text"
-        )
-    if kind == "profile":
-        return profile_alignment(rank_alignment(saliency), windows)
-    if kind == "tiers":
-        return tiered_alignment(saliency, windows)
-    if kind == "coverage":
-        groups, weights = _groups(statistics, domains)
-        num_starts = NUM_STARTS if statistics.num_experts <= MANY_EXPERTS else 1
-        return restarted_coverage_alignment(saliency, windows, groups, weights, num_starts)
-    raise SelectionError(f"alignment {kind!r} does not exist: take one of {', '.join(ALIGNMENTS)}")
-
-
-def best_columns(columns: Columns, mass: Float, count: int) -> Columns:
-    """The `count` columns with the most of mass [L, E], best first."""
-    return columns[np.argsort(-column_mass(columns, mass), kind="stable")[:count]]
-
-
 def count_for(statistics: ExpertStatistics, count: int | None, keep: float | None, budget_bytes: int | None) -> int:
     """How many deep experts were asked for: by number, share, or bytes of the whole store.
 
@@ -198,37 +136,26 @@ def _turns(quotas: Mapping[str, float], count: int) -> list[str | None]:
     return turns + [None] * (count - len(turns))
 
 
+def _order(
+    statistics: ExpertStatistics, request: PlanRequest, columns: Columns, scores: Float, domains: Sequence[str]
+) -> npt.NDArray[np.int64]:
+    """Columns best first, [C]: what the criterion `coverage` says of whole columns, else by the sum of their scores."""
+    if request.criterion == "coverage" and set(domains) <= set(statistics.domains) and request.usage is None:
+        return ranked_columns(statistics, columns, domains)
+    return np.argsort(-column_mass(columns, scores), kind="stable")
+
+
 def _choose_columns(
-    columns: Columns, scores: Mapping[str, Float], together: Float, quotas: Mapping[str, float], count: int
-) -> Columns:
-    order = {name: np.argsort(-column_mass(columns, own), kind="stable") for name, own in scores.items()}
-    order_together = np.argsort(-column_mass(columns, together), kind="stable")
+    orders: Mapping[str, npt.NDArray[np.int64]],
+    order_together: npt.NDArray[np.int64],
+    quotas: Mapping[str, float],
+    count: int,
+) -> list[int]:
     taken: list[int] = []
     for name in _turns(quotas, count):
-        candidates = order_together if name is None else order[name]
+        candidates = order_together if name is None else orders[name]
         taken.append(next(int(column) for column in candidates if column not in taken))
-    return columns[taken]
-
-
-def _groups(statistics: ExpertStatistics, domains: Sequence[str]) -> tuple[Float, Float]:
-    """Groups of text that columns should suit, mass [G, L, E], and weights [G].
-
-    Each domain weighs 1. The windows stand for kinds that have no name: together they weigh the more the fewer have one
-    (8 ÷ D), and all of the text a quarter of that.
-    """
-    shares = np.stack([statistics.demand_shares(name) for name in domains])
-    sample = statistics.windows
-    chosen = np.flatnonzero(sample.of(statistics.indices(domains)))
-    chosen = chosen[:: max(1, math.ceil(len(chosen) / MAX_GROUP_WINDOWS))]
-    windows = sample.arrays["mass"][chosen].astype(np.float64)
-    groups = [shares, windows, shares.mean(axis=0, keepdims=True)]
-    unnamed = 8 / len(shares)
-    weights = [
-        np.full(len(shares), 1.0),
-        np.full(len(windows), unnamed / max(len(windows), 1)),
-        np.array([unnamed / 4]),
-    ]
-    return np.concatenate(groups), np.concatenate(weights)
+    return taken
 
 
 def _check(statistics: ExpertStatistics, request: PlanRequest) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from server.evaluate_report import Report
 
+MAX_NAMED = 16
+
 
 def draw_report(path: Path, report: Report) -> None:
     """Write a picture of a report's sweeps to `path`; the suffix chooses the format. Raises OSError."""
@@ -53,9 +55,13 @@ def _draw_price(axes: Axes, report: Report) -> None:
     axes.grid(alpha=0.3)
     if report.price is None or not report.price.points:
         return
-    expected = [point["expected"] for point in report.price.points]
-    actual = [point["actual"] for point in report.price.points]
-    axes.scatter(expected, actual, s=8)
-    end = max([*expected, *actual, 1e-3])
-    axes.plot([0, end], [0, end], color="black", linewidth=0.8)
+    ends = [1e-3]
+    for name in dict.fromkeys(point["domain"] for point in report.price.points):
+        own = [point for point in report.price.points if point["domain"] == name]
+        expected, actual = ([point[key] for point in own] for key in ("expected", "actual"))
+        axes.scatter(expected, actual, s=10, label=name)
+        ends += [*expected, *actual]
+    axes.plot([0, max(ends)], [0, max(ends)], color="black", linewidth=0.8)
+    if len(report.texts) <= MAX_NAMED:
+        axes.legend(fontsize=7)
     axes.set_title(f"price of a deficit, R² {report.price.r_squared:.3f}")

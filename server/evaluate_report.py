@@ -18,8 +18,9 @@ from extractor.statistics_file import read_statistics
 from router.mask import ExpertMask
 from server.calibrate import CalibrateOptions
 from server.calibrate_texts import Domain
-from server.evaluate import TextResult, answered, evaluate_text, geometric_mean, read_questions, tokenised
+from server.evaluate import TextResult, evaluate_text, geometric_mean, tokenised
 from server.evaluate_metrics import configuration_entropy, efficiency, parameters
+from server.evaluate_questions import answered, read_questions
 from server.evaluate_sweep import PriceCheck, SweepResult, check_price, sweep_criteria
 from server.model.assembly import SelectiveModel
 from server.model.runner import Runner
@@ -27,6 +28,7 @@ from server.profiles import mask_of_plan
 
 Say = Callable[[str, int, int | None], None]
 MAX_QUESTION_TOKENS = 4096
+QUESTION_ROWS = 16
 FIGURES = ("activation_ratio", "p3", "p2f", "mer", "r3", "saa")
 
 
@@ -115,7 +117,10 @@ class Report:
             share = sweep.kept / self.num_experts
             lines.append(f"keep {share:6.1%} by {sweep.name:12} mean ratio {sweep.mean_ratio:.4f}")
         if self.price is not None and self.price.points:
-            lines.append(f"expected against actual loss: R² {self.price.r_squared:.3f}")
+            lines.append(
+                f"expected against actual loss: R² {self.price.r_squared:.3f}, "
+                f"{self.price.r_squared_of_unknown_kind:.3f} where the kind of text is not told"
+            )
         return "\n".join(lines)
 
 
@@ -144,6 +149,10 @@ def evaluate_all(model: SelectiveModel, whole: SelectiveModel | None, asked: Eva
         if price is not None:
             report.expected[name] = price.expected_loss(report.texts[name].deficit, name).nats
     _ask(report, model, asked, mask, say)
+    if statistics is not None and report.reference:
+        kept = round(float((mask or model.routing.mask).num_allowed.mean()))
+        served = SweepResult("served", kept, report.texts, {name: report.ratio(name) for name in report.texts})
+        report.price = check_price(statistics, [served], report.reference)
     if statistics is not None:
         report.entropy = [float(value) for value in configuration_entropy(statistics.total("picks"))]
         _sweep(report, model, statistics, texts, asked, say)
@@ -161,7 +170,7 @@ def _statistics(path: Path, model: SelectiveModel) -> ExpertStatistics:
 
 
 def _ask(report: Report, model: SelectiveModel, asked: Evaluation, mask: ExpertMask | None, say: Say) -> None:
-    runner = Runner(model, max_rows=1, max_tokens=min(model.context_tokens, MAX_QUESTION_TOKENS))
+    runner = Runner(model, max_rows=QUESTION_ROWS, max_tokens=min(model.context_tokens, MAX_QUESTION_TOKENS))
     for path in asked.questions:
         found = read_questions(path)
         say(f"asking {found.name}", 0, None)
@@ -193,4 +202,5 @@ def _sweep(
         lambda text: say(text, 0, None),
     )
     chosen = [sweep for sweep in report.sweeps if sweep.name in asked.criteria]
-    report.price = check_price(statistics, chosen, report.reference)
+    check = check_price(statistics, chosen, report.reference)
+    report.price = PriceCheck.of([*check.points, *(report.price.points if report.price is not None else ())])

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from extractor.alignment import Columns
 from extractor.criteria import ranking, score
-from extractor.planning import best_columns
+from extractor.planning import allowed_by
+from extractor.planning_alignment import ranked_columns
 from extractor.price import Price, determination
 from extractor.statistics import ExpertStatistics
 from router.mask import ExpertMask
@@ -66,13 +67,6 @@ def allow_best(scores: npt.NDArray[np.float64], count: int) -> ExpertMask:
     return ExpertMask(allowed)
 
 
-def allow_columns(columns: Columns, num_experts: int) -> ExpertMask:
-    """The experts of deep experts [C, L]."""
-    allowed = np.zeros((columns.shape[1], num_experts), dtype=np.bool_)
-    allowed[np.arange(columns.shape[1])[None, :], columns] = True
-    return ExpertMask(allowed)
-
-
 def masks_per_domain(statistics: ExpertStatistics, domains: Sequence[str], criterion: str, count: int) -> Masks:
     """For each domain its own best experts, chosen freely in every layer."""
     return {name: allow_best(score(statistics, criterion, [name]), count) for name in domains}
@@ -80,8 +74,8 @@ def masks_per_domain(statistics: ExpertStatistics, domains: Sequence[str], crite
 
 def masks_of_columns(statistics: ExpertStatistics, domains: Sequence[str], columns: Columns, count: int) -> Masks:
     """For each domain its own best deep experts of one fixed alignment [E, L]."""
-    best = {name: best_columns(columns, statistics.demand_shares(name), count) for name in domains}
-    return {name: allow_columns(chosen, statistics.num_experts) for name, chosen in best.items()}
+    best = {name: columns[ranked_columns(statistics, columns, [name])[:count]] for name in domains}
+    return {name: ExpertMask(allowed_by(chosen, statistics.num_experts)) for name, chosen in best.items()}
 
 
 def measure(
@@ -103,41 +97,53 @@ def measure(
 
 @dataclass(frozen=True)
 class PriceCheck:
-    """How well the expected change of loss held: R² over domains and sizes, and every (domain, kept) point."""
+    """How well the expected change of loss held.
+
+    Attributes:
+        r_squared: over domains and sizes; r_squared_of_unknown_kind: where the domain is not told.
+        points: of every domain and size.
+    """
 
     r_squared: float
+    r_squared_of_unknown_kind: float
     points: list[dict[str, Any]]
 
+    @classmethod
+    def of(cls, points: list[dict[str, Any]]) -> PriceCheck:
+        """From points with what was expected and what was measured; R² is NaN for fewer than two."""
+        actual = [point["actual"] for point in points]
+        known, blind = (
+            round(determination(actual, [point[key] for point in points]), 4) if len(points) > 1 else float("nan")
+            for key in ("expected", "expected_of_unknown_kind")
+        )
+        return cls(known, blind, points)
+
     def to_json(self) -> dict[str, Any]:
-        """As JSON-ready data."""
-        return asdict(self)
+        """As JSON-ready data; what is not a number is null."""
+        return {key: None if value != value else value for key, value in asdict(self).items()}
 
 
 def check_price(
     statistics: ExpertStatistics, sweeps: Sequence[SweepResult], unmasked: Mapping[str, TextResult]
 ) -> PriceCheck:
     """Compare the loss that calibration expects for each measured deficit with the loss that was measured."""
-    points: list[dict[str, Any]] = []
     price = Price.of(statistics.price)
-    if price is None:
-        return PriceCheck(float("nan"), points)
-    for sweep in sweeps:
+    points: list[dict[str, Any]] = []
+    for sweep in sweeps if price is not None else ():
         for domain, result in sweep.results.items():
-            actual = result.loss - unmasked[domain].loss
-            expected = price.expected_loss(result.deficit, domain).nats
+            assert price is not None
+            expected, blind = (price.expected_loss(result.deficit, known).nats for known in (domain, None))
             points.append(
                 {
                     "domain": domain,
                     "kept": sweep.kept,
                     "deficit": round(result.deficit, 5),
-                    "actual": round(actual, 5),
+                    "actual": round(result.loss - unmasked[domain].loss, 5),
                     "expected": round(expected, 5),
+                    "expected_of_unknown_kind": round(blind, 5),
                 }
             )
-    r_squared = (
-        determination([p["actual"] for p in points], [p["expected"] for p in points]) if points else float("nan")
-    )
-    return PriceCheck(round(r_squared, 4), points)
+    return PriceCheck.of(points)
 
 
 def sweep_criteria(

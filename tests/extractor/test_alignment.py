@@ -19,6 +19,7 @@ from extractor.alignment import (
     served_share,
     tiered_alignment,
 )
+from extractor.planning_alignment import SHARE_WEIGHTS
 
 RECORDED = Path(__file__).parent.parent / "data" / "routing-windows.npz"
 
@@ -53,7 +54,7 @@ def alignments() -> dict[str, Columns]:
         "chain": chain_alignment(saliency, coactivation),
         "profile": profile_alignment(rank_alignment(saliency), windows),
         "tiers": tiers,
-        "coverage": coverage_alignment(tiers, groups, weights),
+        "coverage": coverage_alignment(tiers, groups, np.outer(weights, SHARE_WEIGHTS)),
     }
 
 
@@ -93,7 +94,7 @@ def test_inputs_are_not_changed() -> None:
     windows = rng.random((8, 3, 5))
     before = (columns.copy(), windows.copy())
     profile_alignment(columns, windows)
-    coverage_alignment(columns, windows, np.ones(8))
+    coverage_alignment(columns, windows, np.ones((8, 3)))
     assert np.array_equal(columns, before[0])
     assert np.array_equal(windows, before[1])
 

@@ -3,8 +3,10 @@ import pytest
 
 from extractor.errors import SelectionError
 from extractor.plan import parse_plan, plan_document
-from extractor.planning import ALIGNMENTS, PlanRequest, allowed_by, best_columns, choose_per_layer, count_for, make_plan
+from extractor.planning import PlanRequest, allowed_by, choose_per_layer, count_for, make_plan
+from extractor.planning_alignment import ALIGNMENTS, groups_of_text, ranked_columns, sensitivities
 from extractor.planning_expectation import expect
+from extractor.statistics import ExpertStatistics
 from tests.extractor.selection_statistics import NUM_EXPERTS, NUM_LAYERS, expert_of, make_statistics
 
 
@@ -39,7 +41,7 @@ def test_deep_experts_follow_the_kind_of_text() -> None:
     statistics = make_statistics()
     columns = columns_of(make_plan(statistics, PlanRequest(count=NUM_EXPERTS)))
     for domain in ("code", "chat"):
-        best = best_columns(columns, statistics.demand_shares(domain), 4)
+        best = columns[ranked_columns(statistics, columns, [domain])[:4]]
         (expectation,) = expect(statistics, allowed_by(best, NUM_EXPERTS), [domain])
         assert expectation.served_share > 0.9
 
@@ -95,3 +97,33 @@ def test_the_count_comes_from_a_number_a_share_or_bytes() -> None:
         count_for(statistics, 3, 0.5, None)
     with pytest.raises(SelectionError, match="that is 0 deep experts"):
         count_for(statistics, None, None, 1000)
+
+
+def test_a_domain_weighs_what_a_missing_share_costs_it() -> None:
+    statistics = make_statistics()
+    code, chat = sensitivities(statistics, ["code", "chat"])
+    assert code > 2 * chat
+    assert (code + chat) / 2 == pytest.approx(1.0)
+    _, weights = groups_of_text(statistics, ["code", "chat"])
+    assert weights[0, 2] / weights[1, 2] == pytest.approx(code / chat)
+    assert weights[0, 0] == weights[1, 0] == 1.0
+    statistics.price = []
+    assert sensitivities(statistics, ["code", "chat"]).tolist() == [1.0, 1.0]
+
+
+def test_columns_are_ranked_by_what_they_leave_of_tokens_and_without_tokens_by_mass() -> None:
+    statistics = make_statistics()
+    columns = columns_of(make_plan(statistics, PlanRequest(count=NUM_EXPERTS, alignment="rank")))
+    with_tokens = ranked_columns(statistics, columns, ["chat"])
+    statistics.tokens = ExpertStatistics("sha", NUM_LAYERS, NUM_EXPERTS, 2).tokens
+    without = ranked_columns(statistics, columns, ["chat"])
+    assert set(with_tokens[:4]) == set(without[:4])
+    assert sorted(with_tokens) == sorted(without) == list(range(NUM_EXPERTS))
+
+
+def test_a_plan_of_fixed_columns_by_coverage_takes_the_best_ranked() -> None:
+    statistics = make_statistics()
+    aligned = columns_of(make_plan(statistics, PlanRequest(count=NUM_EXPERTS, criterion="coverage", alignment="rank")))
+    chosen = columns_of(make_plan(statistics, PlanRequest(count=3, criterion="coverage", alignment="rank")))
+    best = aligned[ranked_columns(statistics, aligned, ["code", "chat"])[:3]]
+    assert {tuple(column) for column in chosen} == {tuple(column) for column in best}

@@ -10,15 +10,16 @@ from extractor.statistics_file import write_statistics
 from router.mask import ExpertMask
 from server.calibrate import CalibrateOptions, calibrate
 from server.calibrate_texts import TextsError, find_domains
-from server.evaluate import Question, answered, evaluate_text, read_questions, tokenised
+from server.evaluate import evaluate_text, tokenised
 from server.evaluate_metrics import Parameters, configuration_entropy, efficiency, parameters
 from server.evaluate_plots import draw_report
 from server.evaluate_pool import evaluate_pools
+from server.evaluate_questions import Question, answered, read_questions
 from server.evaluate_report import Evaluation, evaluate_all
 from server.evaluate_sweep import check_price, masks_per_domain, measure
 from server.model.assembly import SelectiveModel
 from server.model.runner import Runner
-from server.profiles import PromptPool
+from server.profiles import PoolMasking, PromptPool
 
 TEXTS = Path(__file__).parents[2] / "benchmarks" / "data" / "selection"
 
@@ -51,6 +52,26 @@ def test_questions_are_answered_greedily_and_fail_under_a_bad_mask(selective: Ca
     assert answered(runner, asked) == 0.5
     assert answered(runner, asked[:1], index_mask(1)) == 0.0
     assert runner.num_free_rows == 1
+
+
+def test_questions_side_by_side_and_under_pools_are_answered_as_alone(
+    selective: Callable[..., SelectiveModel],
+) -> None:
+    model = selective()
+    prompts = ["The capital of France is", "The capital of Japan is", "2 + 2 ="]
+    asked = [Question(prompt, answer) for prompt in prompts for answer in (" Paris.", " Tokyo.", " 4")]
+    alone, many = Runner(model, max_rows=1, max_tokens=64), Runner(model, max_rows=4, max_tokens=64)
+    assert answered(many, asked) == answered(alone, asked) > 0.2
+    assert many.num_free_rows == 4
+    pools: list[PoolMasking] = []
+
+    def pool(num_prompt_tokens: int) -> PoolMasking:
+        pools.append(PoolMasking(PromptPool(2, 8, 64), num_prompt_tokens))
+        return pools[-1]
+
+    assert answered(many, asked[:3], masking=pool) <= answered(many, asked[:3])
+    assert len(pools) == 3
+    assert all(one.mask is not None and (one.mask.num_allowed == 2).all() for one in pools)
 
 
 def test_a_criterion_beats_a_random_choice_on_text_of_the_domain(
