@@ -6,8 +6,8 @@ What is measured, in words:
 - *kept*: experts of every layer that the store holds when the round begins.
 - *seconds*: wall time of a round's requests, and of the same requests again while the store grows.
 Everything goes through `deepfew serve`'s HTTP routes. A round sends four prompts of the first kind, from round
-`--switch` on of the second kind. Then `POST /experts/grow` adds what was wanted and missing, while the same requests run
-once more; `--shrink` gives as many of the least wanted ones up first, so that the store follows the text without
+`--switch` on of the second kind. Then `POST /experts/grow` adds what was wanted and missing, while the same requests
+run once more; `--shrink` gives as many of the least wanted ones up first, so that the store follows the text without
 becoming larger. No request fails and no restart happens.
 
     python -m benchmarks.growth [--rounds 10] [--start 8] [--step 4] [--shrink] [--plot FILE] [--save]

@@ -22,6 +22,7 @@ from extractor.errors import TargetError
 from extractor.shrink import shrink_store
 from extractor.statistics import ExpertStatistics
 from router.mask import ExpertMask
+from server.engine.request import EngineStoppedError
 from server.growth_errors import GrowthBusyError, GrowthError, GrowthSourceError, NothingToGrowError
 from server.growth_ranking import Candidate, Float, deep_expert_bytes, rank_held, rank_missing, within_budget
 from server.growth_status import GrowthState, GrowthStatus, Reloaded, Shrunk
@@ -257,6 +258,8 @@ class Grower:
             log.info("the store grew", extra={"num_added": len(added), "num_bytes": num_bytes})
         except _StoppedError:
             log.info("a growth was broken off; the next one finishes it")
+        except EngineStoppedError:
+            log.info("the store grew while the server ended; the next one has it from the start")
         except Exception as error:
             self.error = type(error).__name__
             with self._counting:

@@ -161,6 +161,12 @@ def test_the_store_is_a_volume_where_the_commands_look_for_it() -> None:
         assert "/store" in settings["command"]
 
 
+def test_the_server_finds_the_checkpoint_where_the_store_was_extracted_from() -> None:
+    mounted = [volume for volume in SERVER["volumes"] if ":/checkpoint:" in volume]
+    assert mounted == [volume for volume in COMPOSE["services"]["extract"]["volumes"] if ":/checkpoint:" in volume]
+    assert COMPOSE["services"]["extract"]["command"][1] == "/checkpoint"
+
+
 def test_health_and_metrics_urls_are_routes() -> None:
     scrape = yaml.safe_load((DOCKER / "prometheus.yml").read_text())["scrape_configs"][0]
     assert {"/health/ready", scrape["metrics_path"]} <= _routes()

@@ -103,6 +103,29 @@ def test_a_store_that_is_being_extracted_into_does_not_shrink(store: Path) -> No
     assert len(read_manifest(store).deep_experts) == 12
 
 
+@pytest.mark.parametrize("moment", ["before the manifest", "after the manifest"])
+def test_killed_while_it_shrinks_a_store_is_whole_and_the_same_command_finishes(
+    store: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    where = "extractor.shrink.write_manifest" if moment == "before the manifest" else "extractor.journal.Journal.remove"
+    with monkeypatch.context() as patch:
+        patch.setattr(where, die)
+        with pytest.raises(KeyboardInterrupt):
+            shrink_store(store, [3])
+    with Store.open(store) as opened:
+        opened.verify()
+    if moment == "before the manifest":
+        shrink_store(store, [3])
+    tidy(store)
+    assert 3 not in shards(store)
+    shrink_store(store, [4])
+    assert not (store / JOURNAL_NAME).exists()
+    assert len(read_manifest(store).deep_experts) == 10
+
+
 def test_a_growth_prepared_before_the_store_shrank_is_told(store: Path, tiny_checkpoint: Path) -> None:
     work = prepare(Checkpoint.open(tiny_checkpoint), store, SelectionRequest(experts="0-15"))
     shrink_store(store, [0])

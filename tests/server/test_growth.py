@@ -10,6 +10,7 @@ from expert_store.store import Store
 from extractor.checkpoint import Checkpoint
 from extractor.prepare import prepare
 from extractor.selection import SelectionRequest
+from router.mask import ExpertMask
 from server.engine.engine import Engine
 from server.engine.request import EngineStoppedError, Event, FinishedEvent, GenerationRequest, SamplingParams
 from server.growth import Grower
@@ -134,6 +135,54 @@ def test_a_growth_that_fails_leaves_the_server_as_it_was(small_store: Path, tmp_
     assert grower.error == "CheckpointError"
     assert (grower.status().state, grower.status().num_failures) == ("idle", 1)
     assert store.available.sum(axis=1).tolist() == [12] * 8
+
+
+def test_a_full_disk_costs_the_growth_and_not_the_server(
+    small_store: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("extractor.extract.free_bytes", lambda path: 0)
+    store = Store.open(small_store)
+    demand = np.ones(store.available.shape)
+    grower = Grower(store, str(tiny_checkpoint), lambda: demand, lambda action: action(), store.reload)
+    grower.grow(1)
+    grower.wait(60)
+    assert grower.status().error == "DiskFullError"
+    monkeypatch.undo()
+    grower.grow(1)
+    grower.wait(60)
+    assert (grower.status().error, grower.status().num_deep_experts) == (None, 13)
+
+
+def test_what_is_wanted_least_is_given_up_first(small_store: Path, tiny_checkpoint: Path) -> None:
+    store = Store.open(small_store)
+    demand = np.zeros(store.available.shape)
+    demand[:, :12] = np.arange(12)[::-1]
+    grower = Grower(store, str(tiny_checkpoint), lambda: demand, lambda action: action(), store.reload)
+    done = grower.shrink(count=3)
+    assert [deep.index for deep in done.removed] == [9, 10, 11]
+    assert done.freed_bytes == sum(deep.bytes for deep in done.removed)
+    assert [one.experts for one in grower.candidates()[:1]] == [(9,) * 8]
+
+
+def test_nothing_is_given_up_that_a_mask_of_the_server_cannot_do_without(
+    small_store: Path, tiny_checkpoint: Path
+) -> None:
+    store = Store.open(small_store)
+    demand = np.ones(store.available.shape)
+    code = ExpertMask.same_in_every_layer([0, 40], 8, 64)
+    served = ExpertMask.same_in_every_layer(range(9), 8, 64)
+    grower = Grower(
+        *(store, str(tiny_checkpoint), lambda: demand, lambda action: action(), store.reload),
+        served=served,
+        profiles={"code": code},
+    )
+    with pytest.raises(GrowthError, match="profile code would be left with no expert of layer 0"):
+        grower.shrink([0])
+    with pytest.raises(GrowthError, match="mask would be left with 7 experts"):
+        grower.shrink([1, 2])
+    assert len(store.manifest.deep_experts) == 12
+    grower.shrink([1, 10, 11])
+    assert len(store.manifest.deep_experts) == 9
 
 
 def test_the_byte_budget_bounds_growth(small_store: Path, tiny_checkpoint: Path) -> None:
