@@ -26,7 +26,9 @@ def grow(
     count: Annotated[int, typer.Option(help="How many deep experts to add.")] = 1,
     budget: Annotated[str | None, typer.Option(help="Most bytes of all shards together, such as 12GiB.")] = None,
     usage: Annotated[Path | None, typer.Option(help="What was wanted; by default the store's usage.json.")] = None,
-    stats: Annotated[Path | None, typer.Option(help="Statistics, for the size of the experts' outputs.")] = None,
+    stats: Annotated[
+        Path | None, typer.Option(help="For the size of outputs; by default what servers collected.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be added, and write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
@@ -41,7 +43,7 @@ def grow(
         added, location = begun, read_manifest(store).source.location
         reasons = ["a growth that was broken off is finished first"] * len(begun)
     else:
-        chosen, location = wanted_growth(store, path, _statistics(stats), limit, count)
+        chosen, location = wanted_growth(store, path, _statistics(stats, store), limit, count)
         added, reasons = [one.experts for one in chosen], [one.reason for one in chosen]
     if not dry_run:
         grow_store(store, source or location, added)
@@ -59,7 +61,9 @@ def shrink(
     count: Annotated[int | None, typer.Option(help="Give up so many deep experts, the least wanted ones.")] = None,
     deep: Annotated[str | None, typer.Option(help="Give up these, by index, such as 3,7.")] = None,
     usage: Annotated[Path | None, typer.Option(help="What was wanted; by default the store's usage.json.")] = None,
-    stats: Annotated[Path | None, typer.Option(help="Statistics, for the size of the experts' outputs.")] = None,
+    stats: Annotated[
+        Path | None, typer.Option(help="For the size of outputs; by default what servers collected.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be given up, and write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
@@ -79,7 +83,7 @@ def shrink(
         if count < 1:
             raise GrowthError(f"--count is {count}, wanted at least 1")
         ledger = usage_of(manifest, store / "usage.json" if usage is None else usage)
-        indices = [one.index for one in rank_held(manifest, ledger.demand_mass, _statistics(stats))[:count]]
+        indices = [one.index for one in rank_held(manifest, ledger.demand_mass, _statistics(stats, store))[:count]]
     if dry_run:
         without(manifest, indices)
         freed = None
@@ -110,9 +114,11 @@ def _indices(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _statistics(path: Path | None) -> ExpertStatistics | None:
+def _statistics(path: Path | None, store: Path) -> ExpertStatistics | None:
     if path is None:
-        return None
+        from server.engine.statistics_file import served_statistics
+
+        return served_statistics(store, read_manifest(store).source.fingerprint)
     from extractor.statistics_file import read_statistics
 
     return read_statistics(path)

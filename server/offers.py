@@ -5,6 +5,7 @@ Read before the model is loaded, so that a wrong path is said at once; bound to 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from expert_store.store import Store
-from extractor.statistics import ExpertStatistics
+from extractor.statistics import ExpertStatistics, StatisticsError
 from router.mask import ExpertMask
 from server.growth_ranking import deep_expert_bytes
 from server.profiles import RequestMasks, load_profiles, profile_files
@@ -22,6 +23,8 @@ from server.usage_prior import UsagePrior
 if TYPE_CHECKING:
     from server.engine.engine import Engine
     from server.growth import Grower
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Offers:
             lambda action: engine.between_steps(action).result(),
             lambda: adopt(engine.runner, self.served),
             budget_bytes=None if growth.grow_budget is None else growth.grow_budget.resolve(everything),
-            statistics=self.statistics,
+            statistics=_sizes_of_outputs(self.statistics, store),
             served=self.served,
             profiles=self.profiles,
         )
@@ -91,3 +94,16 @@ class Offers:
             min_share=growth.grow_min_share,
             step=growth.grow_step,
         ).start()
+
+
+def _sizes_of_outputs(calibrated: ExpertStatistics | None, store: Store) -> ExpertStatistics | None:
+    """What is known of the experts' outputs: from calibration, else from what was served before this start."""
+    if calibrated is not None:
+        return calibrated
+    from server.engine.statistics_file import served_statistics
+
+    try:
+        return served_statistics(store.path, store.manifest.source.fingerprint)
+    except (StatisticsError, OSError) as error:  # the collector sets such a file aside
+        logger.warning("growth goes by what is wanted alone: %s", error)
+        return None

@@ -21,6 +21,19 @@ log = logging.getLogger(__name__)
 FILE_NAME = "statistics.safetensors"
 
 
+def served_statistics(store: Path, fingerprint: str) -> ExpertStatistics | None:
+    """What servers of the store at `store` collected; None where nothing was, or of another checkpoint.
+
+    Raises:
+        StatisticsError, OSError: the file cannot be read.
+    """
+    try:
+        found = read_statistics(store / FILE_NAME)
+    except FileNotFoundError:
+        return None
+    return found if found.fingerprint == fingerprint else None
+
+
 class StatisticsFile:
     """Keeps statistics in a file.
 

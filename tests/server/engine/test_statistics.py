@@ -1,5 +1,6 @@
 """Statistics collected while serving: the same as calibration's for the same tokens, cheap, and kept."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,20 +11,24 @@ import pytest
 import torch
 
 from expert_store.store import Store
+from extractor.checkpoint import Checkpoint
 from extractor.criteria import score
 from extractor.planning import PlanRequest, make_plan
+from extractor.prepare import prepare
+from extractor.selection import SelectionRequest
 from extractor.statistics import WINDOW_TOKENS, ExpertStatistics
 from extractor.statistics_file import read_statistics, write_statistics
-from router.ledger import StepRecord
+from router.ledger import StepRecord, UsageLedger
 from router.mask import ExpertMask
 from server.calibrate_collect import observe
 from server.calibrate_run import run_batch
+from server.cli import main
 from server.engine import statistics as collecting
 from server.engine.engine import Engine
 from server.engine.request import GenerationRequest
 from server.engine.sequence import Sequence
 from server.engine.statistics import DOMAIN, MAX_SHARE, OnlineStatistics
-from server.engine.statistics_file import StatisticsFile
+from server.engine.statistics_file import FILE_NAME, StatisticsFile, served_statistics
 from server.model.assembly import load_model
 from server.model.observation import ExpertOutputs, OutputObserver, observe_outputs
 from server.model.routing import RowShare
@@ -148,6 +153,43 @@ def test_statistics_of_another_checkpoint_are_set_aside(make_engine: Callable[..
     assert read_statistics(path).num_layers == 8
     (aside,) = tmp_path.glob("statistics.safetensors.unreadable-*")
     assert read_statistics(aside).fingerprint == "another"
+
+
+def test_what_servers_of_a_store_collected_is_found_unless_it_is_of_another_checkpoint(tmp_path: Path) -> None:
+    assert served_statistics(tmp_path, "f") is None
+    write_statistics(tmp_path / FILE_NAME, ExpertStatistics("f", 2, 4, 2))
+    found = served_statistics(tmp_path, "f")
+    assert found is not None
+    assert found.num_experts == 4
+    assert served_statistics(tmp_path, "g") is None
+
+
+def test_growing_goes_by_the_sizes_of_outputs_that_servers_saw(
+    make_engine: Callable[..., Engine], tiny_checkpoint: Path, tmp_path: Path, everything_is_due: None, capsys: Any
+) -> None:
+    """Experts of one layer are made to look large: the growth of that layer follows them, not demand alone."""
+    store = tmp_path / "store"
+    prepare(Checkpoint.open(tiny_checkpoint), store, SelectionRequest(count=16)).run()
+    engine = make_engine(store_path=store, usage_path=store / "usage.json", statistics_path=store / FILE_NAME)
+    for text in TEXTS:
+        Client(engine, text, **OPTIONS).result()
+    engine.stop(5)
+
+    def next_experts() -> list[int]:
+        assert main(["grow", str(store), "--dry-run", "--json"]) == 0
+        return list(json.loads(capsys.readouterr().out)["added"][0]["experts"])
+
+    before = next_experts()
+    collected = read_statistics(store / FILE_NAME)
+    ledger = UsageLedger.load(store / "usage.json")
+    wanted = np.where(np.arange(64) >= 16, ledger.demand_mass[3], 0.0)
+    second = int(np.argsort(-wanted)[1])
+    collected.totals["picks"][0, 3, second] = 1
+    collected.totals["output_norm"][0, 3, second] = 1e6
+    write_statistics(store / FILE_NAME, collected)
+    after = next_experts()
+    assert after[3] == second != before[3]
+    assert after[:3] + after[4:] == before[:3] + before[4:]
 
 
 def test_a_file_that_cannot_be_written_costs_a_warning_and_is_tried_again(
