@@ -16,7 +16,8 @@ What is measured, in words:
 - *questions*: answered exactly, greedily, `planned`: under the mask of the kind of the same name, `pool`: under the
   pool that each prompt chooses with the prior; and the efficiency metrics.
 
-    python -m benchmarks.selection [--checkpoint DIR]... [--texts PATH...] [--questions FILE...] [--save NAME]
+    python -m benchmarks.selection [--checkpoint DIR]... [--texts PATH...] [--questions FILE...] [--parallel]
+                                   [--save NAME]
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +64,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="held-out tokens of a kind")
     parser.add_argument("--seeds", type=int, default=3, help="of the random control")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; default: all")
+    parser.add_argument("--parallel", action="store_true", help="checkpoints side by side, a process each")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     arguments = parser.parse_args()
     import transformers
@@ -69,8 +73,13 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     checkpoints = arguments.checkpoint or [REPOSITORY / "models" / "tiny-moe"]
     result: dict[str, Any] = {"environment": environment(arguments.device), "checkpoints": {}}
-    for checkpoint in checkpoints:
-        result["checkpoints"][checkpoint.name] = run(checkpoint, arguments)
+    if arguments.parallel:
+        with ProcessPoolExecutor(len(checkpoints), get_context("spawn")) as pool:
+            found = list(pool.map(run, checkpoints, [arguments] * len(checkpoints)))
+    else:
+        found = [run(checkpoint, arguments) for checkpoint in checkpoints]
+    for checkpoint, one in zip(checkpoints, found, strict=True):
+        result["checkpoints"][checkpoint.name] = one
     finish(arguments.save or "selection", result, save=arguments.save is not None)
 
 
