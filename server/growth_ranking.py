@@ -47,8 +47,9 @@ def expected_norms(statistics: ExpertStatistics | None, available: npt.NDArray[n
     """Mean output norm of each expert, float64 [L, E]: measured, or the layer's median, or 1 where nothing is known."""
     if statistics is None:
         return np.ones(available.shape)
-    picks = statistics.total("picks")
-    means: Float = np.divide(statistics.total("output_norm"), picks, out=np.full(picks.shape, np.nan), where=picks > 0)
+    picks, norms = statistics.total("picks"), statistics.total("output_norm")
+    is_known = (picks > 0) & (norms > 0)  # statistics of captured graphs have picks alone
+    means: Float = np.divide(norms, picks, out=np.full(picks.shape, np.nan), where=is_known)
     for row in means:
         row[np.isnan(row)] = np.nanmedian(row) if np.isfinite(row).any() else 1.0
     return means

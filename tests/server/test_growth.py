@@ -44,6 +44,8 @@ def test_statistics_say_whose_output_is_large() -> None:
     assert norms[0, 3] == pytest.approx(9.0)
     assert norms[1, 2] == pytest.approx(1.0)  # never picked: its layer's median
     assert rank_missing(available, np.ones((3, 8)), 1, statistics)[0].experts[0] == 3
+    statistics.totals["output_norm"][:] = 0.0
+    assert (expected_norms(statistics, available) == 1.0).all(), "picks alone say nothing of outputs"
 
 
 @pytest.fixture
