@@ -116,7 +116,7 @@ def usage_of(manifest: Manifest, usage: Path) -> UsageLedger:
         ledger = UsageLedger.load(usage)
     except FileNotFoundError:
         raise GrowthError(
-            f"{usage} does not exist, so nothing is known of what was wanted: serve the store first, which saves it, or "
+            f"{usage} does not exist, so nothing is known of what was wanted: serve the store, which writes it, or "
             "name a usage file"
         ) from None
     if ledger.fingerprint != manifest.source.fingerprint:
