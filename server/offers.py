@@ -33,7 +33,7 @@ class Offers:
 
     Attributes:
         profiles: masks by name.
-        statistics: calibrated, or else collected while serving; None where there are none yet.
+        statistics: of calibration; None where nothing was calibrated.
         served: the mask that the server was started with; None is all of the store.
     """
 
@@ -45,13 +45,11 @@ class Offers:
     def read(
         cls, settings: Settings, store: Store, served: ExpertMask | None, statistics: ExpertStatistics | None
     ) -> Offers:
-        """Read the profiles that the settings name, and what earlier servers collected where nothing was calibrated.
+        """Read the profiles that the settings name.
 
         Raises:
             ProfileError, SelectionError, MaskError: see `load_profiles`.
         """
-        if statistics is None:
-            statistics = _collected(store)
         files = profile_files(settings.masks.profiles) if settings.masks.profiles else []
         available = ExpertMask.of(store.available)
         return cls(load_profiles(files, available if served is None else served), statistics, served)
@@ -108,14 +106,4 @@ def _sizes_of_outputs(calibrated: ExpertStatistics | None, store: Store) -> Expe
         return served_statistics(store.path, store.manifest.source.fingerprint)
     except (StatisticsError, OSError) as error:  # the collector sets such a file aside
         logger.warning("growth goes by what is wanted alone: %s", error)
-        return None
-
-
-def _collected(store: Store) -> ExpertStatistics | None:
-    from server.engine.statistics_file import served_statistics
-
-    try:
-        return served_statistics(store.path, store.manifest.source.fingerprint)
-    except (StatisticsError, OSError) as error:
-        logger.warning("what earlier servers collected is not used: %s", error)
         return None
