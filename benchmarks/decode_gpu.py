@@ -38,6 +38,7 @@ import torch
 from benchmarks import gpu_paging, gpu_paths, gpu_timing
 from benchmarks.reporting import environment, finish, table
 from expert_store.paging.pages import DevicePages, PagesShape, Policy
+from server.model.device.compiling import in_parallel
 from server.model.device.graph import StepGraph
 from server.model.device.state import RowState
 from server.model.device.step import STAGES, DecodeStep, StepOptions
@@ -52,6 +53,7 @@ CONTEXT = 1024
 DEVICE = "cuda:0"
 SYNTHETIC = ((0.6, 0.3), (1.0, 0.5))
 SHARES = (0.125, 0.25, 0.5)
+BATCHES = (1, 2, 4, 8, 16, 32)
 PIN_BYTES = 6 << 30
 
 
@@ -90,7 +92,11 @@ class Bench:
         trunk = self._trunk("qwen", QWEN)
         pages, state = self._full_pages(QWEN), RowState(QWEN, DEVICE)
         rows = []
-        for batch in (1, 8, 32):
+        with in_parallel():
+            for batch in BATCHES:
+                options = StepOptions(greedy=True, pdl=batch == 1)
+                DecodeStep(QWEN, trunk, pages, state, batch, options).compile()
+        for batch in BATCHES:
             rows.append(self._resident_step(QWEN, trunk, pages, state, batch))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         self.result["split"] = self._split(trunk, pages, state)

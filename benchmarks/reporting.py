@@ -62,6 +62,10 @@ def _cell(value: object) -> str:
 
 
 def _commit() -> str:
+    """The commit and whether the packages differ from it; BENCH_COMMIT where the copy that runs has no git."""
+    if os.environ.get("BENCH_COMMIT"):
+        return os.environ["BENCH_COMMIT"]
+
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
 

@@ -1,10 +1,17 @@
 """The main job on a GPU, through the commands that users type: extract, generate, serve, and a POST /generate.
 
 What is measured, in words:
-- *equal text*: greedy text of the bundled checkpoint in float32 with 16 of 64 slots a layer, on the GPU and on the CPU.
+- *equal text*: greedy text of the bundled checkpoint in float32 with 16 of 64 slots a layer, on the CPU and on both
+  paths of the GPU.
 - *extraction*: seconds and rate of `deepfew extract` on a generated checkpoint.
-- *tokens/s, one request*: of `deepfew serve` with a quarter of the experts in slots: 1000 over `x-time-per-token`,
-  prefill included; *four together*: all tokens of four requests sent at once over the wall time.
+- *servings*: `deepfew serve` of it three times, a quarter of the experts in slots: on the device-driven path with
+  nothing compiled before, once more with what the first left in Triton's cache, and on the host-driven path.
+- *ready*: seconds from the command to the first 200 of `/health/ready`; *phases*: how long the log said what was done,
+  by its times, to 50 ms.
+- *tokens/s*: generated tokens over the wall time of the requests, prompt included: one greedy request, one sampled
+  (temperature 0.8, top-p 0.95), four greedy ones at once.
+- *ms between tokens*: median time between the events of a stream as its client sees them, greedy and sampled;
+  *ms to the first*: from sending the request to its first event.
 - *peak device memory*: as the driver counts it, the most seen while serving, beside the bytes of all experts.
 
 Run on a machine with a GPU: python -m benchmarks.serve_gpu --directory /tmp/serve-gpu [--save]
@@ -13,13 +20,18 @@ Run on a machine with a GPU: python -m benchmarks.serve_gpu --directory /tmp/ser
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +65,20 @@ def deepfew(*arguments: str, **environment_: str) -> str:
     return done.stdout
 
 
-def equal_text(directory: Path) -> list[dict[str, Any]]:
-    """Greedy text of the bundled checkpoint on both devices."""
+def equal_text(directory: Path) -> dict[str, Any]:
+    """Greedy text of the bundled checkpoint on the CPU and on both paths of the GPU."""
     store = directory / "tiny-store"
     deepfew("extract", str(REPOSITORY / "models" / "tiny-moe"), str(store))
-    results = []
-    for prompt in PROMPTS[:3]:
-        texts = {}
-        for device in ("cpu", "cuda"):
-            options = ("--device", device, "--dtype", "float32", "--slots", "16", "--max-new-tokens", "64", "--json")
-            texts[device] = json.loads(deepfew("generate", str(store), prompt, *options))
-        cpu, cuda = texts["cpu"], texts["cuda"]
-        equal = cpu["generated_text"] == cuda["generated_text"]
-        results.append({"prompt": prompt, "equal": equal, "num_tokens": cuda["generated_tokens"]})
-    return results
+    answers = {}
+    for name, flags in {
+        "cpu": ("--device", "cpu"),
+        "device": ("--device", "cuda", "--decode-path", "device"),
+        "host": ("--device", "cuda", "--decode-path", "host"),
+    }.items():
+        options = ("--dtype", "float32", "--slots", "16", "--max-new-tokens", "64", "--json")
+        answers[name] = json.loads(deepfew("generate", str(store), PROMPTS[1], *flags, *options))
+    equal = len({answer["generated_text"] for answer in answers.values()}) == 1
+    return {"prompt": PROMPTS[1], "equal": equal, "num_tokens": answers["device"]["generated_tokens"]}
 
 
 def extract_large(directory: Path, shape: Shape) -> tuple[Path, dict[str, Any]]:
@@ -106,47 +118,71 @@ class PeakMemory(threading.Thread):
         return self.peak_bytes
 
 
-def serve_quarter(store: Path, shape: Shape, num_tokens: int) -> dict[str, Any]:
-    """Serve with a quarter of the experts in slots; one request, then four at once."""
+def serve_quarter(store: Path, shape: Shape, num_tokens: int, path: str, triton_cache: Path) -> dict[str, Any]:
+    """Serve with a quarter of the experts in slots; one request, a sampled one, then four at once."""
     import torch
 
     torch.zeros(1, device="cuda")
     free, total = torch.cuda.mem_get_info()
     before = total - free
     options = ["--slots", str(shape.num_experts // 4), "--port", str(PORT), "--device", "cuda", "--host-memory", "100%"]
+    options += ["--decode-path", path, "--max-batch-size", "4", "--log-format", "json", "--max-context-tokens", "4096"]
     command = [sys.executable, "-c", "from server.cli import main; main()", "serve", str(store), *options]
-    started = time.perf_counter()
-    log = open(store.parent / "serve.log", "wb")  # noqa: SIM115 (the server's, for as long as it runs)
-    server = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log)
+    log = store.parent / "serve.log"
+    started = time.time()
+    with log.open("wb") as file:
+        server = subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=file, stderr=file, env={**os.environ, "TRITON_CACHE_DIR": str(triton_cache)}
+        )
     try:
         _wait_until_ready(server)
-        ready_seconds = time.perf_counter() - started
+        ready = time.time()
         memory = PeakMemory()
         memory.start()
-        _generate(num_tokens=8)
-        _, headers = _generate(num_tokens)
-        single = {name: float(headers[name]) for name in ("x-time-per-token", "x-inference-time", "x-total-time")}
-        wall = time.perf_counter()
-        threads = [threading.Thread(target=_generate, args=(num_tokens, seed)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        together = 4 * num_tokens / (time.perf_counter() - wall)
+        _generate(8)
+        rates: dict[str, float] = {}
+        streams: dict[str, dict[str, float]] = {}
+        for name, options_, many in (
+            ("one greedy", {}, 1),
+            ("one sampled", {"temperature": 0.8, "top_p": 0.95, "seed": 1}, 1),
+            ("four greedy", {}, 4),
+        ):
+            wall = time.perf_counter()
+            with ThreadPoolExecutor(many) as clients:
+                answers = list(clients.map(lambda at, o=options_: _generate(num_tokens, at, **o), range(many)))
+            generated = sum(answer["details"]["generated_tokens"] for answer in answers)
+            rates[name] = generated / (time.perf_counter() - wall)
+            if many == 1:
+                streams[name] = _stream(num_tokens, **options_)
         peak = memory.stop() - before
         experts = json.loads(urllib.request.urlopen(f"http://127.0.0.1:{PORT}/experts").read())
+        info = json.loads(urllib.request.urlopen(f"http://127.0.0.1:{PORT}/info").read())
     finally:
         server.terminate()
         server.wait(60)
+        print(log.read_text()[-1500:], flush=True)
     return {
-        "ready_seconds": ready_seconds,
-        "tokens_per_second": 1000 / single["x-time-per-token"],
-        "headers_ms": single,
-        "tokens_per_second_four_together": together,
+        "decode_path": info["decode_path"],
+        "ready_seconds": ready - started,
+        "phases": phases(log, started, ready),
+        "tokens_per_second": rates,
+        "streams": streams,
         "peak_device_bytes": peak,
-        "experts_bytes": shape.experts_bytes,
         "totals": experts["totals"],
     }
+
+
+def phases(log: Path, started: float, ready: float) -> dict[str, float]:
+    """Seconds that each thing took which the log says was done while loading."""
+    moments = [("python and imports", started)]
+    for line in log.read_text().splitlines():
+        record = json.loads(line) if line.startswith("{") else {}
+        if record.get("message") == "loading" and record["doing"] != moments[-1][0]:
+            moments.append((record["doing"], datetime.fromisoformat(record["time"]).timestamp()))
+    took: dict[str, float] = {}
+    for (doing, since), (_, until) in zip(moments, [*moments[1:], ("", ready)], strict=True):
+        took[doing] = took.get(doing, 0.0) + until - since
+    return took
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes]) -> None:
@@ -160,12 +196,26 @@ def _wait_until_ready(server: subprocess.Popen[bytes]) -> None:
             time.sleep(0.2)
 
 
-def _generate(num_tokens: int, seed: int = 1) -> tuple[dict[str, Any], Any]:
-    parameters = {"max_new_tokens": num_tokens, "do_sample": True, "seed": seed, "details": True}
-    body = json.dumps({"inputs": PROMPTS[seed % len(PROMPTS)], "parameters": parameters}).encode()
-    request = urllib.request.Request(f"http://127.0.0.1:{PORT}/generate", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=600) as response:
-        return json.loads(response.read()), response.headers
+def _generate(num_tokens: int, prompt: int = 1, **options: Any) -> dict[str, Any]:
+    with _post("/generate", num_tokens, prompt, details=True, **options) as response:
+        answer: dict[str, Any] = json.loads(response.read())
+        return answer
+
+
+def _stream(num_tokens: int, **options: Any) -> dict[str, float]:
+    """Milliseconds to the first event of a stream, and the median between one and the next."""
+    times = [time.perf_counter()]
+    with _post("/generate_stream", num_tokens, 1, **options) as response:
+        times += [time.perf_counter() for line in response if line.startswith(b"data:")]
+    gaps = [1e3 * (after - before) for before, after in itertools.pairwise(times)]
+    return {"first_ms": gaps[0], "between_ms": statistics.median(gaps[1:])}
+
+
+def _post(path: str, num_tokens: int, prompt: int, **options: Any) -> Any:
+    parameters = {"max_new_tokens": num_tokens, **options}
+    body = json.dumps({"inputs": PROMPTS[prompt % len(PROMPTS)], "parameters": parameters}).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{PORT}{path}", body, {"Content-Type": "application/json"})
+    return urllib.request.urlopen(request, timeout=600)
 
 
 def main() -> None:
@@ -179,23 +229,32 @@ def main() -> None:
     shape = Shape(**{**LARGE.__dict__, "num_layers": arguments.num_layers})
     equal = equal_text(arguments.directory)
     print(
-        table(
-            ["prompt", "greedy tokens", "equal on CPU and GPU"],
-            [[r["prompt"], r["num_tokens"], r["equal"]] for r in equal],
-        )
+        f"{equal['num_tokens']} greedy tokens, equal on the CPU and both paths of the GPU: {equal['equal']}", flush=True
     )
     store, extraction = extract_large(arguments.directory, shape)
     print(f"extracted in {extraction['seconds']:.0f} s, {extraction['bytes_per_second'] / 1e9:.2f} GB/s", flush=True)
-    served = serve_quarter(store, shape, arguments.num_tokens)
+    servings = {}
+    cache = arguments.directory / "triton"
+    shutil.rmtree(cache, ignore_errors=True)
+    for name, path in (("device, first start", "device"), ("device, second start", "device"), ("host", "host")):
+        servings[name] = serve_quarter(store, shape, arguments.num_tokens, path, cache)
     rows = [
-        ["seconds until ready", served["ready_seconds"]],
-        ["tokens/s, one request", served["tokens_per_second"]],
-        ["tokens/s, four together", served["tokens_per_second_four_together"]],
-        ["peak device memory, GB", served["peak_device_bytes"] / 1e9],
-        ["all experts, GB", shape.experts_bytes / 1e9],
+        ["seconds until ready", *(one["ready_seconds"] for one in servings.values())],
+        *(
+            [f"tokens/s, {kind}", *(one["tokens_per_second"][kind] for one in servings.values())]
+            for kind in ("one greedy", "one sampled", "four greedy")
+        ),
+        *(
+            [f"{text}, {kind}", *(one["streams"][kind][key] for one in servings.values())]
+            for kind in ("one greedy", "one sampled")
+            for key, text in (("between_ms", "ms between tokens"), ("first_ms", "ms to the first"))
+        ),
+        ["peak device memory, GB", *(one["peak_device_bytes"] / 1e9 for one in servings.values())],
     ]
-    print(table(["a quarter of the experts in slots", ""], rows))
-    result = {"equal_text": equal, "extraction": extraction, "serving": served}
+    print(table([f"{shape.experts_bytes / 1e9:.1f} GB of experts, a quarter in slots", *servings], rows))
+    for name, one in servings.items():
+        print(name, json.dumps({doing: round(seconds, 1) for doing, seconds in one["phases"].items()}))
+    result = {"equal_text": equal, "extraction": extraction, "servings": servings}
     finish("serve_gpu", {**environment("cuda"), **result}, save=arguments.save)
 
 

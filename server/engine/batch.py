@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -31,7 +32,7 @@ from server.engine.sequence import Sequence
 from server.engine.statistics import OnlineStatistics
 from server.engine.tokens import prompt_logprobs, token_logprob, token_text, top_logprobs
 from server.engine.unreadable import CorruptExperts, UnreadableExperts
-from server.model.runner import Likeliest, Runner, StepFault, StepOutput
+from server.model.runner import Choice, Chosen, Runner, StepFault, StepOutput
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +146,7 @@ class Batch:
             self._take_token(sequence, output.logits[-1])
 
     def _decode(self, sequences: list[Sequence]) -> None:
+        choices: dict[Sequence, Choice | None] = {}
         while True:
             masks = self._masks_of(sequences)
             sequences = list(masks)
@@ -153,9 +155,14 @@ class Batch:
             rows = [sequence.row for sequence in sequences if sequence.row is not None]
             tokens = [sequence.generated[-1] for sequence in sequences]
             temperatures = [sequence.request.router_temperature for sequence in sequences]
-            temper = {} if all(value == 1.0 for value in temperatures) else {"temperatures": temperatures}
+            options: dict[str, Any] = {} if all(t == 1.0 for t in temperatures) else {"temperatures": temperatures}
+            if self._runner.can_choose:
+                for sequence in sequences:  # drawn once, however often the step has to be run
+                    if sequence not in choices:
+                        choices[sequence] = sequence.sampler.choice() if sequence.sampler.leaves_choice else None
+                options["choices"] = [choices[sequence] for sequence in sequences]
             try:
-                output = self._runner.decode(rows, tokens, masks=list(masks.values()), **temper)
+                output = self._runner.decode(rows, tokens, masks=list(masks.values()), **options)
                 break
             except StoreError as error:
                 failed = self._fail_those_in_need(sequences, error)
@@ -163,7 +170,7 @@ class Batch:
         refused = self._record(output, sequences)
         for at, (sequence, logits) in enumerate(zip(sequences, output.logits, strict=True)):
             if sequence not in refused:
-                self._take_token(sequence, logits, output.likeliest, at)
+                self._take_token(sequence, logits, output.chosen, at)
 
     # -- postprocess ---------------------------------------------------------------------------------------------------
 
@@ -224,17 +231,17 @@ class Batch:
             return own or (None if served.is_full else self._everything)
         return None if own is None else own & served
 
-    def _take_token(self, sequence: Sequence, logits: Tensor, likeliest: Likeliest | None = None, at: int = 0) -> None:
+    def _take_token(self, sequence: Sequence, logits: Tensor, chosen: Chosen | None = None, at: int = 0) -> None:
         """Choose the next token from logits [V], tell the client, end the sequence if it is complete.
 
-        `likeliest` is of the step's rows, this sequence's the `at`-th: a greedy choice then leaves the logits alone.
+        `chosen` is what the runner chose for the step's rows, this sequence's the `at`-th: the logits are left alone.
         """
-        if likeliest is not None and sequence.sampler.takes_likeliest:
-            token = int(likeliest.token[at])
-            logprob = float(likeliest.logit[at] - likeliest.normaliser[at])
+        if chosen is not None and sequence.sampler.leaves_choice:
+            token = int(chosen.token[at])
+            logprob = float(chosen.logit[at] - chosen.normaliser[at])
         else:
             token = sequence.sampler.choose(logits)
-            logprob = token_logprob(logits, token, None if likeliest is None else float(likeliest.normaliser[at]))
+            logprob = token_logprob(logits, token, None if chosen is None else float(chosen.normaliser[at]))
         if sequence.first_token_at is None:
             sequence.first_token_at = time.monotonic()
         sequence.generated.append(token)

@@ -22,6 +22,7 @@ from transformers.generation.logits_process import (
 )
 
 from server.engine.request import SamplingParams
+from server.model.runner import Choice
 
 
 class Sampler:
@@ -46,9 +47,22 @@ class Sampler:
             self._draws = np.random.Generator(np.random.Philox(key=self.seed))
 
     @property
-    def takes_likeliest(self) -> bool:
-        """Whether `choose` takes the most likely token of the unmodified logits, so need not look at them."""
-        return self.seed is None and not self._processors
+    def leaves_choice(self) -> bool:
+        """Whether a runner may choose instead of `choose`: nothing depends on the tokens so far."""
+        return not self._keeps_ids
+
+    def choice(self) -> Choice | None:
+        """How a runner is to draw the next token, None for the most likely one; advances the random stream by one draw.
+        Only where `leaves_choice`."""
+        if self.seed is None:
+            return None
+        params = self._params
+        return Choice(
+            temperature=1.0 if params.temperature is None else float(params.temperature),
+            top_k=params.top_k,
+            top_p=1.0 if params.top_p is None else float(params.top_p),
+            draw=self._draws.random(),
+        )
 
     def choose(self, logits: Tensor) -> int:
         """The next token from logits [V] float32, which are not changed; advances the random stream by one draw. Waits

@@ -26,16 +26,27 @@ from server.model.routing import RowShare
 
 
 @dataclass(frozen=True)
-class Likeliest:
-    """The most likely token of each row, [B] each, in host memory.
+class Choice:
+    """How a row's next token is drawn: `temperature` divides the logits, the `top_k` most likely (None: all) and of
+    them the most likely that reach `top_p` (1: all) are left, and `draw`, uniform in [0, 1), decides among them."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float
+    draw: float
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The token of each row, [B] each, in host memory: drawn by its `Choice`, else the most likely one.
 
     Attributes:
-        token: int32, the lowest id of equals.
+        token: int64; the lowest id of equals where it is the most likely one.
         logit: float32, its logit.
         normaliser: float32, logsumexp of the row's logits: a logit less this is a log-probability.
     """
 
-    token: npt.NDArray[np.int32]
+    token: npt.NDArray[np.int64]
     logit: npt.NDArray[np.float32]
     normaliser: npt.NDArray[np.float32]
 
@@ -49,13 +60,13 @@ class StepOutput:
         record: its routing, for the usage ledger.
         share: demanded and missed router mass of each row.
         outputs: what the experts put out over the record's tokens, where it was observed.
-        likeliest: of each row, where the runner computed it on the way; saves a greedy step every look at the logits.
+        chosen: the next token of each row, where the runner chose it on the way; saves every look at the logits.
     """
 
     logits: Tensor
     record: StepRecord
     share: RowShare
-    likeliest: Likeliest | None = None
+    chosen: Chosen | None = None
     outputs: ExpertOutputs | None = None
 
 
@@ -86,6 +97,7 @@ class Runner:
 
     Attributes:
         kind: what this way of running is called towards users.
+        can_choose: whether `decode` takes choices and gives `StepOutput.chosen`.
         decode_path: who drives the experts of a decode step, "host" or "device".
         can_fetch_missing: whether experts that the store lacks can come from elsewhere in the middle of a step.
         can_temper_router: whether rows may have a router temperature.
@@ -93,6 +105,7 @@ class Runner:
 
     kind: ClassVar[str] = "the host-driven path"
     decode_path: ClassVar[str] = "host"
+    can_choose: ClassVar[bool] = False
     can_fetch_missing: ClassVar[bool] = True
     can_temper_router: ClassVar[bool] = True
 

@@ -63,6 +63,17 @@ def test_both_paths_give_the_same_text_and_the_same_account_of_it(loaded):
     assert (device.fetch_bytes == device.misses * device.expert_bytes).all()
 
 
+def test_sampled_greedy_and_penalised_requests_share_a_batch_and_choose_as_on_the_host(loaded):
+    ways = [{"temperature": 0.7, "top_p": 0.9, "seed": 3}, {}, {"repetition_penalty": 1.3, "top_k": 5, "seed": 4}]
+    texts = {}
+    for path in ("device", "host"):
+        engine = loaded(path, max_batch_size=3).engine
+        clients = [Client(engine, "one two", max_new_tokens=4, ignore_eos=True, **way) for way in ways]
+        texts[path] = [client.result().generated_text for client in clients]
+    assert texts["device"] == texts["host"]
+    assert len(set(texts["device"])) == 3
+
+
 def test_requests_with_masks_of_their_own_share_a_batch(loaded):
     texts = {}
     for path in ("device", "host"):

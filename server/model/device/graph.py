@@ -19,7 +19,7 @@ from server.model.device.step import DecodeStep
 class StepGraph:
     """Replays `steps_per_replay` decode steps; more than one only makes sense when the step picks its own tokens.
 
-    With `for_host` a replay reads rows and tokens from host memory and reports to it: see `run`.
+    With `for_host` a replay reads rows and tokens from host memory and reports to it: see `enqueue` and `wait`.
     """
 
     def __init__(self, step: DecodeStep, *, steps_per_replay: int = 1, for_host: bool = False) -> None:
@@ -57,15 +57,16 @@ class StepGraph:
         else:
             self._graph.replay()
 
-    def run(self, rows: Sequence[int], tokens: Sequence[int]) -> Report:
-        """One step of a graph made `for_host`: each row takes its token. Waits for it.
-
-        Returns the report in host memory, valid until the next `run`; entries past `rows` are meaningless.
-        """
+    def enqueue(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """One step of a graph made `for_host`: each row takes its token. Then `wait`, before the next `enqueue`."""
         inputs = self._inputs.numpy()
         inputs[0], inputs[1] = -1, 0
         inputs[:, : len(rows)] = np.array([rows, tokens])
         self.replay()
+
+    def wait(self) -> Report:
+        """Waits for the device; the report of the last step, in host memory and valid until the next `enqueue`. Entries
+        past that step's rows are meaningless."""
         if self._report.is_pinned():
             torch.cuda.current_stream().synchronize()
         return self.report

@@ -165,16 +165,43 @@ class ExpertStream:
         if group.arrived is not None:
             torch.cuda.current_stream().wait_event(group.arrived)
         ids, targets = self._ids[group.start : group.stop], self._targets[group.start : group.stop]
-        size, width, inner = group.stop - group.start, self._hidden, self._intermediate
-        tokens = 64 if hidden.shape[0] >= 256 else 16
+        self._run(ids, targets, hidden, offsets, order, act, out, top_k, 64 if hidden.shape[0] >= 256 else 16, False)
+        group.used = torch.cuda.current_stream().record_event() if self._cuda else True
+
+    def _run(
+        self, ids: Tensor, targets: Tensor, hidden: Tensor, offsets: Tensor, order: Tensor, act: Tensor, out: Tensor,
+        top_k: int, tokens: int, compiles: bool,
+    ) -> None:  # fmt: skip
+        """Both products of a group in tiles of `tokens`; or only compiles them."""
+        size, width, inner = len(ids), self._hidden, self._intermediate
         tile = 64 if self._cuda else pow2(min(64, width))
         anchor = self._pages.slots
-        kernels.gate_up_group[(size, triton.cdiv(inner, tile))](
+
+        def run(kernel: Any, grid: tuple[int, int], *args: Any, **constants: Any) -> None:
+            if compiles:
+                kernel.warmup(*args, grid=grid, num_warps=4, num_stages=3, **constants)
+            else:
+                kernel[grid](*args, num_warps=4, num_stages=3, **constants)
+
+        run(
+            kernels.gate_up_group, (size, triton.cdiv(inner, tile)),
             hidden, anchor, ids, targets, offsets, order, act,
-            K=top_k, H=width, I=inner, BT=tokens, BI=tile, BK=divisor(width, 64), num_warps=4, num_stages=3,
+            K=top_k, H=width, I=inner, BT=tokens, BI=tile, BK=divisor(width, 64),
         )  # fmt: skip
-        kernels.down_group[(size, triton.cdiv(width, tile))](
+        run(
+            kernels.down_group, (size, triton.cdiv(width, tile)),
             act, anchor, ids, targets, offsets, order, out,
-            H=width, I=inner, BT=tokens, BH=tile, BK=divisor(inner, 64), num_warps=4, num_stages=3,
+            H=width, I=inner, BT=tokens, BH=tile, BK=divisor(inner, 64),
         )  # fmt: skip
-        group.used = torch.cuda.current_stream().record_event() if self._cuda else True
+
+    def compile(self) -> None:
+        """Compiles the products of short and of long chunks, without launching any."""
+        device, dtype, top_k = self._pages.device, self._pages.shape.dtype, self._pages.shape.top_k
+        ids = torch.zeros(1, dtype=torch.int32, device=device)
+        longs = torch.zeros(top_k, dtype=torch.int64, device=device)
+        offsets = torch.zeros(self._pages.shape.num_experts + 1, dtype=torch.int32, device=device)
+        hidden = torch.zeros(1, self._hidden, dtype=dtype, device=device)
+        act = torch.zeros(top_k, self._intermediate, dtype=dtype, device=device)
+        out = torch.zeros(top_k, self._hidden, dtype=dtype, device=device)
+        for tokens in (16, 64):
+            self._run(ids, longs[:1], hidden, offsets, longs, act, out, top_k, tokens, True)

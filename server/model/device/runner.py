@@ -21,14 +21,16 @@ from router.ledger import StepRecord
 from router.mask import ExpertMask
 from server.model.assembly import SelectiveModel
 from server.model.attention_mask import attention_masks
+from server.model.device.compiling import in_parallel
 from server.model.device.graph import StepGraph
 from server.model.device.host_spans import SpanGrowth
 from server.model.device.prefill import ExpertStream
+from server.model.device.sampling import TokenDraw
 from server.model.device.state import Report, RowState
 from server.model.device.step import DecodeStep, StepOptions, Tuning, pow2
 from server.model.device.weights import DecodeShape, TrunkWeights
 from server.model.routing import RowShare
-from server.model.runner import Likeliest, Runner, StepOutput
+from server.model.runner import Choice, Chosen, Runner, StepOutput
 
 
 class PrefillRow(Cache):
@@ -65,6 +67,7 @@ class DeviceRunner(Runner):
 
     kind: ClassVar[str] = "the device-driven path"
     decode_path: ClassVar[str] = "device"
+    can_choose: ClassVar[bool] = True
     can_fetch_missing: ClassVar[bool] = False
     can_temper_router: ClassVar[bool] = True
 
@@ -90,6 +93,7 @@ class DeviceRunner(Runner):
         self._row_allowed = [self._servable] * self.max_rows  # as the device has it
         self._row_temperature = [1.0] * self.max_rows
         self._graphs: dict[tuple[int, bool], StepGraph] = {}
+        self._draws: dict[tuple[StepGraph, bool], TokenDraw] = {}
 
     def capture(self, progress: Callable[[str, float], None] = lambda phase, share: None) -> None:
         """Compiles and captures the step of every batch size up to `max_rows`, with masks and without, so that no
@@ -97,9 +101,17 @@ class DeviceRunner(Runner):
         sizes = sorted({pow2(rows) for rows in range(1, self.max_rows + 1)})
         full = self._bias == 0.0 and self._effective(None).is_full
         wanted = [(size, masked) for masked in ((False, True) if full else (True,)) for size in sizes]
-        for done, (size, masked) in enumerate(wanted):
+        graphs = {key: self._new_graph(*key) for key in wanted if key not in self._graphs}
+        if self.model.device.type == "cuda":
+            progress("compiling kernels", 0.0)
+            with in_parallel():
+                self._stream.compile()
+                for graph in graphs.values():
+                    graph.step.compile()
+        for done, (key, graph) in enumerate(graphs.items()):
             progress("capturing decode", done / len(wanted))
-            self._graph(size, masked)
+            graph.capture()
+            self._graphs[key] = graph
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
@@ -170,8 +182,12 @@ class DeviceRunner(Runner):
         *,
         masks: Sequence[ExpertMask | None] | None = None,
         temperatures: Sequence[float] | None = None,
+        choices: Sequence[Choice | None] | None = None,
     ) -> StepOutput:
-        """Append one token to each row; logits come in the order of `rows` and are valid until the next `decode`."""
+        """Append one token to each row; logits come in the order of `rows` and are valid until the next `decode`.
+
+        The next token of each row comes as `chosen`, as `choices` say; None is the most likely one.
+        """
         self._take_growth()
         for row in rows:
             assert self._lengths[row] < self.max_tokens, f"row {row} is full: {self.max_tokens} tokens"
@@ -183,16 +199,16 @@ class DeviceRunner(Runner):
             not self._row_allowed[row].is_full or self._row_temperature[row] != 1.0 for row in rows
         )
         graph = self._graph(pow2(len(rows)), masked)
-        report = graph.run(rows, tokens)
+        draw = self._draw(graph, choices) if choices is not None and any(choices) else None
+        graph.enqueue(rows, tokens)
+        if draw is not None and choices is not None:
+            draw.enqueue(choices)
+        report = graph.wait()
         for row in rows:
             self._lengths[row] += 1
         num = len(rows)
-        likeliest = Likeliest(
-            report.best_token[:num].numpy().copy(),
-            report.best_logit[:num].numpy().copy(),
-            report.normaliser[:num].numpy().copy(),
-        )
-        return StepOutput(graph.step.logits[:num], *_record(report, num, masked), likeliest)
+        chosen = _chosen(report, draw, num)
+        return StepOutput(graph.step.logits[:num], *_record(report, num, masked), chosen)
 
     def prefetch(self, mask: ExpertMask) -> None:
         """Nothing to do ahead of use: a prompt's chunk streams what its mask allows, and decoding fetches the rest."""
@@ -208,6 +224,7 @@ class DeviceRunner(Runner):
         if self._growth is not None:
             self._growth.wait()
         self._graphs.clear()
+        self._draws.clear()
         self.model.close()
 
     # -- inside --------------------------------------------------------------------------------------------------------
@@ -215,17 +232,26 @@ class DeviceRunner(Runner):
     def _graph(self, batch: int, masked: bool) -> StepGraph:
         key = (batch, masked)
         if key not in self._graphs:
-            options = StepOptions(
-                pdl=batch == 1 and _launches_dependents(self.model.device),
-                masked=masked,
-                resident_bias=self._bias,
-                tuning=Tuning(),
-            )
-            step = DecodeStep(self.shape, self._weights, self.pages, self._state, batch, options)
-            graph = StepGraph(step, for_host=True)
-            graph.capture()
-            self._graphs[key] = graph
+            self._graphs[key] = self._new_graph(batch, masked)
+            self._graphs[key].capture()
         return self._graphs[key]
+
+    def _new_graph(self, batch: int, masked: bool) -> StepGraph:
+        options = StepOptions(
+            pdl=batch == 1 and _launches_dependents(self.model.device),
+            masked=masked,
+            resident_bias=self._bias,
+            tuning=Tuning(),
+        )
+        step = DecodeStep(self.shape, self._weights, self.pages, self._state, batch, options)
+        return StepGraph(step, for_host=True)
+
+    def _draw(self, graph: StepGraph, choices: Sequence[Choice | None]) -> TokenDraw:
+        narrow = any(choice is not None and (choice.top_k is not None or choice.top_p < 1.0) for choice in choices)
+        key = (graph, narrow)
+        if key not in self._draws:
+            self._draws[key] = TokenDraw(graph.step, narrow)
+        return self._draws[key]
 
     def _take_growth(self) -> None:
         if self._growth is not None and self._growth.take():
@@ -259,6 +285,14 @@ class DeviceRunner(Runner):
 def _launches_dependents(device: torch.device) -> bool:
     """Whether the GPU has programmatic dependent launch."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _chosen(report: Report, draw: TokenDraw | None, num: int) -> Chosen:
+    token, logit = report.best_token[:num], report.best_logit[:num]
+    if draw is not None:
+        token, logit = draw.drawn[0, :num], draw.drawn[1, :num]
+    normaliser = report.normaliser[:num].numpy().copy()
+    return Chosen(token.numpy().astype(np.int64), logit.numpy().astype(np.float32), normaliser)
 
 
 def _record(report: Report, num: int, masked: bool) -> tuple[StepRecord, RowShare]:

@@ -94,6 +94,7 @@ class DecodeStep:
     ) -> None:
         self.shape, self.weights, self.pages, self.state, self.batch = shape, weights, pages, state, batch
         self.options = options or StepOptions()
+        self._compiles = False
         device = weights.embedding.device
         hidden, top_k, layers = shape.hidden, shape.top_k, shape.num_layers
         heads, splits = shape.num_heads, self.options.tuning.attention_splits
@@ -125,6 +126,16 @@ class DecodeStep:
         self.best_token, self.best_logit, self.normaliser = log.best_token, log.best_logit, log.normaliser
         self.log_ids, self.log_weights, self.log_demand, self.log_mass = log.ids, log.weights, log.demand, log.mass
 
+    def compile(self) -> None:
+        """Compiles the step's kernels without launching any, for one layer as for all; see `compiling.in_parallel`."""
+        self._compiles = True
+        self._embed()
+        self._attention(0)
+        self._route(0)
+        self._experts(0)
+        self._head()
+        self._compiles = False
+
     def launch(self) -> None:
         """Enqueues one step: reads `rows` and `tokens`, writes `logits` [B, V] fp32 and `report`; advances lengths (and
         with `greedy` writes the next tokens).
@@ -141,7 +152,10 @@ class DecodeStep:
             return
         if self.options.pdl:
             constants["launch_pdl"] = True
-        kernel[grid](*args, PDL=self.options.pdl, **constants)
+        if self._compiles:
+            kernel.warmup(*args, grid=grid, PDL=self.options.pdl, **constants)
+        else:
+            kernel[grid](*args, PDL=self.options.pdl, **constants)
 
     def _embed(self) -> None:
         shape, weights = self.shape, self.weights

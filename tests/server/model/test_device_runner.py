@@ -82,9 +82,9 @@ def test_records_and_shares_equal_the_host_driven_ones_under_masks_and_temperatu
         runner.prefill(rows[1], [9, 10])
         outputs.append(runner.decode(rows, [11, 12], masks=[mask, None], temperatures=[1.0, 3.0]))
     got, wanted = outputs
-    assert got.likeliest.token.tolist() == wanted.logits.argmax(dim=-1).tolist()
-    assert got.likeliest.logit == pytest.approx(wanted.logits.amax(dim=-1).cpu().numpy(), rel=1e-4)
-    assert got.likeliest.normaliser == pytest.approx(wanted.logits.logsumexp(dim=-1).cpu().numpy(), rel=1e-4)
+    assert got.chosen.token.tolist() == wanted.logits.argmax(dim=-1).tolist()
+    assert got.chosen.logit == pytest.approx(wanted.logits.amax(dim=-1).cpu().numpy(), rel=1e-4)
+    assert got.chosen.normaliser == pytest.approx(wanted.logits.logsumexp(dim=-1).cpu().numpy(), rel=1e-4)
     assert torch.allclose(got.logits, wanted.logits, rtol=1e-4, atol=1e-4)
     assert (got.record.served_index == wanted.record.served_index).all()
     assert got.record.served_weight == pytest.approx(wanted.record.served_weight, abs=1e-5)

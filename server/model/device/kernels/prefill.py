@@ -13,7 +13,8 @@ import triton.language as tl
 from server.model.device.kernels.experts import silu_mul
 
 
-@triton.jit
+# Where a group's ids begin is of any alignment: one code for all, so that nothing is compiled while serving.
+@triton.jit(do_not_specialize_on_alignment=["ids", "targets"])
 def gate_up_group(
     hidden, anchor, ids, targets, offsets, order, act,
     K: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr,
@@ -45,7 +46,7 @@ def gate_up_group(
         tl.store(act + place[:, None] * I + rows[None, :], out, mask=live[:, None] & w_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["ids", "targets"])
 def down_group(
     act, anchor, ids, targets, offsets, order, out,
     H: tl.constexpr, I: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,

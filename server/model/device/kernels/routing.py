@@ -88,7 +88,7 @@ def _weights(values, logits, allowed, RENORMALISE: tl.constexpr, dtype: tl.const
     return (mass / total[:, None]).to(dtype).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "num_forced"])
 def route(
     x, norm, gate, normed, logits, arrived, rows, masks, temperatures, forced, bias_range,
     log_ids, log_weights, log_demand, log_mass, layer, step_at,
