@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from extractor.plan import Plan, PlannedExpert, write_plan
 from tests.server.test_cli import Server
 
 pytestmark = pytest.mark.gpu
@@ -27,7 +28,12 @@ WAYS = {
 @pytest.fixture(scope="module")
 def servers(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
     logs = tmp_path_factory.mktemp("logs")
+    profiles = tmp_path_factory.mktemp("profiles")
+    for name, experts in {"low": range(24), "high": range(20, 64)}.items():
+        plan = Plan(8, 64, {"kind": "index"}, tuple(PlannedExpert((expert,) * 8) for expert in experts))
+        write_plan(profiles / f"{name}.json", plan)
     common = ("--slots", "16", "--dtype", "float32", "--max-context-tokens", "512", "--log-format", "json")
+    common = (*common, "--profiles", str(profiles))
     started = {name: Server(tiny_store, logs / name, *common, *flags) for name, flags in WAYS.items()}
     try:
         for server in started.values():
@@ -52,6 +58,17 @@ def test_greedy_texts_are_equal_on_every_path_alone_and_together(servers):
         assert [generate(server, prompt) for prompt in PROMPTS] == wanted, name
         with ThreadPoolExecutor(len(PROMPTS)) as clients:
             assert list(clients.map(lambda prompt, server=server: generate(server, prompt), PROMPTS)) == wanted, name
+
+
+def test_requests_with_profiles_of_their_own_run_together_as_alone(servers):
+    wanted = [generate(servers["cpu"], PROMPTS[1], profile=profile) for profile in ("low", "high")]
+    assert len({*wanted, generate(servers["cpu"], PROMPTS[1])}) == 3
+    for name in ("device", "host"):
+        with ThreadPoolExecutor(3) as clients:
+            plain = clients.submit(generate, servers[name], PROMPTS[2])
+            together = [clients.submit(generate, servers[name], PROMPTS[1], profile=p) for p in ("low", "high")]
+            assert [one.result() for one in together] == wanted, name
+            assert plain.result() == generate(servers["cpu"], PROMPTS[2])
 
 
 def test_info_and_log_say_which_path_serves_and_why(servers):
