@@ -1,5 +1,6 @@
 """Headers of checkpoint files: what is read, and that nothing garbled is believed."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ BROKEN: dict[str, tuple[dict[str, Any], int, str]] = {
         4,
         r"takes 4 bytes, its shape \[4\] and dtype F32 need 16",
     ),
+    "a shape that overflows": (
+        {"a": entry("U8", [2**62, 2**62, 16], 0, 4)},
+        4,
+        r"takes 4 bytes, its shape .* need \d{38}",
+    ),
+    "offsets beyond 64 bits": ({"a": entry("U8", [4], 2**64, 2**64 + 4)}, 4, "overlap or leave holes"),
     "an unknown dtype": ({"a": entry("F4", [8], 0, 4)}, 4, "has the dtype 'F4'"),
     "a negative offset": ({"a": entry("U8", [4], -4, 0)}, 0, "impossible sizes"),
     "a fractional shape": ({"a": entry("U8", [4.0], 0, 4)}, 4, "impossible sizes"),  # type: ignore[list-item]
@@ -66,6 +73,14 @@ def test_a_file_that_is_missing_or_no_safetensors_file_is_named(tmp_path: Path) 
     (tmp_path / "x.safetensors").write_bytes((4).to_bytes(8, "little") + b"[[[[")
     with pytest.raises(CheckpointError, match="not JSON"):
         read_tensor_file(tmp_path / "x.safetensors")
+
+
+def test_a_hundred_thousand_tensors_are_read_in_a_moment(tmp_path: Path) -> None:
+    entries = {f"layers.{number}": entry("U8", [1], number, number + 1) for number in range(100_000)}
+    path = write_tensor_file(tmp_path / "x.safetensors", entries, bytes(100_000))
+    begin = time.process_time()
+    assert len(read_tensor_file(path).tensors) == 100_000
+    assert time.process_time() - begin < 10
 
 
 @given(at=st.integers(0, 300), noise=st.binary(max_size=12), cut=st.integers(0, 400))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,14 +139,24 @@ def test_generate_takes_masks_for_its_prompt(store: Path) -> None:
 class Server:
     """`deepfew serve` in a process of its own."""
 
-    def __init__(self, store: Path, log: Path, *arguments: str) -> None:
+    def __init__(self, store: Path, log: Path, *arguments: str, before: tuple[str, ...] = ()) -> None:
         self.log = log
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "server.cli", "serve", str(store), "--port", str(self.port), *arguments],
+                [
+                    *before,
+                    sys.executable,
+                    "-m",
+                    "server.cli",
+                    "serve",
+                    str(store),
+                    "--port",
+                    str(self.port),
+                    *arguments,
+                ],
                 stderr=file,
                 stdout=subprocess.DEVNULL,
             )
@@ -248,6 +260,60 @@ def test_second_sigterm_ends_at_once(store: Path, tmp_path: Path) -> None:
     finally:
         found.process.kill()
         found.process.wait()
+
+
+@pytest.mark.slow
+def test_killed_server_starts_again_with_the_usage_that_was_saved(store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "store"
+    shutil.copytree(store, copy)
+    (copy / "usage.json").unlink(missing_ok=True)
+    texts = []
+    for number in range(2):
+        found = Server(copy, tmp_path / f"log{number}", "--dtype", "float32", "--usage-save-seconds", "0.1")
+        try:
+            found.wait_for("/health/live")
+            found.wait_for("/health/ready")
+            before = found.wait_for("/experts")["totals"]["tokens"]
+            assert (before > 0) == (number == 1)
+            body = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 40}}
+            texts.append(httpx.post(found.url + "/generate", json=body, timeout=60).json()["generated_text"])
+            until = time.monotonic() + 20
+            while not (copy / "usage.json").exists():
+                assert time.monotonic() < until
+                httpx.post(found.url + "/generate", json=body, timeout=60)
+                time.sleep(0.1)
+        finally:
+            found.process.kill()
+            found.process.wait()
+    assert texts[0] == texts[1]
+    assert sorted(path.name for path in copy.iterdir()) == ["experts", "manifest.json", "trunk", "usage.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="only root can become somebody else")
+def test_user_without_rights_on_the_store_can_serve_it(store: Path) -> None:
+    nobody = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
+    may_read = subprocess.run([*nobody, sys.executable, "-c", "import server.cli, torch"], check=False).returncode == 0
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to others
+        copy = Path(folder) / "store"
+        shutil.copytree(store, copy)
+        Path(folder).chmod(0o755)
+        (copy / "usage.json").unlink(missing_ok=True)
+        if not may_read or subprocess.run([*nobody, "ls", str(copy)], check=False, capture_output=True).returncode:
+            pytest.skip("the interpreter or the temporary folder is closed to other users")
+        found = Server(copy, Path(folder) / "log", "--usage-save-seconds", "0.1", before=nobody)
+        try:
+            found.wait_for("/health/live")
+            found.wait_for("/health/ready")
+            body = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 20}}
+            assert httpx.post(found.url + "/generate", json=body, timeout=60).status_code == 200
+            found.process.send_signal(signal.SIGTERM)
+            assert found.process.wait(30) == 0
+            assert "could not be saved" in found.log.read_text()
+            assert not (copy / "usage.json").exists()
+        finally:
+            found.process.kill()
+            found.process.wait()
 
 
 def test_sigterm_while_loading_exits_0(store: Path, tmp_path: Path) -> None:

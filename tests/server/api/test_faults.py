@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import errno
 import json
 import logging
 import re
@@ -14,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from server.loading import load
 from server.service import LoadedModel, Progress
@@ -172,6 +174,25 @@ def test_corrupt_shard_fails_the_requests_that_need_it_and_is_named_in_the_log_a
         assert ask(server, prompt).json()["generated_text"] == text
 
 
+def test_disk_that_cannot_be_read_fails_the_requests_that_need_it_and_no_others(
+    server: Running, alone: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as disk, caplog.at_level(logging.ERROR):
+        disk.setattr("os.preadv", fail)
+        responses = [ask(server, prompt) for prompt in PROMPTS]
+    failed = [response for response in responses if response.status_code != 200]
+    assert failed  # sixteen slots of sixty-four: most prompts need what is not in one
+    assert {(response.status_code, response.json()["error_type"]) for response in failed} == {(424, "generation")}
+    assert "Input/output error" in caplog.text
+    assert re.search(r"deep-\d{5}\.safetensors", caplog.text)
+    wait_until(lambda: is_idle(server))
+    for prompt, text in alone.items():
+        assert ask(server, prompt).json()["generated_text"] == text
+
+
 def test_read_only_store_is_served_and_costs_only_the_usage_file(
     store: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +204,20 @@ def test_read_only_store_is_served_and_costs_only_the_usage_file(
         wait_until(lambda: server.service.loaded is not None, seconds=120)
         assert ask(server, PROMPTS[0], tokens=3).status_code == 200
     assert "could not be saved" in caplog.text
+
+
+def test_slots_that_cannot_be_allocated_are_said_with_what_to_set(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros = torch.zeros
+
+    def fail(*shape: Any, **options: Any) -> torch.Tensor:
+        if options.get("dtype") == torch.uint8:  # only slots are made of bytes
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return zeros(*shape, **options)
+
+    monkeypatch.setattr(torch, "zeros", fail)
+    with running(load=loader(store, slots=64)) as server:
+        wait_until(lambda: server.service.error is not None, seconds=120)
+    assert re.search(r"no memory on cpu for 64 slots of \d+ bytes .*--slots", str(server.service.error))
 
 
 def test_memory_that_does_not_suffice_is_said_with_a_value_that_would(store: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -264,3 +265,17 @@ def test_no_cross_origin_headers(client: httpx.Client) -> None:
     )
     assert response.status_code == 405
     assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+def test_bodies_of_any_size_are_refused_at_the_limits_that_everybody_has() -> None:
+    bodies: dict[str, tuple[bytes, int]] = {
+        "nested 200,000 deep": (b'{"inputs":' + b"[" * 200_000 + b"]" * 200_000 + b"}", 400),
+        "100,000 stops": (b'{"inputs":"a","parameters":{"stop":[' + b'"x",' * 100_000 + b'"x"]}}', 400),
+        "a value of 20 MB": (json.dumps({"inputs": 1, "x": LEAK * 1_500_000}).encode(), 413),
+    }
+    with running() as server, server.client() as client:
+        for name, (body, status) in bodies.items():
+            begin = time.process_time()
+            refused(client.post("/generate", content=body, headers=JSON), status)
+            assert time.process_time() - begin < 5, name
+        assert client.post("/generate", json={"inputs": "a"}).status_code == 200
