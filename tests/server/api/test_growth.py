@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -254,3 +256,40 @@ def test_answers_are_the_same_while_the_store_shrinks_to_what_a_fresh_server_has
     with running(load=lambda progress: load(settings, progress)) as fresh, fresh.client(timeout=60) as client:
         ready(fresh)
         assert client.post("/generate", json=body).json() == shrunk
+
+
+def test_no_request_fails_and_no_token_is_wrong_while_the_store_changes(server: Running) -> None:
+    """Requests that may have every expert have the whole model's answer, whatever the store holds just then."""
+    stop = threading.Event()
+    kinds: list[dict[str, Any]] = [{"on_missing": "fetch"}, {}, {"pool": 4}, {"pool": 8, "on_missing": "fetch"}]
+
+    def ask(kind: dict[str, Any]) -> str:
+        body = {"inputs": "The capital of France is", "parameters": {"max_new_tokens": 10, **kind}}
+        response = httpx.post(server.url + "/generate", json=body, timeout=120)
+        assert response.status_code == 200, (kind, response.text)
+        return str(response.json()["generated_text"])
+
+    def keep_asking(kind: dict[str, Any]) -> list[str]:
+        answers = []
+        while not stop.is_set():
+            answers.append(ask(kind))
+        return answers
+
+    whole = [ask(kind) if "fetch" in kind.values() else None for kind in kinds]
+    with (
+        server.client(headers=bearer(ADMIN), timeout=120) as client,
+        concurrent.futures.ThreadPoolExecutor(len(kinds)) as pool,
+    ):
+        asking = [pool.submit(keep_asking, kind) for kind in kinds]
+        try:
+            for _ in range(3):
+                grown(client, 3)
+                assert client.post("/experts/shrink", json={"count": 4}).status_code == 200
+                grown(client, 1)
+        finally:
+            stop.set()
+        answers = [future.result(120) for future in asking]
+        assert client.get("/experts/growth").json()["failures"] == 0
+    assert all(len(found) >= 2 for found in answers)
+    assert set(answers[0]) == {whole[0]}
+    assert set(answers[3]) == {whole[3]}

@@ -42,6 +42,22 @@ def test_document_of_a_guarded_server_tells_of_the_key() -> None:
     assert "401" not in document["paths"]["/health/live"]["get"]["responses"]
 
 
+def test_document_tells_which_routes_want_the_admin_key() -> None:
+    with running(admin_key="staple-of-the-admin") as server, server.client() as client:
+        document = client.get("/openapi.json").json()
+    assert set(document["components"]["securitySchemes"]) == {"admin_bearer", "admin_header"}
+    guarded = {
+        path
+        for path, operations in document["paths"].items()
+        for operation in operations.values()
+        if {"admin_bearer": []} in operation.get("security", [])
+    }
+    assert guarded == {"/experts/grow", "/experts/shrink", "/experts/reload"}
+    assert all("403" in document["paths"][path]["post"]["responses"] for path in guarded)
+    assert document["paths"]["/experts/plan"]["get"]["parameters"][0]["name"] == "count"
+    assert document["paths"]["/experts/reload"]["post"]["requestBody"]["required"] is False
+
+
 @pytest.mark.slow
 def test_schemathesis_finds_no_difference(tmp_path: Path) -> None:
     config = tmp_path / "schemathesis.toml"
