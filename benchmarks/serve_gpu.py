@@ -1,8 +1,6 @@
 """The main job on a GPU, through the commands that users type: extract, generate, serve, and a POST /generate.
 
 What is measured, in words:
-- *equal text*: greedy text of the bundled checkpoint in float32 with 16 of 64 slots a layer, on the CPU and on both
-  paths of the GPU.
 - *extraction*: seconds and rate of `deepfew extract` on a generated checkpoint.
 - *servings*: `deepfew serve` of it three times, a quarter of the experts in slots: on the device-driven path with
   nothing compiled before, once more with what the first left in Triton's cache, and on the host-driven path.
@@ -14,7 +12,8 @@ What is measured, in words:
   *ms to the first*: from sending the request to its first event.
 - *peak device memory*: as the driver counts it, the most seen while serving, beside the bytes of all experts.
 
-Run on a machine with a GPU: python -m benchmarks.serve_gpu --directory /tmp/serve-gpu [--save]
+That texts are equal on every path is `tests/server/test_serve_gpu.py`'s to show. Run on a machine with a GPU:
+python -m benchmarks.serve_gpu --directory /tmp/serve-gpu [--save]
 """
 
 from __future__ import annotations
@@ -63,22 +62,6 @@ def deepfew(*arguments: str, **environment_: str) -> str:
     if done.returncode:
         raise RuntimeError(f"deepfew {' '.join(arguments)} ended with {done.returncode}: {done.stderr[-2000:]}")
     return done.stdout
-
-
-def equal_text(directory: Path) -> dict[str, Any]:
-    """Greedy text of the bundled checkpoint on the CPU and on both paths of the GPU."""
-    store = directory / "tiny-store"
-    deepfew("extract", str(REPOSITORY / "models" / "tiny-moe"), str(store))
-    answers = {}
-    for name, flags in {
-        "cpu": ("--device", "cpu"),
-        "device": ("--device", "cuda", "--decode-path", "device"),
-        "host": ("--device", "cuda", "--decode-path", "host"),
-    }.items():
-        options = ("--dtype", "float32", "--slots", "16", "--max-new-tokens", "64", "--json")
-        answers[name] = json.loads(deepfew("generate", str(store), PROMPTS[1], *flags, *options))
-    equal = len({answer["generated_text"] for answer in answers.values()}) == 1
-    return {"prompt": PROMPTS[1], "equal": equal, "num_tokens": answers["device"]["generated_tokens"]}
 
 
 def extract_large(directory: Path, shape: Shape) -> tuple[Path, dict[str, Any]]:
@@ -227,10 +210,6 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.directory.mkdir(parents=True, exist_ok=True)
     shape = Shape(**{**LARGE.__dict__, "num_layers": arguments.num_layers})
-    equal = equal_text(arguments.directory)
-    print(
-        f"{equal['num_tokens']} greedy tokens, equal on the CPU and both paths of the GPU: {equal['equal']}", flush=True
-    )
     store, extraction = extract_large(arguments.directory, shape)
     print(f"extracted in {extraction['seconds']:.0f} s, {extraction['bytes_per_second'] / 1e9:.2f} GB/s", flush=True)
     servings = {}
@@ -254,7 +233,7 @@ def main() -> None:
     print(table([f"{shape.experts_bytes / 1e9:.1f} GB of experts, a quarter in slots", *servings], rows))
     for name, one in servings.items():
         print(name, json.dumps({doing: round(seconds, 1) for doing, seconds in one["phases"].items()}))
-    result = {"equal_text": equal, "extraction": extraction, "servings": servings}
+    result = {"extraction": extraction, "servings": servings}
     finish("serve_gpu", {**environment("cuda"), **result}, save=arguments.save)
 
 
