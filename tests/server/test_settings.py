@@ -104,7 +104,7 @@ def test_admin_key_is_another_key(tmp_path: Path) -> None:
     assert "0123456789abcdef" not in repr(resolved)
     with pytest.raises(SettingsError, match="the admin key must be another"):
         load_settings({"admin_key_file": str(file)}, environ={"DEEPFEW_API_KEY": "0123456789abcdef"})
-    with pytest.raises(SettingsError, match="the admin key from .* must be at least 8"):
+    with pytest.raises(SettingsError, match=r"the admin key from .* must be at least 8"):
         load_settings(environ={"DEEPFEW_ADMIN_KEY": "short"})
 
 
