@@ -147,39 +147,35 @@ def _run_grouped(
     """Expert by expert, each weight read once and copied never; writes `outputs` at the wave's pairs."""
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
     up_rows, down_rows = rows[up_name], rows["down_proj"]
-    transposed = module.is_transposed
-    first_slot = slots[0]
-    inner = up_rows[first_slot].shape[1 if transposed else 0]
-    num_pairs = sum(end - start for _, start, end in wave)
-    up = inputs.new_empty((num_pairs, inner))
-    position = 0
-    for (_, start, end), slot in zip(wave, slots, strict=True):
-        into = up[position : position + end - start]
-        _linear(inputs[start:end], up_rows[slot], transposed, into)
-        if module.has_bias:
-            into += rows[up_name + "_bias"][slot]
+    transposed, has_bias = module.is_transposed, module.has_bias
+    pairs, position = [], 0  # where an expert's pairs stand among all pairs, among the wave's, and how many they are
+    for _, start, end in wave:
+        pairs.append((start, position, end - start))
         position += end - start
+    up = inputs.new_empty((position, up_rows[slots[0]].shape[1 if transposed else 0]))
+    for (start, at, count), slot in zip(pairs, slots, strict=True):
+        _linear(inputs, start, up_rows[slot], transposed, up, at, count)
+        if has_bias:
+            up[at : at + count] += rows[up_name + "_bias"][slot]
     activated = module._apply_gate(up) if module.has_gate else module.act_fn(up)
-    position = 0
-    for (_, start, end), slot in zip(wave, slots, strict=True):
-        into = outputs[start:end]
-        _linear(activated[position : position + end - start], down_rows[slot], transposed, into)
-        if module.has_bias:
-            into += rows["down_proj_bias"][slot]
-        position += end - start
+    for (start, at, count), slot in zip(pairs, slots, strict=True):
+        _linear(activated, at, down_rows[slot], transposed, outputs, start, count)
+        if has_bias:
+            outputs[start : start + count] += rows["down_proj_bias"][slot]
     if getattr(module, "has_post_expert_norm", False):
         for _, start, end in wave:
             outputs[start:end] = module.post_expert_norm(outputs[start:end])
 
 
-def _linear(x: Tensor, weight: Tensor, transposed: bool, out: Tensor) -> None:
-    """out [N, out] = x [N, in] times one expert's weight; one row takes the faster matrix-vector product."""
+def _linear(x: Tensor, at: int, weight: Tensor, transposed: bool, out: Tensor, to: int, count: int) -> None:
+    """`count` rows of out from `to` on = rows of x from `at` on, times one expert's weight; one row takes the faster
+    matrix-vector product."""
     if transposed:
-        torch.mm(x, weight, out=out)
-    elif len(x) == 1:
-        torch.mv(weight, x[0], out=out[0])
+        torch.mm(x[at : at + count], weight, out=out[to : to + count])
+    elif count == 1:
+        torch.mv(weight, x[at], out=out[to])
     else:
-        torch.mm(x, weight.t(), out=out)
+        torch.mm(x[at : at + count], weight.t(), out=out[to : to + count])
 
 
 def _run_batched(
