@@ -6,7 +6,8 @@
 
 The same deficit costs very different amounts on different kinds of text (reciting facts survives what prose does not),
 so there is one curve a domain. Invariant: a curve starts at no cost for no deficit and never falls. Of text whose
-domain is unknown the expectation is the mean over the domains, and the range over them says how little that is worth.
+domain is unknown the expectation is one curve through all measurements, and the range over the domains says how little
+that is worth.
 """
 
 from __future__ import annotations
@@ -71,6 +72,10 @@ class PriceCurve:
             return float(np.interp(deficit, self.deficits, self.loss_changes))
         return float(self.loss_changes[-1]) * (deficit / last) ** 3
 
+    def to_json(self) -> list[list[float]]:
+        """Pairs of deficit and change of loss, rounded."""
+        return [[round(float(x), 5), round(float(y), 5)] for x, y in zip(self.deficits, self.loss_changes, strict=True)]
+
 
 @dataclass(frozen=True)
 class PriceFit:
@@ -93,17 +98,18 @@ class Price:
 
     Attributes:
         curves: of each domain, at least one.
+        overall: through the measurements of all domains together.
         fit: how well they predict; None where calibration measured each mask on one text alone.
     """
 
     curves: Mapping[str, PriceCurve]
+    overall: PriceCurve
     fit: PriceFit | None = None
 
     @classmethod
     def of(cls, points: Sequence[PricePoint]) -> Price | None:
         """The curves through measurements; None where there are none."""
-        curves = _curves(points)
-        return cls(curves, _fit(points)) if curves else None
+        return cls(_curves(points), _curve(points), _fit(points)) if points else None
 
     def expected_loss(self, deficit: float | Sequence[float], domain: str | None = None) -> ExpectedLoss:
         """What a deficit is expected to cost.
@@ -112,19 +118,17 @@ class Price:
             deficit: missing share of the router mass, 0 to 1: overall, or of each layer.
             domain: kind of text; None, or one that was not calibrated, is any of them.
         """
-        overall = float(np.mean(deficit))
+        share = float(np.mean(deficit))
         own = None if domain is None else self.curves.get(domain)
-        values = [curve(overall) for curve in (self.curves.values() if own is None else (own,))]
-        return ExpectedLoss(sum(values) / len(values), min(values), max(values))
+        if own is not None:
+            return ExpectedLoss(own(share), own(share), own(share))
+        nats = self.overall(share)
+        values = [nats, *(curve(share) for curve in self.curves.values())]
+        return ExpectedLoss(nats, min(values), max(values))
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-ready data, rounded; plans and manifests carry it."""
-        curves = {
-            name: [
-                [round(float(x), 5), round(float(y), 5)] for x, y in zip(one.deficits, one.loss_changes, strict=True)
-            ]
-            for name, one in self.curves.items()
-        }
+        curves = {name: one.to_json() for name, one in self.curves.items()}
         fit = None
         if self.fit is not None:
             fit = {
@@ -132,13 +136,14 @@ class Price:
                 "mean_error": round(self.fit.mean_error, 5),
                 "num_points": self.fit.num_points,
             }
-        return {"curves": curves, "fit": fit}
+        return {"curves": curves, "overall": self.overall.to_json(), "fit": fit}
 
     @classmethod
     def from_json(cls, document: Any) -> Price:
         """What `to_json` gave. Raises `StatisticsError` for anything else."""
         try:
             curves = {str(name): _checked_curve(points) for name, points in document["curves"].items()}
+            overall = _checked_curve(document["overall"])
             fit = document.get("fit")
             found = None
             if fit is not None:
@@ -147,7 +152,7 @@ class Price:
             raise StatisticsError(f"the price is damaged ({error!r}): calibrate and plan again") from error
         if not curves:
             raise StatisticsError("the price has no curve: calibrate with --price and plan again")
-        return cls(curves, found)
+        return cls(curves, overall, found)
 
 
 def determination(actual: Sequence[float], predicted: Sequence[float]) -> float:

@@ -32,7 +32,7 @@ def test_a_curve_starts_at_nothing_never_falls_and_differs_by_domain() -> None:
     assert price.expected_loss(0.8, "code").nats == pytest.approx(0.2 * 8)
 
 
-def test_text_of_unknown_kind_costs_the_mean_within_the_range_of_the_kinds() -> None:
+def test_text_of_unknown_kind_is_priced_by_all_measurements_within_the_range_of_the_kinds() -> None:
     expected = priced().expected_loss(0.4)
     assert expected.nats == pytest.approx(0.11)
     assert (expected.low, expected.high) == pytest.approx((0.02, 0.2))
@@ -78,7 +78,8 @@ def test_a_price_survives_json_and_a_damaged_one_is_refused() -> None:
     price = priced()
     again = Price.from_json(price.to_json())
     assert again.expected_loss(0.3, "code").nats == pytest.approx(price.expected_loss(0.3, "code").nats, abs=1e-4)
-    for damaged in (None, {}, {"curves": {}}, {"curves": {"code": [[0, 1], [1, 0]]}}, {"curves": {"code": [1]}}):
+    wrong = [{"curves": {"code": points}, "overall": [[0, 0]]} for points in ([[0, 1], [1, 0]], [1])]
+    for damaged in (None, {}, {"curves": {}}, {"curves": {}, "overall": [[0, 0]]}, *wrong):
         with pytest.raises(StatisticsError, match="price"):
             Price.from_json(damaged)
 
