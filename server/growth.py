@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from expert_store.errors import ManifestError, StoreError
-from expert_store.manifest import Manifest, read_manifest
+from expert_store.manifest import DeepExpert, Manifest, read_manifest
 from expert_store.shrink import without
 from expert_store.store import Store
 from extractor.errors import TargetError
@@ -24,7 +24,16 @@ from extractor.statistics import ExpertStatistics
 from router.mask import ExpertMask
 from server.engine.request import EngineStoppedError
 from server.growth_errors import GrowthBusyError, GrowthError, GrowthSourceError, NothingToGrowError
-from server.growth_ranking import Candidate, Float, deep_expert_bytes, rank_held, rank_missing, within_budget
+from server.growth_ranking import (
+    Candidate,
+    Float,
+    check_masks,
+    deep_expert_bytes,
+    rank_held,
+    rank_missing,
+    score_held,
+    within_budget,
+)
 from server.growth_status import GrowthState, GrowthStatus, Reloaded, Shrunk
 from server.growth_store import grow_store, unfinished_growth
 
@@ -32,6 +41,9 @@ log = logging.getLogger(__name__)
 
 NICENESS = 10
 """Priority of the thread that extracts, in the OS's terms; serving goes first."""
+
+REPLACE_FACTOR = 2.0
+"""Something held goes for something missing only where that is wanted more than so many times as much."""
 
 
 class _StoppedError(Exception):
@@ -106,12 +118,19 @@ class Grower:
         Args:
             demand_mass: [L, E]; all that was wanted so far where it is left out.
         """
-        manifest = self._store.manifest
-        wanted = self._demand_mass() if demand_mass is None else demand_mass
-        if self._served is not None:
-            wanted = np.where(self._served.allowed, wanted, 0.0)
-        ranked = rank_missing(self._store.available, wanted, deep_expert_bytes(manifest), self._statistics)
-        return within_budget(ranked, manifest, self._budget_bytes)
+        return within_budget(self._missing(demand_mass), self._store.manifest, self._budget_bytes)
+
+    def replacements(self, demand_mass: Float) -> tuple[Candidate, list[DeepExpert]] | None:
+        """The best missing deep expert, budget aside, and what could go for it; None where that is nothing.
+
+        What could go is wanted less than `1 / REPLACE_FACTOR` as much, least wanted first.
+        """
+        missing = self._missing(demand_mass)
+        if not missing:
+            return None
+        scored = score_held(self._store.manifest, demand_mass, self._statistics)
+        worse = [deep for score, deep in scored if score * REPLACE_FACTOR < missing[0].score]
+        return (missing[0], worse) if worse else None
 
     def grow(self, count: int, demand_mass: Float | None = None) -> list[Candidate]:
         """Start extracting the `count` best candidates and return them; `error` says later if it failed.
@@ -160,7 +179,7 @@ class Grower:
                     deep.index for deep in rank_held(before, self._demand_mass(), self._statistics)[: count or 0]
                 ]
             try:
-                self._check_left(without(before, indices))
+                self._check_masks(without(before, indices))
             except ManifestError as error:
                 raise GrowthError(str(error)) from error
             try:
@@ -190,7 +209,7 @@ class Grower:
         try:
             before = {deep.index for deep in self._store.manifest.deep_experts}
             try:
-                self._check_left(read_manifest(self._store.path))
+                self._check_masks(read_manifest(self._store.path))
                 self._take_over()
             except StoreError as error:
                 log.exception("the store on disk cannot be taken over")
@@ -212,6 +231,13 @@ class Grower:
         """Break the growth under way off, soon; the next one finishes it."""
         self.stopping.set()
 
+    def _missing(self, demand_mass: Float | None) -> list[Candidate]:
+        wanted = self._demand_mass() if demand_mass is None else demand_mass
+        if self._served is not None:
+            wanted = np.where(self._served.allowed, wanted, 0.0)
+        num_bytes = deep_expert_bytes(self._store.manifest)
+        return rank_missing(self._store.available, wanted, num_bytes, self._statistics)
+
     def _take_turn(self, state: GrowthState) -> None:
         if not self._turn.acquire(blocking=False):
             raise GrowthBusyError(f"the store is already {self._state}: wait until that is done")
@@ -224,26 +250,8 @@ class Grower:
     def _take_over(self) -> None:
         self._between_steps(lambda: _ignore(self._adopt()))
 
-    def _check_left(self, manifest: Manifest) -> None:
-        """Raise GrowthError where the server's mask or a profile could not be served by what is left."""
-        model = manifest.model
-        left = np.zeros((model.num_layers, model.num_experts), dtype=np.bool_)
-        for deep in manifest.deep_experts:
-            left[np.arange(model.num_layers), list(deep.experts)] = True
-        if self._served is not None:
-            fewest = int((left & self._served.allowed).sum(axis=1).min())
-            before = int((self._store.available & self._served.allowed).sum(axis=1).min())
-            if fewest < min(model.top_k, before):
-                raise GrowthError(
-                    f"the server's mask would be left with {fewest} experts of a layer, and every token wants "
-                    f"{model.top_k}: give up others"
-                )
-        for name, profile in self._profiles.items():
-            empty = np.flatnonzero(~(left & profile.allowed).any(axis=1))
-            if empty.size:
-                raise GrowthError(
-                    f"the profile {name} would be left with no expert of layer {empty[0]}: give up others"
-                )
+    def _check_masks(self, left: Manifest) -> None:
+        check_masks(left, self._store.available, self._served, self._profiles)
 
     def _run(self, chosen: list[Candidate]) -> None:
         try:

@@ -1,7 +1,8 @@
 """Growth by itself: now and then a look at what was wanted lately and could not be had, and a step towards having it.
 
-Invariant: never beyond the grower's byte budget, never for less than a given share of the router mass, and after a
-failure later and later, so that a full disk costs neither the service nor the log.
+Invariant: never beyond the grower's byte budget, never for less than a given share of the router mass, nothing goes for
+something that is wanted hardly more, and after a failure later and later, so that a full disk costs neither the service
+nor the log.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from server.growth import Grower
-from server.growth_errors import GrowthError
+from server.growth_errors import GrowthBusyError, GrowthError
 from server.growth_ranking import Float
 
 log = logging.getLogger(__name__)
@@ -32,12 +33,20 @@ class AutoGrower:
         interval_seconds: between two looks.
         min_share: of the router mass, that a deep expert must have been missed for.
         step: most deep experts at one look.
+        replace: when the budget is full, give up what is wanted least for what is wanted much more.
     """
 
     def __init__(
-        self, grower: Grower, demand_mass: Callable[[], Float], *, interval_seconds: float, min_share: float, step: int
+        self,
+        grower: Grower,
+        demand_mass: Callable[[], Float],
+        *,
+        interval_seconds: float,
+        min_share: float,
+        step: int,
+        replace: bool = False,
     ) -> None:
-        self._grower, self._demand_mass = grower, demand_mass
+        self._grower, self._demand_mass, self._replace = grower, demand_mass, replace
         self._interval_seconds, self._min_share, self._step = interval_seconds, min_share, step
         self._seen = demand_mass()
         self._recent = np.zeros_like(self._seen)
@@ -55,12 +64,33 @@ class AutoGrower:
         now = self._demand_mass()
         self._recent = DECAY * self._recent + (now - self._seen)
         self._seen = now
-        worth = [one for one in self._grower.candidates(self._recent) if one.missing_share >= self._min_share]
+        candidates = self._grower.candidates(self._recent)
+        worth = [one for one in candidates if one.missing_share >= self._min_share]
+        if not candidates and self._replace and self._make_room():
+            worth = self._grower.candidates(self._recent)[:1]
         if not worth:
             return 0
         chosen = self._grower.grow(min(len(worth), self._step), self._recent)
         log.info("the store grows by itself", extra={"num_added": len(chosen), "reason": chosen[0].reason})
         return len(chosen)
+
+    def _make_room(self) -> bool:
+        """Give up the least wanted deep expert that may go, if what is missing is worth it."""
+        found = self._grower.replacements(self._recent)
+        if found is None or found[0].missing_share < self._min_share:
+            return False
+        refusal: GrowthError | None = None
+        for deep in found[1]:
+            try:
+                self._grower.shrink([deep.index])
+            except GrowthBusyError:
+                raise
+            except GrowthError as error:  # a profile may need this one, and not the next
+                refusal = error
+                continue
+            log.info("a deep expert goes for one that is wanted more", extra={"index": deep.index})
+            return True
+        raise refusal or GrowthError("nothing may go")
 
     def _run(self) -> None:
         wait = self._interval_seconds

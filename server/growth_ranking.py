@@ -7,6 +7,7 @@ the best missing expert of every layer, since a store holds whole deep experts a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from expert_store.manifest import DeepExpert, Manifest, read_manifest
 from extractor.statistics import ExpertStatistics
 from router.ledger import UsageLedger
+from router.mask import ExpertMask
 from server.growth_errors import GrowthError, NothingToGrowError
 
 Float = npt.NDArray[np.float64]
@@ -86,11 +88,53 @@ def rank_missing(
     return candidates
 
 
+def score_held(
+    manifest: Manifest, demand_mass: Float, statistics: ExpertStatistics | None = None
+) -> list[tuple[float, DeepExpert]]:
+    """The deep experts of a store with their scores, least wanted first: what a candidate's score would be."""
+    worth = demand_mass * expected_norms(statistics, demand_mass > 0)
+    layers, num_bytes = np.arange(len(worth)), max(deep_expert_bytes(manifest), 1)
+    scored = [(float(worth[layers, list(deep.experts)].sum()) / num_bytes, deep) for deep in manifest.deep_experts]
+    return sorted(scored, key=lambda one: (one[0], -one[1].index))
+
+
 def rank_held(manifest: Manifest, demand_mass: Float, statistics: ExpertStatistics | None = None) -> list[DeepExpert]:
     """The deep experts of a store, least wanted first, by demanded mass × expected output norm."""
-    worth = demand_mass * expected_norms(statistics, demand_mass > 0)
-    layers = np.arange(len(worth))
-    return sorted(manifest.deep_experts, key=lambda deep: (float(worth[layers, list(deep.experts)].sum()), -deep.index))
+    return [deep for _, deep in score_held(manifest, demand_mass, statistics)]
+
+
+def check_masks(
+    left: Manifest,
+    available: npt.NDArray[np.bool_],
+    served: ExpertMask | None,
+    profiles: Mapping[str, ExpertMask],
+) -> None:
+    """Whether what is left of a store still does for the masks over it.
+
+    Args:
+        left: the store after it has shrunk.
+        available: [L, E], what it has now.
+        served: the mask of the server; None is all of the store.
+        profiles: masks that requests may name.
+
+    Raises:
+        GrowthError: a token would find fewer than top-k experts within `served`, or a profile none of a layer.
+    """
+    model = left.model
+    kept = np.zeros(available.shape, dtype=np.bool_)
+    for deep in left.deep_experts:
+        kept[np.arange(model.num_layers), list(deep.experts)] = True
+    if served is not None:
+        fewest, before = (int((held & served.allowed).sum(axis=1).min()) for held in (kept, available))
+        if fewest < min(model.top_k, before):
+            raise GrowthError(
+                f"the server's mask would be left with {fewest} experts of a layer, and every token wants "
+                f"{model.top_k}: give up others"
+            )
+    for name, profile in profiles.items():
+        empty = np.flatnonzero(~(kept & profile.allowed).any(axis=1))
+        if empty.size:
+            raise GrowthError(f"the profile {name} would be left with no expert of layer {empty[0]}: give up others")
 
 
 def within_budget(ranked: list[Candidate], manifest: Manifest, budget_bytes: int | None) -> list[Candidate]:

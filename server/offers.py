@@ -93,6 +93,7 @@ class Offers:
             interval_seconds=growth.grow_interval_seconds,
             min_share=growth.grow_min_share,
             step=growth.grow_step,
+            replace=growth.grow_replace,
         ).start()
 
 

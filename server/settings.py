@@ -155,6 +155,10 @@ class GrowthSettings(Section):
         description="add by itself only deep experts that were missed for at least this share of the router mass",
     )
     grow_step: Annotated[int, Field(ge=1)] = Field(1, description="most deep experts added at one look")
+    grow_replace: bool = Field(
+        False,
+        description="when the budget is full, give deep experts up for ones that are wanted more than twice as much",
+    )
 
 
 class LogSettings(Section):

@@ -15,6 +15,7 @@ from extractor.checkpoint import Checkpoint
 from extractor.extract import JOURNAL_NAME
 from extractor.prepare import prepare
 from extractor.selection import SelectionRequest
+from router.mask import ExpertMask
 from server.growth import Grower
 from server.growth_auto import AutoGrower
 from server.growth_errors import GrowthSourceError, NothingToGrowError
@@ -95,6 +96,44 @@ def test_growth_stops_at_its_budget(store: Store, tiny_checkpoint: Path) -> None
     assert made.status().held_bytes <= 14 * one
     usage.want(22, 10.0)
     assert looking.look() == 0
+
+
+def test_a_full_budget_is_no_end_where_something_is_wanted_much_more(store: Store, tiny_checkpoint: Path) -> None:
+    usage = Usage()
+    held = sum(deep.bytes for deep in store.manifest.deep_experts)
+    made = grower(store, tiny_checkpoint, usage, budget_bytes=held)
+    replacing = AutoGrower(made, usage.snapshot, interval_seconds=1.0, min_share=0.05, step=1, replace=True)
+    usage.want(20, 100.0)
+    for expert in range(12):
+        usage.want(expert, 60.0 + expert)
+    assert replacing.look() == 0, "wanted more than what is held, and not twice as much"
+    usage.want(20, 400.0)
+    for expert in range(12):
+        usage.want(expert, 60.0 + expert)
+    assert replacing.look() == 1
+    made.wait(60)
+    assert store.available[:, 20].all()
+    assert not store.available[:, 0].any(), "the least wanted one went"
+    assert (made.status().num_deep_experts, made.status().held_bytes) == (12, held)
+    assert auto(made, usage).look() == 0, "not replaced unless asked for"
+
+
+def test_what_a_profile_needs_stays_and_the_next_one_goes(store: Store, tiny_checkpoint: Path) -> None:
+    usage = Usage()
+    held = sum(deep.bytes for deep in store.manifest.deep_experts)
+    made = Grower(
+        *(store, str(tiny_checkpoint), usage.snapshot, lambda action: action(), store.reload),
+        budget_bytes=held,
+        profiles={"code": ExpertMask.same_in_every_layer([0], L, E)},
+    )
+    replacing = AutoGrower(made, usage.snapshot, interval_seconds=1.0, min_share=0.05, step=1, replace=True)
+    usage.want(20, 100.0)
+    for expert in range(12):
+        usage.want(expert, float(expert))
+    assert replacing.look() == 1
+    made.wait(60)
+    assert store.available[:, [0, 20]].all()
+    assert not store.available[:, 1].any()
 
 
 def test_it_goes_on_by_itself_and_ends_when_told(store: Store, tiny_checkpoint: Path) -> None:

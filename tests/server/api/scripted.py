@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from expert_store.manifest import DeepExpert
-from extractor.price import Price, PriceCurve
+from extractor.price import Price
+from extractor.statistics import PricePoint
 from router.mask import ExpertMask
 from server.engine.request import (
     ContextTooLongError,
@@ -273,13 +274,8 @@ class ScriptedGrowth:
         self.asked.append(what)
 
 
-PRICE = Price(
-    {
-        "code": PriceCurve(np.array([0.0, 1.0]), np.array([0.0, 0.8])),
-        "prose": PriceCurve(np.array([0.0, 1.0]), np.array([0.0, 2.4])),
-    }
-)
-"""A deficit of 0.125 costs 0.1 nats in code, 0.3 in prose, and 0.2 where nobody knows which."""
+PRICE = Price.of([PricePoint("code", 0.25, 0.2, 100, 0.5), PricePoint("prose", 0.5, 1.2, 100, 0.5)])
+"""A deficit of 0.125 costs 0.1 nats in code and 0.3 in prose."""
 
 
 def request_masks() -> RequestMasks:

@@ -25,7 +25,7 @@ from server.loading import load
 from server.profiles import FixedMasking, PoolMasking, ProfileError
 from server.settings_load import load_settings
 from tests.server.api.running import Running, events_of, running, wait_until
-from tests.server.api.scripted import ScriptedEngine, loaded
+from tests.server.api.scripted import PRICE, ScriptedEngine, loaded
 
 DEFICIT = {
     "overall": 0.125,
@@ -47,6 +47,14 @@ def server() -> Iterator[Running]:
 def client(server: Running) -> Iterator[httpx.Client]:
     with server.client() as found:
         yield found
+
+
+def nats_of_unknown_text() -> float:
+    """What the scripted deficit costs where the kind of text is not known, between 0.1 and 0.3."""
+    assert PRICE is not None
+    nats = PRICE.expected_loss(0.125).nats
+    assert 0.1 <= nats <= 0.3
+    return nats
 
 
 def generate(client: httpx.Client, stream: bool = False, **parameters: Any) -> httpx.Response:
@@ -153,8 +161,9 @@ def test_every_answer_says_what_it_did_without_and_what_that_costs(client: httpx
     DeficitDetails.model_validate(deficit, strict=True)
     loss = deficit.pop("expected_loss")
     assert deficit == DEFICIT
-    assert [loss["nats"], loss["low"], loss["high"]] == pytest.approx([0.2, 0.1, 0.3])
-    assert loss["perplexity_ratio"] == pytest.approx(np.exp(0.2))
+    assert [loss["low"], loss["high"]] == pytest.approx([0.1, 0.3])
+    assert loss["nats"] == pytest.approx(nats_of_unknown_text())
+    assert loss["perplexity_ratio"] == pytest.approx(np.exp(loss["nats"]))
     last = events_of(generate(client, stream=True, profile="code").text)[-1]
     loss = last["details"]["deficit"]["expected_loss"]
     assert [loss["nats"], loss["low"], loss["high"]] == pytest.approx([0.1, 0.1, 0.1]), "the profile's own kind of text"
@@ -167,7 +176,7 @@ def test_openai_answers_carry_the_price_where_they_end(server: Running) -> None:
         assert len(ends) == 2
         for end in ends:
             assert end.model_extra is not None
-            assert end.model_extra["deficit"]["expected_loss"]["nats"] == pytest.approx(0.2)
+            assert end.model_extra["deficit"]["expected_loss"]["nats"] == pytest.approx(nats_of_unknown_text())
 
 
 def test_without_calibration_the_price_is_unknown() -> None:
@@ -189,8 +198,8 @@ def test_metrics_tell_masks_apart_by_names_of_this_server_alone(client: httpx.Cl
         assert f"deepfew_masked_request_deficit_ratio_count{{{labels}}} 1.0" in text
         assert f"deepfew_masked_request_deficit_ratio_sum{{{labels}}} 0.125" in text
     assert "unheard-of" not in text
-    assert "deepfew_request_expected_loss_nats_sum 0.5" in text
-    assert "deepfew_expected_loss_nats 0.2" in text
+    assert f"deepfew_request_expected_loss_nats_sum {0.1 + 2 * nats_of_unknown_text():.3g}" in text
+    assert f"deepfew_expected_loss_nats {nats_of_unknown_text():.3g}" in text
     assert "deepfew_top1_missing_tokens_total 3.0" in text
     assert 'deepfew_layer_top1_missing_tokens_total{layer="1"} 3.0' in text
 
