@@ -54,9 +54,11 @@ def write_statistics(path: Path, statistics: ExpertStatistics) -> None:
         arrays["weight_flatness"] = statistics.weight_flatness
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file(
-        {name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial, {"deepfew": json.dumps(header)}
-    )
+    contents = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    try:
+        save_file(contents, partial, {"deepfew": json.dumps(header)})
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise OSError(f"{partial} cannot be written: {error}") from error
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
