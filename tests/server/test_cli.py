@@ -125,7 +125,7 @@ def test_generate_prints_the_text_or_one_json_object(store: Path) -> None:
 
 def test_generate_takes_masks_for_its_prompt(store: Path) -> None:
     arguments = ("generate", str(store), "The capital of France is", "--max-new-tokens", "5", "--slots", "8", "--json")
-    plain, pool = (json.loads(deepfew(*arguments, *more).stdout)["deficit"] for more in ((), ("--pool", "2")))
+    plain, pool = (json.loads(deepfew(*arguments, *more).stdout)["deficit"] for more in ((), ("--pool", "8")))
     assert 0 < plain["overall"] < pool["overall"]
     assert pool["top1_missing_tokens"] > 0
     for more, message in (
