@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 
 from expert_store.store import Store
 from extractor.checkpoint import Checkpoint
@@ -23,21 +30,36 @@ def tiny_store(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     return path
 
 
+def _small_store(config: PretrainedConfig, tokenizer: Path, path: Path) -> Path:
+    """A store of a random model of that config with the bundled checkpoint's tokenizer."""
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path / "checkpoint")
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(path / "checkpoint")
+    prepare(Checkpoint.open(path / "checkpoint"), path / "store", SelectionRequest()).run()
+    return path / "store"
+
+
 @pytest.fixture(scope="session")
 def small_store(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of a random two-layer model that has the bundled checkpoint's tokenizer."""
-    torch.manual_seed(1)
+    """A store of a random Qwen3-MoE of two layers, small enough for Triton's interpreter."""
     config = Qwen3MoeConfig(
         vocab_size=8192, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         head_dim=32,
         moe_intermediate_size=16, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True,
         max_position_embeddings=128, initializer_range=0.3, tie_word_embeddings=True,
     )  # fmt: skip
-    path = tmp_path_factory.mktemp("small")
-    Qwen3MoeForCausalLM(config).save_pretrained(path / "checkpoint")
-    AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(path / "checkpoint")
-    prepare(Checkpoint.open(path / "checkpoint"), path / "store", SelectionRequest()).run()
-    return path / "store"
+    return _small_store(config, tiny_checkpoint, tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def small_mixtral_store(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of Mixtral: no norms on heads, experts of its own sizes."""
+    config = MixtralConfig(
+        vocab_size=8192, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=128,
+        initializer_range=0.3, sliding_window=None,
+    )  # fmt: skip
+    return _small_store(config, tiny_checkpoint, tmp_path_factory.mktemp("mixtral"))
 
 
 @pytest.fixture(scope="session")

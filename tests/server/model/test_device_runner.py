@@ -70,6 +70,12 @@ def test_greedy_tokens_equal_the_host_driven_runner(small_store, runners, num_sl
     pages.check_integrity(contents=True)
 
 
+def test_mixtral_is_captured_and_agrees(small_mixtral_store, runners):
+    device, host = runners(small_mixtral_store, 3)
+    assert try_out(device) < 1e-4
+    assert greedy(device, [40, 41, 42], 4) == greedy(host, [40, 41, 42], 4)
+
+
 def test_records_and_shares_equal_the_host_driven_ones_under_masks_and_temperatures(small_store, runners):
     device, host = runners(small_store, 3)
     allowed = np.ones((LAYERS, EXPERTS), dtype=bool)
