@@ -28,11 +28,13 @@ class Expectation:
         domain: name.
         served_share: of the router mass, 0 to 1; 1 minus it is the expected deficit.
         loss_change: expected nats a token; None where calibration measured no masks.
+        is_measured: whether it measured masks that leave as little; if not, the cost is a guess, and mostly too low.
     """
 
     domain: str
     served_share: float
     loss_change: float | None
+    is_measured: bool = True
 
     @property
     def ratio(self) -> float | None:
@@ -44,19 +46,28 @@ class Expectation:
         text = f"{self.domain}: {self.served_share:.1%} of router mass served"
         if self.loss_change is None:
             return text + ", cost unknown (calibrate with --price)"
-        return text + f", expected loss {self.loss_change:+.3f} (perplexity × {self.ratio:.3f})"
+        text += f", expected loss {self.loss_change:+.3f} (perplexity × {self.ratio:.3f})"
+        return text if self.is_measured else text + " or more: calibration measured no mask that leaves so little"
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-ready data, rounded."""
         loss = None if self.loss_change is None else round(self.loss_change, 6)
-        return {"domain": self.domain, "served_share": round(self.served_share, 6), "loss_change": loss}
+        return {
+            "domain": self.domain,
+            "served_share": round(self.served_share, 6),
+            "loss_change": loss,
+            "is_measured": self.is_measured,
+        }
 
     @classmethod
     def from_json(cls, item: Any) -> Expectation:
         """What `to_json` gave. Raises `StatisticsError` for anything else."""
         try:
             loss = item["loss_change"]
-            return cls(str(item["domain"]), float(item["served_share"]), None if loss is None else float(loss))
+            measured = bool(item.get("is_measured", True))
+            return cls(
+                str(item["domain"]), float(item["served_share"]), None if loss is None else float(loss), measured
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise StatisticsError(f"the expectation {item!r} is damaged ({error!r}): plan again") from error
 
@@ -70,14 +81,20 @@ def expect(
     for name in domains or statistics.domains:
         shares = statistics.demand_shares(name)
         share = float(shares[allowed].sum()) / max(float(shares.sum()), np.finfo(np.float64).tiny)
-        loss = None if price is None else price.expected_loss(1.0 - share, name).nats
-        expectations.append(Expectation(name, share, loss))
+        if price is None:
+            expectations.append(Expectation(name, share, None))
+            continue
+        loss = price.expected_loss(1.0 - share, name)
+        expectations.append(Expectation(name, share, loss.nats, loss.is_measured))
     return expectations
 
 
 def costly(expectations: Sequence[Expectation], warn_ratio: float = WARN_PERPLEXITY_RATIO) -> list[Expectation]:
-    """Those whose perplexity is expected to grow by more than `warn_ratio` times, the dearest first."""
-    found = [one for one in expectations if one.ratio is not None and one.ratio > warn_ratio]
+    """Those whose perplexity may grow by more than `warn_ratio` times, the dearest first.
+
+    Where less is left than was ever measured, it may.
+    """
+    found = [one for one in expectations if one.ratio is not None and (one.ratio > warn_ratio or not one.is_measured)]
     return sorted(found, key=lambda one: one.ratio or 0.0, reverse=True)
 
 
@@ -89,8 +106,10 @@ def cost_warning(expectations: Sequence[Expectation], warn_ratio: float, masked_
     worst = bad[0]
     assert worst.loss_change is not None
     assert worst.ratio is not None
+    guessed = sum(not one.is_measured for one in bad)
+    blind = f"; of {guessed} less is left than calibration ever measured" if guessed else ""
     return (
         f"masked to {masked_to}, {len(bad)} of {len(expectations)} domains are expected to lose more than perplexity × "
         f"{warn_ratio:g}, {worst.domain} the most ({worst.loss_change:+.2f} nats a token, perplexity × "
-        f"{worst.ratio:.2f}): {ADVICE}"
+        f"{worst.ratio:.2f}{blind}): {ADVICE}"
     )

@@ -37,11 +37,13 @@ class ExpectedLoss:
     Attributes:
         nats: change of loss, nats a token; never negative.
         low, high: of the cheapest and the dearest domain that it may be; equal to `nats` where the domain is known.
+        is_measured: whether calibration measured deficits as large; past them a cost is a guess, and mostly too low.
     """
 
     nats: float
     low: float
     high: float
+    is_measured: bool = True
 
     @property
     def ratio(self) -> float:
@@ -65,9 +67,14 @@ class PriceCurve:
     deficits: Float
     loss_changes: Float
 
+    @property
+    def last_deficit(self) -> float:
+        """The largest that was measured."""
+        return float(self.deficits[-1])
+
     def __call__(self, deficit: float) -> float:
         """Expected change of loss, nats a token, at a deficit in [0, 1]; linear between points, cubic past the last."""
-        last = float(self.deficits[-1])
+        last = self.last_deficit
         if deficit <= last or last == 0.0:
             return float(np.interp(deficit, self.deficits, self.loss_changes))
         return float(self.loss_changes[-1]) * (deficit / last) ** 3
@@ -121,10 +128,10 @@ class Price:
         share = float(np.mean(deficit))
         own = None if domain is None else self.curves.get(domain)
         if own is not None:
-            return ExpectedLoss(own(share), own(share), own(share))
+            return ExpectedLoss(own(share), own(share), own(share), share <= own.last_deficit)
         nats = self.overall(share)
         values = [nats, *(curve(share) for curve in self.curves.values())]
-        return ExpectedLoss(nats, min(values), max(values))
+        return ExpectedLoss(nats, min(values), max(values), share <= self.overall.last_deficit)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-ready data, rounded; plans and manifests carry it."""

@@ -30,11 +30,13 @@ class KnownPrice:
         price: of a deficit; None where nothing was calibrated.
         expectations: what the mask is expected to serve and to cost of each domain; empty where that is unknown.
         is_of_mask: whether the expectations are of exactly this mask, or of the plan that the store began as.
+        problem: why what the store carries could not be read.
     """
 
     price: Price | None = None
     expectations: tuple[Expectation, ...] = ()
     is_of_mask: bool = True
+    problem: str = ""
 
 
 def load_statistics(path: Path | None, manifest: Manifest) -> ExpertStatistics | None:
@@ -51,16 +53,15 @@ def load_statistics(path: Path | None, manifest: Manifest) -> ExpertStatistics |
 
 
 def known_price(manifest: Manifest, mask: ExpertMask, statistics: ExpertStatistics | None) -> KnownPrice:
-    """What masking to `mask` is expected to cost.
-
-    Raises:
-        StatisticsError: the store carries a price that cannot be read.
-    """
+    """What masking to `mask` is expected to cost. What cannot be read is unknown: a store is served without it."""
     if statistics is not None:
         return KnownPrice(Price.of(statistics.price), tuple(expect(statistics, mask.allowed)))
     planned = manifest.alignment.statistics
-    price = Price.from_json(planned["price"]) if "price" in planned else None
-    expectations = tuple(Expectation.from_json(item) for item in planned.get("expected", ()))
+    try:
+        price = Price.from_json(planned["price"]) if "price" in planned else None
+        expectations = tuple(Expectation.from_json(item) for item in planned.get("expected", ()))
+    except StatisticsError as error:
+        return KnownPrice(problem=str(error))
     is_of_mask = bool((mask.num_allowed == planned.get("num_planned")).all())
     return KnownPrice(price, expectations, is_of_mask)
 
@@ -71,7 +72,8 @@ def price_warnings(known: KnownPrice, mask: ExpertMask, warn_ratio: float) -> li
         return []
     share = f"{float(mask.num_allowed.mean() / mask.allowed.shape[1]):.0%} of the experts"
     if known.price is None:
-        return [f"what serving {share} costs is unknown: {MEASURE}"]
+        why = f" ({known.problem})" if known.problem else ""
+        return [f"what serving {share} costs is unknown{why}: {MEASURE}"]
     if not known.expectations:
         return [f"how much of the calibrated text {share} serve is unknown: {MEASURE}"]
     what = share if known.is_of_mask else f"what the store was planned as ({share} are served now)"

@@ -105,13 +105,32 @@ def test_a_plan_carries_its_price_and_what_it_expects_for_the_store() -> None:
 def test_only_what_costs_more_than_is_borne_is_warned_of() -> None:
     few = np.zeros((3, 8), dtype=np.bool_)
     few[:, 0] = True
-    expectations = expect(make_statistics(), few)
+    statistics = make_statistics()
+    statistics.price += [
+        PricePoint(domain, 0.99, 2.0 if domain == "code" else 0.2, 1, 0.1) for domain in statistics.domains
+    ]
+    expectations = expect(statistics, few)
     assert [one.domain for one in costly(expectations, 2.0)] == ["code"]
     assert cost_warning(expectations, 1000.0, "a store") is None
     warning = cost_warning(expectations, 2.0, "a store")
     assert warning is not None
     assert "masked to a store, 1 of 2 domains" in warning
     assert "perplexity × 2, code the most" in warning
+
+
+def test_less_than_was_ever_measured_is_warned_of_however_little_it_seems_to_cost() -> None:
+    few = np.zeros((3, 8), dtype=np.bool_)
+    few[:, 0] = True
+    statistics = make_statistics()
+    statistics.price = [PricePoint(domain, 0.1, 0.0, 100, 0.5) for domain in statistics.domains]
+    expectations = expect(statistics, few)
+    assert [one.is_measured for one in expectations] == [False, False]
+    assert "or more: calibration measured no mask that leaves so little" in expectations[0].describe()
+    warning = cost_warning(expectations, 1.1, "a store")
+    assert warning is not None
+    assert "of 2 less is left than calibration ever measured" in warning
+    every = np.ones((3, 8), dtype=np.bool_)
+    assert all(one.is_measured for one in expect(statistics, every))
 
 
 def test_determination_is_one_for_perfect_and_zero_for_the_mean() -> None:

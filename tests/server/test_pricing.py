@@ -41,7 +41,8 @@ def test_statistics_say_what_a_mask_costs(manifest: Manifest) -> None:
     known = known_price(manifest, mask(1), make_statistics())
     (warning,) = price_warnings(known, mask(1), 1.1)
     assert "masked to 12% of the experts, 2 of 2 domains are expected to lose more" in warning
-    assert price_warnings(known, mask(1), 1e9) == []
+    assert "less is left than calibration ever measured" in warning
+    assert price_warnings(known_price(manifest, mask(7), make_statistics()), mask(7), 1e9) == []
     assert known.price is not None
     assert known.price.expected_loss(0.4, "code").nats == pytest.approx(0.2)
 
@@ -75,7 +76,8 @@ def test_statistics_of_another_checkpoint_are_refused(manifest: Manifest, tmp_pa
     assert load_statistics(None, manifest) is None
 
 
-def test_a_damaged_price_in_a_store_is_refused(manifest: Manifest) -> None:
+def test_a_damaged_price_in_a_store_is_unknown_and_said_to_be(manifest: Manifest) -> None:
     damaged = dataclasses.replace(manifest, alignment=Alignment("free", {"price": {"curves": {"code": [[1, np.nan]]}}}))
-    with pytest.raises(StatisticsError, match="the price is damaged"):
-        known_price(damaged, mask(2), None)
+    known = known_price(damaged, mask(2), None)
+    assert known.price is None
+    assert "is unknown (the price is damaged" in price_warnings(known, mask(2), 1.1)[0]
