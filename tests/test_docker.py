@@ -153,12 +153,18 @@ def test_the_container_has_time_to_drain() -> None:
 
 
 def test_the_store_is_a_volume_where_the_commands_look_for_it() -> None:
-    assert _instructions("VOLUME") == ["/store"]
+    assert _instructions("VOLUME") == ["/store /kernels"]
     assert _exec_form("CMD")[1] == "/store"
     for service in ("server", "extract"):
         settings = COMPOSE["services"][service]
         assert "store:/store" in settings["volumes"]
         assert "/store" in settings["command"]
+
+
+def test_compiled_kernels_outlive_the_container_on_a_volume_that_may_hold_code() -> None:
+    assert "kernels:/kernels" in SERVER["volumes"]
+    assert any("TRITON_CACHE_DIR=/kernels" in line for line in _instructions("ENV"))
+    assert any(" gcc " in line and " python3-dev " in line for line in _instructions("RUN")), "Triton's launchers are C"
 
 
 def test_the_server_finds_the_checkpoint_where_the_store_was_extracted_from() -> None:
