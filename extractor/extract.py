@@ -2,7 +2,7 @@
 
 Invariants: the manifest is written last and by rename, so a reader never takes a half-made store for a whole one; what
 a killed run finished is believed from the journal; the same command always ends with the same bytes; a finished store
-only ever grows.
+only ever grows by it.
 """
 
 from __future__ import annotations
