@@ -113,8 +113,8 @@ def _grown(existing: Manifest, selection: Selection, target: Path) -> Selection:
     if missing:
         raise TargetError(
             f"{target} holds {len(held)} deep experts, of which {len(missing)} are not in what was asked for; a store "
-            "only grows by extraction: ask for a selection that includes them, give them up with `deepfew shrink`, or name "
-            "another directory"
+            "only grows by extraction: ask for a selection that includes them, give them up with `deepfew shrink`, or "
+            "name another directory"
         )
     kept = existing.alignment.statistics | selection.alignment.statistics
     return Selection((*held, *added), Alignment(selection.alignment.kind, kept))
