@@ -9,6 +9,7 @@ import torch
 
 from expert_store.errors import SlotsError
 from expert_store.paging.pages import PagesShape
+from server.model.device.pack import NotCapturableError
 from server.model.device.prefill import RING_SPANS
 from server.model.device.weights import DecodeShape
 
@@ -60,7 +61,9 @@ class DeviceMemory:
             most: experts that the fullest layer may serve.
 
         Raises:
-            SlotsError: they do not fit, or fewer than one token's experts or the pinned ones would; names what fits.
+            NotCapturableError: fewer were asked for than one token's experts or the pinned ones: the host-driven path
+                fetches such a token's experts in turns.
+            SlotsError: they do not fit on the device; names what fits.
         """
         num_experts = self._shape.num_experts
         least = max(min(self._shape.top_k, num_experts), self.num_pinned)
@@ -71,15 +74,17 @@ class DeviceMemory:
         else:
             limit = free if budget_bytes is None else budget_bytes
             chosen = useful if limit is None else self._most_slots(useful, limit)
+        if chosen < least and (wanted is not None or budget_bytes is not None):
+            given = f"{wanted} slots" if wanted is not None else f"slots_memory of {budget_bytes} bytes, {chosen} slots"
+            raise NotCapturableError(
+                f"{given} a layer: one token's experts and pinned ones need {least}, with what is beside them "
+                f"{self.slots_bytes(least)} bytes"
+            )
         if chosen < least:
-            source = "free" if budget_bytes is None else "of slots_memory"
-            given = free if budget_bytes is None else budget_bytes
-            if wanted is not None:
-                raise SlotsError(f"{wanted} slots a layer: wanted at least {least}, for one token's and pinned experts")
             raise SlotsError(
-                f"{given} bytes {source} for slots: {least} slots in each of {self._shape.num_layers} layers and what "
+                f"{free} bytes are free for slots: {least} slots in each of {self._shape.num_layers} layers and what "
                 f"a batch of {self._shape.max_rows} needs beside them take {self.slots_bytes(least)} bytes"
-                + (self._advice(least, free) if budget_bytes is None else ": give that much")
+                + self._advice(least, free)
             )
         if free is not None and self.slots_bytes(chosen) > free:
             raise SlotsError(

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from expert_store.errors import SlotsError
 from server.model.device.memory import DeviceMemory
+from server.model.device.pack import NotCapturableError
 from server.model.device.weights import DecodeShape
 
 SHAPE = DecodeShape(
@@ -63,7 +64,12 @@ def test_less_than_one_tokens_experts_is_refused(monkeypatch):
     sizes = memory(monkeypatch, None)
     with pytest.raises(SlotsError, match="4 slots in each of 4 layers"):
         memory(monkeypatch, sizes.slots_bytes(4) - 1).num_slots(64, None, None)
-    with pytest.raises(SlotsError, match="give that much"):
+
+
+def test_fewer_slots_than_one_token_needs_are_left_to_the_host_driven_path(monkeypatch):
+    with pytest.raises(NotCapturableError, match="slots_memory of 1000 bytes"):
         memory(monkeypatch, 1 << 40).num_slots(64, None, 1000)
-    with pytest.raises(SlotsError, match="wanted at least 6"):
+    with pytest.raises(NotCapturableError, match="3 slots a layer"):
+        memory(monkeypatch, None).num_slots(64, 3, None)
+    with pytest.raises(NotCapturableError, match="need 6"):
         memory(monkeypatch, None, num_pinned=6).num_slots(64, 5, None)
