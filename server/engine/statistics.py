@@ -27,7 +27,7 @@ from server.model.runner import Runner, StepOutput
 log = logging.getLogger(__name__)
 
 DOMAIN = "served"
-MAX_SHARE = 0.01
+MAX_SHARE = 0.0075
 """Of the time that steps take, for collecting, as far as it can be timed where it happens. With what cannot, such as
 caches that are colder afterwards, the whole cost stays below 2 %: `benchmarks/online_statistics.py`."""
 FLUSH_TOKENS = 256
