@@ -18,7 +18,7 @@ from server.api.body import read_model
 from server.api.generation import Generation
 from server.engine.request import EngineError, GenerationRequest, QueueFullError
 from server.metrics import Metrics
-from server.service import LoadedModel, Service
+from server.service import LoadedModel, NotReadyError, Service
 from server.settings import HttpSettings
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,13 @@ class ApiContext:
             receive_seconds=self.http.receive_seconds,
             optional=optional,
         )
+
+    def loaded(self) -> LoadedModel:
+        """The model once it is loaded, whether it takes requests now or not. Raises NotReadyError before."""
+        model = self.service.loaded
+        if model is None:
+            raise NotReadyError(self.service.health().reason)
+        return model
 
     def encoder(self, model: LoadedModel) -> TextEncoder:
         """The encoder of the model that is served."""

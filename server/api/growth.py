@@ -32,7 +32,6 @@ from server.api.openapi import Responses, error_response_of
 from server.api.schemas import ErrorResponse
 from server.growth_ranking import Candidate
 from server.growth_status import GrowthLike, GrowthStatus
-from server.service import NotReadyError
 
 router = APIRouter()
 admin_router = APIRouter(dependencies=[Depends(require_admin)])
@@ -167,10 +166,8 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
 
 
 def _growth_of(request: Request, *, ready: bool = False) -> GrowthLike:
-    service = context_of(request).service
-    model = service.model() if ready else service.loaded
-    if model is None:
-        raise NotReadyError(service.health().reason)
+    context = context_of(request)
+    model = context.service.model() if ready else context.loaded()
     if model.growth is None:
         raise NotFoundError("what is served here cannot change: it has no store on disk")
     return model.growth

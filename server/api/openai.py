@@ -28,7 +28,7 @@ from server.api.openai_schemas import DEFAULT_COMPLETION_TOKENS, ChatRequest, Co
 from server.api.openapi import error_response_of, responses
 from server.api.requests import request_of, sampling_of
 from server.engine.request import ContextTooLongError, SamplingParams
-from server.service import LoadedModel, NotReadyError
+from server.service import LoadedModel
 
 router = APIRouter(prefix="/v1")
 
@@ -145,11 +145,8 @@ def _served(context: ApiContext, body: Common, num_prompts: int) -> LoadedModel:
 
 
 def _card(context: ApiContext) -> dict[str, Any]:
-    served = context.service.loaded
-    if served is None:
-        raise NotReadyError(context.service.health().reason)
     return {
-        "id": served.name,
+        "id": context.loaded().name,
         "object": "model",
         "created": int(context.service.started_at),
         "owned_by": "deepfew",

@@ -15,7 +15,7 @@ from server.api.schemas import ErrorResponse, HealthResponse, NotReadyResponse, 
 from server.api.status_schemas import ExpertsResponse, InfoResponse, ProfilesResponse
 from server.metrics import CONTENT_TYPE
 from server.metrics_vllm import render_vllm
-from server.service import ExpertsSnapshot, NotReadyError
+from server.service import ExpertsSnapshot
 
 router = APIRouter()
 _LOADING: Responses = {503: error_response_of(ErrorResponse, "No model is loaded.")}
@@ -61,9 +61,7 @@ async def health(request: Request) -> JSONResponse:
 async def info(request: Request) -> JSONResponse:
     """The model and the limits that requests are checked against."""
     context = context_of(request)
-    model = context.service.loaded
-    if model is None:
-        raise NotReadyError(context.service.health().reason)
+    model = context.loaded()
     return JSONResponse(
         {
             "model_id": model.name,
@@ -95,10 +93,7 @@ async def info(request: Request) -> JSONResponse:
 )
 def experts(request: Request) -> JSONResponse:
     """Arrays `[layer][expert]` and `[layer]`, totals, and the shards of the store."""
-    context = context_of(request)
-    model = context.service.loaded
-    if model is None:
-        raise NotReadyError(context.service.health().reason)
+    model = context_of(request).loaded()
     return JSONResponse(experts_payload(model.experts(), model.top_k))
 
 
@@ -110,10 +105,7 @@ def experts(request: Request) -> JSONResponse:
 )
 def profiles(request: Request) -> JSONResponse:
     """Named masks, and how large a pool may be."""
-    context = context_of(request)
-    model = context.service.loaded
-    if model is None:
-        raise NotReadyError(context.service.health().reason)
+    model = context_of(request).loaded()
     masks = model.masks
     available = model.experts().available
     found = [] if masks is None else sorted(masks.profiles.items())
