@@ -29,7 +29,13 @@ def main(argv: Sequence[str]) -> int:
     """Serve until a signal; returns the exit status."""
     parser = argparse.ArgumentParser(prog="deepfew serve", description="Serve a store over HTTP.", allow_abbrev=False)
     add_settings_flags(parser, sections=section_names())
-    return serve(settings_from(parser.parse_args(argv)))
+    status = serve(settings_from(parser.parse_args(argv)))
+    if status == 0:
+        # All is saved. An interpreter that frees a model object by object takes seconds, a minute on a busy machine.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
+    return status
 
 
 OnListening = Callable[[Service, str, Callable[[], None]], None]
