@@ -29,6 +29,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -78,14 +79,13 @@ class Churn:
         await self._rest()
         self._began = time.monotonic()
         until = self._began + self._seconds
-        background = [
-            asyncio.ensure_future(work) for work in (self.server.watch(SAMPLE_SECONDS), self._keep_reporting())
-        ]
         work = [self.clients.run(until) for _ in range(self._arguments.clients)]
-        try:
+        async with asyncio.TaskGroup() as group:  # what watches the server must not end unseen
+            background = [
+                group.create_task(each) for each in (self.server.watch(SAMPLE_SECONDS), self._keep_reporting())
+            ]
             await asyncio.gather(self._inject(until), *work)
             await self.clients.learn()  # reads every expert again: a fault that stayed would show
-        finally:
             for task in background:
                 task.cancel()
         await self.clients.close()
@@ -162,6 +162,7 @@ class Churn:
             if not 0 <= unseen <= most:
                 faults.append(f"the server finished {num_finished:g}, clients read {answered} and left at most {most}")
             leaked += self._more_at_rest()
+            faults += [] if memory["minutes"] else ["the last life was too short for its memory to be judged"]
         if memory["growth_mib"] > self._arguments.max_growth_mib:
             leaked.append(f"{memory['growth_mib']:.1f} MiB in {memory['minutes']:.1f} minutes")
         busy = [one.idle_seconds for each in server.lives for one in each.samples if one.busy]
@@ -214,6 +215,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.result is None:
         arguments.result = RESULTS / "churn.json" if arguments.save else Path(tempfile.gettempdir()) / "churn.json"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that server and disk are given back
     with tempfile.TemporaryDirectory(prefix="churn-") as folder:
         made, store = Path(folder) / "made", Path(folder) / "store"
         extract = [sys.executable, "-m", "server.cli", "extract", str(CHECKPOINT), str(made)]

@@ -24,7 +24,7 @@ import httpx
 
 MIB = 2**20
 ENDED = ("length", "eos_token", "stop_sequence")
-MOUNT_SPARE_BYTES = 8 * MIB
+MOUNT_SPARE_BYTES = 32 * MIB
 
 
 @dataclass
@@ -148,8 +148,7 @@ class ChurnServer:
                 await asyncio.sleep(seconds)
                 begin = time.monotonic()
                 try:
-                    sample = self.held()
-                    values = metrics_of((await client.get("/metrics")).text)
+                    sample = await self._sample(client)
                     tokens = (await client.get("/experts")).json()["totals"]["tokens"]
                 except (OSError, httpx.HTTPError, KeyError, ValueError) as error:
                     if self.outage(begin, time.monotonic()) is None:
@@ -157,15 +156,21 @@ class ChurnServer:
                         if not isinstance(error, httpx.TimeoutException):
                             self.faults.append(f"metrics: {type(error).__name__} {error}")
                     continue
-                sample.idle_seconds = values["deepfew_engine_idle_seconds"]
-                sample.busy = values["deepfew_requests_running"] + values["deepfew_requests_waiting"]
-                sample.healthy = values["deepfew_healthy"]
-                sample.finished = finished(values)
                 if self.outage(begin, time.monotonic()) is None:
                     self.lives[-1].samples.append(sample)
                     self.lives[-1].last_tokens = tokens
                     if not sample.healthy:
                         self.faults.append(f"unhealthy: no progress for {sample.idle_seconds:.0f} s")
+
+    async def _sample(self, client: httpx.AsyncClient) -> Sample:
+        """What the process holds and says now; a KeyError while it loads and has no engine to speak of."""
+        sample = self.held()
+        values = metrics_of((await client.get("/metrics")).text)
+        sample.idle_seconds = values["deepfew_engine_idle_seconds"]
+        sample.busy = values["deepfew_requests_running"] + values["deepfew_requests_waiting"]
+        sample.healthy = values["deepfew_healthy"]
+        sample.finished = finished(values)
+        return sample
 
     def held(self) -> Sample:
         """What the process holds now."""
@@ -259,7 +264,7 @@ class Disk:
 
     def strays(self) -> list[str]:
         """Files beside those that a store has; a usage file set aside would be among them."""
-        known = {"manifest.json", "trunk", "experts", "usage.json"}
+        known = {"manifest.json", "trunk", "experts", "usage.json", "statistics.safetensors"}
         return sorted(path.name for path in self.store.iterdir() if path.name not in known)
 
 
