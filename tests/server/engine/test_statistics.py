@@ -246,11 +246,11 @@ SHAPE = (2, 1, 2)
 
 
 class Costly(OutputObserver):
-    """Noting a step takes 30 ms."""
+    """Noting a step takes 3 s, by its own account."""
 
     def note_step(self) -> None:
         if self.is_on:
-            self.seconds += 0.03
+            self.seconds += 3.0
 
 
 def hand_made_output(observer: OutputObserver | None) -> StepOutput:
@@ -274,10 +274,10 @@ def test_steps_are_observed_only_while_collecting_is_within_its_share(tmp_path: 
         collector.begin_step()
         observer.note_step()
         collector.add(hand_made_output(observer), [sequence])
-        collector.end_step(0.01 + (0.03 if observer.is_on else 0.0))
+        collector.end_step(1.0 + (3.0 if observer.is_on else 0.0))
         assert not observer.is_on
-    assert collector.num_observed_tokens == pytest.approx(MAX_SHARE * collector.served_seconds / 0.03, abs=1)
-    assert collector.spent_seconds <= MAX_SHARE * collector.served_seconds + 0.031
+    assert collector.num_observed_tokens == pytest.approx(MAX_SHARE * collector.served_seconds / 3.0, abs=1)
+    assert collector.spent_seconds <= MAX_SHARE * collector.served_seconds + 3.1
 
 
 def test_where_outputs_cannot_be_seen_what_is_wanted_is_collected(tmp_path: Path) -> None:
