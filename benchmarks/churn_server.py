@@ -287,10 +287,13 @@ def finished(values: dict[str, float]) -> float:
 
 
 def growth(samples: list[Sample], skipped: float = 0.2) -> dict[str, float]:
-    """A line through the server's own memory (anonymous pages) over one life, its first part left out, in MiB."""
+    """A line through the server's own memory (anonymous pages) over one life, its first part left out, in MiB.
+
+    Fewer than three samples make no line: 0 minutes.
+    """
     kept = samples[int(len(samples) * skipped) :]
     if len(kept) < 3:
-        return {"minutes": 0.0, "growth_mib": float("nan"), "mib_per_hour": float("nan")}
+        return {"minutes": 0.0, "growth_mib": 0.0, "mib_per_hour": 0.0}
     slope = statistics.linear_regression([one.at for one in kept], [one.anonymous / MIB for one in kept]).slope
     seconds = kept[-1].at - kept[0].at
     return {"minutes": seconds / 60, "growth_mib": slope * seconds, "mib_per_hour": slope * 3600}

@@ -22,6 +22,8 @@ from tests.server.api.test_openapi import CONFIG
 
 LEAVE_SECONDS = 30
 REQUEST_SECONDS = 120
+ADMIN_KEY = "fuzz-admin-correct-horse"
+ADMIN_PATHS = "^/experts/(grow|shrink|reload)$"
 
 
 def main() -> None:
@@ -31,20 +33,23 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=1500, help="most time for all of them")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--context-tokens", type=int, default=48, help="of the server, so that no case takes long")
+    parser.add_argument("--admin", action="store_true", help="what the admin key opens, with the key, and nothing else")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         config = Path(folder) / "schemathesis.toml"
         config.write_text(CONFIG)
         serve = (sys.executable, "-m", "server.cli", "serve", str(extract_store(Path(folder))), "--dtype", "float32")
         limits = ("--max-context-tokens", str(arguments.context_tokens), "--receive-seconds", "5")
-        with running((*serve, *limits, "--log-level", "warning")) as url:
+        key = ("--admin-key", ADMIN_KEY) if arguments.admin else ()
+        with running((*serve, *limits, *key, "--log-level", "warning")) as url:
             counts = ("--max-examples", str(arguments.examples), "--max-time", str(arguments.seconds))
             fuzz = (sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run")
             options = ("--seed", str(arguments.seed), "--no-color", "--continue-on-failure")
             patience = ("--request-timeout", str(REQUEST_SECONDS))  # a busy machine is no failure of the server
-            status = subprocess.run(
-                [*fuzz, f"{url}/openapi.json", *counts, *options, *patience], check=False
-            ).returncode
+            command = [*fuzz, f"{url}/openapi.json", *counts, *options, *patience]
+            if arguments.admin:
+                command += ["--header", f"Authorization: Bearer {ADMIN_KEY}", "--include-path-regex", ADMIN_PATHS]
+            status = subprocess.run(command, check=False).returncode
             left = _left_behind(url)
     print(f"left behind: {left or 'nothing'}")
     sys.exit(bool(status or left))
