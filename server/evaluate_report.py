@@ -149,8 +149,9 @@ def evaluate_all(model: SelectiveModel, whole: SelectiveModel | None, asked: Eva
         if price is not None:
             report.expected[name] = price.expected_loss(report.texts[name].deficit, name).nats
     _ask(report, model, asked, mask, say)
-    if statistics is not None and report.reference:
-        kept = round(float((mask or model.routing.mask).num_allowed.mean()))
+    served_mask = mask or model.routing.mask
+    if statistics is not None and report.reference and not served_mask.is_full:
+        kept = round(float(served_mask.num_allowed.mean()))
         served = SweepResult("served", kept, report.texts, {name: report.ratio(name) for name in report.texts})
         report.price = check_price(statistics, [served], report.reference)
     if statistics is not None:
