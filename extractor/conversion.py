@@ -130,7 +130,9 @@ def trace(directory: Path, keys: Iterable[str]) -> Trace:
         ignored = _other_parts(config)
         model_class, config = found
         with _building, torch.device("meta"):
-            model: Any = model_class._from_config(config)  # type: ignore[no-untyped-call]
+            # In another dtype transformers would change torch's default for the whole process while it builds, under
+            # a server that generates meanwhile.
+            model: Any = model_class._from_config(config, dtype=torch.get_default_dtype())  # type: ignore[no-untyped-call]
     except UnsupportedFamilyError:
         raise
     except Exception as error:  # a config can make transformers raise anything, its own validation errors included

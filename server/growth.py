@@ -63,6 +63,7 @@ class Grower:
         budget_bytes: of all shards; None has no bound.
         served: the mask that the server was started with; None is all of the store.
         profiles: masks that requests may name, none of which may lose its last expert of a layer.
+        find_source: sees to it that experts which the store is about to lose can be fetched, where they can at all.
 
     Attributes:
         error: what went wrong with the last growth, by its name; None if nothing did.
@@ -81,11 +82,13 @@ class Grower:
         statistics: ExpertStatistics | None = None,
         served: ExpertMask | None = None,
         profiles: Mapping[str, ExpertMask] | None = None,
+        find_source: Callable[[], object] = lambda: None,
     ) -> None:
         self._store, self._checkpoint = store, checkpoint
         self._demand_mass, self._between_steps, self._adopt = demand_mass, between_steps, adopt_change
         self._budget_bytes, self._statistics = budget_bytes, statistics
         self._served, self._profiles = served, profiles or {}
+        self._find_source = find_source
         self._turn = threading.Lock()  # held for as long as a change is under way
         self._counting = threading.Lock()
         self.stopping = threading.Event()
@@ -190,6 +193,7 @@ class Grower:
                 ) from error
             except OSError as error:
                 raise GrowthError(f"the store cannot be written: {error.strerror}") from error
+            self._find_source()
             self._take_over()
             with self._counting:
                 self._num_shrinks += 1
@@ -210,6 +214,7 @@ class Grower:
             before = {deep.index for deep in self._store.manifest.deep_experts}
             try:
                 self._check_masks(read_manifest(self._store.path))
+                self._find_source()
                 self._take_over()
             except StoreError as error:
                 log.exception("the store on disk cannot be taken over")

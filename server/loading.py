@@ -87,8 +87,9 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
                 runner = _load_runner(settings, store, options, device=device, dtype=dtype, progress=report)
             except DecodePathError as error:
                 raise SettingsError(str(error)) from error
-            report("looking for the checkpoint", 1.0)
-            runner.model.source_problem = attach_source(store, settings.growth.grow_from)
+            if not store.available.all():
+                report("looking for the checkpoint", 1.0)
+                runner.model.source_problem = attach_source(store, settings.growth.grow_from)
             return runner
         except BaseException as error:
             failure.append(error)

@@ -65,9 +65,15 @@ class Offers:
         """What changes the store of a running engine."""
         from server.growth import Grower
         from server.growth_store import adopt
+        from server.source import attach_source
 
         store, growth = engine.runner.model.store, settings.growth
         everything = deep_expert_bytes(store.manifest) * store.manifest.model.num_experts
+
+        def find_source() -> None:
+            if not store.has_source:
+                engine.runner.model.source_problem = attach_source(store, growth.grow_from)
+
         return Grower(
             store,
             growth.grow_from or store.manifest.source.location,
@@ -78,6 +84,7 @@ class Offers:
             statistics=_sizes_of_outputs(self.statistics, store),
             served=self.served,
             profiles=self.profiles,
+            find_source=find_source,
         )
 
     def start_growing(self, grower: Grower, engine: Engine, settings: Settings) -> None:

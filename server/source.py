@@ -65,13 +65,11 @@ class CheckpointSource:
 
 
 def attach_source(store: Store, location: str | None = None) -> str:
-    """Attach the store's checkpoint where it is needed and can be read; returns why it was not, or nothing.
+    """Attach the store's checkpoint where it can be read; returns why it was not, or nothing.
 
     `location` says where it lies now, where that is not where it was extracted from. Reads about 1 MiB of every weights
     file for the fingerprint. Blocks.
     """
-    if store.available.all():
-        return "the store had every expert when it was opened"
     manifest = store.manifest
     try:
         checkpoint = Checkpoint.open(local_directory(location or manifest.source.location))

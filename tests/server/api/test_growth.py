@@ -293,3 +293,22 @@ def test_no_request_fails_and_no_token_is_wrong_while_the_store_changes(server: 
     assert all(len(found) >= 2 for found in answers)
     assert set(answers[0]) == {whole[0]}
     assert set(answers[3]) == {whole[3]}
+
+
+def test_store_that_had_everything_at_the_start_can_be_fetched_for_when_it_has_shrunk(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    prepare(Checkpoint.open(tiny_checkpoint), tmp_path / "store", SelectionRequest()).run()
+    flags = {"store": str(tmp_path / "store"), "device": "cpu", "dtype": "float32", "slots": 16}
+    settings = load_settings(flags, environ={}).settings
+    body = {"inputs": "The capital of France is", "parameters": {"max_new_tokens": 8, "on_missing": "fetch"}}
+    with (
+        running(load=lambda progress: load(settings, progress), admin_key=ADMIN) as server,
+        server.client(headers=bearer(ADMIN), timeout=60) as client,
+    ):
+        ready(server)
+        whole = client.post("/generate", json=body).json()
+        assert client.post("/experts/shrink", json={"count": 50}).status_code == 200
+        assert deficit(client) > 0
+        fetched = client.post("/generate", json=body)
+        assert (fetched.status_code, fetched.json()) == (200, whole)
