@@ -1,8 +1,8 @@
 """`Store`: the reader of a store on disk.
 
-Owns the manifest in force and the open shard files. Invariants: it opens nothing that the manifest does not name; a
-read either fills the caller's memory with exactly the bytes that were extracted or raises; `reload` adds and removes
-whole deep experts and never changes one, so reads in flight stay valid. All methods may be called from any thread.
+Owns the manifest in force. Invariants: it opens nothing that the manifest does not name; a read either fills the
+caller's memory with exactly the bytes that were extracted or raises; `reload` adds and removes whole deep experts and
+never changes one, so reads in flight stay valid. All methods may be called from any thread.
 With a source attached, experts that the store lacks are read from there, and nothing of them is kept here.
 """
 
@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +23,7 @@ import xxhash
 from expert_store.errors import ExpertUnavailableError, ManifestError, ShardCorruptError, StoreError
 from expert_store.integrity import verify_files
 from expert_store.manifest import DeepExpert, LayerSpec, Manifest, read_manifest
+from expert_store.open_shards import OpenShards
 from expert_store.readers import ReaderLock
 from expert_store.shard import ShardLayout, open_checked, open_shard, read_fully
 from expert_store.shrink import remove_unnamed_shards
@@ -61,22 +60,14 @@ class SourceReader(Protocol):
         """Fill `out` with the span of (layer, expert), any expert of the model. Raises a StoreError."""
 
 
-class _OpenShard:
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self.users = 0
-
-
 class Store:
     """A store on disk, opened for reading. Use `Store.open`; close with `close()` or as a context manager."""
 
     def __init__(self, path: Path, manifest: Manifest, max_open_files: int = MAX_OPEN_FILES) -> None:
         self.path = path
         self._view = _View.of(manifest)
-        self._max_open_files = max_open_files
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._shards = OpenShards(path, max_open_files)
         self._lock = threading.Lock()
-        self._closed = False
         self._readers = ReaderLock(path)
         self._source: SourceReader | None = None
         self._excluded: frozenset[tuple[int, int]] = frozenset()  # (layer, index of the deep expert)
@@ -105,9 +96,7 @@ class Store:
     def close(self) -> None:
         """Close the files; reads in flight finish first, later ones raise."""
         with self._lock:
-            self._closed = True
-            for index in [index for index, shard in self._open.items() if shard.users == 0]:
-                os.close(self._open.pop(index).descriptor)
+            self._shards.close()
             self._readers.close()
 
     @property
@@ -193,7 +182,7 @@ class Store:
         deep = self._locate(view, layer, expert)
         memory = _as_bytes(out, view.manifest.layers[layer].span_bytes)
         where = f"{self.path}/{deep.file} (layer {layer}, expert {expert})"
-        with self._shard(view, deep) as descriptor:
+        with self._shards.opened(deep, view.layouts[deep.index]) as descriptor:
             read_fully(descriptor, memory, view.layouts[deep.index].span_offsets[layer], where)
         if verify and xxhash.xxh3_64_hexdigest(memory) != deep.span_hashes[layer]:
             raise ShardCorruptError(
@@ -223,9 +212,7 @@ class Store:
             view = _View.of(newer, self._excluded)
             self._check_files(view)
             self._view = view
-            for index in [index for index in held if index not in kept and index in self._open]:
-                if self._open[index].users == 0:
-                    os.close(self._open.pop(index).descriptor)
+            self._shards.forget([index for index in held if index not in kept])
             return True
 
     def remove_unnamed(self) -> int | None:
@@ -258,33 +245,6 @@ class Store:
                 "into the same store"
             )
         return view.manifest.deep_experts[index]
-
-    @contextmanager
-    def _shard(self, view: _View, deep: DeepExpert) -> Iterator[int]:
-        """The descriptor of a checked shard, not closed while in use; the least recently used idle ones are closed."""
-        with self._lock:
-            if self._closed:
-                raise ManifestError(f"{self.path}: the store was closed; open it again")
-            shard = self._open.get(deep.index)
-            if shard is None:
-                shard = _OpenShard(open_shard(self.path, deep, view.layouts[deep.index]))
-                self._open[deep.index] = shard
-            self._open.move_to_end(deep.index)
-            shard.users += 1
-            self._close_idle()
-        try:
-            yield shard.descriptor
-        finally:
-            with self._lock:
-                shard.users -= 1
-                self._close_idle()
-
-    def _close_idle(self) -> None:
-        excess = len(self._open) if self._closed else len(self._open) - self._max_open_files
-        if excess <= 0:
-            return
-        for index in [index for index, shard in self._open.items() if shard.users == 0][:excess]:
-            os.close(self._open.pop(index).descriptor)
 
     def _check_files(self, view: _View) -> None:
         """Every named file is there with its size, every shard has its header, and nothing else lies in the trunk."""

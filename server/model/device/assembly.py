@@ -98,7 +98,9 @@ def load_device_runner(
     memory = DeviceMemory(shape, device, num_pinned=len(pinned[0]) if pinned else 0)
     wanted = [(layer, int(expert)) for layer, row in enumerate(mask.allowed) for expert in row.nonzero()[0]]
     progress("loading the trunk", 0.0)
-    model = load_trunk(store.trunk_path, device=device, dtype=dtype)
+    model = load_trunk(
+        store.trunk_path, device=device, dtype=dtype, progress=lambda share: progress("loading the trunk", share)
+    )
     weights = pack_trunk(model, shape)
     slots = memory.num_slots(int(mask.num_allowed.max()), num_slots, slots_memory_bytes)
     pages_shape = memory.pages_shape(slots)
