@@ -286,7 +286,8 @@ def test_killed_server_starts_again_with_the_usage_that_was_saved(store: Path, t
             found.process.kill()
             found.process.wait()
     assert texts[0] == texts[1]
-    assert sorted(path.name for path in copy.iterdir()) == ["experts", "manifest.json", "trunk", "usage.json"]
+    left = {path.name.removesuffix(".partial") for path in copy.iterdir()} - {"statistics.safetensors"}
+    assert left == {"experts", "manifest.json", "trunk", "usage.json"}
 
 
 @pytest.mark.slow
