@@ -3,9 +3,6 @@
 .PHONY: help venv venv-dev demo test check format bench clean
 PY := .venv/bin/python
 export PYTHON
-# Threads of a parallel loop sleep when they wait. Spinning, the default, is 15 times slower as soon as another program
-# wants the cores.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F '|' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -19,6 +16,8 @@ venv-dev:
 demo: venv ## extract the bundled checkpoint, serve it on 127.0.0.1 and stream a first answer
 	@$(PY) -m server.demo
 
+# Threads of a parallel loop sleep when they wait: spinning, the default, is 15 times slower where two programs want the cores.
+test: export OMP_WAIT_POLICY ?= PASSIVE
 test: venv-dev ## run the tests
 	@$(PY) -m pytest -n 2 --dist loadfile
 

@@ -82,7 +82,7 @@ def main() -> None:
         draw(arguments.plot, rows, [server.name for server in servers])
     settings = {name: getattr(arguments, name) for name in ("requests", "max_tokens", "rounds")}
     commands = {server.name: " ".join(_plain(part) for part in server.command) for server in servers}
-    threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
+    threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     result = {**environment(), "locust": version("locust"), **settings, **threads, "commands": commands, "rows": rows}
     finish("load", result, save=arguments.save)
     sys.exit(any(row["failed"] for row in rows))
@@ -203,6 +203,6 @@ def _require_locust() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # for every server what `deepfew` sets for itself
     os.environ["HF_HUB_OFFLINE"] = "1"
     main()

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+
+from server.threads import spin_briefly
 
 COMMANDS = {  # name: (module with `main(arguments)`, or else with a typer function of that name; what it does)
     "extract": ("extractor.cli", "slice a checkpoint into a store of deep experts"),
@@ -54,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" Did you mean `deepfew {near[0]}`?" if near else ""
         return _complain(f"there is no command {name!r}.{hint} `deepfew --help` lists all.")
-    # OpenMP reads this once, when torch is imported. Threads that spin while they wait, its default, make a machine
-    # that has anything else to do several times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    spin_briefly()
     try:
         module = importlib.import_module(COMMANDS[name][0])
         if not hasattr(module, "main"):

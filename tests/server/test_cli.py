@@ -51,10 +51,13 @@ def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
     assert found.rstrip().endswith("[]")
 
 
-@pytest.mark.parametrize(("given", "wanted"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
-def test_threads_that_wait_sleep_unless_told_otherwise(given: dict[str, str], wanted: str) -> None:
-    code = "import os; from server.cli import main; main(['config']); print(os.environ['OMP_WAIT_POLICY'])"
-    environ = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+@pytest.mark.parametrize(
+    ("given", "wanted"), [({}, "10000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"), ({"GOMP_SPINCOUNT": "5"}, "5")]
+)
+def test_threads_spin_briefly_unless_told_otherwise(given: dict[str, str], wanted: str) -> None:
+    code = "import os; from server.cli import main; main(['config']); print(os.environ.get('GOMP_SPINCOUNT'))"
+    ways = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environ = {name: value for name, value in os.environ.items() if name not in ways} | given
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environ)
     assert found.stdout.splitlines()[-1] == wanted
 
