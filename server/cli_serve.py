@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from server.api.app import create_app
 from server.api.listener import Listener, PortTakenError, bind_socket
@@ -32,10 +33,15 @@ def main(argv: Sequence[str]) -> int:
     status = serve(settings_from(parser.parse_args(argv)))
     if status == 0:
         # All is saved. An interpreter that frees a model object by object takes seconds, a minute on a busy machine.
-        logging.shutdown()
-        sys.stdout.flush()
-        os._exit(0)
+        _leave(0)
     return status
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process without freeing what it holds; the log and the output are written first."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)
 
 
 OnListening = Callable[[Service, str, Callable[[], None]], None]
@@ -88,14 +94,10 @@ def serve(resolved: Resolved, *, on_listening: OnListening | None = None) -> int
         return 2
     logger.info("stopped")
     if service.loaded is not None and service.loaded.engine.status().is_wedged:
-        logging.shutdown()
-        sys.stdout.flush()
-        os._exit(1)
+        _leave(1)
     if service.loaded is None:
         # The loading thread is deep inside a library; an interpreter that unloads under it may crash.
-        logging.shutdown()
-        sys.stdout.flush()
-        os._exit(0)
+        _leave(0)
     return 0
 
 
