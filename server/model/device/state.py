@@ -13,9 +13,9 @@ from server.model.device.weights import DecodeShape
 class RowState:
     """KV memory and per-row device state, shared by the steps of all batch sizes.
 
-    keys, values: per layer [rows, kv_heads, max_tokens, head_dim]; lengths [rows] int32; masks [rows, L, E] int8, 1 =
-    available, and temperatures [rows] fp32 of the routers, both read by masked steps; bias_range [L] fp32, the running
-    range of the router's logits.
+    keys, values: per layer [rows, kv_heads, max_tokens, head_dim]; lengths [rows] int32; masks [rows, L, E] int8
+    (see `kernels.routing.route`) and temperatures [rows] fp32 of the routers, both read by masked steps; bias_range [L]
+    fp32, the running range of the router's logits.
     """
 
     def __init__(self, shape: DecodeShape, device: torch.device | str) -> None:

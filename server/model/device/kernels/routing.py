@@ -15,6 +15,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from expert_store.paging.kernels import plan_layer
 from server.model.device.kernels.trunk import normalise
 
+# In a row's mask: the row may have the expert, which is nowhere in reach yet. The log tells the host, which brings it
+# and runs the step again.
+ABSENT = tl.constexpr(2)
+
 
 @triton.jit
 def _sortable(value):
@@ -104,7 +108,8 @@ def route(
     """Routes x [B, H]; writes normed [B, H], weights [B, K], the work list (see `plan_layer`) and the step's log [L,
     B, K].
 
-    masks [rows, L, E] int8 and temperatures [rows] fp32, which divide the logits, are a row's own (MASKED); forced
+    masks [rows, L, E] int8 (0: hidden, 1: available, ABSENT: chosen and logged as if it were there, then left out of
+    plan and experts) and temperatures [rows] fp32, which divide the logits, are a row's own (MASKED); forced
     [num_forced, L, B, K] int32 replaces the choice (FORCED, for replayed traces), bias_range [L] fp32 is the running
     range of the logits (BIASED; mutated). Grid (E / BE, B); the last program plans.
     """
@@ -180,9 +185,13 @@ def route(
             chosen, order, ids, values = top_k(choice, score, allowed, K, KP, BP, EP, not BIASED, NARROW and not BIASED)
         weight = _weights(values, score, allowed, RENORMALISE, dtype)
         pick_at = batches[:, None] * K + picks[None, :]
-        tl.store(weights + pick_at, weight, mask=log_mask)
         tl.store(log_ids + log_at, tl.where(ids < 0, E, ids), mask=log_mask)
         tl.store(log_weights + log_at, weight, mask=log_mask)
+        if MASKED:
+            chosen = chosen & (visible != ABSENT)
+            mark = tl.load(masks + (row[:, None] * L + layer) * E + ids, mask=(row >= 0)[:, None] & (ids >= 0), other=0)
+            weight = tl.where(mark == ABSENT, 0.0, weight)
+        tl.store(weights + pick_at, weight, mask=log_mask)
         plan_layer(
             chosen, order, slot, pool, spill, layer, step,
             page_table, slot_owner, last_use, use_count, pinned, host_offset, stats,
