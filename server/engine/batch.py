@@ -95,9 +95,12 @@ class Batch:
             self.finish(sequence, "cancelled")
 
     def fail_all(self, error: EngineError) -> None:
-        """End every sequence with an error."""
+        """End every sequence with an error, also where the device is lost and rows cannot be freed any more."""
         for sequence in (*self._running, *self._prefilling):
-            self.fail(sequence, error)
+            try:
+                self.fail(sequence, error)
+            except Exception:
+                log.exception("a row could not be freed")
 
     def step(self) -> None:
         """Process one chunk of one prompt, then one token of every running sequence."""
@@ -252,7 +255,7 @@ class Batch:
         if reason is not None:
             text += sequence.detokenizer.finish()
         special = token in model.eos_token_ids or token in model.special_token_ids
-        sequence.on_event(
+        sequence.tell(
             TokenEvent(
                 index=len(sequence.generated),
                 token_id=token,
@@ -265,6 +268,8 @@ class Batch:
         )
         if reason is not None:
             self.finish(sequence, reason)
+        elif not sequence.is_heard:
+            self.finish(sequence, "cancelled")
 
     def _why_complete(self, sequence: Sequence, token: int) -> FinishReason | None:
         sampling = sequence.request.sampling
@@ -278,8 +283,13 @@ class Batch:
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence, whether it was admitted or not, and tell its client."""
-        self._forget(sequence)
-        self.finished[reason] += 1
+        try:
+            self._forget(sequence)
+        finally:
+            self.finished[reason] += 1
+            sequence.tell(self._finished_event(sequence, reason))
+
+    def _finished_event(self, sequence: Sequence, reason: FinishReason) -> FinishedEvent:
         admitted = sequence.admitted_at is not None
         request = sequence.request
         prefill = None
@@ -287,25 +297,25 @@ class Batch:
             first = request.prompt_ids[0]
             text = token_text(self._runner.model.tokenizer, first)
             prefill = ((first, text, None), *sequence.prefill_logprobs)
-        sequence.on_event(
-            FinishedEvent(
-                reason=reason,
-                generated_text=sequence.detokenizer.text if admitted else "",
-                num_prompt_tokens=sequence.num_prompt_tokens,
-                num_generated_tokens=len(sequence.generated),
-                seed=sequence.sampler.seed if admitted else None,
-                prefill=prefill,
-                timing=sequence.timing(),
-                deficit=sequence.deficit(),
-                stop_text=sequence.detokenizer.stop_string if admitted else None,
-            )
+        return FinishedEvent(
+            reason=reason,
+            generated_text=sequence.detokenizer.text if admitted else "",
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_generated_tokens=len(sequence.generated),
+            seed=sequence.sampler.seed if admitted else None,
+            prefill=prefill,
+            timing=sequence.timing(),
+            deficit=sequence.deficit(),
+            stop_text=sequence.detokenizer.stop_string if admitted else None,
         )
 
     def fail(self, sequence: Sequence, error: EngineError) -> None:
         """End a sequence, whether it was admitted or not, with an error."""
-        self._forget(sequence)
-        self.num_failed += 1
-        sequence.on_event(FailedEvent(error))
+        try:
+            self._forget(sequence)
+        finally:
+            self.num_failed += 1
+            sequence.tell(FailedEvent(error))
 
     def _fail_those_in_need(self, sequences: list[Sequence], error: StoreError) -> list[Sequence]:
         """After a step that could not read an expert: fail and return those who cannot run it again."""
@@ -330,7 +340,9 @@ class Batch:
             self._running.remove(sequence)
         if sequence in self._prefilling:
             self._prefilling.remove(sequence)
-        if sequence.row is not None:
-            self._runner.free(sequence.row)
-            sequence.row = None
-        sequence.on_end(sequence)
+        row, sequence.row = sequence.row, None
+        try:
+            if row is not None:
+                self._runner.free(row)
+        finally:
+            sequence.on_end(sequence)

@@ -253,6 +253,19 @@ class Engine:
                     self._reason = phase
 
         runner = self._loader(report)
+        try:
+            ledger, batch = self._around(runner)
+        except BaseException:
+            runner.close()
+            raise
+        with self._lock:
+            self._runner, self._ledger, self._batch = runner, ledger, batch
+            self._progress, self._last_progress = 1.0, time.monotonic()
+            if self._state == "loading":
+                self._state, self._reason = "ready", ""
+        return batch
+
+    def _around(self, runner: Runner) -> tuple[UsageLedger, Batch]:
         manifest = runner.model.store.manifest
         ledger = UsageLedger(manifest.model.num_layers, manifest.model.num_experts, manifest.source.fingerprint)
         if self._open_usage is not None:
@@ -260,12 +273,7 @@ class Engine:
         if self._open_statistics is not None:
             self._collector = collect_from(runner, self._open_statistics(empty_statistics(manifest)))
         batch = Batch(runner, ledger, self.limits.prefill_chunk_tokens, self._corrupt_experts, self._collector)
-        with self._lock:
-            self._runner, self._ledger, self._batch = runner, ledger, batch
-            self._progress, self._last_progress = 1.0, time.monotonic()
-            if self._state == "loading":
-                self._state, self._reason = "ready", ""
-        return batch
+        return ledger, batch
 
     def _wait_for_work(self, batch: Batch) -> bool:
         """Sleep until there is something to do; False when the engine is to end."""
@@ -298,9 +306,11 @@ class Engine:
         with self._lock:
             actions, self._actions = self._actions, deque()
         for action, future in actions:
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 action()
-            except Exception as error:
+            except BaseException as error:
                 future.set_exception(error)
             else:
                 future.set_result(None)
@@ -332,16 +342,22 @@ class Engine:
             left, actions = list(self._waiting), list(self._actions)
             self._waiting.clear()
             self._actions.clear()
+        error = EngineStoppedError(f"the engine {state}: {reason}")
         for _, future in actions:
-            future.set_exception(EngineStoppedError(f"the engine {state}: {reason}"))
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
         if self._batch is not None:
-            error = EngineStoppedError(f"the engine {state}: {reason}")
             self._batch.fail_all(error)
             for sequence in left:
                 self._batch.fail(sequence, error)
-        if self._usage is not None:
-            self._usage.save()
-        if self._collector is not None:
-            self._collector.close()
-        if self._runner is not None:
-            self._runner.close()
+        last = (
+            None if self._usage is None else self._usage.close,
+            None if self._collector is None else self._collector.close,
+            None if self._runner is None else self._runner.close,
+        )
+        for close in last:
+            try:
+                if close is not None:
+                    close()
+            except Exception:  # of a lost device, say: what follows is closed all the same
+                log.exception("the engine could not be closed as a whole")

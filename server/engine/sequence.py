@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from server.engine.request import Deficit, GenerationRequest, Logprob, OnEvent, Timing
+from server.engine.request import Deficit, Event, GenerationRequest, Logprob, OnEvent, Timing
 from server.engine.sampling import Sampler
 from server.engine.text import Detokenizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -27,6 +30,7 @@ class Sequence:
         demanded, missed: router mass over its tokens, float64 [L].
         top1_missing: tokens that did without their most wanted expert, int64 [L]; top1_missing_tokens: in any layer.
         num_routed: tokens whose routing these sums hold.
+        is_heard: whether the client still takes events; one whose `on_event` raised is told nothing more.
     """
 
     request: GenerationRequest
@@ -44,6 +48,17 @@ class Sequence:
     top1_missing: npt.NDArray[np.int64] | None = None
     top1_missing_tokens: int = 0
     num_routed: int = 0
+    is_heard: bool = True
+
+    def tell(self, event: Event) -> None:
+        """Pass an event to the client. What it raises is logged and ends its hearing: it is no fault of the engine."""
+        if not self.is_heard:
+            return
+        try:
+            self.on_event(event)
+        except Exception:
+            self.is_heard = False
+            log.exception("the client of request %s raised, and is told nothing more", self.request.request_id)
 
     def admit(self, row: int, tokenizer: PreTrainedTokenizerBase) -> None:
         """Give the sequence a row and what it needs to generate."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ class OnlineStatistics:
         self._pending: list[_Tokens] = []
         self._num_pending = 0
         self._windows: list[npt.NDArray[np.float32]] = []
-        self._watched: Sequence | None = None
+        self._watched: weakref.ref[Sequence] | None = None  # a sequence that ended is not kept for it
         self._window: Window = []
         self._random = np.random.default_rng()
         self._is_due = False
@@ -165,10 +166,11 @@ class OnlineStatistics:
 
     def _watch(self, record: StepRecord, sequences: Items[Sequence]) -> None:
         """Follow one sequence for a window of tokens, then the next."""
-        at = next((at for at, sequence in enumerate(sequences) if sequence is self._watched), None)
+        watched = None if self._watched is None else self._watched()
+        at = next((at for at, sequence in enumerate(sequences) if sequence is watched), None)
         if at is None:
             at = int(self._random.integers(len(sequences)))
-            self._watched, self._window = sequences[at], []
+            self._watched, self._window = weakref.ref(sequences[at]), []
         if sequences[at].request.router_temperature != 1.0:
             self._watched = None
             return

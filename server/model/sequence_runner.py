@@ -85,7 +85,7 @@ class SequenceRunner(Runner):
     @property
     def num_cached_tokens(self) -> int:
         """Tokens held in rows."""
-        return sum(row.length for row in self._rows.values())
+        return sum(row.length for row in list(self._rows.values()))  # any thread asks, while rows come and go
 
     @torch.inference_mode()
     def prefill(

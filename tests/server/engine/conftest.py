@@ -30,6 +30,7 @@ def make_engine(tiny_store: Path) -> Iterator[Callable[..., Engine]]:
         max_rows: int = 4,
         mask: ExpertMask | None = None,
         usage_path: Path | None = None,
+        usage_interval_seconds: float = 60.0,
         store_path: Path = tiny_store,
         num_slots: int = 16,
         corrupt_experts: CorruptExperts = "fail",
@@ -51,7 +52,7 @@ def make_engine(tiny_store: Path) -> Iterator[Callable[..., Engine]]:
 
         def usage(empty: UsageLedger) -> UsageFile:
             assert usage_path is not None
-            return UsageFile(usage_path, empty)
+            return UsageFile(usage_path, empty, usage_interval_seconds)
 
         def statistics(empty: ExpertStatistics) -> StatisticsFile:
             assert statistics_path is not None

@@ -21,6 +21,7 @@ from server.engine.request import (
     QueueFullError,
 )
 from server.model.runner import Runner
+from server.model.sequence_runner import SequenceRunner
 from tests.server.engine.clients import WAIT_SECONDS, Client
 
 
@@ -286,3 +287,20 @@ def test_a_mask_that_leaves_nothing_of_what_is_served_is_refused(make_engine: Ca
     pool.mask = ExpertMask.same_in_every_layer([20], 8, 64)
     with pytest.raises(InvalidRequestError, match="too little in common"):
         Client(engine, "Once", masking=pool, max_new_tokens=2)
+
+
+def test_status_may_be_asked_while_rows_come_and_go(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(runner_type=SequenceRunner)
+    runner = engine.runner
+
+    class Joining:
+        cache = None
+
+        @property
+        def length(self) -> int:
+            if runner.num_free_rows:
+                runner.allocate()  # as the engine's thread does while another one counts
+            return 3
+
+    runner._rows[runner.allocate()] = Joining()
+    assert engine.status().kv_tokens == 3

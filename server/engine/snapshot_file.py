@@ -1,0 +1,114 @@
+"""A file that keeps what an engine counts: read at start, written now and then and at the end, by a thread of its own.
+
+Invariant: what was on disk at start is part of what is written. A file that cannot be read is set aside, never
+overwritten; one that cannot be written costs a warning, not the service. No step of the engine waits for the disk.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar, Generic, Protocol, Self, TypeVar
+
+log = logging.getLogger(__name__)
+
+
+class Mergeable(Protocol):
+    """A value that adds up."""
+
+    def merge(self, other: Self) -> None:
+        """Add another one; raises one of the file's `unreadable` where the two do not fit together."""
+
+
+Value = TypeVar("Value", bound=Mergeable)
+
+
+class SnapshotFile(ABC, Generic[Value]):
+    """Keeps a value in a file; the thread that adds to the value calls it.
+
+    Args:
+        path: of the file.
+        value: with nothing in it yet, to add to; what the file holds is added first.
+        interval_seconds: between two saves.
+
+    Attributes:
+        what: it keeps, in words.
+        unreadable: what `read` and merging raise on a file that is no such file, or of another model.
+    """
+
+    what: ClassVar[str]
+    unreadable: ClassVar[tuple[type[Exception], ...]]
+
+    def __init__(self, path: Path, value: Value, interval_seconds: float = 60.0) -> None:
+        self._path, self._value, self._interval = path, value, interval_seconds
+        self._saved_at = time.monotonic()
+        self._writer: threading.Thread | None = None
+        expected: tuple[type[Exception], ...] = (*self.unreadable, OSError)
+        try:
+            value.merge(self.read(path))
+        except FileNotFoundError:
+            pass
+        except expected as error:
+            self._set_aside(error)
+        self._saved_count = self.count(value)
+
+    @abstractmethod
+    def read(self, path: Path) -> Value:
+        """What the file holds. Raises FileNotFoundError, OSError, or one of `unreadable`."""
+
+    @abstractmethod
+    def write(self, path: Path, value: Value) -> None:
+        """Write the file, atomically. Raises OSError."""
+
+    @abstractmethod
+    def count(self, value: Value) -> int:
+        """Grows with whatever is added to a value."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the interval has passed and the last save is done."""
+        is_writing = self._writer is not None and self._writer.is_alive()
+        return not is_writing and time.monotonic() - self._saved_at >= self._interval
+
+    def save(self) -> None:
+        """Begin to save what is there now, if anything is new; what is added meanwhile goes into the next save."""
+        self._saved_at = time.monotonic()
+        count = self.count(self._value)
+        if count == self._saved_count:
+            return
+        self._saved_count = count
+        snapshot = copy.deepcopy(self._value)
+        self._writer = threading.Thread(target=self._write, args=(snapshot,), name=f"save-{self.what}", daemon=True)
+        self._writer.start()
+
+    def save_if_due(self) -> None:
+        """`save` where the interval has passed."""
+        if self.is_due:
+            self.save()
+
+    def close(self) -> None:
+        """Save what is new and wait until it is on disk."""
+        if self._writer is not None:
+            self._writer.join()
+        self.save()
+        if self._writer is not None:
+            self._writer.join()
+
+    def _write(self, snapshot: Value) -> None:
+        try:
+            self.write(self._path, snapshot)
+        except OSError as error:
+            self._saved_count = -1
+            log.warning("%s could not be saved to %s: %s", self.what, self._path, error)
+
+    def _set_aside(self, cause: Exception) -> None:
+        aside = self._path.with_name(f"{self._path.name}.unreadable-{time.strftime('%Y%m%d-%H%M%S')}")
+        log.warning("%s of earlier runs is not added: %s; the file is kept as %s", self.what, cause, aside.name)
+        try:
+            self._path.rename(aside)
+        except OSError as error:
+            log.warning("%s could not be renamed: %s", self._path, error)
