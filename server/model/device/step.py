@@ -25,6 +25,9 @@ from server.model.device.weights import DecodeShape, TrunkWeights
 STAGES = ("embed", "qkv", "attention", "output", "route", "gate_up", "down", "combine", "head", "greedy")
 GREEDY_PARTS = 128
 GREEDY_BLOCK = 2048
+THREADS = 32
+"""Threads of a warp. Triton 3.6 computes a tensor with fewer elements than a program has threads wherever it is needed
+again, loads included, and then fails to compile the router: its [batch, experts] are padded to one element a thread."""
 MOST_DOWN_ELEMENTS = 28 << 10
 """Weights that one program of `down_one` holds in registers; more would halve how many programs an SM can hold."""
 
@@ -219,6 +222,7 @@ class DecodeStep:
         options, tuning = self.options, self.options.tuning
         forced = options.forced if options.forced is not None else self.log_ids
         rows = max(tuning.gate_rows, min(16, pow2(self.batch) * tuning.gate_rows))
+        warps = tuning.route_warps if self.batch <= 4 else 8
         self._run(
             "route", routing.route, (triton.cdiv(shape.num_experts, rows), self.batch),
             self.mid, weights.post_norm, weights.gate, self.normed, self.router_logits, self.arrived, self.rows,
@@ -231,13 +235,14 @@ class DecodeStep:
             options.resident_bias, forced.shape[0],
             B=self.batch, K=shape.top_k, E=shape.num_experts, S=pages.shape.num_slots, H=shape.hidden,
             L=shape.num_layers,
-            BP=pow2(self.batch), KP=pow2(shape.top_k), EP=pow2(shape.num_experts), SP=pow2(pages.shape.num_slots),
+            BP=pow2(self.batch), KP=pow2(shape.top_k),
+            EP=max(pow2(shape.num_experts), THREADS * warps // pow2(self.batch)), SP=pow2(pages.shape.num_slots),
             HP=pow2(shape.hidden), PAIRS=pow2(self.batch * shape.top_k),
             STRIDE=pages.pairs.shape[1], BE=rows,
             POLICY=LFU.value if pages.policy == "lfu" else LRU.value, PAGED=pages.shape.paged, MASKED=options.masked,
             FORCED=options.forced is not None,
             NARROW=shape.dtype == torch.bfloat16, BIASED=options.resident_bias != 0.0, RENORMALISE=shape.renormalise,
-            num_warps=tuning.route_warps if self.batch <= 4 else 8,
+            num_warps=warps,
         )  # fmt: skip
 
     def _experts(self, layer: int) -> None:
