@@ -14,7 +14,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from router.gating import rules
-from router.gating.rules import BiasArgument, GatingRule, GroupLimit, Renormalised, RouterCall, TopKRule
+from router.gating.call import GatingRule, RouterCall
+from router.gating.rules import BiasArgument, GroupLimit, Renormalised, TopKRule
 from router.gating.special import SharedSoftmaxRule, SkipClassRule, SparseMixerRule
 
 

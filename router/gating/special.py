@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from router.gating.rules import Output, Picks, RouterCall
+from router.gating.call import Output, RouterCall
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,10 @@ class SparseMixerRule:
 
     takes_temperature: ClassVar[bool] = False
 
-    def masked(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Output,
-        mask: Tensor,
-        temperature: Tensor | None = None,
-    ) -> Output:
+    def masked(self, call: RouterCall, mask: Tensor, temperature: Tensor | None = None) -> Output:
         """See `GatingRule.masked`."""
-        picks = Picks.of(output)
-        tolerance = 2 * cast(float, module.router_jitter_noise)
+        picks = call.picks
+        tolerance = 2 * cast(float, call.module.router_jitter_noise)
         scores = picks.logits.masked_fill(~mask, -torch.inf)  # [T, E]
         left = scores  # −inf at unavailable and at picked experts
         index, weights = [], []
@@ -62,18 +54,9 @@ class SharedSoftmaxRule:
 
     takes_temperature: ClassVar[bool] = False
 
-    def masked(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Output,
-        mask: Tensor,
-        temperature: Tensor | None = None,
-    ) -> Output:
+    def masked(self, call: RouterCall, mask: Tensor, temperature: Tensor | None = None) -> Output:
         """See `GatingRule.masked`."""
-        picks = Picks.of(output)
-        call, router = RouterCall(module, args, kwargs, picks), cast(Any, module)
+        picks, router = call.picks, cast(Any, call.module)
         k, num_shared = picks.index.shape[-1], int(router.n_shared_experts)
         hidden, gate = call.hidden_states, router.weight
         # The router returns no logits of the shared experts. They are scored in the precision of those that it returns.
@@ -97,20 +80,12 @@ class SkipClassRule:
 
     takes_temperature: ClassVar[bool] = False
 
-    def masked(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Output,
-        mask: Tensor,
-        temperature: Tensor | None = None,
-    ) -> Output:
+    def masked(self, call: RouterCall, mask: Tensor, temperature: Tensor | None = None) -> Output:
         """See `GatingRule.masked`."""
-        picks = Picks.of(output)
+        picks = call.picks
         classes = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=-1)  # [T, E + 1]
         probs = torch.softmax(picks.logits.masked_fill(~classes, -torch.inf), dim=-1)
-        choice = (probs.float() + cast(Tensor, module.balancing_biases)).masked_fill(~classes, -torch.inf)
+        choice = (probs.float() + cast(Tensor, call.module.balancing_biases)).masked_fill(~classes, -torch.inf)
         index = choice.topk(picks.index.shape[-1], dim=-1).indices
         exists = functional.pad(mask, (0, 1)).gather(-1, index)
         return picks.replaced(probs.gather(-1, index), index, exists, mask)

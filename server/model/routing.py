@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from router.gating import GatingRule, Picks, UnsupportedGatingError, find_gating_rule
+from router.gating import GatingRule, Picks, RouterCall, UnsupportedGatingError, find_gating_rule
 from router.ledger import StepRecord
 from router.mask import ExpertMask
 
@@ -145,7 +145,8 @@ class StepRouting:
         self._steps = [None] * self._num_layers
 
     def _choose(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        wanted = Picks.of(output)
+        call = RouterCall.of(module, args, kwargs, output)
+        wanted = call.picks
         mask, temperature = self._mask_of(layer, wanted.index.shape[0]), self._temperature
         if mask is None and temperature is None:
             self._steps[layer] = _LayerStep(wanted.index, wanted.weights, wanted.index, wanted.weights, None)
@@ -153,13 +154,13 @@ class StepRouting:
         rule = self._rule(layer, module)
         if temperature is not None:
             everything = torch.ones_like(wanted.logits, dtype=torch.bool)
-            tempered = rule.masked(module, args, kwargs, output, everything, temperature)
+            tempered = rule.masked(call, everything, temperature)
             wanted = Picks.of(tempered)
             if mask is None:
                 self._steps[layer] = _LayerStep(wanted.index, wanted.weights, wanted.index, wanted.weights, None)
                 return tempered
         assert mask is not None
-        masked = rule.masked(module, args, kwargs, output, mask, temperature)
+        masked = rule.masked(call, mask, temperature)
         served = Picks.of(masked)
         missed = wanted.weights.float().masked_fill(mask.gather(-1, wanted.index), 0.0).sum(dim=-1)  # [T]
         self._steps[layer] = _LayerStep(served.index, served.weights, wanted.index, wanted.weights, missed)

@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from router.gating import RULES, Picks, UnsupportedGatingError, find_gating_rule
+from router.gating import RULES, Picks, RouterCall, UnsupportedGatingError, find_gating_rule
 from tests.families.checkpoints import FAMILIES, NUM_EXPERTS, is_installed, moe_blocks, random_model
 from tests.families.pruning import pruned_router
 
@@ -42,7 +42,7 @@ class Call:
 
     def masked(self, model_type: str, mask: Tensor, temperature: Tensor | None = None) -> Picks:
         rule = find_gating_rule(model_type, self.router)
-        return Picks.of(rule.masked(self.router, self.args, self.kwargs, self.output, mask, temperature))
+        return Picks.of(rule.masked(RouterCall.of(self.router, self.args, self.kwargs, self.output), mask, temperature))
 
     def pruned(self, keep: Sequence[int]) -> Picks:
         """What transformers' forward gives on the pruned router, with expert ids of the unpruned one."""
@@ -229,9 +229,8 @@ def test_masking_never_waits_for_the_device(model_type: str) -> None:
         output = tuple(map(to_meta, call.output))
         kwargs = {name: to_meta(value) for name, value in call.kwargs.items()}
         mask = mask_of(call, LOPSIDED).to("meta")
-        masked = find_gating_rule(model_type, router).masked(
-            router, tuple(map(to_meta, call.args)), kwargs, output, mask
-        )
+        on_meta = RouterCall.of(router, tuple(map(to_meta, call.args)), kwargs, output)
+        masked = find_gating_rule(model_type, router).masked(on_meta, mask)
         assert all(tensor.device.type == "meta" for tensor in masked)
 
 
@@ -247,7 +246,8 @@ def test_half_precision_router_keeps_dtypes_and_available_experts(model_type: st
             router = router.float()  # its forward asks for float32 weights
         output = router(*args, **kwargs)
         stock = Picks.of(output)
-        picks = Picks.of(find_gating_rule(model_type, router).masked(router, args, kwargs, output, mask_of(call, FEW)))
+        halved = RouterCall.of(router, args, kwargs, output)
+        picks = Picks.of(find_gating_rule(model_type, router).masked(halved, mask_of(call, FEW)))
         assert (picks.weights.dtype, picks.index.dtype) == (stock.weights.dtype, stock.index.dtype)
         assert set(picks.index.flatten().tolist()) <= {*FEW, NUM_EXPERTS}
         assert bool(torch.isfinite(picks.weights).all())
