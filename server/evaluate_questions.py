@@ -68,7 +68,11 @@ def read_questions(path: Path) -> QuestionSet:
 
 
 def answered(
-    runner: Runner, questions: Sequence[Question], mask: ExpertMask | None = None, masking: MakeMasking | None = None
+    runner: Runner,
+    questions: Sequence[Question],
+    mask: ExpertMask | None = None,
+    masking: MakeMasking | None = None,
+    prefix: str = "",
 ) -> float:
     """Share of the questions whose answer the greedy continuation starts with.
 
@@ -76,6 +80,7 @@ def answered(
         runner: its free rows are the questions that run side by side.
         mask: for every question.
         masking: of each question, beside `mask`; a pool, for instance.
+        prefix: text before every prompt, such as the separator that a document begins with; special tokens by name.
     """
     waiting = list(reversed(questions))
     running: list[_Asked] = []
@@ -83,7 +88,7 @@ def answered(
     try:
         while waiting or running:
             while waiting and runner.num_free_rows:
-                running.append(_Asked(runner, waiting.pop(), mask, masking))
+                running.append(_Asked(runner, waiting.pop(), mask, masking, prefix))
             for asked in [one for one in running if one.verdict is not None]:
                 running.remove(asked)
                 runner.free(asked.row)
@@ -109,12 +114,18 @@ class _Asked:
     """A question in a row of its own. `verdict` is None until it is known whether it was answered."""
 
     def __init__(
-        self, runner: Runner, question: Question, mask: ExpertMask | None, masking: MakeMasking | None
+        self,
+        runner: Runner,
+        question: Question,
+        mask: ExpertMask | None,
+        masking: MakeMasking | None,
+        prefix: str,
     ) -> None:
         self.verdict: bool | None = None
         self.made: list[int] = []
         self._model, self._question, self._mask = runner.model, question, mask
-        prompt = encoder(runner.model)(question.prompt)
+        encode = encoder(runner.model)
+        prompt = [*encode(prefix), *encode(question.prompt)]
         self._masking = None if masking is None else masking(len(prompt))
         self.row = runner.allocate()
         try:

@@ -44,6 +44,7 @@ class Evaluation:
     shares: Sequence[float] = ()
     criteria: Sequence[str] = ()
     seeds: Sequence[int] = ()
+    prefix: str = ""
 
 
 @dataclass
@@ -175,9 +176,10 @@ def _ask(report: Report, model: SelectiveModel, asked: Evaluation, mask: ExpertM
     for path in asked.questions:
         found = read_questions(path)
         say(f"asking {found.name}", 0, None)
-        accuracy = answered(runner, found.questions, mask)
+        accuracy = answered(runner, found.questions, mask, prefix=asked.prefix)
         metrics = efficiency(accuracy, found.chance, parameters(model, mask)).to_json()
-        report.questions.append({"name": found.name, "num_questions": len(found.questions), **metrics})
+        head = {"name": found.name, "num_questions": len(found.questions), "prefix": asked.prefix}
+        report.questions.append({**head, **metrics})
 
 
 def _sweep(

@@ -84,6 +84,9 @@ def evaluate(
     store: Annotated[str, typer.Argument(help="A store, or a checkpoint.")],
     texts: Annotated[list[str] | None, typer.Option(help="Held-out text of a domain: PATH or NAME=PATH.")] = None,
     questions: Annotated[list[Path] | None, typer.Option(help='jsonl of "prompt" and "answer".')] = None,
+    prefix: Annotated[
+        str, typer.Option(help="Text before every question, such as '<|endoftext|>' where documents begin with it.")
+    ] = "",
     reference: Annotated[str | None, typer.Option(help="Whole store or checkpoint to compare with.")] = None,
     plan: Annotated[Path | None, typer.Option(help="Plan file to mask to.")] = None,
     stats: Annotated[Path | None, typer.Option(help="Statistics: compare criteria at the sizes of --keep.")] = None,
@@ -110,6 +113,8 @@ def evaluate(
         _check(half, context)
         if not texts and not questions:
             raise TextsError("there is nothing to measure: give --texts or --questions")
+        if prefix and not questions:
+            raise TextsError("--prefix stands before questions: give --questions, or leave it out")
         asked = Evaluation(
             domains=find_domains(texts) if texts else [],
             questions=list(questions or ()),
@@ -119,6 +124,7 @@ def evaluate(
             shares=[parse_keep(part) for part in keep.split(",")],
             criteria=[name.strip() for name in criteria.split(",")],
             seeds=range(seeds),
+            prefix=prefix,
         )
         model = stack.enter_context(_opened(store, None, slots_memory, device, dtype))
         whole = None

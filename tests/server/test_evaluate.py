@@ -151,6 +151,15 @@ def test_parameters_are_those_of_the_checkpoint(selective: Callable[..., Selecti
     assert (masked.kept_experts, masked.active_experts) == (4, 4)
 
 
+def test_arithmetic_is_answered_once_a_document_begins_before_the_question(
+    selective: Callable[..., SelectiveModel],
+) -> None:
+    model = selective()
+    asked = read_questions(TEXTS / "questions" / "arithmetic.jsonl").questions[:16]
+    runner = Runner(model, max_rows=8, max_tokens=64)
+    assert answered(runner, asked, prefix="\n<|endoftext|>") > answered(runner, asked) + 0.25
+
+
 def test_questions_that_are_none_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_text('{"prompt": "2 + 2 ="}\n')

@@ -89,6 +89,7 @@ def test_grow_adds_what_was_wanted_and_missing(
         (["calibrate", "missing", "missing.txt", "--out", "stats"], "missing.txt: no text is there"),
         (["evaluate", "missing"], "nothing to measure"),
         (["evaluate", "missing", "--texts", "x", "--half", "third"], "--half is 'third'"),
+        (["evaluate", "missing", "--texts", "x", "--prefix", "y"], "--prefix stands before questions"),
         (["grow", "missing"], "missing"),
     ],
 )
