@@ -25,7 +25,7 @@ from extractor.inspection import print_summary, store_summary
 from extractor.prepare import prepare
 from extractor.progress import byte_progress
 from extractor.selection import SelectionRequest, parse_bytes, parse_keep
-from extractor.verify import compared_bytes, verify_against, verify_store
+from extractor.verify import compared_bytes, open_comparison, verify_store
 
 EXIT_DOMAIN_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -110,6 +110,7 @@ def verify(
     """Hash every file of a store; with --against, compare it with its checkpoint bit for bit."""
     with _one_message():
         total = compared_bytes(read_manifest(store))
+        comparison = None if against is None else open_comparison(store, resolve_checkpoint(against))
         with byte_progress("verifying", total, quiet=as_json) as on_bytes:
             verified = verify_store(store, on_bytes)
         result: dict[str, Any] = {
@@ -119,9 +120,9 @@ def verify(
             "against": against,
         }
         text = f"{store} is intact: {format_bytes(verified)} verified"
-        if against is not None:
+        if comparison is not None:
             with byte_progress("comparing", total, quiet=as_json) as on_bytes:
-                result["compared_bytes"] = verify_against(store, resolve_checkpoint(against), on_bytes)
+                result["compared_bytes"] = comparison.run(on_bytes)
             text += f", and equal to {against} bit for bit"
     print(json.dumps(result) if as_json else text)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -31,9 +31,9 @@ from transformers.core_model_loading import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from extractor.errors import CheckpointError, UnsupportedFamilyError
+from extractor.errors import CheckpointError, ExtractError, UnsupportedFamilyError
 from extractor.families import check_routers
-from extractor.text_model import text_model
+from extractor.text_model import read_config, text_model
 from router.gating import RULES
 
 # transformers builds a model under a process-wide default dtype, which two threads would leave behind wrong.
@@ -123,7 +123,7 @@ def trace(directory: Path, keys: Iterable[str]) -> Trace:
     if family not in CONFIG_MAPPING:
         raise unsupported(directory, f"transformers {version('transformers')} does not know the family {family!r}")
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        config = read_config(directory)
         found = text_model(config)
         if found is None:
             raise unsupported(directory, f"transformers has no causal language model of {config.model_type!r}")
@@ -133,7 +133,7 @@ def trace(directory: Path, keys: Iterable[str]) -> Trace:
             # In another dtype transformers would change torch's default for the whole process while it builds, under
             # a server that generates meanwhile.
             model: Any = model_class._from_config(config, dtype=torch.get_default_dtype())  # type: ignore[no-untyped-call]
-    except UnsupportedFamilyError:
+    except ExtractError:
         raise
     except Exception as error:  # a config can make transformers raise anything, its own validation errors included
         raise CheckpointError(
@@ -159,7 +159,7 @@ def trace(directory: Path, keys: Iterable[str]) -> Trace:
         )
         for module, parameters in modules.items()
     }
-    return Trace(type(model).__name__, _top_k(config), experts, tuple(trunk))
+    return Trace(type(model).__name__, _top_k(config, directory), experts, tuple(trunk))
 
 
 def _other_parts(config: Any) -> list[str]:
@@ -231,11 +231,13 @@ def _recipe(
     )
 
 
-def _top_k(config: Any) -> int:
+def _top_k(config: Any, directory: Path) -> int:
     """How many experts a token has; families call it by different names."""
     text = config.get_text_config()
     found = [getattr(text, name, None) for name in TOP_K_KEYS]
     top_k = next((value for value in found if isinstance(value, int) and value > 0), None)
     if top_k is None:
-        raise CheckpointError(f"config.json has none of {', '.join(TOP_K_KEYS)} as a positive number: check the file")
+        raise CheckpointError(
+            f"{directory / 'config.json'} has none of {', '.join(TOP_K_KEYS)} as a positive number: check the file"
+        )
     return top_k

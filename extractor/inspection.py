@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from expert_store.manifest import Manifest, format_ids, read_manifest
 from extractor.disk import format_bytes
@@ -57,10 +57,7 @@ def store_summary(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """Print a summary as a table."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
+    """Print a summary, a line for each thing. A terminal may wrap them; nothing else does."""
     layers, held, every = summary["num_layers"], summary["num_deep_experts"], summary["num_experts"]
     span = max(summary["span_bytes"])
     tensors = ", ".join(f"{item['name']} {item['shape']} {item['dtype']}" for item in summary["tensors"])
@@ -75,9 +72,10 @@ def print_summary(summary: dict[str, Any]) -> None:
         ("on disk", f"{format_bytes(summary['total_bytes'])}, of it {format_bytes(summary['trunk_bytes'])} trunk"),
         ("files", _files(summary["damaged_files"])),
     ]
+    console = Console(highlight=False, soft_wrap=True)
     for name, value in rows:
-        table.add_row(name, value)
-    Console(highlight=False).print(table)
+        for number, line in enumerate(value.split("\n")):
+            console.print(Text(("" if number else name).ljust(14), style="bold") + Text(line, style="not bold"))
 
 
 def _per_layer(summary: dict[str, Any]) -> str:

@@ -55,6 +55,11 @@ class ExpertsLayout:
                 f"{checkpoint.path}: its layers have different numbers of experts {sorted(counts)}; only models with "
                 "the same number in every MoE layer are supported"
             )
+        if found.top_k > min(counts):
+            raise CheckpointError(
+                f"{checkpoint.path / 'config.json'} gives every token {found.top_k} experts of {min(counts)}; "
+                "the file is damaged or of another checkpoint: download it again"
+            )
         layers, recipes = [], []
         for layer, (module, parts) in enumerate(found.experts.items()):
             layers.append(_layer_spec(checkpoint, layer, module, parts))

@@ -7,10 +7,38 @@ model.
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from extractor.errors import CheckpointError
+
+MAX_LAYERS = 4096
+"""No model has a tenth of it. transformers makes lists and modules for as many layers as a config asks for."""
+_DEPTHS = re.compile(r"(^|_)(layers|depth|n_layer)$")
+
+
+def read_config(directory: Path) -> Any:
+    """transformers' config of the model in `directory`.
+
+    Raises CheckpointError where config.json asks for layers without end; else what transformers raises.
+    """
+    _check_depth(json.loads((directory / "config.json").read_bytes()), directory / "config.json")
+    return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+
+
+def _check_depth(value: Any, path: Path) -> None:
+    for key, item in value.items() if isinstance(value, dict) else ():
+        if _DEPTHS.search(key) and isinstance(item, int | float) and item > MAX_LAYERS:
+            raise CheckpointError(
+                f"{path}: {key} is {item}, wanted at most {MAX_LAYERS}; the file is damaged or hostile: do not use "
+                "this checkpoint"
+            )
+        _check_depth(item, path)
 
 
 def text_model(config: Any) -> tuple[type[PreTrainedModel], Any] | None:

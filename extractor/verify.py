@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from expert_store.integrity import verify_files
-from expert_store.manifest import Manifest, format_ids, read_manifest
+from expert_store.manifest import Manifest, ModelSpec, format_ids, read_manifest
 from extractor.checkpoint import Checkpoint
 from extractor.errors import MismatchError
 from extractor.outputs import OutputFile, shard_output, trunk_outputs
@@ -41,30 +42,54 @@ def verify_against(
     Together with `verify_store` this is equality bit for bit. How the checkpoint is cut into files does not matter.
     Returns the bytes compared. Raises MismatchError, naming layers and experts that differ.
     """
+    return open_comparison(path, checkpoint).run(on_bytes)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A store and a checkpoint of the same model, whose files are still to be compared."""
+
+    path: str | os.PathLike[str]
+    checkpoint: Checkpoint
+    manifest: Manifest
+    outputs: list[OutputFile]
+
+    def run(self, on_bytes: Callable[[int], None] | None = None) -> int:
+        """What `verify_against` does once both are open."""
+        problems, total = [], 0
+        for digest in stream(self.outputs, None, on_bytes):
+            total += digest.file_bytes
+            problems += _differences(self.manifest, digest)
+        listed = {file.name for file in self.manifest.trunk}
+        made = {output.name for output in self.outputs}
+        problems += [f"{name} is not in the checkpoint" for name in sorted(listed - made)]
+        if problems:
+            more = f"\n… and {len(problems) - MAX_REPORTED} more" if len(problems) > MAX_REPORTED else ""
+            raise MismatchError(
+                f"{self.path} differs from {self.checkpoint.path}:\n" + "\n".join(problems[:MAX_REPORTED]) + more + "\n"
+                "it was extracted from another version of the checkpoint: extract this one into an empty directory"
+            )
+        return total
+
+
+def open_comparison(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Comparison:
+    """What can be told before any weight is read. Raises MismatchError for a checkpoint of another model."""
     from extractor.layout import ExpertsLayout  # imports transformers, which hashing a store need not wait for
 
     manifest = read_manifest(path)
     layout = ExpertsLayout.of(checkpoint)
     if (layout.model, layout.layers) != (manifest.model, manifest.layers):
         raise MismatchError(
-            f"{path} and {checkpoint.path} are different models: {manifest.model} in the store, {layout.model} in the "
-            "checkpoint (or their experts' shapes differ); name the checkpoint that the store was extracted from"
+            f"{path} and {checkpoint.path} are different models: {_difference(manifest.model, layout.model)}; name the "
+            "checkpoint that the store was extracted from"
         )
-    outputs = _outputs(manifest, checkpoint, layout)
-    problems, total = [], 0
-    for digest in stream(outputs, None, on_bytes):
-        total += digest.file_bytes
-        problems += _differences(manifest, digest)
-    listed = {file.name for file in manifest.trunk}
-    made = {output.name for output in outputs}
-    problems += [f"{name} is not in the checkpoint" for name in sorted(listed - made)]
-    if problems:
-        more = f"\n… and {len(problems) - MAX_REPORTED} more" if len(problems) > MAX_REPORTED else ""
-        raise MismatchError(
-            f"{path} differs from {checkpoint.path}:\n" + "\n".join(problems[:MAX_REPORTED]) + more + "\n"
-            "it was extracted from another version of the checkpoint: extract this one into an empty directory"
-        )
-    return total
+    return Comparison(path, checkpoint, manifest, _outputs(manifest, checkpoint, layout))
+
+
+def _difference(store: ModelSpec, checkpoint: ModelSpec) -> str:
+    pairs = [(one.name, getattr(store, one.name), getattr(checkpoint, one.name)) for one in fields(ModelSpec)]
+    differing = [f"{name} is {mine} in the store and {theirs} there" for name, mine, theirs in pairs if mine != theirs]
+    return ", ".join(differing) or "their experts' tensors have other shapes or dtypes"
 
 
 def compared_bytes(manifest: Manifest) -> int:

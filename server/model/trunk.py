@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from extractor.text_model import text_model
+from extractor.text_model import read_config, text_model
 from server.model.experts import IMPLEMENTATION
 
 LOADING_BAR = "Loading weights"  # how transformers' loop over the tensors calls its bar
@@ -89,7 +89,7 @@ def context_tokens(path: Path) -> int:
 
 def _model_of(path: Path) -> tuple[type[PreTrainedModel], Any]:
     """The class that answers text with text for the config at `path`, and the part of the config that it takes."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    config = read_config(path)
     found = text_model(config)
     if found is None:
         raise TrunkError(f"transformers has no causal language model for {type(config).__name__}")

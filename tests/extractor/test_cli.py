@@ -118,6 +118,15 @@ def test_a_store_that_differs_from_a_checkpoint_is_status_2(qwen_checkpoint: Pat
     assert "differ" in err
 
 
+def test_what_cannot_be_compared_with_is_told_before_the_store_is_hashed(qwen_checkpoint: Path, tmp_path: Path) -> None:
+    store, other = tmp_path / "store", save_checkpoint(tmp_path / "other", "olmoe")
+    run("extract", qwen_checkpoint, store, "--count", "1")
+    for against in (tmp_path / "absent", other):
+        status, _, err = run("verify", store, "--against", against)
+        assert status == 2
+        assert "verifying" not in err
+
+
 def test_an_interrupt_says_that_the_same_command_continues(
     qwen_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

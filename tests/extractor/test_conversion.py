@@ -5,6 +5,8 @@ When a new transformers moves a name, `test_the_internals_are_where_they_were` s
 
 import importlib
 import inspect
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +149,29 @@ def test_a_config_that_transformers_refuses_is_one_error(qwen_checkpoint: Path, 
     (tmp_path / "config.json").write_text(config.replace('"hidden_size": 32', '"hidden_size": "wide"'))
     with pytest.raises(CheckpointError, match="transformers cannot build the model"):
         trace(tmp_path, [])
+
+
+def _with_config(checkpoint: Path, directory: Path, **changes: Any) -> Path:
+    """A copy of `checkpoint` whose config.json has `changes`."""
+    shutil.copytree(checkpoint, directory)
+    config = json.loads((directory / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_hidden_layers": 10**8}, {"num_hidden_layers": 1e8}, {"vision_config": {"depth": 10**8}}]
+)
+def test_a_config_with_layers_without_end_is_refused_at_once(
+    qwen_checkpoint: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: .* wanted at most 4096"):
+        trace(_with_config(qwen_checkpoint, tmp_path / "deep", **changes), [])
+
+
+def test_a_config_that_gives_a_token_more_experts_than_there_are_is_refused(
+    qwen_checkpoint: Path, tmp_path: Path
+) -> None:
+    damaged = _with_config(qwen_checkpoint, tmp_path / "damaged", num_experts_per_tok=NUM_EXPERTS + 1)
+    with pytest.raises(CheckpointError, match=rf"gives every token {NUM_EXPERTS + 1} experts of {NUM_EXPERTS}"):
+        ExpertsLayout.of(Checkpoint.open(damaged))

@@ -21,8 +21,16 @@ def test_layers_with_different_experts_are_listed(tmp_path: Path, capsys: pytest
     print_summary(summary)
     text = capsys.readouterr().out
     assert "layer 0: 0,2" in text
+    assert all(line == line.rstrip() for line in text.splitlines())
     assert "layer 1: 1,3" in text
     assert "all there" in text
+
+
+def test_a_long_line_is_not_cut_where_no_terminal_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_store(tmp_path)
+    summary = store_summary(tmp_path) | {"store": "/a/long/path" * 20}
+    print_summary(summary)
+    assert summary["store"] in capsys.readouterr().out
 
 
 def test_inspecting_needs_neither_torch_nor_transformers(repository: Path, tmp_path: Path) -> None:

@@ -55,7 +55,9 @@ def test_a_changed_trunk_is_found_and_named(store: Path, tmp_path: Path) -> None
 
 def test_another_model_is_told_at_once(store: Path, tmp_path: Path) -> None:
     other = save_checkpoint(tmp_path / "other", "olmoe")
-    with pytest.raises(MismatchError, match="are different models"):
+    with pytest.raises(
+        MismatchError, match=r"different models: family is qwen3_moe in the store and olmoe there, arch"
+    ):
         verify_against(store, Checkpoint.open(other))
 
 
