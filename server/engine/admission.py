@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+from router.mask import MaskError
 from server.engine.request import (
     ContextTooLongError,
     GenerationRequest,
@@ -94,6 +95,13 @@ def check_ability(request: GenerationRequest, runner: Runner) -> None:
                 f'on_missing "fetch" needs the checkpoint that the store was extracted from: '
                 f'{runner.model.source_problem}; use "mask"'
             )
+    elif request.masking is not None and request.masking.mask is not None:
+        try:
+            request.masking.mask & runner.model.routing.mask
+        except MaskError as error:
+            raise InvalidRequestError(
+                f"the request's mask and what is served have too little in common: {error}"
+            ) from error
 
 
 def check_queue(request: GenerationRequest, limits: EngineLimits, waiting: Sequence[int]) -> None:

@@ -12,18 +12,17 @@ import time
 from collections import Counter, deque
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from expert_store.errors import StoreError
 from router.ledger import UsageLedger
 from router.mask import ExpertMask, MaskError
-from server.engine.missing import check_nothing_missing
+from server.engine.masks import SequenceMasks
 from server.engine.request import (
     EngineError,
+    EngineTotals,
     ExpertMissingError,
     FailedEvent,
-    FinishedEvent,
     FinishReason,
     GenerationError,
     TokenEvent,
@@ -66,7 +65,7 @@ class Batch:
         self._ledger = ledger
         self._chunk = prefill_chunk_tokens
         self.collector = collector
-        self._everything = ExpertMask(np.ones(runner.model.routing.mask.allowed.shape, dtype=np.bool_))
+        self._masks = SequenceMasks(runner)
         self._prefilling: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self.unreadable = UnreadableExperts(runner.model.store, runner.model.routing, corrupt_experts)
@@ -75,6 +74,17 @@ class Batch:
         self.num_steps = 0
         self.finished: Counter[str] = Counter()
         self.num_failed = 0
+
+    def totals(self) -> EngineTotals:
+        """The counters; any thread."""
+        return EngineTotals(
+            num_finished=dict(self.finished),
+            num_failed=self.num_failed,
+            prompt_tokens=self.prompt_tokens,
+            generated_tokens=self.generated_tokens,
+            num_steps=self.num_steps,
+            num_read_faults=self.unreadable.num_faults,
+        )
 
     def __len__(self) -> int:
         return len(self._prefilling) + len(self._running)
@@ -124,13 +134,15 @@ class Batch:
         self._prefilling.rotate(-1)
         end = min(sequence.num_prefilled + self._chunk, sequence.num_prompt_tokens)
         tokens = request.prompt_ids[sequence.num_prefilled : end]
-        temper = {} if request.router_temperature == 1.0 else {"temperature": request.router_temperature}
+        options: dict[str, Any] = {}
+        if request.router_temperature != 1.0:
+            options["temperature"] = request.router_temperature
         while True:
             if not (masks := self._masks_of([sequence])):
                 return
             try:
                 output = self._runner.prefill(
-                    sequence.row, tokens, mask=masks[sequence], all_logits=request.prompt_logprobs, **temper
+                    sequence.row, tokens, mask=masks[sequence], all_logits=request.prompt_logprobs, **options
                 )
                 break
             except StoreError as error:
@@ -157,8 +169,7 @@ class Batch:
                 return
             rows = [sequence.row for sequence in sequences if sequence.row is not None]
             tokens = [sequence.generated[-1] for sequence in sequences]
-            temperatures = [sequence.request.router_temperature for sequence in sequences]
-            options: dict[str, Any] = {} if all(t == 1.0 for t in temperatures) else {"temperatures": temperatures}
+            options: dict[str, Any] = {"temperatures": [sequence.request.router_temperature for sequence in sequences]}
             if self._runner.can_choose:
                 for sequence in sequences:  # drawn once, however often the step has to be run
                     if sequence not in choices:
@@ -178,7 +189,7 @@ class Batch:
     # -- postprocess ---------------------------------------------------------------------------------------------------
 
     def _record(self, output: StepOutput, sequences: list[Sequence]) -> list[Sequence]:
-        """Enter a step into ledger, deficits and maskings; ends and returns those that refuse to do without experts."""
+        """Enter a step into ledger, deficits and masks; ends and returns those that refuse to do without experts."""
         record = output.record
         self._ledger.add(record)
         if self.collector is not None:
@@ -190,49 +201,22 @@ class Batch:
             tokens = slice(at * tokens_per_row, (at + 1) * tokens_per_row)
             missing = None if top1_missing is None else top1_missing[:, tokens]
             sequence.add_share(tokens_per_row, output.share.demanded[at], output.share.missed[at], missing)
-            if sequence.request.on_missing == "refuse" and output.share.missed[at].any():
-                try:
-                    mask = self._mask_of(sequence) or self._runner.model.routing.mask
-                    check_nothing_missing(*record.demand_of(tokens), mask)
-                except ExpertMissingError as error:
-                    refused.append(sequence)
-                    self.fail(sequence, error)
-                    continue
-            masking = sequence.request.masking
-            if masking is not None:
-                before = masking.mask
-                masking.observe(*record.demand_of(tokens))
-                if masking.mask is not None and masking.mask is not before:
-                    self._prefetch(masking.mask)
+            try:
+                self._masks.observe(sequence, record, tokens, output.share.missed[at])
+            except ExpertMissingError as error:
+                refused.append(sequence)
+                self.fail(sequence, error)
         return refused
-
-    def _prefetch(self, mask: ExpertMask) -> None:
-        try:
-            self._runner.prefetch(mask)
-        except StoreError as error:  # whoever comes to need the expert is told then
-            log.warning("experts could not be fetched ahead: %s", error)
 
     def _masks_of(self, sequences: list[Sequence]) -> dict[Sequence, ExpertMask | None]:
         """The mask of each sequence; those that are left with no expert of a layer fail and are left out."""
         masks: dict[Sequence, ExpertMask | None] = {}
         for sequence in sequences:
             try:
-                masks[sequence] = self._mask_of(sequence)
+                masks[sequence] = self._masks.of(sequence)
             except MaskError as error:
                 self._fail_for(sequence, error)
         return masks
-
-    def _mask_of(self, sequence: Sequence) -> ExpertMask | None:
-        """The request's own mask within what it may have, or None where that is what the server serves.
-
-        A request that fetches may have every expert, so its own mask alone narrows it.
-        """
-        masking = sequence.request.masking
-        own = None if masking is None else masking.mask
-        served = self._runner.model.routing.mask
-        if sequence.request.on_missing == "fetch":
-            return own or (None if served.is_full else self._everything)
-        return None if own is None else own & served
 
     def _take_token(self, sequence: Sequence, logits: Tensor, chosen: Chosen | None = None, at: int = 0) -> None:
         """Choose the next token from logits [V], tell the client, end the sequence if it is complete.
@@ -245,15 +229,9 @@ class Batch:
         else:
             token = sequence.sampler.choose(logits)
             logprob = token_logprob(logits, token, None if chosen is None else float(chosen.normaliser[at]))
-        if sequence.first_token_at is None:
-            sequence.first_token_at = time.monotonic()
-        sequence.generated.append(token)
         self.generated_tokens += 1
         model = self._runner.model
-        text = sequence.detokenizer.add(token)
-        reason = self._why_complete(sequence, token)
-        if reason is not None:
-            text += sequence.detokenizer.finish()
+        text, reason = sequence.take(token, model.eos_token_ids)
         special = token in model.eos_token_ids or token in model.special_token_ids
         sequence.tell(
             TokenEvent(
@@ -271,14 +249,6 @@ class Batch:
         elif not sequence.is_heard:
             self.finish(sequence, "cancelled")
 
-    def _why_complete(self, sequence: Sequence, token: int) -> FinishReason | None:
-        sampling = sequence.request.sampling
-        if token in self._runner.model.eos_token_ids and not sampling.ignore_eos:
-            return "eos_token"
-        if sequence.detokenizer.stop_string is not None:
-            return "stop_sequence"
-        return "length" if len(sequence.generated) >= sampling.max_new_tokens else None
-
     # -- endings -------------------------------------------------------------------------------------------------------
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -287,27 +257,7 @@ class Batch:
             self._forget(sequence)
         finally:
             self.finished[reason] += 1
-            sequence.tell(self._finished_event(sequence, reason))
-
-    def _finished_event(self, sequence: Sequence, reason: FinishReason) -> FinishedEvent:
-        admitted = sequence.admitted_at is not None
-        request = sequence.request
-        prefill = None
-        if request.prompt_logprobs:
-            first = request.prompt_ids[0]
-            text = token_text(self._runner.model.tokenizer, first)
-            prefill = ((first, text, None), *sequence.prefill_logprobs)
-        return FinishedEvent(
-            reason=reason,
-            generated_text=sequence.detokenizer.text if admitted else "",
-            num_prompt_tokens=sequence.num_prompt_tokens,
-            num_generated_tokens=len(sequence.generated),
-            seed=sequence.sampler.seed if admitted else None,
-            prefill=prefill,
-            timing=sequence.timing(),
-            deficit=sequence.deficit(),
-            stop_text=sequence.detokenizer.stop_string if admitted else None,
-        )
+            sequence.tell(sequence.finished_event(reason, self._runner.model.tokenizer))
 
     def fail(self, sequence: Sequence, error: EngineError) -> None:
         """End a sequence, whether it was admitted or not, with an error."""

@@ -1,6 +1,6 @@
 """The engine: one thread that owns sequences, rows, slots and the usage ledger.
 
-Other threads only `submit`, `cancel` and read `status`; what they hand over waits behind one lock. A step is: drop what
+Other threads only `submit`, `cancel` and read `status`; what they hand over waits in the inbox. A step is: drop what
 was cancelled, give rows to waiting requests, one step of the batch. Invariant: every accepted request gets exactly one
 final event, whatever happens to it or to the engine.
 """
@@ -12,17 +12,18 @@ import sys
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import replace
 
 from extractor.statistics import ExpertStatistics
 from router.ledger import UsageLedger
-from router.mask import MaskError
-from server.engine.admission import EngineLimits, check_ability, check_queue, check_request
+from server.engine.admission import EngineLimits, check_ability, check_request
 from server.engine.batch import Batch
+from server.engine.inbox import Inbox
 from server.engine.request import (
-    EngineError,
+    ContextTooLongError,
     EngineState,
     EngineStatus,
     EngineStoppedError,
@@ -30,6 +31,7 @@ from server.engine.request import (
     GenerationRequest,
     InvalidRequestError,
     OnEvent,
+    QueueFullError,
 )
 from server.engine.sequence import Sequence
 from server.engine.statistics import OnlineStatistics, collect_from, empty_statistics
@@ -65,29 +67,24 @@ class Engine:
         corrupt_experts: CorruptExperts = "fail",
         statistics: Callable[[ExpertStatistics], StatisticsFile] | None = None,
     ) -> None:
-        self._corrupt_experts = corrupt_experts
-        self._open_statistics = statistics
-        self._collector: OnlineStatistics | None = None
         self.limits = limits or EngineLimits()
         self._loader = loader
-        self._open_usage = usage
+        self._open_usage, self._open_statistics = usage, statistics
+        self._corrupt_experts = corrupt_experts
         self._usage: UsageFile | None = None
+        self._collector: OnlineStatistics | None = None
         self._runner: Runner | None = None
         self._batch: Batch | None = None
         self._ledger: UsageLedger | None = None
-        self._lock = threading.Condition()
-        self._waiting: deque[Sequence] = deque()
-        self._ids: set[str] = set()
-        self._cancelled: set[str] = set()
-        self._actions: deque[tuple[Callable[[], None], Future[None]]] = deque()
-        self._state: EngineState = "loading"
-        self._reason = "not started"
+        self._inbox = Inbox(self.limits)
+        self._lock = threading.RLock()  # of what follows
         self._progress = 0.0
         self._is_wedged = False
         self._drain_until: float | None = None
         self._num_requests = 0
         self._num_refused = 0
         self._last_progress = time.monotonic()
+        self._become("loading", "not started")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # -- any thread ----------------------------------------------------------------------------------------------------
@@ -123,25 +120,22 @@ class Engine:
             InvalidRequestError, ContextTooLongError: the request can never be served.
             QueueFullError: the queue is at its bound.
         """
-        with self._lock:
-            if self._state != "ready":
-                raise EngineStoppedError(f"the engine is {self._state}" + (f": {self._reason}" if self._reason else ""))
-            try:
-                self._check(request)
-            except EngineError:
+        self._inbox.check_takes_requests()
+        runner = self.runner
+        try:
+            check_request(request, self.limits, vocab_size=runner.model.vocab_size, max_tokens=runner.max_tokens)
+            check_ability(request, runner)
+            self._inbox.put(Sequence(request, on_event, on_end=self._inbox.forget))
+        except (InvalidRequestError, ContextTooLongError, QueueFullError):
+            with self._lock:
                 self._num_refused += 1
-                raise
-            self._ids.add(request.request_id)
-            self._waiting.append(Sequence(request, on_event, on_end=self._forget))
+            raise
+        with self._lock:
             self._num_requests += 1
-            self._lock.notify()
 
     def cancel(self, request_id: str) -> None:
         """Drop a request wherever it is, before the next step; an unknown or finished one is no error."""
-        with self._lock:
-            if request_id in self._ids:
-                self._cancelled.add(request_id)
-                self._lock.notify()
+        self._inbox.cancel(request_id)
 
     def between_steps(self, action: Callable[[], None]) -> Future[None]:
         """Run `action` on the engine thread before its next step; what it raises is the future's, not the engine's.
@@ -149,13 +143,7 @@ class Engine:
         Raises:
             EngineStoppedError: the engine has no model, or no longer.
         """
-        future: Future[None] = Future()
-        with self._lock:
-            if self._state not in ("ready", "draining") or self._runner is None:
-                raise EngineStoppedError(f"the engine is {self._state}" + (f": {self._reason}" if self._reason else ""))
-            self._actions.append((action, future))
-            self._lock.notify()
-        return future
+        return self._inbox.put_action(action)
 
     def stop(self, drain_seconds: float) -> None:
         """Take no more requests, let what was accepted finish for at most `drain_seconds`, end the thread.
@@ -164,12 +152,12 @@ class Engine:
         the status says so, the log says where it is stuck, and it is left behind.
         """
         with self._lock:
-            if self._state in ("ready", "loading"):
-                self._state, self._reason = "draining", "shutting down"
             until = time.monotonic() + drain_seconds
             self._drain_until = until if self._drain_until is None else min(until, self._drain_until)
-            self._lock.notify()
             wait_seconds = max(0.0, self._drain_until - time.monotonic()) + STOP_MARGIN_SECONDS
+            if self._state in ("ready", "loading"):
+                self._become("draining", "shutting down")
+        self._inbox.wake()
         if self._thread.ident is None:
             return
         self._thread.join(wait_seconds)
@@ -180,53 +168,41 @@ class Engine:
         frame = sys._current_frames().get(self._thread.ident or 0)
         stack = "" if frame is None else "".join(traceback.format_stack(frame))
         where = "" if frame is None else f", stuck in {frame.f_code.co_filename}:{frame.f_lineno}"
+        reason = f"the engine's thread did not end within {waited_seconds:.0f} s{where}"
         with self._lock:
             self._is_wedged = True
-            self._state = "failed"
-            self._reason = f"the engine's thread did not end within {waited_seconds:.0f} s{where}"
-        log.error("%s\n%s", self._reason, stack)
+            self._become("failed", reason)
+        log.error("%s\n%s", reason, stack)
 
     def status(self) -> EngineStatus:
         """A snapshot."""
+        num_waiting, num_waiting_tokens = self._inbox.waiting
         with self._lock:
             runner, batch = self._runner, self._batch
+            totals = EngineTotals() if batch is None else batch.totals()
             return EngineStatus(
                 state=self._state,
                 reason=self._reason,
                 progress=self._progress,
                 is_wedged=self._is_wedged,
                 num_running=0 if batch is None else len(batch),
-                num_waiting=len(self._waiting),
-                num_waiting_tokens=sum(sequence.num_prompt_tokens for sequence in self._waiting),
+                num_waiting=num_waiting,
+                num_waiting_tokens=num_waiting_tokens,
                 seconds_since_progress=time.monotonic() - self._last_progress,
                 kv_tokens=0 if runner is None else runner.num_cached_tokens,
                 kv_capacity_tokens=0 if runner is None else runner.max_rows * runner.max_tokens,
-                totals=EngineTotals(
-                    num_requests=self._num_requests,
-                    num_refused=self._num_refused,
-                    num_finished={} if batch is None else dict(batch.finished),
-                    num_failed=0 if batch is None else batch.num_failed,
-                    prompt_tokens=0 if batch is None else batch.prompt_tokens,
-                    generated_tokens=0 if batch is None else batch.generated_tokens,
-                    num_steps=0 if batch is None else batch.num_steps,
-                    num_read_faults=0 if batch is None else batch.unreadable.num_faults,
-                ),
+                totals=replace(totals, num_requests=self._num_requests, num_refused=self._num_refused),
             )
 
-    def _check(self, request: GenerationRequest) -> None:
-        runner = self.runner
-        check_request(request, self.limits, vocab_size=runner.model.vocab_size, max_tokens=runner.max_tokens)
-        check_ability(request, runner)
-        if request.request_id in self._ids:
-            raise InvalidRequestError(f"a request with the id {request.request_id} is waiting or running")
-        if request.masking is not None and request.masking.mask is not None and request.on_missing != "fetch":
-            try:
-                request.masking.mask & runner.model.routing.mask
-            except MaskError as error:
-                raise InvalidRequestError(
-                    f"the request's mask and what is served have too little in common: {error}"
-                ) from error
-        check_queue(request, self.limits, [sequence.num_prompt_tokens for sequence in self._waiting])
+    def _become(self, state: EngineState, reason: str) -> None:
+        """Enter a state, and let in what it takes."""
+        with self._lock:
+            self._state, self._reason = state, reason
+            refusal = f"the engine is {state}" + (f": {reason}" if reason else "")
+            has_model = self._runner is not None
+            self._inbox.gate(
+                requests=state == "ready", actions=has_model and state in ("ready", "draining"), refusal=refusal
+            )
 
     # -- engine thread -------------------------------------------------------------------------------------------------
 
@@ -250,7 +226,7 @@ class Engine:
             with self._lock:
                 self._progress, self._last_progress = share, time.monotonic()
                 if self._state == "loading":
-                    self._reason = phase
+                    self._become("loading", phase)
 
         runner = self._loader(report)
         try:
@@ -262,7 +238,7 @@ class Engine:
             self._runner, self._ledger, self._batch = runner, ledger, batch
             self._progress, self._last_progress = 1.0, time.monotonic()
             if self._state == "loading":
-                self._state, self._reason = "ready", ""
+                self._become("ready", "")
         return batch
 
     def _around(self, runner: Runner) -> tuple[UsageLedger, Batch]:
@@ -280,84 +256,44 @@ class Engine:
         while True:
             with self._lock:
                 self._last_progress = time.monotonic()
-                busy = bool(self._waiting or self._cancelled or self._actions or len(batch))
-                if self._drain_until is not None and (not busy or time.monotonic() >= self._drain_until):
-                    return False
-                if busy:
-                    return True
-                self._lock.wait(IDLE_SECONDS)
-            if self._usage is not None:
-                self._usage.save_if_due()
-            if self._collector is not None:
-                self._collector.save_if_due()
+                drain_until = self._drain_until
+            is_busy = len(batch) > 0 or not self._inbox.is_empty
+            if drain_until is not None and (not is_busy or time.monotonic() >= drain_until):
+                return False
+            if is_busy:
+                return True
+            self._inbox.wait(IDLE_SECONDS)
+            for file in (self._usage, self._collector):
+                if file is not None:
+                    file.save_if_due()
 
     def step(self, batch: Batch) -> None:
         """One step: schedule, run, postprocess."""
-        self._run_actions()
-        self._drop_cancelled(batch)
-        while batch.has_room and (sequence := self._next_waiting()) is not None:
-            batch.admit(sequence)
+        self._inbox.run_actions()
+        dropped, cancelled = self._inbox.take_cancelled()
+        for sequence in dropped:
+            batch.finish(sequence, "cancelled")
+        batch.cancel(cancelled)
+        while batch.has_room and (waiting := self._inbox.next()) is not None:
+            batch.admit(waiting)
         if len(batch):
             batch.step()
         if self._usage is not None:
             self._usage.save_if_due()
 
-    def _run_actions(self) -> None:
-        with self._lock:
-            actions, self._actions = self._actions, deque()
-        for action, future in actions:
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                action()
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                future.set_result(None)
-
-    def _drop_cancelled(self, batch: Batch) -> None:
-        with self._lock:
-            if not self._cancelled:
-                return
-            cancelled, self._cancelled = self._cancelled, set()
-            dropped = [s for s in self._waiting if s.request.request_id in cancelled]
-            self._waiting = deque(s for s in self._waiting if s.request.request_id not in cancelled)
-        for sequence in dropped:
-            batch.finish(sequence, "cancelled")
-        batch.cancel(cancelled)
-
-    def _next_waiting(self) -> Sequence | None:
-        with self._lock:
-            return self._waiting.popleft() if self._waiting else None
-
-    def _forget(self, sequence: Sequence) -> None:
-        with self._lock:
-            self._ids.discard(sequence.request.request_id)
-            self._cancelled.discard(sequence.request.request_id)
-
     def _end(self, state: EngineState, reason: str) -> None:
         """Refuse from now on, fail what is left, save usage, give memory back."""
-        with self._lock:
-            self._state, self._reason = state, reason
-            left, actions = list(self._waiting), list(self._actions)
-            self._waiting.clear()
-            self._actions.clear()
+        self._become(state, reason)
         error = EngineStoppedError(f"the engine {state}: {reason}")
-        for _, future in actions:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(error)
+        left = self._inbox.close(error)
         if self._batch is not None:
             self._batch.fail_all(error)
             for sequence in left:
                 self._batch.fail(sequence, error)
-        last = (
-            None if self._usage is None else self._usage.close,
-            None if self._collector is None else self._collector.close,
-            None if self._runner is None else self._runner.close,
-        )
-        for close in last:
-            try:
-                if close is not None:
-                    close()
-            except Exception:  # of a lost device, say: what follows is closed all the same
-                log.exception("the engine could not be closed as a whole")
+        try:
+            with ExitStack() as closing:  # closes the others also where one cannot be, on a lost device for instance
+                for part in (self._runner, self._collector, self._usage):  # the last one first
+                    if part is not None:
+                        closing.callback(part.close)
+        except Exception:
+            log.exception("the engine could not be closed as a whole")

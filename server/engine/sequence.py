@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from server.engine.request import Deficit, Event, GenerationRequest, Logprob, OnEvent, Timing
+from server.engine.request import (
+    Deficit,
+    Event,
+    FinishedEvent,
+    FinishReason,
+    GenerationRequest,
+    Logprob,
+    OnEvent,
+    Timing,
+)
 from server.engine.sampling import Sampler
 from server.engine.text import Detokenizer
+from server.engine.tokens import token_text
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +76,22 @@ class Sequence:
         self.admitted_at = time.monotonic()
         self.sampler = Sampler(self.request.sampling, self.request.prompt_ids)
         self.detokenizer = Detokenizer(tokenizer, self.request.prompt_ids, self.request.sampling.stop)
+
+    def take(self, token: int, eos_token_ids: Collection[int]) -> tuple[str, FinishReason | None]:
+        """Append a generated token; returns the text that it adds and, where it completes the sequence, why."""
+        if self.first_token_at is None:
+            self.first_token_at = time.monotonic()
+        self.generated.append(token)
+        text = self.detokenizer.add(token)
+        sampling = self.request.sampling
+        reason: FinishReason | None = None
+        if token in eos_token_ids and not sampling.ignore_eos:
+            reason = "eos_token"
+        elif self.detokenizer.stop_string is not None:
+            reason = "stop_sequence"
+        elif len(self.generated) >= sampling.max_new_tokens:
+            reason = "length"
+        return (text, None) if reason is None else (text + self.detokenizer.finish(), reason)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -123,4 +149,23 @@ class Sequence:
             prefill_seconds=first - admitted,
             decode_seconds=now - first,
             ttft_seconds=first - self.submitted_at,
+        )
+
+    def finished_event(self, reason: FinishReason, tokenizer: PreTrainedTokenizerBase) -> FinishedEvent:
+        """What is told at the end, whether the sequence was admitted or not."""
+        is_admitted = self.admitted_at is not None
+        prefill = None
+        if self.request.prompt_logprobs:
+            first = self.request.prompt_ids[0]
+            prefill = ((first, token_text(tokenizer, first), None), *self.prefill_logprobs)
+        return FinishedEvent(
+            reason=reason,
+            generated_text=self.detokenizer.text if is_admitted else "",
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_generated_tokens=len(self.generated),
+            seed=self.sampler.seed if is_admitted else None,
+            prefill=prefill,
+            timing=self.timing(),
+            deficit=self.deficit(),
+            stop_text=self.detokenizer.stop_string if is_admitted else None,
         )

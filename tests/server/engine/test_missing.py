@@ -19,7 +19,7 @@ from extractor.prepare import prepare
 from extractor.selection import SelectionRequest
 from router.mask import ExpertMask
 from server.engine.engine import Engine
-from server.engine.missing import check_nothing_missing
+from server.engine.masks import check_nothing_missing
 from server.engine.request import ExpertMissingError, GenerationRequest, InvalidRequestError
 from server.model.assembly import SelectiveModel, load_model
 from server.model.runner import Runner

@@ -1,0 +1,96 @@
+"""Which experts each running sequence may have, and what becomes of those that want others.
+
+A request may narrow what the server serves (`Masking`), have what the store lacks fetched, or refuse to do without.
+Invariant: a sequence's mask changes only between two of its steps.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import numpy.typing as npt
+
+from expert_store.errors import StoreError
+from router.ledger import StepRecord
+from router.mask import ExpertMask
+from server.engine.request import ExpertMissingError
+from server.engine.sequence import Sequence
+from server.model.runner import Runner
+
+log = logging.getLogger(__name__)
+
+
+class SequenceMasks:
+    """Masks of the sequences of one runner.
+
+    Args:
+        runner: whose routing has the server's mask; told of what a sequence is going to need.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._everything = ExpertMask(np.ones(runner.model.routing.mask.allowed.shape, dtype=np.bool_))
+
+    def of(self, sequence: Sequence) -> ExpertMask | None:
+        """The request's own mask within what it may have, or None where that is what the server serves.
+
+        A request that fetches may have every expert, so its own mask alone narrows it.
+
+        Raises:
+            MaskError: a layer is left without an expert.
+        """
+        masking = sequence.request.masking
+        own = None if masking is None else masking.mask
+        served = self._runner.model.routing.mask
+        if sequence.request.on_missing == "fetch":
+            return own or (None if served.is_full else self._everything)
+        return None if own is None else own & served
+
+    def observe(self, sequence: Sequence, record: StepRecord, tokens: slice, missed: npt.NDArray[np.float64]) -> None:
+        """Tell the request's masking what its tokens of a step wanted; it may choose anew.
+
+        Args:
+            tokens: the sequence's in `record`.
+            missed: mass [L] that they wanted and that was not available.
+
+        Raises:
+            ExpertMissingError: the request refuses to do without what was missed.
+        """
+        request = sequence.request
+        if request.on_missing == "refuse" and missed.any():
+            check_nothing_missing(*record.demand_of(tokens), self.of(sequence) or self._runner.model.routing.mask)
+        if request.masking is None:
+            return
+        before = request.masking.mask
+        request.masking.observe(*record.demand_of(tokens))
+        chosen = request.masking.mask
+        if chosen is not None and chosen is not before:
+            try:
+                self._runner.prefetch(chosen)
+            except StoreError as error:  # whoever comes to need the expert is told then
+                log.warning("experts could not be fetched ahead: %s", error)
+
+
+def check_nothing_missing(
+    demand_index: npt.NDArray[np.int64], demand_weight: npt.NDArray[np.float32], mask: ExpertMask
+) -> None:
+    """Raise where a token wanted an expert outside `mask`.
+
+    Args:
+        demand_index, demand_weight: [L, T, K] of the unmasked choice; ids ≥ E are picks that do not exist.
+
+    Raises:
+        ExpertMissingError: of the first such token, its first layer, the expert wanted most.
+    """
+    num_layers, num_experts = mask.allowed.shape
+    exists = demand_index < num_experts
+    allowed = mask.allowed[np.arange(num_layers)[:, None, None], np.minimum(demand_index, num_experts - 1)]
+    missing = np.where(exists & ~allowed & (demand_weight > 0), demand_weight, 0.0)  # [L, T, K]
+    places = np.argwhere((missing > 0).any(axis=2).T)  # (token, layer), tokens first
+    if not len(places):
+        return
+    token, layer = (int(value) for value in places[0])
+    pick = int(missing[layer, token].argmax())
+    share = float(missing[layer, token, pick] / demand_weight[layer, token].sum())
+    raise ExpertMissingError(layer, int(demand_index[layer, token, pick]), share)
