@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from server.load_progress import DEVICE_PHASES, OPENING, SOURCE, STARTING, LoadProgress, load_weights
 from server.service import ExpertsSnapshot, LoadedModel, Progress, ShardInfo
 from server.settings import Settings, SettingsError
 
@@ -51,7 +52,10 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
     Raises:
         StoreError, MaskError, SettingsError, TrunkError: what is wrong with the store, the mask or the memory.
     """
-    progress(0.0, "starting torch and transformers")
+    steps = LoadProgress(load_weights(check_store(settings), settings.model.slots))
+    if settings.model.decode_path == "host" or settings.model.device == "cpu":
+        steps.leave_out(DEVICE_PHASES)
+    progress(steps.at(STARTING, 0.0), STARTING)
     import transformers
 
     from expert_store.store import Store
@@ -65,11 +69,13 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
     from server.source import attach_source
 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    progress(0.0, "opening the store")
+    progress(steps.at(OPENING, 0.0), OPENING)
     store = Store.open(_store_path(settings))
     try:
         mask = _mask(settings, store)
         device = resolve_device(settings.model.device)
+        if device.type != "cuda":
+            steps.leave_out(DEVICE_PHASES)
         dtype = resolve_dtype(settings.model.dtype, store)
         statistics = load_statistics(settings.model.statistics, store.manifest)
         known = _known_price(settings, store, mask, statistics)
@@ -79,7 +85,10 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
         raise
     failure: list[BaseException] = []
 
-    def make_runner(report: Callable[[str, float], None]) -> Runner:
+    def make_runner(report_all: Callable[[str, float], None]) -> Runner:
+        def report(phase: str, share: float) -> None:
+            report_all(phase, steps.at(phase, share))
+
         try:
             limit = _context_limit(settings, store)
             try:
@@ -88,7 +97,7 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
             except DecodePathError as error:
                 raise SettingsError(str(error)) from error
             if not store.available.all():
-                report("looking for the checkpoint", 1.0)
+                report(SOURCE, 0.0)
                 runner.model.source_problem = attach_source(store, settings.growth.grow_from)
             return runner
         except BaseException as error:
@@ -108,7 +117,7 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
     )
     engine.start()
     while (status := engine.status()).state == "loading":
-        progress(status.progress, status.reason)
+        progress(steps.share, steps.phase)
         time.sleep(POLL_SECONDS)
     if failure:
         raise failure[0]

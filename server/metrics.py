@@ -168,7 +168,7 @@ class _Snapshots(Collector):
         yield _gauge("deepfew_start_time_seconds", "Unix time of the start.", self._service.started_at)
         yield _gauge("deepfew_ready", "1 while requests are taken.", health.is_ready)
         yield _gauge("deepfew_healthy", "0 when something is broken.", health.is_healthy)
-        yield _gauge("deepfew_load_progress_ratio", "Share of loading done.", health.progress)
+        yield _gauge("deepfew_load_progress_ratio", "Share of loading done, over all its phases.", health.progress)
 
 
 def _of_the_engine(status: EngineStatus) -> Iterator[Metric]:

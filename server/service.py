@@ -119,13 +119,17 @@ Loader = Callable[[Progress], LoadedModel]
 
 @dataclass(frozen=True)
 class Health:
-    """`is_ready`: a request would be taken now. `is_healthy`: nothing is broken (loading and draining are healthy)."""
+    """`is_ready`: a request would be taken now. `is_healthy`: nothing is broken (loading and draining are healthy).
+
+    `progress` is the share of all loading that is done, `phase` what is being done while it loads, else empty.
+    """
 
     is_ready: bool
     is_healthy: bool
     state: str
     reason: str
     progress: float
+    phase: str = ""
 
 
 class Service:
@@ -182,7 +186,7 @@ class Service:
             share, doing = self._progress
             if self._draining.is_set():
                 return Health(False, True, "draining", "the server is shutting down", share)
-            return Health(False, True, "loading", f"loading: {doing} ({share:.0%})", share)
+            return Health(False, True, "loading", f"loading: {doing} ({share:.0%})", share, doing)
         status = model.engine.status()
         if status.state == "failed":
             return Health(False, False, "failed", status.reason or "the engine has failed", status.progress)

@@ -141,11 +141,15 @@ class HealthResponse(BaseModel):
 
 
 class ReadyResponse(BaseModel):
-    """State of the model; with status 503 there is `error` and `error_type` too."""
+    """State of the model; with status 503 there is `error` and `error_type` too.
+
+    `progress` is the share of loading that is done, over all phases: it never falls. `phase` names the one under way.
+    """
 
     state: Literal["loading", "ready", "draining", "failed"]
     reason: str
     progress: float
+    phase: str
 
 
 class NotReadyResponse(ReadyResponse):

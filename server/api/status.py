@@ -36,7 +36,12 @@ async def live() -> JSONResponse:
 async def ready(request: Request) -> JSONResponse:
     """200 while a request would be taken and the engine makes progress, else 503 with the reason."""
     health = context_of(request).service.health()
-    payload: dict[str, Any] = {"state": health.state, "reason": health.reason, "progress": health.progress}
+    payload: dict[str, Any] = {
+        "state": health.state,
+        "reason": health.reason,
+        "progress": health.progress,
+        "phase": health.phase,
+    }
     if health.is_ready:
         return JSONResponse(payload)
     payload |= {"error": health.reason, "error_type": "healthcheck"}

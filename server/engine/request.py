@@ -250,7 +250,7 @@ class EngineStatus:
     Attributes:
         state: loading, ready, draining, stopped or failed.
         reason: why it is not ready, else empty.
-        progress: share of loading done in [0, 1], 1 when loaded.
+        progress: share of loading done in [0, 1], as the loader tells it, 1 when loaded.
         num_running, num_waiting: requests.
         num_waiting_tokens: prompt tokens of the waiting requests.
         seconds_since_progress: since the loop last completed a step or found nothing to do.

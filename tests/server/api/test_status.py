@@ -35,7 +35,7 @@ def test_ready_server_says_so() -> None:
     with running() as server, server.client() as client:
         assert client.get("/health/live").json() == {"status": "ok"}
         assert client.get("/health").json() == {"status": "ok"}
-        assert client.get("/health/ready").json() == {"state": "ready", "reason": "", "progress": 1.0}
+        assert client.get("/health/ready").json() == {"state": "ready", "reason": "", "progress": 1.0, "phase": ""}
 
 
 def test_while_loading_it_is_live_and_says_what_it_does_and_how_far() -> None:
@@ -55,6 +55,7 @@ def test_while_loading_it_is_live_and_says_what_it_does_and_how_far() -> None:
             "state": "loading",
             "reason": "loading: filling slots (25%)",
             "progress": 0.25,
+            "phase": "filling slots",
             "error": "loading: filling slots (25%)",
             "error_type": "healthcheck",
         }
