@@ -56,7 +56,7 @@ class Grower:
     Args:
         store: that is being served.
         checkpoint: directory or hub name of its source.
-        demand_mass: a snapshot [L, E] of what was wanted so far; called on any thread.
+        demand_mass: a snapshot [L, E] of what was wanted, by which it ranks; called on any thread.
         between_steps: runs a function on the engine's thread between two steps and waits for it, as
             `Engine.between_steps(…).result` does.
         adopt_change: see `adopt`, bound to the running model.
@@ -115,19 +115,16 @@ class Grower:
             budget_bytes=self._budget_bytes,
         )
 
-    def candidates(self, demand_mass: Float | None = None) -> list[Candidate]:
-        """What to extract next, best first, as far as the budget allows.
+    def candidates(self) -> list[Candidate]:
+        """What to extract next, best first, as far as the budget allows."""
+        return within_budget(self._missing(self._demand_mass()), self._store.manifest, self._budget_bytes)
 
-        Args:
-            demand_mass: [L, E]; all that was wanted so far where it is left out.
-        """
-        return within_budget(self._missing(demand_mass), self._store.manifest, self._budget_bytes)
-
-    def replacements(self, demand_mass: Float) -> tuple[Candidate, list[DeepExpert]] | None:
+    def replacements(self) -> tuple[Candidate, list[DeepExpert]] | None:
         """The best missing deep expert, budget aside, and what could go for it; None where that is nothing.
 
         What could go is wanted less than `1 / REPLACE_FACTOR` as much, least wanted first.
         """
+        demand_mass = self._demand_mass()
         missing = self._missing(demand_mass)
         if not missing:
             return None
@@ -135,7 +132,7 @@ class Grower:
         worse = [deep for score, deep in scored if score * REPLACE_FACTOR < missing[0].score]
         return (missing[0], worse) if worse else None
 
-    def grow(self, count: int, demand_mass: Float | None = None) -> list[Candidate]:
+    def grow(self, count: int) -> list[Candidate]:
         """Start extracting the `count` best candidates and return them; `error` says later if it failed.
 
         A growth that was broken off earlier is finished instead.
@@ -152,7 +149,7 @@ class Grower:
             )
         self._take_turn("growing")
         try:
-            begun, ranked = unfinished_growth(self._store.path), self.candidates(demand_mass)
+            begun, ranked = unfinished_growth(self._store.path), self.candidates()
             known = {one.experts: one for one in ranked}
             num_bytes = deep_expert_bytes(self._store.manifest)
             chosen = [known.get(experts) or Candidate(experts, 0.0, 0.0, num_bytes) for experts in begun]
@@ -236,8 +233,7 @@ class Grower:
         """Break the growth under way off, soon; the next one finishes it."""
         self.stopping.set()
 
-    def _missing(self, demand_mass: Float | None) -> list[Candidate]:
-        wanted = self._demand_mass() if demand_mass is None else demand_mass
+    def _missing(self, wanted: Float) -> list[Candidate]:
         if self._served is not None:
             wanted = np.where(self._served.allowed, wanted, 0.0)
         num_bytes = deep_expert_bytes(self._store.manifest)

@@ -1,4 +1,4 @@
-"""Growth by itself: now and then a look at what was wanted lately and could not be had, and a step towards having it.
+"""Growth by itself: now and then a look at what the grower ranks first, and a step towards having it.
 
 Invariant: never beyond the grower's byte budget, never for less than a given share of the router mass, nothing goes for
 something that is wanted hardly more, and after a failure later and later, so that a full disk costs neither the service
@@ -9,19 +9,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
-
-import numpy as np
 
 from server.growth import Grower
 from server.growth_errors import GrowthBusyError, GrowthError
-from server.growth_ranking import Float
 
 log = logging.getLogger(__name__)
 
 MAX_WAIT_SECONDS = 3600.0
-DECAY = 0.5
-"""What was wanted before the last look counts half, so that growth follows what is asked for now."""
 
 
 class AutoGrower:
@@ -29,7 +23,6 @@ class AutoGrower:
 
     Args:
         grower: does what is found to be worth it.
-        demand_mass: a snapshot [L, E] of all that was wanted so far.
         interval_seconds: between two looks.
         min_share: of the router mass, that a deep expert must have been missed for.
         step: most deep experts at one look.
@@ -39,17 +32,14 @@ class AutoGrower:
     def __init__(
         self,
         grower: Grower,
-        demand_mass: Callable[[], Float],
         *,
         interval_seconds: float,
         min_share: float,
         step: int,
         replace: bool = False,
     ) -> None:
-        self._grower, self._demand_mass, self._replace = grower, demand_mass, replace
+        self._grower, self._replace = grower, replace
         self._interval_seconds, self._min_share, self._step = interval_seconds, min_share, step
-        self._seen = demand_mass()
-        self._recent = np.zeros_like(self._seen)
 
     def start(self) -> None:
         """Begin to look."""
@@ -61,22 +51,19 @@ class AutoGrower:
         Raises:
             GrowthError: it would be worth it and is not possible.
         """
-        now = self._demand_mass()
-        self._recent = DECAY * self._recent + (now - self._seen)
-        self._seen = now
-        candidates = self._grower.candidates(self._recent)
+        candidates = self._grower.candidates()
         worth = [one for one in candidates if one.missing_share >= self._min_share]
         if not candidates and self._replace and self._make_room():
-            worth = self._grower.candidates(self._recent)[:1]
+            worth = self._grower.candidates()[:1]
         if not worth:
             return 0
-        chosen = self._grower.grow(min(len(worth), self._step), self._recent)
+        chosen = self._grower.grow(min(len(worth), self._step))
         log.info("the store grows by itself", extra={"num_added": len(chosen), "reason": chosen[0].reason})
         return len(chosen)
 
     def _make_room(self) -> bool:
         """Give up the least wanted deep expert that may go, if what is missing is worth it."""
-        found = self._grower.replacements(self._recent)
+        found = self._grower.replacements()
         if found is None or found[0].missing_share < self._min_share:
             return False
         refusal: GrowthError | None = None

@@ -124,7 +124,7 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
     if status.state != "ready":
         raise RuntimeError(f"the engine ended while it loaded: {status.reason}")
     model, grower = _describe(engine, store, known), offers.grower(engine, settings)
-    offers.start_growing(grower, engine, settings)
+    offers.start_growing(grower, settings)
     return replace(model, growth=grower, masks=offers.masks(engine))
 
 

@@ -64,6 +64,7 @@ class Offers:
     def grower(self, engine: Engine, settings: Settings) -> Grower:
         """What changes the store of a running engine."""
         from server.growth import Grower
+        from server.growth_demand import RecentDemand
         from server.growth_store import adopt
         from server.source import attach_source
 
@@ -74,10 +75,11 @@ class Offers:
             if not store.has_source:
                 engine.runner.model.source_problem = attach_source(store, growth.grow_from)
 
-        return Grower(
+        recent = RecentDemand(lambda: np.array(engine.ledger.demand_mass), growth.grow_interval_seconds)
+        grower = Grower(
             store,
             growth.grow_from or store.manifest.source.location,
-            lambda: np.array(engine.ledger.demand_mass),
+            recent.snapshot,
             lambda action: engine.between_steps(action).result(),
             lambda: adopt(engine.runner, self.served),
             budget_bytes=None if growth.grow_budget is None else growth.grow_budget.resolve(everything),
@@ -86,8 +88,10 @@ class Offers:
             profiles=self.profiles,
             find_source=find_source,
         )
+        recent.start(grower.stopping)
+        return grower
 
-    def start_growing(self, grower: Grower, engine: Engine, settings: Settings) -> None:
+    def start_growing(self, grower: Grower, settings: Settings) -> None:
         """Let the store grow by itself where the settings give it a budget."""
         growth = settings.growth
         if growth.grow_budget is None:
@@ -96,7 +100,6 @@ class Offers:
 
         AutoGrower(
             grower,
-            lambda: np.array(engine.ledger.demand_mass),
             interval_seconds=growth.grow_interval_seconds,
             min_share=growth.grow_min_share,
             step=growth.grow_step,

@@ -149,7 +149,9 @@ class GrowthSettings(Section):
     grow_from: str | None = Field(
         None, description="the store's checkpoint, for growing and fetching; default where it was extracted from"
     )
-    grow_interval_seconds: Seconds = Field(60.0, description="interval between looks at what was wanted and missing")
+    grow_interval_seconds: Seconds = Field(
+        60.0, description="between looks at what was wanted and missing, which counts half after each"
+    )
     grow_min_share: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
         0.01,
         description="add by itself only deep experts that were missed for at least this share of the router mass",

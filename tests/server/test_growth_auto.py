@@ -18,6 +18,7 @@ from extractor.selection import SelectionRequest
 from router.mask import ExpertMask
 from server.growth import Grower
 from server.growth_auto import AutoGrower
+from server.growth_demand import RecentDemand
 from server.growth_errors import GrowthSourceError, NothingToGrowError
 from server.growth_store import grow_store, unfinished_growth
 from server.source import attach_source
@@ -32,48 +33,100 @@ def store(tiny_checkpoint: Path, tmp_path: Path) -> Store:
 
 
 class Usage:
-    """Demand as a server would have counted it."""
+    """Demand as a server would have counted it, and what of it counts now."""
 
     def __init__(self) -> None:
         self.mass = np.zeros((L, E))
+        self.recent = RecentDemand(lambda: self.mass.copy(), interval_seconds=0.01)
 
     def want(self, expert: int, mass: float) -> None:
         self.mass[:, expert] += mass
 
-    def snapshot(self) -> np.ndarray:
-        return self.mass.copy()
-
 
 def grower(store: Store, checkpoint: Path, usage: Usage, budget_bytes: int | None = None) -> Grower:
     return Grower(
-        store, str(checkpoint), usage.snapshot, lambda action: action(), store.reload, budget_bytes=budget_bytes
+        store, str(checkpoint), usage.recent.snapshot, lambda action: action(), store.reload, budget_bytes=budget_bytes
     )
 
 
-def auto(made: Grower, usage: Usage, min_share: float = 0.05, step: int = 1) -> AutoGrower:
-    return AutoGrower(made, usage.snapshot, interval_seconds=0.01, min_share=min_share, step=step)
+def auto(made: Grower, min_share: float = 0.05, step: int = 1) -> AutoGrower:
+    return AutoGrower(made, interval_seconds=0.01, min_share=min_share, step=step)
 
 
 def test_what_was_wanted_lately_comes_first(store: Store, tiny_checkpoint: Path) -> None:
     usage = Usage()
     made = grower(store, tiny_checkpoint, usage)
-    looking = auto(made, usage)
+    looking = auto(made)
     usage.want(20, 100.0)
     assert looking.look() == 1
     made.wait(60)
     assert store.available[:, 20].all()
-    usage.want(30, 30.0)  # of all that was ever wanted the smallest part, of what was wanted lately the larger
-    usage.want(0, 10.0)
+    usage.want(40, 50.0)
+    for _ in range(3):
+        usage.recent.end_interval()
+        usage.want(0, 1.0)
+    usage.want(30, 30.0)  # of all that was ever wanted a smaller part, of what was wanted lately the larger
     assert looking.look() == 1
     made.wait(60)
     assert store.available[:, 30].all()
     assert made.status().num_deep_experts == 14
 
 
+def test_growing_when_asked_and_by_itself_go_by_one_ranking(store: Store, tiny_checkpoint: Path) -> None:
+    usage = Usage()
+    made = grower(store, tiny_checkpoint, usage)
+    usage.want(40, 50.0)
+    for _ in range(3):
+        usage.recent.end_interval()
+        usage.want(0, 1.0)
+    usage.want(30, 30.0)
+    assert [one.experts[0] for one in made.candidates()[:2]] == [30, 40]
+    asked = made.grow(1)
+    made.wait(60)
+    assert [one.experts for one in asked] == [(30,) * L]
+    assert auto(made).look() == 1
+    made.wait(60)
+    assert store.available[:, 40].all()
+
+
+def test_demand_counts_half_with_every_interval_in_which_something_was_wanted() -> None:
+    usage = Usage()
+    usage.want(1, 8.0)
+    recent = RecentDemand(lambda: usage.mass.copy(), interval_seconds=1.0)
+    assert recent.snapshot()[0, 1] == 4.0, "what earlier runs wanted counts as the interval before the start"
+    usage.want(2, 4.0)
+    assert recent.snapshot()[0, 1:3].tolist() == [4.0, 4.0]
+    recent.end_interval()
+    assert recent.snapshot()[0, 1:3].tolist() == [2.0, 2.0]
+    for _ in range(2000):
+        recent.end_interval()
+    assert recent.snapshot()[0, 1:3].tolist() == [2.0, 2.0], "an idle server forgets nothing"
+    usage.want(3, 1.0)
+    recent.end_interval()
+    assert recent.snapshot()[0, 1:4].tolist() == [1.0, 1.0, 0.5]
+
+
+def test_intervals_pass_by_themselves_until_told() -> None:
+    usage = Usage()
+    recent, stopping = RecentDemand(lambda: usage.mass.copy(), interval_seconds=0.005), threading.Event()
+    recent.start(stopping)
+    usage.want(1, 8.0)
+    for _ in range(2000):
+        if recent.snapshot()[0, 1] == 4.0:
+            break
+        threading.Event().wait(0.005)
+    assert recent.snapshot()[0, 1] == 4.0
+    stopping.set()
+    threading.Event().wait(0.05)
+    usage.want(1, 1.0)
+    threading.Event().wait(0.05)
+    assert recent.snapshot()[0, 1] == 5.0
+
+
 def test_what_is_hardly_missed_is_not_added(store: Store, tiny_checkpoint: Path) -> None:
     usage = Usage()
     made = grower(store, tiny_checkpoint, usage)
-    looking = auto(made, usage, min_share=0.05)
+    looking = auto(made, min_share=0.05)
     assert looking.look() == 0, "nothing was wanted yet"
     usage.want(0, 99.0)
     usage.want(20, 1.0)
@@ -88,7 +141,7 @@ def test_growth_stops_at_its_budget(store: Store, tiny_checkpoint: Path) -> None
     manifest = store.manifest
     one = manifest.deep_experts[0].bytes
     made = grower(store, tiny_checkpoint, usage, budget_bytes=14 * one)
-    looking = auto(made, usage, step=8)
+    looking = auto(made, step=8)
     for expert in range(20, 24):
         usage.want(expert, 10.0)
     assert looking.look() == 2
@@ -102,7 +155,7 @@ def test_a_full_budget_is_no_end_where_something_is_wanted_much_more(store: Stor
     usage = Usage()
     held = sum(deep.bytes for deep in store.manifest.deep_experts)
     made = grower(store, tiny_checkpoint, usage, budget_bytes=held)
-    replacing = AutoGrower(made, usage.snapshot, interval_seconds=1.0, min_share=0.05, step=1, replace=True)
+    replacing = AutoGrower(made, interval_seconds=1.0, min_share=0.05, step=1, replace=True)
     usage.want(20, 100.0)
     for expert in range(12):
         usage.want(expert, 60.0 + expert)
@@ -115,18 +168,18 @@ def test_a_full_budget_is_no_end_where_something_is_wanted_much_more(store: Stor
     assert store.available[:, 20].all()
     assert not store.available[:, 0].any(), "the least wanted one went"
     assert (made.status().num_deep_experts, made.status().held_bytes) == (12, held)
-    assert auto(made, usage).look() == 0, "not replaced unless asked for"
+    assert auto(made).look() == 0, "not replaced unless asked for"
 
 
 def test_what_a_profile_needs_stays_and_the_next_one_goes(store: Store, tiny_checkpoint: Path) -> None:
     usage = Usage()
     held = sum(deep.bytes for deep in store.manifest.deep_experts)
     made = Grower(
-        *(store, str(tiny_checkpoint), usage.snapshot, lambda action: action(), store.reload),
+        *(store, str(tiny_checkpoint), usage.recent.snapshot, lambda action: action(), store.reload),
         budget_bytes=held,
         profiles={"code": ExpertMask.same_in_every_layer([0], L, E)},
     )
-    replacing = AutoGrower(made, usage.snapshot, interval_seconds=1.0, min_share=0.05, step=1, replace=True)
+    replacing = AutoGrower(made, interval_seconds=1.0, min_share=0.05, step=1, replace=True)
     usage.want(20, 100.0)
     for expert in range(12):
         usage.want(expert, float(expert))
@@ -139,7 +192,7 @@ def test_what_a_profile_needs_stays_and_the_next_one_goes(store: Store, tiny_che
 def test_it_goes_on_by_itself_and_ends_when_told(store: Store, tiny_checkpoint: Path) -> None:
     usage = Usage()
     made = grower(store, tiny_checkpoint, usage)
-    auto(made, usage).start()
+    auto(made).start()
     usage.want(20, 10.0)
     until = threading.Event()
     for _ in range(600):
@@ -158,7 +211,7 @@ def test_after_failures_it_looks_less_often(store: Store, tmp_path: Path) -> Non
     usage = Usage()
     (tmp_path / "empty").mkdir()
     made = grower(store, tmp_path / "empty", usage)
-    auto(made, usage).start()
+    auto(made).start()
     for _ in range(40):
         usage.want(20, 10.0)
         threading.Event().wait(0.02)
@@ -225,6 +278,6 @@ def test_stop_breaks_a_growth_off(store: Store, tiny_checkpoint: Path) -> None:
 def test_store_with_every_expert_does_not_grow(tiny_store: Path, tiny_checkpoint: Path) -> None:
     usage = Usage()
     made = grower(Store.open(tiny_store), tiny_checkpoint, usage)
-    assert auto(made, usage).look() == 0
+    assert auto(made).look() == 0
     with pytest.raises(NothingToGrowError):
         made.grow(1)
