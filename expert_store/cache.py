@@ -1,4 +1,4 @@
-"""The expert cache: slots on the compute device, the page table over them, leases and fetches.
+"""The expert cache: slots on the compute device, the page table over them, leases and evictions.
 
 Every MoE layer has `num_slots` slots of one span each. `acquire` makes experts of one layer resident and leases their
 slots, `release` ends the lease; a leased slot is never evicted. One thread owns the cache; `statistics` may be called
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,8 @@ import numpy.typing as npt
 import torch
 
 from expert_store.errors import ExpertUnavailableError, SlotsError
-from expert_store.host_tier import PARALLEL_READ_BYTES, READ_THREADS, HostTier
+from expert_store.fetch import SpanFetcher
+from expert_store.host_tier import HostTier
 from expert_store.policy import LRU, EvictionPolicy, Pinned
 from expert_store.slots import SlotPool
 
@@ -106,8 +106,7 @@ class ExpertCache:
         self._free = [list(range(self.num_slots - 1, -1, -1)) for _ in range(self.num_layers)]
         self._leases: list[dict[int, int]] = [{} for _ in range(self.num_layers)]
         self._policies = [Pinned(policy(), experts) if experts else policy() for experts in self._pinned]
-        self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="expert-read")
-        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._fetcher = SpanFetcher(store, self.pools, host_tier)
         self._hits = np.zeros(self.num_layers, dtype=np.int64)
         self._misses = np.zeros(self.num_layers, dtype=np.int64)
         self._evictions = np.zeros(self.num_layers, dtype=np.int64)
@@ -213,9 +212,7 @@ class ExpertCache:
 
     def close(self) -> None:
         """Stop reader threads. The slots' memory goes with the object."""
-        self._readers.shutdown(wait=True)
-        if self.host_tier is not None:
-            self.host_tier.close()
+        self._fetcher.close()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless page table, owners, free slots, leases and policies agree."""
@@ -245,7 +242,7 @@ class ExpertCache:
                 raise error
         started = time.perf_counter()
         claimed = [(expert, self._claim(layer)) for expert in experts]
-        failure = self._fill(layer, claimed)
+        failure = self._fetcher.fill(layer, claimed)
         for expert, slot in claimed:
             if failure is None:
                 self._owners[layer, slot] = expert
@@ -269,49 +266,3 @@ class ExpertCache:
         self._owners[layer, slot] = -1
         self._evictions[layer] += 1
         return slot
-
-    def _fill(self, layer: int, claimed: Sequence[tuple[int, int]]) -> Exception | None:
-        try:
-            if self.host_tier is None:
-                self._fill_from_disk(layer, claimed)
-            else:
-                self._fill_from_host(layer, claimed, self.host_tier)
-        except Exception as error:  # the caller gives the slots back, then raises it
-            return error
-        return None
-
-    def _fill_from_disk(self, layer: int, claimed: Sequence[tuple[int, int]]) -> None:
-        pool = self.pools[layer]
-
-        def read(item: tuple[int, int]) -> Exception | None:
-            expert, slot = item
-            try:
-                pool.fill(slot, lambda out: self._store.read_expert(layer, expert, out))
-            except Exception as error:  # raised once no thread writes into a slot any more
-                return error
-            return None
-
-        in_parallel = len(claimed) > 1 and pool.spec.span_bytes >= PARALLEL_READ_BYTES
-        errors = list(self._readers.map(read, claimed) if in_parallel else map(read, claimed))
-        failure = next((error for error in errors if error is not None), None)
-        if failure is not None:
-            raise failure
-
-    def _fill_from_host(self, layer: int, claimed: Sequence[tuple[int, int]], host: HostTier) -> None:
-        pool = self.pools[layer]
-        chunk = max(1, host.num_entries)
-        for start in range(0, len(claimed), chunk):
-            part = claimed[start : start + chunk]
-            experts = [expert for expert, _ in part]
-            if self._copy_stream is None:
-                for (_, slot), span in zip(part, host.fetch(layer, experts), strict=True):
-                    pool.copy_from(slot, span)
-                continue
-            if not host.holds(layer, experts):
-                self._copy_stream.synchronize()  # an entry about to be overwritten may still be on its way to a slot
-            spans = host.fetch(layer, experts)
-            self._copy_stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self._copy_stream):
-                for (_, slot), span in zip(part, spans, strict=True):
-                    pool.copy_from(slot, span)
-            torch.cuda.current_stream(self.device).wait_stream(self._copy_stream)
