@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from expert_store.errors import SlotsError
+from expert_store.pinned import locked_arena
 
 if TYPE_CHECKING:
     from expert_store.store import Store
@@ -32,7 +33,8 @@ class HostTier:
         pinned: allocate page-locked memory, so that copies to a GPU run at full rate and asynchronously.
 
     Raises:
-        SlotsError: the budget holds fewer entries than one step of a layer may need (`least_entries`).
+        SlotsError: the budget holds fewer entries than one step of a layer may need (`least_entries`), or the host
+            does not page-lock so much.
     """
 
     def __init__(self, store: Store, *, budget_bytes: int, pinned: bool, least_entries: int = 1) -> None:
@@ -47,7 +49,7 @@ class HostTier:
                 f"bytes; at least {least_entries} are needed: pass --host-memory {least_bytes} or more"
             )
         self.num_entries = num_entries
-        self._arena = torch.empty((num_entries, self.entry_bytes), dtype=torch.uint8, pin_memory=pinned)
+        self._arena = locked_arena(num_entries, self.entry_bytes, torch.uint8, pinned)
         self._free = list(range(num_entries - 1, -1, -1))
         self._entries: dict[tuple[int, int], int] = {}
         self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="host-tier")

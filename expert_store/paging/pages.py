@@ -10,7 +10,7 @@ so no batch needs a second pass.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -150,8 +150,7 @@ class DevicePages:
         row = int(self.host_index[layer, expert])
         if row < 0:
             raise SlotsError(f"expert {expert} of layer {layer} has no span in the host tier")
-        at = bisect_right(self._first_rows, row) - 1
-        return self._arenas[at][row - self._first_rows[at]]
+        return self.host_row(row)
 
     @property
     def servable(self) -> Tensor:
@@ -159,23 +158,45 @@ class DevicePages:
         theirs for good because nothing is ever evicted. Synchronises in the second case."""
         return self.host_index >= 0 if self.shape.paged else self.page_table.cpu() >= 0
 
-    def add_spans(self, spans: Tensor, experts: Sequence[tuple[int, int]]) -> None:
+    @property
+    def num_host_spans(self) -> int:
+        """Spans that the host tier has room for."""
+        return sum(map(len, self._arenas))
+
+    def unused_rows(self) -> list[int]:
+        """Rows of the host tier that are no expert's."""
+        return sorted(set(range(self.num_host_spans)) - set(self.host_index.flatten().tolist()))
+
+    def host_row(self, row: int) -> Tensor:
+        """The memory of a row of the host tier, a view [span_elements]; written only while it is no expert's."""
+        at = bisect_right(self._first_rows, row) - 1
+        return self._arenas[at][row - self._first_rows[at]]
+
+    def add_spans(self, spans: Tensor, experts: Sequence[tuple[int, int] | None]) -> None:
         """Takes (layer, expert) that were in no tier into use, with their spans [n, span_elements] in pinned memory.
 
         Call it between two steps. Where every expert has a slot they go to their slots at once, else to the host tier,
-        which keeps `spans`; they are then fetched like any other.
+        which keeps `spans`; they are then fetched like any other. None is a span that is no expert's yet.
         """
         if not self.shape.paged:
-            for span, (layer, expert) in zip(spans, experts, strict=True):
-                slot = int((self.slot_owner[layer] < 0).nonzero()[0])
-                self.slots[layer * self.shape.num_slots + slot].copy_(span)
-                self.slot_owner[layer, slot] = expert
-                self.page_table[layer, expert] = slot
+            for span, expert in zip(spans, experts, strict=True):
+                if expert is not None:
+                    layer, slot = expert[0], int((self.slot_owner[expert[0]] < 0).nonzero()[0])
+                    self.slots[layer * self.shape.num_slots + slot].copy_(span)
+                    self.slot_owner[layer, slot] = expert[1]
+                    self.page_table[expert] = slot
             return
         first = self._add_arena(spans)
-        for row, (layer, expert) in enumerate(experts):
-            assert int(self.host_index[layer, expert]) < 0, f"expert {expert} of layer {layer} has a span already"
-            self.host_index[layer, expert] = first + row
+        self.reassign((), {expert: first + row for row, expert in enumerate(experts) if expert is not None})
+
+    def reassign(self, dropped: Iterable[tuple[int, int]], placed: Mapping[tuple[int, int], int]) -> None:
+        """Between two steps: some (layer, expert) lose their span, whether in a slot or not, and others, which had
+        none, get the row of the host tier that holds theirs. Who lost it must be masked before the next step."""
+        for expert in dropped:
+            self.host_index[expert] = -1
+        for expert, row in placed.items():
+            assert int(self.host_index[expert]) < 0, f"expert {expert[1]} of layer {expert[0]} has a span already"
+            self.host_index[expert] = row
         self._write_offsets()
 
     def seed(self, experts: Tensor) -> None:

@@ -85,10 +85,9 @@ def check_ability(request: GenerationRequest, runner: Runner) -> None:
         if refusal is not None:
             raise InvalidRequestError(f"router_temperature is not possible for this model: {refusal}; leave it out")
     if request.on_missing == "fetch":
-        if not runner.can_fetch_missing:
-            raise InvalidRequestError(
-                f'on_missing "fetch" is not possible on {runner.kind}: use "mask", or have the host drive the experts'
-            )
+        refusal = runner.fetch_refusal()
+        if refusal is not None:
+            raise InvalidRequestError(f'on_missing "fetch" is not possible: {refusal}; or use "mask"')
         store = runner.model.store
         if not store.readable.all():
             raise InvalidRequestError(

@@ -137,6 +137,8 @@ class Batch:
         options: dict[str, Any] = {}
         if request.router_temperature != 1.0:
             options["temperature"] = request.router_temperature
+        if self._runner.tells_fetching and request.on_missing == "fetch":
+            options["fetches"] = True
         while True:
             if not (masks := self._masks_of([sequence])):
                 return
@@ -170,6 +172,8 @@ class Batch:
             rows = [sequence.row for sequence in sequences if sequence.row is not None]
             tokens = [sequence.generated[-1] for sequence in sequences]
             options: dict[str, Any] = {"temperatures": [sequence.request.router_temperature for sequence in sequences]}
+            if self._runner.tells_fetching:
+                options["fetching"] = [sequence.request.on_missing == "fetch" for sequence in sequences]
             if self._runner.can_choose:
                 for sequence in sequences:  # drawn once, however often the step has to be run
                     if sequence not in choices:

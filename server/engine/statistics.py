@@ -2,7 +2,8 @@
 
 Invariant: collecting takes at most `MAX_SHARE` of the time that steps take: what it took is measured, and a step is
 observed only while the account is even. Everything is added to one domain, `DOMAIN`. Tokens of requests with a router
-temperature are left out. Under a mask, what was served is collected, and demand is that of drifted hidden states.
+temperature are left out. Under a mask, what was served is collected, and demand is that of drifted hidden states. Steps
+in captured graphs do not show what experts put out: there it is known of prompts, and of what follows what was wanted.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class OnlineStatistics:
     def add(self, output: StepOutput, sequences: Items[Sequence]) -> None:
         """Take in a step over as many tokens of each of the sequences."""
         started = time.perf_counter()
-        if self._is_due and (self._observer is None or output.outputs is not None):
+        if self._is_due:
             self._observe(output, sequences)
         if output.record.served_index.shape[1] == len(sequences):
             self._watch(output.record, sequences)
@@ -118,10 +119,11 @@ class OnlineStatistics:
     def flush(self) -> ExpertStatistics:
         """Add what is pending to the totals; returns the statistics, which further calls change."""
         started = time.perf_counter()
-        for is_masked in (False, True):
-            parts = [part for part in self._pending if (part.record.demand_index is not None) == is_masked]
-            if parts:
-                self._add_to_totals(parts)
+        kinds: dict[tuple[bool, bool], list[_Tokens]] = {}
+        for part in self._pending:
+            kinds.setdefault((part.record.demand_index is None, part.outputs is None), []).append(part)
+        for parts in kinds.values():
+            self._add_to_totals(parts)
         self._pending, self._num_pending = [], 0
         self._offer_windows()
         self._own_seconds += time.perf_counter() - started
@@ -209,7 +211,7 @@ class OnlineStatistics:
 
 
 def collect_from(runner: Runner, file: StatisticsFile) -> OnlineStatistics:
-    """A collector of what a runner does; of what is wanted alone, where the host does not drive the experts."""
+    """A collector of what a runner does; of what is wanted alone, where no experts show what they put out."""
     model = runner.model
     model.observer = observe_outputs(model.model, model.num_layers)
     if model.observer is None:

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from expert_store.errors import SlotsError
+from expert_store.pinned import NotPinnableError
 from expert_store.policy import POLICIES
 from expert_store.store import Store
 from router.mask import ExpertMask
@@ -72,7 +73,6 @@ def load_runner(
     host_options = options
     if reason is None:
         from server.model.device.assembly import load_device_runner
-        from server.model.device.host_spans import NotPinnableError
         from server.model.device.pack import NotCapturableError
 
         try:
@@ -93,7 +93,7 @@ def load_runner(
             )
             log.info("decoding on the device-driven path: captured graphs of up to %d rows", options.max_rows)
             return runner
-        except NotCapturableError as error:
+        except (NotCapturableError, NotPinnableError) as error:
             reason = str(error)
             if isinstance(error, NotPinnableError):
                 host_options = replace(options, host_memory_bytes=_share_of_experts(store, UNPINNABLE_SHARE))

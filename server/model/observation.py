@@ -1,6 +1,6 @@
 """The norms of what experts put out, noted while a model serves: what calibration measures, for a sample of steps.
 
-`ExpertsLayer.forward` has the unweighted outputs in hand, so noting them costs a few small operations a layer and
+The experts' forward has the unweighted outputs in hand, so noting them costs a few small operations a layer and
 changes nothing. Invariant: what is taken was noted by the forward that just ended; one that fails is noted over.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,13 @@ class ExpertOutputs:
     def take_tokens(self, order: Sequence[int]) -> ExpertOutputs:
         """The same with its tokens in another order."""
         return ExpertOutputs(self.norms[:, order], self.changes[:, order])
+
+
+@runtime_checkable
+class ShowsOutputs(Protocol):
+    """One MoE layer's experts that tell an observer of every forward, while it is on."""
+
+    observer: OutputObserver | None
 
 
 class OutputObserver:
@@ -86,11 +93,11 @@ def joined(parts: Sequence[ExpertOutputs | None]) -> ExpertOutputs | None:
 
 
 def observe_outputs(model: Any, num_layers: int) -> OutputObserver | None:
-    """An observer of a transformers model whose experts the host drives; None where another way runs them."""
-    from server.model.experts import LAYER_ATTRIBUTE, ExpertsLayer
+    """An observer of what the experts of a transformers model put out; None where they do not show it."""
+    from server.model.experts import LAYER_ATTRIBUTE
 
     layers = [getattr(module, LAYER_ATTRIBUTE, None) for module in model.modules()]
-    ours = [layer for layer in layers if isinstance(layer, ExpertsLayer)]
+    ours = [layer for layer in layers if isinstance(layer, ShowsOutputs)]
     if len(ours) != num_layers:
         return None
     observer = OutputObserver(num_layers)

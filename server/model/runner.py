@@ -99,14 +99,15 @@ class Runner:
         kind: what this way of running is called towards users.
         can_choose: whether `decode` takes choices and gives `StepOutput.chosen`.
         decode_path: who drives the experts of a decode step, "host" or "device".
-        can_fetch_missing: whether experts that the store lacks can come from elsewhere in the middle of a step.
+        tells_fetching: whether `prefill` and `decode` want to know whose requests fetch what the store lacks; else a
+            row's mask says it.
         can_temper_router: whether rows may have a router temperature.
     """
 
     kind: ClassVar[str] = "the host-driven path"
     decode_path: ClassVar[str] = "host"
     can_choose: ClassVar[bool] = False
-    can_fetch_missing: ClassVar[bool] = True
+    tells_fetching: ClassVar[bool] = False
     can_temper_router: ClassVar[bool] = True
 
     def __init__(self, model: SelectiveModel, *, max_rows: int, max_tokens: int) -> None:
@@ -190,6 +191,11 @@ class Runner:
         share = RowShare(output.share.demanded[back], output.share.missed[back])
         outputs = None if output.outputs is None else output.outputs.take_tokens(back)
         return StepOutput(output.logits[back], output.record.take_tokens(back), share, outputs=outputs)
+
+    def fetch_refusal(self) -> str | None:
+        """Why experts that the store lacks cannot come from its source in the middle of a step; None where they can, if
+        there is a source."""
+        return None
 
     def prefetch(self, mask: ExpertMask) -> None:
         """Bring the experts that a mask allows into slots ahead of their use, as far as slots reach."""

@@ -52,6 +52,14 @@ def small_store(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def few_small_store(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three of its eight experts of each layer; the checkpoint has all."""
+    path = tmp_path_factory.mktemp("few") / "store"
+    prepare(Checkpoint.open(small_store.parent / "checkpoint"), path, SelectionRequest(count=3)).run()
+    return path
+
+
+@pytest.fixture(scope="session")
 def small_mixtral_store(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of Mixtral: no norms on heads, experts of its own sizes."""
     config = MixtralConfig(

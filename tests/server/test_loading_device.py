@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,13 +15,14 @@ pytest.importorskip("triton")
 
 from router.mask import ExpertMask
 from server.loading import load
-from server.model.device import runner as device_runner
+from server.model.device import graphs as device_graphs
 from server.model.device.step import Tuning
 from server.profiles import FixedMasking
 from server.service import LoadedModel
 from server.settings import SettingsError
 from server.settings_load import load_settings
 from tests.server.engine.clients import Client
+from tests.server.engine.test_unreadable import damage
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TUNING = Tuning(
@@ -31,7 +34,7 @@ TUNING = Tuning(
 @pytest.fixture
 def loaded(small_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LoadedModel]]:
     if DEVICE == "cpu":
-        monkeypatch.setattr(device_runner, "Tuning", lambda: TUNING)
+        monkeypatch.setattr(device_graphs, "Tuning", lambda: TUNING)
     models: list[LoadedModel] = []
 
     def make(path: str, **flags: Any) -> LoadedModel:
@@ -101,6 +104,48 @@ def test_what_came_to_the_mask_between_two_steps_is_served(loaded):
     engine.runner._growth.wait()
     assert Client(engine, "one two", max_new_tokens=3, ignore_eos=True).result().deficit.overall == 0
     assert model.experts().available.all()
+
+
+def test_requests_that_fetch_share_a_batch_with_those_that_do_without(loaded, few_small_store):
+    """Greedy and sampled; the whole model's answers for those that fetch, and nothing of it for the others."""
+    ways = [{}, {"on_missing": "fetch"}, {"on_missing": "fetch", "temperature": 0.8, "top_p": 0.9, "seed": 5}]
+    found = {}
+    for path in ("device", "host"):
+        model = loaded(path, store=few_small_store, max_batch_size=3, slots=3)
+        clients = [Client(model.engine, "one two", max_new_tokens=5, ignore_eos=True, **way) for way in ways]
+        ends = [client.result() for client in clients]
+        found[path] = [(end.generated_text, round(end.deficit.overall, 3)) for end in ends]
+        assert not model.experts().available.all(), "nothing was added to the store"
+    assert found["device"] == found["host"]
+    whole = Client(loaded("host").engine, "one two", max_new_tokens=5, ignore_eos=True)
+    assert found["device"][1] == (whole.result().generated_text, 0.0)
+    assert found["device"][0][1] > 0.0
+
+
+@pytest.mark.parametrize("corrupt_experts", ["fail", "mask"])
+def test_a_damaged_expert_is_dealt_with_as_on_the_host(loaded, small_store, tmp_path, corrupt_experts):
+    whole = Client(loaded("host").engine, "one two", max_new_tokens=4, ignore_eos=True)
+    whole.result()
+    uses = loaded("host")
+    Client(uses.engine, "one two", max_new_tokens=4, ignore_eos=True).result()
+    layer, expert = np.argwhere(uses.experts().uses > 0)[-1].tolist()
+    path = Path(shutil.copytree(small_store, tmp_path / "store"))
+    damage(path, layer, expert)
+    model = loaded("device", store=path, corrupt_experts=corrupt_experts, slots=3)
+    client = Client(model.engine, "one two", max_new_tokens=4, ignore_eos=True)
+    if corrupt_experts == "fail":
+        assert f"(layer {layer}, expert {expert})" in str(client.error())
+        assert model.engine.status().totals.num_failed == 1
+    else:
+        allowed = np.ones((2, 8), dtype=bool)
+        allowed[layer, expert] = False
+        masking = FixedMasking(ExpertMask.of(allowed))
+        wanted = Client(uses.engine, "one two", max_new_tokens=4, ignore_eos=True, masking=masking)
+        assert client.result().generated_text == wanted.result().generated_text
+        assert np.argwhere(model.experts().corrupt).tolist() == [[layer, expert]]
+    damage(path, layer, expert)  # flips the same bit back
+    healed = Client(model.engine, "one two", max_new_tokens=4, ignore_eos=True)
+    assert (healed.result().generated_text == whole.result().generated_text) == (corrupt_experts == "fail")
 
 
 def test_a_path_that_cannot_do_what_is_set_is_refused_by_name(loaded):

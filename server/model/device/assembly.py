@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
@@ -18,11 +20,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 from expert_store.cache import ExpertCache
 from expert_store.errors import SlotsError
 from expert_store.paging.pages import DevicePages, Policy
+from expert_store.pinned import new_arena, page_lock
 from expert_store.store import Store
 from router.mask import ExpertMask
 from server.model.assembly import SelectiveModel, eos_token_ids_of
 from server.model.device.cache import PagedCache
-from server.model.device.host_spans import Expert, SpanGrowth, SpanReader, new_arena, page_lock
+from server.model.device.fetched import FetchedSpans
+from server.model.device.host_spans import Expert, Failures, SpanGrowth, SpanReader, log_failures
 from server.model.device.memory import DeviceMemory
 from server.model.device.pack import NotCapturableError, decode_shape, pack_trunk
 from server.model.device.prefill import ExpertStream
@@ -30,24 +34,33 @@ from server.model.device.runner import DeviceRunner
 from server.model.device.trial import try_out
 from server.model.device.weights import DecodeShape, TrunkWeights
 from server.model.experts import LAYER_ATTRIBUTE
+from server.model.observation import OutputObserver
 from server.model.routing import StepRouting
 from server.model.trunk import context_tokens, load_trunk, trunk_skeleton
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, float], None]
+FETCHED_SHARE = 0.25
+"""Of the experts that are page-locked at the start: how many more may be, for requests that fetch what the store lacks,
+where host_memory does not say."""
 BOUNCE_SPANS = 16
 """Spans read at a time where experts go to their slots for good and need no place in host memory."""
 
 
 class StreamLayer:
-    """One MoE layer's experts in a prompt's chunk; bound to the experts module like the host-driven `ExpertsLayer`."""
+    """One MoE layer's experts in a prompt's chunk; bound to the experts module like the host-driven `ExpertsLayer`.
+
+    Attributes:
+        observer: told of what the experts put out, while it is on.
+    """
 
     def __init__(self, layer: int, stream: ExpertStream) -> None:
         self._layer, self._stream = layer, stream
+        self.observer: OutputObserver | None = None
 
     def forward(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """[T, H] -> [T, H]: see `ExpertStream.forward`."""
-        return self._stream.forward(self._layer, hidden, index, weights)
+        return self._stream.forward(self._layer, hidden, index, weights, self.observer)
 
 
 def load_device_runner(
@@ -69,10 +82,13 @@ def load_device_runner(
 ) -> DeviceRunner:
     """Loads, pins, fills slots, captures, and tries the captured step out.
 
+    Experts that cannot be read are left out of reach, and said in the log: who needs one has it read again.
+
     Args:
         max_rows, max_tokens: of KV memory, which is allocated for all of them.
         num_slots: slots a layer; wins over `slots_memory_bytes`; with neither, slots take what is free on the device.
-        host_memory_bytes: bound on page-locked memory; None has none. Not needed where every expert has a slot.
+        host_memory_bytes: bound on page-locked memory; None has none for what the store holds, and for what requests
+            fetch beside it `FETCHED_SHARE`. Not needed where every expert has a slot.
         mask: narrows what the store has.
         pinned: for each layer the experts that keep their slots, equally many.
         resident_bias: lambda of cache-aware routing of decode steps.
@@ -80,7 +96,9 @@ def load_device_runner(
 
     Raises:
         NotCapturableError: the model, or host memory too small to pin every expert, needs the host-driven path.
+        NotPinnableError: the host page-locks less memory than that.
         SlotsError: device memory that does not suffice; names what would.
+        StoreError: no expert of a layer can be read.
     """
     available = ExpertMask.of(store.available)
     mask = available if mask is None else available & mask
@@ -107,18 +125,22 @@ def load_device_runner(
     needed = len(wanted) * reader.span_bytes
     if pages_shape.paged and host_memory_bytes is not None and host_memory_bytes < needed:
         raise NotCapturableError(f"host memory of {host_memory_bytes} bytes cannot pin all {needed} bytes of experts")
-    order = _first_experts(store, mask, slots, pinned)
     if pages_shape.paged:
-        spans, index = _read_spans(reader, wanted, mask, device.type == "cuda", progress)
+        spans, index, unread = _read_spans(reader, wanted, mask, device.type == "cuda", progress)
+        _check_unread(unread, mask)
         pages = DevicePages(
             pages_shape, spans, index, device=device, policy=policy, num_pinned=memory.num_pinned
         )  # fmt: skip
         progress("filling slots", 0.0)
-        pages.seed(order)
+        pages.seed(_first_experts(store, mask.allowed & (index >= 0).numpy(), slots, pinned))
     else:
         pages = DevicePages(pages_shape, None, device=device, policy=policy)
-        _read_into_slots(reader, pages, order, progress)
-    runner = _runner(store, model, shape, weights, pages, mask, reader, host_memory_bytes, resident_bias)
+        unread = _read_into_slots(reader, pages, _first_experts(store, mask.allowed, slots, pinned), progress)
+        _check_unread(unread, mask)
+    log_failures(unread)
+    growth = SpanGrowth(reader, pages, host_memory_bytes, unread)
+    fetched = FetchedSpans(reader, pages, _most_fetched(pages, reader.span_bytes, host_memory_bytes))
+    runner = _runner(store, model, shape, weights, pages, mask, growth, fetched, resident_bias)
     _capture(runner, progress)
     if trial and resident_bias == 0.0:
         progress("trying the captured step out", 0.0)
@@ -144,8 +166,8 @@ def _runner(
     weights: TrunkWeights,
     pages: DevicePages,
     mask: ExpertMask,
-    reader: SpanReader,
-    host_memory_bytes: int | None,
+    growth: SpanGrowth,
+    fetched: FetchedSpans,
     resident_bias: float,
 ) -> DeviceRunner:
     """The model's experts and routers bound to the pages, and the runner over all of it."""
@@ -161,7 +183,7 @@ def _runner(
         model=model,
         tokenizer=tokenizer,
         store=store,
-        cache=cast(ExpertCache, PagedCache(store, pages)),
+        cache=cast(ExpertCache, PagedCache(store, pages, fetched)),
         routing=routing,
         device=device,
         dtype=shape.dtype,
@@ -169,8 +191,28 @@ def _runner(
         special_token_ids=frozenset(tokenizer.all_special_ids),
         context_tokens=context_tokens(store.trunk_path),
     )
-    growth = SpanGrowth(reader, pages, host_memory_bytes)
-    return DeviceRunner(selective, shape, weights, pages, stream, growth=growth, resident_bias=resident_bias)
+    return DeviceRunner(
+        selective, shape, weights, pages, stream, growth=growth, fetched=fetched, resident_bias=resident_bias
+    )
+
+
+def _most_fetched(pages: DevicePages, span_bytes: int, host_memory_bytes: int | None) -> int:
+    """Rows of the host tier that requests may make grow: at least one token's experts, as far as host memory allows."""
+    shape, held = pages.shape, pages.num_host_spans
+    most = max(shape.num_layers * min(shape.top_k, shape.num_experts), int(FETCHED_SHARE * held))
+    if host_memory_bytes is not None:
+        most = min(most, host_memory_bytes // span_bytes - held)
+    return max(0, min(most, shape.num_layers * shape.num_experts - held))
+
+
+def _check_unread(unread: Failures, mask: ExpertMask) -> None:
+    """What cannot be read is left to who needs it, unless nothing of a layer can be read."""
+    left = np.array(mask.allowed)
+    for expert in unread:
+        left[expert] = False
+    empty = np.flatnonzero(~left.any(axis=1))
+    if empty.size:
+        raise next(error for (layer, _), error in unread.items() if layer == empty[0])
 
 
 def _check_layers(store: Store, shape: DecodeShape) -> None:
@@ -197,36 +239,43 @@ def _intermediate(store: Store) -> int:
     return int(store.manifest.layers[0].tensors[1].shape[1])
 
 
-def _first_experts(store: Store, mask: ExpertMask, num_slots: int, pinned: Sequence[Sequence[int]] | None) -> Tensor:
-    """[L, num_slots] experts that fill the slots first, -1 where a layer has no more: the pinned ones, then the store's
-    deep experts in order."""
+def _first_experts(
+    store: Store, allowed: npt.NDArray[np.bool_], num_slots: int, pinned: Sequence[Sequence[int]] | None
+) -> Tensor:
+    """[L, num_slots] experts of allowed [L, E] that fill the slots first, -1 where a layer has no more: the pinned
+    ones, then the store's deep experts in order."""
     order = torch.full((len(store.manifest.layers), num_slots), -1)
     for layer in range(len(order)):
         deep = (deep.experts[layer] for deep in store.manifest.deep_experts)
         wished = [*(pinned[layer] if pinned else ()), *deep]
-        chosen = [expert for expert in dict.fromkeys(wished) if mask.allowed[layer, expert]][:num_slots]
+        chosen = [expert for expert in dict.fromkeys(wished) if allowed[layer, expert]][:num_slots]
         order[layer, : len(chosen)] = torch.tensor(chosen)
     return order
 
 
 def _read_spans(
     reader: SpanReader, wanted: Sequence[Expert], mask: ExpertMask, pinned: bool, progress: Progress
-) -> tuple[Tensor, Tensor]:
-    """Every wanted expert's span in one page-locked arena [N, span], and where each is, [L, E]."""
+) -> tuple[Tensor, Tensor, Failures]:
+    """Every wanted expert's span in one page-locked arena [N, span], where each is, [L, E], and what could not be
+    read."""
     index = torch.full(mask.allowed.shape, -1, dtype=torch.int64)
     for row, (layer, expert) in enumerate(wanted):
         index[layer, expert] = row
     progress("reading experts", 0.0)
     spans = new_arena(len(wanted), reader.elements, reader.dtype, pinned)
-    reader.read(wanted, spans, lambda share: progress("reading experts", share))
+    unread = reader.read(wanted, spans, lambda share: progress("reading experts", share))
+    for layer, expert in unread:
+        index[layer, expert] = -1
     if pinned:
         progress("pinning host memory", 0.0)
         page_lock(spans)
-    return spans, index
+    return spans, index, unread
 
 
-def _read_into_slots(reader: SpanReader, pages: DevicePages, order: Tensor, progress: Progress) -> None:
-    """Every expert of `order` [L, S] into its slot, through a small bounce buffer."""
+def _read_into_slots(reader: SpanReader, pages: DevicePages, order: Tensor, progress: Progress) -> Failures:
+    """Every expert of `order` [L, S] into its slot, through a small bounce buffer; those that cannot be read are left
+    out and returned."""
+    unread: Failures = {}
     places = [
         (layer * pages.shape.num_slots + slot, (layer, expert))
         for layer, row in enumerate(order.tolist())
@@ -236,8 +285,12 @@ def _read_into_slots(reader: SpanReader, pages: DevicePages, order: Tensor, prog
     bounce = torch.empty(BOUNCE_SPANS, reader.elements, dtype=reader.dtype, pin_memory=pages.slots.is_cuda)
     for first in range(0, len(places), BOUNCE_SPANS):
         part = places[first : first + BOUNCE_SPANS]
-        reader.read([expert for _, expert in part], bounce[: len(part)])
-        for (slot, _), span in zip(part, bounce, strict=False):
-            pages.slots[slot].copy_(span)
+        unread |= reader.read([expert for _, expert in part], bounce[: len(part)])
+        for (slot, where), span in zip(part, bounce, strict=False):
+            if where in unread:
+                order[where[0], slot % pages.shape.num_slots] = -1
+            else:
+                pages.slots[slot].copy_(span)
         progress("filling slots", first / len(places))
     pages.adopt(order)
+    return unread

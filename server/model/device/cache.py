@@ -13,13 +13,14 @@ import numpy.typing as npt
 from expert_store.cache import CacheStatistics
 from expert_store.paging.pages import DevicePages
 from expert_store.store import Store
+from server.model.device.fetched import FetchedSpans
 
 
 class PagedCache:
     """Statistics of `DevicePages` in the terms of `expert_store.cache.ExpertCache`."""
 
-    def __init__(self, store: Store, pages: DevicePages) -> None:
-        self.pages = pages
+    def __init__(self, store: Store, pages: DevicePages, fetched: FetchedSpans) -> None:
+        self.pages, self._fetched = pages, fetched
         self._span_bytes = np.array([spec.span_bytes for spec in store.manifest.layers], dtype=np.int64)
         self.num_layers, self.num_experts = pages.shape.num_layers, pages.shape.num_experts
         self.num_slots = pages.shape.num_slots
@@ -39,7 +40,7 @@ class PagedCache:
 
     def statistics(self) -> CacheStatistics:
         """Counters since start. Evictions are misses that found every slot taken; fetches have no seconds of their own,
-        since they overlap with compute."""
+        since they overlap with compute. Host misses are experts that were read because a token needed them."""
         hits, misses, spilled = self.pages.stats[:, :3].cpu().numpy().T.copy()
         resident = (self.page_table >= 0).sum(axis=1)
         return CacheStatistics(
@@ -52,7 +53,7 @@ class PagedCache:
             num_slots=self.num_slots,
             slot_bytes=self.pages.slots.nbytes,
             host_hits=int(misses.sum()),
-            host_misses=0,
+            host_misses=self._fetched.num_reads,
         )
 
     def check_integrity(self) -> None:

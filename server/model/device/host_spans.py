@@ -1,18 +1,17 @@
-"""Experts' spans in page-locked host memory: allocation, reading them from the store, and more of them while serving.
+"""Reading experts' spans from the store into host memory: all of them at the start, and more in the background after
+growth.
 
-A span in an arena has the compute dtype, so a fetch copies bytes. Invariant: an arena that was handed to
-`DevicePages` never moves and is never written again.
+A span in an arena has the compute dtype, so a fetch copies bytes. Invariants: an arena that was handed to `DevicePages`
+never moves, and a span in it that an expert has is not written again; no expert gets a span whose bytes did not prove
+right.
 """
 
 from __future__ import annotations
 
 import logging
-import mmap
 import threading
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from expert_store.errors import StoreError
 from expert_store.paging.pages import DevicePages
+from expert_store.pinned import NotPinnableError, new_arena, page_lock
 from expert_store.slots import TORCH_DTYPES
 from expert_store.store import Store
 from server.model.device.pack import NotCapturableError
@@ -28,42 +28,9 @@ from server.model.device.pack import NotCapturableError
 log = logging.getLogger(__name__)
 
 READ_THREADS = 8
-SMALL_ARENA_BYTES = 1 << 30
 Expert = tuple[int, int]
 """(MoE layer, expert)."""
-
-
-class NotPinnableError(NotCapturableError):
-    """The host gives less page-locked memory than the experts take."""
-
-
-def new_arena(num_spans: int, elements: int, dtype: torch.dtype, pinned: bool) -> Tensor:
-    """[num_spans, elements] of host memory, to be filled and then page-locked with `page_lock`. torch rounds its own
-    pinned blocks up to powers of two, so only a small arena is one; a large one is mapped in huge pages."""
-    num_bytes = num_spans * elements * dtype.itemsize
-    if not pinned or num_bytes == 0:
-        return torch.empty(num_spans, elements, dtype=dtype)
-    if num_bytes <= SMALL_ARENA_BYTES:
-        try:
-            return torch.empty(num_spans, elements, dtype=dtype, pin_memory=True)
-        except RuntimeError as error:
-            raise NotPinnableError(f"{num_bytes} bytes of host memory could not be page-locked: {error}") from error
-    memory = mmap.mmap(-1, num_bytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(num_spans, elements)
-
-
-def page_lock(arena: Tensor) -> None:
-    """Page-locks an arena of `new_arena` for a GPU, until the tensor goes. Raises NotPinnableError."""
-    if arena.is_pinned():
-        return
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    address = arena.data_ptr()
-    status = int(runtime.cudaHostRegister(address, arena.nbytes, 0))
-    if status != 0:
-        raise NotPinnableError(f"{arena.nbytes} bytes of host memory could not be page-locked (CUDA error {status})")
-    weakref.finalize(arena.untyped_storage(), runtime.cudaHostUnregister, address)
+Failures = dict[Expert, StoreError]
 
 
 class SpanReader:
@@ -82,49 +49,78 @@ class SpanReader:
         self.span_bytes = self.elements * dtype.itemsize
 
     def read(
-        self, experts: Sequence[Expert], into: Tensor, progress: Callable[[float], None] = lambda share: None
-    ) -> None:
-        """Fills into [n, elements] with the spans of `experts`, in their order. Raises StoreError."""
-        done = 0
-        with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="span-read") as readers:
-            for _ in readers.map(self._read_one, experts, into):
-                done += 1
-                if done % 64 == 0:
-                    progress(done / len(experts))
+        self,
+        experts: Sequence[Expert],
+        into: Sequence[Tensor] | Tensor,
+        progress: Callable[[float], None] | None = None,
+    ) -> Failures:
+        """Fills into [n, elements] (or n tensors [elements]) with the spans of `experts`, in their order.
 
-    def _read_one(self, expert: Expert, out: Tensor) -> None:
-        if self._stored == self.dtype:
-            self._store.read_expert(*expert, out.view(torch.uint8))
-            return
-        raw = torch.empty(self.elements * self._stored.itemsize, dtype=torch.uint8)
-        self._store.read_expert(*expert, raw)
-        out.copy_(raw.view(self._stored))
+        Returns what could not be read, and why; the memory of those is undefined.
+        """
+        failures: Failures = {}
+        with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="span-read") as readers:
+            for done, (expert, error) in enumerate(
+                zip(experts, readers.map(self._read_one, experts, into), strict=True)
+            ):
+                if error is not None:
+                    failures[expert] = error
+                if progress is not None and done % 64 == 0:
+                    progress(done / len(experts))
+        return failures
+
+    def _read_one(self, expert: Expert, out: Tensor) -> StoreError | None:
+        try:
+            if self._stored == self.dtype:
+                self._store.read_expert(*expert, out.view(torch.uint8))
+            else:
+                raw = torch.empty(self.elements * self._stored.itemsize, dtype=torch.uint8)
+                self._store.read_expert(*expert, raw)
+                out.copy_(raw.view(self._stored))
+        except StoreError as error:
+            return error
+        return None
 
 
 class SpanGrowth:
-    """Brings spans of experts that came into use after the start: read and page-locked in the background, handed to the
-    pages between two steps.
+    """Brings spans of experts that came into use after the start: read and page-locked in the background, handed over
+    between two steps.
 
     Args:
+        unread: experts that could not be read at the start; they are read when a token needs them.
         budget_bytes: of all page-locked spans; None has no bound.
+
+    Attributes:
+        pending: bool [L, E], on their way or without a place in host memory: requests go without them, unless they
+            fetch.
+        num_changes: how often `pending` or what arrived has changed.
     """
 
-    def __init__(self, reader: SpanReader, pages: DevicePages, budget_bytes: int | None) -> None:
+    def __init__(
+        self, reader: SpanReader, pages: DevicePages, budget_bytes: int | None, unread: Iterable[Expert] = ()
+    ) -> None:
         self._reader, self._pages, self._budget = reader, pages, budget_bytes
         self._asked = pages.servable.numpy().copy()
+        for expert in unread:
+            self._asked[expert] = True
+        self.pending: npt.NDArray[np.bool_] = np.zeros_like(self._asked)
+        self.num_changes = 0
         self._lock = threading.Lock()
-        self._arrived: list[tuple[Tensor, list[Expert]]] = []
+        self._arrived: list[tuple[Tensor, list[Expert], Failures]] = []
         self._threads: list[threading.Thread] = []
 
     def want(self, allowed: npt.NDArray[np.bool_]) -> None:
-        """Starts to bring those of allowed [L, E] that have no span yet. Returns at once; failures are logged, and the
-        experts concerned stay out of reach."""
+        """Starts to bring those of allowed [L, E] that were not brought yet. Returns at once; what goes wrong is
+        logged."""
         absent = allowed & ~self._asked
+        if not self._pages.shape.paged:
+            absent &= ~self._pages.servable.numpy()  # fetched for a request, and in its slot for good
         experts = [(int(layer), int(expert)) for layer, expert in np.argwhere(absent)]
         if not experts:
             return
-        held = int((self._pages.host_index >= 0).sum()) if self._pages.shape.paged else 0
-        needed = (held + len(experts)) * self._reader.span_bytes
+        self.pending |= absent
+        self.num_changes += 1
+        needed = (self._pages.num_host_spans + len(experts)) * self._reader.span_bytes
         if self._budget is not None and self._pages.shape.paged and needed > self._budget:
             log.warning(
                 "%d experts came to the store and stay masked: with them page-locked host memory would take %d bytes, "
@@ -137,15 +133,17 @@ class SpanGrowth:
         self._threads.append(thread)
         thread.start()
 
-    def take(self) -> bool:
-        """Hands what has arrived to the pages; call it between two steps. Returns whether there was anything."""
+    def take(self) -> list[tuple[Tensor, list[Expert | None]]]:
+        """What has arrived since the last call: spans [n, span_elements] and whose each is, None where its expert could
+        not be read; those are no longer pending either. Call it between two steps."""
         if not self._arrived:
-            return False
+            return []
         with self._lock:
             arrived, self._arrived = self._arrived, []
-        for arena, experts in arrived:
-            self._pages.add_spans(arena, experts)
-        return True
+        for _, experts, _ in arrived:
+            self.pending[tuple(np.array(experts).T)] = False
+            self.num_changes += 1
+        return [(arena, [None if one in failed else one for one in experts]) for arena, experts, failed in arrived]
 
     def wait(self) -> None:
         """Waits until nothing is on its way."""
@@ -156,12 +154,19 @@ class SpanGrowth:
         try:
             pinned = self._pages.slots.is_cuda
             arena = new_arena(len(experts), self._reader.elements, self._reader.dtype, pinned)
-            self._reader.read(experts, arena)
+            failures = self._reader.read(experts, arena)
             if pinned:
                 page_lock(arena)
-        except (StoreError, NotCapturableError, MemoryError, OSError):
+        except (NotPinnableError, MemoryError, OSError):
             log.exception("%d experts that came to the store stay masked", len(experts))
             self._asked[tuple(np.array(experts).T)] = False
             return
+        log_failures(failures)
         with self._lock:
-            self._arrived.append((arena, experts))
+            self._arrived.append((arena, experts, failures))
+
+
+def log_failures(failures: Failures) -> None:
+    """One line for each expert that could not be read ahead of its use."""
+    for (layer, expert), error in failures.items():
+        log.error("expert %d of layer %d is read again when a token needs it: %s", expert, layer, error)

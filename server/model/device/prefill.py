@@ -5,12 +5,14 @@ A chunk of many tokens wants nearly every expert of every layer, so which ones t
 run: all that are allowed and not resident, layer after layer. Copies run on their own stream by the copy engine,
 several groups ahead of the compute and across layers; each missing expert crosses PCIe once a chunk. A small chunk
 looks at its routers' choice first (one synchronisation a layer) and fetches only that. Slots and page table are read,
-never changed. Invariant: a ring group is overwritten only after the products that read it have been enqueued, ordered
-by events.
+never changed by it. Where a chunk may want experts that are not in reach, it looks too, and has them brought layer by
+layer. Invariant: a ring group is overwritten only after the products that read it have been enqueued, ordered by
+events.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch import Tensor
 from expert_store.paging.pages import DevicePages
 from server.model.device.kernels import prefill as kernels
 from server.model.device.step import divisor, pow2
+from server.model.observation import OutputObserver
 
 GROUP = 8
 """Experts that are copied, waited for and computed together."""
@@ -34,6 +37,14 @@ AHEAD_PICKS = 12
 """Picks an expert from which a chunk streams everything ahead: the recorded traces then want 96 % of a layer's
 experts.
 """
+
+
+Bring = Callable[[int, Sequence[int]], Iterator[list[int]]]
+"""Of a layer and experts: makes a part of them reachable, yields it, and goes on when it was computed."""
+
+
+def _nothing_to_bring(layer: int, experts: Sequence[int]) -> Iterator[list[int]]:
+    raise AssertionError(f"experts {experts} of layer {layer} were chosen and are not in reach")
 
 
 @dataclass
@@ -69,43 +80,78 @@ class ExpertStream:
         self._stream = torch.cuda.Stream() if self._cuda else None  # type: ignore[no-untyped-call]
         self._table: npt.NDArray[np.int32] = np.zeros((0, 0), np.int32)
         self._wanted: npt.NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
+        self._absent: npt.NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
+        self._bring: Bring = _nothing_to_bring
         self._groups: list[_Group] = []
         self._enqueued = self._computed = 0
         self._ids = self._targets = torch.empty(0)
         self._ahead = False
         self.copied_spans = 0
 
-    def begin(self, num_tokens: int, allowed: npt.NDArray[np.bool_]) -> None:
-        """Starts a chunk: allowed [L, E] bool, what its mask leaves. Reads the page table back (synchronises)."""
+    def begin(self, num_tokens: int, allowed: npt.NDArray[np.bool_], bring: Bring | None = None) -> None:
+        """Starts a chunk: allowed [L, E] bool, what its mask leaves. Reads the page table back (synchronises).
+
+        Args:
+            bring: makes experts of a layer reachable that are in no slot and have no span, so many at a time as it
+                yields; without it none is chosen.
+        """
         shape = self._pages.shape
-        self._table = self._pages.page_table.cpu().numpy()
-        self._wanted = allowed & ((self._table >= 0) | (self._pages.host_index.numpy() >= 0))
-        self._ahead = num_tokens * shape.top_k >= AHEAD_PICKS * shape.num_experts
+        self._bring = bring or _nothing_to_bring
+        self._read_table(allowed)
+        few = num_tokens * shape.top_k < AHEAD_PICKS * shape.num_experts
+        self._ahead = not few and not self._absent.any()
         self._reset()
         if self._ahead:
             self._plan(range(shape.num_layers), self._wanted)
 
-    def forward(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sum of the chosen experts' outputs: hidden [T, H], index [T, K] (ids >= E: none), weights [T, K]."""
+    def forward(
+        self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor, observer: OutputObserver | None = None
+    ) -> Tensor:
+        """Weighted sum of the chosen experts' outputs: hidden [T, H], index [T, K] (ids >= E: none), weights [T, K].
+
+        Raises what bringing an expert raises.
+        """
         num_tokens, top_k = index.shape
         ids = index.reshape(-1)
-        if not self._ahead:
-            chosen = np.zeros_like(self._wanted)
-            picked = np.unique(ids.cpu().numpy())
-            chosen[layer, picked[picked < self._pages.shape.num_experts]] = True
-            self._reset()
-            self._plan([layer], chosen & self._wanted)
         sorted_ids, order = ids.sort(stable=True)
         edges = torch.arange(self._pages.shape.num_experts + 1, device=ids.device, dtype=sorted_ids.dtype)
         offsets = torch.searchsorted(sorted_ids, edges).to(torch.int32)
         act = hidden.new_empty(num_tokens * top_k, self._intermediate)
         out = hidden.new_zeros(num_tokens * top_k, self._hidden)
-        while self._computed < len(self._groups) and self._groups[self._computed].layer == layer:
-            self._compute(self._groups[self._computed], hidden, offsets, order, act, out, top_k)
-            self._computed += 1
-            self._enqueue_copies()
+        for _ in (None,) if self._ahead else self._turns(layer, ids):
+            while self._computed < len(self._groups) and self._groups[self._computed].layer == layer:
+                self._compute(self._groups[self._computed], hidden, offsets, order, act, out, top_k)
+                self._computed += 1
+                self._enqueue_copies()
         weighted = out * weights.reshape(-1, 1).to(out.dtype)
-        return weighted.view(num_tokens, top_k, -1).sum(dim=1)
+        result = weighted.view(num_tokens, top_k, -1).sum(dim=1)
+        if observer is not None and observer.is_on:
+            observer.note(layer, hidden, out, result)
+        return result
+
+    def _read_table(self, allowed: npt.NDArray[np.bool_]) -> None:
+        self._table = self._pages.page_table.cpu().numpy()
+        in_reach = self._pages.servable.numpy() | (self._table >= 0)
+        self._wanted, self._absent = allowed & in_reach, allowed & ~in_reach
+
+    def _turns(self, layer: int, ids: Tensor) -> Iterator[None]:
+        """Plans the layer by what its router chose: first what is in reach, then the rest as it is brought."""
+        picked = np.unique(ids.cpu().numpy())
+        picked = picked[picked < self._pages.shape.num_experts]
+        here = picked[self._wanted[layer, picked]]
+        missing = picked[self._absent[layer, picked]].tolist()
+        self._plan_only(layer, here)
+        yield
+        for part in self._bring(layer, missing) if missing else ():
+            self._read_table(self._wanted | self._absent)
+            self._plan_only(layer, np.array(part))
+            yield
+
+    def _plan_only(self, layer: int, experts: npt.NDArray[np.int64]) -> None:
+        chosen = np.zeros_like(self._wanted)
+        chosen[layer, experts] = True
+        self._reset()
+        self._plan([layer], chosen & self._wanted)
 
     def _reset(self) -> None:
         if self._stream is not None:

@@ -1,57 +1,34 @@
 """The runner of the device-driven path: prompts through transformers with streamed experts, tokens through captured
 graphs.
 
-KV memory has fixed rows of fixed length, so a sequence joins, leaves or changes its mask by writing device tensors,
-never by another capture. Invariant: `lengths` on the device equal the host's, and a call that raises before its graph
-is replayed leaves both as they were.
+An expert that a row may have and that is in no memory in reach yet (its request fetches, or it could not be read ahead)
+is told by the step's report; it is brought, and the step runs again. Invariant: a call that raises leaves the rows as
+they were, here and on the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers.cache_utils import Cache
 
+from expert_store.errors import StoreError
 from expert_store.paging.pages import DevicePages
-from router.ledger import StepRecord
 from router.mask import ExpertMask
 from server.model.assembly import SelectiveModel
 from server.model.attention_mask import attention_masks
-from server.model.device.compiling import in_parallel
-from server.model.device.graph import StepGraph
+from server.model.device.fetched import FetchedSpans, NoRoomError
+from server.model.device.graphs import StepGraphs
 from server.model.device.host_spans import SpanGrowth
+from server.model.device.outcome import Asked, chosen_tokens, routing_of, together
 from server.model.device.prefill import ExpertStream
-from server.model.device.sampling import TokenDraw
-from server.model.device.state import Report, RowState
-from server.model.device.step import DecodeStep, StepOptions, Tuning, pow2
+from server.model.device.rows import Rows
+from server.model.device.state import PrefillRow, Report, RowState
 from server.model.device.weights import DecodeShape, TrunkWeights
-from server.model.routing import RowShare
-from server.model.runner import Choice, Chosen, Runner, StepOutput
-
-
-class PrefillRow(Cache):
-    """One row of the device's KV memory as transformers' cache: appends a chunk's keys and values at `start`."""
-
-    def __init__(self, state: RowState, row: int, start: int, end: int) -> None:
-        super().__init__(layers=[])
-        self._state, self._row, self._start, self._end = state, row, start, end
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Writes [1, heads, tokens, dim]; returns the row up to the chunk's end."""
-        keys, values = self._state.keys[layer_idx, self._row], self._state.values[layer_idx, self._row]
-        keys[:, self._start : self._end] = key_states[0]
-        values[:, self._start : self._end] = value_states[0]
-        return keys[None, :, : self._end], values[None, :, : self._end]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens before the chunk."""
-        return self._start
+from server.model.runner import Choice, Runner, StepFault, StepOutput
 
 
 class DeviceRunner(Runner):
@@ -61,14 +38,15 @@ class DeviceRunner(Runner):
         model: trunk, tokenizer and routing; its experts modules are bound to `stream`.
         shape, weights: of the captured step.
         pages, stream: of the experts.
-        growth: brings experts that come into use later; None leaves them masked.
+        growth: brings experts that come into use later; None brings none.
+        fetched: brings experts that a token needs and that are not in reach; None where all are.
         resident_bias: lambda of cache-aware routing of decode steps, 0: off.
     """
 
     kind: ClassVar[str] = "the device-driven path"
     decode_path: ClassVar[str] = "device"
     can_choose: ClassVar[bool] = True
-    can_fetch_missing: ClassVar[bool] = False
+    tells_fetching: ClassVar[bool] = True
     can_temper_router: ClassVar[bool] = True
 
     def __init__(
@@ -80,61 +58,43 @@ class DeviceRunner(Runner):
         stream: ExpertStream,
         *,
         growth: SpanGrowth | None = None,
+        fetched: FetchedSpans | None = None,
         resident_bias: float = 0.0,
     ) -> None:
         self.model, self.shape, self.pages = model, shape, pages
         self.max_rows, self.max_tokens = shape.max_rows, shape.max_tokens
-        self._weights, self._stream, self._growth, self._bias = weights, stream, growth, resident_bias
+        self._stream, self._bias = stream, resident_bias
+        self._growth, self._fetched = growth, fetched
         self._state = RowState(shape, model.device)
-        self._lengths = [0] * self.max_rows
-        self._free = list(range(self.max_rows - 1, -1, -1))
-        self._servable = ExpertMask.of(pages.servable.numpy())
-        self._row_mask: list[ExpertMask | None] = [None] * self.max_rows  # as given, to see a change
-        self._row_allowed = [self._servable] * self.max_rows  # as the device has it
-        self._row_temperature = [1.0] * self.max_rows
-        self._graphs: dict[tuple[int, bool], StepGraph] = {}
-        self._draws: dict[tuple[StepGraph, bool], TokenDraw] = {}
+        self.rows = Rows(self._state, shape, pages.servable.numpy())
+        self.graphs = StepGraphs(shape, weights, pages, self._state, resident_bias)
+        self._seen = (0, 0)
 
     def capture(self, progress: Callable[[str, float], None] = lambda phase, share: None) -> None:
         """Compiles and captures the step of every batch size up to `max_rows`, with masks and without, so that no
         request waits for it."""
-        sizes = sorted({pow2(rows) for rows in range(1, self.max_rows + 1)})
-        full = self._bias == 0.0 and self._effective(None).is_full
-        wanted = [(size, masked) for masked in ((False, True) if full else (True,)) for size in sizes]
-        graphs = {key: self._new_graph(*key) for key in wanted if key not in self._graphs}
-        if self.model.device.type == "cuda":
-            progress("compiling kernels", 0.0)
-            with in_parallel():
-                self._stream.compile()
-                for graph in graphs.values():
-                    graph.step.compile()
-        for done, (key, graph) in enumerate(graphs.items()):
-            progress("capturing decode", done / len(wanted))
-            graph.capture()
-            self._graphs[key] = graph
+        full = self._bias == 0.0 and bool(self.rows.table(self.model.routing.mask, False).all())
+        self.graphs.capture(self._stream, full, progress)
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
     def allocate(self) -> int:
         """Take a row for a sequence; returns its handle."""
-        assert self._free, f"all {self.max_rows} rows are in use"
-        return self._free.pop()
+        return self.rows.allocate()
 
     def free(self, row: int) -> None:
         """Give a row back."""
-        assert row not in self._free, f"row {row} is free already"
-        self._set_length(row, 0)
-        self._free.append(row)
+        self.rows.free(row)
 
     @property
     def num_free_rows(self) -> int:
         """Rows that `allocate` can still give."""
-        return len(self._free)
+        return self.rows.num_free
 
     @property
     def num_cached_tokens(self) -> int:
         """Tokens held in rows."""
-        return sum(self._lengths)
+        return sum(self.rows.lengths)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -147,16 +107,19 @@ class DeviceRunner(Runner):
         mask: ExpertMask | None = None,
         temperature: float = 1.0,
         all_logits: bool = False,
+        fetches: bool = False,
     ) -> StepOutput:
-        """Append `tokens` to a row: see `Runner.prefill`."""
-        self._take_growth()
-        start, routing = self._lengths[row], self.model.routing
+        """Append `tokens` to a row: see `Runner.prefill`. `fetches` says that its request does."""
+        self._look()
+        start, routing = self.rows.lengths[row], self.model.routing
         end = start + len(tokens)
         assert end <= self.max_tokens, f"row {row}: {end} tokens, room for {self.max_tokens}"
         positions = torch.arange(start, end, device=self.model.device)[None]
-        effective = self._effective(mask)
+        given = mask or routing.mask
+        allowed = self.rows.table(given, fetches) != 0
+        effective = given if (allowed == given.allowed).all() else ExpertMask.of(allowed)
         routing.begin(1, len(tokens), None if effective is routing.mask else [effective], [temperature])
-        self._stream.begin(len(tokens), effective.allowed)
+        self._stream.begin(len(tokens), allowed, None if self._fetched is None else self._fetched.in_turns)
         try:
             result = self.model.model(
                 input_ids=torch.tensor([list(tokens)], device=self.model.device),
@@ -167,12 +130,16 @@ class DeviceRunner(Runner):
                 logits_to_keep=0 if all_logits else 1,
             )
             record, share = routing.finish()
+        except StoreError as error:
+            routing.abandon()
+            raise StepFault(error, (0,)) from error
         except BaseException:
             routing.abandon()
             raise
-        self._set_length(row, end)
+        self.rows.set_length(row, end)
+        outputs = None if self.model.observer is None else self.model.observer.take()
         logits = result.logits[0] if all_logits else result.logits[:, -1]
-        return StepOutput(logits.float(), record, share)
+        return StepOutput(logits.float(), record, share, outputs=outputs)
 
     @torch.inference_mode()
     def decode(
@@ -183,32 +150,109 @@ class DeviceRunner(Runner):
         masks: Sequence[ExpertMask | None] | None = None,
         temperatures: Sequence[float] | None = None,
         choices: Sequence[Choice | None] | None = None,
+        fetching: Sequence[bool] | None = None,
     ) -> StepOutput:
         """Append one token to each row; logits come in the order of `rows` and are valid until the next `decode`.
 
-        The next token of each row comes as `chosen`, as `choices` say; None is the most likely one.
+        The next token of each row comes as `chosen`, as `choices` say; None is the most likely one. Where what the rows
+        of a batch fetch does not fit beside each other, they run in parts.
+
+        Args:
+            fetching: whether each row's request fetches what the store lacks.
+
+        Raises:
+            StepFault: an expert that rows need cannot be read; no row was advanced.
         """
-        self._take_growth()
         for row in rows:
-            assert self._lengths[row] < self.max_tokens, f"row {row} is full: {self.max_tokens} tokens"
-        for row, mask in zip(rows, masks or [None] * len(rows), strict=True):
-            self._set_mask(row, mask)
-        for row, temperature in zip(rows, temperatures or [1.0] * len(rows), strict=True):
-            self._set_temperature(row, temperature)
-        masked = self._bias != 0.0 or any(
-            not self._row_allowed[row].is_full or self._row_temperature[row] != 1.0 for row in rows
-        )
-        graph = self._graph(pow2(len(rows)), masked)
-        draw = self._draw(graph, choices) if choices is not None and any(choices) else None
-        graph.enqueue(rows, tokens)
-        if draw is not None and choices is not None:
-            draw.enqueue(choices)
-        report = graph.wait()
-        for row in rows:
-            self._lengths[row] += 1
+            assert self.rows.lengths[row] < self.max_tokens, f"row {row} is full: {self.max_tokens} tokens"
         num = len(rows)
-        chosen = _chosen(report, draw, num)
-        return StepOutput(graph.step.logits[:num], *_record(report, num, masked), chosen)
+        return self._decode(
+            Asked(
+                rows,
+                tokens,
+                masks or [None] * num,
+                temperatures or [1.0] * num,
+                choices or [None] * num,
+                fetching or [False] * num,
+            )
+        )
+
+    def _decode(self, asked: Asked) -> StepOutput:
+        try:
+            return self._decode_at_once(asked)
+        except NoRoomError as error:
+            if len(asked.rows) == 1:
+                raise StepFault(error, (0,)) from error
+        half = len(asked.rows) // 2
+        first = self._decode(asked.part(slice(half)))
+        first = replace(first, logits=first.logits.clone())
+        try:
+            return together([first, self._decode(asked.part(slice(half, None)))])
+        except BaseException as error:
+            self.rows.take_back(asked.rows[:half], 1)
+            if isinstance(error, StepFault):
+                raise StepFault(error.cause, [half + at for at in error.positions]) from error.cause
+            raise
+
+    def _decode_at_once(self, asked: Asked) -> StepOutput:
+        num = len(asked.rows)
+        while True:
+            self._look()
+            for row, mask, fetches, temperature in zip(
+                asked.rows, asked.masks, asked.fetching, asked.temperatures, strict=True
+            ):
+                self.rows.settle(row, mask or self.model.routing.mask, fetches, temperature)
+            masked = self._bias != 0.0 or not all(self.rows.is_plain(row) for row in asked.rows)
+            graph = self.graphs.step(num, masked)
+            draw = self.graphs.draw(graph, asked.choices)
+            graph.enqueue(asked.rows, asked.tokens)
+            if draw is not None:
+                draw.enqueue(asked.choices)
+            report = graph.wait()
+            if self._has_everything(report, asked.rows):
+                break
+        self.rows.advanced(asked.rows)
+        return StepOutput(graph.step.logits[:num], *routing_of(report, num, masked), chosen_tokens(report, draw, num))
+
+    def _has_everything(self, report: Report, rows: Sequence[int]) -> bool:
+        """Whether a step that just ran had every expert that it chose; where not, they are brought and its rows are as
+        before.
+
+        What a token chose after the first layer that went without something may be wrong, so it is brought as far as
+        there is room, and no failure.
+        """
+        picks = report.ids[:, : len(rows)].numpy()  # [L, B, K]
+        absent = self.rows.absent(rows, picks)
+        if absent is None or self._fetched is None:
+            return True
+        used = np.zeros((self.shape.num_layers, self.shape.num_experts + 1), dtype=np.bool_)
+        layers = np.arange(len(used))[:, None, None]
+        used[layers, picks] = True
+        self._fetched.use(used[:, :-1])
+        if not absent.any():
+            return True
+        self.rows.take_back(rows)
+        first = absent & (layers == absent.any(axis=2).argmax(axis=0)[:, None])
+        needed: dict[tuple[int, int], list[int]] = {}
+        for layer, at, pick in np.argwhere(first):
+            needed.setdefault((int(layer), int(picks[layer, at, pick])), []).append(int(at))
+        places = {(int(layer), int(picks[layer, at, pick])) for layer, at, pick in np.argwhere(absent & ~first)}
+        failures = self._fetched.bring(list(needed), sorted(places - needed.keys()), used[:, :-1])
+        for expert, positions in needed.items():
+            if expert in failures:
+                raise StepFault(failures[expert], positions) from failures[expert]
+        return False
+
+    def fetch_refusal(self) -> str | None:
+        """Why requests cannot fetch what the store lacks; None where they can."""
+        wanted = self.shape.num_layers * min(self.shape.top_k, self.shape.num_experts)
+        capacity = 0 if self._fetched is None else self._fetched.capacity
+        if capacity >= wanted:
+            return None
+        return (
+            f"host memory has room for {capacity} experts beyond the store's, and a token may need {wanted}: raise "
+            "host_memory"
+        )
 
     def prefetch(self, mask: ExpertMask) -> None:
         """Nothing to do ahead of use: a prompt's chunk streams what its mask allows, and decoding fetches the rest."""
@@ -218,94 +262,26 @@ class DeviceRunner(Runner):
         its arrival on, and stays masked until then. See `Runner.adopt`."""
         if self._growth is not None:
             self._growth.want(self.model.routing.mask.allowed)
+            self._look()
 
     def close(self) -> None:
         """Drop the graphs and free what the model holds."""
         if self._growth is not None:
             self._growth.wait()
-        self._graphs.clear()
-        self._draws.clear()
+        self.graphs.clear()
         self.model.close()
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _graph(self, batch: int, masked: bool) -> StepGraph:
-        key = (batch, masked)
-        if key not in self._graphs:
-            self._graphs[key] = self._new_graph(batch, masked)
-            self._graphs[key].capture()
-        return self._graphs[key]
-
-    def _new_graph(self, batch: int, masked: bool) -> StepGraph:
-        options = StepOptions(
-            pdl=batch == 1 and _launches_dependents(self.model.device),
-            masked=masked,
-            resident_bias=self._bias,
-            tuning=Tuning(),
-        )
-        step = DecodeStep(self.shape, self._weights, self.pages, self._state, batch, options)
-        return StepGraph(step, for_host=True)
-
-    def _draw(self, graph: StepGraph, choices: Sequence[Choice | None]) -> TokenDraw:
-        narrow = any(choice is not None and (choice.top_k is not None or choice.top_p < 1.0) for choice in choices)
-        key = (graph, narrow)
-        if key not in self._draws:
-            self._draws[key] = TokenDraw(graph.step, narrow)
-        return self._draws[key]
-
-    def _take_growth(self) -> None:
-        if self._growth is not None and self._growth.take():
-            self._servable = ExpertMask.of(self.pages.servable.numpy())
-            self._row_mask = [None] * self.max_rows
-
-    def _set_length(self, row: int, length: int) -> None:
-        self._lengths[row] = length
-        self._state.lengths[row : row + 1].fill_(length)
-
-    def _effective(self, mask: ExpertMask | None) -> ExpertMask:
-        """A sequence's mask (None: the server's) without experts of the store that have not arrived in host memory."""
-        wanted = self.model.routing.mask if mask is None else mask
-        return wanted & self._servable if (wanted.allowed & ~self._servable.allowed).any() else wanted
-
-    def _set_mask(self, row: int, mask: ExpertMask | None) -> None:
-        given = self.model.routing.mask if mask is None else mask
-        known = self._row_mask[row]
-        if known is not None and (given is known or np.array_equal(given.allowed, known.allowed)):
+    def _look(self) -> None:
+        """Between two steps: take into use what has arrived in host memory, and tell the rows what is in reach."""
+        if self._growth is None or self._fetched is None:
             return
-        allowed = self._effective(mask)
-        self._state.masks[row] = torch.from_numpy(allowed.allowed.astype(np.int8)).to(self.model.device)
-        self._row_mask[row], self._row_allowed[row] = given, allowed
-
-    def _set_temperature(self, row: int, temperature: float) -> None:
-        if temperature != self._row_temperature[row]:
-            self._state.temperatures[row : row + 1].fill_(temperature)
-            self._row_temperature[row] = temperature
-
-
-def _launches_dependents(device: torch.device) -> bool:
-    """Whether the GPU has programmatic dependent launch."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def _chosen(report: Report, draw: TokenDraw | None, num: int) -> Chosen:
-    token, logit = report.best_token[:num], report.best_logit[:num]
-    if draw is not None:
-        token, logit = draw.drawn[0, :num], draw.drawn[1, :num]
-    normaliser = report.normaliser[:num].numpy().copy()
-    return Chosen(token.numpy().astype(np.int64), logit.numpy().astype(np.float32), normaliser)
-
-
-def _record(report: Report, num: int, masked: bool) -> tuple[StepRecord, RowShare]:
-    """The routing of a step's first `num` entries."""
-    served = report.ids[:, :num].numpy().astype(np.int64)
-    weight = report.weights[:, :num].numpy().copy()
-    if not masked:
-        demanded = weight.sum(axis=2, dtype=np.float64)
-        return StepRecord(served, weight), RowShare(demanded.T, np.zeros_like(demanded.T))
-    demand = report.demand[:, :num].numpy().astype(np.int64)
-    mass = report.mass[:, :num].numpy().copy()
-    given = (demand[..., None] == served[..., None, :]).any(axis=-1)
-    missed = np.where(given, 0.0, mass).sum(axis=2, dtype=np.float64)
-    demanded = mass.sum(axis=2, dtype=np.float64)
-    record = StepRecord(served, weight, demand, mass, missed.sum(axis=1))
-    return record, RowShare(demanded.T, missed.T)
+        for arena, experts in self._growth.take():
+            self._fetched.give_back([expert for expert in experts if expert is not None])
+            self.pages.add_spans(arena, experts)
+            self._fetched.add_rows()
+        seen = (self._fetched.num_changes, self._growth.num_changes)
+        if seen != self._seen:
+            self.rows.reach(self.pages.servable.numpy(), self._growth.pending)
+            self._seen = seen

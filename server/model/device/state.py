@@ -1,11 +1,15 @@
-"""Tensors that outlive a decode step: KV memory and the state of each row, and the report that a step leaves."""
+"""Tensors that outlive a decode step: KV memory and the state of each row, and the report that a step leaves.
+
+Invariant: they never move, since captured graphs hold their addresses."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from server.model.device.weights import DecodeShape
 
@@ -26,6 +30,27 @@ class RowState:
         self.masks = torch.ones(shape.max_rows, shape.num_layers, shape.num_experts, dtype=torch.int8, device=device)
         self.temperatures = torch.ones(shape.max_rows, dtype=torch.float32, device=device)
         self.bias_range = torch.zeros(shape.num_layers, dtype=torch.float32, device=device)
+
+
+class PrefillRow(Cache):
+    """One row of the device's KV memory as transformers' cache: appends a chunk's keys and values at `start`."""
+
+    def __init__(self, state: RowState, row: int, start: int, end: int) -> None:
+        super().__init__(layers=[])
+        self._state, self._row, self._start, self._end = state, row, start, end
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Writes [1, heads, tokens, dim]; returns the row up to the chunk's end."""
+        keys, values = self._state.keys[layer_idx, self._row], self._state.values[layer_idx, self._row]
+        keys[:, self._start : self._end] = key_states[0]
+        values[:, self._start : self._end] = value_states[0]
+        return keys[None, :, : self._end], values[None, :, : self._end]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before the chunk."""
+        return self._start
 
 
 @dataclass(frozen=True)

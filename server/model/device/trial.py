@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from router.mask import ExpertMask
 from server.model.device.pack import NotCapturableError
 from server.model.device.runner import DeviceRunner
 
@@ -25,12 +26,15 @@ def try_out(runner: DeviceRunner) -> float:
     """
     vocab = runner.shape.vocab
     tokens = [(1 + 7919 * at) % vocab for at in range(min(NUM_TOKENS, runner.max_tokens))]
+    served = runner.model.routing.mask
+    in_reach = served.allowed & runner.pages.servable.numpy()  # the others could not be read
+    mask = None if (in_reach == served.allowed).all() else ExpertMask.of(in_reach)
     row = runner.allocate()
-    wanted = runner.prefill(row, tokens, all_logits=True).logits
+    wanted = runner.prefill(row, tokens, mask=mask, all_logits=True).logits
     runner.free(row)
     row = runner.allocate()
-    runner.prefill(row, tokens[:1])
-    got = [runner.decode([row], [token]).logits[0].clone() for token in tokens[1:]]
+    runner.prefill(row, tokens[:1], mask=mask)
+    got = [runner.decode([row], [token], masks=[mask]).logits[0].clone() for token in tokens[1:]]
     runner.free(row)
     runner.pages.stats.zero_()
     runner.pages.use_count.zero_()

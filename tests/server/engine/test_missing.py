@@ -242,12 +242,14 @@ def test_a_store_of_a_hub_checkpoint_finds_its_snapshot_in_the_cache(
         assert "not in the hub's cache" in attach_source(found)
 
 
-@pytest.mark.parametrize(("kind", "message"), [("device", "not possible on"), ("nothing", "wanted one of")])
+@pytest.mark.parametrize(
+    ("kind", "message"), [("device", "not possible: host memory has no room"), ("nothing", "wanted one of")]
+)
 def test_what_the_way_of_running_cannot_do_is_refused_by_name(
     make_engine: Callable[..., Engine], few: Path, monkeypatch: pytest.MonkeyPatch, kind: str, message: str
 ) -> None:
     engine = make_engine(store_path=few)
-    monkeypatch.setattr(Runner, "can_fetch_missing", False)
+    monkeypatch.setattr(Runner, "fetch_refusal", lambda self: "host memory has no room")
     monkeypatch.setattr(Runner, "can_temper_router", False)
     with pytest.raises(InvalidRequestError, match=message):
         Client(engine, TEXT, on_missing="fetch" if kind == "device" else "guess")  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from router.mask import ExpertMask
 pytest.importorskip("triton")
 
 from server.model.assembly import load_model
-from server.model.device import runner as device_runner
+from server.model.device import graphs as device_graphs
 from server.model.device.assembly import load_device_runner
 from server.model.device.pack import NotCapturableError
 from server.model.device.runner import DeviceRunner
@@ -37,7 +37,7 @@ TUNING = Tuning(
 def runners(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[DeviceRunner, Runner]]]:
     made: list[DeviceRunner | Runner] = []
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(device_runner, "Tuning", lambda: TUNING)
+        monkeypatch.setattr(device_graphs, "Tuning", lambda: TUNING)
 
     def make(path: Path, num_slots: int, mask: ExpertMask | None = None) -> tuple[DeviceRunner, Runner]:
         options = {"device": DEVICE, "dtype": torch.float32, "num_slots": num_slots, "mask": mask}
@@ -107,14 +107,14 @@ def test_rows_join_and_leave_without_another_capture(small_store, runners):
     for runner in (device, host):
         runner.prefill(first[runner], [20, 21, 22])
         runner.prefill(second[runner], [30, 31])
-    graphs = dict(device._graphs)
+    graphs = device.graphs.steps
     both = [runner.decode([second[runner], first[runner]], [32, 23]).logits for runner in (device, host)]
     assert torch.allclose(both[0], both[1], rtol=1e-4, atol=1e-4)
     for runner in (device, host):
         runner.free(first[runner])
     alone = [runner.decode([second[runner]], [33]).logits for runner in (device, host)]
     assert torch.allclose(alone[0], alone[1], rtol=1e-4, atol=1e-4)
-    assert device._graphs == graphs
+    assert device.graphs.steps == graphs
     assert device.num_free_rows == 1
     assert device.num_cached_tokens == 4
 
@@ -133,7 +133,7 @@ def test_experts_that_come_into_use_are_served_from_the_next_step_on_and_leave_a
         return [output.record.served_index for output in outputs]
 
     assert all(index.max() < 5 for index in step(23))
-    graphs = dict(device._graphs)
+    graphs = device.graphs.steps
     for runner in (device, host):
         runner.model.routing.set_mask(all_experts)
         runner.adopt()
@@ -144,7 +144,7 @@ def test_experts_that_come_into_use_are_served_from_the_next_step_on_and_leave_a
         runner.model.routing.set_mask(ExpertMask.same_in_every_layer((1, 6, 7), LAYERS, EXPERTS))
         runner.adopt()
     assert all(set(index.ravel().tolist()) <= {1, 6, 7} for index in step(30))
-    assert {key: graph for key, graph in device._graphs.items() if key in graphs} == graphs
+    assert {key: graph for key, graph in device.graphs.steps.items() if key in graphs} == graphs
     device.pages.check_integrity(contents=True)
 
 
@@ -159,15 +159,15 @@ def test_experts_past_the_host_budget_stay_masked_and_the_log_says_so(small_stor
     runner.model.routing.set_mask(ExpertMask.same_in_every_layer(range(EXPERTS), LAYERS, EXPERTS))
     runner.adopt()
     assert "stay masked" in caplog.text
-    assert runner._effective(None).num_allowed.tolist() == [5] * LAYERS
+    assert runner.rows.table(runner.model.routing.mask, fetches=False).sum(axis=1).tolist() == [5] * LAYERS
     runner.close()
 
 
 def test_the_trial_finds_a_step_that_computes_something_else(small_store, runners):
     device, _ = runners(small_store, EXPERTS)
     assert try_out(device) < 1e-4
-    device._graphs.clear()
-    second = device._weights.layers[1]
+    device.graphs.clear()
+    second = device.graphs._weights.layers[1]
     object.__setattr__(second, "gate", second.gate.roll(1, dims=0).contiguous())
     with pytest.raises(NotCapturableError, match="away from transformers"):
         try_out(device)
