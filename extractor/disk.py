@@ -6,8 +6,11 @@ Invariant: a `--keep` that is named here selects at least one deep expert and fi
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from pathlib import Path
+
+from extractor.errors import TargetError
 
 DISK_MARGIN_BYTES = 16 * 2**20
 """Room left for the manifest, the journal and the file system's own bookkeeping."""
@@ -18,6 +21,22 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def require_writable(path: Path, flag: str) -> None:
+    """Tell before the work, rather than after it, that its result could not be written to the file `path`.
+
+    Missing folders are fine: they will be made. Raises TargetError.
+    """
+    if path.is_dir():
+        raise TargetError(f"{flag} {path} is a directory, wanted the file to write; name one in it")
+    place = path.absolute().parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise TargetError(f"{flag} {path} cannot be written: {place} is a file; name another folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise TargetError(f"{flag} {path} cannot be written: {place} does not allow it; name another folder")
 
 
 def keep_that_fits(room_bytes: int, trunk_bytes: int, shard_bytes: int, num_experts: int, at_least: int) -> str | None:

@@ -16,9 +16,10 @@ import typer
 
 from expert_store.errors import StoreError
 from extractor.criteria import CRITERIA, DEFAULT_CRITERION, normalised, score
-from extractor.disk import format_bytes
-from extractor.errors import ExtractError, SelectionError
+from extractor.disk import format_bytes, require_writable
+from extractor.errors import ExtractError, SelectionError, message_of
 from extractor.plan import Plan, write_plan
+from extractor.plan_plots import require_picture
 from extractor.planning import PlanRequest, count_for, make_plan
 from extractor.planning_alignment import ALIGNMENTS
 from extractor.planning_expectation import Expectation, cost_warning
@@ -46,7 +47,7 @@ def plan(
     quota: Annotated[
         list[str] | None, typer.Option(help="Share of the places chosen for one domain alone, such as code=0.5.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the criterion random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the criterion random.")] = 0,
     warn_perplexity_ratio: Annotated[
         float, typer.Option(min=1.0, help="Warn of domains whose perplexity is expected to grow by more than this.")
     ] = WARN_PERPLEXITY_RATIO,
@@ -55,6 +56,9 @@ def plan(
 ) -> None:
     """Choose which experts a store should have, from calibration statistics, and say what they will serve."""
     try:
+        require_writable(out, "--out")
+        if plot is not None:
+            require_picture(plot)
         statistics = merge_all(read_statistics(path) for path in stats)
         request = PlanRequest(
             count=count_for(
@@ -75,7 +79,7 @@ def plan(
         if plot is not None:
             _draw(plot, statistics, made, request)
     except (ExtractError, StoreError, LedgerError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message_of(error)}", file=sys.stderr)
         raise typer.Exit(2) from None
     if as_json:
         print(json.dumps({"plan": str(out), "num_deep_experts": len(made.deep_experts), **made.extra}))
@@ -133,4 +137,8 @@ def _fit_line(made: Plan) -> list[str]:
     fit = Price.from_json(made.alignment["price"]).fit if "price" in made.alignment else None
     if fit is None:
         return []
+    if fit.r_squared < 0:  # where losses hardly differ from mask to mask, their spread explains nothing
+        return [
+            f"  expected losses are off by {fit.mean_error:.3f} nats on unseen text, more than losses differ by mask"
+        ]
     return [f"  expected losses predict unseen text with R² {fit.r_squared:.3f}, mean error {fit.mean_error:.3f} nats"]

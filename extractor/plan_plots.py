@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from extractor.criteria import ranking
+from extractor.disk import require_writable
+from extractor.errors import TargetError
 from extractor.plan import Plan
 from extractor.statistics import ExpertStatistics
 
@@ -21,6 +23,14 @@ if TYPE_CHECKING:
 
 Float = npt.NDArray[np.float64]
 MAX_CURVES = 12
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def require_picture(path: Path) -> None:
+    """Tell before the work that a picture could not be drawn to `path`. Raises TargetError."""
+    if path.suffix not in FORMATS:
+        raise TargetError(f"--plot {path}: wanted a name that ends in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+    require_writable(path, "--plot")
 
 
 def kept_mass_curve(scores: Float, shares: Float) -> Float:

@@ -118,9 +118,16 @@ def count_for(statistics: ExpertStatistics, count: int | None, keep: float | Non
         if statistics.expert_bytes < 1:
             raise SelectionError("the statistics do not say how large an expert is: use --count or --keep")
         count = min((budget_bytes - statistics.trunk_bytes) // statistics.expert_bytes, statistics.num_experts)
+        if count < 1:
+            least = statistics.trunk_bytes + statistics.expert_bytes
+            raise SelectionError(
+                f"--budget of {budget_bytes} bytes does not hold the trunk and one deep expert, which take {least} "
+                "bytes; give at least that"
+            )
     assert count is not None
     if not 1 <= count <= statistics.num_experts:
-        raise SelectionError(f"that is {count} deep experts, wanted 1 to {statistics.num_experts}")
+        flag = "--count" if keep is None else "--keep"
+        raise SelectionError(f"{flag} is {count} deep experts, wanted 1 to {statistics.num_experts}")
     return count
 
 

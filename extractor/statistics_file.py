@@ -7,6 +7,7 @@ is wrong. Totals are float64, samples float16 and uint16.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from extractor.statistics import TOTALS, WINDOW_TOKENS, ExpertStatistics, PricePoint, StatisticsError
 from extractor.statistics_sample import KeyedSample
@@ -55,11 +56,9 @@ def write_statistics(path: Path, statistics: ExpertStatistics) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     contents = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    try:
-        save_file(contents, partial, {"deepfew": json.dumps(header)})
-    except SafetensorError as error:  # what the library makes of a full disk
-        raise OSError(f"{partial} cannot be written: {error}") from error
-    with open(partial, "rb") as file:
+    with open(partial, "wb") as file:  # not by the library, whose files nobody but their owner may read
+        file.write(save(contents, {"deepfew": json.dumps(header)}))
+        file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
 
@@ -71,25 +70,32 @@ def read_statistics(path: Path) -> ExpertStatistics:
         StatisticsError: it is none, of an unknown version, or its arrays do not fit together.
         OSError: it cannot be read.
     """
+    if path.is_dir():  # else told as a missing device by the library
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.stat().st_size > MAX_FILE_BYTES:
         raise StatisticsError(f"{path} is larger than {MAX_FILE_BYTES} bytes: no statistics file")
     try:
         with safe_open(path, framework="np") as file:
             header = json.loads((file.metadata() or {}).get("deepfew", "{}"))
+            _check_version(path, header)
             arrays: Arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise StatisticsError(f"{path} is no statistics file ({error}): write it with `deepfew calibrate`") from error
-    if (header.get("format"), header.get("version")) != (FORMAT, VERSION):
-        raise StatisticsError(
-            f"{path} is {header.get('format')} version {header.get('version')}, wanted {FORMAT} version {VERSION}: "
-            "write it again with `deepfew calibrate`"
-        )
     try:
         return _statistics(header, arrays)
     except StatisticsError as error:
         raise StatisticsError(f"{path}: {error}; write it again with `deepfew calibrate`") from None
     except (KeyError, TypeError, ValueError) as error:
         raise StatisticsError(f"{path} is damaged ({error!r}); write it again with `deepfew calibrate`") from error
+
+
+def _check_version(path: Path, header: Any) -> None:
+    found = [header.get(name) for name in ("format", "version")] if isinstance(header, dict) else [None, None]
+    if found != [FORMAT, VERSION]:
+        raise StatisticsError(
+            f"{path} is {found[0]} version {found[1]}, wanted {FORMAT} version {VERSION}: write it again with "
+            "`deepfew calibrate`"
+        )
 
 
 def _statistics(header: dict[str, Any], arrays: Arrays) -> ExpertStatistics:

@@ -23,7 +23,7 @@ from extractor.statistics_file import read_statistics, write_statistics
 from router.mask import ExpertMask
 from server.calibrate_collect import SequenceRun, add_run, observe, weight_flatness
 from server.calibrate_run import batches, encoder, losses, run_batch
-from server.calibrate_texts import Domain, documents, sequence_key, sequences
+from server.calibrate_texts import MIN_SEQUENCE_TOKENS, Domain, TextsError, documents, sequence_key, sequences
 from server.model.assembly import SelectiveModel
 
 PRICE_SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125)
@@ -93,6 +93,8 @@ def calibrate(
     with observe(model) as outputs:
         for domain in domains:
             found = domain_sequences(model, domain, options)
+            if not found:
+                raise TextsError(f"domain {domain.name} has fewer than {MIN_SEQUENCE_TOKENS} tokens: give it more text")
             left = [at for at in range(len(found)) if (domain.name, at) not in checkpoint.done]
             for batch in batches(model, [found[at] for at in left]):
                 output = run_batch(model, batch)

@@ -49,6 +49,8 @@ def find_domains(arguments: Sequence[str]) -> list[Domain]:
             files = tuple(sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")))
         else:
             files = (path,) if path.is_file() else ()
+        if not name:
+            raise TextsError(f"{argument}: the domain has no name; write NAME={path}")
         if not files:
             raise TextsError(f"{path}: no text is there; give a file or a folder of files")
         if name in domains:
@@ -111,7 +113,7 @@ def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[str]:
             continue
         try:
             text = json.loads(line)["text"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise TextsError(f'{path}, line {number}: wanted a JSON object with the key "text"') from None
         if isinstance(text, str) and text.strip():
             yield text[:MAX_DOCUMENT_CHARS]

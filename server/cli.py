@@ -68,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except Exception as error:
         if is_domain_error(error):
-            return _complain(str(error))
+            from extractor.errors import message_of
+
+            return _complain(message_of(error))
         raise
 
 

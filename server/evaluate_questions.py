@@ -49,16 +49,17 @@ def read_questions(path: Path) -> QuestionSet:
 
     Raises:
         TextsError: a line that is none, or more questions than `MAX_QUESTIONS`.
+        OSError: it cannot be read.
     """
     questions: list[Question] = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 item = json.loads(line)
                 questions.append(Question(str(item["prompt"]), str(item["answer"])))
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 raise TextsError(f'{path}, line {number}: wanted an object with "prompt" and "answer"') from None
             if len(questions) > MAX_QUESTIONS:
                 raise TextsError(f"{path} has more than {MAX_QUESTIONS} questions: split it")

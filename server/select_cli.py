@@ -20,7 +20,9 @@ import typer
 from expert_store.errors import StoreError
 from expert_store.manifest import MANIFEST_NAME
 from extractor.criteria import CRITERIA
-from extractor.errors import ExtractError
+from extractor.disk import require_writable
+from extractor.errors import ExtractError, message_of
+from extractor.plan_plots import require_picture
 from extractor.selection import parse_bytes, parse_keep
 from router.mask import MaskError
 from server.calibrate_texts import TextsError
@@ -34,6 +36,7 @@ DtypeOption = Annotated[str, typer.Option(help="auto (the checkpoint's), float32
 SlotsOption = Annotated[str | None, typer.Option(help="Memory for experts on the device, such as 4GiB.")]
 HalfOption = Annotated[str, typer.Option(help="Documents to take: all, or even or odd ones, to keep two runs apart.")]
 ContextOption = Annotated[int, typer.Option(help="Tokens of a sequence.")]
+TokensOption = Annotated[int, typer.Option(min=1, help="Most tokens of a domain, rounded up to whole sequences.")]
 HALVES = ("all", "even", "odd")
 
 
@@ -43,9 +46,9 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Statistics file to write.")],
     half: HalfOption = "all",
     context: ContextOption = 512,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of a domain.")] = 65536,
+    max_tokens: TokensOption = 65536,
     price_tokens: Annotated[
-        int, typer.Option("--price", help="Tokens of a domain to measure masks on; 0: none.")
+        int, typer.Option("--price", min=0, help="Tokens of a domain to measure masks on; 0: none.")
     ] = 16384,
     weights: Annotated[bool, typer.Option(help="Read all weights once, for the criterion aimer.")] = True,
     slots_memory: SlotsOption = None,
@@ -63,11 +66,18 @@ def calibrate(
         from server.calibrate_texts import find_domains
 
         _check(half, context)
+        require_writable(out, "--out")
         from extractor.statistics_file import write_statistics
 
         domains = find_domains(texts)
         options = CalibrateOptions(context, max_tokens, price_tokens, half, weights)
         model = stack.enter_context(_opened(source, out, slots_memory, device, dtype))
+        _check_context(context, model)
+        if not model.routing.mask.is_full:
+            raise TextsError(
+                f"{source} holds only a part of its checkpoint's experts, and calibration sees what texts want of all: "
+                "name the checkpoint, or a store of all of it"
+            )
         progress = stack.enter_context(_progress("calibrating"))
         statistics = run(model, domains, options, out.with_name(out.name + ".resume"), progress)
         write_statistics(out, statistics)
@@ -94,8 +104,8 @@ def evaluate(
     criteria: Annotated[
         str, typer.Option(help=f"Criteria to compare, of {', '.join(CRITERIA)}.")
     ] = "reap-sum,coverage",
-    seeds: Annotated[int, typer.Option(help="Random controls.")] = 3,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of a domain.")] = 16384,
+    seeds: Annotated[int, typer.Option(min=0, help="Random controls.")] = 3,
+    max_tokens: TokensOption = 16384,
     half: HalfOption = "all",
     context: ContextOption = 512,
     slots_memory: SlotsOption = None,
@@ -115,6 +125,13 @@ def evaluate(
             raise TextsError("there is nothing to measure: give --texts or --questions")
         if prefix and not questions:
             raise TextsError("--prefix stands before questions: give --questions, or leave it out")
+        if plot is not None:
+            if stats is None:
+                raise TextsError("--plot draws what --stats compares: give --stats, or leave it out")
+            require_picture(plot)
+        names = [name.strip() for name in criteria.split(",")]
+        if unknown := sorted(set(names) - set(CRITERIA)):
+            raise TextsError(f"--criteria: there is no {unknown[0]!r}, wanted some of {', '.join(CRITERIA)}")
         asked = Evaluation(
             domains=find_domains(texts) if texts else [],
             questions=list(questions or ()),
@@ -122,11 +139,12 @@ def evaluate(
             plan=plan,
             statistics=stats,
             shares=[parse_keep(part) for part in keep.split(",")],
-            criteria=[name.strip() for name in criteria.split(",")],
+            criteria=names,
             seeds=range(seeds),
             prefix=prefix,
         )
         model = stack.enter_context(_opened(store, None, slots_memory, device, dtype))
+        _check_context(context, model)
         whole = None
         if reference is not None:
             whole = stack.enter_context(_opened(reference, None, slots_memory, device, dtype))
@@ -144,6 +162,11 @@ def _check(half: str, context: int) -> None:
         raise TextsError(f"--half is {half!r}, wanted one of {', '.join(HALVES)}")
     if context < 32:
         raise TextsError(f"--context is {context}, wanted at least 32 tokens")
+
+
+def _check_context(context: int, model: SelectiveModel) -> None:
+    if context > model.context_tokens:
+        raise TextsError(f"--context is {context}, wanted at most the model's {model.context_tokens} tokens")
 
 
 @contextmanager
@@ -223,7 +246,7 @@ def _one_message() -> Iterator[None]:
     try:
         yield
     except (ExtractError, StoreError, MaskError, ProfileError, TextsError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message_of(error)}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         print("interrupted; the same command continues a calibration where it stopped", file=sys.stderr)

@@ -78,27 +78,35 @@ class SelectiveModel:
         self.store.close()
 
 
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
 def resolve_device(name: str) -> torch.device:
     """``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:1``.
 
     Raises:
-        SlotsError: a GPU was asked for and there is none.
+        SlotsError: no such device, or a GPU was asked for and there is none.
     """
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise SlotsError(f"--device is {name!r}, wanted auto, cpu, cuda, or a GPU by its number such as cuda:1")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SlotsError(f"--device {name}: torch {torch.__version__} sees no GPU here; use --device cpu or auto")
     return torch.device("cuda:0") if str(device) == "cuda" else device
 
 
 def resolve_dtype(name: str, store: Store) -> torch.dtype:
-    """``auto`` is the checkpoint's own dtype; else float32, bfloat16 or float16."""
+    """``auto`` is the checkpoint's own dtype; else float32, bfloat16 or float16. Raises SlotsError for another name."""
     if name == "auto":
         return TORCH_DTYPES[store.manifest.model.dtype]
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
+    if name not in COMPUTE_DTYPES:
+        raise SlotsError(f"--dtype is {name!r}, wanted auto, {', '.join(COMPUTE_DTYPES)}")
+    return COMPUTE_DTYPES[name]
 
 
 def slots_for_memory(store: Store, budget_bytes: int, dtype: torch.dtype) -> int:

@@ -2,7 +2,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as torch_save
 
 from extractor.statistics import TOTALS, ExpertStatistics, StatisticsError, merge_all
 from extractor.statistics_file import read_statistics, write_statistics
@@ -34,6 +36,12 @@ def test_what_was_written_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     assert loaded.weight_flatness is not None
     assert np.array_equal(loaded.weight_flatness, statistics.weight_flatness)
     assert (loaded.expert_bytes, loaded.trunk_bytes) == (3000, 1000)
+
+
+def test_the_file_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    write_statistics(tmp_path / "stats", make_statistics())
+    assert (tmp_path / "stats").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_merging_is_the_same_in_any_order_and_adds_domains_by_name() -> None:
@@ -90,6 +98,7 @@ def test_item_keys_differ_by_text_and_position() -> None:
         (lambda path: path.write_bytes(b"no safetensors"), "is no statistics file"),
         (lambda path: save_file({"x": np.zeros(1)}, path), "wanted deepfew-statistics version 1"),
         (lambda path: path.write_bytes(path.read_bytes()[:-8]), "is no statistics file"),
+        (lambda path: torch_save({"w": torch.zeros(2, dtype=torch.bfloat16)}, path), "wanted deepfew-statistics"),
     ],
 )
 def test_a_file_that_is_no_statistics_is_refused_with_its_name(tmp_path: Path, damage: object, message: str) -> None:

@@ -157,11 +157,22 @@ def test_a_folder_is_a_domain_and_mistakes_are_named(tmp_path: Path) -> None:
     assert list(documents(domain)) == ["a.txt", "b.txt"]
     with pytest.raises(TextsError, match="no text is there"):
         find_domains([str(tmp_path / "missing")])
+    with pytest.raises(TextsError, match="has no name; write NAME="):
+        find_domains([f"={folder}"])
     with pytest.raises(TextsError, match="two texts are called 'code'"):
         find_domains([str(folder), f"code={folder}"])
     (folder / "bad.jsonl").write_text('{"words": 1}\n')
     with pytest.raises(TextsError, match='line 1: wanted a JSON object with the key "text"'):
         list(documents(find_domains([str(folder / "bad.jsonl")])[0]))
+    (folder / "deep.jsonl").write_text("[" * 100_000)
+    with pytest.raises(TextsError, match="line 1: wanted a JSON object"):
+        list(documents(find_domains([str(folder / "deep.jsonl")])[0]))
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(TextsError, match="is not UTF-8"):
         list(documents(find_domains([str(folder / "latin.txt")])[0]))
+
+
+def test_a_domain_of_a_few_words_is_told(selective: Callable[..., SelectiveModel], tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("hi")
+    with pytest.raises(TextsError, match="domain short has fewer than 32 tokens"):
+        calibrate(selective(), find_domains([str(tmp_path / "short.txt")]), CalibrateOptions())

@@ -165,6 +165,10 @@ def test_questions_that_are_none_are_refused(tmp_path: Path) -> None:
     path.write_text('{"prompt": "2 + 2 ="}\n')
     with pytest.raises(TextsError, match='line 1: wanted an object with "prompt" and "answer"'):
         read_questions(path)
+    for damage in (b"\xff\xfe", b"[" * 100_000):
+        path.write_bytes(damage)
+        with pytest.raises(TextsError, match="line 1: wanted an object"):
+            read_questions(path)
     path.write_text("\n")
     with pytest.raises(TextsError, match="has no questions"):
         read_questions(path)

@@ -90,6 +90,11 @@ def test_grow_adds_what_was_wanted_and_missing(
         (["evaluate", "missing"], "nothing to measure"),
         (["evaluate", "missing", "--texts", "x", "--half", "third"], "--half is 'third'"),
         (["evaluate", "missing", "--texts", "x", "--prefix", "y"], "--prefix stands before questions"),
+        (["evaluate", "missing", "--texts", __file__, "--plot", "x.png"], "--plot draws what --stats compares"),
+        (["evaluate", "missing", "--texts", __file__, "--criteria", "magic"], "--criteria: there is no 'magic'"),
+        (["calibrate", "missing", __file__, "--out", str(TEXTS)], f"--out {TEXTS} is a directory"),
+        (["calibrate", "missing", __file__, "--out", "x", "--max-tokens", "0"], "--max-tokens"),
+        (["calibrate", "missing", __file__, "--out", "x", "--price", "-1"], "--price"),
         (["grow", "missing"], "missing"),
     ],
 )
@@ -100,3 +105,28 @@ def test_mistakes_are_one_message_and_status_2(
     captured = capsys.readouterr()
     assert message in captured.err
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "tpu"], "--device is 'tpu', wanted auto, cpu, cuda"),
+        (["--device", "meta"], "--device is 'meta', wanted auto, cpu, cuda"),
+        (["--dtype", "int4"], "--dtype is 'int4', wanted auto, float32, bfloat16, float16"),
+        (["--context", "1000000"], "--context is 1000000, wanted at most the model's"),
+        ([], "holds only a part of its checkpoint's experts"),
+    ],
+)
+def test_what_a_store_cannot_be_calibrated_with_is_one_message(
+    tiny_checkpoint: Path,
+    stories: Path,
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    store = tmp_path / "store"
+    prepare(Checkpoint.open(tiny_checkpoint), store, SelectionRequest(experts="0-7")).run()
+    assert main(["calibrate", str(store), str(stories), "--out", str(tmp_path / "stats"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "stats").exists()
