@@ -67,6 +67,14 @@ class Checkpoint:
         stored = {tensor.name: tensor for file in self.files for tensor in file.tensors}
         return plain_tensors(stored, self.config)
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a file of one of the names that transformers reads tokenizers from."""
+        return any(
+            path.name.startswith(("tokenizer.", "vocab.", "tekken.", "spiece.", "sentencepiece."))
+            for path in self.sidecars
+        )
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) over the side files, all headers, and 16 samples of 64 KiB from each weights file.

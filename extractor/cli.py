@@ -89,6 +89,8 @@ def extract(
                 work.run(on_bytes)
             result["status"] = "extracted"
             result["write_seconds"] = time.monotonic() - started
+        if not opened.has_tokenizer:
+            print(f"WARNING: {checkpoint} has no tokenizer: its store can be served to nobody", file=sys.stderr)
     print(json.dumps(result) if as_json else _sentence(result))
 
 

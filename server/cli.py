@@ -27,6 +27,11 @@ COMMANDS = {  # name: (module with `main(arguments)`, or else with a typer funct
     "generate": ("server.cli_generate", "continue a prompt without a server"),
     "config": ("server.cli_config", "show every setting, its value and where it came from"),
 }
+TITLES = {
+    "A store": ("extract", "inspect", "verify"),
+    "The right few": ("calibrate", "plan", "evaluate", "grow", "shrink"),
+    "Text from it": ("serve", "generate", "config"),
+}
 
 
 class UsageError(Exception):
@@ -105,7 +110,9 @@ def _complain(message: str) -> int:
 
 def _overview() -> str:
     width = max(len(name) for name in COMMANDS)
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    lines = []
+    for title, names in TITLES.items():
+        lines += [f"{title}:", *(f"  {name:<{width}}  {COMMANDS[name][1]}" for name in names), ""]
     return "\n".join(
         [
             "usage: deepfew [--version] COMMAND …",
@@ -113,6 +120,10 @@ def _overview() -> str:
             "The right few experts, fully deep: serve a Mixture-of-Experts model from less memory than it needs.",
             "",
             *lines,
+            "To begin with, where CHECKPOINT is a directory of safetensors, or a model of the hub:",
+            "  deepfew extract CHECKPOINT STORE",
+            '  deepfew generate STORE "The capital of France is"',
+            "  deepfew serve STORE",
             "",
             "`deepfew COMMAND --help` says more.",
         ]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 
-from server.cli_settings import add_settings_flags, settings_from
+from server.cli_settings import Parser, add_settings_flags, settings_from
 from server.settings import Settings
 from server.settings_load import Leaf, leaves
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the resolved settings; raises SettingsError where they cannot be resolved."""
-    parser = argparse.ArgumentParser(prog="deepfew config", description=__doc__)
+    parser = Parser(prog="deepfew config", description=__doc__, allow_abbrev=False)
     add_settings_flags(parser, sections=section_names())
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
@@ -29,7 +28,12 @@ def main(argv: Sequence[str]) -> int:
     known: dict[str, Leaf] = {leaf.path: leaf for leaf in leaves()}
     for path, value, origin in rows:
         table.add_row(path, value, origin, known[path].variable, style=None if origin == "default" else "bold")
-    Console(soft_wrap=False).print(table)
+    console = Console()
+    for column in table.columns:
+        column.overflow = "fold"  # a name that is cut short cannot be copied
+    if not console.is_terminal:
+        console.width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    console.print(table)
     return 0
 
 

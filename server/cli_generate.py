@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.cli import UsageError
-from server.cli_settings import add_settings_flags, settings_from
+from server.cli_settings import Parser, add_settings_flags, settings_from
 from server.deficit import deficit_payload
 from server.engine.request import (
     Event,
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="deepfew generate", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="deepfew generate", description=__doc__, allow_abbrev=False)
     parser.add_argument("store", metavar="STORE", help="directory of the store")
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue; - reads it from standard input")
     group = parser.add_argument_group("sampling")
@@ -123,7 +123,7 @@ def _sampling(arguments: argparse.Namespace) -> SamplingParams:
 
 def _require(flag: str, value: float | None, least: float, most: float) -> None:
     if value is not None and not least <= value <= most:  # also refuses NaN
-        raise UsageError(f"{flag} is {value}; wanted: from {least:g} to {most:g}")
+        raise UsageError(f"{flag} is {value}; wanted: from {least} to {most}")
 
 
 def _encode(model: LoadedModel, prompt: str, *, chat: bool) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import socket
@@ -15,7 +14,7 @@ from server.api.listener import Listener, PortTakenError, bind_socket
 from server.cli import UsageError, is_domain_error, package_version
 from server.cli_config import section_names
 from server.cli_port import holder_of
-from server.cli_settings import add_settings_flags, settings_from
+from server.cli_settings import Parser, add_settings_flags, settings_from
 from server.loading import check_store, load
 from server.logging_setup import configure_logging
 from server.metrics import Metrics
@@ -28,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str]) -> int:
     """Serve until a signal; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="deepfew serve", description="Serve a store over HTTP.", allow_abbrev=False)
+    parser = Parser(prog="deepfew serve", description="Serve a store over HTTP.", allow_abbrev=False)
     add_settings_flags(parser, sections=section_names())
     status = serve(settings_from(parser.parse_args(argv)))
     if status == 0:

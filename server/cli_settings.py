@@ -5,9 +5,18 @@ from __future__ import annotations
 import argparse
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from server.cli import UsageError
 from server.settings_load import Leaf, Resolved, leaves, load_settings
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, where argparse would put all flags in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError."""
+        raise UsageError(f"{message}; `{self.prog} --help` says more")
 
 
 def add_settings_flags(parser: argparse.ArgumentParser, *, sections: tuple[str, ...], store: bool = True) -> None:

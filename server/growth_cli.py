@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def grow(
     store: Annotated[Path, typer.Argument(help="Store to grow; it may be being served.")],
     source: Annotated[str | None, typer.Option("--from", help="Its checkpoint; by default where it lay.")] = None,
-    count: Annotated[int, typer.Option(help="How many deep experts to add.")] = 1,
+    count: Annotated[int, typer.Option(min=1, help="How many deep experts to add.")] = 1,
     budget: Annotated[str | None, typer.Option(help="Most bytes of all shards together, such as 12GiB.")] = None,
     usage: Annotated[Path | None, typer.Option(help="What was wanted; by default the store's usage.json.")] = None,
     stats: Annotated[
@@ -51,7 +51,7 @@ def grow(
         items = [{"experts": list(experts), "reason": why} for experts, why in zip(added, reasons, strict=True)]
         print(json.dumps({"store": str(store), "added": items, "dry_run": dry_run}))
     else:
-        print(f"{store}: {'would add' if dry_run else 'added'} {len(added)} deep experts")
+        print(f"{store}: {'would add' if dry_run else 'added'} {_counted(len(added))}")
         for why in reasons:
             print(f"  {why}")
 
@@ -96,7 +96,7 @@ def shrink(
         removed = [{"index": one.index, "file": one.file, "bytes": one.bytes} for one in gone]
         print(json.dumps({"store": str(store), "removed": removed, "freed_bytes": freed, "dry_run": dry_run}))
         return
-    print(f"{store}: {'would give' if dry_run else 'gave'} up {len(gone)} deep experts")
+    print(f"{store}: {'would give' if dry_run else 'gave'} up {_counted(len(gone))}")
     for one in gone:
         print(f"  {one.file}")
     if not dry_run and freed is None:
@@ -105,6 +105,10 @@ def shrink(
         )
     elif not dry_run:
         print(f"  freed {freed} bytes")
+
+
+def _counted(count: int) -> str:
+    return "1 deep expert" if count == 1 else f"{count} deep experts"
 
 
 def _indices(text: str) -> list[int]:

@@ -177,7 +177,7 @@ def _read_key(values: dict[str, tuple[Any, str]], key_path: str, title: str) -> 
     """Put the key that `{key_path}_file` names into `key_path`. An empty variable counts as not set."""
     file_path = f"{key_path}_file"
     for path in (key_path, file_path):
-        if path in values and values[path][0] == "":
+        if path in values and values[path][0] == "" and values[path][1].startswith("variable "):
             del values[path]
     if file_path in values:
         if key_path in values:

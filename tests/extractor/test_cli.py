@@ -127,6 +127,15 @@ def test_what_cannot_be_compared_with_is_told_before_the_store_is_hashed(qwen_ch
         assert "verifying" not in err
 
 
+def test_a_checkpoint_without_a_tokenizer_is_extracted_with_a_warning(
+    qwen_checkpoint: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    status, _, err = run("extract", qwen_checkpoint, tmp_path / "silent", "--count", "1")
+    assert status == 0
+    assert "has no tokenizer" in err
+    assert "no tokenizer" not in run("extract", tiny_checkpoint, tmp_path / "tiny", "--count", "1", "--dry-run")[2]
+
+
 def test_an_interrupt_says_that_the_same_command_continues(
     qwen_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ import pytest
 
 from server.cli import COMMANDS, main
 from server.cli_port import holder_of
+from server.settings_load import leaves
 
 
 def deepfew(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -49,6 +50,7 @@ def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert all(f"  {name} " in found for name in COMMANDS)
     assert found.rstrip().endswith("[]")
+    assert "To begin with" in found
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,13 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "/does/not/exist", "a"], "/does/not/exist"),
         (["generate", "x", ""], "the prompt is empty"),
         (["generate", "x", "a", "--temperature", "nan"], "--temperature is nan"),
-        (["generate", "x", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["generate", "x", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0; wanted: from 1 to 2147483647"),
+        (["generate", "x", "a", "--device", "tpu"], "invalid choice: 'tpu'"),
+        (["generate", "x", "a", "--no-such-flag"], "--no-such-flag; `deepfew generate --help` says more"),
+        (["serve", "x", "--dtype", "int4"], "invalid choice: 'int4'"),
+        (["serve", "x", "--api-key", ""], "the API key from flag --api-key must be at least 8"),
+        (["serve", "x", "--admin-key-file", ""], "cannot read the admin key file"),
+        (["config", "--por", "1"], "--por"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_message_with_status_2(
@@ -100,7 +108,12 @@ def test_config_shows_values_with_their_origins(capsys: pytest.CaptureFixture[st
     assert found["http.host"] == {"value": "127.0.0.1", "from": "default"}
     assert "0123456789" not in text
     assert main(["config"]) == 0
-    assert "DEEPFEW_PORT" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "DEEPFEW_PORT" in table
+    assert main(["config", "--profiles", "/a/long/path" * 20]) == 0
+    wide = capsys.readouterr().out
+    assert "/a/long/path" * 20 in wide
+    assert all(leaf.variable in table and leaf.variable in wide for leaf in leaves())
 
 
 def test_holder_of_a_port_is_named() -> None:

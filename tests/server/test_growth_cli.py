@@ -40,6 +40,13 @@ def test_shrink_gives_up_what_was_wanted_least(store: Path, capsys: pytest.Captu
     assert len(list((store / "experts").iterdir())) == 10
 
 
+@pytest.mark.parametrize("count", ["0", "-1"])
+def test_a_count_below_one_adds_nothing(store: Path, count: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["grow", str(store), "--count", count]) == 2
+    assert "--count" in capsys.readouterr().err
+    assert len(read_manifest(store).deep_experts) == 12
+
+
 def test_files_that_had_to_stay_are_removed_by_the_command_alone(
     store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,7 +76,7 @@ def test_grow_adds_what_was_wanted_and_missing(
     ledger.demand_mass[:, 0] = 9.0
     ledger.save(store / "usage.json")
     assert main(["grow", str(store), "--dry-run"]) == 0
-    assert "would add 1 deep experts" in capsys.readouterr().out
+    assert "would add 1 deep expert" in capsys.readouterr().out
     assert len(read_manifest(store).deep_experts) == 4
     assert main(["grow", str(store), "--from", str(tiny_checkpoint), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["added"][0]["experts"] == [40] * 8
