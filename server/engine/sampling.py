@@ -38,9 +38,10 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
         self._params = params
-        self._ids = list(prompt_ids)
         self._processors = _processors(params)
         self._keeps_ids = params.repetition_penalty is not None
+        self._seen = set(prompt_ids) if self._keeps_ids else {0}
+        self._seen_ids = torch.tensor([sorted(self._seen)])  # [1, N], each once, whatever the sequence's length
         self.seed: int | None = None
         if not params.is_greedy:
             self.seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -70,16 +71,17 @@ class Sampler:
         """
         scores = logits[None]
         if self._processors:
-            ids = torch.tensor([self._ids if self._keeps_ids else [0]], device=logits.device)
-            scores = self._processors(cast(LongTensor, ids), cast(FloatTensor, scores.clone()))
+            self._seen_ids = self._seen_ids.to(logits.device)
+            scores = self._processors(cast(LongTensor, self._seen_ids), cast(FloatTensor, scores.clone()))
         if self.seed is None:
             token = int(scores[0].argmax())
         else:
             cumulative = torch.softmax(scores[0].double(), dim=-1).cumsum(dim=-1)
             draw = cumulative[-1:] * self._draws.random()
             token = int(torch.searchsorted(cumulative, draw, right=True).clamp(max=len(cumulative) - 1))
-        if self._keeps_ids:
-            self._ids.append(token)
+        if self._keeps_ids and token not in self._seen:
+            self._seen.add(token)
+            self._seen_ids = torch.cat([self._seen_ids, self._seen_ids.new_tensor([[token]])], dim=-1)
         return token
 
 

@@ -145,13 +145,12 @@ class StepRouting:
         self._steps = [None] * self._num_layers
 
     def _choose(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        call = RouterCall.of(module, args, kwargs, output)
-        wanted = call.picks
+        wanted = Picks.of(output)
         mask, temperature = self._mask_of(layer, wanted.index.shape[0]), self._temperature
         if mask is None and temperature is None:
             self._steps[layer] = _LayerStep(wanted.index, wanted.weights, wanted.index, wanted.weights, None)
             return None
-        rule = self._rule(layer, module)
+        rule, call = self._rule(layer, module), RouterCall(module, args, kwargs, wanted)
         if temperature is not None:
             everything = torch.ones_like(wanted.logits, dtype=torch.bool)
             tempered = rule.masked(call, everything, temperature)

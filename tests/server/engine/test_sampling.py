@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from server.engine.request import SamplingParams
 from server.engine.sampling import Sampler
@@ -52,6 +53,15 @@ def test_a_low_temperature_sharpens() -> None:
 
 def test_repetition_penalty_counts_prompt_and_output() -> None:
     assert draws(SamplingParams(repetition_penalty=10.0), 3, prompt=(4,)) == [0, 1, 4]
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=20), st.sampled_from([0.5, 1.3, 10.0]))
+def test_the_penalty_is_transformers_over_the_whole_sequence(prompt: list[int], penalty: float) -> None:
+    sampler, ids = Sampler(SamplingParams(repetition_penalty=penalty), prompt), list(prompt)
+    stock = RepetitionPenaltyLogitsProcessor(penalty=penalty)
+    for _ in range(8):
+        ids.append(int(stock(torch.tensor([ids]), LOGITS[None].clone())[0].argmax()))
+        assert sampler.choose(LOGITS) == ids[-1]
 
 
 def test_the_logits_are_not_changed() -> None:
