@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,8 @@ from extractor.statistics_sample import item_keys
 from router.ledger import StepRecord
 from server.model.assembly import SelectiveModel
 from server.model.experts import LAYER_ATTRIBUTE, ExpertsLayer
+from server.model.observation import ExpertOutputs
+from server.token_statistics import add_tokens, window_masses
 
 MEMORY_ELEMENTS = 1 << 25
 """Values of a (token, layer, expert) table that are held at once."""
@@ -94,86 +96,25 @@ class SequenceRun:
 
 def add_run(statistics: ExpertStatistics, domain: str, run: SequenceRun) -> None:
     """Add one sequence to `statistics`, in parts that fit into memory."""
-    index = statistics.domain_index(domain)
     num_tokens = run.record.served_index.shape[1]
-    statistics.num_tokens[index] += num_tokens
     step = max(WINDOW_TOKENS, MEMORY_ELEMENTS // (statistics.num_layers * statistics.num_experts) // 32 * 32)
     for start in range(0, num_tokens, step):
-        _add_part(statistics, index, run, slice(start, min(start + step, num_tokens)))
+        _add_part(statistics, domain, run, slice(start, min(start + step, num_tokens)))
 
 
-def _add_part(statistics: ExpertStatistics, domain: int, run: SequenceRun, part: slice) -> None:
+def _add_part(statistics: ExpertStatistics, domain: str, run: SequenceRun, part: slice) -> None:
     record = run.record
-    served = np.minimum(record.served_index[:, part], statistics.num_experts)
-    gates = _shares(record.served_weight[:, part])
-    outputs = np.where(served < statistics.num_experts, run.norms[:, part], 0.0)
-    contributions = record.served_weight[:, part] * outputs
-    _scatter(statistics, domain, "picks", served, np.ones_like(gates))
-    _scatter(statistics, domain, "gate_mass", served, gates)
-    _scatter(statistics, domain, "output_norm", served, outputs)
-    _scatter(statistics, domain, "output_norm_squared", served, np.square(outputs))
-    _scatter(statistics, domain, "gate_output_norm", served, contributions)
-    _scatter(statistics, domain, "residual_change", served, contributions * run.changes[:, part, None])
-    wanted, wanted_gates = served, gates
+    routed = StepRecord(record.served_index[:, part], record.served_weight[:, part])
     if record.demand_index is not None and record.demand_weight is not None:
-        wanted, wanted_gates = record.demand_index[:, part], _shares(record.demand_weight[:, part])
-        missing = ~(wanted[:, :, :, None] == served[:, :, None, :]).any(axis=3)
-        _scatter(statistics, domain, "missing", wanted, missing.astype(np.float64))
-        _scatter(statistics, domain, "missing_mass", wanted, wanted_gates * missing)
-    _scatter(statistics, domain, "demand", wanted, np.ones_like(wanted_gates))
-    _scatter(statistics, domain, "demand_mass", wanted, wanted_gates)
-    computed = contributions if wanted is served else None
-    _add_samples(statistics, domain, run.key, part.start, wanted, wanted_gates, computed)
-
-
-def _add_samples(
-    statistics: ExpertStatistics,
-    domain: int,
-    key: int,
-    first: int,
-    wanted: npt.NDArray[np.int64],
-    gates: npt.NDArray[np.float64],
-    contributions: npt.NDArray[np.floating] | None,
-) -> None:
-    num_tokens = wanted.shape[1]
-    dense = np.zeros((num_tokens, statistics.num_layers, statistics.num_experts + 1), dtype=np.float32)
-    np.put_along_axis(dense, wanted.transpose(1, 0, 2), gates.transpose(1, 0, 2).astype(np.float32), axis=2)
-    dense = dense[:, :, : statistics.num_experts]
-    picked = (dense > 0).astype(np.float32)
-    for layer in range(statistics.num_layers - 1):
-        statistics.coactivation[layer] += picked[:, layer].T @ picked[:, layer + 1]
-    num_windows = num_tokens // WINDOW_TOKENS
-    if num_windows:
-        whole = dense[: num_windows * WINDOW_TOKENS]
-        mass = whole.reshape(num_windows, WINDOW_TOKENS, *dense.shape[1:]).sum(axis=1)
-        at = np.arange(num_windows) + first // WINDOW_TOKENS
-        statistics.windows.offer(item_keys(key, at), np.full(num_windows, domain), {"mass": mass})
-    if contributions is not None:
-        arrays = {"experts": wanted, "gates": gates, "contributions": contributions}
-        tokens = {name: array.transpose(1, 0, 2) for name, array in arrays.items()}
-        at = np.arange(num_tokens) + first
-        statistics.tokens.offer(item_keys(key ^ 1, at), np.full(num_tokens, domain), tokens)
-
-
-def _shares(weights: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-    """Weights [L, T, K] over their sum over the picks; zeros where a token has none."""
-    weights = weights.astype(np.float64)
-    sums = weights.sum(axis=2, keepdims=True)
-    return np.asarray(np.divide(weights, sums, out=np.zeros_like(weights), where=sums > 0))
-
-
-def _scatter(
-    statistics: ExpertStatistics,
-    domain: int,
-    name: str,
-    experts: npt.NDArray[np.int64],
-    values: npt.NDArray[np.floating],
-) -> None:
-    """Add values [L, T, K] to a total at experts [L, T, K]; the sentinel falls away."""
-    num_layers, stride = statistics.num_layers, statistics.num_experts + 1
-    flat = (experts + (np.arange(num_layers) * stride)[:, None, None]).ravel()
-    summed = np.bincount(flat, weights=values.ravel(), minlength=num_layers * stride)
-    statistics.totals[name][domain] += summed.reshape(num_layers, stride)[:, :-1]
+        routed = replace(routed, demand_index=record.demand_index[:, part], demand_weight=record.demand_weight[:, part])
+    at = np.arange(part.start, part.stop)
+    outputs = ExpertOutputs(run.norms[:, part], run.changes[:, part])
+    add_tokens(statistics, domain, routed, outputs, item_keys(run.key ^ 1, at))
+    masses = window_masses(*routed.demand_of(slice(None)), statistics.num_experts)
+    if len(masses):
+        at = np.arange(len(masses)) + part.start // WINDOW_TOKENS
+        domains = np.full(len(masses), statistics.domain_index(domain))
+        statistics.windows.offer(item_keys(run.key, at), domains, {"mass": masses})
 
 
 def weight_flatness(store: Store) -> npt.NDArray[np.float64]:

@@ -22,9 +22,9 @@ from extractor.statistics import WINDOW_TOKENS, ExpertStatistics
 from router.ledger import StepRecord
 from server.engine.sequence import Sequence
 from server.engine.statistics_file import StatisticsFile
-from server.engine.statistics_totals import add_tokens, gate_shares
 from server.model.observation import ExpertOutputs, OutputObserver, joined, observe_outputs
 from server.model.runner import Runner, StepOutput
+from server.token_statistics import add_tokens, window_masses
 
 log = logging.getLogger(__name__)
 
@@ -190,15 +190,7 @@ class OnlineStatistics:
 
     def _add_windows(self, index: npt.NDArray[np.int64], weight: npt.NDArray[np.float32]) -> None:
         """Windows of wanted mass from index and weight [L, W · WINDOW_TOKENS, K]."""
-        num_layers, num_tokens, _ = index.shape
-        stride = self._statistics.num_experts + 1
-        shares = gate_shares(weight)
-        places = np.arange(num_layers)[:, None, None] * stride
-        for start in range(0, num_tokens, WINDOW_TOKENS):
-            part = slice(start, start + WINDOW_TOKENS)
-            flat = (np.minimum(index[:, part], stride - 1) + places).ravel()
-            mass = np.bincount(flat, weights=shares[:, part].ravel(), minlength=num_layers * stride)
-            self._windows.append(mass.reshape(num_layers, stride)[:, :-1].astype(np.float32))
+        self._windows += list(window_masses(index, weight, self._statistics.num_experts))
         if len(self._windows) >= FLUSH_WINDOWS:
             self._offer_windows()
 

@@ -1,7 +1,7 @@
-"""Adding observed tokens to statistics: totals, co-activation and the sample of tokens, for tokens in any order.
+"""Adding tokens to statistics: totals, co-activation, the sample of tokens, and the masses of windows.
 
-Invariant: what is added to every total is what calibration would add for the same tokens. Windows are not of single
-tokens and are added elsewhere.
+Invariant: serving and calibration add the same for the same tokens; they differ in where tokens come from and in the
+keys by which samples keep them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from extractor.statistics import ExpertStatistics
+from extractor.statistics import WINDOW_TOKENS, ExpertStatistics
 from router.ledger import StepRecord
 from server.model.observation import ExpertOutputs
 
@@ -69,6 +69,17 @@ def gate_shares(weights: npt.NDArray[np.floating]) -> Float:
     weights = weights.astype(np.float64)
     sums = weights.sum(axis=2, keepdims=True)
     return np.asarray(np.divide(weights, sums, out=np.zeros_like(weights), where=sums > 0))
+
+
+def window_masses(index: Index, weights: npt.NDArray[np.floating], num_experts: int) -> npt.NDArray[np.float32]:
+    """Wanted mass of each window of `WINDOW_TOKENS` tokens, float32 [W, L, E], from picks [L, T, K]; a rest is left
+    out."""
+    shares = gate_shares(weights)
+    masses = []
+    for start in range(0, index.shape[1] - WINDOW_TOKENS + 1, WINDOW_TOKENS):
+        part = slice(start, start + WINDOW_TOKENS)
+        masses.append(_Places(index[:, part], num_experts).sums(shares[:, part]).astype(np.float32))
+    return np.stack(masses) if masses else np.zeros((0, len(index), num_experts), dtype=np.float32)
 
 
 class _Places:
