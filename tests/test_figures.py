@@ -1,0 +1,83 @@
+"""The README's tables say what the files under benchmarks/results say that they cite."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results"
+
+
+def _read(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def _rows(title: str) -> dict[str, list[str]]:
+    """Rows of the README's table below `title`, up to the next heading within it: first cell → the others, without commas."""
+    text = (REPOSITORY / "README.md").read_text().partition(title)[2]
+    lines = text[text.index("\n|") :].lstrip().split("\n\n")[0].split("\n| **")[0].splitlines()
+    cells = [[cell.strip().replace(",", "") for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: row[1:] for row in cells if not row[0].startswith("-") and row[0] and any(row[1:])}
+
+
+def _decode_row(result: str, stock: str, num_slots: int) -> list[str]:
+    (row,) = (
+        row
+        for row in _read(result)["rows"]
+        if (row["num_slots"] == num_slots if num_slots else row["label"] == stock) and row["kind"] != "imports"
+    )
+    mib = [round(row[name] / 2**20) for name in ("held_bytes", "peak_rss_bytes")]
+    hits = "" if row["hit_rate"] is None else f"{row['hit_rate']:.2f}"
+    return [f"{row['tokens_per_second']:.1f}", f"{row['ttft_seconds'] * 1e3:.0f}", *map(str, mib), hits]
+
+
+@pytest.mark.parametrize(
+    ("block", "result", "stock"),
+    [
+        ("**generated", "decode-generated-cpu", "transformers, grouped_mm"),
+        ("**bundled", "decode-tiny-moe-cpu", "transformers, batched_mm"),
+    ],
+)
+def test_decode_table_is_that_of_its_results(block: str, result: str, stock: str) -> None:
+    rows = _rows(block)
+    implementation = stock.partition(", ")[2]
+    assert rows[f"transformers `{implementation}`"] == _decode_row(result, stock, 0)
+    for num_slots in (64, 32, 16):
+        assert rows[f"deepfew {num_slots} of 64 in slots"] == _decode_row(result, stock, num_slots)
+
+
+def test_decode_table_in_float32_is_that_of_its_results() -> None:
+    rows, result = _rows("**generated"), "decode-generated-cpu-float32"
+    assert rows["transformers `grouped_mm` float32"] == _decode_row(result, "transformers, grouped_mm", 0)
+    assert rows["deepfew 64 of 64 in slots float32"] == _decode_row(result, "", 64)
+
+
+def test_load_table_is_that_of_its_results() -> None:
+    rows = _rows("python -m benchmarks.load`):")
+    found = {(row["server"].replace(",", ""), row["users"]): row for row in _read("load")["rows"]}
+    assert {row["failed"] for row in found.values()} == {0}
+    for server, cells in rows.items():
+        if server.startswith("tokens/s"):
+            continue
+        of = [found[server.replace("in slots", "slots"), users] for users in (1, 4, 8)]
+        assert cells == [f"{row['tokens/s']:.0f} ({row['latency p99 ms'] / 1e3:.1f})" for row in of]
+
+
+def test_figures_in_sentences_are_those_of_their_results() -> None:
+    text = " ".join((REPOSITORY / "README.md").read_text().split())
+    extract, serving = _read("extract"), _read("serve_gpu")["servings"]
+    assert f"at {extract['warm']['ratio']:.2f} of the rate of `cp -r`" in text
+    assert f"{extract['peak_above_interpreter_mib']} MiB above the interpreter" in text
+    device, host = serving["device, second start"]["tokens_per_second"], serving["host"]["tokens_per_second"]
+    kinds = ("one greedy", "one sampled", "four greedy")
+    fast, slow = ([f"{rates[kind]:.0f}" for kind in kinds] for rates in (device, host))
+    assert f"{fast[0]} tokens/s to a greedy request" in text
+    assert f"{fast[1]} to a sampled one, and {fast[2]} to four greedy ones" in text
+    assert f"driven by the host it would be {slow[0]}, {slow[1]} and {slow[2]}" in text
+    (alone,) = (row for row in _read("decode_gpu")["resident"] if row["batch"] == 1)
+    assert f"takes {alone['step_ms']:.2f} ms, {alone['ratio']:.1f} times what its bytes need" in text
