@@ -18,7 +18,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def _rows(title: str) -> dict[str, list[str]]:
-    """Rows of the README's table below `title`, up to the next heading within it: first cell → the others, without commas."""
+    """Rows of the README's table below `title`, to its next bold row: first cell → the others, without commas."""
     text = (REPOSITORY / "README.md").read_text().partition(title)[2]
     lines = text[text.index("\n|") :].lstrip().split("\n\n")[0].split("\n| **")[0].splitlines()
     cells = [[cell.strip().replace(",", "") for cell in line.strip("|").split("|")] for line in lines]
