@@ -31,7 +31,7 @@ from server.engine.sequence import Sequence
 from server.engine.statistics import OnlineStatistics
 from server.engine.tokens import prompt_logprobs, token_logprob, token_text, top_logprobs
 from server.engine.unreadable import CorruptExperts, UnreadableExperts
-from server.model.runner import Choice, Chosen, Runner, StepFault, StepOutput
+from server.model.runner import Choice, Chosen, Runner, StepOutput
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Batch:
         self._masks = SequenceMasks(runner)
         self._prefilling: deque[Sequence] = deque()
         self._running: list[Sequence] = []
-        self.unreadable = UnreadableExperts(runner.model.store, runner.model.routing, corrupt_experts)
+        self.unreadable = UnreadableExperts(runner, corrupt_experts)
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.num_steps = 0
@@ -273,15 +273,9 @@ class Batch:
 
     def _fail_those_in_need(self, sequences: list[Sequence], error: StoreError) -> list[Sequence]:
         """After a step that could not read an expert: fail and return those who cannot run it again."""
-        fault = error if isinstance(error, StepFault) else StepFault(error, (), is_repeatable=False)
-        needing = [sequences[at] for at in fault.positions] or sequences
-        if self.unreadable.give_up(fault.cause):
-            self._runner.adopt()
-            if fault.is_repeatable:
-                return []
-        log.error("%d of %d requests failed: %s", len(needing), len(sequences), fault.cause)
+        needing, cause = self.unreadable.those_in_need(sequences, error)
         for sequence in needing:
-            self._fail_for(sequence, fault.cause)
+            self._fail_for(sequence, cause)
         return needing
 
     def _fail_for(self, sequence: Sequence, cause: StoreError | MaskError) -> None:

@@ -7,6 +7,7 @@ Invariant: a sequence's mask changes only between two of its steps.
 from __future__ import annotations
 
 import logging
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,7 @@ class SequenceMasks:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._everything = ExpertMask(np.ones(runner.model.routing.mask.allowed.shape, dtype=np.bool_))
+        self._narrowed: WeakKeyDictionary[Sequence, tuple[ExpertMask, ExpertMask, ExpertMask]] = WeakKeyDictionary()
 
     def of(self, sequence: Sequence) -> ExpertMask | None:
         """The request's own mask within what it may have, or None where that is what the server serves.
@@ -45,7 +47,14 @@ class SequenceMasks:
         served = self._runner.model.routing.mask
         if sequence.request.on_missing == "fetch":
             return own or (None if served.is_full else self._everything)
-        return None if own is None else own & served
+        return None if own is None else self._narrow(sequence, own, served)
+
+    def _narrow(self, sequence: Sequence, own: ExpertMask, served: ExpertMask) -> ExpertMask:
+        """`own & served`: the same object for as long as neither changes, so that it costs and means nothing new."""
+        known = self._narrowed.get(sequence)
+        if known is None or known[0] is not own or known[1] is not served:
+            known = self._narrowed[sequence] = (own, served, own & served)
+        return known[2]
 
     def observe(self, sequence: Sequence, record: StepRecord, tokens: slice, missed: npt.NDArray[np.float64]) -> None:
         """Tell the request's masking what its tokens of a step wanted; it may choose anew.

@@ -15,7 +15,8 @@ import numpy as np
 from expert_store.errors import ShardCorruptError, StoreError
 from expert_store.store import Store
 from router.mask import ExpertMask, MaskError
-from server.model.routing import StepRouting
+from server.engine.sequence import Sequence
+from server.model.runner import Runner, StepFault
 
 log = logging.getLogger(__name__)
 
@@ -26,19 +27,30 @@ class UnreadableExperts:
     """Decides about the experts that a step could not read; called on the engine thread between two steps.
 
     Args:
-        store, routing: of the model that runs; `give_up` changes both.
+        runner: of the steps; giving an expert up changes its store and its routing.
         corrupt_experts: "mask" gives corrupt experts up.
 
     Attributes:
         num_faults: reads that failed a step.
     """
 
-    def __init__(self, store: Store, routing: StepRouting, corrupt_experts: CorruptExperts) -> None:
-        self._store, self._routing = store, routing
+    def __init__(self, runner: Runner, corrupt_experts: CorruptExperts) -> None:
+        self._runner, self._store, self._routing = runner, runner.model.store, runner.model.routing
         self._gives_up = corrupt_experts == "mask"
         self.num_faults = 0
 
-    def give_up(self, cause: StoreError) -> bool:
+    def those_in_need(self, sequences: list[Sequence], error: StoreError) -> tuple[list[Sequence], StoreError]:
+        """Which of a step's sequences cannot run it again, and the fault of reading that stands behind `error`."""
+        fault = error if isinstance(error, StepFault) else StepFault(error, (), is_repeatable=False)
+        needing = [sequences[at] for at in fault.positions] or sequences
+        if self._give_up(fault.cause):
+            self._runner.adopt()
+            if fault.is_repeatable:
+                return [], fault.cause
+        log.error("%d of %d requests failed: %s", len(needing), len(sequences), fault.cause)
+        return needing, fault.cause
+
+    def _give_up(self, cause: StoreError) -> bool:
         """Mask the expert that could not be read, where that is wanted and possible; returns whether it was."""
         self.num_faults += 1
         if not self._gives_up or not isinstance(cause, ShardCorruptError) or cause.expert is None:
