@@ -7,7 +7,7 @@ hold colons, which `promtool check metrics` refuses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Summary, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -160,9 +160,7 @@ class _Snapshots(Collector):
 
     def _of_the_process(self) -> Iterator[Metric]:
         health = self._service.health()
-        info = GaugeMetricFamily("deepfew_build_info", "Version.", labels=["version"])
-        info.add_metric([self._version], 1)
-        yield info
+        yield labelled(GaugeMetricFamily, "deepfew_build_info", "Version.", ("version",), [((self._version,), 1)])
         if self._service.loaded is not None:
             yield _model_info(self._service.loaded)
         yield _gauge("deepfew_start_time_seconds", "Unix time of the start.", self._service.started_at)
@@ -205,16 +203,10 @@ def _of_the_experts(experts: ExpertsSnapshot) -> Iterator[Metric]:
         ("deepfew_experts_corrupt", "Damaged experts that are masked.", experts.corrupt.sum(axis=1)),
         ("deepfew_layer_deficit_ratio", "Share of router mass wanted but unavailable.", experts.deficit),
     )
-    for name, text, values in per_layer_counters:
-        counter = CounterMetricFamily(name, text, labels=["layer"])
-        for layer, value in zip(layers, values.tolist(), strict=True):
-            counter.add_metric([layer], value)
-        yield counter
-    for name, text, values in per_layer_gauges:
-        gauge = GaugeMetricFamily(name, text, labels=["layer"])
-        for layer, value in zip(layers, values.tolist(), strict=True):
-            gauge.add_metric([layer], value)
-        yield gauge
+    for family, rows in ((CounterMetricFamily, per_layer_counters), (GaugeMetricFamily, per_layer_gauges)):
+        for name, text, values in rows:
+            samples = [((layer,), value) for layer, value in zip(layers, values.tolist(), strict=True)]
+            yield labelled(family, name, text, ("layer",), samples)
     yield _gauge("deepfew_deficit_ratio", "Share of router mass wanted but unavailable.", experts.overall_deficit)
     yield _counter("deepfew_routed_tokens", "Tokens routed, kept across restarts.", experts.num_tokens)
     yield _counter(
@@ -242,9 +234,21 @@ def _of_the_growth(status: GrowthStatus) -> Iterator[Metric]:
 
 def _model_info(model: LoadedModel) -> Metric:
     labels = {"model": model.name, "family": model.family, "dtype": model.dtype, "device": model.device}
-    info = GaugeMetricFamily("deepfew_model_info", "What is served.", labels=list(labels))
-    info.add_metric(list(labels.values()), 1)
-    return info
+    return labelled(GaugeMetricFamily, "deepfew_model_info", "What is served.", [*labels], [([*labels.values()], 1)])
+
+
+def labelled(
+    family: type[CounterMetricFamily] | type[GaugeMetricFamily],
+    name: str,
+    text: str,
+    labels: Sequence[str],
+    samples: Iterable[tuple[Sequence[str], float]],
+) -> Metric:
+    """A metric with one value for each (values of the labels, value) of `samples`."""
+    metric = family(name, text, labels=labels)
+    for label_values, value in samples:
+        metric.add_metric(label_values, value)
+    return metric
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.metrics import Metrics
+from server.metrics import Metrics, labelled
 from server.service import Service
 
 FINISH_REASONS = {"length": ("length",), "stop": ("eos_token", "stop_sequence"), "abort": ("cancelled", "failed")}
@@ -43,21 +43,20 @@ class _View(Collector):
             ("vllm:num_requests_waiting", "Requests in the queue.", status.num_waiting),
             ("vllm:kv_cache_usage_perc", "Share of the KV memory in use, 1 is all.", used),
         ):
-            gauge = GaugeMetricFamily(name, text, labels=names)
-            gauge.add_metric(values, value)
-            yield gauge
+            yield labelled(GaugeMetricFamily, name, text, names, [(values, value)])
         for name, text, total in (
             ("vllm:prompt_tokens", "Prompt tokens computed.", status.totals.prompt_tokens),
             ("vllm:generation_tokens", "Tokens generated.", status.totals.generated_tokens),
         ):
-            counter = CounterMetricFamily(name, text, labels=names)
-            counter.add_metric(values, total)
-            yield counter
+            yield labelled(CounterMetricFamily, name, text, names, [(values, total)])
         outcomes = self._metrics.outcomes()
-        success = CounterMetricFamily("vllm:request_success", "Ended requests.", labels=[*names, "finished_reason"])
-        for reason, ours in FINISH_REASONS.items():
-            success.add_metric([*values, reason], sum(outcomes.get(outcome, 0.0) for outcome in ours))
-        yield success
+        success = [
+            ([*values, reason], sum(outcomes.get(outcome, 0.0) for outcome in ours))
+            for reason, ours in FINISH_REASONS.items()
+        ]
+        yield labelled(
+            CounterMetricFamily, "vllm:request_success", "Ended requests.", [*names, "finished_reason"], success
+        )
         for name, histogram in (
             ("vllm:time_to_first_token_seconds", self._metrics.ttft),
             ("vllm:inter_token_latency_seconds", self._metrics.itl),

@@ -19,6 +19,9 @@ from server.service import ExpertsSnapshot
 
 router = APIRouter()
 _LOADING: Responses = {503: error_response_of(ErrorResponse, "No model is loaded.")}
+_EXPOSITION: Responses = {
+    200: {"description": "Text exposition.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+}
 
 
 @router.get("/health/live", summary="Whether the process answers", response_model=HealthResponse)
@@ -134,7 +137,7 @@ def profiles(request: Request) -> JSONResponse:
     "/metrics",
     summary="Prometheus metrics",
     response_class=Response,
-    responses={200: {"description": "Text exposition.", "content": {"text/plain": {"schema": {"type": "string"}}}}},
+    responses=_EXPOSITION,
 )
 def metrics(request: Request) -> Response:
     """`deepfew_*` in the text format."""
@@ -145,7 +148,7 @@ def metrics(request: Request) -> Response:
     "/metrics/vllm",
     summary="Prometheus metrics under vLLM's names",
     response_class=Response,
-    responses={200: {"description": "Text exposition.", "content": {"text/plain": {"schema": {"type": "string"}}}}},
+    responses=_EXPOSITION,
 )
 def metrics_vllm(request: Request) -> Response:
     """`vllm:*`, for dashboards and gateways that know those names; empty while no model is loaded."""
