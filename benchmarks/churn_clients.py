@@ -155,7 +155,7 @@ class Clients:
         host, _, port = self._server.url.removeprefix("http://").partition(":")
         try:
             _, writer = await asyncio.open_connection(host, int(port))
-            writer.write(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+            writer.write(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
             writer.write(b'Content-Length: 500\r\n\r\n{"inputs": "')
             await asyncio.sleep(self._random.uniform(0, 0.3))
             writer.close()

@@ -41,6 +41,7 @@ class ApiError(Exception):
       SlowClientError      408  the body did not arrive in time
       BodyTooLargeError    413  longer than `max_body_bytes`
       MediaTypeError       415  not application/json, or compressed
+      MisdirectedError     421  addressed to another name than this machine's, where there is no key
       ValidationFailed     422  well-formed, but a value or a parameter that we do not take
 
     Args:
@@ -65,6 +66,10 @@ class UnauthorizedError(ApiError):
 
 class ForbiddenError(ApiError):
     """The key does not open this route."""
+
+
+class MisdirectedError(ApiError):
+    """The request was meant for another host, as those are that a page of that host's sends here."""
 
 
 class NotFoundError(ApiError):
@@ -125,6 +130,7 @@ TABLE: dict[type[Exception], Row] = {
     SlowClientError: Row(408, "timeout", 408, "timeout", "request_timeout"),
     BodyTooLargeError: Row(413, "validation", 413, _INVALID, "body_too_large"),
     MediaTypeError: Row(415, "validation", 415, _INVALID, "unsupported_media_type"),
+    MisdirectedError: Row(421, "misdirected", 421, _INVALID, "misdirected"),
     ValidationFailed: Row(422, "validation", 400, _INVALID, None),
     ContextTooLongError: Row(422, "validation", 400, _INVALID, "context_length_exceeded"),
     InvalidRequestError: Row(422, "validation", 400, _INVALID, None),

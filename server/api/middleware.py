@@ -1,7 +1,8 @@
 """What every request passes: an id, the key, one line in the log, and a last net under errors.
 
-Invariant: no route but liveness is reached without the key, where one is set; what changes the server is reached with
-the admin key alone; and nothing that fails inside reaches the client with anything but our own words.
+Invariant: no route but liveness is reached without the key, where one is set, and where none is, only by requests to a
+name of this machine; what changes the server is reached with the admin key alone; and nothing that fails inside reaches
+the client with anything but our own words.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import ForbiddenError, UnauthorizedError, error_response
+from server.api.errors import ForbiddenError, MisdirectedError, UnauthorizedError, error_response
 from server.metrics import Metrics
+from server.settings import is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +67,20 @@ class Gate:
             await send(message)
 
         try:
-            if scope["path"] not in OPEN_PATHS and not is_user and not is_admin:
+            is_open = scope["path"] in OPEN_PATHS or is_admin
+            if not is_open and not is_user:
                 error = UnauthorizedError(
                     "the API key is missing or wrong: send Authorization: Bearer KEY, or X-API-Key: KEY",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
                 await error_response(error, scope["path"])(scope, receive, send_with_id)
+                return
+            if self._key_digest is None and not is_open and not _is_to_this_machine(headers.get("host", "")):
+                misdirected = MisdirectedError(
+                    "without an API key only requests to this machine by a name of its own are taken, and the Host "
+                    "header has another: call http://127.0.0.1 or http://localhost, or set an API key"
+                )
+                await error_response(misdirected, scope["path"])(scope, receive, send_with_id)
                 return
             await self.app(scope, receive, send_with_id)
         except Exception as error:
@@ -132,6 +142,13 @@ def abort(scope: Scope) -> None:
     if cut is not None:
         with contextlib.suppress(OSError, RuntimeError):
             cut()
+
+
+def _is_to_this_machine(host: str) -> bool:
+    """Whether a Host header names loopback. A page whose name was made to resolve to 127.0.0.1 sends its own name."""
+    name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
+    name = name.lower().rstrip(".")
+    return not name or name.endswith(".localhost") or is_loopback(name)
 
 
 def _digest(key: str) -> bytes:

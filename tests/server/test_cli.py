@@ -225,7 +225,10 @@ def test_server_answers_and_says_what_the_mask_cost(server: Server) -> None:
 
 def test_disconnect_frees_the_row_and_the_server_goes_on(server: Server) -> None:
     body = json.dumps({"inputs": "Once upon a time", "parameters": {"max_new_tokens": 900}}).encode()
-    head = f"POST /generate_stream HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = (
+        "POST /generate_stream HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}"
+    )
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
         connection.sendall(head.encode() + b"\r\n\r\n" + body)
         while b"data:" not in connection.recv(4096):
@@ -265,7 +268,10 @@ def test_second_sigterm_ends_at_once(store: Path, tmp_path: Path) -> None:
     try:
         found.wait_for("/health/ready")
         with socket.create_connection(("127.0.0.1", found.port), timeout=30) as connection:
-            head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+            head = (
+                b"POST /generate HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+            )
             connection.sendall(head)
             time.sleep(0.3)
             found.process.send_signal(signal.SIGTERM)

@@ -43,7 +43,10 @@ class HangingServer:
         self._until("ready", lambda: self._get(f"http://127.0.0.1:{port}/health/ready"))
         body = json.dumps({"inputs": "Once", "parameters": {"max_new_tokens": 5}}).encode()
         self.client = socket.create_connection(("127.0.0.1", port))
-        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        head = (
+            "POST /generate HTTP/1.1\r\nHost: localhost\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}"
+        )
         self.client.sendall(head.encode() + b"\r\n\r\n" + body)
         self._until("hanging", lambda: "hanging" in log.read_text())
 

@@ -180,7 +180,10 @@ def test_long_body_is_refused_by_its_declared_length_and_by_its_real_one(client:
 def test_declared_length_of_gigabytes_is_refused_before_anything_is_read(server: Running) -> None:
     for length in (20 * 2**30, 10**30):
         with server.raw() as connection:
-            head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length}"
+            head = (
+                "POST /generate HTTP/1.1\r\nHost: localhost\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {length}"
+            )
             connection.sendall(head.encode() + b"\r\n\r\n")
             assert connection.recv(20).split()[1] in (b"413", b"400")
 
@@ -194,13 +197,16 @@ def test_compressed_body_and_other_types_are_refused(client: httpx.Client) -> No
 
 def test_body_that_does_not_come_is_given_up(server: Running) -> None:
     with server.raw() as connection:
-        head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+        head = (
+            b"POST /generate HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+        )
         connection.sendall(head)
         assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
 
 
 def test_headers_that_do_not_come_are_given_up(server: Running) -> None:
-    for beginning in (b"", b"GET /health/live HTTP/1.1\r\nHost: x\r\nX-Slow: "):
+    for beginning in (b"", b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nX-Slow: "):
         with server.raw() as connection:
             connection.sendall(beginning)
             wait_until(lambda: connection.recv(1) == b"")
@@ -209,16 +215,16 @@ def test_headers_that_do_not_come_are_given_up(server: Running) -> None:
 def test_connection_serves_many_requests_and_is_not_given_up_while_it_waits(server: Running) -> None:
     with server.raw() as connection:
         for _ in range(3):
-            connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
 
 
 def test_long_headers_and_malformed_requests_are_refused(server: Running) -> None:
     for request in (
-        b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 100_000,
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"a" * 100_000,
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
-        b"GET /health/live HTTP/1.1\r\nHost: x\r\nBad Header\r\n\r\n",
-        b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nBad Header\r\n\r\n",
+        b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
     ):
         with server.raw() as connection:
             try:
@@ -265,6 +271,26 @@ def test_no_cross_origin_headers(client: httpx.Client) -> None:
     )
     assert response.status_code == 405
     assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize("host", ["a.example", "a.example:8080", "127.0.0.1.a.example", "[2001:db8::1]:80", "10.0.0.1"])
+def test_without_a_key_another_hosts_name_is_refused(client: httpx.Client, host: str) -> None:
+    refused = client.post("/generate", json={"inputs": "a"}, headers={"host": host})
+    assert (refused.status_code, refused.json()["error_type"]) == (421, "misdirected")
+    assert host not in refused.text
+    assert client.get("/v1/models", headers={"host": host}).json()["error"]["code"] == "misdirected"
+    assert client.get("/health/live", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["localhost:1", "LOCALHOST", "a.localhost", "127.0.0.9", "[::1]:8080", "localhost."])
+def test_without_a_key_every_name_of_this_machine_is_taken(client: httpx.Client, host: str) -> None:
+    assert client.get("/info", headers={"host": host}).status_code == 200
+
+
+def test_with_a_key_any_name_is_taken() -> None:
+    with running(api_key="0123456789") as server, server.client() as client:
+        headers = {"host": "a.example", "authorization": "Bearer 0123456789"}
+        assert client.get("/info", headers=headers).status_code == 200
 
 
 def test_bodies_of_any_size_are_refused_at_the_limits_that_everybody_has() -> None:

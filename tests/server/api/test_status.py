@@ -138,7 +138,7 @@ def test_every_route_but_liveness_needs_the_key(method: str, path: str) -> None:
 
 def test_key_with_bytes_beyond_ascii_is_wrong_and_no_failure() -> None:
     with running(api_key=KEY) as server, server.raw() as connection:
-        connection.sendall(b"GET /info HTTP/1.1\r\nHost: x\r\nX-API-Key: \xff\xfe\xc3\xa9\r\n\r\n")
+        connection.sendall(b"GET /info HTTP/1.1\r\nHost: localhost\r\nX-API-Key: \xff\xfe\xc3\xa9\r\n\r\n")
         assert connection.recv(64).startswith(b"HTTP/1.1 401 ")
 
 
@@ -184,7 +184,7 @@ def test_prompts_and_answers_are_logged_only_when_asked_for(
 
 def test_log_lines_cannot_be_forged() -> None:
     with running() as server, server.raw() as connection:
-        connection.sendall(b"GET /a%0d%0aforged%1b[31m HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.sendall(b"GET /a%0d%0aforged%1b[31m HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert connection.recv(64).startswith(b"HTTP/1.1 404 ")
     record = logging.LogRecord("server", logging.INFO, "", 0, "message", (), None)
     record.path = "/a\r\nforged\x1b[31m"
