@@ -110,7 +110,7 @@ def _scores(
     else:
         score = tl.load(scores + distance * E + experts, mask=known, other=-1.0e30, cache_modifier=".cg")
     if MASKED:
-        row = tl.load(rows)
+        row = tl.load(rows + experts * 0)
         visible = tl.load(masks + (row * L + target) * E + experts, mask=known & (row >= 0), other=0)
         score = tl.where(visible == 1, score, -1.0e30)
     before = (score[None, :] > score[:, None]) | (
