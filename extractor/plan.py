@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from extractor.disk import replacing
 from extractor.errors import SelectionError
 
 FORMAT = "deepfew-plan"
@@ -61,19 +62,18 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
 
 
 def write_plan(path: str | os.PathLike[str], plan: Plan) -> None:
-    """Write `plan`, replacing the file as a whole. Raises SelectionError, writing nothing, for an impossible plan."""
+    """Write `plan`, replacing the file as a whole; its folder is made.
+
+    Raises SelectionError, writing nothing, for an impossible plan; OSError.
+    """
     document = plan_document(plan)
     parse_plan(document)
     head = ",\n ".join(
         f"{json.dumps(key)}: {json.dumps(value)}" for key, value in document.items() if key != "deep_experts"
     )
     lines = ",\n  ".join(json.dumps(deep) for deep in document["deep_experts"])
-    partial = Path(f"{path}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(f'{{\n {head},\n "deep_experts": [\n  {lines}\n ]\n}}\n')
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with replacing(Path(path)) as file:
+        file.write(f'{{\n {head},\n "deep_experts": [\n  {lines}\n ]\n}}\n'.encode())
 
 
 def plan_document(plan: Plan) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from extractor.criteria import ranking
-from extractor.disk import require_writable
+from extractor.disk import replacing, require_writable
 from extractor.errors import TargetError
 from extractor.plan import Plan
 from extractor.statistics import ExpertStatistics
@@ -55,8 +55,8 @@ def draw_plan(path: Path, statistics: ExpertStatistics, plan: Plan, scores: Floa
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _draw_experts(left, statistics, plan, domains)
     _draw_curves(right, statistics, plan, scores, domains)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=120)
 
 
 def _draw_experts(axes: Axes, statistics: ExpertStatistics, plan: Plan, domains: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from extractor.disk import replacing
 from extractor.statistics import TOTALS, WINDOW_TOKENS, ExpertStatistics, PricePoint, StatisticsError
 from extractor.statistics_sample import KeyedSample
 
@@ -53,14 +54,9 @@ def write_statistics(path: Path, statistics: ExpertStatistics) -> None:
         arrays |= {f"{name}.{part}": array for part, array in sample.arrays.items()}
     if statistics.weight_flatness is not None:
         arrays["weight_flatness"] = statistics.weight_flatness
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     contents = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    with open(partial, "wb") as file:  # not by the library, whose files nobody but their owner may read
+    with replacing(path) as file:  # not written by the library, whose files nobody but their owner may read
         file.write(save(contents, {"deepfew": json.dumps(header)}))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def read_statistics(path: Path) -> ExpertStatistics:

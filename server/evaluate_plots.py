@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from extractor.disk import replacing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -27,8 +29,8 @@ def draw_report(path: Path, report: Report) -> None:
     left, right = figure.subplots(1, 2)
     _draw_quality(left, report)
     _draw_price(right, report)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=120)
 
 
 def _draw_quality(axes: Axes, report: Report) -> None:
