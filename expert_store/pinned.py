@@ -12,6 +12,8 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -62,10 +64,10 @@ def locked_arena(num_spans: int, elements: int, dtype: torch.dtype, pinned: bool
     arena = new_arena(num_spans, elements, dtype, pinned)
     if pinned and arena.nbytes and not arena.is_pinned():
         with ThreadPoolExecutor(TOUCH_THREADS, thread_name_prefix="page-touch") as threads:
-            list(threads.map(_touch, arena.view(-1).view(torch.uint8).chunk(8 * TOUCH_THREADS)))
+            list(threads.map(_touch, np.array_split(arena.view(torch.uint8).numpy().reshape(-1), 8 * TOUCH_THREADS)))
         page_lock(arena)
     return arena
 
 
-def _touch(part: Tensor) -> None:
+def _touch(part: npt.NDArray[np.uint8]) -> None:
     part[:: mmap.PAGESIZE] = 0

@@ -22,7 +22,8 @@ SOURCE = "looking for the checkpoint"
 COMPILING = "compiling kernels"
 CAPTURING = "capturing decode"
 TRYING = "trying the captured step out"
-DEVICE_PHASES = (READING, PINNING, COMPILING, CAPTURING, TRYING)
+WARMING = "warming up"
+DEVICE_PHASES = (READING, PINNING, COMPILING, CAPTURING, TRYING, WARMING)
 """Of the device-driven path alone."""
 
 READ_BYTES_PER_SECOND = 1e9
@@ -51,6 +52,7 @@ def load_weights(manifest: Manifest, num_slots: int | None = None) -> dict[str, 
         COMPILING: 20.0,
         CAPTURING: 3.0,
         TRYING: 2.0,
+        WARMING: 3.0,
         SOURCE: UNKNOWN_SECONDS,
     }
 

@@ -148,6 +148,32 @@ def test_a_damaged_expert_is_dealt_with_as_on_the_host(loaded, small_store, tmp_
     assert (healed.result().generated_text == whole.result().generated_text) == (corrupt_experts == "fail")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_store_is_fetched_for_grown_and_shrunk_while_it_serves(loaded, few_small_store, tmp_path, dtype):
+    """The store is float32: in the other dtype every span is converted on its way."""
+
+    def answer(model: LoadedModel, **options: Any) -> tuple[str, float]:
+        result = Client(model.engine, "one two", max_new_tokens=4, ignore_eos=True, **options).result()
+        return result.generated_text, round(result.deficit.overall, 3)
+
+    whole = answer(loaded("device", dtype=dtype))
+    path = Path(shutil.copytree(few_small_store, tmp_path / "store"))
+    model = loaded("device", store=path, slots=3, dtype=dtype)
+    few = answer(model)
+    assert few[1] > 0.0
+    assert answer(model, on_missing="fetch") == whole
+    model.growth.grow(5)
+    model.growth.wait(60)
+    assert model.growth.status().error is None
+    assert answer(model, on_missing="fetch") == whole, "what is on its way is fetched at once"
+    model.engine.runner._growth.wait()
+    assert answer(model) == whole
+    model.growth.shrink([3, 4, 5, 6, 7])
+    assert answer(model) == few
+    assert answer(model, on_missing="fetch") == whole
+    model.engine.runner.pages.check_integrity(contents=True)
+
+
 def test_a_path_that_cannot_do_what_is_set_is_refused_by_name(loaded):
     with pytest.raises(SettingsError, match="resident_bias"):
         loaded("host", resident_bias=0.1)

@@ -32,6 +32,7 @@ from server.model.device.pack import NotCapturableError, decode_shape, pack_trun
 from server.model.device.prefill import ExpertStream
 from server.model.device.runner import DeviceRunner
 from server.model.device.trial import try_out
+from server.model.device.warming import warm_up
 from server.model.device.weights import DecodeShape, TrunkWeights
 from server.model.experts import LAYER_ATTRIBUTE
 from server.model.observation import OutputObserver
@@ -80,7 +81,7 @@ def load_device_runner(
     trial: bool = True,
     progress: Progress = lambda phase, share: None,
 ) -> DeviceRunner:
-    """Loads, pins, fills slots, captures, and tries the captured step out.
+    """Loads, pins, fills slots, captures, tries the captured step out, and warms up.
 
     Experts that cannot be read are left out of reach, and said in the log: who needs one has it read again.
 
@@ -146,6 +147,8 @@ def load_device_runner(
         progress("trying the captured step out", 0.0)
         distance = try_out(runner)
         log.info("the captured step agrees with transformers' forward within %.2g of the logits' norm", distance)
+    if device.type == "cuda":
+        warm_up(runner, progress)
     return runner
 
 

@@ -1,8 +1,8 @@
 """The captured graphs of a model's decode steps, one for each batch size with masks and without, and those that draw
 tokens.
 
-All of them read the same rows, weights and pages. Invariant: after `capture` no request waits for a kernel to be
-compiled or a step to be captured, unless masks first come into use where every expert was served.
+All of them read the same rows, weights and pages. Invariant: after `capture` and `prepare_draws` no request waits for a
+kernel to be compiled or a graph to be captured.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class StepGraphs:
         self._device = pages.device
         self._graphs: dict[tuple[int, bool], StepGraph] = {}
         self._draws: dict[tuple[StepGraph, bool], TokenDraw] = {}
+        self._memory = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None  # of all draws: one runs
 
     @property
     def steps(self) -> dict[tuple[int, bool], StepGraph]:
@@ -44,7 +45,7 @@ class StepGraphs:
         return dict(self._graphs)
 
     def capture(self, stream: ExpertStream, full: bool, progress: Callable[[str, float], None]) -> None:
-        """Compiles and captures the steps of every batch size, and their draws, and compiles what prompts need.
+        """Compiles and captures the steps of every batch size, and compiles what prompts need.
 
         Args:
             full: whether requests may run without any mask; those with one are captured in either case.
@@ -64,8 +65,10 @@ class StepGraphs:
             self._graphs[key] = graph
 
     def step(self, num_rows: int, masked: bool) -> StepGraph:
-        """The graph that takes a step of so many rows."""
+        """The graph that takes a step of so many rows; one that reads masks does for those without any."""
         key = (pow2(num_rows), masked or self._bias != 0.0)
+        if key not in self._graphs and (key[0], True) in self._graphs:
+            key = (key[0], True)
         if key not in self._graphs:
             self._graphs[key] = self._new(*key)
             self._graphs[key].capture()
@@ -76,15 +79,24 @@ class StepGraphs:
         if not any(choices):
             return None
         narrow = any(choice is not None and (choice.top_k is not None or choice.top_p < 1.0) for choice in choices)
-        key = (graph, narrow)
-        if key not in self._draws:
-            self._draws[key] = TokenDraw(graph.step, narrow)
-        return self._draws[key]
+        return self._draw(graph, narrow)
+
+    def prepare_draws(self) -> None:
+        """Capture what draws after the steps that are captured."""
+        for graph in self._graphs.values():
+            for narrow in (False, True):
+                self._draw(graph, narrow)
 
     def clear(self) -> None:
         """Drop all of them."""
         self._draws.clear()
         self._graphs.clear()
+
+    def _draw(self, graph: StepGraph, narrow: bool) -> TokenDraw:
+        key = (graph, narrow)
+        if key not in self._draws:
+            self._draws[key] = TokenDraw(graph.step, narrow, self._memory)
+        return self._draws[key]
 
     def _new(self, batch: int, masked: bool) -> StepGraph:
         options = StepOptions(

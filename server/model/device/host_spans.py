@@ -76,7 +76,8 @@ class SpanReader:
             else:
                 raw = torch.empty(self.elements * self._stored.itemsize, dtype=torch.uint8)
                 self._store.read_expert(*expert, raw)
-                out.copy_(raw.view(self._stored))
+                with torch.inference_mode():  # of this thread; `out` may have been made in another's
+                    out.copy_(raw.view(self._stored))
         except StoreError as error:
             return error
         return None

@@ -204,6 +204,7 @@ class DeviceRunner(Runner):
                 self.rows.settle(row, mask or self.model.routing.mask, fetches, temperature)
             masked = self._bias != 0.0 or not all(self.rows.is_plain(row) for row in asked.rows)
             graph = self.graphs.step(num, masked)
+            masked = graph.step.options.masked
             draw = self.graphs.draw(graph, asked.choices)
             graph.enqueue(asked.rows, asked.tokens)
             if draw is not None:

@@ -8,6 +8,7 @@ token depends on its own logits and `Choice` alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,10 +47,14 @@ def draw_tokens(logits: Tensor, best: Tensor, choices: Tensor, narrow: bool) -> 
 
 
 class TokenDraw:
-    """`draw_tokens` over a step's logits, captured; one for a batch size and `narrow` or not."""
+    """`draw_tokens` over a step's logits, captured; one for a batch size and `narrow` or not.
 
-    def __init__(self, step: DecodeStep, narrow: bool) -> None:
-        self._step, self._narrow = step, narrow
+    Args:
+        memory: of what lives while it draws; may be shared with others, of which one draws at a time.
+    """
+
+    def __init__(self, step: DecodeStep, narrow: bool, memory: Any = None) -> None:
+        self._step, self._narrow, self._memory = step, narrow, memory
         pinned = step.logits.is_cuda
         self._choices = torch.zeros(4, step.batch, dtype=torch.float64, pin_memory=pinned)
         self._given = self._choices.to(step.logits.device)
@@ -88,6 +93,6 @@ class TokenDraw:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
             self._launch()
         self._graph = graph

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,21 @@ def test_where_outputs_cannot_be_seen_what_is_wanted_is_collected(tmp_path: Path
     assert found.coactivation.sum() == 2 * WINDOW_TOKENS * 4
     assert len(found.windows) == 2
     assert found.total("picks").sum() == found.total("output_norm").sum() == 0
+
+
+def test_steps_that_do_not_show_outputs_add_what_was_wanted_to_those_that_do(tmp_path: Path) -> None:
+    """Captured graphs beside prompts: norms are of the picks that they were seen of."""
+    observer = OutputObserver(2)
+    collector = collector_of(tmp_path, observer)
+    sequence = Sequence(GenerationRequest("one", (1,)), print, print)
+    for at in range(6):
+        collector.begin_step()
+        output = hand_made_output(observer)
+        collector.add(output if at % 3 == 0 else replace(output, outputs=None), [sequence])
+        collector.end_step(1000.0)
+    found = collector.flush()
+    assert found.total("demand").sum() == 6 * 4
+    assert found.total("picks").sum() == found.total("output_norm").sum() == 2 * 4
 
 
 def test_a_model_whose_experts_another_way_runs_has_no_observer(tiny_store: Path) -> None:

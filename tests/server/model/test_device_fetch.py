@@ -83,6 +83,18 @@ def test_a_row_that_fetches_gets_the_whole_models_tokens_and_the_one_beside_it_i
     device.pages.check_integrity(contents=True)
 
 
+def test_what_was_fetched_gives_bit_for_bit_what_it_gives_from_the_start(few_small_store, small_store, runners):
+    """In another dtype than the store's, too: spans are converted on the way."""
+    logits = []
+    for path in (few_small_store, small_store):
+        device = runners(path, dtype=torch.float16)
+        row = device.allocate()
+        device.prefill(row, PROMPT, mask=EVERYTHING, fetches=True)
+        outputs = [device.decode([row], [at], masks=[EVERYTHING], fetching=[True]) for at in (24, 25)]
+        logits.append(outputs[-1].logits.clone())
+    assert torch.equal(*logits)
+
+
 def test_a_step_that_fetched_is_told_as_if_it_had_had_everything(few_small_store, small_store, runners):
     outputs = []
     for runner, options in (

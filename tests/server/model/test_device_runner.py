@@ -17,11 +17,13 @@ pytest.importorskip("triton")
 
 from server.model.assembly import load_model
 from server.model.device import graphs as device_graphs
+from server.model.device import warming
 from server.model.device.assembly import load_device_runner
 from server.model.device.pack import NotCapturableError
 from server.model.device.runner import DeviceRunner
 from server.model.device.step import Tuning
 from server.model.device.trial import try_out
+from server.model.observation import observe_outputs
 from server.model.runner import Runner
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -161,6 +163,47 @@ def test_experts_past_the_host_budget_stay_masked_and_the_log_says_so(small_stor
     assert "stay masked" in caplog.text
     assert runner.rows.table(runner.model.routing.mask, fetches=False).sum(axis=1).tolist() == [5] * LAYERS
     runner.close()
+
+
+@pytest.mark.parametrize("prompt", [[7, 8, 9], list(range(40, 88))])
+def test_what_experts_put_out_is_seen_in_prompts_and_not_in_steps(small_store, runners, prompt):
+    device, host = runners(small_store, 3)
+    seen = []
+    for runner in (device, host):
+        runner.model.observer = observe_outputs(runner.model.model, LAYERS)
+        runner.model.observer.is_on = True
+        row = runner.allocate()
+        seen.append(runner.prefill(row, prompt).outputs)
+        stepped = runner.decode([row], [10]).outputs
+        assert (stepped is None) == (runner is device)
+    assert seen[0].norms == pytest.approx(seen[1].norms, rel=1e-4)
+    assert seen[0].changes == pytest.approx(seen[1].changes, abs=1e-5)
+
+
+def test_warming_up_leaves_rows_and_pages_as_they_were(small_store, runners, monkeypatch):
+    monkeypatch.setattr(warming, "LENGTHS", (1, 5))
+    device, host = runners(small_store, 3)
+    table, stats = device.pages.page_table.clone(), device.pages.stats.clone()
+    phases = []
+    warming.warm_up(device, lambda phase, share: phases.append((phase, share)))
+    assert phases == [("warming up", 0.0), ("warming up", 0.5)]
+    assert (device.num_free_rows, device.num_cached_tokens) == (2, 0)
+    assert torch.equal(device.pages.page_table, table)
+    assert torch.equal(device.pages.stats, stats)
+    assert greedy(device, [7, 8], 3) == greedy(host, [7, 8], 3)
+
+
+def test_a_step_without_masks_runs_in_a_graph_that_reads_them_rather_than_wait_for_another(small_store, runners):
+    first = ExpertMask.same_in_every_layer(range(5), LAYERS, EXPERTS)
+    device, host = runners(small_store, EXPERTS, first)
+    for runner in (device, host):
+        runner.model.routing.set_mask(ExpertMask.same_in_every_layer(range(EXPERTS), LAYERS, EXPERTS))
+        runner.adopt()
+    device._growth.wait()
+    captured = device.graphs.steps
+    assert {masked for _, masked in captured} == {True}
+    assert greedy(device, [7, 8], 4) == greedy(host, [7, 8], 4)
+    assert device.graphs.steps == captured
 
 
 def test_the_trial_finds_a_step_that_computes_something_else(small_store, runners):
