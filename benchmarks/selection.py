@@ -13,45 +13,48 @@ What is measured, in words:
 - *price*: loss expected from the measured deficit by the calibrated curves, against the loss measured: R² over kinds
   and sizes, for the criterion coverage.
 - *depth*: k experts of every layer against all experts of few layers (one of each other layer), at equal bytes.
-- *questions*: answered exactly, greedily, `planned`: under the mask of the kind of the same name, `pool`: under the
-  pool that each prompt chooses with the prior; and the efficiency metrics.
+- *interval*: of the mean ratio under coverage, 95 % of bootstrap draws over the held-out documents.
+- *questions*: answered exactly, greedily, bare and after a prefix, `planned`: under the mask of the kind of the same
+  name, `pool`: under the pool that each prompt chooses with the prior; and the efficiency metrics.
 
-    python -m benchmarks.selection [--checkpoint DIR]... [--texts PATH...] [--questions FILE...] [--parallel]
+Each part is cut into jobs, of one checkpoint and one size or alignment each, which --workers processes share out.
+
+    python -m benchmarks.selection [--checkpoint DIR]... [--texts PATH...] [--questions FILE...] [--workers N]
                                    [--save NAME]
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import pickle
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.reporting import REPOSITORY, environment, finish, table
-from expert_store.store import Store
+from benchmarks.selection_parts import PARTS, Setup, items_of, measure_domain, measure_item
 from extractor.checkpoint import Checkpoint
-from extractor.criteria import normalised, score
-from extractor.planning import PlanRequest, allowed_by, make_plan
-from extractor.planning_alignment import align
 from extractor.prepare import prepare
-from extractor.price import Price
 from extractor.selection import SelectionRequest
-from extractor.statistics import ExpertStatistics
-from router.mask import ExpertMask
+from extractor.statistics import merge_all
+from extractor.statistics_file import write_statistics
 
 DATA = REPOSITORY / "benchmarks" / "data" / "selection"
-CRITERIA = ("reap-sum", "reap", "gate-mass", "frequency", "ean", "man", "easy", "coverage", "aimer", "index")
-ALIGNMENTS = ("index", "rank", "chain", "profile", "tiers", "coverage")
-SHARES = (0.5, 0.25, 0.125)
-PARTS = ("criteria", "columns", "pools", "price", "depth", "questions")
+COLUMNS = {
+    "criteria": ("name", "kept", "mean_ratio", "worst", "deficit"),
+    "columns": ("name", "kept", "mean_ratio", "worst", "deficit"),
+    "pools": ("name", "kept", "mean_ratio", "worst", "deficit", "fetched"),
+    "price": ("r_squared", "r_squared_of_unknown_kind", "calibrated_r_squared"),
+    "depth": ("name", "kept", "mean_ratio", "worst", "deficit"),
+    "interval": ("name", "kept", "text", "mean_ratio", "low", "high", "num_tokens", "num_documents"),
+    "questions": ("name", "prefix", "way", "kept", "accuracy", "activation_ratio", "p3", "p2f", "mer", "r3", "saa"),
+}
+Submit = Callable[..., Callable[[], Any]]
 
 
 def main() -> None:
@@ -64,243 +67,89 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="held-out tokens of a kind")
     parser.add_argument("--seeds", type=int, default=3, help="of the random control")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; default: all")
-    parser.add_argument("--parallel", action="store_true", help="checkpoints side by side, a process each")
+    parser.add_argument("--workers", type=int, default=1, help="processes, each with models of its own")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     arguments = parser.parse_args()
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     checkpoints = arguments.checkpoint or [REPOSITORY / "models" / "tiny-moe"]
     result: dict[str, Any] = {"environment": environment(arguments.device), "checkpoints": {}}
-    if arguments.parallel:
-        with ProcessPoolExecutor(len(checkpoints), get_context("spawn")) as pool:
-            found = list(pool.map(run, checkpoints, [arguments] * len(checkpoints)))
-    else:
-        found = [run(checkpoint, arguments) for checkpoint in checkpoints]
-    for checkpoint, one in zip(checkpoints, found, strict=True):
-        result["checkpoints"][checkpoint.name] = one
+    with tempfile.TemporaryDirectory(prefix="deepfew-selection-") as folder, _workers(arguments.workers) as submit:
+        setups = [_setup(checkpoint, Path(folder) / str(at), arguments) for at, checkpoint in enumerate(checkpoints)]
+        waiting = [_calibrate(setup, submit) for setup in setups]
+        measured = [_measure(setup, wait(), submit) for setup, wait in zip(setups, waiting, strict=True)]
+        for checkpoint, wait in zip(checkpoints, measured, strict=True):
+            result["checkpoints"][checkpoint.name] = wait()
+            _print(checkpoint.name, result["checkpoints"][checkpoint.name])
     finish(arguments.save or "selection", result, save=arguments.save is not None)
 
 
-def run(checkpoint: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything for one checkpoint."""
-    import torch
+@contextmanager
+def _workers(count: int) -> Iterator[Submit]:
+    """Runs functions in `count` processes; with one, in this one, when the result is asked for."""
+    if count == 1:
+        yield lambda function, *values: lambda: function(*values)
+        return
+    with ProcessPoolExecutor(count, get_context("spawn")) as pool:
 
-    from server.calibrate import CalibrateOptions, calibrate
-    from server.calibrate_texts import find_domains
-    from server.evaluate import evaluate_text, tokenised
-    from server.model.assembly import load_model, resolve_device
+        def submit(function: Callable[..., Any], *values: Any) -> Callable[[], Any]:
+            future: Future[Any] = pool.submit(function, *values)
+            return future.result
 
-    with tempfile.TemporaryDirectory(prefix="deepfew-selection-") as folder:
-        prepare(Checkpoint.open(checkpoint), folder, SelectionRequest()).run()
-        model = load_model(Store.open(folder), device=resolve_device(arguments.device), dtype=torch.float32)
-        domains = find_domains(arguments.texts)
+        yield submit
+
+
+def _setup(checkpoint: Path, folder: Path, arguments: argparse.Namespace) -> Setup:
+    prepare(Checkpoint.open(checkpoint), folder / "store", SelectionRequest()).run()
+    return Setup(
+        folder=folder,
+        texts=tuple(arguments.texts),
+        questions=tuple(arguments.questions),
+        device=arguments.device,
+        tokens=arguments.tokens,
+        seeds=arguments.seeds,
+        parts=tuple(arguments.parts),
+    )
+
+
+def _calibrate(setup: Setup, submit: Submit) -> Callable[[], dict[str, Any]]:
+    """Statistics and unmasked losses of all domains, a job each, left in the setup's folder for the other jobs."""
+    jobs = [submit(measure_domain, setup, at) for at in range(len(setup.texts))]
+
+    def wait() -> dict[str, Any]:
         started = time.monotonic()
-        options = CalibrateOptions(half="even", price_tokens=16384 if "price" in arguments.parts else 0)
-        statistics = calibrate(model, domains, options)
-        print(f"\n# {checkpoint.name}\ncalibrated in {time.monotonic() - started:.0f} s")
-        texts = tokenised(model, domains, CalibrateOptions(half="odd", max_tokens=arguments.tokens))
-        unmasked = {name: evaluate_text(model, tokens) for name, tokens in texts.items()}
-        bench = _Bench(model, statistics, texts, unmasked, arguments)
-        result: dict[str, Any] = {
-            "calibration_tokens": {n: int(t) for n, t in zip(statistics.domains, statistics.num_tokens, strict=True)},
+        found = [job() for job in jobs]
+        statistics = merge_all(one for one, _ in found)
+        unmasked = {name: result for _, results in found for name, result in results.items()}
+        write_statistics(setup.statistics, statistics)
+        setup.unmasked.write_bytes(pickle.dumps(unmasked))
+        print(f"{setup.folder.name}: calibrated after {time.monotonic() - started:.0f} s", flush=True)
+        counts = dict(zip(statistics.domains, statistics.num_tokens.tolist(), strict=True))
+        return {
+            "calibration_tokens": counts,
             "unmasked_loss": {name: round(one.loss, 4) for name, one in unmasked.items()},
         }
-        for part in arguments.parts:
-            result[part] = getattr(bench, part)()
-        model.close()
-    return result
+
+    return wait
 
 
-class _Bench:
-    def __init__(
-        self,
-        model: Any,
-        statistics: ExpertStatistics,
-        texts: Mapping[str, list[list[int]]],
-        unmasked: Mapping[str, Any],
-        arguments: argparse.Namespace,
-    ) -> None:
-        self.model, self.statistics, self.texts, self.unmasked = model, statistics, texts, unmasked
-        self.arguments = arguments
-        self.names = list(texts)
-        self.counts = [max(1, round(share * statistics.num_experts)) for share in SHARES]
-        self._coverage: list[Any] = []
+def _measure(setup: Setup, result: dict[str, Any], submit: Submit) -> Callable[[], dict[str, Any]]:
+    """All parts, a job for each of their items; rows come in the order of the items."""
+    jobs = [(part, submit(measure_item, setup, part, item)) for part in setup.parts for item in items_of(setup, part)]
 
-    def _measure(self, name: str, kept: int, masks: Mapping[str, ExpertMask] | ExpertMask) -> Any:
-        from server.evaluate_sweep import measure
+    def wait() -> dict[str, Any]:
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for part, job in jobs:
+            rows.setdefault(part, []).extend(job())
+        return result | {part: found[0] if part == "price" else found for part, found in rows.items()}
 
-        return measure(self.model, self.texts, self.unmasked, name, kept, masks)
+    return wait
 
-    def criteria(self) -> list[dict[str, Any]]:
-        """Each criterion for each kind, controls, and one choice for all."""
-        from server.evaluate_sweep import allow_best, sweep_criteria
 
-        seeds = range(self.arguments.seeds)
-        sweeps = sweep_criteria(self.model, self.statistics, self.texts, self.unmasked, CRITERIA, self.counts, seeds)
-        self._coverage = [sweep for sweep in sweeps if sweep.name == "coverage"]
-        parts = [normalised(score(self.statistics, "reap-sum", [name])) for name in self.names]
-        together = np.mean(parts, axis=0)
-        sweeps += [self._measure("together", count, allow_best(together, count)) for count in self.counts]
-        self._print("criterion", sweeps)
-        return [sweep.to_json() for sweep in sweeps]
-
-    def columns(self) -> list[dict[str, Any]]:
-        """Whole deep experts of one alignment, and those that a plan forms for one kind."""
-        from server.evaluate_sweep import masks_of_columns
-
-        parts = [normalised(score(self.statistics, "gate-mass", [name])) for name in self.names]
-        sweeps = []
-        for kind in ALIGNMENTS:
-            columns = align(self.statistics, kind, np.mean(parts, axis=0), self.names)
-            for count in self.counts:
-                masks = masks_of_columns(self.statistics, self.names, columns, count)
-                sweeps.append(self._measure(kind, count, masks))
-        for count in self.counts:
-            planned = {}
-            for name in self.names:
-                plan = make_plan(self.statistics, PlanRequest(count, criterion="coverage", domains=(name,)))
-                chosen = np.array([deep.experts for deep in plan.deep_experts])
-                planned[name] = ExpertMask(allowed_by(chosen, self.statistics.num_experts))
-            sweeps.append(self._measure("plan", count, planned))
-        self._print("alignment", sweeps)
-        return [sweep.to_json() for sweep in sweeps]
-
-    def pools(self) -> list[dict[str, Any]]:
-        """Pools chosen from the prompt."""
-        from server.evaluate_pool import evaluate_pools
-        from server.profiles import PoolOptions, PromptPool
-        from server.usage_prior import UsagePrior
-
-        shape = (self.statistics.num_layers, self.statistics.num_experts)
-        prior = UsagePrior.of(self.statistics)
-        results = []
-        for count in self.counts:
-            whole_prompt = PoolOptions(half_life_tokens=1e9)
-            ways = {
-                "static": (partial(PromptPool, count, *shape, None, whole_prompt), False),
-                "static with prior": (partial(PromptPool, count, *shape, prior, whole_prompt), False),
-                "followed without prior": (partial(PromptPool, count, *shape), True),
-                "followed": (partial(PromptPool, count, *shape, prior), True),
-            }
-            for name, (make, refresh) in ways.items():
-                one = evaluate_pools(self.model, self.texts, make, refresh=refresh)
-                worst = max(one.ratios, key=lambda kind: one.ratios[kind])
-                results.append(
-                    {
-                        "name": name,
-                        "kept": count,
-                        "mean_ratio": round(one.mean_ratio, 4),
-                        "worst": [worst, round(one.ratios[worst], 4)],
-                        "deficit": round(one.deficit, 4),
-                        "fetched": round(one.fetched_per_refresh, 3),
-                    }
-                )
-        rows = [
-            [
-                one["name"],
-                one["kept"],
-                f"{one['mean_ratio']:.4f}",
-                *one["worst"],
-                one["deficit"],
-                one["fetched"],
-            ]
-            for one in results
-        ]
-        columns = ["pool", "kept", "mean ratio", "worst kind", "its ratio", "deficit", "fetched a layer and refresh"]
-        print("\n" + table(columns, rows), flush=True)
-        return results
-
-    def price(self) -> dict[str, Any]:
-        """How well the expected loss held, over kinds and sizes."""
-        from server.evaluate_sweep import check_price, masks_per_domain
-
-        coverage = self._coverage or [
-            self._measure("coverage", count, masks_per_domain(self.statistics, self.names, "coverage", count))
-            for count in self.counts
-        ]
-        check = check_price(self.statistics, coverage, self.unmasked)
-        fit = Price.of(self.statistics.price)
-        assert fit is not None
-        assert fit.fit is not None
-        print(
-            f"\nprice of a deficit: R² {check.r_squared:.3f} over {len(check.points)} kinds and sizes, "
-            f"{check.r_squared_of_unknown_kind:.3f} where the kind is not told; by calibration {fit.fit.r_squared:.3f}"
-        )
-        return {"calibrated_fit": fit.to_json()["fit"], **check.to_json()}
-
-    def depth(self) -> list[dict[str, Any]]:
-        """k experts of every layer against all experts of few layers, at (almost) equal bytes."""
-        from server.evaluate_sweep import masks_per_domain
-
-        num_layers, num_experts = self.statistics.num_layers, self.statistics.num_experts
-        sweeps = []
-        for share in SHARES:
-            count, num_whole = max(1, round(share * num_experts)), round(share * num_layers)
-            if num_whole < 1:
-                continue
-            sweeps.append(
-                self._measure("depth", count, masks_per_domain(self.statistics, self.names, "gate-mass", count))
-            )
-            single = masks_per_domain(self.statistics, self.names, "gate-mass", 1)
-            places: dict[str, Sequence[int]] = {
-                "first": range(num_whole),
-                "last": range(num_layers - num_whole, num_layers),
-            }
-            places["spread"] = [math.floor((at + 0.5) * num_layers / num_whole) for at in range(num_whole)]
-            for where, layers in places.items():
-                whole = np.zeros((num_layers, num_experts), dtype=np.bool_)
-                whole[list(layers)] = True
-                masks = {name: ExpertMask.of(mask.allowed | whole) for name, mask in single.items()}
-                sweeps.append(self._measure(f"breadth, {where} layers", count, masks))
-        self._print("depth or breadth", sweeps)
-        return [sweep.to_json() for sweep in sweeps]
-
-    def questions(self) -> list[dict[str, Any]]:
-        """Questions answered under the mask of their kind, and under pools; and the efficiency metrics."""
-        from server.evaluate_metrics import configuration_entropy, efficiency, parameters
-        from server.evaluate_questions import answered, read_questions
-        from server.evaluate_sweep import masks_per_domain
-        from server.model.runner import Runner
-        from server.profiles import PoolMasking, PromptPool
-        from server.usage_prior import UsagePrior
-
-        runner = Runner(self.model, max_rows=16, max_tokens=256)
-        prior = UsagePrior.of(self.statistics)
-        shape = (self.statistics.num_layers, self.statistics.num_experts)
-        results = []
-        for path in self.arguments.questions:
-            asked = read_questions(path)
-            if asked.name not in self.names:
-                continue
-            entropy = configuration_entropy(self.statistics.total("picks", [asked.name]))
-            for count in (self.statistics.num_experts, *self.counts):
-                mask = masks_per_domain(self.statistics, [asked.name], "coverage", count)[asked.name]
-
-                def pool(num_prompt_tokens: int, count: int = count) -> PoolMasking:
-                    return PoolMasking(PromptPool(count, *shape, prior), num_prompt_tokens)
-
-                ways = {"planned": answered(runner, asked.questions, mask)}
-                if count < self.statistics.num_experts:
-                    ways["pool"] = answered(runner, asked.questions, masking=pool)
-                for way, accuracy in ways.items():
-                    metrics = efficiency(accuracy, asked.chance, parameters(self.model, mask)).to_json()
-                    head = {"name": asked.name, "way": way, "kept": count, "num_questions": len(asked.questions)}
-                    results.append({**head, "ces": entropy.round(4).tolist(), **metrics})
-        columns = ["accuracy", "activation_ratio", "p3", "p2f", "mer", "r3", "saa"]
-        rows = [[one["name"], one["way"], one["kept"], *(float(one[column]) for column in columns)] for one in results]
-        print("\n" + table(["questions", "way", "kept", *columns], rows), flush=True)
-        return results
-
-    def _print(self, title: str, sweeps: Sequence[Any]) -> None:
-        rows = []
-        for sweep in sweeps:
-            one = sweep.to_json()
-            rows.append(
-                [one["name"], one["kept"], f"{one['mean_ratio']:.4f}", one["worst"][0], one["worst"][1], one["deficit"]]
-            )
-        print("\n" + table([title, "kept", "mean ratio", "worst kind", "its ratio", "deficit"], rows), flush=True)
+def _print(name: str, result: dict[str, Any]) -> None:
+    for part, columns in COLUMNS.items():
+        if part in result:
+            rows: Sequence[dict[str, Any]] = [result[part]] if part == "price" else result[part]
+            print(f"\n# {name}: {part}\n" + table(columns, [[row[column] for column in columns] for row in rows]))
+    print(flush=True)
 
 
 if __name__ == "__main__":
