@@ -25,11 +25,7 @@ def attention_masks(config: Any, positions: Tensor, kv_tokens: int, dtype: torch
     Returns:
         One mask, or where the model mixes kinds of attention layers a dict from kind to mask.
     """
-    config = config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None)
-    if not window or getattr(config, "use_sliding_window", True) is False:
-        window = None
+    kinds, window = _kinds(config)
     if len(kinds) > 1 and "sliding_attention" in kinds:
         return {
             "full_attention": _mask(positions, kv_tokens, None, dtype),
@@ -38,6 +34,23 @@ def attention_masks(config: Any, positions: Tensor, kv_tokens: int, dtype: torch
     if kinds == {"full_attention"}:
         window = None
     return _mask(positions, kv_tokens, window, dtype)
+
+
+def layer_windows(config: Any, num_layers: int) -> tuple[int, ...]:
+    """Tokens that each layer's attention sees, the new one included, 0 for all; empty where every layer sees all."""
+    _, window = _kinds(config)
+    types = getattr(config.get_text_config(), "layer_types", None) or ["sliding_attention"] * num_layers
+    windows = tuple(int(window or 0) if kind == "sliding_attention" else 0 for kind in types[:num_layers])
+    return windows if any(windows) else ()
+
+
+def _kinds(config: Any) -> tuple[set[str], int | None]:
+    """The kinds of attention layers that the config names, and how many tokens a sliding one sees."""
+    config = config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    if not window or getattr(config, "use_sliding_window", True) is False:
+        window = None
+    return set(getattr(config, "layer_types", None) or ()), window
 
 
 def _mask(positions: Tensor, kv_tokens: int, window: int | None, dtype: torch.dtype) -> Tensor:

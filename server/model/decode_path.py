@@ -73,7 +73,7 @@ def load_runner(
     host_options = options
     if reason is None:
         from server.model.device.assembly import load_device_runner
-        from server.model.device.pack import NotCapturableError
+        from server.model.device.refusal import NotCapturableError
 
         try:
             runner: Runner = load_device_runner(

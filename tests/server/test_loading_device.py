@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from router.mask import ExpertMask
 from server.loading import load
 from server.model.device import graphs as device_graphs
-from server.model.device.step import Tuning
+from server.model.device.options import Tuning
 from server.profiles import FixedMasking
 from server.service import LoadedModel
 from server.settings import SettingsError

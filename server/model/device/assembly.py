@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +28,9 @@ from server.model.device.cache import PagedCache
 from server.model.device.fetched import FetchedSpans
 from server.model.device.host_spans import Expert, Failures, SpanGrowth, SpanReader, log_failures
 from server.model.device.memory import DeviceMemory
-from server.model.device.pack import NotCapturableError, decode_shape, pack_trunk
+from server.model.device.pack import decode_shape, moe_blocks, pack_trunk
 from server.model.device.prefill import ExpertStream
+from server.model.device.refusal import NotCapturableError
 from server.model.device.runner import DeviceRunner
 from server.model.device.trial import try_out
 from server.model.device.warming import warm_up
@@ -176,11 +177,10 @@ def _runner(
     """The model's experts and routers bound to the pages, and the runner over all of it."""
     stream = ExpertStream(pages, shape.hidden, shape.intermediate)
     device = pages.device
-    routing = StepRouting(store.manifest.model.family, shape.num_layers, device, mask)
-    body: Any = model.model
-    for layer, block in enumerate(body.layers):
-        object.__setattr__(block.mlp.experts, LAYER_ATTRIBUTE, StreamLayer(layer, stream))
-        routing.install(layer, block.mlp.gate)
+    routing = StepRouting(store.manifest.model.family, shape.num_moe_layers, device, mask)
+    for layer, (_, block, router) in enumerate(moe_blocks(model)):
+        object.__setattr__(block.experts, LAYER_ATTRIBUTE, StreamLayer(layer, stream))
+        routing.install(layer, router)
     tokenizer = AutoTokenizer.from_pretrained(store.trunk_path, trust_remote_code=False, local_files_only=True)
     selective = SelectiveModel(
         model=model,
@@ -219,10 +219,10 @@ def _check_unread(unread: Failures, mask: ExpertMask) -> None:
 
 
 def _check_layers(store: Store, shape: DecodeShape) -> None:
-    if shape.num_layers != len(store.manifest.layers):
-        raise NotCapturableError(
-            f"{shape.num_layers} layers, of which the store has experts for {len(store.manifest.layers)}"
-        )
+    held = [spec.model_layer for spec in store.manifest.layers]
+    routed = [layer for layer in range(shape.num_layers) if layer not in shape.dense_layers]
+    if held != routed:
+        raise NotCapturableError(f"layers {routed} have routed experts, of which the store has those of {held}")
     if shape.span_elements * shape.dtype.itemsize % 16:
         raise NotCapturableError(
             f"experts of {shape.span_elements * shape.dtype.itemsize} bytes: wanted a multiple of 16"

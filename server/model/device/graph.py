@@ -30,7 +30,7 @@ class StepGraph:
         pinned = step.report.is_cuda
         self._inputs = torch.empty(step.inputs.shape, dtype=torch.int32, pin_memory=pinned)
         self._report = torch.empty(step.report.shape, dtype=torch.int32, pin_memory=pinned)
-        self.report = Report.of(self._report, step.shape.num_layers, step.batch, step.shape.top_k)
+        self.report = Report.of(self._report, step.shape.num_moe_layers, step.batch, step.shape.top_k)
 
     def capture(self) -> None:
         """Compiles and captures. Runs the step once with no rows, which changes nothing but the step counter."""

@@ -17,7 +17,8 @@ from server.model.device.graph import StepGraph
 from server.model.device.prefill import ExpertStream
 from server.model.device.sampling import TokenDraw
 from server.model.device.state import RowState
-from server.model.device.step import DecodeStep, StepOptions, Tuning, pow2
+from server.model.device.options import StepOptions, Tuning, pow2
+from server.model.device.step import DecodeStep
 from server.model.device.weights import DecodeShape, TrunkWeights
 from server.model.runner import Choice
 

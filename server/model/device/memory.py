@@ -9,8 +9,8 @@ import torch
 
 from expert_store.errors import SlotsError
 from expert_store.paging.pages import PagesShape
-from server.model.device.pack import NotCapturableError
 from server.model.device.prefill import RING_SPANS
+from server.model.device.refusal import NotCapturableError
 from server.model.device.weights import DecodeShape
 
 RESERVE_BYTES = 1 << 30
@@ -39,7 +39,7 @@ class DeviceMemory:
         """The shape of pages with so many slots a layer."""
         shape = self._shape
         return PagesShape(
-            shape.num_layers,
+            shape.num_moe_layers,
             shape.num_experts,
             shape.top_k,
             num_slots,
@@ -52,7 +52,7 @@ class DeviceMemory:
         """Slots of all layers, and where something is fetched also the spill area and the ring."""
         shape = self.pages_shape(num_slots)
         beside = shape.num_spill(self.num_pinned) + RING_SPANS if shape.paged else 0
-        return (self._shape.num_layers * num_slots + beside) * self.span_bytes
+        return (self._shape.num_moe_layers * num_slots + beside) * self.span_bytes
 
     def num_slots(self, most: int, wanted: int | None, budget_bytes: int | None) -> int:
         """Slots a layer: `wanted`, or what `budget_bytes` holds, or what is free; at most what is of use.
@@ -82,8 +82,8 @@ class DeviceMemory:
             )
         if chosen < least:
             raise SlotsError(
-                f"{free} bytes are free for slots: {least} slots in each of {self._shape.num_layers} layers and what "
-                f"a batch of {self._shape.max_rows} needs beside them take {self.slots_bytes(least)} bytes"
+                f"{free} bytes are free for slots: {least} slots in each of {self._shape.num_moe_layers} layers and "
+                f"what a batch of {self._shape.max_rows} needs beside them take {self.slots_bytes(least)} bytes"
                 + self._advice(least, free)
             )
         if free is not None and self.slots_bytes(chosen) > free:

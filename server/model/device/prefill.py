@@ -24,7 +24,7 @@ from torch import Tensor
 
 from expert_store.paging.pages import DevicePages
 from server.model.device.kernels import prefill as kernels
-from server.model.device.step import divisor, pow2
+from server.model.device.options import divisor, pow2
 from server.model.observation import OutputObserver
 
 GROUP = 8

@@ -226,7 +226,7 @@ class DeviceRunner(Runner):
         absent = self.rows.absent(rows, picks)
         if absent is None or self._fetched is None:
             return True
-        used = np.zeros((self.shape.num_layers, self.shape.num_experts + 1), dtype=np.bool_)
+        used = np.zeros((self.shape.num_moe_layers, self.shape.num_experts + 1), dtype=np.bool_)
         layers = np.arange(len(used))[:, None, None]
         used[layers, picks] = True
         self._fetched.use(used[:, :-1])
@@ -246,7 +246,7 @@ class DeviceRunner(Runner):
 
     def fetch_refusal(self) -> str | None:
         """Why requests cannot fetch what the store lacks; None where they can."""
-        wanted = self.shape.num_layers * min(self.shape.top_k, self.shape.num_experts)
+        wanted = self.shape.num_moe_layers * min(self.shape.top_k, self.shape.num_experts)
         capacity = 0 if self._fetched is None else self._fetched.capacity
         if capacity >= wanted:
             return None

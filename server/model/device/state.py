@@ -27,9 +27,10 @@ class RowState:
         self.keys = torch.zeros(size, dtype=shape.dtype, device=device)
         self.values = torch.zeros(size, dtype=shape.dtype, device=device)
         self.lengths = torch.zeros(shape.max_rows, dtype=torch.int32, device=device)
-        self.masks = torch.ones(shape.max_rows, shape.num_layers, shape.num_experts, dtype=torch.int8, device=device)
+        layers = shape.num_moe_layers
+        self.masks = torch.ones(shape.max_rows, layers, shape.num_experts, dtype=torch.int8, device=device)
         self.temperatures = torch.ones(shape.max_rows, dtype=torch.float32, device=device)
-        self.bias_range = torch.zeros(shape.num_layers, dtype=torch.float32, device=device)
+        self.bias_range = torch.zeros(layers, dtype=torch.float32, device=device)
 
 
 class PrefillRow(Cache):

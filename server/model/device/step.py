@@ -9,7 +9,7 @@ entries without a row leave no trace: they reach no expert, no KV memory and no 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,69 +18,25 @@ from torch import Tensor
 
 from expert_store.paging.kernels import LFU, LRU
 from expert_store.paging.pages import DevicePages
-from server.model.device.kernels import attention, experts, routing, trunk
+from server.model.device.kernels import attention, experts, prefetch, routing, trunk
+from server.model.device.options import StepOptions, divisor, pow2
+from server.model.device.prefetch import Prefetch
+from server.model.device.router_kind import switches
 from server.model.device.state import Report, RowState
-from server.model.device.weights import DecodeShape, TrunkWeights
+from server.model.device.weights import DecodeShape, LayerWeights, MlpWeights, TrunkWeights
 
-STAGES = ("embed", "qkv", "attention", "output", "route", "gate_up", "down", "combine", "head", "greedy")
+STAGES = (
+    "embed", "qkv", "attention", "output", "route", "shared", "dense", "gate_up", "down", "combine", "head", "greedy"
+)  # fmt: skip
 GREEDY_PARTS = 128
 GREEDY_BLOCK = 2048
 THREADS = 32
 """Threads of a warp. Triton 3.6 computes a tensor with fewer elements than a program has threads wherever it is needed
 again, loads included, and then fails to compile the router: its [batch, experts] are padded to one element a thread."""
+MOST_ROW_ELEMENTS = 16 << 10
+"""Weights of whole rows that one program of a product for one token holds in registers."""
 MOST_DOWN_ELEMENTS = 28 << 10
 """Weights that one program of `down_one` holds in registers; more would halve how many programs an SM can hold."""
-
-
-def pow2(n: int) -> int:
-    """The least power of two that is at least n."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def divisor(n: int, most: int) -> int:
-    """The largest power of two that divides n, at most `most`."""
-    return min(n & -n, most)
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Tile sizes; the defaults are what docs/performance.md found best on an H100 for weights of 2 bytes."""
-
-    qkv_rows: int = 8
-    output_rows: int = 4
-    head_rows: int = 8
-    gate_rows: int = 2
-    up_rows: int = 4
-    down_rows: int = 4
-    down_columns: int = 2048
-    gemv_warps: int = 4
-    up_warps: int = 4
-    down_warps: int = 4
-    route_warps: int = 2
-    gemm_rows: int = 32
-    gemm_columns: int = 128
-    gemm_stages: int = 4
-    expert_rows: int = 32
-    expert_columns: int = 128
-    expert_stages: int = 3
-    attention_splits: int = 16
-    attention_block: int = 64
-    fetchers: int = 64
-    copy_elements: int = 16384
-    down_fetches: bool = True
-
-
-@dataclass
-class StepOptions:
-    """What a step does beside plain decoding; each changes the captured code."""
-
-    pdl: bool = False
-    masked: bool = False
-    resident_bias: float = 0.0
-    greedy: bool = False
-    forced: Tensor | None = None  # [num_forced, L, B, K] int32 replaces the routers' choice (replayed traces)
-    skip: frozenset[str] = field(default_factory=frozenset)  # stages left out, to see what they cost
-    tuning: Tuning = field(default_factory=Tuning)
 
 
 class DecodeStep:
@@ -94,12 +50,18 @@ class DecodeStep:
         state: RowState,
         batch: int,
         options: StepOptions | None = None,
+        *,
+        ahead: Prefetch | None = None,
     ) -> None:
         self.shape, self.weights, self.pages, self.state, self.batch = shape, weights, pages, state, batch
         self.options = options or StepOptions()
+        able = batch == 1 and pages.shape.paged and shape.num_layers > 1 and not shape.dense_layers
+        self._ahead = ahead if able else None
         self._compiles = False
         device = weights.embedding.device
-        hidden, top_k, layers = shape.hidden, shape.top_k, shape.num_layers
+        hidden, top_k, layers = shape.hidden, shape.top_k, shape.num_moe_layers
+        moe = iter(range(layers))
+        self._moe_layer = [-1 if layer in shape.dense_layers else next(moe) for layer in range(shape.num_layers)]
         heads, splits = shape.num_heads, self.options.tuning.attention_splits
 
         def fresh(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
@@ -117,6 +79,8 @@ class DecodeStep:
         self.router_logits = fresh(batch, shape.num_experts, dtype=torch.float32)
         self.pick_weights = fresh(batch, top_k, dtype=torch.float32)
         self.act = fresh(batch * top_k, shape.intermediate)
+        self.inner = fresh(batch, max(shape.dense_intermediate, shape.shared_intermediate))
+        self.shared = fresh(batch, hidden) if shape.shared_intermediate else self.mid
         self.parts = fresh(batch * top_k, hidden, dtype=torch.float32) if batch > 1 else self.mid
         self.num_parts = min(GREEDY_PARTS, pow2(triton.cdiv(shape.vocab, GREEDY_BLOCK)))
         self.part_best = fresh(batch, self.num_parts, dtype=torch.float32)
@@ -133,9 +97,15 @@ class DecodeStep:
         """Compiles the step's kernels without launching any, for one layer as for all; see `compiling.in_parallel`."""
         self._compiles = True
         self._embed()
-        self._attention(0)
-        self._route(0)
-        self._experts(0)
+        moe = self._moe_layer.index(0)
+        windows = {self._window(layer): layer for layer in range(self.shape.num_layers)}
+        for layer in windows.values():
+            self._attention(layer)
+        for layer in sorted(self.shape.dense_layers)[:1]:
+            self._dense_layer(layer)
+        self._route(moe)
+        self._shared(moe)
+        self._experts(moe)
         self._head()
         self._compiles = False
 
@@ -144,11 +114,19 @@ class DecodeStep:
         with `greedy` writes the next tokens).
         """
         self._embed()
-        for layer in range(self.shape.num_layers):
+        for layer, moe in enumerate(self._moe_layer):
             self._attention(layer)
+            if moe < 0:
+                self._dense_layer(layer)
+                continue
             self._route(layer)
+            if self._ahead is not None:
+                self._ahead.fork()
+            self._shared(layer)
             self._experts(layer)
         self._head()
+        if self._ahead is not None:
+            self._ahead.join()
 
     def _run(self, stage: str, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         if stage in self.options.skip:
@@ -177,6 +155,7 @@ class DecodeStep:
         num_rows, width = weight.shape
         tuning = self.options.tuning
         if self.batch == 1:
+            rows = max(1, min(rows, MOST_ROW_ELEMENTS // pow2(width)))
             self._run(
                 stage, trunk.gemv, (triton.cdiv(num_rows, rows),),
                 x, x if norm is None else norm, weight, x if bias is None else bias,
@@ -194,6 +173,60 @@ class DecodeStep:
             num_warps=4 if tile >= 32 else 2, num_stages=tuning.gemm_stages,
         )  # fmt: skip
 
+    def _gated(self, stage: str, mlp: MlpWeights, norm: Tensor) -> Tensor:
+        """What goes into the second product of an expert that every token passes, [B, I]; reads `mid` and its norm, for
+        one token, else `normed`."""
+        num_rows, width = mlp.up.shape[0] // 2, mlp.up.shape[1]
+        out = self.inner.view(-1)[: self.batch * num_rows].view(self.batch, num_rows)
+        tuning = self.options.tuning
+        if self.batch == 1:
+            rows = max(1, min(tuning.up_rows, MOST_ROW_ELEMENTS // 2 // pow2(width)))
+            self._run(
+                stage, trunk.gated_gemv, (triton.cdiv(num_rows, rows),),
+                self.mid, norm, mlp.up, out, self.shape.eps, num_rows,
+                K=width, KP=pow2(width), BN=rows, NORM=True, num_warps=tuning.gemv_warps,
+            )  # fmt: skip
+            return out
+        self._run(
+            stage, trunk.gated_gemm, (triton.cdiv(num_rows, 16),),
+            self.normed, mlp.up, out, num_rows,
+            B=self.batch, BP=max(16, pow2(self.batch)), K=width, BN=16, BK=divisor(width, tuning.gemm_columns),
+            num_warps=2, num_stages=tuning.expert_stages,
+        )  # fmt: skip
+        return out
+
+    def _shared(self, layer: int) -> None:
+        """The shared expert of a layer into `shared` [B, H], where it has one."""
+        weights = self.weights.layers[layer]
+        if weights.mlp is None:
+            return
+        inner = self._gated("shared", weights.mlp, weights.post_norm)
+        self._dense("shared", inner, None, weights.mlp.down, None, None, self.shared, self.options.tuning.output_rows)
+
+    def _dense_layer(self, layer: int) -> None:
+        """All that follows attention in a layer without routed experts: `x`, and for more tokens its norm."""
+        weights = self.weights.layers[layer]
+        assert weights.mlp is not None
+        self._norm_rows(self.mid, weights.post_norm)
+        inner = self._gated("dense", weights.mlp, weights.post_norm)
+        rows = self.options.tuning.output_rows
+        self._dense("dense", inner, None, weights.mlp.down, None, self.mid, self.x, rows)
+        self._norm_rows(self.x, self._following_norm(layer))
+
+    def _norm_rows(self, x: Tensor, norm: Tensor) -> None:
+        if self.batch > 1:
+            self._run(
+                "dense", trunk.norm_rows, (self.batch,), x, norm, self.normed, self.shape.eps,
+                H=self.shape.hidden, HP=pow2(self.shape.hidden), num_warps=8,
+            )  # fmt: skip
+
+    def _following_norm(self, layer: int) -> Tensor:
+        is_last = layer + 1 == self.shape.num_layers
+        return self.weights.norm if is_last else self.weights.layers[layer + 1].input_norm
+
+    def _window(self, layer: int) -> int:
+        return self.shape.windows[layer] if self.shape.windows else 0
+
     def _attention(self, layer: int) -> None:
         shape, weights, state, tuning = self.shape, self.weights.layers[layer], self.state, self.options.tuning
         many = self.batch > 1
@@ -210,8 +243,10 @@ class DecodeStep:
             state.keys[layer], state.values[layer], self.attended, self.part_max, self.part_sum, self.part_out,
             self.arrived[1:], shape.eps, shape.scaling or shape.head_dim**-0.5, shape.max_tokens,
             NUM_HEADS=shape.num_heads, NUM_KV=shape.num_kv_heads, D=shape.head_dim, GP=max(16, pow2(group)),
-            G2=pow2(group), SPLITS=splits, BLOCK=tuning.attention_block, NORM=shape.head_norm, num_warps=4,
-            num_stages=2,
+            G2=pow2(group), SPLITS=splits, BLOCK=tuning.attention_block,
+            NORM=("none", "head", "row").index(shape.qk_norm), QP=pow2(shape.num_heads * shape.head_dim),
+            KP=pow2(shape.num_kv_heads * shape.head_dim), ROTARY=shape.rotary or shape.head_dim,
+            WINDOW=self._window(layer), num_warps=4, num_stages=2,
         )  # fmt: skip
         self._dense(
             "output", self.attended, None, weights.output, weights.output_bias, self.x, self.mid, tuning.output_rows
@@ -221,27 +256,31 @@ class DecodeStep:
         shape, weights, pages, state = self.shape, self.weights.layers[layer], self.pages, self.state
         options, tuning = self.options, self.options.tuning
         forced = options.forced if options.forced is not None else self.log_ids
+        gate, at = _gate(weights), self._moe_layer[layer]
         rows = max(tuning.gate_rows, min(16, pow2(self.batch) * tuning.gate_rows))
         warps = tuning.route_warps if self.batch <= 4 else 8
         self._run(
             "route", routing.route, (triton.cdiv(shape.num_experts, rows), self.batch),
-            self.mid, weights.post_norm, weights.gate, self.normed, self.router_logits, self.arrived, self.rows,
+            self.mid, weights.post_norm, gate, gate if weights.gate_bias is None else weights.gate_bias,
+            gate if weights.selection_bias is None else weights.selection_bias, self.normed, self.router_logits,
+            self.arrived, self.rows,
             state.masks, state.temperatures,
-            forced, state.bias_range, self.log_ids, self.log_weights, self.log_demand, self.log_mass, layer, pages.step,
+            forced, state.bias_range, self.log_ids, self.log_weights, self.log_demand, self.log_mass, at, pages.step,
             pages.page_table, pages.slot_owner, pages.last_use, pages.use_count, pages.pinned, pages.host_offset,
             pages.pool_offset, pages.stats, pages.header, pages.target, pages.source, pages.count, pages.pairs,
             pages.pair_target, pages.pair_source, self.pick_weights, pages.scratch, pages.shape.span_elements,
             shape.eps,
             options.resident_bias, forced.shape[0],
             B=self.batch, K=shape.top_k, E=shape.num_experts, S=pages.shape.num_slots, H=shape.hidden,
-            L=shape.num_layers,
+            L=shape.num_moe_layers,
             BP=pow2(self.batch), KP=pow2(shape.top_k),
             EP=max(pow2(shape.num_experts), THREADS * warps // pow2(self.batch)), SP=pow2(pages.shape.num_slots),
             HP=pow2(shape.hidden), PAIRS=pow2(self.batch * shape.top_k),
             STRIDE=pages.pairs.shape[1], BE=rows,
             POLICY=LFU.value if pages.policy == "lfu" else LRU.value, PAGED=pages.shape.paged, MASKED=options.masked,
             FORCED=options.forced is not None,
-            NARROW=shape.dtype == torch.bfloat16, BIASED=options.resident_bias != 0.0, RENORMALISE=shape.renormalise,
+            BIASED=options.resident_bias != 0.0, GATE_BIAS=weights.gate_bias is not None,
+            **switches(shape.router, shape.dtype),
             num_warps=warps,
         )  # fmt: skip
 
@@ -252,26 +291,39 @@ class DecodeStep:
         fetchers = tuning.fetchers if pages.shape.paged else 0
         rows = tuning.up_rows if one else tuning.expert_rows
         slots = pages.slots
+        ahead = self._ahead
+        down_fetches = one and tuning.down_fetches and ahead is None
+        words = pages.stats if ahead is None else ahead.guess  # a pointer that nothing follows, without `ahead`
         self._run(
             "gate_up", experts.gate_up, (fetchers + distinct * triton.cdiv(shape.intermediate, rows),),
             self.normed, slots, pages.header, pages.target, pages.source, pages.count, pages.pairs, self.act,
+            words, *((words, words, words, pages.header) if ahead is None else (
+                ahead.state, ahead.progress, ahead.idle, ahead.fetched)),
+            pages.step, pages.host_offset, 0 if ahead is None else ahead.lanes_at, self._moe_layer[layer],
             K=shape.top_k, H=shape.hidden, HP=pow2(shape.hidden), I=shape.intermediate, BP=max(16, pow2(batch)),
             BI=rows,
             BK=divisor(shape.hidden, tuning.expert_columns), STRIDE=pages.pairs.shape[1], FETCHERS=fetchers,
             COPY=tuning.copy_elements, ONE=one,
-            DOWN=not (one and tuning.down_fetches),
+            DOWN=not down_fetches, AHEAD=ahead is not None, E=shape.num_experts, L=shape.num_moe_layers,
             num_warps=tuning.up_warps, num_stages=tuning.expert_stages,
         )  # fmt: skip
-        following = self.weights.layers[layer + 1].input_norm if layer + 1 < shape.num_layers else self.weights.norm
+        if ahead is not None and layer + 1 < shape.num_layers:
+            self._fetch_ahead(ahead, layer)
+        mlp = self.weights.layers[layer].mlp
+        switch = None if mlp is None else mlp.switch
+        kind = 0 if mlp is None else 1 if switch is None else 2
+        beside = (self.shared, self.mid if switch is None else switch)
         if one:
             down_rows = tuning.down_rows
             while down_rows > 1 and down_rows * shape.top_k * shape.intermediate > MOST_DOWN_ELEMENTS:
                 down_rows //= 2
             self._run(
                 "down", experts.down_one, (triton.cdiv(shape.hidden, down_rows),),
-                self.act, slots, pages.pair_target, pages.pair_source, self.pick_weights, self.mid, self.x,
-                K=shape.top_k, H=shape.hidden, I=shape.intermediate, BH=down_rows, BC=tuning.down_columns,
-                PAGED=pages.shape.paged, FETCH=tuning.down_fetches, num_warps=tuning.down_warps,
+                self.act, slots, pages.pair_target, pages.pair_source, self.pick_weights, self.mid,
+                *beside, self.normed, self.x,
+                K=shape.top_k, H=shape.hidden, HP=pow2(shape.hidden), I=shape.intermediate, BH=down_rows,
+                BC=tuning.down_columns, SHARED=kind,
+                PAGED=pages.shape.paged, FETCH=down_fetches, num_warps=tuning.down_warps,
             )  # fmt: skip
             return
         self._run(
@@ -283,9 +335,34 @@ class DecodeStep:
         )  # fmt: skip
         self._run(
             "combine", experts.combine, (batch,),
-            self.parts, self.pick_weights, self.mid, following, self.x, self.normed, shape.eps,
-            K=shape.top_k, H=shape.hidden, HP=pow2(shape.hidden), NORM=True, num_warps=8,
+            self.parts, self.pick_weights, self.mid, *beside, self._following_norm(layer), self.x, self.normed,
+            shape.eps,
+            K=shape.top_k, H=shape.hidden, HP=pow2(shape.hidden), SHARED=kind, NORM=True, num_warps=8,
         )  # fmt: skip
+
+    def _fetch_ahead(self, ahead: Prefetch, layer: int) -> None:
+        """Beside what follows the router of `layer`; here, after `gate_up`, only for the CPU's one stream."""
+        shape, pages, state, layers = self.shape, self.pages, self.state, self.weights.layers
+        forced = ahead.forced if ahead.forced is not None else self.log_ids
+        args = (
+            self.normed, _gate(layers[layer + 1]), _gate(layers[min(layer + 2, shape.num_layers - 1)]), self.rows,
+            state.masks, forced, ahead.scores, ahead.flags, ahead.guess, ahead.state, ahead.progress, ahead.idle,
+            pages.step, pages.page_table, pages.host_offset, pages.slots, ahead.lanes_at, layer, forced.shape[0],
+            ahead.most_tiles,
+        )  # fmt: skip
+        constants = {
+            "K": shape.top_k, "KP": pow2(shape.top_k), "E": shape.num_experts, "EP": max(128, pow2(shape.num_experts)),
+            "H": shape.hidden, "HP": pow2(shape.hidden), "I": shape.intermediate, "L": shape.num_layers,
+            "BI": ahead.tile_rows, "BE": 4, "COPY": self.options.tuning.copy_elements // 2,
+            "PROGRAMS": ahead.num_programs, "MASKED": self.options.masked, "FORCED": ahead.forced is not None,
+            "SLEEP": self.normed.is_cuda, "THREADS": 4 * THREADS, "PDL": False, "num_warps": 4,
+        }  # fmt: skip
+        grid = (ahead.num_programs,)
+        if self._compiles:
+            prefetch.fetch_ahead.warmup(*args, grid=grid, **constants)
+            return
+        with ahead.beside():
+            prefetch.fetch_ahead[grid](*args, **constants)
 
     def _head(self) -> None:
         shape, weights, many = self.shape, self.weights, self.batch > 1
@@ -301,6 +378,11 @@ class DecodeStep:
             self.arrived_rows, self.best_token, self.best_logit, self.normaliser, shape.vocab,
             PARTS=self.num_parts, BLOCK=block, GREEDY=self.options.greedy, num_warps=4,
         )  # fmt: skip
+
+
+def _gate(weights: LayerWeights) -> Tensor:
+    assert weights.gate is not None, "the layer has no routed experts"
+    return weights.gate
 
 
 def without(options: StepOptions, stage: str) -> StepOptions:

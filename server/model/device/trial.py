@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from router.mask import ExpertMask
-from server.model.device.pack import NotCapturableError
+from server.model.device.refusal import NotCapturableError
 from server.model.device.runner import DeviceRunner
 
 NUM_TOKENS = 4

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from expert_store.errors import SlotsError
 from server.model.device.memory import DeviceMemory
-from server.model.device.pack import NotCapturableError
+from server.model.device.refusal import NotCapturableError
 from server.model.device.weights import DecodeShape
 
 SHAPE = DecodeShape(

@@ -19,9 +19,9 @@ from server.model.assembly import load_model
 from server.model.device import graphs as device_graphs
 from server.model.device import warming
 from server.model.device.assembly import load_device_runner
-from server.model.device.pack import NotCapturableError
+from server.model.device.options import Tuning
+from server.model.device.refusal import NotCapturableError
 from server.model.device.runner import DeviceRunner
-from server.model.device.step import Tuning
 from server.model.device.trial import try_out
 from server.model.observation import observe_outputs
 from server.model.runner import Runner

@@ -1,9 +1,10 @@
-"""One token's grouped-query attention over its row's KV memory: head norms, rotary, cache write, split softmax.
+"""One token's grouped-query attention over its row's KV memory: norms, rotary, cache write, split softmax.
 
 A program handles one KV head of one sequence over one split of its cached tokens; the last program of a head to finish
 (counted on the device) joins the splits in their order, so the result does not depend on who was last. The new token's
 key and value come from registers: split 0 scores and stores them.
-Source of the split: Flash-Decoding (Dao et al., 2023). Rotary in halves, as transformers' `rotate_half`.
+Source of the split: Flash-Decoding (Dao et al., 2023). Rotary in halves, as transformers' `rotate_half`, of a head's
+first ROTARY elements; the rest of it forms pairs of its own, which are turned by nothing.
 """
 
 from __future__ import annotations
@@ -14,19 +15,55 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def _head(ptr, norm, cos, sin, eps, heads, valid, D: tl.constexpr, NORM: tl.constexpr, dtype: tl.constexpr):
-    """Loads head rows [R, D], normalises and rotates them; returns the halves [R, D / 2] in the model's dtype."""
-    HALF: tl.constexpr = D // 2
-    half = tl.arange(0, HALF)
-    at = ptr + heads[:, None] * D + half[None, :]
-    low = tl.load(at, mask=valid[:, None], other=0.0).to(tl.float32)
-    high = tl.load(at + HALF, mask=valid[:, None], other=0.0).to(tl.float32)
-    if NORM:
+def _pairs(D: tl.constexpr, ROTARY: tl.constexpr):
+    """Offsets in a head of the first and the second element of each pair, [D / 2] both."""
+    half = tl.arange(0, D // 2)
+    if ROTARY == D:
+        low = half
+        high = D // 2 + half
+    else:
+        VECTOR: tl.constexpr = 8 if ROTARY // 2 % 8 + (D - ROTARY) // 2 % 8 == 0 else 1
+        rotated = half < ROTARY // 2
+        low = tl.where(rotated, half, half + ROTARY // 2)
+        high = low + tl.where(rotated, ROTARY // 2, (D - ROTARY) // 2)
+        low = tl.max_contiguous(tl.multiple_of(low, VECTOR), VECTOR)
+        high = tl.max_contiguous(tl.multiple_of(high, VECTOR), VECTOR)
+    return low, high
+
+
+@triton.jit
+def _row_scale(ptr, eps, N: tl.constexpr, NP: tl.constexpr):
+    """What a norm over all heads together multiplies with."""
+    cols = tl.arange(0, NP)
+    value = tl.load(ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    return tl.rsqrt(tl.sum(value * value, axis=0) / N + eps)
+
+
+@triton.jit
+def _head(
+    ptr, norm, cos, sin, eps, heads, valid,
+    D: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Loads head rows [R, D], normalises and rotates them; returns the pairs' first and second elements [R, D / 2] in
+    the model's dtype. NORM: 0 none, 1 each head by itself, 2 all N elements of the token together.
+    """
+    first, second = _pairs(D, ROTARY)
+    at = ptr + heads[:, None] * D
+    low = tl.load(at + first[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
+    high = tl.load(at + second[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
+    if NORM == 1:
         scale = tl.rsqrt((tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / D + eps)
-        w_low = tl.load(norm + half).to(tl.float32)
-        w_high = tl.load(norm + HALF + half).to(tl.float32)
+        w_low = tl.load(norm + first).to(tl.float32)
+        w_high = tl.load(norm + second).to(tl.float32)
         low = ((low * scale[:, None]).to(dtype).to(tl.float32) * w_low[None, :]).to(dtype).to(tl.float32)
         high = ((high * scale[:, None]).to(dtype).to(tl.float32) * w_high[None, :]).to(dtype).to(tl.float32)
+    if NORM == 2:
+        common = _row_scale(ptr, eps, N, NP)
+        weight_at = norm + heads[:, None] * D
+        w_low = tl.load(weight_at + first[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
+        w_high = tl.load(weight_at + second[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
+        low = ((low * common).to(dtype).to(tl.float32) * w_low).to(dtype).to(tl.float32)
+        high = ((high * common).to(dtype).to(tl.float32) * w_high).to(dtype).to(tl.float32)
     rotated_low = low * cos[None, :] - high * sin[None, :]
     rotated_high = high * cos[None, :] + low * sin[None, :]
     return rotated_low.to(dtype), rotated_high.to(dtype)
@@ -61,10 +98,12 @@ def attend(
     qkv, q_norm, k_norm, cos_table, sin_table, rows, lengths, keys, values, out,
     part_max, part_sum, part_out, arrived, eps, scaling, max_tokens,
     NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, G2: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr,
+    ROTARY: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, NUM_HEADS * D] from qkv [B, (NUM_HEADS + 2 NUM_KV) * D]; writes position lengths[row] of keys and values
-    [rows, NUM_KV, max_tokens, D]. A batch entry with row -1 is skipped. Grid (SPLITS, NUM_KV, B).
+    [rows, NUM_KV, max_tokens, D]. A batch entry with row -1 is skipped. WINDOW: tokens that it sees, the new one
+    included; 0: all. QP, KP: widths of all query and all key heads, padded. Grid (SPLITS, NUM_KV, B).
 
     The split's first block of cached keys and values is loaded before the wait: no kernel of this step writes it.
     """
@@ -75,40 +114,48 @@ def attend(
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV
     HALF: tl.constexpr = D // 2
     half = tl.arange(0, HALF)
+    first, second = _pairs(D, ROTARY)
     full = tl.arange(0, D)
     block = tl.arange(0, BLOCK)
     group = tl.arange(0, GP)
     row = tl.load(rows + batch)
     position = tl.load(lengths + row, mask=row >= 0, other=0)
-    per_split = tl.cdiv(tl.cdiv(position, SPLITS), BLOCK) * BLOCK
-    num_splits = tl.maximum(tl.cdiv(position, tl.maximum(per_split, 1)), 1)
+    seen = position
+    if WINDOW > 0:
+        seen = tl.minimum(position, WINDOW - 1)
+    per_split = tl.cdiv(tl.cdiv(seen, SPLITS), BLOCK) * BLOCK
+    num_splits = tl.maximum(tl.cdiv(seen, tl.maximum(per_split, 1)), 1)
     cos = tl.load(cos_table + position * HALF + half)
     sin = tl.load(sin_table + position * HALF + half)
-    begin = split * per_split
+    begin = split * per_split + (position - seen)
     end = tl.where(row >= 0, tl.minimum(begin + per_split, position), 0)
     cache = (row.to(tl.int64) * NUM_KV + kv_head) * max_tokens * D
     inside = begin + block < end
-    k_at = keys + cache + (begin + block)[None, :] * D + half[:, None]
-    k_low = tl.load(k_at, mask=inside[None, :], other=0.0)
-    k_high = tl.load(k_at + HALF, mask=inside[None, :], other=0.0)
+    k_at = keys + cache + (begin + block)[None, :] * D
+    k_low = tl.load(k_at + first[:, None], mask=inside[None, :], other=0.0)
+    k_high = tl.load(k_at + second[:, None], mask=inside[None, :], other=0.0)
     v = tl.load(values + cache + (begin + block)[:, None] * D + full[None, :], mask=inside[:, None], other=0.0)
     if PDL:
         gdc_wait()
     if (row >= 0) & (split < num_splits):
         mine = qkv + batch * (NUM_HEADS + 2 * NUM_KV) * D
-        q_low, q_high = _head(mine, q_norm, cos, sin, eps, kv_head * GROUP + group, group < GROUP, D, NORM, dtype)
+        q_low, q_high = _head(
+            mine, q_norm, cos, sin, eps, kv_head * GROUP + group, group < GROUP,
+            D, ROTARY, NORM, NUM_HEADS * D, QP, dtype,
+        )  # fmt: skip
         peak = tl.full([GP], -float("inf"), tl.float32)
         total = tl.zeros([GP], tl.float32)
         acc = tl.zeros([GP, D], tl.float32)
         if split == 0:
             one = tl.arange(0, 1)
             new_low, new_high = _head(
-                mine + NUM_HEADS * D, k_norm, cos, sin, eps, kv_head + one, one < 1, D, NORM, dtype
+                mine + NUM_HEADS * D, k_norm, cos, sin, eps, kv_head + one, one < 1,
+                D, ROTARY, NORM, NUM_KV * D, KP, dtype,
             )  # fmt: skip
             v_new = tl.load(mine + (NUM_HEADS + NUM_KV + kv_head) * D + full)
             here = cache + position.to(tl.int64) * D
-            tl.store(keys + here + half[None, :], new_low)
-            tl.store(keys + here + HALF + half[None, :], new_high)
+            tl.store(keys + here + first[None, :], new_low)
+            tl.store(keys + here + second[None, :], new_high)
             tl.store(values + here + full, v_new)
             peak = scaling * (
                 tl.sum(q_low.to(tl.float32) * new_low.to(tl.float32), axis=1)
@@ -128,9 +175,9 @@ def attend(
             peak = new_peak
             following = start + BLOCK + block
             ahead = following < end
-            k_at = keys + cache + following[None, :] * D + half[:, None]
-            k_low = tl.load(k_at, mask=ahead[None, :], other=0.0)
-            k_high = tl.load(k_at + HALF, mask=ahead[None, :], other=0.0)
+            k_at = keys + cache + following[None, :] * D
+            k_low = tl.load(k_at + first[:, None], mask=ahead[None, :], other=0.0)
+            k_high = tl.load(k_at + second[:, None], mask=ahead[None, :], other=0.0)
             v = tl.load(values + cache + following[:, None] * D + full[None, :], mask=ahead[:, None], other=0.0)
         heads = batch * NUM_HEADS + kv_head * GROUP + group
         mask = group < GROUP

@@ -15,15 +15,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expert_store.paging.kernels import FETCHED, copy_span
-from server.model.device.kernels.trunk import normalise
-
-
-@triton.jit
-def silu_mul(gate, up, dtype: tl.constexpr):
-    """silu(gate) * up with transformers' roundings to the model's dtype."""
-    gate = gate.to(dtype).to(tl.float32)
-    gate = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    return (gate * up.to(dtype).to(tl.float32)).to(dtype)
+from server.model.device.kernels.prefetch import DISTANCES, LAYERS_ALIVE, guessed_expert, staged_at
+from server.model.device.kernels.trunk import normalise, silu_mul
 
 
 @triton.jit
@@ -69,17 +62,19 @@ def _gate_up_many(
     tl.store(act + pair[None, :] * I + rows[:, None], out, mask=w_mask & x_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def gate_up(
     normed, anchor, header, target, source, count, pairs, act,
+    guess, state, progress, idle, fetched, step_at, host_offset, lanes_at, layer,
     K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr, BP: tl.constexpr, BI: tl.constexpr,
     BK: tl.constexpr, STRIDE: tl.constexpr, FETCHERS: tl.constexpr, COPY: tl.constexpr, ONE: tl.constexpr,
-    DOWN: tl.constexpr, PDL: tl.constexpr,
+    DOWN: tl.constexpr, AHEAD: tl.constexpr, E: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """act [B * K, I] = silu(gate) * up of each pick; missing spans are copied to their slots on the way.
 
     Grid (FETCHERS + distinct experts at most * ceil(I / BI),). ONE: a single token, products without tensor cores;
-    DOWN: fetch the down projections too (else `down_one` does).
+    DOWN: fetch the down projections too (else `down_one` does); AHEAD: tiles that `prefetch.fetch_ahead` has put into
+    a lane come from there, and it is told that the layer is decided and when its fetches have ended.
     """
     if PDL:
         gdc_wait()
@@ -88,7 +83,17 @@ def gate_up(
     program = tl.program_id(0)
     num_distinct = tl.load(header)
     num_miss = tl.load(header + 1)
+    if AHEAD:
+        now = tl.load(step_at).to(tl.int64) * L + layer
+        if program == 0:
+            tl.atomic_max(progress, now, sem="relaxed")
     if program < FETCHERS:
+        if AHEAD:
+            lane = (layer % LAYERS_ALIVE) * DISTANCES
+            near = guessed_expert(guess, lane, now)
+            far = guessed_expert(guess, lane + 1, now)
+            near_home = tl.load(host_offset + layer * E + near, mask=near >= 0, other=0)
+            far_home = tl.load(host_offset + layer * E + far, mask=far >= 0, other=0)
         for unit in range(program, num_miss * TILES, FETCHERS):
             expert = unit // TILES
             tile = unit % TILES
@@ -96,6 +101,12 @@ def gate_up(
             slot = tl.multiple_of(tl.load(target + expert), 8)
             num_rows = tl.minimum(BI, I - tile * BI)
             first = tile * BI * H
+            if AHEAD:
+                guessed = tl.where(origin == near_home, lane, tl.where(origin == far_home, lane + 1, -1))
+                staged = False
+                if guessed >= 0:
+                    staged = staged_at(state, guessed, tile, now, TILES)
+                origin = tl.multiple_of(tl.where(staged, lanes_at + guessed * (2 * I * H), origin), 8)
             copy_span(anchor, origin + first, slot + first, num_rows * H, COPY)
             copy_span(anchor, origin + first + I * H, slot + first + I * H, num_rows * H, COPY)
             tl.debug_barrier()
@@ -111,6 +122,11 @@ def gate_up(
             origin = tl.multiple_of(tl.load(source + expert), 8)
             slot = tl.multiple_of(tl.load(target + expert), 8)
             copy_span(anchor, origin + first, slot + first, size, COPY)
+        if AHEAD:
+            tl.debug_barrier()
+            if tl.atomic_add(fetched, 1, sem="relaxed") == FETCHERS - 1:
+                tl.store(fetched, 0)
+                tl.atomic_max(idle, now, sem="relaxed")
     else:
         expert = (program - FETCHERS) // TILES + num_miss
         tile = (program - FETCHERS) % TILES
@@ -123,12 +139,26 @@ def gate_up(
 
 
 @triton.jit
+def _switched(shared, switch, normed, rows, inside, H: tl.constexpr, HP: tl.constexpr, dtype: tl.constexpr):
+    """shared [rows] * sigmoid(switch [H] · normed [H]) of one token, with transformers' roundings."""
+    cols = tl.arange(0, HP)
+    x = tl.load(normed + cols, mask=cols < H, other=0.0).to(tl.float32)
+    w = tl.load(switch + cols, mask=cols < H, other=0.0).to(tl.float32)
+    share = tl.sum(x * w, axis=0).to(dtype).to(tl.float32)
+    share = (1.0 / (1.0 + tl.exp(-share))).to(dtype).to(tl.float32)
+    return (share * tl.load(shared + rows, mask=inside, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+
+
+@triton.jit
 def down_one(
-    act, anchor, pair_target, pair_source, weights, residual, out,
-    K: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
-    PAGED: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
+    act, anchor, pair_target, pair_source, weights, residual, shared, switch, normed, out,
+    K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
+    SHARED: tl.constexpr, PAGED: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [H] = residual + sum over the K picks of weight * (down · act); one token. Grid (ceil(H / BH),).
+    """out [H] = residual + sum over the K picks of weight * (down · act) + what SHARED says; one token. Grid (ceil(H /
+    BH),).
+
+    SHARED: 0 nothing, 1 shared [H], 2 shared [H] * sigmoid(switch [H] · normed [H]).
 
     The picks' down rows are read side by side as one row of K * I columns, before the wait: see the package's note.
     FETCH: rows of missing experts come from host memory and are stored in their slots on the way, so that PCIe goes
@@ -183,7 +213,12 @@ def down_one(
         acc += tl.sum(tile.to(tl.float32) * value[None, :], axis=1)
     dtype: tl.constexpr = out.dtype.element_ty
     before = tl.load(residual + rows, mask=rows < H, other=0.0).to(tl.float32)
-    tl.store(out + rows, (before + acc.to(dtype).to(tl.float32)).to(dtype), mask=rows < H)
+    routed = acc.to(dtype).to(tl.float32)
+    if SHARED == 1:
+        routed = (routed + tl.load(shared + rows, mask=rows < H, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+    if SHARED == 2:
+        routed = (routed + _switched(shared, switch, normed, rows, rows < H, H, HP, dtype)).to(dtype).to(tl.float32)
+    tl.store(out + rows, (before + routed).to(dtype), mask=rows < H)
 
 
 @triton.jit
@@ -222,11 +257,11 @@ def down_many(
 
 @triton.jit
 def combine(
-    parts, weights, residual, norm, x, normed, eps,
-    K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    parts, weights, residual, shared, switch, norm, x, normed, eps,
+    K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, SHARED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x [B, H] = residual + sum over picks, in pick order, of weight * part; with NORM also normed [B, H]. Grid
-    (B,).
+    """x [B, H] = residual + sum over picks, in pick order, of weight * part + what SHARED says (see `down_one`; normed
+    is then what the layer's experts read); with NORM also normed [B, H] of the result. Grid (B,).
     """
     if PDL:
         gdc_launch_dependents()
@@ -241,7 +276,14 @@ def combine(
         part = tl.load(parts + (batch * K + k) * H + cols, mask=inside, other=0.0)
         acc += tl.where(weight == 0.0, 0.0, part * weight)
     before = tl.load(residual + batch * H + cols, mask=inside, other=0.0).to(tl.float32)
-    value = (before + acc.to(dtype).to(tl.float32)).to(dtype)
+    routed = acc.to(dtype).to(tl.float32)
+    if SHARED == 1:
+        beside = tl.load(shared + batch * H + cols, mask=inside, other=0.0).to(tl.float32)
+        routed = (routed + beside).to(dtype).to(tl.float32)
+    if SHARED == 2:
+        beside = _switched(shared + batch * H, switch, normed + batch * H, cols, inside, H, HP, dtype)
+        routed = (routed + beside).to(dtype).to(tl.float32)
+    value = (before + routed).to(dtype)
     tl.store(x + batch * H + cols, value, mask=inside)
     if NORM:
         scale = tl.load(norm + cols, mask=inside, other=0.0)

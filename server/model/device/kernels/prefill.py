@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from server.model.device.kernels.experts import silu_mul
+from server.model.device.kernels.trunk import silu_mul
 
 
 # Where a group's ids begin is of any alignment: one code for all, so that nothing is compiled while serving.

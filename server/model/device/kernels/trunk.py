@@ -20,6 +20,14 @@ def normalise(x, weight, eps, n, dtype: tl.constexpr):
 
 
 @triton.jit
+def silu_mul(gate, up, dtype: tl.constexpr):
+    """silu(gate) * up with transformers' roundings to the model's dtype."""
+    gate = gate.to(dtype).to(tl.float32)
+    gate = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    return (gate * up.to(dtype).to(tl.float32)).to(dtype)
+
+
+@triton.jit
 def embed(
     tokens, table, norm, x, normed, step, eps,
     H: tl.constexpr, HP: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
@@ -102,6 +110,75 @@ def gemm(
         acc = acc.to(x.dtype.element_ty).to(tl.float32)
         acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def norm_rows(x, norm, normed, eps, H: tl.constexpr, HP: tl.constexpr, PDL: tl.constexpr):
+    """normed [B, H] = norm(x [B, H]). Grid (B,)."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0)
+    cols = tl.arange(0, HP)
+    value = tl.load(x + row * H + cols, mask=cols < H, other=0.0).to(tl.float32)
+    weight = tl.load(norm + cols, mask=cols < H, other=0.0)
+    tl.store(normed + row * H + cols, normalise(value, weight, eps, H, x.dtype.element_ty), mask=cols < H)
+
+
+@triton.jit
+def gated_gemv(
+    x, norm, weight, out, eps, N, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """out [N] = silu(gate · y) * (up · y), y = norm?(x [K]), weight [2N, K] is gate then up. Grid (ceil(N / BN),)."""
+    if PDL:
+        gdc_launch_dependents()
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    cols = tl.arange(0, KP)
+    inside = rows < N
+    mask = inside[:, None] & (cols[None, :] < K)
+    at = weight + rows.to(tl.int64)[:, None] * K + cols[None, :]
+    w_gate = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+    w_up = tl.load(at + N.to(tl.int64) * K, mask=mask, other=0.0, cache_modifier=".cg")
+    if NORM:
+        scale = tl.load(norm + cols, mask=cols < K, other=0.0)
+    if PDL:
+        gdc_wait()
+    value = tl.load(x + cols, mask=cols < K, other=0.0)
+    if NORM:
+        value = normalise(value.to(tl.float32), scale, eps, K, x.dtype.element_ty)
+    value = value.to(tl.float32)[None, :]
+    gate = tl.sum(w_gate.to(tl.float32) * value, axis=1)
+    up = tl.sum(w_up.to(tl.float32) * value, axis=1)
+    tl.store(out + rows, silu_mul(gate, up, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated_gemm(
+    x, weight, out, N,
+    B: tl.constexpr, BP: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [B, N] = silu(gate · x) * (up · x) of x [B, K], weight [2N, K] is gate then up; K % BK == 0. Grid (ceil(N /
+    BN),).
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    batch = tl.arange(0, BP)
+    cols = tl.arange(0, BK)
+    inside = rows < N
+    w_at = weight + rows.to(tl.int64)[:, None] * K + cols[None, :]
+    up_at = w_at + N.to(tl.int64) * K
+    x_at = x + batch[None, :] * K + cols[:, None]
+    gate = tl.zeros([BN, BP], tl.float32)
+    up = tl.zeros([BN, BP], tl.float32)
+    for start in range(0, K, BK):
+        value = tl.load(x_at + start, mask=(batch < B)[None, :], other=0.0)
+        gate = tl.dot(tl.load(w_at + start, mask=inside[:, None], other=0.0), value, gate, input_precision="ieee")
+        up = tl.dot(tl.load(up_at + start, mask=inside[:, None], other=0.0), value, up, input_precision="ieee")
+    at = batch[None, :] * N + rows[:, None]
+    tl.store(out + at, silu_mul(gate, up, out.dtype.element_ty), mask=inside[:, None] & (batch < B)[None, :])
 
 
 @triton.jit

@@ -1,0 +1,58 @@
+"""What a captured step is made to do beside plain decoding, and the sizes of its tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+def pow2(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def divisor(n: int, most: int) -> int:
+    """The largest power of two that divides n, at most `most`."""
+    return min(n & -n, most)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Tile sizes; the defaults are what docs/performance.md found best on an H100 for weights of 2 bytes."""
+
+    qkv_rows: int = 8
+    output_rows: int = 4
+    head_rows: int = 8
+    gate_rows: int = 2
+    up_rows: int = 4
+    down_rows: int = 4
+    down_columns: int = 2048
+    gemv_warps: int = 4
+    up_warps: int = 4
+    down_warps: int = 4
+    route_warps: int = 2
+    gemm_rows: int = 32
+    gemm_columns: int = 128
+    gemm_stages: int = 4
+    expert_rows: int = 32
+    expert_columns: int = 128
+    expert_stages: int = 3
+    attention_splits: int = 16
+    attention_block: int = 64
+    fetchers: int = 64
+    copy_elements: int = 16384
+    down_fetches: bool = True
+
+
+@dataclass
+class StepOptions:
+    """What a step does beside plain decoding; each changes the captured code."""
+
+    pdl: bool = False
+    masked: bool = False
+    resident_bias: float = 0.0
+    greedy: bool = False
+    forced: Tensor | None = None  # [num_forced, L, B, K] int32 replaces the routers' choice (replayed traces)
+    skip: frozenset[str] = field(default_factory=frozenset)  # stages left out, to see what they cost
+    tuning: Tuning = field(default_factory=Tuning)

@@ -1,0 +1,174 @@
+"""What the captured router does to a layer's gate logits: its kernel's switches, from the family's gating rule.
+
+The rules in `router.gating` say what the host-driven path does; this module says which of them the kernel computes, and
+refuses the rest with the reason. Where roundings happen is asked of the router itself, in half precision on the meta
+device. Invariant: a rule whose functions are not known here is refused, never guessed.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from router.gating import Picks, UnsupportedGatingError, find_gating_rule, rules
+from router.gating.rules import BiasArgument, Renormalised, TopKRule
+
+Scores = Literal["softmax", "sigmoid"]
+_SCORES: dict[Any, Scores] = {
+    rules.softmax: "softmax", rules.sigmoid: "sigmoid", rules.sigmoid_in_float32: "sigmoid",
+    rules.logits_as_scores: "softmax",
+}  # fmt: skip
+
+
+class RouterRefusedError(Exception):
+    """The kernel does not compute this router; the message says why."""
+
+
+@dataclass(frozen=True)
+class RouterKind:
+    """How top-k and weights follow from gate logits [B, E].
+
+    Attributes:
+        scores: softmax over what is available, chosen by logits; or sigmoid, each expert by itself.
+        renormalise: weights are divided by their sum, plus `eps`.
+        selection_bias: name of the attribute of router or block that is added to scores for the choice; None: none.
+        groups, kept_groups: the choice is among the best `kept_groups` of so many groups of experts.
+        group_best: members whose scores make a group's, 1 or 2.
+        scale: of the weights.
+        exact_logits, exact_scores, exact_weights: kept in float32 where the model's dtype is a half one.
+    """
+
+    scores: Scores = "softmax"
+    renormalise: bool = True
+    eps: float = 0.0
+    selection_bias: str | None = None
+    groups: int = 1
+    kept_groups: int = 1
+    group_best: int = 2
+    scale: float = 1.0
+    exact_logits: bool = False
+    exact_scores: bool = True
+    exact_weights: bool = False
+
+
+SOFTMAX_TOP_K = RouterKind()
+
+
+def router_kind(model_type: str, router: Any, block: Any) -> RouterKind:
+    """Of the router module beside a layer's experts in `block`, which may be on the meta device.
+
+    Raises RouterRefusedError where the kernel does something else.
+    """
+    try:
+        rule = find_gating_rule(model_type, router)
+    except UnsupportedGatingError as error:
+        raise RouterRefusedError(str(error)) from error
+    if type(rule) is not TopKRule or rule.logits is not TopKRule().logits or rule.expert_scale is not None:
+        raise RouterRefusedError(f"the router {type(router).__name__} is no plain scored top-k")
+    if rule.scores not in _SCORES:
+        raise RouterRefusedError(f"the router's scores are {getattr(rule.scores, '__name__', rule.scores)}")
+    chosen_first = rule.scores is rules.logits_as_scores
+    if chosen_first and rule.weights is not rules.softmax_of_chosen:
+        raise RouterRefusedError("the router weighs chosen logits otherwise than by a softmax")
+    if not isinstance(getattr(router, "weight", None), torch.Tensor):
+        raise RouterRefusedError(f"the router {type(router).__name__} has no weight of its own")
+    bias = _bias_name(rule, router, block)
+    if bias is not None and _SCORES[rule.scores] != "sigmoid":
+        raise RouterRefusedError("the router adds a selection bias to softmax scores")
+    renormalise, eps = _renormalised(rule, router, chosen_first)
+    groups, kept, best = _groups(rule, router)
+    if groups > 1 and _SCORES[rule.scores] != "sigmoid":
+        raise RouterRefusedError("the router limits groups of experts by softmax scores")
+    logits_dtype, weights_dtype = _dtypes(router, block, bias, rule)
+    return RouterKind(
+        scores=_SCORES[rule.scores],
+        renormalise=renormalise,
+        eps=eps,
+        selection_bias=bias,
+        groups=groups,
+        kept_groups=kept,
+        group_best=best,
+        scale=1.0 if rule.scale is None else float(getattr(router, rule.scale)),
+        exact_logits=logits_dtype == torch.float32,
+        exact_scores=rule.scores is not rules.sigmoid or logits_dtype == torch.float32,
+        exact_weights=weights_dtype == torch.float32,
+    )
+
+
+def selection_bias(kind: RouterKind, router: Any, block: Any) -> torch.Tensor | None:
+    """The router's or block's bias [E] in float32; None where the kind has none."""
+    if kind.selection_bias is None:
+        return None
+    found: torch.Tensor = getattr(router if hasattr(router, kind.selection_bias) else block, kind.selection_bias)
+    return found.detach().float().contiguous()
+
+
+def _bias_name(rule: TopKRule, router: Any, block: Any) -> str | None:
+    if rule.bias is rules.no_bias:
+        return None
+    name = rule.bias.name if isinstance(rule.bias, BiasArgument) else "e_score_correction_bias"
+    owner = block if isinstance(rule.bias, BiasArgument) else router
+    if rule.bias is not rules.correction_bias and not isinstance(rule.bias, BiasArgument):
+        raise RouterRefusedError("the router's selection bias is kept elsewhere than in the router")
+    bias = getattr(owner, name, None)
+    if bias is None and isinstance(rule.bias, BiasArgument):
+        raise RouterRefusedError(f"the block has no {name} for its router")
+    if bias is not None and not isinstance(bias, torch.Tensor):
+        raise RouterRefusedError(f"the router's {name} is no tensor")
+    return None if bias is None else name
+
+
+def _renormalised(rule: TopKRule, router: Any, chosen_first: bool) -> tuple[bool, float]:
+    if chosen_first:
+        return True, 0.0
+    if rule.weights is rules.kept:
+        return False, 0.0
+    if not isinstance(rule.weights, Renormalised) or rule.weights.floor is not None:
+        raise RouterRefusedError("the router's weights follow from the chosen scores in a way of their own")
+    active = rule.weights.when is None or bool(getattr(router, rule.weights.when))
+    return active, rule.weights.eps if active else 0.0
+
+
+def _groups(rule: TopKRule, router: Any) -> tuple[int, int, int]:
+    limit = rule.groups
+    if limit is None or not limit.when(router) or int(router.num_group) == 1:
+        return 1, 1, 2
+    if limit.outside != float("-inf"):
+        raise RouterRefusedError("the router gives experts of other groups a score")
+    return int(router.num_group), int(router.topk_group), 2 if limit.score == "top2" else 1
+
+
+def _dtypes(router: Any, block: Any, bias: str | None, rule: TopKRule) -> tuple[torch.dtype, torch.dtype]:
+    """Dtypes of logits and weights of the same router in bfloat16, on the meta device."""
+    meta = copy.deepcopy(router).to("meta").to(torch.bfloat16)
+    hidden = torch.empty(1, meta.weight.shape[-1], dtype=torch.bfloat16, device="meta")
+    argument = isinstance(rule.bias, BiasArgument) and bias is not None
+    given = (hidden, getattr(block, str(bias)).detach().to("meta")) if argument else (hidden,)
+    try:
+        picks = Picks.of(meta(*given))
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        raise RouterRefusedError(f"the router cannot be asked for its dtypes: {error}") from error
+    return picks.logits.dtype, picks.weights.dtype
+
+
+def switches(kind: RouterKind, dtype: torch.dtype) -> dict[str, bool | int | float]:
+    """The kind as compile-time constants of `kernels.routing.route`, for a model of `dtype`."""
+    sigmoid = kind.scores == "sigmoid"
+    return {
+        "SIGMOID": sigmoid,
+        "RENORMALISE": kind.renormalise,
+        "EPS": kind.eps,
+        "SCALE": kind.scale,
+        "GROUPS": kind.groups,
+        "GP": 1 << (kind.groups - 1).bit_length(),
+        "KEPT": kind.kept_groups,
+        "BEST": kind.group_best,
+        "SELECTION_BIAS": kind.selection_bias is not None,
+        "EXACT_LOGITS": kind.exact_logits,
+        "EXACT_SCORES": kind.exact_scores,
+        "EXACT_WEIGHTS": kind.exact_weights,
+        "NARROW": dtype == torch.bfloat16 and not sigmoid and not kind.exact_logits,
+    }
