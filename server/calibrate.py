@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from extractor.criteria import DEFAULT_CRITERION, ranking, score
-from extractor.statistics import ExpertStatistics, PricePoint
+from extractor.statistics import ExpertStatistics, PricePoint, StatisticsError
 from extractor.statistics_file import read_statistics, write_statistics
 from router.mask import ExpertMask
 from server.calibrate_collect import SequenceRun, add_run, observe, weight_flatness
@@ -207,11 +207,16 @@ class _Checkpoint:
         made = cls(folder, work, statistics)
         if folder is None or not (folder / "resume.json").exists():
             return made
-        saved = json.loads((folder / "resume.json").read_text(encoding="utf-8"))
-        if saved["work"] == json.loads(json.dumps(work)):
-            made.statistics = read_statistics(folder / saved["statistics"])
-            made.done = {(str(name), int(number)) for name, number in saved["done"]}
-            made._number = int(saved["number"])
+        try:
+            saved = json.loads((folder / "resume.json").read_bytes())
+            if saved["work"] == json.loads(json.dumps(work)):
+                made.statistics = read_statistics(folder / Path(saved["statistics"]).name)
+                made.done = {(str(name), int(number)) for name, number in saved["done"]}
+                made._number = int(saved["number"])
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise StatisticsError(
+                f"{folder} holds what cannot be continued ({error}): delete it to start anew"
+            ) from error
         return made
 
     def note(self, domain: str, number: int) -> None:

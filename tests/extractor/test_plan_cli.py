@@ -1,13 +1,16 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import typer
 from typer.testing import CliRunner
 
 from extractor.plan import read_plan
 from extractor.plan_cli import plan
 from extractor.plan_plots import kept_mass_curve
+from extractor.price import PriceFit
 from extractor.statistics_file import write_statistics
 from router.ledger import UsageLedger
 from tests.extractor.selection_statistics import NUM_EXPERTS, NUM_LAYERS, make_statistics
@@ -79,6 +82,18 @@ def test_mistakes_are_one_message_and_status_2(tmp_path: Path) -> None:
         assert result.stderr.startswith("error: ")
         assert message in result.stderr
     assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_fit_that_explains_nothing_is_told_by_its_error_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stats = tmp_path / "stats.safetensors"
+    write_statistics(stats, make_statistics())
+    price = SimpleNamespace(fit=PriceFit(-12.4, 0.003, 6))
+    monkeypatch.setattr("extractor.plan_cli.Price", SimpleNamespace(from_json=lambda document: price))
+    result = run("--stats", stats, "--count", "2", "--out", tmp_path / "plan.json")
+    assert "expected losses are off by 0.003 nats on unseen text" in result.stdout
+    assert "R²" not in result.stdout
 
 
 def test_the_curve_of_kept_mass_rises_from_nothing_to_all() -> None:

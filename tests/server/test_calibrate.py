@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 import server.calibrate as module
-from extractor.statistics import TOTALS, ExpertStatistics
+from extractor.statistics import TOTALS, ExpertStatistics, StatisticsError
 from server.calibrate import CalibrateOptions, calibrate
 from server.calibrate_collect import observe, weight_flatness
 from server.calibrate_run import batches, losses, run_batch
@@ -176,3 +176,12 @@ def test_a_domain_of_a_few_words_is_told(selective: Callable[..., SelectiveModel
     (tmp_path / "short.txt").write_text("hi")
     with pytest.raises(TextsError, match="domain short has fewer than 32 tokens"):
         calibrate(selective(), find_domains([str(tmp_path / "short.txt")]), CalibrateOptions())
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"work": 1', "{}"])
+def test_a_damaged_note_of_what_was_done_is_told(
+    selective: Callable[..., SelectiveModel], texts: list[Domain], tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "resume.json").write_text(content)
+    with pytest.raises(StatisticsError, match=r"cannot be continued .* delete it to start anew"):
+        calibrate(selective(), texts, CalibrateOptions(), tmp_path)
