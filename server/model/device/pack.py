@@ -128,6 +128,7 @@ def _check_block(model: Any, block: Any, router: Any, where: str) -> tuple[Route
     except RouterRefusedError as error:
         raise NotCapturableError(f"{where}: {error}") from error
     need(not any(True for _ in router.children()), f"{where}: the router is not one product")
+    _check_experts(block.experts, where)
     num_experts, width = router.weight.shape
     need(width == model.config.hidden_size, f"{where}: gate does not read the hidden state")
     shared = [getattr(block, name) for name in _SHARED if getattr(block, name, None) is not None]
@@ -139,6 +140,16 @@ def _check_block(model: Any, block: Any, router: Any, where: str) -> tuple[Route
     )
     top_k = getattr(router, "top_k", None) or model.config.num_experts_per_tok
     return kind, int(top_k), int(num_experts), _mlp_size(shared[0], where) if shared else 0
+
+
+def _check_experts(experts: Any, where: str) -> None:
+    """Experts are gate and up, [2I, H] together, silu, and down [H, I]."""
+    plain = experts.is_concatenated and not experts.is_transposed and experts.has_gate and not experts.has_bias
+    need(bool(plain), f"{where}: experts' weights are not gate_up [2I, H] and down [H, I] alone")
+    gate = getattr(type(experts), "_apply_gate", None)
+    need(getattr(gate, "__name__", "") == "_default_apply_gate", f"{where}: experts have a gate of their own")
+    act = getattr(experts, "act_fn", None)
+    need(act is None or "silu" in type(act).__name__.lower(), f"{where}: activation {act} is not silu")
 
 
 def _mlp_size(mlp: Any, where: str) -> int:
