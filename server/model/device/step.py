@@ -9,9 +9,6 @@ entries without a row leave no trace: they reach no expert, no KV memory and no 
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
@@ -21,9 +18,10 @@ from expert_store.paging.pages import DevicePages
 from server.model.device.kernels import attention, experts, prefetch, routing, trunk
 from server.model.device.options import StepOptions, divisor, pow2
 from server.model.device.prefetch import Prefetch
+from server.model.device.products import Products
 from server.model.device.router_kind import switches
 from server.model.device.state import Report, RowState
-from server.model.device.weights import DecodeShape, LayerWeights, MlpWeights, TrunkWeights
+from server.model.device.weights import DecodeShape, LayerWeights, TrunkWeights
 
 STAGES = (
     "embed", "qkv", "attention", "output", "route", "shared", "dense", "gate_up", "down", "combine", "head", "greedy"
@@ -33,8 +31,6 @@ GREEDY_BLOCK = 2048
 THREADS = 32
 """Threads of a warp. Triton 3.6 computes a tensor with fewer elements than a program has threads wherever it is needed
 again, loads included, and then fails to compile the router: its [batch, experts] are padded to one element a thread."""
-MOST_ROW_ELEMENTS = 16 << 10
-"""Weights of whole rows that one program of a product for one token holds in registers."""
 MOST_DOWN_ELEMENTS = 28 << 10
 """Weights that one program of `down_one` holds in registers; more would halve how many programs an SM can hold."""
 
@@ -57,7 +53,8 @@ class DecodeStep:
         self.options = options or StepOptions()
         able = batch == 1 and pages.shape.paged and shape.num_layers > 1 and not shape.dense_layers
         self._ahead = ahead if able else None
-        self._compiles = False
+        self._products = Products(shape, batch, self.options)
+        self._run, self._dense = self._products.run, self._products.dense
         device = weights.embedding.device
         hidden, top_k, layers = shape.hidden, shape.top_k, shape.num_moe_layers
         moe = iter(range(layers))
@@ -95,7 +92,7 @@ class DecodeStep:
 
     def compile(self) -> None:
         """Compiles the step's kernels without launching any, for one layer as for all; see `compiling.in_parallel`."""
-        self._compiles = True
+        self._products.compiles = True
         self._embed()
         moe = self._moe_layer.index(0)
         windows = {self._window(layer): layer for layer in range(self.shape.num_layers)}
@@ -107,7 +104,7 @@ class DecodeStep:
         self._shared(moe)
         self._experts(moe)
         self._head()
-        self._compiles = False
+        self._products.compiles = False
 
     def launch(self) -> None:
         """Enqueues one step: reads `rows` and `tokens`, writes `logits` [B, V] fp32 and `report`; advances lengths (and
@@ -128,16 +125,6 @@ class DecodeStep:
         if self._ahead is not None:
             self._ahead.join()
 
-    def _run(self, stage: str, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        if stage in self.options.skip:
-            return
-        if self.options.pdl:
-            constants["launch_pdl"] = True
-        if self._compiles:
-            kernel.warmup(*args, grid=grid, PDL=self.options.pdl, **constants)
-        else:
-            kernel[grid](*args, PDL=self.options.pdl, **constants)
-
     def _embed(self) -> None:
         shape, weights = self.shape, self.weights
         self._run(
@@ -147,78 +134,28 @@ class DecodeStep:
             H=shape.hidden, HP=pow2(shape.hidden), NORM=self.batch > 1,
         )  # fmt: skip
 
-    def _dense(
-        self, stage: str, x: Tensor, norm: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-        out: Tensor, rows: int,
-    ) -> None:  # fmt: skip
-        """out = norm(x) · weightᵀ + bias + residual; the norm is applied here only for a single token."""
-        num_rows, width = weight.shape
-        tuning = self.options.tuning
-        if self.batch == 1:
-            rows = max(1, min(rows, MOST_ROW_ELEMENTS // pow2(width)))
-            self._run(
-                stage, trunk.gemv, (triton.cdiv(num_rows, rows),),
-                x, x if norm is None else norm, weight, x if bias is None else bias,
-                x if residual is None else residual,
-                out, self.shape.eps, num_rows, K=width, KP=pow2(width), BN=rows, NORM=norm is not None,
-                BIAS=bias is not None, RESIDUAL=residual is not None, num_warps=tuning.gemv_warps,
-            )  # fmt: skip
-            return
-        tile = tuning.gemm_rows if num_rows >= 8192 or num_rows >= 132 * tuning.gemm_rows else 16
-        self._run(
-            stage, trunk.gemm, (triton.cdiv(num_rows, tile),),
-            x, weight, x if bias is None else bias, x if residual is None else residual, out, num_rows,
-            B=self.batch, BP=max(16, pow2(self.batch)), K=width, BN=tile, BK=divisor(width, tuning.gemm_columns),
-            BIAS=bias is not None, RESIDUAL=residual is not None,
-            num_warps=4 if tile >= 32 else 2, num_stages=tuning.gemm_stages,
-        )  # fmt: skip
-
-    def _gated(self, stage: str, mlp: MlpWeights, norm: Tensor) -> Tensor:
-        """What goes into the second product of an expert that every token passes, [B, I]; reads `mid` and its norm, for
-        one token, else `normed`."""
-        num_rows, width = mlp.up.shape[0] // 2, mlp.up.shape[1]
-        out = self.inner.view(-1)[: self.batch * num_rows].view(self.batch, num_rows)
-        tuning = self.options.tuning
-        if self.batch == 1:
-            rows = max(1, min(tuning.up_rows, MOST_ROW_ELEMENTS // 2 // pow2(width)))
-            self._run(
-                stage, trunk.gated_gemv, (triton.cdiv(num_rows, rows),),
-                self.mid, norm, mlp.up, out, self.shape.eps, num_rows,
-                K=width, KP=pow2(width), BN=rows, NORM=True, num_warps=tuning.gemv_warps,
-            )  # fmt: skip
-            return out
-        self._run(
-            stage, trunk.gated_gemm, (triton.cdiv(num_rows, 16),),
-            self.normed, mlp.up, out, num_rows,
-            B=self.batch, BP=max(16, pow2(self.batch)), K=width, BN=16, BK=divisor(width, tuning.gemm_columns),
-            num_warps=2, num_stages=tuning.expert_stages,
-        )  # fmt: skip
-        return out
+    def _gated(self, stage: str, weights: LayerWeights) -> Tensor:
+        assert weights.mlp is not None
+        norm = weights.post_norm
+        return self._products.gated(stage, weights.mlp, self.mid, norm, self.normed, self.inner)
 
     def _shared(self, layer: int) -> None:
         """The shared expert of a layer into `shared` [B, H], where it has one."""
         weights = self.weights.layers[layer]
         if weights.mlp is None:
             return
-        inner = self._gated("shared", weights.mlp, weights.post_norm)
+        inner = self._gated("shared", weights)
         self._dense("shared", inner, None, weights.mlp.down, None, None, self.shared, self.options.tuning.output_rows)
 
     def _dense_layer(self, layer: int) -> None:
         """All that follows attention in a layer without routed experts: `x`, and for more tokens its norm."""
         weights = self.weights.layers[layer]
         assert weights.mlp is not None
-        self._norm_rows(self.mid, weights.post_norm)
-        inner = self._gated("dense", weights.mlp, weights.post_norm)
+        self._products.norm_rows(self.mid, weights.post_norm, self.normed)
+        inner = self._gated("dense", weights)
         rows = self.options.tuning.output_rows
         self._dense("dense", inner, None, weights.mlp.down, None, self.mid, self.x, rows)
-        self._norm_rows(self.x, self._following_norm(layer))
-
-    def _norm_rows(self, x: Tensor, norm: Tensor) -> None:
-        if self.batch > 1:
-            self._run(
-                "dense", trunk.norm_rows, (self.batch,), x, norm, self.normed, self.shape.eps,
-                H=self.shape.hidden, HP=pow2(self.shape.hidden), num_warps=8,
-            )  # fmt: skip
+        self._products.norm_rows(self.x, self._following_norm(layer), self.normed)
 
     def _following_norm(self, layer: int) -> Tensor:
         is_last = layer + 1 == self.shape.num_layers
@@ -358,7 +295,7 @@ class DecodeStep:
             "SLEEP": self.normed.is_cuda, "THREADS": 4 * THREADS, "PDL": False, "num_warps": 4,
         }  # fmt: skip
         grid = (ahead.num_programs,)
-        if self._compiles:
+        if self._products.compiles:
             prefetch.fetch_ahead.warmup(*args, grid=grid, **constants)
             return
         with ahead.beside():
@@ -383,8 +320,3 @@ class DecodeStep:
 def _gate(weights: LayerWeights) -> Tensor:
     assert weights.gate is not None, "the layer has no routed experts"
     return weights.gate
-
-
-def without(options: StepOptions, stage: str) -> StepOptions:
-    """The same step with one stage left out, for the time split."""
-    return replace(options, skip=options.skip | {stage})
