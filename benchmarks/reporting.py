@@ -46,11 +46,16 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     )
 
 
+def write_result(name: str, result: dict[str, Any]) -> None:
+    """Write `result` to `benchmarks/results/{name}.json`."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 def finish(name: str, result: dict[str, Any], *, save: bool) -> None:
     """Print `result` as the last line, and write it to `benchmarks/results/{name}.json` when asked."""
     if save:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_result(name, result)
         print(f"saved benchmarks/results/{name}.json")
     print(json.dumps(result))
 

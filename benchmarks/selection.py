@@ -36,7 +36,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reporting import REPOSITORY, environment, finish, table
+from benchmarks.reporting import REPOSITORY, environment, finish, table, write_result
 from benchmarks.selection_parts import PARTS, Setup, items_of, measure_domain, measure_item
 from extractor.checkpoint import Checkpoint
 from extractor.prepare import prepare
@@ -49,7 +49,13 @@ COLUMNS = {
     "criteria": ("name", "kept", "mean_ratio", "worst", "deficit"),
     "columns": ("name", "kept", "mean_ratio", "worst", "deficit"),
     "pools": ("name", "kept", "mean_ratio", "worst", "deficit", "fetched"),
-    "price": ("r_squared", "r_squared_of_unknown_kind", "calibrated_r_squared"),
+    "price": (
+        "r_squared",
+        "r_squared_of_unknown_kind",
+        "r_squared_by_routing",
+        "r_squared_of_new_kind",
+        "calibrated_r_squared",
+    ),
     "depth": ("name", "kept", "mean_ratio", "worst", "deficit"),
     "interval": ("name", "kept", "text", "mean_ratio", "low", "high", "num_tokens", "num_documents"),
     "questions": ("name", "prefix", "way", "kept", "accuracy", "activation_ratio", "p3", "p2f", "mer", "r3", "saa"),
@@ -79,6 +85,8 @@ def main() -> None:
         for checkpoint, wait in zip(checkpoints, measured, strict=True):
             result["checkpoints"][checkpoint.name] = wait()
             _print(checkpoint.name, result["checkpoints"][checkpoint.name])
+            if arguments.save is not None:
+                write_result(arguments.save, result)  # what there is, should the next checkpoint be cut off
     finish(arguments.save or "selection", result, save=arguments.save is not None)
 
 

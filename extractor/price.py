@@ -7,7 +7,7 @@
 The same deficit costs very different amounts on different kinds of text (reciting facts survives what prose does not),
 so there is one curve a domain. Invariant: a curve starts at no cost for no deficit and never falls. Of text whose
 domain is unknown the expectation is one curve through all measurements, and the range over the domains says how little
-that is worth.
+that is worth; where its routing is known, the curves of the domains that route alike are worth more.
 """
 
 from __future__ import annotations
@@ -118,18 +118,30 @@ class Price:
         """The curves through measurements; None where there are none."""
         return cls(_curves(points), _curve(points), _fit(points)) if points else None
 
-    def expected_loss(self, deficit: float | Sequence[float], domain: str | None = None) -> ExpectedLoss:
+    def expected_loss(
+        self,
+        deficit: float | Sequence[float],
+        domain: str | None = None,
+        likeness: Mapping[str, float] | None = None,
+    ) -> ExpectedLoss:
         """What a deficit is expected to cost.
 
         Args:
             deficit: missing share of the router mass, 0 to 1: overall, or of each layer.
             domain: kind of text; None, or one that was not calibrated, is any of them.
+            likeness: how much the text is like each domain, by its routing for instance: of a kind that is not known
+                the expectation is then the mean of their curves with these weights. None, or weights that are all 0
+                for calibrated domains, takes the one curve through all measurements.
         """
         share = float(np.mean(deficit))
         own = None if domain is None else self.curves.get(domain)
         if own is not None:
             return ExpectedLoss(own(share), own(share), own(share), share <= own.last_deficit)
-        nats = self.overall(share)
+        weights = {name: weight for name, weight in (likeness or {}).items() if weight > 0 and name in self.curves}
+        if weights:
+            nats = sum(weight * self.curves[name](share) for name, weight in weights.items()) / sum(weights.values())
+        else:
+            nats = self.overall(share)
         values = [nats, *(curve(share) for curve in self.curves.values())]
         return ExpectedLoss(nats, min(values), max(values), share <= self.overall.last_deficit)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ class TextResult:
         loss: nats a token; num_tokens: it is the mean of.
         deficit: missing share of the router mass; deficit_per_layer: of each layer.
         top1_missing: share of (token, layer) pairs whose first choice was not there.
+        demand: unmasked router mass of each expert, float64 [L, E].
     """
 
     loss: float
@@ -35,6 +36,7 @@ class TextResult:
     deficit: float = 0.0
     deficit_per_layer: tuple[float, ...] = ()
     top1_missing: float = 0.0
+    demand: npt.NDArray[np.float64] | None = field(default=None, compare=False, repr=False)
 
     @property
     def perplexity(self) -> float:
@@ -60,6 +62,7 @@ def evaluate_text(model: SelectiveModel, sequences: Sequence[Tokens], mask: Expe
     demanded, missed = np.zeros(model.num_layers), np.zeros(model.num_layers)
     values: list[npt.NDArray[np.float64]] = []
     first_missing, num_choices = 0, 0
+    demand = np.zeros(own.allowed.shape)
     for batch in batches(model, sequences):
         output = run_batch(model, batch, mask)
         values.append(losses(output.logits, batch).ravel())
@@ -68,6 +71,9 @@ def evaluate_text(model: SelectiveModel, sequences: Sequence[Tokens], mask: Expe
         if output.record.demand_index is not None:
             first = output.record.demand_index[:, :, 0]  # [L, T]
             first_missing += int((~np.take_along_axis((mask or own).allowed, first, axis=1)).sum())
+        wanted, weights = output.record.demand_of(slice(None))
+        for layer, mass in enumerate(demand):
+            mass += np.bincount(wanted[layer].ravel(), weights[layer].ravel(), mass.size)[: mass.size]
         num_choices += output.record.served_index.shape[1] * model.num_layers
     joined = np.concatenate(values)
     return TextResult(
@@ -76,6 +82,7 @@ def evaluate_text(model: SelectiveModel, sequences: Sequence[Tokens], mask: Expe
         deficit=float(missed.sum() / demanded.sum()),
         deficit_per_layer=tuple(float(value) for value in missed / demanded),
         top1_missing=first_missing / num_choices,
+        demand=demand,
     )
 
 

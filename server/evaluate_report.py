@@ -120,7 +120,8 @@ class Report:
         if self.price is not None and self.price.points:
             lines.append(
                 f"expected against actual loss: R² {self.price.r_squared:.3f}, "
-                f"{self.price.r_squared_of_unknown_kind:.3f} where the kind of text is not told"
+                f"{self.price.r_squared_by_routing:.3f} where the kind of text is told by its routing alone, "
+                f"{self.price.r_squared_of_unknown_kind:.3f} by nothing"
             )
         return "\n".join(lines)
 

@@ -6,6 +6,7 @@ apart.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from extractor.statistics import ExpertStatistics
 from router.mask import ExpertMask
 from server.evaluate import TextResult, evaluate_text, geometric_mean
 from server.model.assembly import SelectiveModel
+from server.usage_prior import UsagePrior
 
 Tokens = Mapping[str, Sequence[Sequence[int]]]
 Masks = Mapping[str, ExpertMask]
@@ -95,28 +97,41 @@ def measure(
     return SweepResult(name, kept, results, ratios)
 
 
+EXPECTATIONS = {
+    "r_squared": "expected",
+    "r_squared_of_unknown_kind": "expected_of_unknown_kind",
+    "r_squared_by_routing": "expected_by_routing",
+    "r_squared_of_new_kind": "expected_of_new_kind",
+}
+LIKENESS_SHARPNESS = 5.0
+
+
 @dataclass(frozen=True)
 class PriceCheck:
     """How well the expected change of loss held.
 
     Attributes:
-        r_squared: over domains and sizes; r_squared_of_unknown_kind: where the domain is not told.
+        r_squared: over domains and sizes, of R² each; r_squared_of_unknown_kind: where the domain is not told, by one
+            curve; r_squared_by_routing: where it is not told, by the curves of the domains that route alike;
+            r_squared_of_new_kind: the same without the text's own domain, as if nothing of its kind was calibrated.
         points: of every domain and size.
     """
 
     r_squared: float
     r_squared_of_unknown_kind: float
+    r_squared_by_routing: float
+    r_squared_of_new_kind: float
     points: list[dict[str, Any]]
 
     @classmethod
     def of(cls, points: list[dict[str, Any]]) -> PriceCheck:
         """From points with what was expected and what was measured; R² is NaN for fewer than two."""
         actual = [point["actual"] for point in points]
-        known, blind = (
-            round(determination(actual, [point[key] for point in points]), 4) if len(points) > 1 else float("nan")
-            for key in ("expected", "expected_of_unknown_kind")
-        )
-        return cls(known, blind, points)
+        found = {
+            name: round(determination(actual, [point[key] for point in points]), 4) if len(points) > 1 else math.nan
+            for name, key in EXPECTATIONS.items()
+        }
+        return cls(**found, points=points)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-ready data; what is not a number is null."""
@@ -127,20 +142,29 @@ def check_price(
     statistics: ExpertStatistics, sweeps: Sequence[SweepResult], unmasked: Mapping[str, TextResult]
 ) -> PriceCheck:
     """Compare the loss that calibration expects for each measured deficit with the loss that was measured."""
-    price = Price.of(statistics.price)
+    price, prior = Price.of(statistics.price), UsagePrior.of(statistics)
     points: list[dict[str, Any]] = []
     for sweep in sweeps if price is not None else ():
         for domain, result in sweep.results.items():
             assert price is not None
-            expected, blind = (price.expected_loss(result.deficit, known).nats for known in (domain, None))
+            likeness: dict[str, float] = {}
+            if result.demand is not None:
+                fits = prior.likeness(result.demand, LIKENESS_SHARPNESS)
+                likeness = dict(zip(statistics.domains, fits.tolist(), strict=True))
+            others = {name: weight for name, weight in likeness.items() if name != domain}
+            expected = {
+                "expected": price.expected_loss(result.deficit, domain),
+                "expected_of_unknown_kind": price.expected_loss(result.deficit),
+                "expected_by_routing": price.expected_loss(result.deficit, likeness=likeness),
+                "expected_of_new_kind": price.expected_loss(result.deficit, likeness=others),
+            }
             points.append(
                 {
                     "domain": domain,
                     "kept": sweep.kept,
                     "deficit": round(result.deficit, 5),
                     "actual": round(result.loss - unmasked[domain].loss, 5),
-                    "expected": round(expected, 5),
-                    "expected_of_unknown_kind": round(blind, 5),
+                    **{key: round(loss.nats, 5) for key, loss in expected.items()},
                 }
             )
     return PriceCheck.of(points)

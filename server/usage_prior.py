@@ -33,8 +33,12 @@ class UsagePrior:
 
     def shares(self, seen: Float, sharpness: float) -> Float:
         """Expected shares [L, E] of a text whose mass so far is `seen` [L, E]."""
+        return np.asarray(np.tensordot(self.likeness(seen, sharpness), self._shares, axes=1))
+
+    def likeness(self, seen: Float, sharpness: float) -> Float:
+        """How well a text whose mass is `seen` [L, E] fits each domain, float64 [D] that add up to 1."""
         sums = seen.sum(axis=1, keepdims=True)
         own = np.divide(seen, sums, out=np.zeros_like(seen), where=sums > 0)
         fit = sharpness * np.tensordot(self._logs, own, axes=2)  # [D]
         weights = np.exp(fit - fit.max())
-        return np.asarray(np.tensordot(weights / weights.sum(), self._shares, axes=1))
+        return np.asarray(weights / weights.sum())

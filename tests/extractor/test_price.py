@@ -41,6 +41,13 @@ def test_text_of_unknown_kind_is_priced_by_all_measurements_within_the_range_of_
     assert "+0.020 to +0.200 by kind of text" in expected.describe()
 
 
+def test_text_of_unknown_kind_that_routes_like_some_kinds_is_priced_as_they_are() -> None:
+    price = priced()
+    assert price.expected_loss(0.4, likeness={"code": 3.0, "chat": 1.0}).nats == pytest.approx(0.75 * 0.2 + 0.25 * 0.02)
+    assert price.expected_loss(0.4, "chat", {"code": 1.0}).nats == pytest.approx(0.02), "a kind that is told goes first"
+    assert price.expected_loss(0.4, likeness={"poems": 1.0, "code": 0.0}) == price.expected_loss(0.4)
+
+
 def test_deficits_of_the_layers_count_as_their_mean() -> None:
     assert priced().expected_loss([0.2, 0.4, 0.6], "code").nats == pytest.approx(0.2)
 

@@ -89,6 +89,9 @@ def test_a_criterion_beats_a_random_choice_on_text_of_the_domain(
     assert chosen.to_json()["worst"][0] == "stories"
     check = check_price(statistics, [chosen], unmasked)
     assert check.points[0]["expected"] == pytest.approx(check.points[0]["actual"], abs=0.05)
+    assert check.points[0]["expected_by_routing"] == check.points[0]["expected"], "there is no other kind to be like"
+    assert chosen.results["stories"].demand is not None
+    assert np.allclose(chosen.results["stories"].demand.sum(axis=1), sum(len(one) for one in texts["stories"]))
 
 
 def test_a_pool_of_all_experts_costs_nothing_and_a_small_one_something(
