@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
@@ -20,13 +18,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 from expert_store.cache import ExpertCache
 from expert_store.errors import SlotsError
 from expert_store.paging.pages import DevicePages, Policy
-from expert_store.pinned import new_arena, page_lock
 from expert_store.store import Store
 from router.mask import ExpertMask
 from server.model.assembly import SelectiveModel, eos_token_ids_of
 from server.model.device.cache import PagedCache
 from server.model.device.fetched import FetchedSpans
-from server.model.device.host_spans import Expert, Failures, SpanGrowth, SpanReader, log_failures
+from server.model.device.filling import filled_pages
+from server.model.device.host_spans import SpanGrowth, SpanReader, log_failures
 from server.model.device.memory import DeviceMemory
 from server.model.device.pack import decode_shape, moe_blocks, pack_trunk
 from server.model.device.prefill import ExpertStream
@@ -44,9 +42,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, float], None]
 FETCHED_SHARE = 0.25
 """Of the experts that are page-locked at the start: how many more may be, for requests that fetch what the store lacks,
-where host_memory does not say."""
-BOUNCE_SPANS = 16
-"""Spans read at a time where experts go to their slots for good and need no place in host memory."""
+where no host_memory is set."""
 
 
 class StreamLayer:
@@ -116,7 +112,6 @@ def load_device_runner(
     )
     _check_layers(store, shape)
     memory = DeviceMemory(shape, device, num_pinned=len(pinned[0]) if pinned else 0)
-    wanted = [(layer, int(expert)) for layer, row in enumerate(mask.allowed) for expert in row.nonzero()[0]]
     progress("loading the trunk", 0.0)
     model = load_trunk(
         store.trunk_path, device=device, dtype=dtype, progress=lambda share: progress("loading the trunk", share)
@@ -124,21 +119,12 @@ def load_device_runner(
     weights = pack_trunk(model, shape)
     slots = memory.num_slots(int(mask.num_allowed.max()), num_slots, slots_memory_bytes)
     pages_shape = memory.pages_shape(slots)
-    needed = len(wanted) * reader.span_bytes
+    needed = int(mask.num_allowed.sum()) * reader.span_bytes
     if pages_shape.paged and host_memory_bytes is not None and host_memory_bytes < needed:
         raise NotCapturableError(f"host memory of {host_memory_bytes} bytes cannot pin all {needed} bytes of experts")
-    if pages_shape.paged:
-        spans, index, unread = _read_spans(reader, wanted, mask, device.type == "cuda", progress)
-        _check_unread(unread, mask)
-        pages = DevicePages(
-            pages_shape, spans, index, device=device, policy=policy, num_pinned=memory.num_pinned
-        )  # fmt: skip
-        progress("filling slots", 0.0)
-        pages.seed(_first_experts(store, mask.allowed & (index >= 0).numpy(), slots, pinned))
-    else:
-        pages = DevicePages(pages_shape, None, device=device, policy=policy)
-        unread = _read_into_slots(reader, pages, _first_experts(store, mask.allowed, slots, pinned), progress)
-        _check_unread(unread, mask)
+    pages, unread = filled_pages(
+        store, reader, mask, pages_shape, device=device, policy=policy, pinned=pinned, progress=progress
+    )
     log_failures(unread)
     growth = SpanGrowth(reader, pages, host_memory_bytes, unread)
     fetched = FetchedSpans(reader, pages, _most_fetched(pages, reader.span_bytes, host_memory_bytes))
@@ -202,20 +188,13 @@ def _runner(
 def _most_fetched(pages: DevicePages, span_bytes: int, host_memory_bytes: int | None) -> int:
     """Rows of the host tier that requests may make grow: at least one token's experts, as far as host memory allows."""
     shape, held = pages.shape, pages.num_host_spans
-    most = max(shape.num_layers * min(shape.top_k, shape.num_experts), int(FETCHED_SHARE * held))
-    if host_memory_bytes is not None:
-        most = min(most, host_memory_bytes // span_bytes - held)
+    one_token = shape.num_layers * min(shape.top_k, shape.num_experts)
+    if host_memory_bytes is None:
+        most = max(one_token, int(FETCHED_SHARE * held))
+    else:
+        left = host_memory_bytes // span_bytes - held
+        most = min(max(one_token, left // 2), left)  # the other half is for what the store grows by
     return max(0, min(most, shape.num_layers * shape.num_experts - held))
-
-
-def _check_unread(unread: Failures, mask: ExpertMask) -> None:
-    """What cannot be read is left to who needs it, unless nothing of a layer can be read."""
-    left = np.array(mask.allowed)
-    for expert in unread:
-        left[expert] = False
-    empty = np.flatnonzero(~left.any(axis=1))
-    if empty.size:
-        raise next(error for (layer, _), error in unread.items() if layer == empty[0])
 
 
 def _check_layers(store: Store, shape: DecodeShape) -> None:
@@ -240,60 +219,3 @@ def _intermediate(store: Store) -> int:
                 f"experts hold {dict(zip(names, shapes, strict=True))}, not gate_up [2I, H] and down [H, I]"
             )
     return int(store.manifest.layers[0].tensors[1].shape[1])
-
-
-def _first_experts(
-    store: Store, allowed: npt.NDArray[np.bool_], num_slots: int, pinned: Sequence[Sequence[int]] | None
-) -> Tensor:
-    """[L, num_slots] experts of allowed [L, E] that fill the slots first, -1 where a layer has no more: the pinned
-    ones, then the store's deep experts in order."""
-    order = torch.full((len(store.manifest.layers), num_slots), -1)
-    for layer in range(len(order)):
-        deep = (deep.experts[layer] for deep in store.manifest.deep_experts)
-        wished = [*(pinned[layer] if pinned else ()), *deep]
-        chosen = [expert for expert in dict.fromkeys(wished) if allowed[layer, expert]][:num_slots]
-        order[layer, : len(chosen)] = torch.tensor(chosen)
-    return order
-
-
-def _read_spans(
-    reader: SpanReader, wanted: Sequence[Expert], mask: ExpertMask, pinned: bool, progress: Progress
-) -> tuple[Tensor, Tensor, Failures]:
-    """Every wanted expert's span in one page-locked arena [N, span], where each is, [L, E], and what could not be
-    read."""
-    index = torch.full(mask.allowed.shape, -1, dtype=torch.int64)
-    for row, (layer, expert) in enumerate(wanted):
-        index[layer, expert] = row
-    progress("reading experts", 0.0)
-    spans = new_arena(len(wanted), reader.elements, reader.dtype, pinned)
-    unread = reader.read(wanted, spans, lambda share: progress("reading experts", share))
-    for layer, expert in unread:
-        index[layer, expert] = -1
-    if pinned:
-        progress("pinning host memory", 0.0)
-        page_lock(spans)
-    return spans, index, unread
-
-
-def _read_into_slots(reader: SpanReader, pages: DevicePages, order: Tensor, progress: Progress) -> Failures:
-    """Every expert of `order` [L, S] into its slot, through a small bounce buffer; those that cannot be read are left
-    out and returned."""
-    unread: Failures = {}
-    places = [
-        (layer * pages.shape.num_slots + slot, (layer, expert))
-        for layer, row in enumerate(order.tolist())
-        for slot, expert in enumerate(row)
-        if expert >= 0
-    ]
-    bounce = torch.empty(BOUNCE_SPANS, reader.elements, dtype=reader.dtype, pin_memory=pages.slots.is_cuda)
-    for first in range(0, len(places), BOUNCE_SPANS):
-        part = places[first : first + BOUNCE_SPANS]
-        unread |= reader.read([expert for _, expert in part], bounce[: len(part)])
-        for (slot, where), span in zip(part, bounce, strict=False):
-            if where in unread:
-                order[where[0], slot % pages.shape.num_slots] = -1
-            else:
-                pages.slots[slot].copy_(span)
-        progress("filling slots", first / len(places))
-    pages.adopt(order)
-    return unread

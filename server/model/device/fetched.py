@@ -41,6 +41,7 @@ class FetchedSpans:
     Attributes:
         num_reads: spans read.
         num_changes: how often what is in reach has changed.
+        capacity: experts that can be held beside each other; any thread may ask, at any time.
     """
 
     def __init__(self, reader: SpanReader, pages: DevicePages, max_spans: int) -> None:
@@ -51,13 +52,8 @@ class FetchedSpans:
         self._now = 0
         self.num_reads = 0
         self.num_changes = 0
-
-    @property
-    def capacity(self) -> int:
-        """Experts that can be held beside each other."""
-        if not self._pages.shape.paged:
-            return self._row.size
-        return len(self._free) + int((self._row >= 0).sum()) + self._to_lock
+        self.capacity = 0
+        self._count()
 
     def use(self, experts: npt.NDArray[np.bool_]) -> None:
         """A step used these, [L, E]."""
@@ -67,6 +63,7 @@ class FetchedSpans:
     def add_rows(self) -> None:
         """Take over the rows that have come to the host tier and are no expert's."""
         self._free = self._pages.unused_rows()
+        self._count()
 
     def give_back(self, experts: Collection[Expert]) -> None:
         """These come into the host tier on another way: their rows are free."""
@@ -151,13 +148,19 @@ class FetchedSpans:
         try:
             arena = locked_arena(size, self._reader.elements, self._reader.dtype, self._pages.slots.is_cuda)
         except NotPinnableError as error:
-            log.warning("fetched experts have to do with %d places: %s", self.capacity - self._to_lock, error)
             self._to_lock = 0
+            self._count()
+            log.warning("fetched experts have to do with %d places: %s", self.capacity, error)
             return
         self._to_lock -= size
         first = self._pages.num_host_spans
         self._pages.add_spans(arena, [None] * size)
         self._free += range(first, first + size)
+
+    def _count(self) -> None:
+        """Between two changes, when every row is either free or held."""
+        held = int((self._row >= 0).sum())
+        self.capacity = len(self._free) + held + self._to_lock if self._pages.shape.paged else self._row.size
 
     def _bring_into_slots(self, experts: Sequence[Expert]) -> Failures:
         failures: Failures = {}

@@ -14,10 +14,10 @@ import torch
 from expert_store.paging.pages import DevicePages
 from server.model.device.compiling import in_parallel
 from server.model.device.graph import StepGraph
+from server.model.device.options import StepOptions, Tuning, pow2
 from server.model.device.prefill import ExpertStream
 from server.model.device.sampling import TokenDraw
 from server.model.device.state import RowState
-from server.model.device.options import StepOptions, Tuning, pow2
 from server.model.device.step import DecodeStep
 from server.model.device.weights import DecodeShape, TrunkWeights
 from server.model.runner import Choice

@@ -37,6 +37,7 @@ class Rows:
         self._asked: list[tuple[ExpertMask, bool] | None] = [None] * shape.max_rows  # as given, to see a change
         everything = np.ones(in_reach.shape, dtype=np.int8)
         self._tables: list[Table] = [everything] * shape.max_rows  # as the device has them
+        self._is_open, self._lacks = [True] * shape.max_rows, [False] * shape.max_rows  # what the tables come to
         self._temperatures = [1.0] * shape.max_rows
 
     def allocate(self) -> int:
@@ -78,12 +79,12 @@ class Rows:
         self._asked = [None] * len(self._asked)
 
     def table(self, mask: ExpertMask, fetches: bool) -> Table:
-        """What a row with this mask may choose from. Pending experts are hidden, unless that left a layer with none."""
+        """What a row with this mask may choose from. Pending experts are hidden, unless that left a layer with none,
+        also while they are in reach because somebody fetched them: who fetches shows in nobody else's answer."""
         allowed = mask.allowed
         if not fetches:
-            hidden = self._pending & ~self._in_reach
-            hidden &= (allowed & ~hidden).any(axis=1, keepdims=True)
-            allowed = allowed & ~hidden
+            has_others = (allowed & ~self._pending).any(axis=1, keepdims=True)
+            allowed = allowed & ~(self._pending & has_others)
         return np.where(allowed, np.where(self._in_reach, 1, ABSENT.value), 0).astype(np.int8)
 
     def settle(self, row: int, mask: ExpertMask, fetches: bool, temperature: float) -> None:
@@ -92,6 +93,8 @@ class Rows:
         same = asked is not None and (asked[0] is mask or np.array_equal(asked[0].allowed, mask.allowed))
         if asked is None or not same or asked[1] != fetches:
             self._tables[row] = self.table(mask, fetches)
+            self._is_open[row] = bool((self._tables[row] == 1).all())
+            self._lacks[row] = bool((self._tables[row] == ABSENT.value).any())
             self._state.masks[row] = torch.from_numpy(self._tables[row]).to(self._state.masks.device)
             self._asked[row] = (mask, fetches)
         if temperature != self._temperatures[row]:
@@ -100,12 +103,12 @@ class Rows:
 
     def is_plain(self, row: int) -> bool:
         """Whether the row has every expert at hand and its routers no temperature."""
-        return self._temperatures[row] == 1.0 and bool((self._tables[row] == 1).all())
+        return self._temperatures[row] == 1.0 and self._is_open[row]
 
     def absent(self, rows: Sequence[int], chosen: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_] | None:
         """Which of the picks chosen [L, B, K] of these rows (ids ≥ E: none) a step went without because they are not in
         reach; None where that cannot be."""
-        if not any((self._tables[row] == ABSENT.value).any() for row in rows):
+        if not any(self._lacks[row] for row in rows):
             return None
         num_layers, num_experts = self._in_reach.shape
         beyond = np.concatenate([self._in_reach, np.ones((num_layers, 1), dtype=np.bool_)], axis=1)

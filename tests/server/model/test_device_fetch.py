@@ -256,6 +256,20 @@ def test_of_what_comes_to_the_store_only_the_damaged_is_missing(small_store, run
     assert torch.allclose(both[0], both[1], rtol=1e-4, atol=1e-4)
 
 
+def test_what_came_to_the_store_and_has_no_room_is_there_for_rows_that_fetch_alone(small_store, runners):
+    first = ExpertMask.same_in_every_layer(range(5), LAYERS, EXPERTS)
+    room = LAYERS * (5 + TOP_K) * Store.open(small_store).manifest.layers[0].span_bytes
+    device, whole = (runners(small_store, kind, **options) for kind, options in (
+        ("device", {"mask": first, "host_memory_bytes": room}), ("host", {})
+    ))  # fmt: skip
+    alone = greedy(device, [PROMPT], 6, masks=[None], fetching=[False])[0]
+    device.model.routing.set_mask(EVERYTHING)
+    device.adopt()
+    fetched, plain = greedy(device, [PROMPT, PROMPT], 6, masks=[None, None], fetching=[True, False])
+    assert fetched == greedy(whole, [PROMPT], 6, masks=[None])[0]
+    assert plain == alone != fetched
+
+
 def test_a_layer_of_which_nothing_can_be_read_ends_the_start(few_small_store, runners, tmp_path):
     path = Path(shutil.copytree(few_small_store, tmp_path / "store"))
     with Store.open(path) as store:
