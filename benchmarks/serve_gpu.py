@@ -6,6 +6,7 @@ What is measured, in words:
   nothing compiled before, once more with what the first left in Triton's cache, and on the host-driven path.
 - *ready*: seconds from the command to the first 200 of `/health/ready`; *phases*: how long the log said what was done,
   by its times, to 50 ms.
+- *first request*: seconds of the very first one, of 8 tokens.
 - *tokens/s*: generated tokens over the wall time of the requests, prompt included: one greedy request, one sampled
   (temperature 0.8, top-p 0.95), four greedy ones at once.
 - *ms between tokens*: median time between the events of a stream as its client sees them, greedy and sampled;
@@ -122,7 +123,9 @@ def serve_quarter(store: Path, shape: Shape, num_tokens: int, path: str, triton_
         ready = time.time()
         memory = PeakMemory()
         memory.start()
+        asked = time.perf_counter()
         _generate(8)
+        first_seconds = time.perf_counter() - asked
         rates: dict[str, float] = {}
         streams: dict[str, dict[str, float]] = {}
         for name, options_, many in (
@@ -147,6 +150,7 @@ def serve_quarter(store: Path, shape: Shape, num_tokens: int, path: str, triton_
     return {
         "decode_path": info["decode_path"],
         "ready_seconds": ready - started,
+        "first_request_seconds": first_seconds,
         "phases": phases(log, started, ready),
         "tokens_per_second": rates,
         "streams": streams,
@@ -219,6 +223,7 @@ def main() -> None:
         servings[name] = serve_quarter(store, shape, arguments.num_tokens, path, cache)
     rows = [
         ["seconds until ready", *(one["ready_seconds"] for one in servings.values())],
+        ["seconds of the first request", *(one["first_request_seconds"] for one in servings.values())],
         *(
             [f"tokens/s, {kind}", *(one["tokens_per_second"][kind] for one in servings.values())]
             for kind in ("one greedy", "one sampled", "four greedy")
