@@ -40,8 +40,8 @@ from benchmarks.reporting import environment, finish, table
 from expert_store.paging.pages import DevicePages, PagesShape, Policy
 from server.model.device.compiling import in_parallel
 from server.model.device.graph import StepGraph
-from server.model.device.state import RowState
 from server.model.device.options import StepOptions
+from server.model.device.state import RowState
 from server.model.device.step import STAGES, DecodeStep
 from server.model.device.weights import DecodeShape, TrunkWeights, random_trunk
 

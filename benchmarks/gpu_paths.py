@@ -108,7 +108,8 @@ def runners(shape: DecodeShape) -> dict[str, Any]:
     return {
         "layers": layers, "slots": num_slots, "host_driven_ms": host_ms, "device_driven_ms": device_ms,
         "host_over_device": host_ms / device_ms, "host_hit_rate": host_hits, "device_hit_rate": device.pages.hit_rate(),
-        "compile_and_capture_seconds": capture_seconds, "captured_batches": sorted(key[0] for key in device.graphs.steps),
+        "compile_and_capture_seconds": capture_seconds,
+        "captured_batches": sorted(key[0] for key in device.graphs.steps),
     }  # fmt: skip
 
 

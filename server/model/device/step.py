@@ -15,9 +15,8 @@ from torch import Tensor
 
 from expert_store.paging.kernels import LFU, LRU
 from expert_store.paging.pages import DevicePages
-from server.model.device.kernels import attention, experts, prefetch, routing, trunk
+from server.model.device.kernels import attention, experts, routing, trunk
 from server.model.device.options import StepOptions, divisor, pow2
-from server.model.device.prefetch import Prefetch
 from server.model.device.products import Products
 from server.model.device.router_kind import switches
 from server.model.device.state import Report, RowState
@@ -46,13 +45,9 @@ class DecodeStep:
         state: RowState,
         batch: int,
         options: StepOptions | None = None,
-        *,
-        ahead: Prefetch | None = None,
     ) -> None:
         self.shape, self.weights, self.pages, self.state, self.batch = shape, weights, pages, state, batch
         self.options = options or StepOptions()
-        able = batch == 1 and pages.shape.paged and shape.num_layers > 1 and not shape.dense_layers
-        self._ahead = ahead if able else None
         self._products = Products(shape, batch, self.options)
         self._run, self._dense = self._products.run, self._products.dense
         device = weights.embedding.device
@@ -117,13 +112,9 @@ class DecodeStep:
                 self._dense_layer(layer)
                 continue
             self._route(layer)
-            if self._ahead is not None:
-                self._ahead.fork()
             self._shared(layer)
             self._experts(layer)
         self._head()
-        if self._ahead is not None:
-            self._ahead.join()
 
     def _embed(self) -> None:
         shape, weights = self.shape, self.weights
@@ -228,24 +219,17 @@ class DecodeStep:
         fetchers = tuning.fetchers if pages.shape.paged else 0
         rows = tuning.up_rows if one else tuning.expert_rows
         slots = pages.slots
-        ahead = self._ahead
-        down_fetches = one and tuning.down_fetches and ahead is None
-        words = pages.stats if ahead is None else ahead.guess  # a pointer that nothing follows, without `ahead`
+        down_fetches = one and tuning.down_fetches
         self._run(
             "gate_up", experts.gate_up, (fetchers + distinct * triton.cdiv(shape.intermediate, rows),),
             self.normed, slots, pages.header, pages.target, pages.source, pages.count, pages.pairs, self.act,
-            words, *((words, words, words, pages.header) if ahead is None else (
-                ahead.state, ahead.progress, ahead.idle, ahead.fetched)),
-            pages.step, pages.host_offset, 0 if ahead is None else ahead.lanes_at, self._moe_layer[layer],
             K=shape.top_k, H=shape.hidden, HP=pow2(shape.hidden), I=shape.intermediate, BP=max(16, pow2(batch)),
             BI=rows,
             BK=divisor(shape.hidden, tuning.expert_columns), STRIDE=pages.pairs.shape[1], FETCHERS=fetchers,
             COPY=tuning.copy_elements, ONE=one,
-            DOWN=not down_fetches, AHEAD=ahead is not None, E=shape.num_experts, L=shape.num_moe_layers,
+            DOWN=not down_fetches,
             num_warps=tuning.up_warps, num_stages=tuning.expert_stages,
         )  # fmt: skip
-        if ahead is not None and layer + 1 < shape.num_layers:
-            self._fetch_ahead(ahead, layer)
         mlp = self.weights.layers[layer].mlp
         switch = None if mlp is None else mlp.switch
         kind = 0 if mlp is None else 1 if switch is None else 2
@@ -276,30 +260,6 @@ class DecodeStep:
             shape.eps,
             K=shape.top_k, H=shape.hidden, HP=pow2(shape.hidden), SHARED=kind, NORM=True, num_warps=8,
         )  # fmt: skip
-
-    def _fetch_ahead(self, ahead: Prefetch, layer: int) -> None:
-        """Beside what follows the router of `layer`; here, after `gate_up`, only for the CPU's one stream."""
-        shape, pages, state, layers = self.shape, self.pages, self.state, self.weights.layers
-        forced = ahead.forced if ahead.forced is not None else self.log_ids
-        args = (
-            self.normed, _gate(layers[layer + 1]), _gate(layers[min(layer + 2, shape.num_layers - 1)]), self.rows,
-            state.masks, forced, ahead.scores, ahead.flags, ahead.guess, ahead.state, ahead.progress, ahead.idle,
-            pages.step, pages.page_table, pages.host_offset, pages.slots, ahead.lanes_at, layer, forced.shape[0],
-            ahead.most_tiles,
-        )  # fmt: skip
-        constants = {
-            "K": shape.top_k, "KP": pow2(shape.top_k), "E": shape.num_experts, "EP": max(128, pow2(shape.num_experts)),
-            "H": shape.hidden, "HP": pow2(shape.hidden), "I": shape.intermediate, "L": shape.num_layers,
-            "BI": ahead.tile_rows, "BE": 4, "COPY": self.options.tuning.copy_elements // 2,
-            "PROGRAMS": ahead.num_programs, "MASKED": self.options.masked, "FORCED": ahead.forced is not None,
-            "SLEEP": self.normed.is_cuda, "THREADS": 4 * THREADS, "PDL": False, "num_warps": 4,
-        }  # fmt: skip
-        grid = (ahead.num_programs,)
-        if self._products.compiles:
-            prefetch.fetch_ahead.warmup(*args, grid=grid, **constants)
-            return
-        with ahead.beside():
-            prefetch.fetch_ahead[grid](*args, **constants)
 
     def _head(self) -> None:
         shape, weights, many = self.shape, self.weights, self.batch > 1

@@ -15,7 +15,6 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expert_store.paging.kernels import FETCHED, copy_span
-from server.model.device.kernels.prefetch import DISTANCES, LAYERS_ALIVE, guessed_expert, staged_at
 from server.model.device.kernels.trunk import normalise, silu_mul
 
 
@@ -62,19 +61,17 @@ def _gate_up_many(
     tl.store(act + pair[None, :] * I + rows[:, None], out, mask=w_mask & x_mask)
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit
 def gate_up(
     normed, anchor, header, target, source, count, pairs, act,
-    guess, state, progress, idle, fetched, step_at, host_offset, lanes_at, layer,
     K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr, BP: tl.constexpr, BI: tl.constexpr,
     BK: tl.constexpr, STRIDE: tl.constexpr, FETCHERS: tl.constexpr, COPY: tl.constexpr, ONE: tl.constexpr,
-    DOWN: tl.constexpr, AHEAD: tl.constexpr, E: tl.constexpr, L: tl.constexpr, PDL: tl.constexpr,
+    DOWN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """act [B * K, I] = silu(gate) * up of each pick; missing spans are copied to their slots on the way.
 
     Grid (FETCHERS + distinct experts at most * ceil(I / BI),). ONE: a single token, products without tensor cores;
-    DOWN: fetch the down projections too (else `down_one` does); AHEAD: tiles that `prefetch.fetch_ahead` has put into
-    a lane come from there, and it is told that the layer is decided and when its fetches have ended.
+    DOWN: fetch the down projections too (else `down_one` does).
     """
     if PDL:
         gdc_wait()
@@ -83,17 +80,7 @@ def gate_up(
     program = tl.program_id(0)
     num_distinct = tl.load(header)
     num_miss = tl.load(header + 1)
-    if AHEAD:
-        now = tl.load(step_at).to(tl.int64) * L + layer
-        if program == 0:
-            tl.atomic_max(progress, now, sem="relaxed")
     if program < FETCHERS:
-        if AHEAD:
-            lane = (layer % LAYERS_ALIVE) * DISTANCES
-            near = guessed_expert(guess, lane, now)
-            far = guessed_expert(guess, lane + 1, now)
-            near_home = tl.load(host_offset + layer * E + near, mask=near >= 0, other=0)
-            far_home = tl.load(host_offset + layer * E + far, mask=far >= 0, other=0)
         for unit in range(program, num_miss * TILES, FETCHERS):
             expert = unit // TILES
             tile = unit % TILES
@@ -101,12 +88,6 @@ def gate_up(
             slot = tl.multiple_of(tl.load(target + expert), 8)
             num_rows = tl.minimum(BI, I - tile * BI)
             first = tile * BI * H
-            if AHEAD:
-                guessed = tl.where(origin == near_home, lane, tl.where(origin == far_home, lane + 1, -1))
-                staged = False
-                if guessed >= 0:
-                    staged = staged_at(state, guessed, tile, now, TILES)
-                origin = tl.multiple_of(tl.where(staged, lanes_at + guessed * (2 * I * H), origin), 8)
             copy_span(anchor, origin + first, slot + first, num_rows * H, COPY)
             copy_span(anchor, origin + first + I * H, slot + first + I * H, num_rows * H, COPY)
             tl.debug_barrier()
@@ -122,11 +103,6 @@ def gate_up(
             origin = tl.multiple_of(tl.load(source + expert), 8)
             slot = tl.multiple_of(tl.load(target + expert), 8)
             copy_span(anchor, origin + first, slot + first, size, COPY)
-        if AHEAD:
-            tl.debug_barrier()
-            if tl.atomic_add(fetched, 1, sem="relaxed") == FETCHERS - 1:
-                tl.store(fetched, 0)
-                tl.atomic_max(idle, now, sem="relaxed")
     else:
         expert = (program - FETCHERS) // TILES + num_miss
         tile = (program - FETCHERS) % TILES
