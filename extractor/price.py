@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,12 +38,15 @@ class ExpectedLoss:
         nats: change of loss, nats a token; never negative.
         low, high: of the cheapest and the dearest domain that it may be; equal to `nats` where the domain is known.
         is_measured: whether calibration measured deficits as large; past them a cost is a guess, and mostly too low.
+        basis: by what it goes: the curve of the text's own "domain", those of the domains that its "routing" is like,
+            or the one through "all" measurements.
     """
 
     nats: float
     low: float
     high: float
     is_measured: bool = True
+    basis: Literal["domain", "routing", "all"] = "all"
 
     @property
     def ratio(self) -> float:
@@ -136,14 +139,15 @@ class Price:
         share = float(np.mean(deficit))
         own = None if domain is None else self.curves.get(domain)
         if own is not None:
-            return ExpectedLoss(own(share), own(share), own(share), share <= own.last_deficit)
+            return ExpectedLoss(own(share), own(share), own(share), share <= own.last_deficit, "domain")
         weights = {name: weight for name, weight in (likeness or {}).items() if weight > 0 and name in self.curves}
         if weights:
             nats = sum(weight * self.curves[name](share) for name, weight in weights.items()) / sum(weights.values())
         else:
             nats = self.overall(share)
         values = [nats, *(curve(share) for curve in self.curves.values())]
-        return ExpectedLoss(nats, min(values), max(values), share <= self.overall.last_deficit)
+        basis: Literal["routing", "all"] = "routing" if weights else "all"
+        return ExpectedLoss(nats, min(values), max(values), share <= self.overall.last_deficit, basis)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-ready data, rounded; plans and manifests carry it."""

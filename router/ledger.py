@@ -72,6 +72,10 @@ class StepRecord:
             return self.served_index[:, tokens], self.served_weight[:, tokens]
         return self.demand_index[:, tokens], self.demand_weight[:, tokens]
 
+    def demand_mass_of(self, tokens: slice, num_experts: int) -> npt.NDArray[np.float64]:
+        """Router mass [L, E] that some of the tokens wanted of each expert."""
+        return _sums(*self.demand_of(tokens), num_experts)
+
 
 class UsageLedger:
     """Counts and router mass per (layer, expert).
@@ -99,6 +103,11 @@ class UsageLedger:
         self.top1_missing = np.zeros(num_layers, dtype=np.int64)
         self.num_tokens = 0
         self.top1_missing_tokens = 0
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return int(self.served_count.shape[1])
 
     @property
     def deficit_per_layer(self) -> npt.NDArray[np.float64]:
@@ -209,10 +218,15 @@ def _accumulate(
     weight: npt.NDArray[np.float32],
 ) -> None:
     """Add picks index [L, T, K] with gate weights [L, T, K] to count and mass [L, E]; sentinel picks fall away."""
-    num_layers, num_experts = count.shape
-    stride = num_experts + 1
+    num_experts = count.shape[1]
+    count += _sums(index, None, num_experts)
+    mass += _sums(index, weight, num_experts)
+
+
+def _sums(index: npt.NDArray[np.int64], weight: npt.NDArray[np.float32] | None, num_experts: int) -> npt.NDArray[Any]:
+    """[L, E]: the sum over picks index [L, T, K] of their weights, float64, or without weights their number, int64."""
+    num_layers, stride = index.shape[0], num_experts + 1
     offsets = (np.arange(num_layers, dtype=np.int64) * stride)[:, None, None]
     flat = (np.minimum(index, num_experts) + offsets).ravel()
-    length = num_layers * stride
-    count += np.bincount(flat, minlength=length).reshape(num_layers, stride)[:, :num_experts]
-    mass += np.bincount(flat, weights=weight.ravel(), minlength=length).reshape(num_layers, stride)[:, :num_experts]
+    sums = np.bincount(flat, weights=None if weight is None else weight.ravel(), minlength=num_layers * stride)
+    return sums.reshape(num_layers, stride)[:, :num_experts]

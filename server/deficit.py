@@ -27,10 +27,20 @@ def expected_nats(event: FinishedEvent, model: LoadedModel, request: GenerationR
     return None if found is None else float(found["nats"])
 
 
-def _expected_loss(deficit: Deficit, model: LoadedModel, request: GenerationRequest) -> dict[str, float] | None:
-    """A profile that is called as a calibrated kind of text is taken to be that kind's."""
+def _expected_loss(deficit: Deficit, model: LoadedModel, request: GenerationRequest) -> dict[str, Any] | None:
+    """A profile that is called as a calibrated kind of text is taken to be that kind's; else what the request's tokens
+    wanted says which kinds it is like, where the server knows what those want.
+    """
     if model.price is None:
         return None
     _, profile = masking_label(request.masking)
-    loss = model.price.expected_loss(deficit.overall, profile or None)
-    return {"nats": loss.nats, "low": loss.low, "high": loss.high, "perplexity_ratio": loss.ratio}
+    prior = None if model.masks is None else model.masks.prior
+    kinds = None if prior is None or deficit.demand is None else prior.kinds(deficit.demand)
+    loss = model.price.expected_loss(deficit.overall, profile or None, kinds)
+    return {
+        "nats": loss.nats,
+        "low": loss.low,
+        "high": loss.high,
+        "perplexity_ratio": loss.ratio,
+        "basis": loss.basis,
+    }

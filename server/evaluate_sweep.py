@@ -103,7 +103,6 @@ EXPECTATIONS = {
     "r_squared_by_routing": "expected_by_routing",
     "r_squared_of_new_kind": "expected_of_new_kind",
 }
-LIKENESS_SHARPNESS = 5.0
 
 
 @dataclass(frozen=True)
@@ -149,8 +148,7 @@ def check_price(
             assert price is not None
             likeness: dict[str, float] = {}
             if result.demand is not None:
-                fits = prior.likeness(result.demand, LIKENESS_SHARPNESS)
-                likeness = dict(zip(statistics.domains, fits.tolist(), strict=True))
+                likeness = prior.kinds(result.demand)
             others = {name: weight for name, weight in likeness.items() if name != domain}
             expected = {
                 "expected": price.expected_loss(result.deficit, domain),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, Field
 
 
@@ -12,6 +14,10 @@ class ExpectedLossDetails(BaseModel):
     low: float
     high: float
     perplexity_ratio: float
+    basis: Literal["domain", "routing", "all"] = Field(
+        description="what it goes by: the calibrated kind of text that the profile is called as, the kinds that the "
+        "text's routing is like, or one curve through all measurements"
+    )
 
 
 class DeficitDetails(BaseModel):

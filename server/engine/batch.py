@@ -204,7 +204,9 @@ class Batch:
         for at, sequence in enumerate(sequences):
             tokens = slice(at * tokens_per_row, (at + 1) * tokens_per_row)
             missing = None if top1_missing is None else top1_missing[:, tokens]
-            sequence.add_share(tokens_per_row, output.share.demanded[at], output.share.missed[at], missing)
+            may_miss = missing is not None or sequence.request.masking is not None
+            demand = record.demand_mass_of(tokens, self._ledger.num_experts) if may_miss else None
+            sequence.add_share(tokens_per_row, output.share.demanded[at], output.share.missed[at], missing, demand)
             try:
                 self._masks.observe(sequence, record, tokens, output.share.missed[at])
             except ExpertMissingError as error:

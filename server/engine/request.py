@@ -175,6 +175,7 @@ class Deficit:
         num_tokens: tokens routed, prompt included.
         top1_missing_tokens: tokens that did without the expert they wanted most in any layer.
         top1_missing_per_layer: tokens that did so in each layer.
+        demand: float64 [L, E], router mass that its tokens wanted of each expert; None where nothing was masked.
     """
 
     overall: float
@@ -182,6 +183,7 @@ class Deficit:
     num_tokens: int = 0
     top1_missing_tokens: int = 0
     top1_missing_per_layer: tuple[int, ...] = ()
+    demand: npt.NDArray[np.float64] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ class Sequence:
         num_prefilled: prompt tokens already in the row.
         generated: token ids so far.
         demanded, missed: router mass over its tokens, float64 [L].
+        demand: router mass that its tokens wanted of each expert, float64 [L, E]; None while nothing was masked.
         top1_missing: tokens that did without their most wanted expert, int64 [L]; top1_missing_tokens: in any layer.
         num_routed: tokens whose routing these sums hold.
         is_heard: whether the client still takes events; one whose `on_event` raised is told nothing more.
@@ -55,6 +56,7 @@ class Sequence:
     prefill_logprobs: list[Logprob] = field(default_factory=list)
     demanded: npt.NDArray[np.float64] | None = None
     missed: npt.NDArray[np.float64] | None = None
+    demand: npt.NDArray[np.float64] | None = None
     top1_missing: npt.NDArray[np.int64] | None = None
     top1_missing_tokens: int = 0
     num_routed: int = 0
@@ -114,8 +116,15 @@ class Sequence:
         demanded: npt.NDArray[np.float64],
         missed: npt.NDArray[np.float64],
         top1_missing: npt.NDArray[np.bool_] | None,
+        demand: npt.NDArray[np.float64] | None = None,
     ) -> None:
-        """Add a step over `num_tokens` of its tokens: router mass, [L] each, and `StepRecord.top1_missing` [L, T]."""
+        """Add a step over `num_tokens` of its tokens.
+
+        Args:
+            demanded, missed: router mass, [L] each.
+            top1_missing: `StepRecord.top1_missing` [L, T]; demand: `StepRecord.demand_mass_of` them [L, E]; None where
+                nothing was or will be masked.
+        """
         self.num_routed += num_tokens
         self.demanded = demanded if self.demanded is None else self.demanded + demanded
         self.missed = missed if self.missed is None else self.missed + missed
@@ -123,6 +132,8 @@ class Sequence:
             per_layer = top1_missing.sum(axis=1, dtype=np.int64)
             self.top1_missing = per_layer if self.top1_missing is None else self.top1_missing + per_layer
             self.top1_missing_tokens += int(top1_missing.any(axis=0).sum())
+        if demand is not None:
+            self.demand = demand if self.demand is None else self.demand + demand
 
     def deficit(self) -> Deficit:
         """Missing share of the router mass that the sequence's tokens demanded so far."""
@@ -137,6 +148,7 @@ class Sequence:
             num_tokens=self.num_routed,
             top1_missing_tokens=self.top1_missing_tokens,
             top1_missing_per_layer=tuple(missing.tolist()),
+            demand=self.demand,
         )
 
     def timing(self) -> Timing:

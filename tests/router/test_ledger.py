@@ -54,6 +54,12 @@ def test_a_file_of_version_1_is_read_and_has_counted_no_missing_top1(tmp_path: P
     assert read.to_json()["version"] == 2
 
 
+def test_what_some_tokens_wanted_of_each_expert_is_told() -> None:
+    assert masked_record().demand_mass_of(slice(0, 1), NUM_EXPERTS).tolist() == [[0.75, 0.25, 0, 0], [0, 0, 0.75, 0.25]]
+    unmasked = StepRecord(np.array([[[3, 0], [3, 4]]]), np.full((1, 2, 2), 0.5, dtype=np.float32))
+    assert unmasked.demand_mass_of(slice(1, 2), NUM_EXPERTS).tolist() == [[0, 0, 0, 0.5]]
+
+
 def test_without_a_mask_demand_is_what_was_served() -> None:
     ledger = UsageLedger(1, NUM_EXPERTS, "f")
     ledger.add(StepRecord(np.array([[[3, 0], [3, 1]]]), np.full((1, 2, 2), 0.5, dtype=np.float32)))

@@ -72,7 +72,7 @@ def test_the_prior_adds_what_the_kind_of_text_usually_wants() -> None:
     shares = np.zeros((2, L, E))
     shares[0, :, [0, 1, 2]] = 1 / 3
     shares[1, :, [3, 4, 5]] = 1 / 3
-    pool = PromptPool(3, L, E, UsagePrior(shares))
+    pool = PromptPool(3, L, E, UsagePrior(shares, ["a", "b"]))
     pool.see(*picks(4, 4))
     assert allowed(pool.choose()) == {3, 4, 5}
 
@@ -83,6 +83,18 @@ def test_the_prior_of_statistics_recognises_its_domains() -> None:
     for domain in statistics.domains:
         seen = statistics.demand_shares(domain) * 50
         assert np.allclose(prior.shares(seen, 20.0), statistics.demand_shares(domain), atol=0.01)
+
+
+def test_the_prior_tells_which_kind_a_text_is_like() -> None:
+    statistics = make_statistics()
+    prior = UsagePrior.of(statistics)
+    for domain in statistics.domains:
+        kinds = prior.kinds(statistics.demand_shares(domain) * 50)
+        assert list(kinds) == list(statistics.domains)
+        assert max(kinds, key=kinds.__getitem__) == domain
+        assert sum(kinds.values()) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="2 names for the shares of 1 domains"):
+        UsagePrior(np.ones((1, L, E)), ["code", "prose"])
 
 
 def test_the_prompt_runs_whole_and_the_pool_follows_the_text() -> None:

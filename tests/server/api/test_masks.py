@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from extractor.statistics import ExpertStatistics, PricePoint
 from extractor.statistics_file import write_statistics
 from server.api.deficit_schemas import DeficitDetails
 from server.api.status_schemas import ProfilesResponse
+from server.deficit import deficit_payload
+from server.engine.request import Deficit, GenerationRequest
 from server.loading import load
 from server.profiles import FixedMasking, PoolMasking, ProfileError
 from server.settings_load import load_settings
+from server.usage_prior import UsagePrior
 from tests.server.api.running import Running, events_of, running, wait_until
-from tests.server.api.scripted import PRICE, ScriptedEngine, loaded
+from tests.server.api.scripted import EXPERTS, LAYERS, PRICE, ScriptedEngine, loaded
 
 DEFICIT = {
     "overall": 0.125,
@@ -164,9 +168,27 @@ def test_every_answer_says_what_it_did_without_and_what_that_costs(client: httpx
     assert [loss["low"], loss["high"]] == pytest.approx([0.1, 0.3])
     assert loss["nats"] == pytest.approx(nats_of_unknown_text())
     assert loss["perplexity_ratio"] == pytest.approx(np.exp(loss["nats"]))
+    assert loss["basis"] == "all"
     last = events_of(generate(client, stream=True, profile="code").text)[-1]
     loss = last["details"]["deficit"]["expected_loss"]
     assert [loss["nats"], loss["low"], loss["high"]] == pytest.approx([0.1, 0.1, 0.1]), "the profile's own kind of text"
+    assert loss["basis"] == "domain"
+
+
+def test_text_that_routes_like_a_kind_is_priced_as_that_kind(client: httpx.Client, server: Running) -> None:
+    shares = np.full((2, LAYERS, EXPERTS), 1e-6)
+    shares[0, :, 0] = shares[1, :, 1] = 1.0
+    wanted = np.zeros((LAYERS, EXPERTS))
+    wanted[:, 1] = 1.0
+    model = server.service.loaded
+    assert model is not None
+    assert model.masks is not None
+    masks = replace(model.masks, prior=UsagePrior(shares, ["code", "prose"]))
+    deficit = Deficit(0.125, (0.125,) * LAYERS, demand=wanted)
+    request = GenerationRequest("one", (1,))
+    loss = deficit_payload(deficit, replace(model, masks=masks), request)["expected_loss"]
+    assert loss["basis"] == "routing"
+    assert loss["nats"] == pytest.approx(0.3, rel=0.01), "prose costs 0.3, code 0.1"
 
 
 def test_openai_answers_carry_the_price_where_they_end(server: Running) -> None:

@@ -52,6 +52,17 @@ def model_of(store: Path, num_slots: int = 12) -> SelectiveModel:
     return model
 
 
+def test_a_masked_request_tells_what_its_tokens_wanted_and_an_unmasked_one_nothing(
+    make_engine: Callable[..., Engine], few: Path
+) -> None:
+    assert Client(make_engine(), TEXT, max_new_tokens=8).result().deficit.demand is None
+    deficit = Client(make_engine(store_path=few), TEXT, max_new_tokens=8).result().deficit
+    assert deficit.demand is not None
+    assert deficit.demand.shape == (8, 64)
+    missing = deficit.demand[:, NUM_KEPT:].sum()
+    assert missing / deficit.demand.sum() == pytest.approx(deficit.overall, rel=1e-4), "the store has the first 16"
+
+
 def test_what_is_fetched_makes_the_whole_model_bit_for_bit(few: Path, tiny_store: Path) -> None:
     everything = ExpertMask(np.ones((8, 64), dtype=np.bool_))
     partial, whole = model_of(few), model_of(tiny_store)
