@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from router.ledger import StepRecord
@@ -46,8 +47,14 @@ def chosen_tokens(report: Report, draw: TokenDraw | None, num: int) -> Chosen:
     return Chosen(token.numpy().astype(np.int64), logit.numpy().astype(np.float32), normaliser)
 
 
-def routing_of(report: Report, num: int, masked: bool) -> tuple[StepRecord, RowShare]:
-    """The routing of a step's first `num` entries."""
+def routing_of(
+    report: Report, num: int, masked: bool, hidden: npt.NDArray[np.bool_] | None = None
+) -> tuple[StepRecord, RowShare]:
+    """The routing of a step's first `num` entries.
+
+    What was wanted and not served counts as missed. `hidden` [L, B, E], where given, says what rows could not have, and
+    only that counts: under a mask a router of groups may leave a wanted expert that is there for another group's.
+    """
     served = report.ids[:, :num].numpy().astype(np.int64)
     weight = report.weights[:, :num].numpy().copy()
     if not masked:
@@ -56,6 +63,8 @@ def routing_of(report: Report, num: int, masked: bool) -> tuple[StepRecord, RowS
     demand = report.demand[:, :num].numpy().astype(np.int64)
     mass = report.mass[:, :num].numpy().copy()
     given = (demand[..., None] == served[..., None, :]).any(axis=-1)
+    if hidden is not None:
+        given |= ~np.take_along_axis(hidden, np.minimum(demand, hidden.shape[-1] - 1), axis=-1)
     missed = np.where(given, 0.0, mass).sum(axis=2, dtype=np.float64)
     demanded = mass.sum(axis=2, dtype=np.float64)
     record = StepRecord(served, weight, demand, mass, missed.sum(axis=1))

@@ -105,6 +105,10 @@ class Rows:
         """Whether the row has every expert at hand and its routers no temperature."""
         return self._temperatures[row] == 1.0 and self._is_open[row]
 
+    def hidden(self, rows: Sequence[int]) -> npt.NDArray[np.bool_]:
+        """What these rows may not choose, [L, B, E]."""
+        return np.stack([self._tables[row] == 0 for row in rows], axis=1)
+
     def absent(self, rows: Sequence[int], chosen: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_] | None:
         """Which of the picks chosen [L, B, K] of these rows (ids ≥ E: none) a step went without because they are not in
         reach; None where that cannot be."""

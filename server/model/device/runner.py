@@ -213,7 +213,9 @@ class DeviceRunner(Runner):
             if self._has_everything(report, asked.rows):
                 break
         self.rows.advanced(asked.rows)
-        return StepOutput(graph.step.logits[:num], *routing_of(report, num, masked), chosen_tokens(report, draw, num))
+        in_groups = self.shape.router.groups > 1 and self._bias == 0.0
+        routing = routing_of(report, num, masked, self.rows.hidden(asked.rows) if in_groups else None)
+        return StepOutput(graph.step.logits[:num], *routing, chosen_tokens(report, draw, num))
 
     def _has_everything(self, report: Report, rows: Sequence[int]) -> bool:
         """Whether a step that just ran had every expert that it chose; where not, they are brought and its rows are as

@@ -74,15 +74,14 @@ _PLAIN, _ALL = (1, False, 0.0, "lru"), (1, True, 0.1, "lfu")
 CASES = {
     "tiny": Case(TINY, 6, (_PLAIN, (2, True, 0.0, "lru"))),
     "tiny, few slots": Case(TINY, 3, (_ALL, (5, True, 0.0, "lru"))),
-    "bundled": Case(BUNDLED, 16, (_PLAIN, (1, True, 0.0, "lru"))),
-    "bundled, batches": Case(BUNDLED, 64, tuple((2**n, n % 2 == 0, 0.0, "lru") for n in range(6))),
-    "bundled, half": Case(replace(BUNDLED, dtype=torch.float16), 8, (_ALL, (4, True, 0.1, "lfu"))),
-    "qwen3": Case(QWEN3, 32, (_PLAIN, (1, True, 0.0, "lru"), (8, False, 0.0, "lru"), (32, True, 0.1, "lfu"))),
-    "traced": Case(TRACED, 16, (_PLAIN, (4, True, 0.0, "lru"))),
-    "mixtral": Case(MIXTRAL, 4, (_PLAIN, (1, True, 0.0, "lru"), (8, True, 0.0, "lru"))),
-    "glm4": Case(GLM4, 40, (_PLAIN, (1, True, 0.1, "lru"), (8, True, 0.0, "lru"))),
-    "minimax": Case(MINIMAX, 40, (_PLAIN, (4, True, 0.1, "lru"))),
-    "qwen2": Case(QWEN2, 15, (_PLAIN, (8, True, 0.0, "lru"))),
+    "bundled": Case(BUNDLED, 16, ((1, True, 0.0, "lru"), (32, False, 0.0, "lru"))),
+    "half": Case(replace(BUNDLED, dtype=torch.float16), 8, ((4, True, 0.1, "lfu"),)),
+    "qwen3": Case(QWEN3, 32, (_PLAIN, (8, True, 0.1, "lfu"))),
+    "traced": Case(TRACED, 16, (_PLAIN,)),
+    "mixtral": Case(MIXTRAL, 4, (_PLAIN, (8, True, 0.0, "lru"))),
+    "glm4": Case(GLM4, 40, ((1, True, 0.1, "lru"), (8, False, 0.0, "lru"))),
+    "minimax": Case(MINIMAX, 40, (_PLAIN, (4, True, 0.0, "lru"))),
+    "qwen2": Case(QWEN2, 15, (_PLAIN, (2, False, 0.0, "lru"))),
 }
 
 

@@ -16,20 +16,20 @@ import triton
 from tests.server.model.ahead_of_time import CASES
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-QUICK = ("tiny", "mixtral")
+SMALL = ["tiny", "tiny, few slots", "bundled", "half", "mixtral"]
+LARGE = [name for name in CASES if name not in SMALL]
 
 
 @pytest.mark.skipif(not PTXAS.exists(), reason="this Triton brings no ptxas")
-@pytest.mark.parametrize(
-    ("capability", "case"),
-    [pytest.param(90, case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in CASES]
-    + [pytest.param(80, case, marks=pytest.mark.slow) for case in ("bundled", "glm4")],
-)
-def test_every_kernel_of_the_step_compiles(capability: int, case: str, tmp_path: Path, repository: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "cases"), [(90, SMALL), (90, LARGE), (80, ["bundled"])])
+def test_every_kernel_of_the_step_compiles(
+    capability: int, cases: list[str], tmp_path: Path, repository: Path
+) -> None:  # fmt: skip
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.server.model.ahead_of_time", str(capability), case],
-        cwd=repository, env=environment, capture_output=True, text=True, timeout=900,
+        [sys.executable, "-m", "tests.server.model.ahead_of_time", str(capability), *cases],
+        cwd=repository, env=environment, capture_output=True, text=True, timeout=380,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert done.stdout.count("compiled") == len(CASES[case].steps)
+    assert done.stdout.count("compiled") == sum(len(CASES[case].steps) for case in cases)
