@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +22,7 @@ import torch
 import xxhash
 
 from expert_store.errors import ExpertUnavailableError, ManifestError, ShardCorruptError, StoreError
-from expert_store.integrity import verify_files
+from expert_store.integrity import TrunkCheck, verify_files
 from expert_store.manifest import DeepExpert, LayerSpec, Manifest, read_manifest
 from expert_store.open_shards import OpenShards
 from expert_store.readers import ReaderLock
@@ -71,15 +72,23 @@ class Store:
         self._readers = ReaderLock(path)
         self._source: SourceReader | None = None
         self._excluded: frozenset[tuple[int, int]] = frozenset()  # (layer, index of the deep expert)
+        self._trunk_check: TrunkCheck | None = None
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], max_open_files: int = MAX_OPEN_FILES) -> Store:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        max_open_files: int = MAX_OPEN_FILES,
+        trunk_check: TrunkCheck | None = None,
+    ) -> Store:
         """Open the store at `path` after checking the manifest, all files' sizes and every shard's header.
 
-        At most `max_open_files` shards are kept open. Raises ManifestError or ShardCorruptError.
+        At most `max_open_files` shards are kept open. `trunk_check` is one of this store that was begun already. Raises
+        ManifestError or ShardCorruptError.
         """
         root = Path(path).resolve()
         store = cls(root, read_manifest(root), max_open_files)
+        store._trunk_check = trunk_check
         try:
             store._check_files(store._view)
         except BaseException:
@@ -148,6 +157,36 @@ class Store:
     def trunk_path(self) -> Path:
         """The directory that transformers loads the trunk from."""
         return self.path / "trunk"
+
+    def begin_trunk_check(self) -> TrunkCheck:
+        """The check of the trunk's files against the manifest, begun by the first call; small files are then checked.
+
+        Raises ShardCorruptError for those.
+        """
+        with self._lock:
+            if self._trunk_check is None:
+                self._trunk_check = TrunkCheck(self.path, self._view.manifest)
+            return self._trunk_check
+
+    @contextmanager
+    def checking_trunk(self) -> Iterator[TrunkCheck]:
+        """Checks the trunk beside the block, which loads it, and ends when all of it was found right.
+
+        Raises ShardCorruptError, naming every bad file, also in the place of what loading a bad file raised. The next
+        block then checks anew.
+        """
+        check = self.begin_trunk_check()
+        try:
+            try:
+                yield check
+            except Exception:
+                check.wait()
+                raise
+            check.wait()
+        except ShardCorruptError:
+            with self._lock:
+                self._trunk_check = None
+            raise
 
     def layer_spec(self, layer: int) -> LayerSpec:
         """The span of MoE layer `layer` (0 to L-1)."""

@@ -52,10 +52,15 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
     Raises:
         StoreError, MaskError, SettingsError, TrunkError: what is wrong with the store, the mask or the memory.
     """
-    steps = LoadProgress(load_weights(check_store(settings), settings.model.slots))
+    manifest = check_store(settings)
+    steps = LoadProgress(load_weights(manifest, settings.model.slots))
     if settings.model.decode_path == "host" or settings.model.device == "cpu":
         steps.leave_out(DEVICE_PHASES)
     progress(steps.at(STARTING, 0.0), STARTING)
+    from expert_store.integrity import TrunkCheck
+
+    # begun here, it runs while torch and transformers are imported
+    trunk_check = TrunkCheck(_store_path(settings).resolve(), manifest)
     import transformers
 
     from expert_store.store import Store
@@ -70,7 +75,7 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     progress(steps.at(OPENING, 0.0), OPENING)
-    store = Store.open(_store_path(settings))
+    store = Store.open(_store_path(settings), trunk_check=trunk_check)
     try:
         mask = _mask(settings, store)
         device = resolve_device(settings.model.device)

@@ -190,6 +190,7 @@ def _opened(
         if not (path / MANIFEST_NAME).is_file():
             path = stack.enter_context(_extracted(source, out))
         opened = Store.open(path)
+        opened.begin_trunk_check()  # before the config is believed
         model = load_model(
             opened,
             device=resolve_device(device),

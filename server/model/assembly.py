@@ -25,7 +25,7 @@ from router.mask import ExpertMask
 from server.model.experts import LAYER_ATTRIBUTE, ExpertsLayer
 from server.model.observation import OutputObserver
 from server.model.routing import StepRouting
-from server.model.trunk import TrunkError, context_tokens, is_experts_module, load_trunk
+from server.model.trunk import TrunkError, context_tokens, is_experts_module, load_trunk, trunk_is_checked
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of it done, in [0, 1]."""
@@ -130,6 +130,7 @@ def slot_bytes(store: Store, layer: int, dtype: torch.dtype) -> int:
     return sum(torch.Size(tensor.shape).numel() * dtype.itemsize for tensor in store.manifest.layers[layer].tensors)
 
 
+@trunk_is_checked
 def load_model(
     store: Store,
     *,
@@ -155,7 +156,8 @@ def load_model(
         progress: told of each phase.
 
     Raises:
-        StoreError, TrunkError, MaskError: see there. SlotsError: memory that does not suffice.
+        ShardCorruptError: a file of the trunk is not what was extracted. StoreError, TrunkError, MaskError: see there.
+        SlotsError: memory that does not suffice.
     """
     available = ExpertMask.of(store.available)
     mask = available if mask is None else available & mask

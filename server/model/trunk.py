@@ -2,7 +2,8 @@
 
 The model class is subclassed so that, right after its constructor (on the meta device), every experts module gives up
 its parameters; `from_pretrained` then reads only the trunk's tensors. Source: `transformers/modeling_utils.py`,
-`integrations/moe.py`. A checkpoint's own code is never run.
+`integrations/moe.py`. A checkpoint's own code is never run. Invariant: what `trunk_is_checked` loads is served only if
+every file of the trunk is what was extracted.
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from expert_store.store import Store
 from extractor.text_model import read_config, text_model
 from server.model.experts import IMPLEMENTATION
 
+Arguments = ParamSpec("Arguments")
+Loaded = TypeVar("Loaded")
 LOADING_BAR = "Loading weights"  # how transformers' loop over the tensors calls its bar
 
 
@@ -72,6 +77,31 @@ def load_trunk(
         )
     trunk: PreTrainedModel = model.to(device).eval()
     return trunk
+
+
+def trunk_is_checked(
+    load: Callable[Concatenate[Store, Arguments], Loaded],
+) -> Callable[Concatenate[Store, Arguments], Loaded]:
+    """`load` with the files of its store's trunk compared with the manifest meanwhile, by threads beside it.
+
+    What is found bad is raised as a ShardCorruptError when `load` next tells its `progress`, at its end at the latest,
+    and in the place of what `load` raised.
+    """
+
+    @wraps(load)
+    def checked(store: Store, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Loaded:
+        with store.checking_trunk() as check:
+            tell: Any = kwargs.get("progress")
+
+            def report(phase: str, share: float) -> None:
+                check.poll()  # bad weights are told before all experts are read
+                if tell is not None:
+                    tell(phase, share)
+
+            kwargs["progress"] = report
+            return load(store, *args, **kwargs)
+
+    return checked
 
 
 def trunk_skeleton(path: Path) -> PreTrainedModel:

@@ -1,5 +1,6 @@
 """Reading a store: the right bytes or an error, from any number of threads, while it grows."""
 
+import hashlib
 import os
 import random
 import threading
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from expert_store import integrity
 from expert_store.errors import ExpertUnavailableError, ManifestError, ShardCorruptError
 from expert_store.manifest import Manifest, Source, write_manifest
+from expert_store.records import TrunkFile
 from expert_store.shard import shard_name
 from expert_store.store import Store
 from tests.expert_store.hand_made import COLUMNS, add_shard, grow_store, span, write_store
@@ -246,6 +249,43 @@ def test_verify_names_every_bad_file(tmp_path: Path, manifest: Manifest) -> None
         flip(tmp_path / "trunk/config.json", 1)
         with pytest.raises(ShardCorruptError, match=r"(?s)deep-00000.*trunk/config.json"):
             store.verify()
+
+
+@pytest.mark.parametrize("small_bytes", [0, 1 << 20])
+def test_a_trunk_that_was_altered_is_named_in_the_place_of_what_loading_it_raised(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, small_bytes: int
+) -> None:
+    monkeypatch.setattr(integrity, "SMALL_BYTES", small_bytes)
+    config = tmp_path / "trunk/config.json"
+    told = r"trunk/config.json: sha256 is \w{64}, the manifest says \w{64}.*extract into an empty.*deepfew verify"
+    with Store.open(tmp_path) as store:
+        with store.checking_trunk() as check:
+            pass
+        check.wait()
+    with Store.open(tmp_path) as store:
+        flip(config, 1)
+        with pytest.raises(ShardCorruptError, match=told), store.checking_trunk():
+            raise ValueError("the config is no JSON")
+        flip(config, 1)
+        with pytest.raises(ValueError, match="of another kind"), store.checking_trunk():
+            raise ValueError("of another kind")
+
+
+def test_every_large_file_of_a_trunk_is_read_and_every_bad_one_named(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(integrity, "SMALL_BYTES", 0)
+    content = b"weights"
+    files = []
+    for number in range(9):
+        (tmp_path / f"trunk/{number}.bin").write_bytes(content)
+        files.append(TrunkFile(f"trunk/{number}.bin", len(content), hashlib.sha256(content).hexdigest()))
+    whole = replace(manifest, trunk=(*manifest.trunk, *files))
+    integrity.TrunkCheck(tmp_path, whole).wait()
+    flip(tmp_path / "trunk/3.bin", 2)
+    flip(tmp_path / "trunk/8.bin", 6)
+    with pytest.raises(ShardCorruptError, match=r"(?s)^[^\n]*3.bin: sha256[^\n]*\n[^\n]*8.bin: sha256[^\n]*$"):
+        integrity.TrunkCheck(tmp_path, whole).wait()
 
 
 def test_verify_tells_span_hashes_that_are_wrong(tmp_path: Path, manifest: Manifest) -> None:

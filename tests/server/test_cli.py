@@ -351,6 +351,20 @@ def test_sigterm_while_loading_exits_0(store: Path, tmp_path: Path) -> None:
         found.process.wait()
 
 
+def test_trunk_that_was_altered_ends_the_server_with_one_message(store: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(store, tmp_path / "altered")
+    (weights,) = (path / "trunk").glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    found = deepfew("serve", str(path), "--port", "0", "--log-level", "error")
+    assert found.returncode == 2
+    (record,) = [json.loads(line) for line in found.stderr.splitlines()]
+    assert f"{weights}: sha256 is" in record["message"]
+    assert "extract into an empty directory" in record["message"]
+    assert "exception" not in record
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -36,7 +36,7 @@ from server.model.device.weights import DecodeShape, TrunkWeights
 from server.model.experts import LAYER_ATTRIBUTE
 from server.model.observation import OutputObserver
 from server.model.routing import StepRouting
-from server.model.trunk import context_tokens, load_trunk, trunk_skeleton
+from server.model.trunk import context_tokens, load_trunk, trunk_is_checked, trunk_skeleton
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str, float], None]
@@ -61,6 +61,7 @@ class StreamLayer:
         return self._stream.forward(self._layer, hidden, index, weights, self.observer)
 
 
+@trunk_is_checked
 def load_device_runner(
     store: Store,
     *,
@@ -96,7 +97,7 @@ def load_device_runner(
         NotCapturableError: the model, or host memory too small to pin every expert, needs the host-driven path.
         NotPinnableError: the host page-locks less memory than that.
         SlotsError: device memory that does not suffice; names what would.
-        StoreError: no expert of a layer can be read.
+        ShardCorruptError: a file of the trunk is not what was extracted. StoreError: no expert of a layer can be read.
     """
     available = ExpertMask.of(store.available)
     mask = available if mask is None else available & mask
