@@ -21,6 +21,7 @@ from server.engine.request import (
     ExpertMissingError,
     GenerationError,
     InvalidRequestError,
+    MemoryExhaustedError,
     QueueFullError,
 )
 from server.growth_errors import GrowthBusyError, GrowthError, GrowthSourceError, NothingToGrowError
@@ -142,6 +143,7 @@ TABLE: dict[type[Exception], Row] = {
     GrowthSourceError: Row(409, "no_source", 409, _INVALID, "no_source"),
     GrowthError: Row(422, "validation", 400, _INVALID, None),
     ExpertMissingError: Row(424, "expert_missing", 424, _INVALID, "expert_missing"),
+    MemoryExhaustedError: Row(503, "overloaded", 503, "server_error", "out_of_memory"),
     RequestTimeoutError: Row(424, "generation", 500, "server_error", "timeout"),
     GenerationError: Row(424, "generation", 500, "server_error", "generation_failed"),
     EngineError: Row(500, "incomplete_generation", 500, "server_error", "generation_failed"),

@@ -27,7 +27,7 @@ POST_ERRORS = {
     424: "The generation failed.",
     429: "The queue is full; see Retry-After.",
     500: "The generation broke off.",
-    503: "No requests are taken now: loading, draining or failed.",
+    503: "No requests are taken now: loading, draining or failed; or memory did not suffice.",
 }
 
 

@@ -2,7 +2,7 @@
 
 Owned by the engine thread. Invariant: every sequence that was admitted is told exactly one final event and then holds
 nothing; where an expert cannot be read, only the sequences whose tokens need it fail, and the step is run again without
-them.
+them; where memory ends, only those that could not be given it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from server.engine.request import (
     FailedEvent,
     FinishReason,
     GenerationError,
+    MemoryExhaustedError,
     TokenEvent,
 )
 from server.engine.sequence import Sequence
 from server.engine.statistics import OnlineStatistics
 from server.engine.tokens import prompt_logprobs, token_logprob, token_text, top_logprobs
 from server.engine.unreadable import CorruptExperts, UnreadableExperts
+from server.model.out_of_memory import StepMemoryError
 from server.model.runner import Choice, Chosen, Runner, StepOutput
 
 log = logging.getLogger(__name__)
@@ -147,7 +149,7 @@ class Batch:
                     sequence.row, tokens, mask=masks[sequence], all_logits=request.prompt_logprobs, **options
                 )
                 break
-            except StoreError as error:
+            except (StoreError, StepMemoryError) as error:
                 if self._fail_those_in_need([sequence], error):
                     return
         if self._record(output, [sequence]):
@@ -182,7 +184,7 @@ class Batch:
             try:
                 output = self._runner.decode(rows, tokens, masks=list(masks.values()), **options)
                 break
-            except StoreError as error:
+            except (StoreError, StepMemoryError) as error:
                 failed = self._fail_those_in_need(sequences, error)
                 sequences = [sequence for sequence in sequences if sequence not in failed]
         refused = self._record(output, sequences)
@@ -273,15 +275,21 @@ class Batch:
             self.num_failed += 1
             sequence.tell(FailedEvent(error))
 
-    def _fail_those_in_need(self, sequences: list[Sequence], error: StoreError) -> list[Sequence]:
-        """After a step that could not read an expert: fail and return those who cannot run it again."""
-        needing, cause = self.unreadable.those_in_need(sequences, error)
+    def _fail_those_in_need(self, sequences: list[Sequence], error: StoreError | StepMemoryError) -> list[Sequence]:
+        """After a step that lacked an expert or memory: fail and return those who cannot run it again."""
+        cause: StoreError | StepMemoryError = error
+        if isinstance(error, StepMemoryError):
+            needing = [sequences[at] for at in error.positions]
+            log.error("%d of %d requests failed: %s", len(needing), len(sequences), error)
+        else:
+            needing, cause = self.unreadable.those_in_need(sequences, error)
         for sequence in needing:
             self._fail_for(sequence, cause)
         return needing
 
-    def _fail_for(self, sequence: Sequence, cause: StoreError | MaskError) -> None:
-        error = GenerationError(f"the generation could not be finished: {cause}")
+    def _fail_for(self, sequence: Sequence, cause: StoreError | MaskError | StepMemoryError) -> None:
+        kind = MemoryExhaustedError if isinstance(cause, StepMemoryError) else GenerationError
+        error = kind(f"the generation could not be finished: {cause}")
         error.__cause__ = cause
         self.fail(sequence, error)
 

@@ -31,6 +31,7 @@ class EngineError(Exception):
       InvalidRequestError     a value that no model could serve (empty prompt, unknown token id, …)
       EngineStoppedError      not ready, draining, stopped or failed
       GenerationError         the request was running and could not be finished
+        MemoryExhaustedError  memory did not suffice for its next step; retry later
         ExpertMissingError    it refused to go on without an expert that is not available to it
     """
 
@@ -62,6 +63,10 @@ class EngineStoppedError(EngineError):
 
 class GenerationError(EngineError):
     """A running request could not be finished; the message says why."""
+
+
+class MemoryExhaustedError(GenerationError):
+    """A running request could not be given the memory that its next step needs; later there may be more."""
 
 
 class ExpertMissingError(GenerationError):

@@ -2,7 +2,8 @@
 
 A row belongs to one sequence. Rows in use are kept dense (0 … n−1), so that a decode step over all of them reads plain
 slices; when a row is freed the last one moves into its place. Memory grows by doubling, in rows and in tokens, and is
-given back when no row is in use. Invariant: of row r exactly the first `lengths[r]` positions are valid.
+given back when no row is in use. Invariants: of row r exactly the first `lengths[r]` positions are valid; every layer
+has memory for at least `_num_rows` rows of `_num_tokens`, also where growing ended in the middle.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+
+from server.model.out_of_memory import REMEDY, StepMemoryError, ran_out
 
 MIN_TOKENS = 64
 
@@ -97,21 +100,28 @@ class RowCache(Cache):
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def begin_prefill(self, handle: int, num_tokens: int) -> int:
-        """Start a step that appends `num_tokens` to one row; returns the position of the first."""
+        """Start a step that appends `num_tokens` to one row; returns the first's position. Raises StepMemoryError."""
         row = self._row_of[handle]
         self._step_rows = [row]
         self._start = self.lengths[row]
         self._end = self._start + num_tokens
         self._write_rows = self._write_at = None
-        self._reserve(row + 1, self._end)
+        if not self._reserve(row + 1, self._end):
+            raise self._no_memory(self._end, [0])
         return self._start
 
     def begin_decode(self, handles: Sequence[int]) -> Tensor:
-        """Start a step that appends one token to each row; returns their positions, int64 [B] on the device."""
+        """Start a step that appends one token to each row; returns their positions, int64 [B] on the device.
+
+        Raises StepMemoryError with the positions in `handles` of the rows that are too long for the memory there is.
+        """
         self._step_rows = [self._row_of[handle] for handle in handles]
         positions = [self.lengths[row] for row in self._step_rows]
         self._end = max(positions) + 1
-        self._reserve(max(self._step_rows) + 1, self._end)
+        if not self._reserve(max(self._step_rows) + 1, self._end):
+            rows = enumerate(self._step_rows)
+            beyond = [at for at, row in rows if row >= self._num_rows or self.lengths[row] >= self._num_tokens]
+            raise self._no_memory(self._end, beyond)
         both = torch.tensor([self._step_rows, positions], device=self.device)
         self._write_rows, self._write_at = both[0], both[1]
         return self._write_at
@@ -136,8 +146,8 @@ class RowCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Write the step's keys and values [B, heads, tokens, dim]; return those of the step's rows up to its end."""
         if layer_idx not in self._keys:
-            self._keys[layer_idx] = self._empty(key_states)
-            self._values[layer_idx] = self._empty(value_states)
+            both = [self._empty(like, self._num_rows, self._num_tokens) for like in (key_states, value_states)]
+            self._keys[layer_idx], self._values[layer_idx] = both
         keys, values = self._keys[layer_idx], self._values[layer_idx]
         rows = self._step_rows
         if self._write_rows is None or self._write_at is None:
@@ -162,20 +172,44 @@ class RowCache(Cache):
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
-    def _reserve(self, num_rows: int, num_tokens: int) -> None:
-        if num_rows <= self._num_rows and num_tokens <= self._num_tokens:
-            return
-        if num_rows > self._num_rows:
-            self._num_rows = min(self.max_rows, max(num_rows, 2 * self._num_rows))
-        if num_tokens > self._num_tokens:
-            self._num_tokens = min(self.max_tokens, max(MIN_TOKENS, num_tokens, 2 * self._num_tokens))
+    def _reserve(self, num_rows: int, num_tokens: int) -> bool:
+        """Make room for so many rows of so many tokens, twice what there is if possible; returns whether there is."""
+        held = (self._num_rows, self._num_tokens)
+        least = (max(num_rows, held[0]), max(num_tokens, held[1]))
+        if least == held:
+            return True
+        rows = least[0] if least[0] == held[0] else min(self.max_rows, max(num_rows, 2 * held[0]))
+        tokens = least[1] if least[1] == held[1] else min(self.max_tokens, max(MIN_TOKENS, num_tokens, 2 * held[1]))
+        for shape in ((rows, tokens), least):
+            if self._grow(*shape):
+                self._num_rows, self._num_tokens = shape
+                return True
+        return False
+
+    def _grow(self, num_rows: int, num_tokens: int) -> bool:
+        """Layer by layer, so that no more than one is there twice; False where the allocator has no more to give."""
         for memory in (self._keys, self._values):
             for layer_idx, old in memory.items():
-                new = self._empty(old)
+                if old.shape[0] >= num_rows and old.shape[2] >= num_tokens:
+                    continue
+                try:
+                    new = self._empty(old, max(num_rows, old.shape[0]), max(num_tokens, old.shape[2]))
+                except (MemoryError, RuntimeError) as error:
+                    if not ran_out(error):
+                        raise
+                    return False
                 new[: old.shape[0], :, : old.shape[2]] = old
                 memory[layer_idx] = new
+        return True
 
-    def _empty(self, like: Tensor) -> Tensor:
+    def _no_memory(self, num_tokens: int, positions: Sequence[int]) -> StepMemoryError:
+        return StepMemoryError(
+            f"there is no memory for the keys and values of a row of {num_tokens} tokens beside the {self.nbytes} "
+            f"bytes that are held for {self._num_rows} rows of {self._num_tokens}: {REMEDY}",
+            positions,
+        )
+
+    def _empty(self, like: Tensor, num_rows: int, num_tokens: int) -> Tensor:
         _, heads, _, dim = like.shape
         # zeros, not empty: masked positions are multiplied by a weight of 0, which must not meet NaN or infinity
-        return torch.zeros((self._num_rows, heads, self._num_tokens, dim), dtype=like.dtype, device=self.device)
+        return torch.zeros((num_rows, heads, num_tokens, dim), dtype=like.dtype, device=self.device)

@@ -22,6 +22,7 @@ from server.model.assembly import SelectiveModel
 from server.model.attention_mask import attention_masks
 from server.model.kv_cache import RowCache
 from server.model.observation import ExpertOutputs
+from server.model.out_of_memory import REMEDY, StepMemoryError, ran_out, told
 from server.model.routing import RowShare
 
 
@@ -143,7 +144,7 @@ class Runner:
         temperature: float = 1.0,
         all_logits: bool = False,
     ) -> StepOutput:
-        """Append `tokens` to a row. Raises StepFault.
+        """Append `tokens` to a row. Raises StepFault, StepMemoryError.
 
         Args:
             row: handle from `allocate`.
@@ -171,9 +172,13 @@ class Runner:
 
         Raises:
             StepFault: an expert cannot be read; the step may be run again for the rows that do not need it.
+            StepMemoryError: memory does not suffice; it may be run again without the rows that are named.
         """
         order = self.cache.order(rows)
-        positions = self.cache.begin_decode([rows[at] for at in order])[:, None]
+        try:
+            positions = self.cache.begin_decode([rows[at] for at in order])[:, None]
+        except StepMemoryError as error:
+            raise StepMemoryError(str(error), [order[at] for at in error.positions]) from None
         ids = torch.tensor([[tokens[at]] for at in order], device=self.model.device)
         self.model.routing.begin(
             len(rows),
@@ -185,6 +190,9 @@ class Runner:
             output = self._forward(ids, positions, 1)
         except StepFault as fault:
             raise StepFault(fault.cause, [order[at] for at in fault.positions]) from fault.cause
+        except StepMemoryError as error:
+            longest = max(range(len(rows)), key=lambda at: self.cache.length(rows[at]))
+            raise StepMemoryError(str(error), [longest]) from None
         if order == list(range(len(order))):
             return output
         back = [order.index(at) for at in range(len(order))]
@@ -226,9 +234,15 @@ class Runner:
             needing = [] if error.expert is None else self.model.routing.rows_served_by(*error.expert)
             self.model.routing.abandon()
             raise StepFault(error, needing) from error
-        except BaseException:
+        except BaseException as error:
             self.model.routing.abandon()
-            raise
-        self.cache.commit()
-        logits = result.logits[0] if logits_to_keep == 0 else result.logits[:, -1]
-        return StepOutput(logits.float(), record, share, outputs=outputs)
+            if not ran_out(error):
+                raise
+            problem = StepMemoryError(
+                f"the memory for a step of {ids.numel()} tokens ended ({told(error)}): {REMEDY}", [0]
+            )
+        else:
+            self.cache.commit()
+            logits = result.logits[0] if logits_to_keep == 0 else result.logits[:, -1]
+            return StepOutput(logits.float(), record, share, outputs=outputs)
+        raise problem

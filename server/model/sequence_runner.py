@@ -21,6 +21,7 @@ from router.ledger import StepRecord
 from router.mask import ExpertMask
 from server.model.assembly import SelectiveModel
 from server.model.observation import joined
+from server.model.out_of_memory import REMEDY, StepMemoryError, ran_out, told
 from server.model.routing import RowShare
 from server.model.runner import Runner, StepFault, StepOutput
 
@@ -127,6 +128,8 @@ class SequenceRunner(Runner):
                 self._ahead[row] = self._append(self._rows[row], [token], mask, warm, 1)
             except StepFault as fault:
                 raise StepFault(fault.cause, [at], is_repeatable=False) from fault.cause
+            except StepMemoryError as error:
+                raise StepMemoryError(str(error), [at]) from None
         return _joined([self._ahead.pop(row) for row in rows])
 
     def _append(
@@ -144,13 +147,17 @@ class SequenceRunner(Runner):
         except StoreError as error:
             routing.abandon()
             raise StepFault(error, [0], is_repeatable=False) from error
-        except BaseException:
+        except BaseException as error:
             routing.abandon()
-            raise
-        row.cache = result.past_key_values
-        row.length += len(tokens)
-        logits = result.logits[0] if logits_to_keep == 0 else result.logits[:, -1]
-        return StepOutput(logits.float(), record, share, outputs=outputs)
+            if not ran_out(error):
+                raise
+            problem = StepMemoryError(f"the memory for {len(tokens)} tokens ended ({told(error)}): {REMEDY}", [0])
+        else:
+            row.cache = result.past_key_values
+            row.length += len(tokens)
+            logits = result.logits[0] if logits_to_keep == 0 else result.logits[:, -1]
+            return StepOutput(logits.float(), record, share, outputs=outputs)
+        raise problem
 
 
 def _joined(steps: list[StepOutput]) -> StepOutput:

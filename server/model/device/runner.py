@@ -28,6 +28,7 @@ from server.model.device.prefill import ExpertStream
 from server.model.device.rows import Rows
 from server.model.device.state import PrefillRow, Report, RowState
 from server.model.device.weights import DecodeShape, TrunkWeights
+from server.model.out_of_memory import REMEDY, StepMemoryError, ran_out, told
 from server.model.runner import Choice, Runner, StepFault, StepOutput
 
 
@@ -133,13 +134,19 @@ class DeviceRunner(Runner):
         except StoreError as error:
             routing.abandon()
             raise StepFault(error, (0,)) from error
-        except BaseException:
+        except BaseException as error:
             routing.abandon()
-            raise
-        self.rows.set_length(row, end)
-        outputs = None if self.model.observer is None else self.model.observer.take()
-        logits = result.logits[0] if all_logits else result.logits[:, -1]
-        return StepOutput(logits.float(), record, share, outputs=outputs)
+            if not ran_out(error):
+                raise
+            problem = StepMemoryError(
+                f"the memory for {len(tokens)} tokens of a prompt ended ({told(error)}): {REMEDY}", [0]
+            )
+        else:
+            self.rows.set_length(row, end)
+            outputs = None if self.model.observer is None else self.model.observer.take()
+            logits = result.logits[0] if all_logits else result.logits[:, -1]
+            return StepOutput(logits.float(), record, share, outputs=outputs)
+        raise problem
 
     @torch.inference_mode()
     def decode(
