@@ -1,8 +1,8 @@
 """Calibration: runs named groups of texts through a model with its experts paged, and collects what they did.
 
 Because experts are paged, the checkpoint may be larger than memory. Invariant: whatever was interrupted continues after
-the last saved sequence and ends with the statistics of an uninterrupted run. A second pass measures the price: each
-domain's first sequences again, masked to its own best experts, for the loss that a deficit brings.
+the last saved sequence and ends with the statistics of an uninterrupted run. A second pass measures the price, the loss
+that a deficit brings: each domain's first sequences again, masked to its own best experts, and to fewer of those.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ PRICE_SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125)
 """Shares of the experts at which the price is measured."""
 PRICE_CRITERIA = (DEFAULT_CRITERION, "coverage")
 """Two ways to choose, so that the curves do not depend on one."""
+WRONG_SHARES = (0.125, 0.5, 1.0)
+"""Shares of the smallest mask that are exchanged at random, to measure it there too: text served under a mask made
+for another kind misses more than its own best experts ever do."""
 SAVE_SECONDS = 30.0
 
 
@@ -140,10 +143,22 @@ def best_experts(
     return ExpertMask(allowed)
 
 
+def with_wrong_experts(mask: ExpertMask, share: float) -> ExpertMask:
+    """The mask with a share of every layer's experts, at least one, exchanged for others at random (seeded)."""
+    generator = np.random.default_rng(0)
+    allowed = mask.allowed.copy()
+    for layer in allowed:
+        inside, outside = np.flatnonzero(layer), np.flatnonzero(~layer)
+        count = min(max(1, round(share * len(inside))), len(outside))
+        layer[generator.choice(inside, count, replace=False)] = False
+        layer[generator.choice(outside, count, replace=False)] = True
+    return ExpertMask(allowed)
+
+
 def measure_price(
     model: SelectiveModel, statistics: ExpertStatistics, domain: Domain, options: CalibrateOptions
 ) -> list[PricePoint]:
-    """What masks of several sizes cost on a domain's first sequences, each mask the domain's own best experts.
+    """What masks of several sizes cost on a domain's first sequences: its own best experts, and wrong ones among them.
 
     The sequences are two parts, taken in turns, so that the curves of one can be tried on the other.
     """
@@ -151,15 +166,17 @@ def measure_price(
     parts = [part for part in (chosen[::2], chosen[1::2]) if part]
     plain = [_mean_loss(model, part, None).loss for part in parts]
     points = []
-    for share in PRICE_SHARES:
-        for criterion in PRICE_CRITERIA:
-            mask = best_experts(statistics, domain.name, max(1, round(share * statistics.num_experts)), criterion)
-            for number, part in enumerate(parts):
-                one = _mean_loss(model, part, mask & model.routing.mask)
-                change = one.loss - plain[number]
-                points.append(
-                    PricePoint(domain.name, one.deficit, change, one.num_tokens, share, number, one.per_layer)
-                )
+    masks = [
+        (share, best_experts(statistics, domain.name, max(1, round(share * statistics.num_experts)), criterion))
+        for share in PRICE_SHARES
+        for criterion in PRICE_CRITERIA
+    ]
+    share, smallest = masks[-1]
+    for share, mask in [*masks, *((share, with_wrong_experts(smallest, wrong)) for wrong in WRONG_SHARES)]:
+        for number, part in enumerate(parts):
+            one = _mean_loss(model, part, mask & model.routing.mask)
+            change = one.loss - plain[number]
+            points.append(PricePoint(domain.name, one.deficit, change, one.num_tokens, share, number, one.per_layer))
     return points
 
 

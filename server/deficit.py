@@ -43,4 +43,5 @@ def _expected_loss(deficit: Deficit, model: LoadedModel, request: GenerationRequ
         "high": loss.high,
         "perplexity_ratio": loss.ratio,
         "basis": loss.basis,
+        "is_measured": loss.is_measured,
     }

@@ -18,6 +18,7 @@ class ExpectedLossDetails(BaseModel):
         description="what it goes by: the calibrated kind of text that the profile is called as, the kinds that the "
         "text's routing is like, or one curve through all measurements"
     )
+    is_measured: bool = Field(description="false past the largest deficit that calibration measured: it may cost more")
 
 
 class DeficitDetails(BaseModel):

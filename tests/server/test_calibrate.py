@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 import server.calibrate as module
 from extractor.statistics import TOTALS, ExpertStatistics, StatisticsError
-from server.calibrate import CalibrateOptions, calibrate
+from router.mask import ExpertMask
+from server.calibrate import CalibrateOptions, calibrate, with_wrong_experts
 from server.calibrate_collect import observe, weight_flatness
 from server.calibrate_run import batches, losses, run_batch
 from server.calibrate_texts import Domain, TextsError, documents, find_domains, sequence_key, sequences
@@ -88,6 +89,8 @@ def test_statistics_add_up(selective: Callable[..., SelectiveModel], texts: list
     assert len(statistics.tokens) == statistics.num_tokens.sum()
     assert {point.domain for point in statistics.price} == {"stories", "trivia"}
     assert all(point.deficit > 0 for point in statistics.price)
+    largest_own = max(point.deficit for point in statistics.price if point.kept_share > 0.125)
+    assert max(point.deficit for point in statistics.price) > 1.5 * largest_own, "wrong experts miss more"
 
 
 def assert_same(one: ExpertStatistics, other: ExpertStatistics) -> None:
@@ -185,3 +188,13 @@ def test_a_damaged_note_of_what_was_done_is_told(
     (tmp_path / "resume.json").write_text(content)
     with pytest.raises(StatisticsError, match=r"cannot be continued .* delete it to start anew"):
         calibrate(selective(), texts, CalibrateOptions(), tmp_path)
+
+
+def test_wrong_experts_take_the_places_of_right_ones_in_every_layer() -> None:
+    right = ExpertMask.of(np.tile(np.arange(16) < 4, (2, 1)))
+    for share, kept in ((0.01, 3), (0.5, 2), (1.0, 0)):
+        wrong = with_wrong_experts(right, share)
+        assert wrong.allowed.sum(axis=1).tolist() == [4, 4]
+        assert (wrong.allowed & right.allowed).sum(axis=1).tolist() == [kept, kept]
+    most = ExpertMask.of(np.tile(np.arange(16) < 15, (2, 1)))
+    assert with_wrong_experts(most, 1.0).allowed.sum(axis=1).tolist() == [15, 15], "there is one other expert"

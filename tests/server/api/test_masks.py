@@ -168,7 +168,7 @@ def test_every_answer_says_what_it_did_without_and_what_that_costs(client: httpx
     assert [loss["low"], loss["high"]] == pytest.approx([0.1, 0.3])
     assert loss["nats"] == pytest.approx(nats_of_unknown_text())
     assert loss["perplexity_ratio"] == pytest.approx(np.exp(loss["nats"]))
-    assert loss["basis"] == "all"
+    assert (loss["basis"], loss["is_measured"]) == ("all", True)
     last = events_of(generate(client, stream=True, profile="code").text)[-1]
     loss = last["details"]["deficit"]["expected_loss"]
     assert [loss["nats"], loss["low"], loss["high"]] == pytest.approx([0.1, 0.1, 0.1]), "the profile's own kind of text"
