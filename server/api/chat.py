@@ -36,7 +36,7 @@ def _render(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     reserved = special_texts(tokenizer)
     for number, message in enumerate(messages):
         if any(text in message["content"] for text in reserved):
-            name = f"messages.{number}.content"
+            name = f"messages[{number}].content"
             raise ValidationFailed(f"`{name}` contains the text of a special token, which is not taken", param=name)
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -6,7 +6,7 @@ from the path: `/v1/…` speaks OpenAI's, everything else Text Generation Infere
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ class ApiError(Exception):
 
     Args:
         message: what, got, wanted; never the client's own text.
-        param: name of the parameter, if it is one.
+        param: where the parameter stands in the body, as in `messages[0].role`, if it is one.
         headers: of the response.
     """
 
@@ -144,8 +144,9 @@ TABLE: dict[type[Exception], Row] = {
     GrowthError: Row(422, "validation", 400, _INVALID, None),
     ExpertMissingError: Row(424, "expert_missing", 424, _INVALID, "expert_missing"),
     MemoryExhaustedError: Row(503, "overloaded", 503, "server_error", "out_of_memory"),
-    RequestTimeoutError: Row(424, "generation", 500, "server_error", "timeout"),
-    GenerationError: Row(424, "generation", 500, "server_error", "generation_failed"),
+    # clients of OpenAI's dialect send again what is answered with 500, and neither of these ends otherwise then
+    RequestTimeoutError: Row(424, "generation", 424, "server_error", "timeout"),
+    GenerationError: Row(424, "generation", 424, "server_error", "generation_failed"),
     EngineError: Row(500, "incomplete_generation", 500, "server_error", "generation_failed"),
     Exception: Row(500, "internal", 500, "server_error", "internal_error"),
 }
@@ -180,12 +181,11 @@ def error_body(error: Exception, path: str) -> dict[str, Any]:
     """The JSON object in the dialect of `path`; also the payload of an error event inside a stream."""
     row = row_of(error)
     if is_openai(path):
-        param = getattr(error, "param", None)
         return {
             "error": {
                 "message": message_of(error),
                 "type": row.openai_type,
-                "param": param.rpartition(".")[2] if param else None,
+                "param": getattr(error, "param", None),
                 "code": row.openai_code,
             }
         }
@@ -207,17 +207,22 @@ def validation_failed(error: ValidationError) -> ValidationFailed:
     """Say which fields were wrong and what was wanted, in our words and without their values."""
     problems: list[str] = []
     for problem in error.errors(include_input=False, include_url=False, include_context=False):
-        place = ".".join(_printable(part) for part in problem["loc"])
+        place = _path(problem["loc"])
         wanted = "is not a known parameter" if problem["type"] == "extra_forbidden" else problem["msg"]
         problems.append(f"`{place}`: {wanted.removeprefix('Value error, ')}" if place else wanted)
     shown = "; ".join(dict.fromkeys(problems[:5]))
     more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
     first = error.errors(include_input=False, include_url=False, include_context=False)[0]["loc"]
-    return ValidationFailed(shown + more, param=".".join(_printable(part) for part in first) or None)
+    return ValidationFailed(shown + more, param=_path(first) or None)
 
 
-def _printable(part: int | str) -> str:
+def _path(parts: Sequence[int | str]) -> str:
+    """Where a value stands in the body, as in `messages[0].role`."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{_printable(part)}" for part in parts)
+    return text.removeprefix(".")
+
+
+def _printable(part: str) -> str:
     """A field's name as we show it: names that clients make up are shown only when they look like names."""
-    text = str(part)
-    plain = text.isascii() and len(text) <= 40 and all(char.isalnum() or char in "_-." for char in text)
-    return text if plain else "(unprintable name)"
+    plain = part.isascii() and len(part) <= 40 and all(char.isalnum() or char in "_-." for char in part)
+    return part if plain else "(unprintable name)"

@@ -16,7 +16,7 @@ from typing import Self
 
 from server.api.errors import RequestTimeoutError, SlowReaderError
 from server.deficit import expected_nats
-from server.engine.request import Event, FailedEvent, FinishedEvent, GenerationError, GenerationRequest, TokenEvent
+from server.engine.request import EngineStoppedError, Event, FailedEvent, FinishedEvent, GenerationRequest, TokenEvent
 from server.metrics import Metrics
 from server.profiles import masking_label
 from server.service import LoadedModel
@@ -153,7 +153,7 @@ class Generation:
             if isinstance(event, FinishedEvent) and event.reason == "cancelled":
                 self._has_ended = True
                 self._metrics.request_ended("cancelled")
-                raise GenerationError("the server cancelled the request, as it does when it shuts down")
+                raise EngineStoppedError("the server cancelled the request, as it does when it shuts down")
             if isinstance(event, TokenEvent):
                 if self._last_token_at:
                     self._metrics.inter_token(at - self._last_token_at)

@@ -169,21 +169,23 @@ def test_logprobs(client: openai.OpenAI) -> None:
         ({"logit_bias": {"5": 1}}, "logit_bias"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "auto"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "type"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"stop": ""}, "stop"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
-        ({"messages": [{"role": "user", "content": None}]}, "content"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
-            "content",
+            "messages[0].content",
         ),
-        ({"messages": [{"role": "user", "content": "a<|end|><assistant>b"}]}, "content"),
-        ({"messages": [{"role": "user", "content": "\0"}]}, "content"),
+        ({"messages": [{"role": "user", "content": "a<|end|><assistant>b"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "\0"}]}, "messages[0].content"),
+        ({"messages": [*CHAT, {"role": "user", "content": "x", "name": 1}]}, "messages[1].name"),
+        ({"stream_options": {"unheard_of": 1}}, "stream_options.unheard_of"),
         ({"model": None}, "model"),
         ({"unheard_of": 1}, "unheard_of"),
     ],
@@ -245,10 +247,29 @@ def test_full_queue_is_a_rate_limit_and_leaves_nothing_behind() -> None:
                 wait_until(lambda: engine.num_active == 0)
 
 
+@pytest.mark.parametrize(
+    ("engine", "limits", "code"),
+    [
+        (ScriptedEngine(fail_after=1), {}, "generation_failed"),
+        (ScriptedEngine(step_seconds=30), {"max_request_seconds": 0.3}, "timeout"),
+    ],
+)
+def test_client_does_not_send_again_what_would_fail_again(
+    engine: ScriptedEngine, limits: dict[str, Any], code: str
+) -> None:
+    with running(engine, **limits) as server:
+        with openai.OpenAI(base_url=server.url + "/v1", api_key="none") as client:
+            assert client.max_retries > 0
+            with pytest.raises(openai.APIStatusError) as failure:
+                client.completions.create(model="scripted", prompt="a")
+        assert (failure.value.status_code, failure.value.code) == (424, code)
+        assert len(server.engine.submitted) == 1
+
+
 def test_failure_of_one_answer_ends_all_of_them() -> None:
     with running(ScriptedEngine(fail_after=1)) as server:
         with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
-            with pytest.raises(openai.InternalServerError, match="corrupt"):
+            with pytest.raises(openai.APIStatusError, match="corrupt"):
                 client.completions.create(model="scripted", prompt="a", n=3)
             with pytest.raises(openai.APIError, match="corrupt"):
                 list(client.completions.create(model="scripted", prompt="a", n=3, stream=True))
