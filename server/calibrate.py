@@ -23,7 +23,15 @@ from extractor.statistics_file import read_statistics, write_statistics
 from router.mask import ExpertMask
 from server.calibrate_collect import SequenceRun, add_run, observe, weight_flatness
 from server.calibrate_run import batches, encoder, losses, run_batch
-from server.calibrate_texts import MIN_SEQUENCE_TOKENS, Domain, TextsError, documents, sequence_key, sequences
+from server.calibrate_texts import (
+    MIN_SEQUENCE_TOKENS,
+    Domain,
+    TextsError,
+    documents,
+    sequence_key,
+    sequences,
+    texts_key,
+)
 from server.model.assembly import SelectiveModel
 
 PRICE_SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125)
@@ -219,7 +227,7 @@ class _Checkpoint:
     ) -> _Checkpoint:
         """Continue in `folder` if it holds the same work, else start."""
         statistics = empty_statistics(model)
-        texts = [[d.name, [[str(file), file.stat().st_size] for file in d.files]] for d in domains]
+        texts = [] if folder is None else [[domain.name, texts_key(domain)] for domain in domains]
         work = {"fingerprint": statistics.fingerprint, "texts": texts, "options": asdict(options)}
         made = cls(folder, work, statistics)
         if folder is None or not (folder / "resume.json").exists():

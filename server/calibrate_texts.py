@@ -93,6 +93,15 @@ def sequences(
         yield held
 
 
+def texts_key(domain: Domain) -> list[list[str]]:
+    """[path, hash of the bytes] of each file: whether the texts are those of another time. Raises OSError."""
+    found = []
+    for path in domain.files:
+        with open(path, "rb") as file:
+            found.append([str(path), hashlib.file_digest(file, "blake2b").hexdigest()[:32]])
+    return found
+
+
 def sequence_key(tokens: Sequence[int]) -> int:
     """A hash of a sequence of tokens, uint64: the same text has the same key everywhere."""
     data = b"".join(token.to_bytes(4, "little") for token in tokens)
@@ -116,7 +125,8 @@ def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[str]:
         except (ValueError, TypeError, KeyError, RecursionError):
             raise TextsError(f'{path}, line {number}: wanted a JSON object with the key "text"') from None
         if isinstance(text, str) and text.strip():
-            yield text[:MAX_DOCUMENT_CHARS]
+            for start in range(0, len(text), MAX_DOCUMENT_CHARS):
+                yield text[start : start + MAX_DOCUMENT_CHARS]
 
 
 def _plain(lines: Iterable[str]) -> Iterator[str]:

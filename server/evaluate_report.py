@@ -56,7 +56,8 @@ class Report:
         expected: change of loss that calibration expects at each domain's deficit.
         questions: name, accuracy, reference accuracy and efficiency metrics of each set.
         entropy: CES of each layer, from the statistics.
-        sweeps: criteria over kept shares; price: how well the expected loss held over them.
+        sweeps: criteria over kept shares; not_compared: why there are none, where statistics were given.
+        price: how well the expected loss held over them.
         num_experts: E.
     """
 
@@ -68,6 +69,7 @@ class Report:
     entropy: list[float] = field(default_factory=list)
     sweeps: list[SweepResult] = field(default_factory=list)
     price: PriceCheck | None = None
+    not_compared: str | None = None
 
     def ratio(self, domain: str) -> float:
         """Perplexity ÷ the reference's."""
@@ -94,6 +96,7 @@ class Report:
             "questions": self.questions,
             "ces": self.entropy,
             "sweeps": [sweep.to_json() for sweep in self.sweeps],
+            "sweeps_left_out": self.not_compared,
             "price": None if self.price is None else self.price.to_json(),
         }
 
@@ -117,6 +120,8 @@ class Report:
         for sweep in self.sweeps:
             share = sweep.kept / self.num_experts
             lines.append(f"keep {share:6.1%} by {sweep.name:12} mean ratio {sweep.mean_ratio:.4f}")
+        if self.not_compared is not None:
+            lines.append(self.not_compared)
         if self.price is not None and self.price.points:
             lines.append(
                 f"expected against actual loss: R² {self.price.r_squared:.3f}, "
@@ -192,7 +197,10 @@ def _sweep(
     say: Say,
 ) -> None:
     if not texts or not model.routing.mask.is_full:
-        return  # which experts are best can be compared only where all of them are
+        lack = "no --texts were given" if not texts else "this store holds only a part of the experts"
+        remedy = "give some" if not texts else "name the checkpoint, or a store of all of it"
+        report.not_compared = f"criteria were not compared at {len(asked.shares)} sizes, as {lack}: {remedy}"
+        return
     statistics.indices(list(texts))
     counts = [max(1, round(share * statistics.num_experts)) for share in asked.shares]
     report.sweeps = sweep_criteria(

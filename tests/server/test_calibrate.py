@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,6 +126,32 @@ def test_an_interrupted_calibration_continues_and_ends_the_same(
     assert not folder.exists()
 
 
+def test_an_interrupted_calibration_of_texts_that_changed_since_begins_anew(
+    selective: Callable[..., SelectiveModel], texts: list[Domain], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts of the same length, so that their size does not tell."""
+    model = selective()
+    options = CalibrateOptions(context=48, max_tokens=144, price_tokens=0, with_weights=False)
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    calls: list[int] = []
+
+    def interrupted(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run_batch(*arguments)  # type: ignore[arg-type]
+
+    folder = tmp_path / "resume"
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "run_batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, texts, options, folder)
+    assert (folder / "resume.json").exists()
+    (changed,) = texts[0].files
+    changed.write_text(changed.read_text().swapcase())
+    assert_same(calibrate(model, texts, options, folder), calibrate(model, texts, options))
+
+
 def test_weight_flatness_is_that_of_the_checkpoint(
     selective: Callable[..., SelectiveModel], stock: PreTrainedModel
 ) -> None:
@@ -148,6 +175,15 @@ def test_documents_are_packed_with_a_separator_and_short_ends_dropped() -> None:
     assert found[0][:4] == [0, 97, 98, 99]
     assert [len(tokens) for tokens in found] == [40]
     assert sequence_key(found[0]) != sequence_key(found[0][::-1])
+
+
+def test_a_long_document_is_cut_into_several_and_nothing_of_it_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.calibrate_texts.MAX_DOCUMENT_CHARS", 10)
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"text": "abcdefghij" * 2 + "klm"}) + "\n" + json.dumps({"text": "short"}))
+    assert list(documents(find_domains([str(path)])[0])) == ["abcdefghij", "abcdefghij", "klm", "short"]
 
 
 def test_a_folder_is_a_domain_and_mistakes_are_named(tmp_path: Path) -> None:

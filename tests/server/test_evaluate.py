@@ -123,11 +123,27 @@ def test_the_report_has_tables_json_and_a_picture(
     assert answer["texts"]["stories"]["ratio"] > 1.0
     assert answer["texts"]["stories"]["expected_loss_change"] >= 0.0
     assert [sweep["name"] for sweep in answer["sweeps"]] == ["coverage", "random 0", "random 1"]
+    assert answer["sweeps_left_out"] is None
     assert len(answer["ces"]) == 8
     assert {"name", "accuracy", "p3", "p2f", "mer", "r3", "saa"} <= set(answer["questions"][0])
     assert "keep  25.0% by coverage" in report.to_text()
     draw_report(tmp_path / "report.png", report)
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_criteria_that_cannot_be_compared_on_a_part_of_the_experts_are_said_to_be_left_out(
+    selective: Callable[..., SelectiveModel], text: Path, tmp_path: Path
+) -> None:
+    model = selective(mask=index_mask(32))
+    options = CalibrateOptions(context=96, max_tokens=96, price_tokens=0, with_weights=False)
+    stats, domains = tmp_path / "stats.safetensors", find_domains([str(text)])
+    write_statistics(stats, calibrate(selective(), domains, options))
+    asked = Evaluation(domains, [], options, None, stats, [0.5, 0.25], ["coverage"], [])
+    report = evaluate_all(model, None, asked, lambda doing, done, total: None)
+    told = "criteria were not compared at 2 sizes, as this store holds only a part of the experts: name the checkpoint"
+    assert told in report.to_text()
+    assert told in report.to_json()["sweeps_left_out"]
+    assert report.sweeps == []
 
 
 def test_efficiency_metrics_follow_their_definitions() -> None:
