@@ -56,7 +56,11 @@ def prepare(checkpoint: Checkpoint, target: str | os.PathLike[str], request: Sel
 
 
 def _fresh(checkpoint: Checkpoint, target: Path, request: SelectionRequest) -> Extraction:
-    """For a directory without a manifest: new, empty or half-made."""
+    """For a directory without a manifest: new, empty or half-made. Raises TargetError within the checkpoint."""
+    if target.resolve().is_relative_to(checkpoint.path.resolve()):
+        raise TargetError(
+            f"{target} lies in the checkpoint {checkpoint.path}, which is only read: name a directory outside it"
+        )
     layout = _layout(checkpoint)
     trunk_bytes = sum(output.file_bytes for output in trunk_outputs(checkpoint, layout.trunk))
     selection = select(request, layout.model, layout.layers, trunk_bytes, checkpoint.fingerprint)

@@ -80,7 +80,7 @@ def parse_experts(text: str) -> tuple[int, ...]:
     ids: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        if not part.isascii() or not first.isdecimal() or (dash and not last.isdecimal()):
             raise MaskError(f"experts {text!r}: {part.strip()!r} is no id or range; write for instance 0-7,12")
         low, high = int(first), int(last) if dash else int(first)
         if high < low or high >= MAX_EXPERTS:

@@ -83,10 +83,14 @@ def _run_typer(function: Callable[..., None], name: str, arguments: list[str]) -
     """Run a command that is a typer function of its own name, as the extractor's are."""
     import typer
 
+    from server.cli_words import in_plain_words
+
     application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     application.command(name)(function)
+    command = typer.main.get_command(application)
+    in_plain_words(command, function)
     try:
-        application(arguments, prog_name=f"deepfew {name}")
+        command(arguments, prog_name=f"deepfew {name}")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0

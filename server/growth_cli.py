@@ -113,7 +113,7 @@ def _counted(count: int) -> str:
 
 def _indices(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and len(part) < 10 for part in parts):
+    if not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts):
         raise GrowthError(f"--deep is {text!r}, wanted indices joined by commas, such as 3,7")
     return [int(part) for part in parts]
 

@@ -155,6 +155,18 @@ def test_a_store_of_another_checkpoint_is_left_alone(qwen_checkpoint: Path, tmp_
     assert contents(tmp_path / "store") == before
 
 
+@pytest.mark.parametrize("name", ["store", "deeper/store", "link/store"])
+def test_nothing_is_written_into_the_checkpoint(tmp_path: Path, name: str) -> None:
+    checkpoint = save_checkpoint(tmp_path / "checkpoint", "qwen3_moe", seed=1)
+    (tmp_path / "link").symlink_to(checkpoint)
+    before = contents(checkpoint)
+    target = tmp_path / name if name.startswith("link") else checkpoint / name
+    with pytest.raises(TargetError, match=r"lies in the checkpoint .* name a directory outside it"):
+        extract(checkpoint, target)
+    assert contents(checkpoint) == before
+    assert not target.exists()
+
+
 def test_a_directory_with_other_things_in_it_is_left_alone(qwen_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     (tmp_path / "store/thesis.tex").write_text("x")

@@ -8,7 +8,7 @@ def test_ids_and_ranges_are_read_sorted_and_once() -> None:
     assert parse_experts("12, 0-3,2") == (0, 1, 2, 3, 12)
 
 
-@pytest.mark.parametrize("text", ["", "a", "3-", "-3", "5-2", "1,,2", "0-70000", "1.5", "²"])
+@pytest.mark.parametrize("text", ["", "a", "3-", "-3", "5-2", "1,,2", "0-70000", "1.5", "²", "٣", "0-٧"])
 def test_what_is_no_list_of_experts_is_refused(text: str) -> None:
     with pytest.raises(MaskError, match="experts"):
         parse_experts(text)

@@ -382,3 +382,23 @@ def test_store_that_cannot_be_loaded_ends_the_server_with_one_message(
     assert record["level"] == "error"
     assert message in record["message"]
     assert "exception" not in record
+
+
+@pytest.mark.parametrize(
+    ("command", "usage", "words"),
+    [
+        ("extract", "deepfew extract [OPTIONS] CHECKPOINT STORE", ["--plan FILE", "--count N", "--json Print"]),
+        ("calibrate", "deepfew calibrate [OPTIONS] SOURCE TEXTS...", ["--out FILE", "--price N", "--no-weights"]),
+        ("plan", "deepfew plan [OPTIONS]", ["--stats FILE", "--quota QUOTA", "--help Show"]),
+    ],
+)
+def test_help_names_values_in_plain_words(
+    command: str, usage: str, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    plain = " ".join(shown.replace("│", " ").split())
+    assert usage in plain
+    assert [word for word in words if word not in plain] == []
+    assert not any(mark in shown for mark in ("<str>", "<path>", "<bool>", "<int", "list[", "{"))
