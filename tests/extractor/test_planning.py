@@ -95,7 +95,7 @@ def test_the_count_comes_from_a_number_a_share_or_bytes() -> None:
     assert count_for(statistics, None, None, 10**9) == NUM_EXPERTS
     with pytest.raises(SelectionError, match="exactly one of"):
         count_for(statistics, 3, 0.5, None)
-    with pytest.raises(SelectionError, match="that is 0 deep experts"):
+    with pytest.raises(SelectionError, match="does not hold the trunk and one deep expert, which take 4000 bytes"):
         count_for(statistics, None, None, 1000)
 
 
