@@ -12,7 +12,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -26,32 +25,11 @@ from expert_store.integrity import TrunkCheck, verify_files
 from expert_store.manifest import DeepExpert, LayerSpec, Manifest, read_manifest
 from expert_store.open_shards import OpenShards
 from expert_store.readers import ReaderLock
-from expert_store.shard import ShardLayout, open_checked, open_shard, read_fully
+from expert_store.shard import open_checked, open_shard, read_fully
 from expert_store.shrink import remove_unnamed_shards
+from expert_store.view import StoreView
 
 MAX_OPEN_FILES = 256
-
-
-@dataclass(frozen=True)
-class _View:
-    """One manifest with what is derived from it; replaced as a whole by `reload`."""
-
-    manifest: Manifest
-    layouts: dict[int, ShardLayout]  # by the deep expert's index
-    deep_of: npt.NDArray[np.int32]  # [L, E]: place in `manifest.deep_experts` of what holds the expert, -1: none does
-    available: npt.NDArray[np.bool_]  # [L, E]
-
-    @classmethod
-    def of(cls, manifest: Manifest, excluded: frozenset[tuple[int, int]] = frozenset()) -> _View:
-        """`excluded` are (layer, index of a deep expert) that count as not held."""
-        deep_of = np.full((manifest.model.num_layers, manifest.model.num_experts), -1, dtype=np.int32)
-        for place, deep in enumerate(manifest.deep_experts):
-            kept = [layer for layer in range(len(deep.experts)) if (layer, deep.index) not in excluded]
-            deep_of[kept, np.array(deep.experts)[kept]] = place
-        available = deep_of >= 0
-        available.setflags(write=False)
-        layouts = {deep.index: ShardLayout.of(manifest.layers, deep) for deep in manifest.deep_experts}
-        return cls(manifest, layouts, deep_of, available)
 
 
 class SourceReader(Protocol):
@@ -66,7 +44,7 @@ class Store:
 
     def __init__(self, path: Path, manifest: Manifest, max_open_files: int = MAX_OPEN_FILES) -> None:
         self.path = path
-        self._view = _View.of(manifest)
+        self._view = StoreView.of(manifest)
         self._shards = OpenShards(path, max_open_files)
         self._lock = threading.Lock()
         self._readers = ReaderLock(path)
@@ -140,9 +118,9 @@ class Store:
         Raises ExpertUnavailableError when the store does not hold it.
         """
         with self._lock:
-            deep = self._locate(self._view, layer, expert)
+            deep = self._view.locate(self.path, layer, expert)
             self._excluded |= {(layer, deep.index)}
-            self._view = _View.of(self._view.manifest, self._excluded)
+            self._view = StoreView.of(self._view.manifest, self._excluded)
 
     @property
     def excluded(self) -> npt.NDArray[np.bool_]:
@@ -197,7 +175,7 @@ class Store:
 
     def deep_expert(self, layer: int, expert: int) -> DeepExpert:
         """The deep expert that holds (layer, expert). Raises ExpertUnavailableError."""
-        return self._locate(self._view, layer, expert)
+        return self._view.locate(self.path, layer, expert)
 
     def read_expert(self, layer: int, expert: int, out: memoryview | torch.Tensor, verify: bool = True) -> None:
         """Fill `out` with the span of (layer, expert), read from disk straight into it.
@@ -215,10 +193,10 @@ class Store:
 
     def _read_expert(self, layer: int, expert: int, out: memoryview | torch.Tensor, verify: bool) -> None:
         view, source = self._view, self._source
-        if source is not None and _is_lacking(view, layer, expert):
+        if source is not None and view.lacks(layer, expert):
             source.read_expert(layer, expert, _as_bytes(out, view.manifest.layers[layer].span_bytes))
             return
-        deep = self._locate(view, layer, expert)
+        deep = view.locate(self.path, layer, expert)
         memory = _as_bytes(out, view.manifest.layers[layer].span_bytes)
         where = f"{self.path}/{deep.file} (layer {layer}, expert {expert})"
         with self._shards.opened(deep, view.layouts[deep.index]) as descriptor:
@@ -248,7 +226,7 @@ class Store:
                     f"{self.path}: the manifest on disk does not follow from the one in use (another checkpoint, or "
                     "deep experts changed); restart to use it"
                 )
-            view = _View.of(newer, self._excluded)
+            view = StoreView.of(newer, self._excluded)
             self._check_files(view)
             self._view = view
             self._shards.forget([index for index in held if index not in kept])
@@ -270,22 +248,7 @@ class Store:
         """
         return verify_files(self.path, self._view.manifest, progress)
 
-    def _locate(self, view: _View, layer: int, expert: int) -> DeepExpert:
-        model = view.manifest.model
-        if not (0 <= layer < model.num_layers and 0 <= expert < model.num_experts):
-            raise ExpertUnavailableError(
-                f"there is no expert {expert} in MoE layer {layer}; this model has layers 0 to {model.num_layers - 1} "
-                f"and experts 0 to {model.num_experts - 1}"
-            )
-        index = int(view.deep_of[layer, expert])
-        if index < 0:
-            raise ExpertUnavailableError(
-                f"expert {expert} of MoE layer {layer} is not in {self.path}; mask it, or extract a larger selection "
-                "into the same store"
-            )
-        return view.manifest.deep_experts[index]
-
-    def _check_files(self, view: _View) -> None:
+    def _check_files(self, view: StoreView) -> None:
         """Every named file is there with its size, every shard has its header, and nothing else lies in the trunk."""
         for deep in view.manifest.deep_experts:
             os.close(open_shard(self.path, deep, view.layouts[deep.index]))
@@ -299,12 +262,6 @@ class Store:
                     raise ManifestError(
                         f"{self.path / name} is not named by the manifest and would be read with the trunk; remove it"
                     )
-
-
-def _is_lacking(view: _View, layer: int, expert: int) -> bool:
-    """Whether (layer, expert) exists in the model and not in the store."""
-    num_layers, num_experts = view.deep_of.shape
-    return 0 <= layer < num_layers and 0 <= expert < num_experts and bool(view.deep_of[layer, expert] < 0)
 
 
 def _as_bytes(out: memoryview | torch.Tensor, size: int) -> memoryview:
