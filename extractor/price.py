@@ -193,7 +193,24 @@ def _curves(points: Sequence[PricePoint]) -> dict[str, PriceCurve]:
 
 
 def _curve(points: Sequence[PricePoint]) -> PriceCurve:
-    """Isotonic regression through no cost at no deficit."""
+    """Isotonic regression through no cost at no deficit; past the largest deficit of right masks on to what wrong ones
+    cost, quadratically until the first of them: so exchanging more and more experts was seen to cost.
+    """
+    right = _isotonic([point for point in points if not point.is_wrong])
+    last, cost = right.last_deficit, float(right.loss_changes[-1])
+    wrong = _isotonic([point for point in points if point.is_wrong])
+    beyond = (wrong.deficits > last) & (wrong.loss_changes > cost)
+    if not beyond.any():
+        return right
+    deficits, changes = wrong.deficits[beyond], wrong.loss_changes[beyond]
+    steps = np.array([0.25, 0.5, 0.75])
+    return PriceCurve(
+        np.concatenate([right.deficits, last + steps * (deficits[0] - last), deficits]),
+        np.concatenate([right.loss_changes, cost + steps**2 * (changes[0] - cost), changes]),
+    )
+
+
+def _isotonic(points: Sequence[PricePoint]) -> PriceCurve:
     from scipy.optimize import isotonic_regression  # type: ignore[import-untyped]  # slow; a server reads made curves
 
     chosen = sorted(points, key=lambda point: point.deficit)
@@ -206,6 +223,7 @@ def _curve(points: Sequence[PricePoint]) -> PriceCurve:
 
 def _fit(points: Sequence[PricePoint]) -> PriceFit | None:
     """Every part of the text predicted by the curves through the other parts."""
+    points = [point for point in points if not point.is_wrong]
     actual: list[float] = []
     predicted: list[float] = []
     for part in sorted({point.part for point in points}):

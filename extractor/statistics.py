@@ -52,6 +52,7 @@ class PricePoint:
         part: of the domain's text that it was measured on (every second sequence), so that one part can be predicted
             from the other; 0 in files of before that.
         per_layer: deficit of each layer; empty in files of before that.
+        is_wrong: the mask had wrong experts among the domain's own best.
     """
 
     domain: str
@@ -61,6 +62,7 @@ class PricePoint:
     kept_share: float
     part: int = 0
     per_layer: tuple[float, ...] = ()
+    is_wrong: bool = False
 
 
 @dataclass

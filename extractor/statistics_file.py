@@ -122,7 +122,7 @@ def _statistics(header: dict[str, Any], arrays: Arrays) -> ExpertStatistics:
 
 
 def _price_point(item: dict[str, Any]) -> PricePoint:
-    """`part` and `per_layer` came later than the rest: files of before read as they were."""
+    """`part`, `per_layer` and `is_wrong` came later than the rest: files of before read as they were."""
     return PricePoint(
         domain=str(item["domain"]),
         deficit=float(item["deficit"]),
@@ -131,6 +131,7 @@ def _price_point(item: dict[str, Any]) -> PricePoint:
         kept_share=float(item["kept_share"]),
         part=int(item.get("part", 0)),
         per_layer=tuple(float(value) for value in item.get("per_layer", ())),
+        is_wrong=bool(item.get("is_wrong", False)),
     )
 
 

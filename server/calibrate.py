@@ -38,7 +38,7 @@ PRICE_SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125)
 """Shares of the experts at which the price is measured."""
 PRICE_CRITERIA = (DEFAULT_CRITERION, "coverage")
 """Two ways to choose, so that the curves do not depend on one."""
-WRONG_SHARES = (0.125, 0.5, 1.0)
+WRONG_SHARES = (0.5, 1.0)
 """Shares of the smallest mask that are exchanged at random, to measure it there too: text served under a mask made
 for another kind misses more than its own best experts ever do."""
 SAVE_SECONDS = 30.0
@@ -175,16 +175,21 @@ def measure_price(
     plain = [_mean_loss(model, part, None).loss for part in parts]
     points = []
     masks = [
-        (share, best_experts(statistics, domain.name, max(1, round(share * statistics.num_experts)), criterion))
+        (share, best_experts(statistics, domain.name, max(1, round(share * statistics.num_experts)), criterion), False)
         for share in PRICE_SHARES
         for criterion in PRICE_CRITERIA
     ]
-    share, smallest = masks[-1]
-    for share, mask in [*masks, *((share, with_wrong_experts(smallest, wrong)) for wrong in WRONG_SHARES)]:
+    share, smallest, _ = masks[-1]
+    masks += [(share, with_wrong_experts(smallest, wrong), True) for wrong in WRONG_SHARES]
+    for share, mask, is_wrong in masks:
         for number, part in enumerate(parts):
             one = _mean_loss(model, part, mask & model.routing.mask)
             change = one.loss - plain[number]
-            points.append(PricePoint(domain.name, one.deficit, change, one.num_tokens, share, number, one.per_layer))
+            points.append(
+                PricePoint(
+                    domain.name, one.deficit, change, one.num_tokens, share, number, one.per_layer, is_wrong=is_wrong
+                )
+            )
     return points
 
 

@@ -143,3 +143,21 @@ def test_less_than_was_ever_measured_is_warned_of_however_little_it_seems_to_cos
 def test_determination_is_one_for_perfect_and_zero_for_the_mean() -> None:
     assert determination([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == 1.0
     assert determination([1.0, 2.0, 3.0], [2.0, 2.0, 2.0]) == 0.0
+
+
+def test_wrong_masks_say_what_deficits_cost_that_right_ones_never_have() -> None:
+    right = [PricePoint("code", 0.2, 0.1, 10, 0.5), PricePoint("code", 0.4, 0.2, 10, 0.25)]
+    wrong = [
+        PricePoint("code", 0.3, 1.5, 10, 0.25, is_wrong=True),
+        PricePoint("code", 0.6, 2.2, 10, 0.25, is_wrong=True),
+        PricePoint("code", 0.8, 4.2, 10, 0.25, is_wrong=True),
+    ]
+    without, price = priced(right), priced([*right, *wrong])
+    for deficit in (0.1, 0.3, 0.4):
+        own = price.expected_loss(deficit, "code").nats
+        assert own == pytest.approx(without.expected_loss(deficit, "code").nats), "right masks alone price these"
+    assert price.expected_loss(0.5, "code").nats == pytest.approx(0.2 + 0.25 * 2.0), "half way, a quarter of the rise"
+    assert price.expected_loss(0.7, "code").nats == pytest.approx(3.2)
+    assert price.expected_loss(0.8, "code").is_measured
+    assert not without.expected_loss(0.5, "code").is_measured
+    assert price.fit == without.fit, "how well the curves hold is asked of right masks"
