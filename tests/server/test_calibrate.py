@@ -94,6 +94,18 @@ def test_statistics_add_up(selective: Callable[..., SelectiveModel], texts: list
     assert max(point.deficit for point in statistics.price) > 1.5 * largest_own, "wrong experts miss more"
 
 
+def interrupted_at_second(calls: list[int]) -> Callable[..., object]:
+    """`run_batch` that is interrupted when it is called for the second time; every call is noted in `calls`."""
+
+    def interrupted(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run_batch(*arguments)  # type: ignore[arg-type]
+
+    return interrupted
+
+
 def assert_same(one: ExpertStatistics, other: ExpertStatistics) -> None:
     for name in TOTALS:
         assert np.allclose(one.totals[name], other.totals[name]), name
@@ -109,13 +121,7 @@ def test_an_interrupted_calibration_continues_and_ends_the_same(
     whole = calibrate(model, texts, options)
     monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
     calls: list[int] = []
-
-    def interrupted(*arguments: object) -> object:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return run_batch(*arguments)  # type: ignore[arg-type]
-
+    interrupted = interrupted_at_second(calls)
     monkeypatch.setattr(module, "run_batch", interrupted)
     folder = tmp_path / "resume"
     with pytest.raises(KeyboardInterrupt):
@@ -134,13 +140,7 @@ def test_an_interrupted_calibration_of_texts_that_changed_since_begins_anew(
     options = CalibrateOptions(context=48, max_tokens=144, price_tokens=0, with_weights=False)
     monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
     calls: list[int] = []
-
-    def interrupted(*arguments: object) -> object:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return run_batch(*arguments)  # type: ignore[arg-type]
-
+    interrupted = interrupted_at_second(calls)
     folder = tmp_path / "resume"
     with monkeypatch.context() as patched:
         patched.setattr(module, "run_batch", interrupted)
