@@ -14,7 +14,7 @@ venv-dev:
 	@scripts/venv dev
 
 demo: venv ## extract the bundled checkpoint, serve it on 127.0.0.1 and stream a first answer
-	@$(PY) -m server.demo
+	@$(PY) -m server.cli.demo
 
 # Threads of a parallel loop sleep when they wait: spinning, the default, is 15 times slower where two programs want the cores.
 test: export OMP_WAIT_POLICY ?= PASSIVE
@@ -31,8 +31,8 @@ format: venv-dev ## let ruff format and repair what it can
 	$(PY) -m ruff check --fix .
 
 bench: venv-dev ## run the benchmarks that need no GPU; a table each, and JSON on the last line
-	$(PY) -m benchmarks.extract
-	$(PY) -m benchmarks.decode
+	$(PY) -m benchmarks.cpu.extract
+	$(PY) -m benchmarks.cpu.decode
 
 clean: ## remove .venv, caches and the demo's store
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist store

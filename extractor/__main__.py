@@ -2,7 +2,7 @@
 
 import typer
 
-from extractor.cli import extract
+from extractor.cli.extract import extract
 
 if __name__ == "__main__":
     typer.run(extract)

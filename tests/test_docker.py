@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from server.api.app import create_app
-from server.cli import COMMANDS
-from server.metrics import Metrics
-from server.service import Service
-from server.settings import HttpSettings, Settings
-from server.settings_load import leaves, load_settings
+from server.cli.main import COMMANDS
+from server.serving.metrics import Metrics
+from server.serving.service import Service
+from server.settings.load import leaves, load_settings
+from server.settings.schema import HttpSettings, Settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCKER = REPOSITORY / "docker"

@@ -58,7 +58,7 @@ def test_decode_table_in_float32_is_that_of_its_results() -> None:
 
 
 def test_load_table_is_that_of_its_results() -> None:
-    rows = _rows("python -m benchmarks.load`):")
+    rows = _rows("python -m benchmarks.service.load`):")
     found = {(row["server"].replace(",", ""), row["users"]): row for row in _read("load")["rows"]}
     assert {row["failed"] for row in found.values()} == {0}
     for server, cells in rows.items():

@@ -88,7 +88,7 @@ def test_only_the_metrics_modules_know_prometheus() -> None:
     assert (
         _found(
             lambda module: module.split(".")[0] == "prometheus_client",
-            _outside("server/metrics.py", "server/metrics_vllm.py"),
+            _outside("server/serving/metrics.py", "server/serving/metrics_vllm.py"),
         )
         == []
     )
@@ -97,7 +97,7 @@ def test_only_the_metrics_modules_know_prometheus() -> None:
 def test_only_the_settings_read_the_environment() -> None:
     found = [
         f"{path.relative_to(REPOSITORY)}:{line}"
-        for path in _outside("server/settings_load.py", "server/threads.py")
+        for path in _outside("server/settings/load.py", "server/settings/openmp.py")
         for line in _reads_environment(ast.parse(path.read_text()))
     ]
     assert found == []

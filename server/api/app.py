@@ -8,15 +8,17 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from server.api import generate, growth, openai, status
-from server.api.context import ApiContext
-from server.api.errors import ApiError, MethodError, NotFoundError, ValidationFailed, error_response
-from server.api.growth_schemas import GrowRequest, ReloadRequest, ShrinkRequest
-from server.api.middleware import OPEN_PATHS, Gate
-from server.api.openai_responses import ChatResponse, CompletionResponse, OpenAIErrorResponse
-from server.api.openai_schemas import ChatRequest, CompletionRequest
-from server.api.openapi import ADMIN_TAG, install_openapi
-from server.api.schemas import (
+from server.api.admin import growth, status
+from server.api.admin.growth_schemas import GrowRequest, ReloadRequest, ShrinkRequest
+from server.api.http.context import ApiContext
+from server.api.http.errors import ApiError, MethodError, NotFoundError, ValidationFailed, error_response
+from server.api.http.middleware import OPEN_PATHS, Gate
+from server.api.http.openapi import ADMIN_TAG, install_openapi
+from server.api.openai import routes as openai
+from server.api.openai.responses import ChatResponse, CompletionResponse, OpenAIErrorResponse
+from server.api.openai.schemas import ChatRequest, CompletionRequest
+from server.api.tgi import routes as generate
+from server.api.tgi.schemas import (
     ErrorResponse,
     GenerateRequest,
     GenerateResponse,
@@ -25,10 +27,10 @@ from server.api.schemas import (
     StreamResponse,
 )
 from server.engine.request import EngineError
-from server.growth_errors import GrowthError
-from server.metrics import Metrics
-from server.service import Service
-from server.settings import HttpSettings
+from server.growth.errors import GrowthError
+from server.serving.metrics import Metrics
+from server.serving.service import Service
+from server.settings.schema import HttpSettings
 
 CLIENT_CLOSED_REQUEST = 499
 

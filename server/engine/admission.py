@@ -18,7 +18,7 @@ from server.engine.request import (
     OnMissing,
     QueueFullError,
 )
-from server.model.runner import Runner
+from server.model.host.runner import Runner
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ from server.engine.sequence import Sequence
 from server.engine.statistics import OnlineStatistics
 from server.engine.tokens import prompt_logprobs, token_logprob, token_text, top_logprobs
 from server.engine.unreadable import CorruptExperts, UnreadableExperts
-from server.model.out_of_memory import StepMemoryError
-from server.model.runner import Choice, Chosen, Runner, StepOutput
+from server.model.host.runner import Choice, Chosen, Runner, StepOutput
+from server.model.seam.out_of_memory import StepMemoryError
 
 log = logging.getLogger(__name__)
 

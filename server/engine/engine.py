@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
 
-from extractor.statistics import ExpertStatistics
+from extractor.statistics.statistics import ExpertStatistics
 from router.ledger import UsageLedger
 from server.engine.admission import EngineLimits, check_ability, check_request
 from server.engine.batch import Batch
@@ -38,8 +38,8 @@ from server.engine.statistics import OnlineStatistics, collect_from, empty_stati
 from server.engine.statistics_file import StatisticsFile
 from server.engine.unreadable import CorruptExperts
 from server.engine.usage import UsageFile
-from server.model.assembly import Progress
-from server.model.runner import Runner
+from server.model.host.assembly import Progress
+from server.model.host.runner import Runner
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
 )
 
 from server.engine.request import SamplingParams
-from server.model.runner import Choice
+from server.model.host.runner import Choice
 
 
 class Sampler:

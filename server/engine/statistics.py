@@ -18,20 +18,20 @@ import numpy as np
 import numpy.typing as npt
 
 from expert_store.manifest import Manifest
-from extractor.statistics import WINDOW_TOKENS, ExpertStatistics
+from extractor.statistics.statistics import WINDOW_TOKENS, ExpertStatistics
 from router.ledger import StepRecord
 from server.engine.sequence import Sequence
 from server.engine.statistics_file import StatisticsFile
-from server.model.observation import ExpertOutputs, OutputObserver, joined, observe_outputs
-from server.model.runner import Runner, StepOutput
-from server.token_statistics import add_tokens, window_masses
+from server.engine.token_statistics import add_tokens, window_masses
+from server.model.host.runner import Runner, StepOutput
+from server.model.seam.observation import ExpertOutputs, OutputObserver, joined, observe_outputs
 
 log = logging.getLogger(__name__)
 
 DOMAIN = "served"
 MAX_SHARE = 0.0075
 """Of the time that steps take, for collecting, as far as it can be timed where it happens. With what cannot, such as
-caches that are colder afterwards, the whole cost stays below 2 %: `benchmarks/online_statistics.py`."""
+caches that are colder afterwards, the whole cost stays below 2 %: `benchmarks/choosing/online_statistics.py`."""
 FLUSH_TOKENS = 256
 """Tokens that are added to the totals together: one by one would cost many times as much."""
 FLUSH_WINDOWS = 8

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from extractor.statistics import ExpertStatistics, StatisticsError
-from extractor.statistics_file import read_statistics, write_statistics
+from extractor.statistics.file import read_statistics, write_statistics
+from extractor.statistics.statistics import ExpertStatistics, StatisticsError
 from server.engine.snapshot_file import SnapshotFile
 
 FILE_NAME = "statistics.safetensors"

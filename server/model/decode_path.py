@@ -1,6 +1,6 @@
 """Who drives the experts of a decode step: the device, in captured graphs, or the host. Chosen here, once, at start.
 
-Both ways have one interface (`server.model.runner.Runner`) and, up to rounding, the same results. Whatever an option
+Both ways have one interface (`host.runner.Runner`) and, up to rounding, the same results. Whatever an option
 cannot do on the way that is taken is an error that names it: no option is without effect.
 """
 
@@ -20,10 +20,10 @@ from expert_store.pinned import NotPinnableError
 from expert_store.policy import POLICIES
 from expert_store.store import Store
 from router.mask import ExpertMask
-from server.model.assembly import load_model
-from server.model.pinning import most_used_experts
-from server.model.runner import Runner
-from server.model.sequence_runner import make_runner
+from server.model.host.assembly import load_model
+from server.model.host.pinning import most_used_experts
+from server.model.host.runner import Runner
+from server.model.host.sequence_runner import make_runner
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class DecodePathError(Exception):
 
 @dataclass(frozen=True)
 class RunnerOptions:
-    """How a store is run; see `server.settings.ModelSettings` for what each means."""
+    """How a store is run; see `server.settings.schema.ModelSettings` for what each means."""
 
     path: DecodePath
     max_rows: int
@@ -72,8 +72,8 @@ def load_runner(
     reason = _why_not(device, options.path)
     host_options = options
     if reason is None:
-        from server.model.device.assembly import load_device_runner
-        from server.model.device.refusal import NotCapturableError
+        from server.model.device.capture.refusal import NotCapturableError
+        from server.model.device.running.assembly import load_device_runner
 
         try:
             runner: Runner = load_device_runner(

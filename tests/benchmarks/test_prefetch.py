@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.prefetch import Cache, Machine, from_choices, guessed_at_random, paged, recalls, ridge
+from benchmarks.gpu.prefetch import Cache, Machine, from_choices, guessed_at_random, paged, recalls, ridge
 
 SIMPLE = Machine(
     front=3.0, middle=2.0, down=1.0, rest=0.0, layers=4, predict=0.0, bus=1.0, span=10.0, in_flight=0.0

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from extractor.statistics import ExpertStatistics, PricePoint
+from extractor.statistics.statistics import ExpertStatistics, PricePoint
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 3, 8, 2
 DOMAINS = ("code", "chat")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extractor.disk import DISK_MARGIN_BYTES, format_bytes, free_bytes, keep_that_fits, replacing
-from extractor.selection import parse_keep
+from extractor.planning.selection import parse_keep
 
 
 @given(

@@ -1,6 +1,6 @@
 """What the families lean on inside transformers: when a new release moves something, these tests say what.
 
-The seam to its loading is guarded in tests/extractor/test_conversion.py.
+The seam to its loading is guarded in tests/extractor/checkpoint/test_conversion.py.
 """
 
 from __future__ import annotations

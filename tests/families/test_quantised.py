@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from expert_store.store import Store
-from extractor.checkpoint import Checkpoint
+from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.errors import CheckpointError
-from extractor.prepare import prepare
-from extractor.selection import SelectionRequest
-from server.model.trunk import load_trunk
+from extractor.planning.selection import SelectionRequest
+from extractor.writing.prepare import prepare
+from server.model.seam.trunk import load_trunk
 from tests.families.checkpoints import NUM_EXPERTS, is_experts, moe_blocks, random_model
 
 BLOCK = 16
@@ -111,7 +111,7 @@ def test_blocks_at_the_edge_that_are_smaller_keep_their_own_scale(tmp_path: Path
     config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (entry,) = Checkpoint.open(tmp_path).tensors.values()
-    from extractor.quantised import read_part
+    from extractor.checkpoint.quantised import read_part
 
     expected = torch.stack(
         [torch.stack([values[r, c].float() * scales[r // 16, c // 16] for c in range(40)]) for r in range(24)]

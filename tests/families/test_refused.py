@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import CONFIG_MAPPING
 
-from extractor.checkpoint import Checkpoint
+from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.checkpoint.layout import ExpertsLayout
 from extractor.errors import UnsupportedFamilyError
-from extractor.layout import ExpertsLayout
 from tests.families.checkpoints import tiny_config
 from tests.families.test_text_parts import tiny_tower
 

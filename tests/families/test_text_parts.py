@@ -19,8 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from expert_store.store import Store
 from extractor.errors import UnsupportedFamilyError
-from extractor.prepare import prepare
-from extractor.selection import SelectionRequest
+from extractor.planning.selection import SelectionRequest
+from extractor.writing.prepare import prepare
 from router.mask import ExpertMask
 from tests.families.checkpoints import NUM_EXPERTS, moe_blocks, randomise, tiny_config
 from tests.families.pruning import pruned_model

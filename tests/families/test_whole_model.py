@@ -18,13 +18,13 @@ import transformers
 from torch import Tensor
 
 from expert_store.store import Store
-from extractor.checkpoint import Checkpoint
+from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.errors import UnsupportedFamilyError
-from extractor.prepare import prepare
-from extractor.selection import SelectionRequest
+from extractor.planning.selection import SelectionRequest
+from extractor.writing.prepare import prepare
 from router.mask import ExpertMask
-from server.model.assembly import SelectiveModel, load_model
-from server.model.sequence_runner import has_plain_memory, make_runner
+from server.model.host.assembly import SelectiveModel, load_model
+from server.model.host.sequence_runner import has_plain_memory, make_runner
 from tests.families.checkpoints import FAMILIES, NUM_EXPERTS, is_installed, moe_blocks, random_model, tiny_config
 from tests.families.pruning import pruned_model
 

@@ -15,11 +15,11 @@ from transformers import (
 )
 
 from expert_store.store import Store
-from extractor.checkpoint import Checkpoint
-from extractor.prepare import prepare
-from extractor.selection import SelectionRequest
+from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.planning.selection import SelectionRequest
+from extractor.writing.prepare import prepare
 from router.mask import ExpertMask
-from server.model.assembly import SelectiveModel, load_model
+from server.model.host.assembly import SelectiveModel, load_model
 
 
 @pytest.fixture(scope="session")

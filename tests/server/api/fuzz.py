@@ -17,7 +17,7 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.serving import extract_store, running
+from benchmarks.service.serving import extract_store, running
 from tests.server.api.test_openapi import CONFIG
 
 LEAVE_SECONDS = 30

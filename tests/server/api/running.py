@@ -14,10 +14,10 @@ from typing import Any
 import httpx
 
 from server.api.app import create_app
-from server.api.listener import Listener, bind_socket
-from server.metrics import Metrics
-from server.service import Loader, Service
-from server.settings import HttpSettings
+from server.api.http.listener import Listener, bind_socket
+from server.serving.metrics import Metrics
+from server.serving.service import Loader, Service
+from server.settings.schema import HttpSettings
 from tests.server.api.scripted import ScriptedEngine, loaded
 
 

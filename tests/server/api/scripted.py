@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from expert_store.manifest import DeepExpert
-from extractor.price import Price
-from extractor.statistics import PricePoint
+from extractor.statistics.price import Price
+from extractor.statistics.statistics import PricePoint
 from router.mask import ExpertMask
 from server.engine.request import (
     ContextTooLongError,
@@ -29,11 +29,11 @@ from server.engine.request import (
     Timing,
     TokenEvent,
 )
-from server.growth_errors import GrowthBusyError
-from server.growth_ranking import Candidate
-from server.growth_status import GrowthStatus, Reloaded, Shrunk
-from server.profiles import RequestMasks
-from server.service import ExpertsSnapshot, LoadedModel, ShardInfo
+from server.growth.errors import GrowthBusyError
+from server.growth.ranking import Candidate
+from server.growth.status import GrowthStatus, Reloaded, Shrunk
+from server.masks.profiles import RequestMasks
+from server.serving.service import ExpertsSnapshot, LoadedModel, ShardInfo
 
 LAYERS, EXPERTS = 2, 4
 EOS = 0

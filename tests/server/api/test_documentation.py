@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.api.errors import TABLE
-from server.settings_load import leaves
+from server.api.http.errors import TABLE
+from server.settings.load import leaves
 from tests.server.api.running import running
 
 

@@ -17,9 +17,9 @@ import httpx
 import pytest
 import torch
 
-from server.loading import load
-from server.service import LoadedModel, Progress
-from server.settings_load import load_settings
+from server.serving.loading import load
+from server.serving.service import LoadedModel, Progress
+from server.settings.load import load_settings
 from tests.server.api.running import Running, events_of, running, wait_until
 
 PROMPTS = ["The capital of France is", "Once upon a time", "Water is", "The moon", "In the city of"]

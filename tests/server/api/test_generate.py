@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.api.schemas import GenerateResponse, StreamResponse
+from server.api.tgi.schemas import GenerateResponse, StreamResponse
 from tests.server.api.running import Running, events_of, running, wait_until
 from tests.server.api.scripted import ScriptedEngine
 

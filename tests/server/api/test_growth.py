@@ -12,14 +12,14 @@ import httpx
 import pytest
 
 from expert_store.manifest import read_manifest
-from extractor.checkpoint import Checkpoint
-from extractor.prepare import prepare
-from extractor.selection import SelectionRequest
-from server.api.growth_schemas import GrowResponse, GrowthResponse, PlanResponse, ReloadResponse, ShrinkResponse
-from server.cli import main
-from server.growth_errors import GrowthError, GrowthSourceError, NothingToGrowError
-from server.loading import load
-from server.settings_load import load_settings
+from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.planning.selection import SelectionRequest
+from extractor.writing.prepare import prepare
+from server.api.admin.growth_schemas import GrowResponse, GrowthResponse, PlanResponse, ReloadResponse, ShrinkResponse
+from server.cli.main import main
+from server.growth.errors import GrowthError, GrowthSourceError, NothingToGrowError
+from server.serving.loading import load
+from server.settings.load import load_settings
 from tests.server.api.running import Running, running, wait_until
 from tests.server.api.scripted import ScriptedEngine, ScriptedGrowth, loaded
 

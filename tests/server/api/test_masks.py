@@ -14,20 +14,20 @@ import openai
 import pytest
 
 from expert_store.manifest import read_manifest
-from extractor.checkpoint import Checkpoint
-from extractor.plan import Plan, PlannedExpert, write_plan
-from extractor.prepare import prepare
-from extractor.selection import SelectionRequest
-from extractor.statistics import ExpertStatistics, PricePoint
-from extractor.statistics_file import write_statistics
-from server.api.deficit_schemas import DeficitDetails
-from server.api.status_schemas import ProfilesResponse
-from server.deficit import deficit_payload
+from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.planning.plan import Plan, PlannedExpert, write_plan
+from extractor.planning.selection import SelectionRequest
+from extractor.statistics.file import write_statistics
+from extractor.statistics.statistics import ExpertStatistics, PricePoint
+from extractor.writing.prepare import prepare
+from server.api.admin.status_schemas import ProfilesResponse
+from server.api.http.deficit_schemas import DeficitDetails
 from server.engine.request import Deficit, GenerationRequest
-from server.loading import load
-from server.profiles import FixedMasking, PoolMasking, ProfileError
-from server.settings_load import load_settings
-from server.usage_prior import UsagePrior
+from server.masks.profiles import FixedMasking, PoolMasking, ProfileError
+from server.masks.usage_prior import UsagePrior
+from server.serving.deficit import deficit_payload
+from server.serving.loading import load
+from server.settings.load import load_settings
 from tests.server.api.running import Running, events_of, running, wait_until
 from tests.server.api.scripted import EXPERTS, LAYERS, PRICE, ScriptedEngine, loaded
 

@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from server.api.openai_responses import ChatResponse, CompletionResponse, OpenAIErrorResponse
+from server.api.openai.responses import ChatResponse, CompletionResponse, OpenAIErrorResponse
 from tests.server.api.running import Running, events_of, running, wait_until
 from tests.server.api.scripted import ScriptedEngine
 

@@ -10,9 +10,9 @@ import time
 import httpx
 import pytest
 
-from server.api.status_schemas import ExpertsResponse, InfoResponse
-from server.logging_setup import JsonFormatter, TextFormatter
-from server.service import LoadedModel, Progress
+from server.api.admin.status_schemas import ExpertsResponse, InfoResponse
+from server.cli.logging_setup import JsonFormatter, TextFormatter
+from server.serving.service import LoadedModel, Progress
 from tests.server.api.running import running, wait_until
 from tests.server.api.scripted import EXPERTS, LAYERS, ScriptedEngine, loaded
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.stop_filter import StopFilter
+from server.api.openai.stop_filter import StopFilter
 
 
 def test_beginning_of_a_stop_string_is_held_back_until_it_is_none() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from expert_store.store import Store
-from extractor.statistics import ExpertStatistics
+from extractor.checkpoint.source import attach_source
+from extractor.statistics.statistics import ExpertStatistics
 from router.ledger import UsageLedger
 from router.mask import ExpertMask
 from server.engine.admission import EngineLimits
@@ -16,9 +17,8 @@ from server.engine.engine import Engine
 from server.engine.statistics_file import StatisticsFile
 from server.engine.unreadable import CorruptExperts
 from server.engine.usage import UsageFile
-from server.model.assembly import load_model
-from server.model.runner import Runner
-from server.source import attach_source
+from server.model.host.assembly import load_model
+from server.model.host.runner import Runner
 from tests.server.engine.clients import WAIT_SECONDS
 
 

@@ -13,7 +13,7 @@ from router.ledger import UsageLedger
 from server.engine.engine import Engine
 from server.engine.request import Event, FailedEvent, FinishedEvent, GenerationRequest, SamplingParams, TokenEvent
 from server.engine.sequence import Sequence
-from server.model.runner import Runner
+from server.model.host.runner import Runner
 from tests.server.engine.clients import WAIT_SECONDS, Client
 
 

@@ -20,8 +20,8 @@ from server.engine.request import (
     InvalidRequestError,
     QueueFullError,
 )
-from server.model.runner import Runner
-from server.model.sequence_runner import SequenceRunner
+from server.model.host.runner import Runner
+from server.model.host.sequence_runner import SequenceRunner
 from tests.server.engine.clients import WAIT_SECONDS, Client
 
 

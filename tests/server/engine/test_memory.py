@@ -8,9 +8,9 @@ import torch
 
 from server.engine.engine import Engine
 from server.engine.request import MemoryExhaustedError
-from server.model.kv_cache import RowCache
-from server.model.runner import Runner
-from server.model.sequence_runner import SequenceRunner
+from server.model.host.kv_cache import RowCache
+from server.model.host.runner import Runner
+from server.model.host.sequence_runner import SequenceRunner
 from tests.server.engine.clients import Client
 
 SHORT = ["Once upon a time", "Der Hund ist"]

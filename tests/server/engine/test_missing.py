@@ -14,19 +14,19 @@ from transformers import PreTrainedModel
 
 from expert_store.errors import ExpertUnavailableError
 from expert_store.store import Store
-from extractor.checkpoint import Checkpoint
-from extractor.prepare import prepare
-from extractor.selection import SelectionRequest
+from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.checkpoint.source import attach_source
+from extractor.planning.selection import SelectionRequest
+from extractor.writing.prepare import prepare
 from router.mask import ExpertMask
 from server.engine.engine import Engine
 from server.engine.masks import check_nothing_missing
 from server.engine.request import ExpertMissingError, GenerationRequest, InvalidRequestError
-from server.model.assembly import SelectiveModel, load_model
-from server.model.runner import Runner
-from server.profiles import FixedMasking
-from server.source import attach_source
+from server.masks.profiles import FixedMasking
+from server.model.host.assembly import SelectiveModel, load_model
+from server.model.host.runner import Runner
 from tests.server.engine.clients import Client
-from tests.server.model.test_selective import greedy, stock_greedy
+from tests.server.model.host.test_selective import greedy, stock_greedy
 
 TEXT = "Once upon a time"
 NUM_KEPT = 16

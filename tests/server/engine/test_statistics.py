@@ -12,29 +12,29 @@ import pytest
 import torch
 
 from expert_store.store import Store
-from extractor.checkpoint import Checkpoint
-from extractor.criteria import score
-from extractor.planning import PlanRequest, make_plan
-from extractor.prepare import prepare
-from extractor.selection import SelectionRequest
-from extractor.statistics import WINDOW_TOKENS, ExpertStatistics
-from extractor.statistics_file import read_statistics, write_statistics
+from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.planning.criteria import score
+from extractor.planning.planner import PlanRequest, make_plan
+from extractor.planning.selection import SelectionRequest
+from extractor.statistics.file import read_statistics, write_statistics
+from extractor.statistics.statistics import WINDOW_TOKENS, ExpertStatistics
+from extractor.writing.prepare import prepare
 from router.ledger import StepRecord, UsageLedger
 from router.mask import ExpertMask
-from server.calibrate_collect import observe
-from server.calibrate_run import run_batch
-from server.cli import main
+from server.cli.main import main
 from server.engine import statistics as collecting
 from server.engine.engine import Engine
 from server.engine.request import GenerationRequest
 from server.engine.sequence import Sequence
 from server.engine.statistics import DOMAIN, MAX_SHARE, OnlineStatistics
 from server.engine.statistics_file import FILE_NAME, StatisticsFile, served_statistics
-from server.model.assembly import load_model
-from server.model.observation import ExpertOutputs, OutputObserver, observe_outputs
-from server.model.routing import RowShare
-from server.model.runner import Runner, StepOutput
-from server.model.sequence_runner import SequenceRunner
+from server.model.host.assembly import load_model
+from server.model.host.runner import Runner, StepOutput
+from server.model.host.sequence_runner import SequenceRunner
+from server.model.seam.observation import ExpertOutputs, OutputObserver, observe_outputs
+from server.model.seam.routing import RowShare
+from server.quality.collect import observe
+from server.quality.run import run_batch
 from tests.server.engine.clients import Client
 
 TEXTS = ["Once upon a time there was a", "The capital of France is", "Der Hund ist", "12 + 5 ="]

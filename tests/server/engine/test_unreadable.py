@@ -15,10 +15,10 @@ from expert_store.store import Store
 from router.mask import ExpertMask
 from server.engine.engine import Engine
 from server.engine.request import GenerationError
-from server.model.assembly import load_model
-from server.model.routing import StepRouting
-from server.model.runner import Runner, StepFault, StepOutput
-from server.model.sequence_runner import SequenceRunner
+from server.model.host.assembly import load_model
+from server.model.host.runner import Runner, StepFault, StepOutput
+from server.model.host.sequence_runner import SequenceRunner
+from server.model.seam.routing import StepRouting
 from tests.server.engine.clients import Client
 
 TEXTS = ["Once upon a time", "12 + 5 =", "Der Hund ist", "def main():", "The capital of France is"]

@@ -18,7 +18,7 @@ from router.ledger import StepRecord, UsageLedger
 from router.mask import ExpertMask
 from server.model import decode_path
 from server.model.decode_path import DecodePathError, RunnerOptions, load_runner
-from server.model.pinning import most_used_experts
+from server.model.host.pinning import most_used_experts
 
 CPU = torch.device("cpu")
 AUTO = RunnerOptions(path="auto", max_rows=1, max_tokens=64, num_slots=12)
@@ -67,8 +67,8 @@ def test_asking_for_the_device_without_one_is_refused_with_the_reason(opened, mo
 def test_a_model_that_cannot_be_captured_is_driven_by_the_host_and_the_log_names_the_reason(
     opened, monkeypatch, caplog
 ):
-    assembly = pytest.importorskip("server.model.device.assembly")
-    pack = pytest.importorskip("server.model.device.pack")
+    assembly = pytest.importorskip("server.model.device.running.assembly")
+    pack = pytest.importorskip("server.model.device.capture.pack")
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise pack.NotCapturableError("layer 0 has a moat")

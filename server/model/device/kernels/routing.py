@@ -4,7 +4,7 @@ Programs compute gate logits for a few experts of one row; the last to finish ch
 (`expert_store.paging.kernels.plan_layer`). The choice is exact under a mask: hidden experts get -inf before they are
 scored, so weights equal those of a checkpoint without them; where fewer than K are available the rest of the picks
 carry the sentinel id E and weight 0 and reach neither the plan nor the experts. What a family's router does otherwise
-is a switch from `server.model.device.router_kind`; the scores are in `kernels.scores`.
+is a switch from `server.model.device.step.router_kind`; the scores are in `kernels.scores`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,383 @@
+"""Decoding on a GPU at the hardware's limit: step times beside the floors that this machine sets, in one run.
+
+What is measured, in words:
+- *resident*: one decode step with every expert in a slot, KV memory 1,024 tokens deep, as a captured graph; its
+  *floor* is the bytes that the step must read (trunk, and the distinct experts that the batch chose) over the read
+  rate.
+- *split*: the step without one stage, subtracted from the whole: what that stage adds.
+- *paging*: the mean step over the trace's second part while a trace's recorded or synthetic choices replace the
+  router's; *missed* are the bytes of experts that were in no slot; its *limit* is 1.2 times the larger of the
+  resident step and missed bytes over the copy rate.
+- *host-driven*, *device-driven*: `decode` of the two runners on the same weights, with their own routers' choices,
+  wall clock including what the host does around it; 12 of the 48 layers, since the host-driven one needs its own
+  pinned copy.
+- *offload*: transformers with accelerate's hooks, a quarter of the layers on the GPU; 4 of the 48 layers, times 12.
+- *prefill*: 2,048 tokens through the device-driven runner; floor: the same chunk with every expert resident, or
+  missed bytes over the copy rate, the larger.
+
+Shapes: Qwen3-30B-A3B (48 layers, 128 experts, top-8, H 2048, I 768) and that of the recorded traces (26 layers, 64
+experts, top-6, H 2048, I 1408, with the same attention), bf16, random weights. Pinned memory holds fewer distinct
+spans than the model has, which no copy can tell. Sections that fail are named in the result; the rest stands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.gpu import paging as gpu_paging
+from benchmarks.gpu import paths as gpu_paths
+from benchmarks.gpu import timing as gpu_timing
+from benchmarks.reporting import environment, finish, table
+from expert_store.paging.pages import DevicePages, PagesShape, Policy
+from server.model.device.step.compiling import in_parallel
+from server.model.device.step.graph import StepGraph
+from server.model.device.step.options import StepOptions
+from server.model.device.step.state import RowState
+from server.model.device.step.step import STAGES, DecodeStep
+from server.model.device.step.weights import DecodeShape, TrunkWeights, random_trunk
+
+QWEN = DecodeShape(
+    num_layers=48, hidden=2048, num_heads=32, num_kv_heads=4, head_dim=128, vocab=151936, num_experts=128, top_k=8,
+    intermediate=768, max_rows=32, max_tokens=4096,
+)  # fmt: skip
+TRACED = replace(QWEN, num_layers=26, num_experts=64, top_k=6, intermediate=1408)
+CONTEXT = 1024
+DEVICE = "cuda:0"
+SYNTHETIC = ((0.6, 0.3), (1.0, 0.5))
+SHARES = (0.125, 0.25, 0.5)
+BATCHES = (1, 2, 4, 8, 16, 32)
+PIN_BYTES = 6 << 30
+
+
+class Bench:
+    """Weights and rates that the sections share, and the result that they fill."""
+
+    def __init__(self) -> None:
+        self.result: dict[str, Any] = {"environment": environment("cuda:0"), "failed": {}}
+        self.started = time.perf_counter()
+        self.read_rate = self.copy_rate = 0.0
+        self.trunks: dict[str, TrunkWeights] = {}
+
+    def section(self, name: str, run: Callable[[], Any]) -> None:
+        """Runs one part; a failure is recorded and the next one starts from freed memory."""
+        began = time.perf_counter()
+        try:
+            self.result[name] = run()
+        except Exception as error:
+            traceback.print_exc()
+            self.result["failed"][name] = repr(error)[:300]
+        gc.collect()
+        torch.cuda.empty_cache()
+        now = time.perf_counter()
+        print(json.dumps({name: self.result.get(name)}), file=sys.stderr)
+        print(f"[{now - self.started:.0f} s] {name}: {now - began:.0f} s", file=sys.stderr, flush=True)
+
+    def machine(self) -> dict[str, float]:
+        self.read_rate = gpu_timing.read_rate()
+        self.spans, pin_rate = gpu_timing.pinned_spans(PIN_BYTES // (QWEN.span_elements * 2), QWEN.span_elements)
+        self.copy_rate = gpu_timing.copy_rate(self.spans)
+        return {"read_rate": self.read_rate, "copy_rate": self.copy_rate, "pin_rate": pin_rate}
+
+    # -- resident ------------------------------------------------------------------------------------------------------
+
+    def resident(self) -> list[dict[str, Any]]:
+        trunk = self._trunk("qwen", QWEN)
+        pages, state = self._full_pages(QWEN), RowState(QWEN, DEVICE)
+        rows = []
+        with in_parallel():
+            for batch in BATCHES:
+                options = StepOptions(greedy=True, pdl=batch == 1)
+                DecodeStep(QWEN, trunk, pages, state, batch, options).compile()
+        for batch in BATCHES:
+            rows.append(self._resident_step(QWEN, trunk, pages, state, batch))
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        self.result["split"] = self._split(trunk, pages, state)
+        self.result["variants"] = {
+            "without dependent launch": self._time(QWEN, trunk, pages, state, 1, StepOptions(greedy=True)),
+            **{
+                f"{splits} attention splits": self._time(
+                    QWEN, trunk, pages, state, 1, self._tuned(attention_splits=splits)
+                )
+                for splits in (8, 32)
+            },
+            **{
+                f"router on {warps} warps": self._time(QWEN, trunk, pages, state, 1, self._tuned(route_warps=warps))
+                for warps in (1, 4)
+            },
+            **{
+                f"{rows} up rows": self._time(QWEN, trunk, pages, state, 1, self._tuned(up_rows=rows))
+                for rows in (2, 8)
+            },
+        }
+        return rows
+
+    def _resident_step(
+        self, shape: DecodeShape, trunk: TrunkWeights, pages: DevicePages, state: RowState, batch: int
+    ) -> dict[str, Any]:
+        began = time.perf_counter()
+        step, replay = self._graph(shape, trunk, pages, state, batch, StepOptions(greedy=True, pdl=batch == 1))
+        build_seconds = time.perf_counter() - began
+        step_ms = gpu_timing.median_ms(replay)
+        ids = step.log_ids.cpu()
+        distinct = sum(len(set(layer.flatten().tolist())) for layer in ids) / shape.num_layers
+        floor_bytes = shape.trunk_bytes + shape.num_layers * distinct * shape.span_elements * 2
+        floor_ms = floor_bytes / self.read_rate * 1e3
+        return {
+            "batch": batch,
+            "step_ms": step_ms,
+            "floor_ms": floor_ms,
+            "ratio": step_ms / floor_ms,
+            "distinct": distinct,
+            "compile_and_capture_seconds": build_seconds,
+        }
+
+    def _split(self, trunk: TrunkWeights, pages: DevicePages, state: RowState) -> dict[str, dict[str, float]]:
+        split = {}
+        for batch in (1, 8):
+            pdl = batch == 1
+            # One choice for every variant: without a stage the rows would converge and choose fewer experts.
+            trace = gpu_paging.synthetic(batch, QWEN.num_layers, QWEN.num_experts, QWEN.top_k, 0.0, 0.0, seed=2)
+            forced = torch.from_numpy(trace.transpose(1, 0, 2)[None].copy()).to(DEVICE)
+            whole = self._time(QWEN, trunk, pages, state, batch, StepOptions(greedy=True, pdl=pdl, forced=forced))
+            parts = {}
+            for stage in STAGES:
+                if batch == 1 and stage == "combine":
+                    continue
+                options = StepOptions(greedy=True, pdl=pdl, forced=forced, skip=frozenset([stage]))
+                parts[stage] = whole - self._time(QWEN, trunk, pages, state, batch, options)
+            split[f"batch {batch}"] = {"whole": whole, **parts}
+        return split
+
+    # -- paging --------------------------------------------------------------------------------------------------------
+
+    def paging_synthetic(self) -> list[dict[str, Any]]:
+        trunk, state = self._trunk("qwen", QWEN), RowState(QWEN, DEVICE)
+        resident_ms = next(row["step_ms"] for row in self.result["resident"] if row["batch"] == 1)
+        rows = []
+        for skew, stickiness in SYNTHETIC:
+            trace = gpu_paging.synthetic(144, QWEN.num_layers, QWEN.num_experts, QWEN.top_k, skew, stickiness, seed=1)
+            for share in SHARES:
+                name = f"zipf {skew}, sticky {stickiness}"
+                rows.append(self._paging(QWEN, trunk, state, trace, share, resident_ms, name, warmup=64))
+        return rows
+
+    def paging_recorded(self) -> list[dict[str, Any]]:
+        trunk, state = self._trunk("traced", TRACED), RowState(TRACED, DEVICE)
+        pages = self._full_pages(TRACED)
+        resident_ms = self._resident_step(TRACED, trunk, pages, state, 1)["step_ms"]
+        del pages
+        rows = []
+        for task in ("intent", "summary"):
+            trace = gpu_paging.recorded(task)
+            for share in SHARES:
+                rows.append(self._paging(TRACED, trunk, state, trace[:160], share, resident_ms, task, warmup=80))
+        return rows
+
+    def paging_variants(self) -> list[dict[str, Any]]:
+        """What the choices of the paging path are worth, on one trace with few and one with many misses."""
+        trunk, state = self._trunk("qwen", QWEN), RowState(QWEN, DEVICE)
+        resident_ms = next(row["step_ms"] for row in self.result["resident"] if row["batch"] == 1)
+        rows = []
+        plans: list[tuple[int, float, list[dict[str, Any]]]] = [
+            (1, 0.5, [{"fetchers": 16}, {"fetchers": 64}, {"down_fetches": False}, {"pdl": False}]),
+            (0, 0.25, [{"fetchers": 16}, {"copy_elements": 16384}, {"down_fetches": False}]),
+        ]
+        for at, share, variants in plans:
+            skew, stickiness = SYNTHETIC[at]
+            trace = gpu_paging.synthetic(144, QWEN.num_layers, QWEN.num_experts, QWEN.top_k, skew, stickiness, seed=1)
+            for changed in variants:
+                name = f"{changed}, zipf {skew}"
+                options = StepOptions(greedy=True) if "pdl" in changed else self._tuned(**changed)
+                rows.append(self._paging(QWEN, trunk, state, trace, share, resident_ms, name, 64, options))
+        return rows
+
+    def policies(self) -> list[dict[str, Any]]:
+        """Hit rates over the second half of 640 recorded tokens; usage to pin by comes from the first half."""
+        trunk, state = self._trunk("traced", TRACED), RowState(TRACED, DEVICE)
+        rows = []
+        for task in ("intent", "summary"):
+            trace = gpu_paging.recorded(task)
+            for share in SHARES:
+                num_slots = int(share * TRACED.num_experts)
+                row = {"task": task, "slots": num_slots}
+                for name, policy, pinned in (
+                    ("lru", "lru", 0),
+                    ("lfu", "lfu", 0),
+                    ("pinned", "lru", num_slots - TRACED.top_k),
+                ):
+                    row[name] = self._hit_rate(trunk, state, trace, num_slots, policy, pinned)
+                row["belady"] = gpu_paging.belady_hit_rate(trace, num_slots, TRACED.num_experts, len(trace) // 2)
+                rows.append(row)
+        return rows
+
+    def _hit_rate(
+        self, trunk: TrunkWeights, state: RowState, trace: gpu_paging.Trace, num_slots: int, policy: str, pinned: int
+    ) -> float:
+        """The device's own page table over the trace; experts' products and trunk left out, since nothing reads
+        them.
+        """
+        order = gpu_paging.most_used(trace[: len(trace) // 2], num_slots, TRACED.num_experts) if pinned else None
+        pages = self._pages(TRACED, num_slots, policy, pinned, order)
+        options = StepOptions(forced=self._forced(trace), skip=frozenset(STAGES) - {"embed", "route"})
+        _, replay = self._graph(TRACED, trunk, pages, state, 1, options)
+        pages.step.fill_(-1)
+        pages.last_use.fill_(-1)
+        for step in range(len(trace)):
+            if step == len(trace) // 2:
+                pages.stats.zero_()
+            replay()
+        return pages.hit_rate()
+
+    def _paging(
+        self, shape: DecodeShape, trunk: TrunkWeights, state: RowState, trace: gpu_paging.Trace, share: float,
+        resident_ms: float, name: str, warmup: int, options: StepOptions | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        num_slots = int(share * shape.num_experts)
+        pages = self._pages(shape, num_slots)
+        options = replace(options or StepOptions(greedy=True, pdl=True), forced=self._forced(trace))
+        _, replay = self._graph(shape, trunk, pages, state, 1, options)
+        pages.step.fill_(-1)
+        for _ in range(warmup):
+            replay()
+        torch.cuda.synchronize()
+        pages.stats.zero_()
+        state.lengths.fill_(CONTEXT)
+        steps = len(trace) - warmup
+        step_ms = gpu_timing.mean_ms(replay, repeats=steps)
+        pages.check_integrity()
+        missed = float(pages.stats[:, 1].sum()) / steps * shape.span_elements * 2
+        copy_ms = missed / self.copy_rate * 1e3
+        bound_ms = max(resident_ms, copy_ms)
+        row = {
+            "trace": name, "slots": num_slots, "share": share, "hit_rate": pages.hit_rate(), "missed_bytes": missed,
+            "step_ms": step_ms, "copy_ms": copy_ms, "resident_ms": resident_ms, "ratio": step_ms / bound_ms,
+            "pcie_rate": missed / step_ms * 1e3,
+        }  # fmt: skip
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        return row
+
+    # -- building ------------------------------------------------------------------------------------------------------
+
+    def _trunk(self, name: str, shape: DecodeShape) -> TrunkWeights:
+        if name not in self.trunks:
+            self.trunks.clear()
+            self.trunks[name] = random_trunk(shape, DEVICE)
+        return self.trunks[name]
+
+    def _full_pages(self, shape: DecodeShape) -> DevicePages:
+        everyone = PagesShape(
+            shape.num_layers, shape.num_experts, shape.top_k, shape.num_experts, shape.span_elements, 32, shape.dtype
+        )
+        pages = DevicePages(everyone, None, device=DEVICE)
+        for layer in range(shape.num_layers):
+            pages.slots[layer * shape.num_experts : (layer + 1) * shape.num_experts].normal_(0.0, 0.03)
+        pages.adopt(torch.arange(shape.num_experts).expand(shape.num_layers, shape.num_experts))
+        return pages
+
+    def _pages(
+        self, shape: DecodeShape, num_slots: int, policy: str = "lru", pinned: int = 0, order: Any = None
+    ) -> DevicePages:
+        spans = self.spans.view(-1)[: self.spans.numel() // shape.span_elements * shape.span_elements]
+        spans = spans.view(-1, shape.span_elements)
+        index = torch.arange(shape.num_layers * shape.num_experts).view(shape.num_layers, -1) % len(spans)
+        paged = PagesShape(
+            shape.num_layers, shape.num_experts, shape.top_k, num_slots, shape.span_elements, 1, shape.dtype
+        )
+        chosen: Policy = "lfu" if policy == "lfu" else "lru"
+        pages = DevicePages(paged, spans, index, device=DEVICE, policy=chosen, num_pinned=pinned)
+        pages.slots.normal_(0.0, 0.03)
+        first = np.arange(num_slots)[None].repeat(shape.num_layers, axis=0) if order is None else order
+        pages.adopt(torch.from_numpy(np.ascontiguousarray(first)))
+        return pages
+
+    def _forced(self, trace: gpu_paging.Trace) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(trace[:, :, None, :])).to(DEVICE)
+
+    def _tuned(self, **sizes: Any) -> StepOptions:
+        base = StepOptions(greedy=True, pdl=True)
+        return replace(base, tuning=replace(base.tuning, **sizes))
+
+    def _graph(
+        self,
+        shape: DecodeShape,
+        trunk: TrunkWeights,
+        pages: DevicePages,
+        state: RowState,
+        batch: int,
+        options: StepOptions,
+    ) -> tuple[DecodeStep, Callable[[], None]]:
+        step = DecodeStep(shape, trunk, pages, state, batch, options)
+        graph = StepGraph(step)
+        graph.capture()
+        step.rows.copy_(torch.arange(batch, dtype=torch.int32))
+        step.tokens.copy_(torch.arange(batch, dtype=torch.int32) * 37 + 5)
+        state.lengths.fill_(CONTEXT)
+        return step, graph.replay
+
+    def _time(
+        self,
+        shape: DecodeShape,
+        trunk: TrunkWeights,
+        pages: DevicePages,
+        state: RowState,
+        batch: int,
+        options: StepOptions,
+    ) -> float:
+        _, replay = self._graph(shape, trunk, pages, state, batch, options)
+        return gpu_timing.median_ms(replay)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/decode_gpu.json")
+    parser.add_argument("--only", nargs="*", help="sections to run; machine and resident always run")
+    parser.add_argument("--limit-seconds", type=float, default=540.0, help="no section starts after this long")
+    arguments = parser.parse_args()
+    bench = Bench()
+    bench.section("machine", bench.machine)
+    bench.section("resident", bench.resident)
+    sections: dict[str, Callable[[], Any]] = {
+        "paging_synthetic": bench.paging_synthetic,
+        "paging_recorded": bench.paging_recorded,
+        "prefill": lambda: gpu_paths.prefill(QWEN, bench.spans, bench.copy_rate),
+        "runners": lambda: gpu_paths.runners(QWEN),
+        "offload": lambda: gpu_paths.offload(QWEN),
+        "paging_variants": bench.paging_variants,
+        "policies": bench.policies,
+    }
+    for name, run in sections.items():
+        if time.perf_counter() - bench.started > arguments.limit_seconds:
+            bench.result["failed"][name] = "not begun within the time limit"
+        elif not arguments.only or name in arguments.only:
+            if name in ("runners", "prefill", "offload"):
+                bench.trunks.clear()
+            bench.section(name, run)
+    bench.result["seconds"] = time.perf_counter() - bench.started
+    report(bench.result)
+    finish("decode_gpu", bench.result, save=arguments.save)
+
+
+def report(result: dict[str, Any]) -> None:
+    """Prints the tables that there are figures for."""
+    for name in ("resident", "paging_recorded", "paging_synthetic", "paging_variants", "policies"):
+        rows = result.get(name)
+        if rows:
+            print(f"\n## {name}\n" + table(list(rows[0]), [list(row.values()) for row in rows]))
+    for name in ("machine", "split", "variants", "runners", "prefill", "offload", "failed"):
+        if result.get(name):
+            print(f"\n## {name}\n{json.dumps(result[name], indent=1)}")
+
+
+if __name__ == "__main__":
+    main()

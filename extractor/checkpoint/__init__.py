@@ -1,0 +1,1 @@
+"""The input: a checkpoint and how its tensors form experts."""

@@ -1,0 +1,210 @@
+"""A checkpoint in the Hugging Face layout: a directory with config.json and safetensors files.
+
+Invariant: every file that a `Checkpoint` names lies in the directory (or in the blobs of the hub cache that the
+directory is a snapshot of), and every header was checked. Nothing is unpickled, nothing is imported from the
+checkpoint, and no weights are read except the samples of the fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from extractor.checkpoint.quantised import plain_tensors
+from extractor.checkpoint.tensor_file import TensorEntry, TensorFile, read_tensor_file
+from extractor.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+SIDECAR_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+MAX_SIDECAR_BYTES = 256 * 2**20
+SAMPLES_PER_FILE = 16
+SAMPLE_BYTES = 64 * 2**10
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint. `files` are in name order; `sidecars` are the small files that transformers loads."""
+
+    path: Path
+    name: str
+    location: str
+    config: dict[str, Any]
+    files: tuple[TensorFile, ...]
+    sidecars: tuple[Path, ...]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], name: str | None = None, location: str | None = None) -> Checkpoint:
+        """Open the checkpoint in the directory `path`.
+
+        `name` and `location` say where it came from (by default the directory). Raises CheckpointError when it is not
+        a whole checkpoint in safetensors format.
+        """
+        root = Path(path).resolve()
+        if not root.is_dir():
+            raise CheckpointError(f"{path} is not a directory; name one with config.json and *.safetensors in it")
+        config = _read_json(root, "config.json")
+        files = tuple(read_tensor_file(_inside(root, file)) for file in _weight_files(root))
+        seen: dict[str, Path] = {}
+        for tensor in (tensor for file in files for tensor in file.tensors):
+            if tensor.name in seen:
+                raise CheckpointError(
+                    f"{tensor.name} is in {seen[tensor.name].name} and in {tensor.path.name}; the files are of "
+                    "different checkpoints: download them again"
+                )
+            seen[tensor.name] = tensor.path
+        _check_index(root, seen)
+        return cls(root, name or root.name, location or str(root), config, files, _sidecars(root))
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorEntry]:
+        """Every tensor by its name in the checkpoint; quantised ones as the plain tensors that they stand for."""
+        stored = {tensor.name: tensor for file in self.files for tensor in file.tensors}
+        return plain_tensors(stored, self.config)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a file of one of the names that transformers reads tokenizers from."""
+        return any(
+            path.name.startswith(("tokenizer.", "vocab.", "tekken.", "spiece.", "sentencepiece."))
+            for path in self.sidecars
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over the side files, all headers, and 16 samples of 64 KiB from each weights file.
+
+        Two checkpoints of one architecture differ in it; reading it costs about 1 MiB a file.
+        """
+        digest = hashlib.sha256(b"deepfew-fingerprint-1\0")
+        for path in self.sidecars:
+            content = path.read_bytes()
+            digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
+        for file in self.files:
+            digest.update(f"{file.path.name}\0{file.file_bytes}\0".encode() + file.header)
+            descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                room = max(file.file_bytes - len(file.header) - SAMPLE_BYTES, 0)
+                for sample in range(SAMPLES_PER_FILE):
+                    at = len(file.header) + room * sample // (SAMPLES_PER_FILE - 1)
+                    digest.update(os.pread(descriptor, SAMPLE_BYTES, at))
+            finally:
+                os.close(descriptor)
+        return digest.hexdigest()
+
+
+def resolve_checkpoint(name: str) -> Checkpoint:
+    """Open a local directory, or download a model of the hub (safetensors, JSON and tokenizer files only) and open it.
+
+    Raises CheckpointError when there is neither.
+    """
+    if Path(name).is_dir():
+        return Checkpoint.open(name)
+    if Path(name).exists():
+        raise CheckpointError(f"{name} is a file; name the directory with config.json and *.safetensors in it")
+    parts = name.split("/")
+    if len(parts) != 2 or not all(parts) or name.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"{name} does not exist; name a directory with config.json and *.safetensors in it, or a model of the "
+            "hub as owner/name"
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", *(f"*{suffix}" for suffix in SIDECAR_SUFFIXES)]
+    try:
+        path = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
+    except Exception as error:  # the hub's client raises its own, requests', and the system's errors
+        raise CheckpointError(
+            f"{name} is no local directory and could not be downloaded from the hub ({error}); check the name and the "
+            "network, or name a directory"
+        ) from error
+    return Checkpoint.open(path, name=name, location=f"{name}@{Path(path).name}")
+
+
+def _weight_files(root: Path) -> list[str]:
+    """The names of the weights files: those of the index, or the single one."""
+    if (root / INDEX_NAME).exists():
+        return sorted(set(_weight_map(root).values()))
+    if (root / SINGLE_NAME).exists():
+        return [SINGLE_NAME]
+    others = sorted(
+        path.name for path in root.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors")
+    )
+    found = f"found {', '.join(others[:3])}" if others else "found no weights"
+    raise CheckpointError(
+        f"{root} has neither {INDEX_NAME} nor {SINGLE_NAME} ({found}); only safetensors checkpoints in the Hugging "
+        "Face layout are read: convert it with transformers' save_pretrained, or download the safetensors files"
+    )
+
+
+def _weight_map(root: Path) -> dict[str, str]:
+    weight_map = _read_json(root, INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{root / INDEX_NAME} has no weight_map; download it again")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{root / INDEX_NAME} puts {tensor} into {file!r}, wanted the plain name of a *.safetensors file in "
+                "the same directory; the index is damaged or hostile: do not use this checkpoint"
+            )
+    return weight_map
+
+
+def _check_index(root: Path, seen: dict[str, Path]) -> None:
+    if not (root / INDEX_NAME).exists():
+        return
+    for tensor, file in _weight_map(root).items():
+        if tensor not in seen:
+            raise CheckpointError(f"{INDEX_NAME} puts {tensor} into {file}, which lacks it; download both again")
+
+
+def _sidecars(root: Path) -> tuple[Path, ...]:
+    """The small files that transformers may load with the weights: no code, no weights, no adapters."""
+    names = sorted(
+        path.name
+        for path in root.iterdir()
+        if path.suffix in SIDECAR_SUFFIXES
+        and not path.name.startswith((".", "adapter_"))
+        and not path.name.endswith(".index.json")
+        and path.is_file()
+    )
+    sidecars = tuple(_inside(root, name) for name in names)
+    for name, path in zip(names, sidecars, strict=True):
+        if path.stat().st_size > MAX_SIDECAR_BYTES:
+            raise CheckpointError(f"{root / name} has more than {MAX_SIDECAR_BYTES} bytes; move it out of the way")
+    return tuple(root / name for name in names)
+
+
+def _read_json(root: Path, name: str) -> dict[str, Any]:
+    path = _inside(root, name)
+    if path.stat().st_size > MAX_SIDECAR_BYTES:
+        raise CheckpointError(f"{path} has more than {MAX_SIDECAR_BYTES} bytes; that is no {name}")
+    try:
+        document = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); download it again") from None
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} is no JSON object; download it again")
+    return document
+
+
+def _inside(root: Path, name: str) -> Path:
+    """The path of `root/name`, a regular file in `root` or in the blobs of the hub cache that `root` belongs to."""
+    path = root / name
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise CheckpointError(f"{path} is missing; download the whole checkpoint") from None
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise CheckpointError(f"{path} is a link to {real}, outside the checkpoint; put the file itself there")
+    if not real.is_file():
+        raise CheckpointError(f"{path} is not a file; download it again")
+    return path

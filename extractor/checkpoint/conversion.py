@@ -1,0 +1,243 @@
+"""How transformers would turn a checkpoint's tensors into the experts' parameters; the one module that knows its
+internals.
+
+The model is built on the meta device from its config alone; transformers' own conversion mapping then says, for every
+checkpoint key, which parameter it becomes part of and by which operations. Source: `conversion_mapping.py` and
+`core_model_loading.py` of transformers 5. Invariant: what `trace` reports is what `from_pretrained` does; the names
+used here are guarded by tests/extractor/checkpoint/test_conversion.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from extractor.checkpoint.families import check_routers
+from extractor.checkpoint.text_model import read_config, text_model
+from extractor.errors import CheckpointError, ExtractError, UnsupportedFamilyError
+from router.gating import RULES
+
+# transformers builds a model under a process-wide default dtype, which two threads would leave behind wrong.
+_building = threading.Lock()
+TOP_K_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one parameter of an experts module comes about.
+
+    `keys[pattern]` are the checkpoint tensors that a source pattern of the converter collects, in transformers' order:
+    either one per expert, or a single fused one whose first axis is the experts.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    keys: Mapping[str, tuple[str, ...]]
+    operations: tuple[Any, ...]
+    source_patterns: tuple[str, ...]
+    target_patterns: tuple[str, ...]
+    config: Any
+
+    @property
+    def is_concatenation(self) -> bool:
+        """Whether one expert's part is its source tensors' bytes, one after the other in pattern order."""
+        steps = [step for step in self.operations if not (type(step) is MergeModulelist and step.dim == 0)]
+        return not steps or (len(steps) == 1 and type(steps[0]) is Concatenate and steps[0].dim == 1)
+
+    def convert(self, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """One expert's part of the parameter from its source tensors (without the expert axis), by pattern.
+
+        Applies the converter's operations to a model of one expert. Raises CheckpointError when the result has not the
+        parameter's shape.
+        """
+        merges = any(type(step) is MergeModulelist for step in self.operations)
+        values: dict[str, Any] = {
+            pattern: [tensor] if merges else [tensor.unsqueeze(0)] for pattern, tensor in sources.items()
+        }
+        for step in self.operations:
+            values = step.convert(
+                values,
+                source_patterns=list(self.source_patterns),
+                target_patterns=list(self.target_patterns),
+                full_layer_name=self.parameter,
+                model=_OneExpert(self.shape),
+                config=self.config,
+                missing_keys=None,
+            )
+        result = next(iter(values.values()))
+        tensor = result[0] if isinstance(result, list) else result
+        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != (1, *self.shape[1:]):
+            raise CheckpointError(
+                f"{self.parameter}: converting one expert gives {getattr(tensor, 'shape', tensor)}, wanted "
+                f"{(1, *self.shape[1:])}; the checkpoint's tensors do not fit its config.json"
+            )
+        return tensor.squeeze(0).contiguous()
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What `trace` found. `experts[module]` holds the recipes of an experts module in parameter order."""
+
+    architecture: str
+    top_k: int
+    experts: Mapping[str, tuple[Recipe, ...]]
+    trunk: tuple[str, ...]
+
+
+class _OneExpert:
+    """Stands for the model where an operation asks for a parameter's shape."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._parameter = torch.empty((1, *shape[1:]), device="meta")
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return self._parameter
+
+
+def trace(directory: Path, keys: Iterable[str]) -> Trace:
+    """Assign every checkpoint tensor in `keys` to an experts parameter or to the trunk.
+
+    Reads config.json in `directory` and nothing else. Raises UnsupportedFamilyError when the model has no experts
+    module that transformers marks as one, CheckpointError when an experts parameter has no tensors.
+    """
+    family = json.loads((directory / "config.json").read_bytes()).get("model_type")
+    if family not in CONFIG_MAPPING:
+        raise unsupported(directory, f"transformers {version('transformers')} does not know the family {family!r}")
+    try:
+        config = read_config(directory)
+        found = text_model(config)
+        if found is None:
+            raise unsupported(directory, f"transformers has no causal language model of {config.model_type!r}")
+        ignored = _other_parts(config)
+        model_class, config = found
+        with _building, torch.device("meta"):
+            # In another dtype transformers would change torch's default for the whole process while it builds, under
+            # a server that generates meanwhile.
+            model: Any = model_class._from_config(config, dtype=torch.get_default_dtype())  # type: ignore[no-untyped-call]
+    except ExtractError:
+        raise
+    except Exception as error:  # a config can make transformers raise anything, its own validation errors included
+        raise CheckpointError(
+            f"transformers cannot build the model that {directory / 'config.json'} describes ({error}); "
+            "check the file, or use another release of transformers"
+        ) from error
+    modules = {
+        name: {parameter: tuple(value.shape) for parameter, value in module.named_parameters(recurse=False)}
+        for name, module in model.named_modules()
+        if hasattr(module, "is_concatenated") and hasattr(module, "is_transposed")
+    }
+    if not modules:
+        raise unsupported(directory, f"no layer of {type(model).__name__} goes through transformers' experts registry")
+    if len({tuple(re.findall(r"\d+", name)) for name in modules}) != len(modules):
+        raise unsupported(directory, f"a layer of {type(model).__name__} has more than one set of routed experts")
+    check_routers(model, modules, config.model_type, str(directory))
+    ignored += model._keys_to_ignore_on_load_unexpected or ()
+    collected, trunk, converters = _assign(model, modules, keys, ignored)
+    experts = {
+        module: tuple(
+            _recipe(f"{module}.{parameter}", shape, collected, converters, config)
+            for parameter, shape in parameters.items()
+        )
+        for module, parameters in modules.items()
+    }
+    return Trace(type(model).__name__, _top_k(config, directory), experts, tuple(trunk))
+
+
+def _other_parts(config: Any) -> list[str]:
+    """Patterns of the keys of an omni model that belong to its talker and vocoder; its thinker alone is extracted."""
+    if not hasattr(config, "thinker_config"):
+        return []
+    parts = (name.removesuffix("_config") for name in type(config).sub_configs if name != "thinker_config")
+    return [rf"^{re.escape(part)}\." for part in parts]
+
+
+def unsupported(directory: Path, reason: str) -> UnsupportedFamilyError:
+    """The error for a family that cannot be extracted, with the families that can."""
+    supported = sorted(set(RULES) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    return UnsupportedFamilyError(
+        f"{directory} cannot be extracted: {reason}; use a checkpoint of a supported family: {', '.join(supported)}"
+    )
+
+
+def _assign(
+    model: Any, modules: Mapping[str, Mapping[str, Any]], keys: Iterable[str], ignored: Iterable[str]
+) -> tuple[dict[str, dict[str, list[str]]], list[str], dict[str, Any]]:
+    """The keys of every experts parameter by source pattern, the keys of the trunk, and the converters by pattern."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    names = model.state_dict()
+    wanted = {f"{module}.{parameter}" for module, parameters in modules.items() for parameter in parameters}
+    collected: dict[str, dict[str, list[str]]] = {name: {} for name in wanted}
+    trunk: list[str] = []
+    for key in sorted(keys, key=dot_natural_key):
+        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
+        if target not in names and key in names:
+            target, pattern = rename_source_key(key, [], [], model.base_model_prefix, names)
+        if target in wanted:
+            collected[target].setdefault(pattern or key, []).append(key)
+        elif target in names or not any(re.search(pattern, target) for pattern in ignored):
+            trunk.append(key)
+    return collected, trunk, {pattern: item for item in converters for pattern in item.source_patterns}
+
+
+def _recipe(
+    parameter: str,
+    shape: tuple[int, ...],
+    collected: Mapping[str, Mapping[str, list[str]]],
+    converters: Mapping[str, Any],
+    config: Any,
+) -> Recipe:
+    found = collected[parameter]
+    if not found:
+        raise CheckpointError(
+            f"no tensor of the checkpoint becomes {parameter} {list(shape)}; it is incomplete, or transformers changed "
+            "how it loads this family: download the checkpoint again, or use another release of transformers"
+        )
+    converter = converters.get(next(iter(found)))
+    patterns = tuple(converter.source_patterns) if converter is not None else tuple(found)
+    missing = [pattern for pattern in patterns if pattern not in found]
+    if missing or set(found) - set(patterns):
+        raise CheckpointError(
+            f"{parameter}: the checkpoint has no tensors named like {missing or patterns}; download it again"
+        )
+    return Recipe(
+        parameter=parameter,
+        shape=shape,
+        keys={pattern: tuple(found[pattern]) for pattern in patterns},
+        operations=tuple(converter.operations) if converter is not None else (),
+        source_patterns=patterns,
+        target_patterns=tuple(converter.target_patterns) if converter is not None else (parameter,),
+        config=config,
+    )
+
+
+def _top_k(config: Any, directory: Path) -> int:
+    """How many experts a token has; families call it by different names."""
+    text = config.get_text_config()
+    found = [getattr(text, name, None) for name in TOP_K_KEYS]
+    top_k = next((value for value in found if isinstance(value, int) and value > 0), None)
+    if top_k is None:
+        raise CheckpointError(
+            f"{directory / 'config.json'} has none of {', '.join(TOP_K_KEYS)} as a positive number: check the file"
+        )
+    return top_k

@@ -1,0 +1,73 @@
+"""Which checkpoints are taken, and the reason given for those that are not.
+
+No list of families: a checkpoint is taken when transformers has a causal language model of it whose routed experts go
+through its experts registry, and when the gating rule of each of its routers is known (`router.gating`), since a model
+that cannot be masked exactly cannot be served from part of its experts. Quantised checkpoints are taken when
+`quantised.py` can undo it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from extractor.checkpoint.quantised import METHODS, quantisation_of
+from extractor.errors import UnsupportedFamilyError
+from router.gating import UnsupportedGatingError, find_gating_rule
+
+_EXPERT_COUNT_KEYS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "num_experts_per_tok",
+    "moe_topk",
+)
+_ROUTER_NAMES = ("gate", "router")
+
+
+def check_family(config: dict[str, Any], where: str) -> str:
+    """The family (`model_type`) of a config.json, as far as it can be judged without the model.
+
+    Raises UnsupportedFamilyError for dense models and for quantisations that cannot be undone; `where` names the input.
+    """
+    family = str(config.get("model_type", ""))
+    if not has_experts(config):
+        raise UnsupportedFamilyError(
+            f"{where} is a dense model (model_type {family!r}): it has no experts to extract; use a Mixture-of-Experts "
+            "checkpoint"
+        )
+    method = (quantisation_of(config) or {"quant_method": METHODS[0]}).get("quant_method")
+    if method not in METHODS:
+        raise UnsupportedFamilyError(
+            f"{where} is quantised ({method}); taken are plain dtypes, {' and '.join(METHODS)}: "
+            "use the bfloat16 or float16 release of the model"
+        )
+    return family
+
+
+def check_routers(model: nn.Module, experts_modules: Iterable[str], family: str, where: str) -> None:
+    """Refuse a model with a router whose choice cannot be masked exactly. Raises UnsupportedFamilyError."""
+    for name in experts_modules:
+        block = model.get_submodule(name.rpartition(".")[0])
+        routers = [getattr(block, router, None) for router in _ROUTER_NAMES]
+        router = next((router for router in routers if isinstance(router, nn.Module)), None)
+        if router is None:
+            raise UnsupportedFamilyError(
+                f"{where}: beside {name} stands no router named {' or '.join(_ROUTER_NAMES)}; the family {family!r} is "
+                "not supported"
+            )
+        try:
+            find_gating_rule(family, router)
+        except UnsupportedGatingError as error:
+            raise UnsupportedFamilyError(f"{where}: {error}") from error
+
+
+def has_experts(config: dict[str, Any]) -> bool:
+    """Whether a config.json mentions routed experts, at its top or in its text part."""
+    nested = [config.get(key) for key in ("text_config", "llm_config", "ffn_config", "thinker_config")]
+    return any(config.get(key) for key in _EXPERT_COUNT_KEYS) or any(
+        has_experts(part) for part in nested if isinstance(part, dict)
+    )

@@ -1,0 +1,153 @@
+"""Which bytes of a checkpoint form which expert's span.
+
+Owns the map from (MoE layer, expert) to the pieces of its span. A piece is a byte range of a checkpoint file wherever
+the in-memory layout is a concatenation of what is on disk (per-expert linears, rows of fused tensors), else a
+conversion of one expert's tensors. Invariant: the pieces of a span have together exactly `span_bytes` bytes, in the
+order of `LayerSpec.tensors`; every checkpoint tensor that the model reads belongs either to spans or to the trunk.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from expert_store.manifest import DTYPE_BYTES, LayerSpec, ModelSpec, TensorSpec
+from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.checkpoint.conversion import Recipe, trace
+from extractor.checkpoint.families import check_family
+from extractor.checkpoint.pieces import ConvertedPiece, Piece
+from extractor.checkpoint.quantised import piece_of, read_part
+from extractor.checkpoint.tensor_file import TensorEntry
+from extractor.errors import CheckpointError, UnsupportedFamilyError
+
+_PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
+
+Part = tuple[TensorEntry, int, int]
+"""A tensor of the checkpoint, and which of how many equal parts of its first axis."""
+
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """The experts of a checkpoint. `trunk` are all other tensors."""
+
+    model: ModelSpec
+    layers: tuple[LayerSpec, ...]
+    recipes: tuple[tuple[Recipe, ...], ...]
+    trunk: tuple[TensorEntry, ...]
+    checkpoint: Checkpoint
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, family: str | None = None) -> ExpertsLayout:
+        """Find the experts of `checkpoint`; `family` skips the table of supported families.
+
+        Raises UnsupportedFamilyError or CheckpointError.
+        """
+        family = family or check_family(checkpoint.config, str(checkpoint.path))
+        found = trace(checkpoint.path, checkpoint.tensors)
+        counts = {recipe.shape[0] for recipes in found.experts.values() for recipe in recipes}
+        if len(counts) != 1:
+            raise UnsupportedFamilyError(
+                f"{checkpoint.path}: its layers have different numbers of experts {sorted(counts)}; only models with "
+                "the same number in every MoE layer are supported"
+            )
+        if found.top_k > min(counts):
+            raise CheckpointError(
+                f"{checkpoint.path / 'config.json'} gives every token {found.top_k} experts of {min(counts)}; "
+                "the file is damaged or of another checkpoint: download it again"
+            )
+        layers, recipes = [], []
+        for layer, (module, parts) in enumerate(found.experts.items()):
+            layers.append(_layer_spec(checkpoint, layer, module, parts))
+            recipes.append(parts)
+        model = ModelSpec(
+            family=family,
+            architecture=found.architecture,
+            num_layers=len(layers),
+            num_experts=counts.pop(),
+            top_k=found.top_k,
+            dtype=layers[0].tensors[0].dtype,
+        )
+        trunk = tuple(checkpoint.tensors[key] for key in found.trunk)
+        return cls(model, tuple(layers), tuple(recipes), trunk, checkpoint)
+
+    def span(self, layer: int, expert: int) -> Iterator[Piece]:
+        """The pieces of the span of (MoE layer, expert), in order."""
+        for recipe, tensor in zip(self.recipes[layer], self.layers[layer].tensors, strict=True):
+            sources = [
+                (pattern, *_expert_part(self.checkpoint, recipe, pattern, expert)) for pattern in recipe.source_patterns
+            ]
+            if recipe.is_concatenation:
+                yield from (piece_of(*part) for _, part, _ in sources)
+            else:
+                yield ConvertedPiece(tensor.bytes, partial(convert_expert, recipe, sources))
+
+
+def convert_expert(recipe: Recipe, sources: Sequence[tuple[str, Part, tuple[int, ...]]]) -> memoryview:
+    """One expert's part of a parameter as bytes; `sources` are source pattern, place and shape."""
+    tensors = {pattern: read_part(*part).view(shape) for pattern, part, shape in sources}
+    converted = recipe.convert(tensors)
+    return memoryview(converted.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _layer_spec(checkpoint: Checkpoint, layer: int, module: str, recipes: tuple[Recipe, ...]) -> LayerSpec:
+    numbers = re.findall(r"\.(\d+)\.", f".{module}.")
+    if len(numbers) != 1:
+        raise UnsupportedFamilyError(f"{module}: the name does not tell which layer of the model this is")
+    tensors, offset = [], 0
+    for recipe in recipes:
+        dtype = _check_sources(checkpoint, recipe)
+        shape = recipe.shape[1:]
+        size = math.prod(shape) * DTYPE_BYTES[dtype]
+        tensors.append(TensorSpec(recipe.parameter.removeprefix(f"{module}."), dtype, shape, offset, size))
+        offset += size
+    return LayerSpec(layer, int(numbers[0]), module, offset, tuple(tensors))
+
+
+def _check_sources(checkpoint: Checkpoint, recipe: Recipe) -> str:
+    """The dtype of the tensors that become `recipe.parameter`, after checking that their number and shapes fit."""
+    num_experts, entries = recipe.shape[0], []
+    for pattern, keys in recipe.keys.items():
+        found = [checkpoint.tensors[key] for key in keys]
+        fused = len(found) == 1 and found[0].shape[:1] == (num_experts,) and len(found[0].shape) == len(recipe.shape)
+        if len(found) != num_experts and not fused:
+            raise CheckpointError(
+                f"{checkpoint.path}: {recipe.parameter} needs {num_experts} tensors like {pattern!r}, the checkpoint "
+                f"has {len(found)}; it is incomplete or its config.json is of another one: download it again"
+            )
+        entries += found
+    dtypes = {entry.dtype for entry in entries}
+    if len(dtypes) != 1 or not dtypes <= set(_PLAIN_DTYPES):
+        raise CheckpointError(
+            f"{checkpoint.path}: {recipe.parameter} comes from tensors of the dtypes {sorted(dtypes)}; wanted one of "
+            f"{', '.join(_PLAIN_DTYPES)} for all: use a checkpoint in a plain dtype"
+        )
+    if recipe.is_concatenation:
+        for expert in range(num_experts):
+            _check_concatenation(checkpoint, recipe, expert)
+    return dtypes.pop()
+
+
+def _check_concatenation(checkpoint: Checkpoint, recipe: Recipe, expert: int) -> None:
+    shapes = [_expert_part(checkpoint, recipe, pattern, expert)[1] for pattern in recipe.source_patterns]
+    wanted = recipe.shape[1:]
+    rows = sum(shape[0] for shape in shapes if shape)
+    if any(len(shape) != len(wanted) or shape[1:] != wanted[1:] for shape in shapes) or rows != wanted[0]:
+        raise CheckpointError(
+            f"{checkpoint.path}: {recipe.parameter} of expert {expert} has the shape {list(wanted)} by config.json, "
+            f"its tensors have {[list(shape) for shape in shapes]}; config.json and weights are of different models"
+        )
+
+
+def _expert_part(checkpoint: Checkpoint, recipe: Recipe, pattern: str, expert: int) -> tuple[Part, tuple[int, ...]]:
+    """Where `pattern` has one expert's values, and their shape: a whole tensor, or a row of a fused one."""
+    keys = recipe.keys[pattern]
+    if len(keys) == recipe.shape[0] and len(checkpoint.tensors[keys[0]].shape) < len(recipe.shape):
+        entry = checkpoint.tensors[keys[expert]]
+        return (entry, 0, 1), entry.shape
+    entry = checkpoint.tensors[keys[0]]
+    return (entry, expert, recipe.shape[0]), entry.shape[1:]

@@ -1,0 +1,144 @@
+"""The command `plan`, as a function that a typer application mounts.
+
+Invariant: what went wrong on purpose is one message on standard error and the exit status 2; standard output carries
+the result alone, as text or, with --json, as one JSON object. A plan that is expected to cost a lot is said to, loudly.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from expert_store.errors import StoreError
+from extractor.disk import format_bytes, require_writable
+from extractor.errors import ExtractError, SelectionError, message_of
+from extractor.planning.columns import ALIGNMENTS
+from extractor.planning.criteria import CRITERIA, DEFAULT_CRITERION, normalised, score
+from extractor.planning.expectation import Expectation, cost_warning
+from extractor.planning.plan import Plan, write_plan
+from extractor.planning.planner import PlanRequest, count_for, make_plan
+from extractor.planning.plots import require_picture
+from extractor.planning.selection import parse_bytes, parse_keep
+from extractor.statistics.file import read_statistics
+from extractor.statistics.price import WARN_PERPLEXITY_RATIO, Price
+from extractor.statistics.statistics import ExpertStatistics, merge_all
+from router.ledger import LedgerError, UsageLedger
+
+
+def plan(
+    stats: Annotated[list[Path], typer.Option(help="Statistics from `deepfew calibrate`; several are added up.")],
+    out: Annotated[Path, typer.Option(help="Plan file to write, for `deepfew extract --plan`.")] = Path("plan.json"),
+    usage: Annotated[Path | None, typer.Option(help="usage.json of a server, as a domain of its own.")] = None,
+    count: Annotated[int | None, typer.Option(help="How many deep experts to choose.")] = None,
+    keep: Annotated[str | None, typer.Option(help="Share of the experts to choose, such as 25%.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Size of the whole store, such as 12GiB.")] = None,
+    criterion: Annotated[
+        str, typer.Option(help=f"What an expert is worth: {', '.join(CRITERIA)}.")
+    ] = DEFAULT_CRITERION,
+    alignment: Annotated[
+        str, typer.Option(help=f"How deep experts are formed: {', '.join(ALIGNMENTS)}. free chooses per layer first.")
+    ] = "free",
+    domains: Annotated[str | None, typer.Option(help="Domains to serve, such as code,chat; all by default.")] = None,
+    quota: Annotated[
+        list[str] | None, typer.Option(help="Share of the places chosen for one domain alone, such as code=0.5.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the criterion random.")] = 0,
+    warn_perplexity_ratio: Annotated[
+        float, typer.Option(min=1.0, help="Warn of domains whose perplexity is expected to grow by more than this.")
+    ] = WARN_PERPLEXITY_RATIO,
+    plot: Annotated[Path | None, typer.Option(help="Picture to draw (png, svg or pdf).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Choose which experts a store should have, from calibration statistics, and say what they will serve."""
+    try:
+        require_writable(out, "--out")
+        if plot is not None:
+            require_picture(plot)
+        statistics = merge_all(read_statistics(path) for path in stats)
+        request = PlanRequest(
+            count=count_for(
+                statistics,
+                count,
+                None if keep is None else parse_keep(keep),
+                None if budget is None else parse_bytes(budget),
+            ),
+            criterion=criterion,
+            alignment=alignment,
+            domains=None if domains is None else tuple(name.strip() for name in domains.split(",")),
+            quotas=dict(_quota(text) for text in quota or ()),
+            usage=None if usage is None else UsageLedger.load(usage).demand_mass,
+            seed=seed,
+        )
+        made = make_plan(statistics, request)
+        write_plan(out, made)
+        if plot is not None:
+            _draw(plot, statistics, made, request)
+    except (ExtractError, StoreError, LedgerError, OSError) as error:
+        print(f"error: {message_of(error)}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    if as_json:
+        print(json.dumps({"plan": str(out), "num_deep_experts": len(made.deep_experts), **made.extra}))
+    else:
+        print(_text(out, statistics, made))
+    for warning in plan_warnings(made, warn_perplexity_ratio):
+        print(f"WARNING: {warning}", file=sys.stderr)
+
+
+def expectations(made: Plan) -> list[Expectation]:
+    """What a plan file says that it is expected to serve; none if it does not say."""
+    return [Expectation.from_json(item) for item in made.extra.get("expected", ())]
+
+
+def plan_warnings(made: Plan, warn_ratio: float = WARN_PERPLEXITY_RATIO) -> list[str]:
+    """What a user must know before serving from this plan."""
+    expected = expectations(made)
+    if expected and all(one.loss_change is None for one in expected):
+        return ["what this plan costs is unknown: calibrate with --price to measure it"]
+    warning = cost_warning(expected, warn_ratio, "this plan")
+    return [] if warning is None else [warning]
+
+
+def _draw(path: Path, statistics: ExpertStatistics, made: Plan, request: PlanRequest) -> None:
+    from extractor.planning.plots import draw_plan  # matplotlib is slow to import and only pictures need it
+
+    names = list(request.domains or statistics.domains)
+    scores = np.mean(
+        [normalised(score(statistics, request.criterion, [name], seed=request.seed)) for name in names], axis=0
+    )
+    draw_plan(path, statistics, made, scores, names)
+
+
+def _quota(text: str) -> tuple[str, float]:
+    name, _, share = text.partition("=")
+    try:
+        return name.strip(), float(share)
+    except ValueError:
+        raise SelectionError(f"--quota {text!r}: wanted a domain and a share, such as code=0.5") from None
+
+
+def _text(out: Path, statistics: ExpertStatistics, made: Plan) -> str:
+    size = ""
+    if statistics.expert_bytes:
+        size = f", {format_bytes(len(made.deep_experts) * statistics.expert_bytes)} of experts"
+    head = (
+        f"{out}: {len(made.deep_experts)} of {made.num_experts} deep experts of {made.num_layers} layers{size}, "
+        f"chosen by {made.extra['criterion']}, alignment {made.alignment['kind']}"
+    )
+    return "\n".join([head, *(f"  {one.describe()}" for one in expectations(made)), *_fit_line(made)])
+
+
+def _fit_line(made: Plan) -> list[str]:
+    """How far the expected losses can be trusted."""
+    fit = Price.from_json(made.alignment["price"]).fit if "price" in made.alignment else None
+    if fit is None:
+        return []
+    if fit.r_squared < 0:  # where losses hardly differ from mask to mask, their spread explains nothing
+        return [
+            f"  expected losses are off by {fit.mean_error:.3f} nats on unseen text, more than losses differ by mask"
+        ]
+    return [f"  expected losses predict unseen text with R² {fit.r_squared:.3f}, mean error {fit.mean_error:.3f} nats"]

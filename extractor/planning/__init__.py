@@ -1,0 +1,1 @@
+"""Which deep experts to extract."""

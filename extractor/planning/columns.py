@@ -1,0 +1,133 @@
+"""Columns from statistics: which alignments there are, the groups of text that they should suit, and the best of them.
+
+Invariant: what is chosen depends on the statistics alone, so the same file gives the same columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from extractor.errors import SelectionError
+from extractor.planning.alignment import (
+    Columns,
+    chain_alignment,
+    column_mass,
+    coverage_alignment,
+    index_alignment,
+    profile_alignment,
+    rank_alignment,
+    restarted_coverage_alignment,
+    tiered_alignment,
+)
+from extractor.planning.criteria import cover_columns, ranking
+from extractor.statistics.price import Price
+from extractor.statistics.statistics import ExpertStatistics
+
+Float = npt.NDArray[np.float64]
+
+ALIGNMENTS = ("free", "index", "rank", "chain", "profile", "tiers", "coverage")
+"""How deep experts are formed; "free" chooses per layer first."""
+MAX_GROUP_WINDOWS = 512
+START_EXPERTS, MANY_EXPERTS = 24 * 64, 160
+"""The coverage alignment starts so many times as experts of all its starts make that number, up to so many a layer."""
+SHARE_WEIGHTS = (1.0, 2.0, 2.0)
+"""What `COVERAGE_SHARES` weigh."""
+SENSITIVITY_RANGE = (0.1, 10.0)
+"""A domain weighs no less and no more than so many times the mean one."""
+
+
+def form_columns(
+    statistics: ExpertStatistics, chosen: npt.NDArray[np.bool_], together: Float, domains: Sequence[str]
+) -> Columns:
+    """Deep experts, int64 [C, L], of every chosen expert [L, E]: those that serve the same text stand together."""
+    count = int(chosen.sum(axis=1)[0])
+    ranked = ranking(np.where(chosen, together, -np.inf))[:, :count]
+    groups, weights = groups_of_text(statistics, domains)
+    columns = np.ascontiguousarray(ranked.T)
+    if len(groups) == 0 or count == 1:
+        return columns
+    return coverage_alignment(profile_alignment(columns, groups), groups, weights)
+
+
+def align(statistics: ExpertStatistics, kind: str, saliency: Float, domains: Sequence[str]) -> Columns:
+    """Columns of all experts, int64 [E, L], by one of `ALIGNMENTS` other than "free"; saliency [L, E].
+
+    Raises:
+        SelectionError: the kind does not exist, or needs windows that the statistics do not have.
+    """
+    if kind == "index":
+        return index_alignment(*saliency.shape)
+    if kind == "rank":
+        return rank_alignment(saliency)
+    if kind == "chain":
+        return chain_alignment(saliency, statistics.coactivation)
+    sample = statistics.windows
+    windows = sample.arrays["mass"][sample.of(statistics.indices(domains))].astype(np.float64)
+    if len(windows) == 0:
+        raise SelectionError(
+            f"alignment {kind} needs windows of text, the statistics have none: calibrate on more text"
+        )
+    if kind == "profile":
+        return profile_alignment(rank_alignment(saliency), windows)
+    if kind == "tiers":
+        return tiered_alignment(saliency, windows)
+    if kind == "coverage":
+        groups, weights = groups_of_text(statistics, domains)
+        fits = statistics.num_experts <= MANY_EXPERTS
+        num_starts = max(1, START_EXPERTS // statistics.num_experts) if fits else 1
+        return restarted_coverage_alignment(saliency, windows, groups, weights, num_starts)
+    raise SelectionError(f"alignment {kind!r} does not exist: take one of {', '.join(ALIGNMENTS)}")
+
+
+def sensitivities(statistics: ExpertStatistics, domains: Sequence[str]) -> Float:
+    """What a missing share costs each domain beside the mean one, float64 [D], from the price at a quarter kept.
+
+    Ones where calibration measured no price.
+    """
+    price = Price.of(statistics.price)
+    if price is None:
+        return np.ones(len(domains))
+    slopes = np.zeros(len(domains))
+    for at, name in enumerate(domains):
+        shares = np.sort(statistics.demand_shares(name), axis=1)[:, ::-1]
+        deficit = 1.0 - float(shares[:, : max(1, statistics.num_experts // 4)].sum(axis=1).mean())
+        slopes[at] = price.expected_loss(deficit, name).nats / max(deficit, 1e-6)
+    return np.clip(slopes / slopes.mean(), *SENSITIVITY_RANGE) if slopes.any() else np.ones(len(domains))
+
+
+def ranked_columns(
+    statistics: ExpertStatistics, columns: Columns, domains: Sequence[str] | None = None
+) -> npt.NDArray[np.int64]:
+    """Columns [C, L] best first for the domains, int64 [C]: by coverage of the tokens, without tokens by mass."""
+    if statistics.tokens.of(statistics.indices(domains)).any():
+        return np.argsort(-cover_columns(statistics, columns, domains), kind="stable").astype(np.int64)
+    mass = column_mass(columns, statistics.total("demand_mass", domains))
+    return np.argsort(-mass, kind="stable").astype(np.int64)
+
+
+def groups_of_text(statistics: ExpertStatistics, domains: Sequence[str]) -> tuple[Float, Float]:
+    """Groups of text that columns should suit, mass [G, L, E], and weights [G, S] at `COVERAGE_SHARES`.
+
+    Each domain weighs 1, and at the largest share what a missing share costs it: there, most domains lose nothing yet.
+    The windows stand for kinds that have no name: together they weigh the more the fewer have one (8 ÷ D), and all of
+    the text a quarter of that.
+    """
+    shares = np.stack([statistics.demand_shares(name) for name in domains])
+    sample = statistics.windows
+    chosen = np.flatnonzero(sample.of(statistics.indices(domains)))
+    chosen = chosen[:: max(1, math.ceil(len(chosen) / MAX_GROUP_WINDOWS))]
+    windows = sample.arrays["mass"][chosen].astype(np.float64)
+    groups = [shares, windows, shares.mean(axis=0, keepdims=True)]
+    unnamed = 8 / len(shares)
+    weights = [
+        np.full(len(shares), 1.0),
+        np.full(len(windows), unnamed / max(len(windows), 1)),
+        np.array([unnamed / 4]),
+    ]
+    table = np.outer(np.concatenate(weights), SHARE_WEIGHTS)
+    table[: len(shares), -1] *= sensitivities(statistics, domains)
+    return np.concatenate(groups), table

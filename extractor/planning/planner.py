@@ -1,0 +1,215 @@
+"""Plans: which experts a store should have, decided from calibration, and what they are expected to serve.
+
+A plan chooses freely in every layer and forms its deep experts from what it chose, so nothing is lost by every shard
+being all layers deep. Invariant: the same number of experts is chosen in every layer, and each is in exactly one deep
+expert. The other alignments fix the columns first and choose whole columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from extractor.errors import SelectionError
+from extractor.planning.alignment import Columns, check_columns, column_mass
+from extractor.planning.columns import ALIGNMENTS, align, form_columns, ranked_columns
+from extractor.planning.criteria import DEFAULT_CRITERION, normalised, ranking, score
+from extractor.planning.expectation import Expectation, expect
+from extractor.planning.plan import Plan, PlannedExpert
+from extractor.statistics.price import Price
+from extractor.statistics.statistics import ExpertStatistics
+
+Float = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a plan is for.
+
+    Attributes:
+        count: deep experts to choose.
+        criterion, seed: see `extractor.planning.criteria.score`.
+        alignment: one of `ALIGNMENTS`.
+        domains: that the plan serves; None is all of the statistics.
+        quotas: domain → share of the places that is chosen for it alone; what is left is chosen for all together.
+        usage: demanded mass [L, E] of a served model, added as a domain of its own.
+    """
+
+    count: int
+    criterion: str = DEFAULT_CRITERION
+    alignment: str = "free"
+    domains: tuple[str, ...] | None = None
+    quotas: Mapping[str, float] = field(default_factory=dict)
+    usage: Float | None = None
+    seed: int = 0
+
+
+def make_plan(statistics: ExpertStatistics, request: PlanRequest) -> Plan:
+    """Choose deep experts, best first.
+
+    Raises:
+        SelectionError: a count, alignment or quota that cannot be.
+        CriterionError, StatisticsError: see there.
+    """
+    _check(statistics, request)
+    names = list(request.domains or statistics.domains)
+    scores = {name: normalised(score(statistics, request.criterion, [name], seed=request.seed)) for name in names}
+    if request.usage is not None:
+        scores["usage"] = normalised(np.asarray(request.usage, dtype=np.float64))
+    together: Float = np.mean(list(scores.values()), axis=0)
+    if request.alignment == "free":
+        chosen = choose_per_layer(scores, together, request.quotas, request.count)
+        columns = form_columns(statistics, chosen, together, names)
+    else:
+        aligned = align(statistics, request.alignment, together, names)
+        orders = {name: _order(statistics, request, aligned, own, [name]) for name, own in scores.items()}
+        order_together = _order(statistics, request, aligned, together, names)
+        columns = aligned[_choose_columns(orders, order_together, request.quotas, request.count)]
+    check_columns(columns, statistics.num_layers, statistics.num_experts)
+    value = column_mass(columns, together) / statistics.num_layers
+    order = np.argsort(-value, kind="stable")
+    expectations = expect(statistics, allowed_by(columns, statistics.num_experts), names)
+    return Plan(
+        num_layers=statistics.num_layers,
+        num_experts=statistics.num_experts,
+        alignment=_alignment(statistics, request, names, expectations),
+        deep_experts=tuple(
+            PlannedExpert(tuple(int(expert) for expert in columns[at]), round(float(value[at]), 6)) for at in order
+        ),
+        extra=_description(statistics, request, expectations),
+    )
+
+
+def choose_per_layer(
+    scores: Mapping[str, Float], together: Float, quotas: Mapping[str, float], count: int
+) -> npt.NDArray[np.bool_]:
+    """Which experts to take, bool [L, E] with `count` in every layer.
+
+    Domains with a quota take turns, each its best expert that is not taken yet, until the quotas are used up; the rest
+    are the best for all domains together.
+    """
+    num_layers, num_experts = together.shape
+    chosen = np.zeros((num_layers, num_experts), dtype=np.bool_)
+    turns = _turns(quotas, count)
+    ranked = {name: ranking(scores[name]) for name in set(turns) if name is not None}
+    ranked_together = ranking(together)
+    for layer in range(num_layers):
+        for name in turns:
+            order = ranked_together[layer] if name is None else ranked[name][layer]
+            chosen[layer, next(expert for expert in order if not chosen[layer, expert])] = True
+    return chosen
+
+
+def count_for(statistics: ExpertStatistics, count: int | None, keep: float | None, budget_bytes: int | None) -> int:
+    """How many deep experts were asked for: by number, share, or bytes of the whole store.
+
+    Raises:
+        SelectionError: none or several were given, or the number is outside 1 to E.
+    """
+    if sum(value is not None for value in (count, keep, budget_bytes)) != 1:
+        raise SelectionError("give exactly one of --count, --keep and --budget")
+    if keep is not None:
+        count = int(keep * statistics.num_experts + 1e-9)
+    elif budget_bytes is not None:
+        if statistics.expert_bytes < 1:
+            raise SelectionError("the statistics do not say how large an expert is: use --count or --keep")
+        count = min((budget_bytes - statistics.trunk_bytes) // statistics.expert_bytes, statistics.num_experts)
+        if count < 1:
+            least = statistics.trunk_bytes + statistics.expert_bytes
+            raise SelectionError(
+                f"--budget of {budget_bytes} bytes does not hold the trunk and one deep expert, which take {least} "
+                "bytes; give at least that"
+            )
+    assert count is not None
+    if not 1 <= count <= statistics.num_experts:
+        flag = "--count" if keep is None else "--keep"
+        raise SelectionError(f"{flag} is {count} deep experts, wanted 1 to {statistics.num_experts}")
+    return count
+
+
+def _turns(quotas: Mapping[str, float], count: int) -> list[str | None]:
+    """Whose turn each place is, `None` for all domains together, spread evenly."""
+    left = {name: int(share * count + 1e-9) for name, share in quotas.items()}
+    given = dict.fromkeys(left, 0)
+    turns: list[str | None] = []
+    while open_ := [name for name in left if given[name] < left[name]]:
+        name = min(open_, key=lambda name: given[name] / left[name])
+        given[name] += 1
+        turns.append(name)
+    return turns + [None] * (count - len(turns))
+
+
+def _order(
+    statistics: ExpertStatistics, request: PlanRequest, columns: Columns, scores: Float, domains: Sequence[str]
+) -> npt.NDArray[np.int64]:
+    """Columns best first, [C]: what the criterion `coverage` says of whole columns, else by the sum of their scores."""
+    if request.criterion == "coverage" and set(domains) <= set(statistics.domains) and request.usage is None:
+        return ranked_columns(statistics, columns, domains)
+    return np.argsort(-column_mass(columns, scores), kind="stable")
+
+
+def _choose_columns(
+    orders: Mapping[str, npt.NDArray[np.int64]],
+    order_together: npt.NDArray[np.int64],
+    quotas: Mapping[str, float],
+    count: int,
+) -> list[int]:
+    taken: list[int] = []
+    for name in _turns(quotas, count):
+        candidates = order_together if name is None else orders[name]
+        taken.append(next(int(column) for column in candidates if column not in taken))
+    return taken
+
+
+def _check(statistics: ExpertStatistics, request: PlanRequest) -> None:
+    names = request.domains or tuple(statistics.domains)
+    statistics.indices(names)
+    if not names:
+        raise SelectionError("the statistics have no domain: calibrate on some text first")
+    if not 1 <= request.count <= statistics.num_experts:
+        raise SelectionError(f"a plan for {request.count} deep experts, wanted 1 to {statistics.num_experts}")
+    if request.alignment not in ALIGNMENTS:
+        raise SelectionError(f"alignment {request.alignment!r} does not exist: take one of {', '.join(ALIGNMENTS)}")
+    for name, share in request.quotas.items():
+        if name not in names:
+            raise SelectionError(f"the quota of {name!r} is for no domain of the plan, which has: {', '.join(names)}")
+        if not 0 <= share <= 1:
+            raise SelectionError(f"the quota of {name!r} is {share}, wanted a share from 0 to 1")
+    if sum(request.quotas.values()) > 1 + 1e-9:
+        raise SelectionError(f"the quotas add up to {sum(request.quotas.values()):.3g}, wanted at most 1")
+    if request.usage is not None and request.usage.shape != (statistics.num_layers, statistics.num_experts):
+        raise SelectionError(
+            f"the usage has shape {request.usage.shape}, the statistics {statistics.num_layers} layers of "
+            f"{statistics.num_experts} experts: give usage of the same checkpoint"
+        )
+
+
+def allowed_by(columns: Columns, num_experts: int) -> npt.NDArray[np.bool_]:
+    """The experts that deep experts [C, L] consist of, bool [L, E]."""
+    allowed = np.zeros((columns.shape[1], num_experts), dtype=np.bool_)
+    allowed[np.arange(columns.shape[1])[None, :], columns] = True
+    return allowed
+
+
+def _alignment(
+    statistics: ExpertStatistics, request: PlanRequest, domains: Sequence[str], expectations: Sequence[Expectation]
+) -> dict[str, Any]:
+    """The kind, and what a store keeps of its plan so that its server knows what it costs to do without the others."""
+    price = Price.of([point for point in statistics.price if point.domain in domains])
+    kept = {"num_planned": request.count, "expected": [one.to_json() for one in expectations]}
+    return {"kind": request.alignment} | kept | ({} if price is None else {"price": price.to_json()})
+
+
+def _description(
+    statistics: ExpertStatistics, request: PlanRequest, expectations: Sequence[Expectation]
+) -> dict[str, Any]:
+    return {
+        "fingerprint": statistics.fingerprint,
+        "criterion": request.criterion,
+        "quotas": dict(request.quotas),
+        "expected": [one.to_json() for one in expectations],
+    }

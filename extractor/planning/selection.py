@@ -1,0 +1,161 @@
+"""What to take from a checkpoint: a list of deep experts, best first.
+
+Invariant of a `Selection`: every deep expert has one expert of every MoE layer (there is no way to take some layers
+only), and no (layer, expert) is taken twice.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from expert_store.manifest import Alignment, LayerSpec, ModelSpec
+from expert_store.shard import ShardLayout
+from extractor.errors import SelectionError
+from extractor.planning.plan import read_plan
+from router.mask import MaskError, parse_experts
+
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+_UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+@dataclass(frozen=True)
+class SelectionRequest:
+    """What the user asked for; at most one of the first four. `experts` is text as "0-7,12", `keep` a share of 1."""
+
+    experts: str | None = None
+    count: int | None = None
+    keep: float | None = None
+    budget_bytes: int | None = None
+    plan: str | os.PathLike[str] | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """`columns[i][layer]` is the expert that deep expert i has in that MoE layer."""
+
+    columns: tuple[tuple[int, ...], ...]
+    alignment: Alignment
+
+
+def select(
+    request: SelectionRequest,
+    model: ModelSpec,
+    layers: Sequence[LayerSpec],
+    trunk_bytes: int,
+    fingerprint: str | None = None,
+) -> Selection:
+    """Turn a request into deep experts of `model`.
+
+    Without a plan, deep expert i is expert i of every layer; with one, its first (best) deep experts are taken.
+    `fingerprint` is compared with the plan's, where it has one. Raises SelectionError.
+    """
+    limits = [
+        option
+        for option, value in (
+            ("--experts", request.experts),
+            ("--count", request.count),
+            ("--keep", request.keep),
+            ("--budget", request.budget_bytes),
+        )
+        if value is not None
+    ]
+    if len(limits) > 1:
+        raise SelectionError(f"{' and '.join(limits)} contradict each other; give one of them")
+    if request.plan is not None and request.experts is not None:
+        raise SelectionError("--plan and --experts contradict each other; give one of them")
+    columns, alignment = _candidates(request, model, fingerprint)
+    count = _count(request, model, layers, trunk_bytes, columns)
+    return Selection(columns[:count], alignment)
+
+
+def parse_keep(text: str) -> float:
+    """A share of the experts from text: "25%" or "0.25". Raises SelectionError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
+    share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+    if not 0 < share <= 1:
+        raise SelectionError(f"--keep is {text!r}, wanted a share of the experts such as 25% or 0.25")
+    return share
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes from text: "12GiB", "500MB", "1.5 TB", "4096". Raises SelectionError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper())
+    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size < 1:
+        raise SelectionError(f"{text!r} is no size; write for instance 12GiB or 500MB")
+    return size
+
+
+def _candidates(
+    request: SelectionRequest, model: ModelSpec, fingerprint: str | None
+) -> tuple[tuple[tuple[int, ...], ...], Alignment]:
+    if request.plan is None:
+        ids: Sequence[int] = range(model.num_experts)
+        if request.experts is not None:
+            ids = _ids(request.experts, model)
+        return tuple((expert,) * model.num_layers for expert in ids), Alignment("index", {})
+    plan = read_plan(request.plan)
+    if (plan.num_layers, plan.num_experts) != (model.num_layers, model.num_experts):
+        raise SelectionError(
+            f"{request.plan} is for {plan.num_layers} layers of {plan.num_experts} experts, the checkpoint has "
+            f"{model.num_layers} of {model.num_experts}; make a plan for this checkpoint"
+        )
+    if None not in (fingerprint, plan.extra.get("fingerprint")) and plan.extra["fingerprint"] != fingerprint:
+        raise SelectionError(
+            f"{request.plan} was made for the checkpoint {plan.extra['fingerprint']}, this one is {fingerprint}; "
+            "make a plan for this checkpoint"
+        )
+    statistics = {key: value for key, value in plan.alignment.items() if key != "kind"}
+    return tuple(deep.experts for deep in plan.deep_experts), Alignment(plan.alignment["kind"], statistics)
+
+
+def _ids(text: str, model: ModelSpec) -> tuple[int, ...]:
+    try:
+        ids = parse_experts(text)
+    except MaskError as error:
+        raise SelectionError(f"--{error}") from None
+    if ids[-1] >= model.num_experts:
+        raise SelectionError(
+            f"--experts {text}: expert {ids[-1]} does not exist; this model has experts 0 to {model.num_experts - 1}"
+        )
+    return ids
+
+
+def _count(
+    request: SelectionRequest,
+    model: ModelSpec,
+    layers: Sequence[LayerSpec],
+    trunk_bytes: int,
+    columns: Sequence[tuple[int, ...]],
+) -> int:
+    """How many of `columns` to take."""
+    if request.count is not None:
+        if not 1 <= request.count <= len(columns):
+            raise SelectionError(f"--count is {request.count}, wanted 1 to {len(columns)}")
+        return request.count
+    if request.keep is not None:
+        if not 0 < request.keep <= 1:
+            raise SelectionError(f"--keep is {request.keep}, wanted a share of the experts such as 25% or 0.25")
+        count = int(request.keep * model.num_experts + 1e-9)
+        if not 1 <= count <= len(columns):
+            raise SelectionError(
+                f"--keep {request.keep:.4g} of {model.num_experts} experts is {count} deep experts, wanted 1 to "
+                f"{len(columns)}; keep at least {100 / model.num_experts:.3g}%"
+            )
+        return count
+    if request.budget_bytes is not None:
+        left, count = request.budget_bytes - trunk_bytes, 0
+        for index, experts in enumerate(columns):
+            left -= ShardLayout(tuple(layers), index, experts).file_bytes
+            count += left >= 0
+        if count == 0:
+            least = trunk_bytes + ShardLayout(tuple(layers), 0, columns[0]).file_bytes
+            raise SelectionError(
+                f"--budget of {request.budget_bytes} bytes does not hold the trunk and one deep expert, which take "
+                f"{least} bytes; give at least that"
+            )
+        return count
+    return len(columns)

@@ -1,0 +1,1 @@
+"""What experts did on known texts, and the price of a mask."""

@@ -1,0 +1,1 @@
+"""The output: writing, resuming and verifying a store."""

@@ -1,0 +1,152 @@
+"""The journal of an unfinished extraction: which files are done, with their hashes.
+
+Owns `extract.journal` in the store's directory: a first line that says what is being extracted, then a line for every
+file that is durable under its final name. Invariant: a line is on the disk only after its file is, so the next run may
+believe it; a torn last line is dropped. The open file is locked, so that one extraction at a time writes a store.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from extractor.errors import TargetError
+from extractor.writing.pipeline import FileDigest
+
+JOURNAL_NAME = "extract.journal"
+FORMAT = "deepfew-journal"
+VERSION = 1
+
+
+class Journal:
+    """An open, locked journal. `done` maps the finished files' names to their digests."""
+
+    def __init__(self, path: Path, descriptor: int, done: dict[str, FileDigest]) -> None:
+        self.done = done
+        self._path = path
+        self._descriptor = descriptor
+
+    @classmethod
+    def open(cls, directory: Path, head: dict[str, Any], stale: dict[str, Any] | None = None) -> Journal:
+        """Continue the journal in `directory`, or begin one with `head`.
+
+        One with the head `stale` is of a run that was killed after it had written the manifest, and is replaced. Raises
+        TargetError when another process holds it, or when it is about something else than `head`.
+        """
+        path = directory / JOURNAL_NAME
+        while True:
+            if not path.exists():
+                _begin(path, head)
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                raise TargetError(
+                    f"another extraction is writing {directory}; wait for it, or name another directory"
+                ) from None
+            if not _is_open_file(path, descriptor):  # the other one finished and removed it between our open and lock
+                os.close(descriptor)
+                continue
+            try:
+                found, done, whole = _read(path)
+            except TargetError:
+                os.close(descriptor)
+                raise
+            if found == head:
+                os.ftruncate(descriptor, whole)
+                return cls(path, descriptor, done)
+            if found == stale:
+                os.unlink(path)
+            os.close(descriptor)
+            if found != stale:
+                raise TargetError(unfinished_message(directory))
+
+    def add(self, digest: FileDigest) -> None:
+        """Record a finished file durably."""
+        os.write(self._descriptor, _line(asdict(digest)))
+        os.fsync(self._descriptor)
+        self.done[digest.name] = digest
+
+    def remove(self) -> None:
+        """The extraction is finished: delete the journal and let go of the lock."""
+        os.unlink(self._path)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the lock, keeping the journal for the next run."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def read_journal(directory: Path) -> tuple[dict[str, Any], dict[str, FileDigest]] | None:
+    """The head and the finished files of the journal in `directory`, or None where there is none."""
+    path = directory / JOURNAL_NAME
+    if not path.exists():
+        return None
+    head, done, _ = _read(path)
+    return head, done
+
+
+def journal_head(fingerprint: str, columns: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    """What identifies an extraction: the checkpoint and every deep expert of the finished store."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "fingerprint": fingerprint,
+        "columns": [list(experts) for experts in columns],
+    }
+
+
+def unfinished_message(directory: Path) -> str:
+    """The message for an extraction that is not the one which was begun in `directory`."""
+    return (
+        f"{directory} holds a half-made extraction of another checkpoint or selection; run that command again to "
+        f"finish it, or delete {directory / JOURNAL_NAME} (and, where there is no manifest.json, the whole directory) "
+        "to give it up, or name another directory"
+    )
+
+
+def _begin(path: Path, head: dict[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(partial, "wb") as file:
+        file.write(_line(head))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, FileDigest], int]:
+    """The head, the finished files, and how many bytes of the file are whole lines."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    lines = content[:whole].splitlines()
+    try:
+        head = json.loads(lines[0])
+        digests = [
+            FileDigest(item["name"], item["file_bytes"], item["sha256"], tuple(item["span_hashes"]))
+            for item in map(json.loads, lines[1:])
+        ]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise TargetError(
+            f"{path} is damaged ({error!r}); delete it (and, where there is no manifest.json, the whole directory), "
+            "then extract again"
+        ) from None
+    return head, {digest.name: digest for digest in digests}, whole
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+
+
+def _is_open_file(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

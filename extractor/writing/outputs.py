@@ -1,0 +1,136 @@
+"""The files of a store as functions of the checkpoint: names, sizes and where every byte comes from.
+
+Invariant: an `OutputFile` is decided by the checkpoint's content and the selection alone, so that writing it again, or
+only hashing it, gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expert_store.manifest import DTYPE_BYTES, Manifest
+from expert_store.shard import ShardLayout, encode_header, shard_name
+from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.checkpoint.pieces import Piece
+from extractor.checkpoint.quantised import METHODS, piece_of, quantisation_of
+from extractor.checkpoint.tensor_file import TensorEntry
+
+if TYPE_CHECKING:
+    from extractor.checkpoint.layout import ExpertsLayout
+
+MAX_TRUNK_FILE_BYTES = 4 * 10**9
+WEIGHTS_STEM = "trunk/model"
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file of the store: `head`, then the pieces. `cuts` are the file offsets between which spans lie."""
+
+    name: str
+    file_bytes: int
+    head: bytes
+    pieces: Callable[[], Iterator[Piece]]
+    cuts: tuple[int, ...] = ()
+
+
+def shard_indices(existing: Manifest | None, num_columns: int) -> list[int]:
+    """The index of each deep expert of a store: those that it has keep theirs, and new ones follow all that it had."""
+    held = [] if existing is None else [deep.index for deep in existing.deep_experts]
+    first = 0 if existing is None else existing.next_index
+    return held + list(range(first, first + num_columns - len(held)))
+
+
+def shard_output(layout: ExpertsLayout, index: int, experts: tuple[int, ...]) -> OutputFile:
+    """The shard of deep expert `index`."""
+    shard = ShardLayout(layout.layers, index, experts)
+
+    def pieces() -> Iterator[Piece]:
+        for layer, expert in enumerate(experts):
+            yield from layout.span(layer, expert)
+
+    return OutputFile(
+        shard_name(index), shard.file_bytes, shard.header, pieces, (*shard.span_offsets, shard.file_bytes)
+    )
+
+
+def trunk_outputs(
+    checkpoint: Checkpoint, trunk: Sequence[TensorEntry], max_file_bytes: int = MAX_TRUNK_FILE_BYTES
+) -> list[OutputFile]:
+    """The files below trunk/: side files, and the tensors under their names in files of at most `max_file_bytes`
+    (one tensor that is larger gets a file of its own), with an index where there are several.
+    """
+    outputs = [_sidecar(path) for path in checkpoint.sidecars]
+    groups = _group(trunk, max_file_bytes)
+    stem = WEIGHTS_STEM
+    names = [f"{stem}.safetensors"]
+    if len(groups) > 1:
+        names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+        weight_map = {
+            tensor.name: Path(name).name for name, group in zip(names, groups, strict=True) for tensor in group
+        }
+        index = {"metadata": {"total_size": sum(tensor.bytes for tensor in trunk)}, "weight_map": weight_map}
+        outputs.append(_in_memory(f"{stem}.safetensors.index.json", _json_bytes(index)))
+    return outputs + [_tensors(name, group) for name, group in zip(names, groups, strict=True)]
+
+
+def _group(trunk: Sequence[TensorEntry], max_file_bytes: int) -> list[list[TensorEntry]]:
+    """Wide dtypes first, so that every tensor is aligned to its dtype; then by name, so that the order of the
+    checkpoint's files does not matter."""
+    groups: list[list[TensorEntry]] = [[]]
+    filled = 0
+    for tensor in sorted(trunk, key=lambda tensor: (-DTYPE_BYTES[tensor.dtype], tensor.name)):
+        if groups[-1] and filled + tensor.bytes > max_file_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += tensor.bytes
+    return groups
+
+
+def _tensors(name: str, group: Sequence[TensorEntry]) -> OutputFile:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in group:
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.bytes],
+        }
+        at += tensor.bytes
+    head = encode_header(entries)
+
+    def pieces() -> Iterator[Piece]:
+        return map(piece_of, group)
+
+    return OutputFile(name, len(head) + at, head, pieces)
+
+
+def _sidecar(path: Path) -> OutputFile:
+    """A side file as it is, except that references to the checkpoint's own code are dropped, and the note that it is
+    quantised in a way that is undone here."""
+    content = path.read_bytes()
+    if path.suffix == ".json" and b'"auto_map"' in content:
+        content = _json_bytes(_without(json.loads(content), "auto_map"))
+    if path.name == "config.json" and b'"quantization_config"' in content:
+        config = json.loads(content)
+        if (quantisation_of(config) or {}).get("quant_method") in METHODS:
+            content = _json_bytes(_without(config, "quantization_config"))
+    return _in_memory(f"trunk/{path.name}", content)
+
+
+def _without(value: Any, name: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _without(item, name) for key, item in value.items() if key != name}
+    return [_without(item, name) for item in value] if isinstance(value, list) else value
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _in_memory(name: str, content: bytes) -> OutputFile:
+    return OutputFile(name, len(content), content, lambda: iter(()))

@@ -1,0 +1,175 @@
+"""Finding out what there is to do, before anything is written.
+
+Invariant: `prepare` writes nothing. It accepts a directory that is new, empty, a store of the same checkpoint, or a
+half-made one of the same checkpoint and selection; everything else is refused with what to do about it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expert_store.manifest import MANIFEST_NAME, Alignment, Manifest, read_manifest
+from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.errors import TargetError
+from extractor.planning.selection import Selection, SelectionRequest, select
+from extractor.writing.extract import Extraction
+from extractor.writing.journal import JOURNAL_NAME, journal_head, read_journal, unfinished_message
+from extractor.writing.outputs import OutputFile, shard_indices, shard_output, trunk_outputs
+from extractor.writing.pipeline import FileDigest
+
+if TYPE_CHECKING:
+    from extractor.checkpoint.layout import ExpertsLayout
+
+
+def prepare(checkpoint: Checkpoint, target: str | os.PathLike[str], request: SelectionRequest) -> Extraction:
+    """What extracting `request` from `checkpoint` into the directory `target` has to do.
+
+    Raises UnsupportedFamilyError, CheckpointError, SelectionError, TargetError, or ManifestError for a store that
+    cannot be read.
+    """
+    target = Path(target).absolute()
+    existing = _existing(target, checkpoint)
+    if existing is None:
+        return _fresh(checkpoint, target, request)
+    trunk_bytes = sum(file.bytes for file in existing.trunk)
+    wanted = select(request, existing.model, existing.layers, trunk_bytes, checkpoint.fingerprint)
+    selection = _grown(existing, wanted, target)
+    intact = _intact(target, existing)
+    if len(selection.columns) == len(existing.deep_experts) and len(intact) == len(selection.columns) + len(
+        existing.trunk
+    ):
+        outputs = tuple(_finished(digest) for digest in intact.values())
+        return Extraction(checkpoint, target, existing.model, existing.layers, selection, outputs, intact, existing)
+    layout = _layout(checkpoint)
+    if (layout.model, layout.layers) != (existing.model, existing.layers):
+        raise TargetError(
+            f"{target} was extracted with another layout of the experts (by another release of transformers); "
+            "extract into an empty directory"
+        )
+    outputs = _outputs(layout, selection, existing)
+    done = intact | _journaled(target, checkpoint, selection, existing)
+    return Extraction(
+        checkpoint, target, layout.model, layout.layers, selection, outputs, _present(target, outputs, done), existing
+    )
+
+
+def _fresh(checkpoint: Checkpoint, target: Path, request: SelectionRequest) -> Extraction:
+    """For a directory without a manifest: new, empty or half-made. Raises TargetError within the checkpoint."""
+    if target.resolve().is_relative_to(checkpoint.path.resolve()):
+        raise TargetError(
+            f"{target} lies in the checkpoint {checkpoint.path}, which is only read: name a directory outside it"
+        )
+    layout = _layout(checkpoint)
+    trunk_bytes = sum(output.file_bytes for output in trunk_outputs(checkpoint, layout.trunk))
+    selection = select(request, layout.model, layout.layers, trunk_bytes, checkpoint.fingerprint)
+    outputs = _outputs(layout, selection, None)
+    done = _present(target, outputs, _journaled(target, checkpoint, selection, None))
+    return Extraction(checkpoint, target, layout.model, layout.layers, selection, outputs, done, None)
+
+
+def _layout(checkpoint: Checkpoint) -> ExpertsLayout:
+    """Imports transformers, which takes seconds that a finished store need not wait for."""
+    from extractor.checkpoint.layout import ExpertsLayout
+
+    return ExpertsLayout.of(checkpoint)
+
+
+def _existing(target: Path, checkpoint: Checkpoint) -> Manifest | None:
+    """The manifest in `target` if there is one; raises TargetError when the directory holds something else."""
+    if not target.exists():
+        return None
+    if not target.is_dir():
+        raise TargetError(f"{target} is not a directory; name a new or empty directory")
+    if (target / MANIFEST_NAME).exists():
+        manifest = read_manifest(target)
+        if manifest.source.fingerprint != checkpoint.fingerprint:
+            raise TargetError(
+                f"{target} is a store of another checkpoint: it holds {manifest.source.name} "
+                f"({manifest.source.fingerprint[:12]}), this is {checkpoint.name} ({checkpoint.fingerprint[:12]}); "
+                "name another directory"
+            )
+        return manifest
+    if (target / JOURNAL_NAME).exists():
+        return None
+    foreign = sorted(
+        path for path in target.iterdir() if not path.name.startswith(JOURNAL_NAME) and not _is_hollow(path)
+    )
+    if foreign:
+        names = ", ".join(path.name for path in foreign[:3])
+        raise TargetError(f"{target} is neither a store nor empty (it holds {names}); name a new or empty directory")
+    return None
+
+
+def _is_hollow(path: Path) -> bool:
+    """Whether `path` is a folder that an extraction made just before it was killed."""
+    return path.name in ("trunk", "experts") and path.is_dir() and not any(path.iterdir())
+
+
+def _grown(existing: Manifest, selection: Selection, target: Path) -> Selection:
+    """The deep experts that `existing` has, in its order, and after them those that `selection` adds."""
+    held = [deep.experts for deep in existing.deep_experts]
+    missing = set(held) - set(selection.columns)
+    added = [experts for experts in selection.columns if experts not in set(held)]
+    if not added:
+        return Selection(tuple(held), existing.alignment)
+    if missing:
+        raise TargetError(
+            f"{target} holds {len(held)} deep experts, of which {len(missing)} are not in what was asked for; a store "
+            "only grows by extraction: ask for a selection that includes them, give them up with `deepfew shrink`, or "
+            "name another directory"
+        )
+    kept = existing.alignment.statistics | selection.alignment.statistics
+    return Selection((*held, *added), Alignment(selection.alignment.kind, kept))
+
+
+def _outputs(layout: ExpertsLayout, selection: Selection, existing: Manifest | None) -> tuple[OutputFile, ...]:
+    indices = shard_indices(existing, len(selection.columns))
+    shards = [shard_output(layout, *numbered) for numbered in zip(indices, selection.columns, strict=True)]
+    return (*trunk_outputs(layout.checkpoint, layout.trunk), *shards)
+
+
+def _intact(target: Path, manifest: Manifest) -> dict[str, FileDigest]:
+    """The files of a finished store that are there with their size."""
+    digests = [FileDigest(deep.file, deep.bytes, deep.sha256, deep.span_hashes) for deep in manifest.deep_experts]
+    digests += [FileDigest(file.name, file.bytes, file.sha256, ()) for file in manifest.trunk]
+    return {digest.name: digest for digest in digests if _has_size(target / digest.name, digest.file_bytes)}
+
+
+def _journaled(
+    target: Path, checkpoint: Checkpoint, selection: Selection, existing: Manifest | None
+) -> dict[str, FileDigest]:
+    """What a killed run finished; nothing for a journal that a finished run could not remove any more."""
+    found: tuple[dict[str, Any], dict[str, FileDigest]] | None = read_journal(target)
+    if found is None:
+        return {}
+    head, done = found
+    if head == journal_head(checkpoint.fingerprint, selection.columns):
+        return done
+    held = [deep.experts for deep in existing.deep_experts] if existing is not None else []
+    if held and head == journal_head(checkpoint.fingerprint, held):
+        return {}
+    raise TargetError(unfinished_message(target))
+
+
+def _present(target: Path, outputs: tuple[OutputFile, ...], done: dict[str, FileDigest]) -> dict[str, FileDigest]:
+    """The entries of `done` whose files are there with the right size."""
+    sizes = {output.name: output.file_bytes for output in outputs}
+    return {
+        name: digest
+        for name, digest in done.items()
+        if digest.file_bytes == sizes.get(name) and _has_size(target / name, digest.file_bytes)
+    }
+
+
+def _finished(digest: FileDigest) -> OutputFile:
+    cuts = (0,) * len(digest.span_hashes)
+    return OutputFile(digest.name, digest.file_bytes, b"", lambda: iter(()), cuts)
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.is_file() and path.stat().st_size == size
+    except OSError:
+        return False

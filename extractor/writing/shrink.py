@@ -1,0 +1,48 @@
+"""Making a store smaller: rewriting its manifest without some deep experts.
+
+Invariant: the extraction's journal is the lock, so that nothing grows the store meanwhile; the files stay until
+`Store.remove_unnamed` (or `tidy`) finds that nobody reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from expert_store.manifest import Manifest, read_manifest, write_manifest
+from expert_store.readers import ReaderLock
+from expert_store.shrink import remove_unnamed_shards, without
+from extractor.writing.journal import Journal, journal_head
+
+
+def shrink_store(path: Path, indices: Collection[int]) -> Manifest:
+    """Give up the deep experts of these indices; returns the new manifest. A reader may have the store open.
+
+    Raises ManifestError (see `without`), or TargetError while the store is being extracted into.
+    """
+    before = read_manifest(path)
+    after = without(before, indices)
+    if after == before:
+        return before
+    head, held = (
+        journal_head(manifest.source.fingerprint, [deep.experts for deep in manifest.deep_experts])
+        for manifest in (after, before)
+    )
+    journal = Journal.open(path, head, held)
+    try:
+        after = without(read_manifest(path), indices)  # another writer may have finished between our look and the lock
+        write_manifest(path, after)
+        journal.remove()
+    finally:
+        journal.close()
+    return after
+
+
+def tidy(path: Path) -> int | None:
+    """Delete the files of deep experts that the store gave up; returns their bytes, None where somebody reads it."""
+    readers = ReaderLock(path)
+    try:
+        with readers.alone() as is_alone:
+            return remove_unnamed_shards(path, read_manifest(path)) if is_alone else None
+    finally:
+        readers.close()

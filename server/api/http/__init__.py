@@ -1,0 +1,1 @@
+"""The transport and what the dialects share: bodies, events, errors, middleware."""

@@ -1,0 +1,126 @@
+"""What every route stands on: the service, the metrics and the limits, one object for the whole application."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+from starlette.requests import Request
+
+from server.api.http.body import read_model
+from server.api.http.generation import Generation
+from server.engine.request import EngineError, GenerationRequest, QueueFullError
+from server.serving.metrics import Metrics
+from server.serving.service import LoadedModel, NotReadyError, Service
+from server.settings.schema import HttpSettings
+
+logger = logging.getLogger(__name__)
+
+MAX_WAITING_TEXTS = 256
+
+Body = TypeVar("Body", bound=BaseModel)
+Argument = TypeVar("Argument")
+
+
+class TextEncoder:
+    """A tokenizer of our own on one thread of its own.
+
+    Tokenizers change their own state in a call (truncation, padding), so the engine's is never touched from here; and
+    a long prompt must not stop the event loop.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="deepfew-encode")
+        self._tokenizer: Future[Any] = self._thread.submit(copy.deepcopy, tokenizer)
+        self._waiting = 0
+
+    async def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; text of special tokens stands for these tokens. Raises QueueFullError."""
+        return await self.run(_encode, text)
+
+    async def run(self, work: Callable[[Any, Argument], list[int]], argument: Argument) -> list[int]:
+        """`work(tokenizer, argument)` on the thread.
+
+        Raises:
+            QueueFullError: too many texts wait for this.
+        """
+        if self._waiting >= MAX_WAITING_TEXTS:
+            raise QueueFullError(f"{MAX_WAITING_TEXTS} prompts are waiting to be tokenised; try again")
+        self._waiting += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._thread, lambda: work(self._tokenizer.result(), argument))
+        finally:
+            self._waiting -= 1
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return [int(token) for token in tokenizer(text, verbose=False)["input_ids"]]
+
+
+@dataclass
+class ApiContext:
+    """Shared by all routes; `app.state.context`."""
+
+    service: Service
+    metrics: Metrics
+    http: HttpSettings
+    version: str
+    log_prompts: bool = False
+    _encoders: dict[int, TextEncoder] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    async def read(self, request: Request, schema: type[Body], *, optional: bool = False) -> Body:
+        """The request's body as a `schema`; see `read_model`. Raises `ApiError`."""
+        return await read_model(
+            request,
+            schema,
+            max_bytes=self.http.max_body_bytes,
+            receive_seconds=self.http.receive_seconds,
+            optional=optional,
+        )
+
+    def loaded(self) -> LoadedModel:
+        """The model once it is loaded, whether it takes requests now or not. Raises NotReadyError before."""
+        model = self.service.loaded
+        if model is None:
+            raise NotReadyError(self.service.health().reason)
+        return model
+
+    def encoder(self, model: LoadedModel) -> TextEncoder:
+        """The encoder of the model that is served."""
+        with self._lock:
+            if id(model) not in self._encoders:
+                self._encoders = {id(model): TextEncoder(model.tokenizer)}
+            return self._encoders[id(model)]
+
+    def log_text(self, request: Request, what: str, text: object) -> None:
+        """Log what a client wrote or was answered, where `log_prompts` asks for it and nowhere else."""
+        if self.log_prompts:
+            logger.info(what, extra={"request_id": request.state.request_id, "text": str(text)})
+
+    def submit(self, model: LoadedModel, request: GenerationRequest) -> Generation:
+        """Hand a request to the engine. The caller enters the `Generation` at once.
+
+        Raises:
+            EngineError: it was refused.
+        """
+        generation = Generation(model, request, self.metrics, max_seconds=self.http.max_request_seconds)
+        try:
+            return generation.submit()
+        except EngineError:
+            self.metrics.request_ended("refused")
+            raise
+
+
+def context_of(request: Request) -> ApiContext:
+    """The application's context."""
+    context: ApiContext = request.app.state.context
+    return context

@@ -1,0 +1,160 @@
+"""What every request passes: an id, the key, one line in the log, and a last net under errors.
+
+Invariant: no route but liveness is reached without the key, where one is set, and where none is, only by requests to a
+name of this machine; what changes the server is reached with the admin key alone; and nothing that fails inside reaches
+the client with anything but our own words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.http.errors import ForbiddenError, MisdirectedError, UnauthorizedError, error_response
+from server.serving.metrics import Metrics
+from server.settings.schema import is_loopback
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/health/live"})
+QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics", "/metrics/vllm"})
+_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class Gate:
+    """The outermost layer of ours around the application.
+
+    Args:
+        app: what is guarded.
+        api_key: the key, or None where there is none.
+        admin_key: opens all that `api_key` opens, and what `require_admin` guards; None opens none of that.
+        metrics: counts responses.
+    """
+
+    def __init__(self, app: ASGIApp, *, api_key: str | None, admin_key: str | None, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+        self._key_digest = None if api_key is None else _digest(api_key)
+        self._admin_digest = None if admin_key is None else _digest(admin_key)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        is_user, is_admin = self._who(headers)
+        scope.setdefault("state", {}).update(request_id=request_id, is_admin=is_admin)
+        started = time.perf_counter()
+        seen: dict[str, Any] = {"status": None}
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                seen["status"] = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+                self.metrics.response(message["status"])
+            await send(message)
+
+        try:
+            is_open = scope["path"] in OPEN_PATHS or is_admin
+            if not is_open and not is_user:
+                error = UnauthorizedError(
+                    "the API key is missing or wrong: send Authorization: Bearer KEY, or X-API-Key: KEY",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+                await error_response(error, scope["path"])(scope, receive, send_with_id)
+                return
+            if self._key_digest is None and not is_open and not _is_to_this_machine(headers.get("host", "")):
+                misdirected = MisdirectedError(
+                    "without an API key only requests to this machine by a name of its own are taken, and the Host "
+                    "header has another: call http://127.0.0.1 or http://localhost, or set an API key"
+                )
+                await error_response(misdirected, scope["path"])(scope, receive, send_with_id)
+                return
+            await self.app(scope, receive, send_with_id)
+        except Exception as error:
+            logger.exception("unexpected error", extra={"request_id": request_id, "path": _path(scope)})
+            if seen["status"] is None:
+                await error_response(error, scope["path"])(scope, receive, send_with_id)
+            else:
+                abort(scope)
+        finally:
+            logger.log(
+                logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO,
+                "request",
+                extra={
+                    "request_id": request_id,
+                    "method": scope["method"],
+                    "path": _path(scope),
+                    "status": seen["status"],
+                    "seconds": round(time.perf_counter() - started, 4),
+                },
+            )
+
+    def _who(self, headers: Headers) -> tuple[bool, bool]:
+        """Whether the request may reach ordinary routes, and whether it shows the admin key."""
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        shown = [headers.get("x-api-key", ""), token.strip() if scheme.lower() == "bearer" else ""]
+        digests = [_digest(candidate) for candidate in shown]
+        is_user = self._key_digest is None or _is_among(self._key_digest, digests)
+        return is_user, self._admin_digest is not None and _is_among(self._admin_digest, digests)
+
+
+async def require_admin(request: Request) -> None:
+    """Guards a route that changes the server, on loopback too.
+
+    Raises:
+        ForbiddenError: the request does not show the admin key, or there is none.
+    """
+    if request.state.is_admin:
+        return
+    if request.app.state.context.http.admin_key is None:
+        raise ForbiddenError(
+            "this route changes the server and needs an admin key, and none is set: set `http.admin_key_file` "
+            "(--admin-key-file FILE, or DEEPFEW_ADMIN_KEY_FILE)"
+        )
+    raise ForbiddenError(
+        "this route changes the server and needs the admin key (`http.admin_key`); the API key does not open it: send "
+        "Authorization: Bearer ADMIN_KEY, or X-API-Key: ADMIN_KEY"
+    )
+
+
+def _is_among(digest: bytes, shown: list[bytes]) -> bool:
+    """All are compared, as digests of one length, so that the time says nothing about the key."""
+    matches = [hmac.compare_digest(candidate, digest) for candidate in shown]
+    return any(matches)
+
+
+def abort(scope: Scope) -> None:
+    """Cut the connection at once, unsent bytes included, where the server underneath allows it."""
+    cut = scope.get("state", {}).get("abort")
+    if cut is not None:
+        with contextlib.suppress(OSError, RuntimeError):
+            cut()
+
+
+def _is_to_this_machine(host: str) -> bool:
+    """Whether a Host header names loopback. A page whose name was made to resolve to 127.0.0.1 sends its own name."""
+    name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
+    name = name.lower().rstrip(".")
+    return not name or name.endswith(".localhost") or is_loopback(name)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _path(scope: Scope) -> str:
+    """The path as it is safe to log: printable ASCII, bounded."""
+    return "".join(char if char.isascii() and char.isprintable() else "?" for char in scope["path"][:128])

@@ -1,0 +1,238 @@
+"""`POST /generate`, `/generate_stream` and `/`: the Text Generation Inference contract.
+
+Everything that can be refused is refused before the response begins: the body, the limits, the place in the queue.
+`generated_text` keeps the stop string that ended it, as TGI's does. Our own addition: `details.deficit`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.api.http.context import ApiContext, context_of
+from server.api.http.errors import ValidationFailed, error_body
+from server.api.http.events import KEEP_ALIVE, EventStream, event, unless_disconnected
+from server.api.http.generation import Generation
+from server.api.http.openapi import responses
+from server.api.http.requests import LEAST_LOGPROB, request_of, sampling_of, split
+from server.api.tgi.schemas import (
+    DEFAULT_NEW_TOKENS,
+    ErrorResponse,
+    GenerateParameters,
+    GenerateRequest,
+    GenerateResponse,
+)
+from server.engine.request import (
+    ContextTooLongError,
+    EngineError,
+    FinishedEvent,
+    GenerationRequest,
+    Logprob,
+    TokenEvent,
+)
+from server.serving.deficit import deficit_payload
+from server.serving.service import LoadedModel
+
+router = APIRouter()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request that was checked and tokenised."""
+
+    request: GenerationRequest
+    text: str
+    parameters: GenerateParameters
+    model: LoadedModel
+
+    @property
+    def wants_details(self) -> bool:
+        return bool(self.parameters.details or self.parameters.decoder_input_details)
+
+
+@router.post(
+    "/generate",
+    summary="Generate tokens",
+    responses=responses(GenerateResponse, ErrorResponse, stream="StreamResponse"),
+)
+async def generate(request: Request) -> Response:
+    """Continue `inputs`; with `stream` as server-sent events, one for each token."""
+    context = context_of(request)
+    body = await context.read(request, GenerateRequest)
+    return await _answer(request, context, body, stream=bool(body.stream))
+
+
+@router.post(
+    "/generate_stream",
+    summary="Generate a stream of tokens",
+    responses=responses(None, ErrorResponse, stream="StreamResponse"),
+)
+async def generate_stream(request: Request) -> Response:
+    """Continue `inputs` as server-sent events, one for each token, whatever `stream` says."""
+    context = context_of(request)
+    return await _answer(request, context, await context.read(request, GenerateRequest), stream=True)
+
+
+@router.post(
+    "/", summary="Generate tokens", responses=responses(GenerateResponse, ErrorResponse, stream="StreamResponse")
+)
+async def generate_at_root(request: Request) -> Response:
+    """The same as `/generate`, at the place where `InferenceClient` posts when it is given the server's address."""
+    return await generate(request)
+
+
+async def _answer(request: Request, context: ApiContext, body: GenerateRequest, *, stream: bool) -> Response:
+    started = time.perf_counter()
+    model = context.service.model()
+    prompt = await _prepare(context, model, body, stream=stream)
+    generation = context.submit(model, prompt.request)
+    context.log_text(request, "prompt", body.inputs)
+    if stream:
+        headers = {"x-prompt-tokens": str(len(prompt.request.prompt_ids))}
+        events = _stream(generation, prompt, context.http.keep_alive_seconds, request.url.path)
+        return EventStream(events, guard=generation, send_seconds=context.http.send_seconds, headers=headers)
+    with generation:
+        tokens, end = await unless_disconnected(request, generation.finished())
+    context.log_text(request, "answer", end.generated_text)
+    payload: dict[str, Any] = {"generated_text": _whole_text(prompt, end)}
+    if prompt.wants_details:
+        payload["details"] = _details(prompt, tokens, end)
+    return JSONResponse(payload, headers=_timing_headers(end, time.perf_counter() - started))
+
+
+async def _prepare(context: ApiContext, model: LoadedModel, body: GenerateRequest, *, stream: bool) -> Prompt:
+    """Tokenise and check what the schema cannot.
+
+    Raises:
+        ApiError, EngineError: the request is refused.
+    """
+    parameters = body.parameters or GenerateParameters()
+    if stream and parameters.decoder_input_details:
+        raise ValidationFailed(
+            "`parameters.decoder_input_details` is not supported with a stream; leave out one of the two",
+            param="parameters.decoder_input_details",
+        )
+    ids = await context.encoder(model).encode(body.inputs)
+    if parameters.truncate is not None:
+        ids = ids[-parameters.truncate :]
+    room = model.max_context_tokens - len(ids)
+    if room < 1:
+        raise ContextTooLongError(
+            f"the prompt has {len(ids)} tokens; prompt and new tokens together may have {model.max_context_tokens}: "
+            "shorten the prompt or set `truncate`"
+        )
+    num_new = parameters.max_new_tokens
+    if num_new is not None and num_new > room:
+        raise ContextTooLongError(
+            f"`parameters.max_new_tokens`: the prompt has {len(ids)} tokens, which leaves room for {room} new ones "
+            f"of {model.max_context_tokens} in all, got more: ask for at most {room}"
+        )
+    sampling = sampling_of(
+        model,
+        max_new_tokens=num_new if num_new is not None else min(DEFAULT_NEW_TOKENS, room),
+        temperature=parameters.temperature,
+        top_k=parameters.top_k,
+        top_p=parameters.top_p,
+        repetition_penalty=parameters.repetition_penalty,
+        seed=parameters.seed,
+        do_sample=bool(parameters.do_sample),
+        stop=parameters.stop or (),
+    )
+    request = request_of(
+        model,
+        ids,
+        sampling,
+        parameters,
+        num_logprobs=parameters.top_n_tokens or 0,
+        prompt_logprobs=bool(parameters.decoder_input_details),
+        path="parameters.",
+    )
+    return Prompt(request, body.inputs, parameters, model)
+
+
+async def _stream(
+    generation: Generation, prompt: Prompt, keep_alive_seconds: float, path: str
+) -> AsyncGenerator[bytes, None]:
+    try:
+        async for batch in generation.batches(keep_alive_seconds):
+            if not batch:
+                yield KEEP_ALIVE
+                continue
+            tokens, end = split(batch)
+            chunks = [_stream_event(token, prompt, None) for token in tokens]
+            if end is not None:
+                chunks[-1] = _stream_event(tokens[-1], prompt, end)
+            yield b"".join(chunks)
+    except EngineError as error:
+        yield event(error_body(error, path))
+
+
+def _stream_event(token: TokenEvent, prompt: Prompt, end: FinishedEvent | None) -> bytes:
+    payload: dict[str, Any] = {"index": token.index, "token": _token(token)}
+    if prompt.parameters.top_n_tokens:
+        payload["top_tokens"] = [_alternative(top) for top in token.top]
+    payload["generated_text"] = None if end is None else _whole_text(prompt, end)
+    payload["details"] = None
+    if end is not None and prompt.wants_details:
+        payload["details"] = {
+            "finish_reason": end.reason,
+            "generated_tokens": end.num_generated_tokens,
+            "seed": end.seed,
+            "input_length": end.num_prompt_tokens,
+            "deficit": deficit_payload(end.deficit, prompt.model, prompt.request),
+        }
+    return event(payload)
+
+
+def _details(prompt: Prompt, tokens: Sequence[TokenEvent], end: FinishedEvent) -> dict[str, Any]:
+    details: dict[str, Any] = {
+        "finish_reason": end.reason,
+        "generated_tokens": end.num_generated_tokens,
+        "seed": end.seed,
+        "prefill": [
+            {"id": token, "text": text, "logprob": None if logprob is None else max(logprob, LEAST_LOGPROB)}
+            for token, text, logprob in end.prefill or ()
+        ],
+        "tokens": [_token(token) for token in tokens],
+        "deficit": deficit_payload(end.deficit, prompt.model, prompt.request),
+    }
+    if prompt.parameters.top_n_tokens:
+        details["top_tokens"] = [[_alternative(top) for top in token.top] for token in tokens]
+    return details
+
+
+def _whole_text(prompt: Prompt, end: FinishedEvent) -> str:
+    return prompt.text + end.generated_text if prompt.parameters.return_full_text else end.generated_text
+
+
+def _token(token: TokenEvent) -> dict[str, Any]:
+    return {
+        "id": token.token_id,
+        "text": token.text,
+        "logprob": max(token.logprob, LEAST_LOGPROB),
+        "special": token.special,
+    }
+
+
+def _alternative(top: Logprob) -> dict[str, Any]:
+    token, text, logprob = top
+    return {"id": token, "text": text, "logprob": max(logprob, LEAST_LOGPROB), "special": False}
+
+
+def _timing_headers(end: FinishedEvent, total_seconds: float) -> dict[str, str]:
+    inference = end.timing.prefill_seconds + end.timing.decode_seconds
+    per_token = inference / max(1, end.num_generated_tokens)
+    return {
+        "x-total-time": f"{total_seconds * 1000:.0f}",
+        "x-queue-time": f"{end.timing.queue_seconds * 1000:.0f}",
+        "x-inference-time": f"{inference * 1000:.0f}",
+        "x-time-per-token": f"{per_token * 1000:.0f}",
+        "x-prompt-tokens": str(end.num_prompt_tokens),
+        "x-generated-tokens": str(end.num_generated_tokens),
+    }

@@ -1,0 +1,159 @@
+"""Requests and responses of `/generate` and its kin, as in the Text Generation Inference contract.
+
+Invariant: what this server does not do is refused by name; nothing is ignored in silence. Source of the contract: TGI's
+OpenAPI document and router, and what `huggingface_hub.InferenceClient.text_generation` sends and reads.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field
+
+from server.api.http.deficit_schemas import DeficitDetails
+from server.api.http.fields import (
+    MAX_TOP_TOKENS,
+    MaskFields,
+    PromptText,
+    Seed,
+    StopTexts,
+    Strict,
+    TokenCount,
+    unsupported,
+)
+
+DEFAULT_NEW_TOKENS = 100
+
+
+class GenerateParameters(MaskFields):
+    """How to generate. Any of temperature, top_k, top_p or do_sample turns sampling on; else decoding is greedy."""
+
+    max_new_tokens: TokenCount | None = Field(
+        None, description=f"tokens to generate; default {DEFAULT_NEW_TOKENS} or what the context has room for"
+    )
+    temperature: Annotated[float, Field(gt=0, le=1000)] | None = Field(None, description="divides the logits")
+    top_k: TokenCount | None = Field(None, description="sample from the k most likely tokens")
+    top_p: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="sample from the most likely tokens whose probability reaches this"
+    )
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = Field(
+        None, description="divides positive and multiplies negative logits of tokens seen before; 1 is none"
+    )
+    do_sample: bool | None = Field(None, description="sample, even with every other value left out")
+    seed: Seed | None = Field(None, description="of the random draws; the same seed gives the same text")
+    stop: StopTexts | None = Field(None, description="generation ends after one of these; it stays in the text")
+    truncate: TokenCount | None = Field(None, description="keep only so many of the prompt's last tokens")
+    return_full_text: bool | None = Field(None, description="put the prompt before the generated text")
+    details: bool | None = Field(None, description="return tokens, the reason of the end, and the deficit")
+    decoder_input_details: bool | None = Field(
+        None, description="with details and without a stream: return the prompt's tokens and their log-probabilities"
+    )
+    top_n_tokens: Annotated[int, Field(ge=0, le=MAX_TOP_TOKENS)] | None = Field(
+        None, description="with details: return so many of the most likely tokens at each place"
+    )
+    best_of: unsupported(1) = Field(None, description="only 1")  # type: ignore[valid-type]
+    frequency_penalty: unsupported(0, 0.0) = Field(None, description="not supported")  # type: ignore[valid-type]
+    typical_p: unsupported() = Field(None, description="not supported")  # type: ignore[valid-type]
+    watermark: unsupported(False) = Field(None, description="not supported")  # type: ignore[valid-type]
+    grammar: unsupported() = Field(None, description="not supported")  # type: ignore[valid-type]
+    adapter_id: unsupported() = Field(None, description="not supported")  # type: ignore[valid-type]
+
+
+class GenerateRequest(Strict):
+    """A prompt to continue."""
+
+    inputs: PromptText = Field(description="the prompt; text of special tokens in it stands for these tokens")
+    parameters: GenerateParameters | None = None
+    stream: bool | None = Field(None, description="answer with server-sent events, one for each token")
+
+
+class Token(BaseModel):
+    """A generated token."""
+
+    id: int
+    text: str
+    logprob: float
+    special: bool
+
+
+class AlternativeToken(Token):
+    """One of the most likely tokens at a place."""
+
+
+class PrefillToken(BaseModel):
+    """A token of the prompt; the first one has no log-probability."""
+
+    id: int
+    text: str
+    logprob: float | None
+
+
+class Details(BaseModel):
+    """What is behind the generated text."""
+
+    finish_reason: Literal["length", "eos_token", "stop_sequence"]
+    generated_tokens: int
+    seed: int | None
+    prefill: list[PrefillToken]
+    tokens: list[Token]
+    top_tokens: list[list[AlternativeToken]] | None = None
+    deficit: DeficitDetails
+
+
+class GenerateResponse(BaseModel):
+    """The answer to `/generate` without a stream."""
+
+    generated_text: str
+    details: Details | None = None
+
+
+class StreamDetails(BaseModel):
+    """Details of the last event of a stream."""
+
+    finish_reason: Literal["length", "eos_token", "stop_sequence"]
+    generated_tokens: int
+    seed: int | None
+    input_length: int
+    deficit: DeficitDetails
+
+
+class StreamResponse(BaseModel):
+    """One event of a stream; the last one has the whole text and, if asked for, details."""
+
+    index: int
+    token: Token
+    top_tokens: list[AlternativeToken] | None = None
+    generated_text: str | None
+    details: StreamDetails | None
+
+
+class ErrorResponse(BaseModel):
+    """Every error outside `/v1`."""
+
+    error: str
+    error_type: str
+
+
+class HealthResponse(BaseModel):
+    """State of the server."""
+
+    status: Literal["ok"]
+
+
+class ReadyResponse(BaseModel):
+    """State of the model; with status 503 there is `error` and `error_type` too.
+
+    `progress` is the share of loading that is done, over all phases: it never falls. `phase` names the one under way.
+    """
+
+    state: Literal["loading", "ready", "draining", "failed"]
+    reason: str
+    progress: float
+    phase: str
+
+
+class NotReadyResponse(ReadyResponse):
+    """Why requests are not taken now."""
+
+    error: str
+    error_type: Literal["healthcheck"]

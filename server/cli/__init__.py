@@ -1,0 +1,1 @@
+"""The `deepfew` command and its subcommands."""

@@ -1,0 +1,191 @@
+"""`python -m server.cli.demo`, run by `make demo`: the bundled checkpoint becomes a store, a server and streamed text.
+
+Everything is real: the store is made by `deepfew extract`, the server is the one that `deepfew serve` runs, with fewer
+slots than experts, and the text comes from a `POST /generate` over HTTP. A second run finds the store and is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from expert_store.errors import StoreError
+from expert_store.manifest import read_manifest
+from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.writing.journal import JOURNAL_NAME
+from server.cli.main import UsageError, is_domain_error
+from server.cli.main import main as deepfew
+from server.cli.port import holder_of
+from server.serving.service import Service
+from server.settings.load import load_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINT = ROOT / "models" / "tiny-moe"
+STORE = ROOT / "store" / "tiny-moe"
+HOST = "127.0.0.1"
+FIRST_PORT, NUM_PORTS = 8080, 20
+SLOTS = 16
+PROMPT = "The capital of France is"
+PARAMETERS = {"max_new_tokens": 40, "details": True}
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo until Ctrl-C; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m server.cli.demo", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--port", type=int, help=f"port to listen on (default: the first free one from {FIRST_PORT})")
+    parser.add_argument("--slots", type=int, default=SLOTS, help=f"expert slots a layer of 64 (default {SLOTS})")
+    parser.add_argument("--store", type=Path, default=STORE, help="where the store is, or is made")
+    parser.add_argument("--once", action="store_true", help="end after the first answer")
+    arguments = parser.parse_args(argv)
+    try:
+        status = make_store(arguments.store)
+        return status or run(arguments.store, arguments.port or free_port(), arguments.slots, once=arguments.once)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if not is_domain_error(error):
+            raise
+        console.print(f"error: {error}", style="red", markup=False)
+        return 2
+
+
+def make_store(store: Path) -> int:
+    """Extract the bundled checkpoint, or find that it was done. Returns the exit status.
+
+    The demo's own store is remade when it cannot be read any more (another version's, damaged); one that somebody else
+    named is left alone.
+    """
+    _heading(f"1  {CHECKPOINT.relative_to(ROOT)} → {_shown(store)}: one file for each deep expert")
+    if store == STORE and store.exists() and not (store / JOURNAL_NAME).exists() and (why := _why_stale(store)):
+        console.print(f"   {why}; making it anew", style="yellow", markup=False)
+        shutil.rmtree(store)
+    return deepfew(["extract", str(CHECKPOINT), str(store)])
+
+
+def _why_stale(store: Path) -> str:
+    """Why an extraction could not continue this store, or nothing where it could."""
+    try:
+        if read_manifest(store).source.fingerprint == Checkpoint.open(CHECKPOINT).fingerprint:
+            return ""
+    except StoreError as error:
+        return str(error)
+    return f"{_shown(store)} was made from another checkpoint"
+
+
+def free_port() -> int:
+    """The first port from `FIRST_PORT` on that nothing listens on.
+
+    Raises:
+        UsageError: none of `NUM_PORTS`.
+    """
+    for port in range(FIRST_PORT, FIRST_PORT + NUM_PORTS):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                console.print(f"   port {port} is in use{holder_of(port)}; trying the next one", style="yellow")
+                continue
+            return port
+    raise UsageError(f"ports {FIRST_PORT} to {FIRST_PORT + NUM_PORTS - 1} are all in use; name one with --port")
+
+
+def run(store: Path, port: int, slots: int, *, once: bool) -> int:
+    """Serve the store, show one answer, print what to try, and go on serving (or not, with `once`)."""
+    from server.cli.serve import serve
+
+    flags = {"store": str(store), "port": port, "slots": slots, "log_level": "warning"}
+    _heading(f"2  a server on {HOST}:{port}, with {slots} expert slots in each layer")
+    failures: list[Exception] = []
+
+    def show(service: Service, stop: Callable[[], None]) -> None:
+        try:
+            if _wait(service):
+                _stream(port)
+                _print_what_to_try(port)
+        except Exception as error:
+            failures.append(error)
+        if once or failures:
+            stop()
+
+    def in_background(service: Service, url: str, stop: Callable[[], None]) -> None:
+        threading.Thread(target=show, args=(service, stop), daemon=True).start()
+
+    status = serve(load_settings(flags, environ={}), on_listening=in_background)
+    if failures:
+        raise failures[0]
+    console.print("\nstopped")
+    return status
+
+
+def _wait(service: Service) -> bool:
+    """Show how loading goes; returns whether the server became ready."""
+    with console.status("   starting") as spinner:
+        while not (health := service.health()).is_ready:
+            if service.error is not None or health.state != "loading":
+                return False
+            spinner.update(f"   {health.reason}")
+            time.sleep(0.1)
+    return True
+
+
+def _stream(port: int) -> None:
+    body = json.dumps({"inputs": PROMPT, "parameters": PARAMETERS, "stream": True})
+    _heading("3  POST /generate, as it arrives")
+    console.print(f"   {PROMPT}", style="dim", end="", markup=False)
+    connection = http.client.HTTPConnection(HOST, port, timeout=120)
+    connection.request("POST", "/generate", body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    if response.status != http.HTTPStatus.OK:
+        raise UsageError(f"the server answered {response.status}: {response.read(500).decode(errors='replace')}")
+    started, event = time.monotonic(), {}
+    for line in response:
+        if line.startswith(b"data:"):
+            event = json.loads(line.removeprefix(b"data:"))
+            if "error" in event:
+                raise UsageError(f"the stream ended with an error: {event['error']}")
+            if not event["token"]["special"]:
+                console.print(event["token"]["text"], style="bold", end="", markup=False)
+    seconds = time.monotonic() - started
+    connection.close()
+    details = event["details"]
+    tokens, missing = details["generated_tokens"], details["deficit"]["overall"]
+    console.print(f"\n   {tokens} tokens in {seconds:.2f} s; deficit {missing:.1%} (router mass that was unavailable)")
+
+
+def _print_what_to_try(port: int) -> None:
+    url, header = f"http://{HOST}:{port}", "-H 'Content-Type: application/json'"
+    body = json.dumps({"inputs": PROMPT, "parameters": {"max_new_tokens": 20}})
+    _heading("4  your turn, in another terminal")
+    for line in (
+        f"curl {url}/generate {header} -d '{body}'",
+        f"curl -N {url}/generate_stream {header} -d '{body}'",
+        f"curl {url}/experts",
+        f"curl {url}/metrics",
+    ):
+        console.print(line, markup=False)
+    console.print("\nCtrl-C ends the server.", style="dim")
+
+
+def _heading(text: str) -> None:
+    console.print(f"\n{text}", style="bold cyan", markup=False)
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

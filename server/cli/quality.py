@@ -1,0 +1,254 @@
+"""The commands `calibrate` and `evaluate`, as functions that a typer application mounts.
+
+Invariant: what went wrong on purpose is one message on standard error and the exit status 2; standard output carries
+the result alone, as text or, with --json, as one JSON object; progress goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from expert_store.errors import StoreError
+from expert_store.manifest import MANIFEST_NAME
+from extractor.disk import require_writable
+from extractor.errors import ExtractError, message_of
+from extractor.planning.criteria import CRITERIA
+from extractor.planning.plots import require_picture
+from extractor.planning.selection import parse_bytes, parse_keep
+from router.mask import MaskError
+from server.masks.profiles import ProfileError
+from server.quality.texts import TextsError
+
+if TYPE_CHECKING:
+    from server.model.host.assembly import SelectiveModel
+
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+DtypeOption = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+SlotsOption = Annotated[str | None, typer.Option(help="Memory for experts on the device, such as 4GiB.")]
+HalfOption = Annotated[str, typer.Option(help="Documents to take: all, or even or odd ones, to keep two runs apart.")]
+ContextOption = Annotated[int, typer.Option(help="Tokens of a sequence.")]
+TokensOption = Annotated[int, typer.Option(min=1, help="Most tokens of a domain, rounded up to whole sequences.")]
+HALVES = ("all", "even", "odd")
+
+
+def calibrate(
+    source: Annotated[str, typer.Argument(help="A store, or a checkpoint (a store is made of it for the time being).")],
+    texts: Annotated[list[str], typer.Argument(help="A file or folder for each domain; NAME=PATH gives it a name.")],
+    out: Annotated[Path, typer.Option(help="Statistics file to write.")],
+    half: HalfOption = "all",
+    context: ContextOption = 512,
+    max_tokens: TokensOption = 65536,
+    price_tokens: Annotated[
+        int, typer.Option("--price", min=0, help="Tokens of a domain to measure masks on; 0: none.")
+    ] = 16384,
+    weights: Annotated[bool, typer.Option(help="Read all weights once, for the criterion aimer.")] = True,
+    slots_memory: SlotsOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Run texts through the whole model, experts paged in, and write what its experts did.
+
+    Interrupted, the same command continues. Statistics of several runs can be added up by `deepfew plan`.
+    """
+    with _one_message(), ExitStack() as stack:
+        from server.quality.calibrate import CalibrateOptions
+        from server.quality.calibrate import calibrate as run
+        from server.quality.texts import find_domains
+
+        _check(half, context)
+        require_writable(out, "--out")
+        from extractor.statistics.file import write_statistics
+
+        domains = find_domains(texts)
+        options = CalibrateOptions(context, max_tokens, price_tokens, half, weights)
+        model = stack.enter_context(_opened(source, out, slots_memory, device, dtype))
+        _check_context(context, model)
+        if not model.routing.mask.is_full:
+            raise TextsError(
+                f"{source} holds only a part of its checkpoint's experts, and calibration sees what texts want of all: "
+                "name the checkpoint, or a store of all of it"
+            )
+        progress = stack.enter_context(_progress("calibrating"))
+        statistics = run(model, domains, options, out.with_name(out.name + ".resume"), progress)
+        write_statistics(out, statistics)
+    counts = dict(zip(statistics.domains, (int(count) for count in statistics.num_tokens), strict=True))
+    if as_json:
+        print(json.dumps({"statistics": str(out), "num_tokens": counts, "num_price_points": len(statistics.price)}))
+    else:
+        print(f"{out}: {sum(counts.values())} tokens of {len(counts)} domains")
+        for name, count in counts.items():
+            print(f"  {name}: {count} tokens")
+
+
+def evaluate(
+    store: Annotated[str, typer.Argument(help="A store, or a checkpoint.")],
+    texts: Annotated[list[str] | None, typer.Option(help="Held-out text of a domain: PATH or NAME=PATH.")] = None,
+    questions: Annotated[list[Path] | None, typer.Option(help='jsonl of "prompt" and "answer".')] = None,
+    prefix: Annotated[
+        str, typer.Option(help="Text before every question, such as '<|endoftext|>' where documents begin with it.")
+    ] = "",
+    reference: Annotated[str | None, typer.Option(help="Whole store or checkpoint to compare with.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Plan file to mask to.")] = None,
+    stats: Annotated[Path | None, typer.Option(help="Statistics: compare criteria at the sizes of --keep.")] = None,
+    keep: Annotated[str, typer.Option(help="Shares of the experts to compare criteria at.")] = "50%,25%,12.5%",
+    criteria: Annotated[
+        str, typer.Option(help=f"Criteria to compare, of {', '.join(CRITERIA)}.")
+    ] = "reap-sum,coverage",
+    seeds: Annotated[int, typer.Option(min=0, help="Random controls.")] = 3,
+    max_tokens: TokensOption = 16384,
+    half: HalfOption = "all",
+    context: ContextOption = 512,
+    slots_memory: SlotsOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    plot: Annotated[Path | None, typer.Option(help="Picture of quality over kept share (with --stats).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Measure what a store or a plan costs: perplexity of texts, answers to questions, deficit, efficiency."""
+    with _one_message(), ExitStack() as stack:
+        from server.quality.calibrate import CalibrateOptions
+        from server.quality.report import Evaluation, evaluate_all
+        from server.quality.texts import find_domains
+
+        _check(half, context)
+        if not texts and not questions:
+            raise TextsError("there is nothing to measure: give --texts or --questions")
+        if prefix and not questions:
+            raise TextsError("--prefix stands before questions: give --questions, or leave it out")
+        if plot is not None:
+            if stats is None:
+                raise TextsError("--plot draws what --stats compares: give --stats, or leave it out")
+            require_picture(plot)
+        names = [name.strip() for name in criteria.split(",")]
+        if unknown := sorted(set(names) - set(CRITERIA)):
+            raise TextsError(f"--criteria: there is no {unknown[0]!r}, wanted some of {', '.join(CRITERIA)}")
+        asked = Evaluation(
+            domains=find_domains(texts) if texts else [],
+            questions=list(questions or ()),
+            options=CalibrateOptions(context, max_tokens, 0, half),
+            plan=plan,
+            statistics=stats,
+            shares=[parse_keep(part) for part in keep.split(",")],
+            criteria=names,
+            seeds=range(seeds),
+            prefix=prefix,
+        )
+        model = stack.enter_context(_opened(store, None, slots_memory, device, dtype))
+        _check_context(context, model)
+        whole = None
+        if reference is not None:
+            whole = stack.enter_context(_opened(reference, None, slots_memory, device, dtype))
+        progress = stack.enter_context(_progress("evaluating"))
+        report = evaluate_all(model, whole, asked, progress)
+        if plot is not None:
+            from server.quality.plots import draw_report
+
+            draw_report(plot, report)
+    print(json.dumps(report.to_json()) if as_json else report.to_text())
+
+
+def _check(half: str, context: int) -> None:
+    if half not in HALVES:
+        raise TextsError(f"--half is {half!r}, wanted one of {', '.join(HALVES)}")
+    if context < 32:
+        raise TextsError(f"--context is {context}, wanted at least 32 tokens")
+
+
+def _check_context(context: int, model: SelectiveModel) -> None:
+    if context > model.context_tokens:
+        raise TextsError(f"--context is {context}, wanted at most the model's {model.context_tokens} tokens")
+
+
+@contextmanager
+def _opened(
+    source: str, out: Path | None, slots_memory: str | None, device: str, dtype: str
+) -> Iterator[SelectiveModel]:
+    """The model of a store; a checkpoint becomes a store first, for as long as it is needed.
+
+    With `out`, the file that the command writes, that store lies beside it and outlives an interruption, so that the
+    same command does not extract again.
+    """
+    import transformers
+
+    from expert_store.store import Store
+    from server.model.host.assembly import load_model, resolve_device, resolve_dtype
+
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    with ExitStack() as stack:
+        path = Path(source)
+        if not (path / MANIFEST_NAME).is_file():
+            path = stack.enter_context(_extracted(source, out))
+        opened = Store.open(path)
+        opened.begin_trunk_check()  # before the config is believed
+        model = load_model(
+            opened,
+            device=resolve_device(device),
+            dtype=resolve_dtype(dtype, opened),
+            slots_memory_bytes=None if slots_memory is None else parse_bytes(slots_memory),
+        )
+        stack.callback(model.close)
+        yield model
+
+
+@contextmanager
+def _extracted(source: str, out: Path | None) -> Iterator[Path]:
+    from extractor.checkpoint.checkpoint import resolve_checkpoint
+    from extractor.cli.progress import byte_progress
+    from extractor.planning.selection import SelectionRequest
+    from extractor.writing.prepare import prepare
+
+    checkpoint = resolve_checkpoint(source)
+    with ExitStack() as stack:
+        if out is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deepfew-store-")))
+        else:
+            folder = out.with_name(f"{out.name}.store-{checkpoint.fingerprint[:12]}")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        work = prepare(checkpoint, folder, SelectionRequest())
+        work.check_disk()
+        with byte_progress("extracting", work.remaining_bytes) as on_bytes:
+            work.run(on_bytes)
+        yield folder
+    if out is not None:
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Any]:
+    """A callback (doing, done, total) that draws a bar on a terminal and says nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda doing, done, total: bar.update(task, description=doing, completed=done, total=total)
+
+
+@contextmanager
+def _one_message() -> Iterator[None]:
+    try:
+        yield
+    except (ExtractError, StoreError, MaskError, ProfileError, TextsError, OSError) as error:
+        print(f"error: {message_of(error)}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues a calibration where it stopped", file=sys.stderr)
+        raise typer.Exit(130) from None

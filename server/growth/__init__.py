@@ -1,0 +1,1 @@
+"""Changing the store of a running server."""

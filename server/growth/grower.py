@@ -1,0 +1,296 @@
+"""Changing the store of a running server: growing it in the background, shrinking it, taking over what others did.
+
+Invariant: one change at a time; a running model takes a change between two steps, so that every token is computed under
+one mask, before or after; and files go only after nobody needs them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from expert_store.errors import ManifestError, StoreError
+from expert_store.manifest import DeepExpert, Manifest, read_manifest
+from expert_store.shrink import without
+from expert_store.store import Store
+from extractor.errors import TargetError
+from extractor.statistics.statistics import ExpertStatistics
+from extractor.writing.shrink import shrink_store
+from router.mask import ExpertMask
+from server.engine.request import EngineStoppedError
+from server.growth.errors import GrowthBusyError, GrowthError, GrowthSourceError, NothingToGrowError
+from server.growth.ranking import (
+    Candidate,
+    Float,
+    check_masks,
+    deep_expert_bytes,
+    rank_held,
+    rank_missing,
+    score_held,
+    within_budget,
+)
+from server.growth.status import GrowthState, GrowthStatus, Reloaded, Shrunk
+from server.growth.store import grow_store, unfinished_growth
+
+log = logging.getLogger(__name__)
+
+NICENESS = 10
+"""Priority of the thread that extracts, in the OS's terms; serving goes first."""
+
+REPLACE_FACTOR = 2.0
+"""Something held goes for something missing only where that is wanted more than so many times as much."""
+
+
+class _StoppedError(Exception):
+    """The server ends; what the growth finished stays for the next one."""
+
+
+class Grower:
+    """Grows and shrinks the store of a running server, one change at a time.
+
+    Args:
+        store: that is being served.
+        checkpoint: directory or hub name of its source.
+        demand_mass: a snapshot [L, E] of what was wanted, by which it ranks; called on any thread.
+        between_steps: runs a function on the engine's thread between two steps and waits for it, as
+            `Engine.between_steps(…).result` does.
+        adopt_change: see `adopt`, bound to the running model.
+        budget_bytes: of all shards; None has no bound.
+        served: the mask that the server was started with; None is all of the store.
+        profiles: masks that requests may name, none of which may lose its last expert of a layer.
+        find_source: sees to it that experts which the store is about to lose can be fetched, where they can at all.
+
+    Attributes:
+        error: what went wrong with the last growth, by its name; None if nothing did.
+        stopping: set by `stop`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        checkpoint: str,
+        demand_mass: Callable[[], Float],
+        between_steps: Callable[[Callable[[], None]], None],
+        adopt_change: Callable[[], object],
+        *,
+        budget_bytes: int | None = None,
+        statistics: ExpertStatistics | None = None,
+        served: ExpertMask | None = None,
+        profiles: Mapping[str, ExpertMask] | None = None,
+        find_source: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._store, self._checkpoint = store, checkpoint
+        self._demand_mass, self._between_steps, self._adopt = demand_mass, between_steps, adopt_change
+        self._budget_bytes, self._statistics = budget_bytes, statistics
+        self._served, self._profiles = served, profiles or {}
+        self._find_source = find_source
+        self._turn = threading.Lock()  # held for as long as a change is under way
+        self._counting = threading.Lock()
+        self.stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._state: GrowthState = "idle"
+        self._done_bytes = self._total_bytes = 0
+        self._num_growths = self._num_failures = self._num_shrinks = self._grown_bytes = 0
+        self.error: str | None = None
+
+    def status(self) -> GrowthStatus:
+        """A snapshot; any thread."""
+        manifest = self._store.manifest
+        return GrowthStatus(
+            state=self._state,
+            done_bytes=self._done_bytes,
+            total_bytes=self._total_bytes,
+            error=self.error,
+            num_growths=self._num_growths,
+            num_failures=self._num_failures,
+            num_shrinks=self._num_shrinks,
+            grown_bytes=self._grown_bytes,
+            num_deep_experts=len(manifest.deep_experts),
+            held_bytes=sum(deep.bytes for deep in manifest.deep_experts),
+            budget_bytes=self._budget_bytes,
+        )
+
+    def candidates(self) -> list[Candidate]:
+        """What to extract next, best first, as far as the budget allows."""
+        return within_budget(self._missing(self._demand_mass()), self._store.manifest, self._budget_bytes)
+
+    def replacements(self) -> tuple[Candidate, list[DeepExpert]] | None:
+        """The best missing deep expert, budget aside, and what could go for it; None where that is nothing.
+
+        What could go is wanted less than `1 / REPLACE_FACTOR` as much, least wanted first.
+        """
+        demand_mass = self._demand_mass()
+        missing = self._missing(demand_mass)
+        if not missing:
+            return None
+        scored = score_held(self._store.manifest, demand_mass, self._statistics)
+        worse = [deep for score, deep in scored if score * REPLACE_FACTOR < missing[0].score]
+        return (missing[0], worse) if worse else None
+
+    def grow(self, count: int) -> list[Candidate]:
+        """Start extracting the `count` best candidates and return them; `error` says later if it failed.
+
+        A growth that was broken off earlier is finished instead.
+
+        Raises:
+            GrowthError: a change is under way, the count is below 1, nothing is left to grow by, or no source.
+        """
+        if count < 1:
+            raise GrowthError(f"growing by {count} deep experts, wanted at least 1")
+        if Path(self._checkpoint).is_absolute() and not Path(self._checkpoint).is_dir():
+            raise GrowthSourceError(
+                "the checkpoint that the store was extracted from is not where it was; say where it is with "
+                "`growth.grow_from`"
+            )
+        self._take_turn("growing")
+        try:
+            begun, ranked = unfinished_growth(self._store.path), self.candidates()
+            known = {one.experts: one for one in ranked}
+            num_bytes = deep_expert_bytes(self._store.manifest)
+            chosen = [known.get(experts) or Candidate(experts, 0.0, 0.0, num_bytes) for experts in begun]
+            chosen = chosen or ranked[:count]
+            if not chosen:
+                raise NothingToGrowError("the store has every expert, or its byte budget holds no more")
+            self.error, self._done_bytes = None, 0
+            self._total_bytes = num_bytes * len(chosen)
+            self._thread = threading.Thread(target=self._run, args=(chosen,), name="grow", daemon=True)
+            self._thread.start()
+        except BaseException:
+            self._end_turn()
+            raise
+        return chosen
+
+    def shrink(self, indices: Collection[int] | None = None, *, count: int | None = None) -> Shrunk:
+        """Give deep experts up: those of these indices, or the `count` least wanted. Waits until the model did.
+
+        Raises:
+            GrowthError: a change is under way, what would be left does not suffice, or the store cannot be written.
+        """
+        self._take_turn("shrinking")
+        try:
+            before = self._store.manifest
+            if indices is None:
+                indices = [
+                    deep.index for deep in rank_held(before, self._demand_mass(), self._statistics)[: count or 0]
+                ]
+            try:
+                self._check_masks(without(before, indices))
+            except ManifestError as error:
+                raise GrowthError(str(error)) from error
+            try:
+                shrink_store(self._store.path, indices)
+            except (ManifestError, TargetError) as error:  # its text names paths of the server
+                raise GrowthBusyError(
+                    "somebody else is changing the store, or did not finish: let that end, and reload"
+                ) from error
+            except OSError as error:
+                raise GrowthError(f"the store cannot be written: {error.strerror}") from error
+            self._find_source()
+            self._take_over()
+            with self._counting:
+                self._num_shrinks += 1
+            removed = tuple(deep for deep in before.deep_experts if deep.index in set(indices))
+            log.info("the store shrank", extra={"num_removed": len(removed)})
+            return Shrunk(removed, self._store.remove_unnamed())
+        finally:
+            self._end_turn()
+
+    def reload(self) -> Reloaded:
+        """Take over what somebody else did to the store's directory. Waits until the model did.
+
+        Raises:
+            GrowthError: a change is under way, or the store on disk cannot be used, and the old one stays.
+        """
+        self._take_turn("reloading")
+        try:
+            before = {deep.index for deep in self._store.manifest.deep_experts}
+            try:
+                self._check_masks(read_manifest(self._store.path))
+                self._find_source()
+                self._take_over()
+            except StoreError as error:
+                log.exception("the store on disk cannot be taken over")
+                raise GrowthError(
+                    "the store on disk cannot be taken over, so what was served stays served; the log says why"
+                ) from error
+            after = {deep.index for deep in self._store.manifest.deep_experts}
+            self._store.remove_unnamed()
+            return Reloaded(len(after - before), len(before - after), len(after))
+        finally:
+            self._end_turn()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait for the growth under way, if there is one."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+    def stop(self) -> None:
+        """Break the growth under way off, soon; the next one finishes it."""
+        self.stopping.set()
+
+    def _missing(self, wanted: Float) -> list[Candidate]:
+        if self._served is not None:
+            wanted = np.where(self._served.allowed, wanted, 0.0)
+        num_bytes = deep_expert_bytes(self._store.manifest)
+        return rank_missing(self._store.available, wanted, num_bytes, self._statistics)
+
+    def _take_turn(self, state: GrowthState) -> None:
+        if not self._turn.acquire(blocking=False):
+            raise GrowthBusyError(f"the store is already {self._state}: wait until that is done")
+        self._state = state
+
+    def _end_turn(self) -> None:
+        self._state = "idle"
+        self._turn.release()
+
+    def _take_over(self) -> None:
+        self._between_steps(lambda: _ignore(self._adopt()))
+
+    def _check_masks(self, left: Manifest) -> None:
+        check_masks(left, self._store.available, self._served, self._profiles)
+
+    def _run(self, chosen: list[Candidate]) -> None:
+        try:
+            _lower_priority()
+            added = [candidate.experts for candidate in chosen]
+            num_bytes = grow_store(self._store.path, self._checkpoint, added, self._count)
+            self._state = "adopting"
+            self._take_over()
+            with self._counting:
+                self._num_growths += 1
+                self._grown_bytes += num_bytes
+            log.info("the store grew", extra={"num_added": len(added), "num_bytes": num_bytes})
+        except _StoppedError:
+            log.info("a growth was broken off; the next one finishes it")
+        except EngineStoppedError:
+            log.info("the store grew while the server ended; the next one has it from the start")
+        except Exception as error:
+            self.error = type(error).__name__
+            with self._counting:
+                self._num_failures += 1
+            log.exception("growing %s failed; what was served stays served", self._store.path)
+        finally:
+            self._end_turn()
+
+    def _count(self, num_bytes: int) -> None:
+        if self.stopping.is_set():
+            raise _StoppedError
+        with self._counting:
+            self._done_bytes += num_bytes
+
+
+def _ignore(value: object) -> None:
+    del value
+
+
+def _lower_priority() -> None:
+    if hasattr(os, "setpriority"):
+        try:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        except OSError:  # a container may forbid it; extracting is then merely not polite
+            log.debug("the priority of the growing thread cannot be lowered", exc_info=True)

@@ -1,0 +1,189 @@
+"""What a store should have next, and what it could do without: deep experts ranked by what was wanted.
+
+The router sees every expert's score, so demand for experts that the store lacks is known exactly; only their output
+norm is not, and the layer's median stands in for it unless statistics say. Invariant: a candidate is one deep expert,
+the best missing expert of every layer, since a store holds whole deep experts alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from expert_store.manifest import DeepExpert, Manifest, read_manifest
+from extractor.statistics.statistics import ExpertStatistics
+from router.ledger import UsageLedger
+from router.mask import ExpertMask
+from server.growth.errors import GrowthError, NothingToGrowError
+
+Float = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A deep expert that the store could have.
+
+    Attributes:
+        experts: of each layer.
+        score: wanted and missing mass × expected output norm ÷ byte.
+        missing_share: of all demanded mass, that these experts would serve.
+        num_bytes: that it would take.
+    """
+
+    experts: tuple[int, ...]
+    score: float
+    missing_share: float
+    num_bytes: int
+
+    @property
+    def reason(self) -> str:
+        """Why, in words."""
+        return f"{self.missing_share:.2%} of the router mass asked for its experts and could not have them"
+
+
+def expected_norms(statistics: ExpertStatistics | None, available: npt.NDArray[np.bool_]) -> Float:
+    """Mean output norm of each expert, float64 [L, E]: measured, or the layer's median, or 1 where nothing is known."""
+    if statistics is None:
+        return np.ones(available.shape)
+    picks, norms = statistics.total("picks"), statistics.total("output_norm")
+    is_known = (picks > 0) & (norms > 0)  # statistics of captured graphs have picks alone
+    means: Float = np.divide(norms, picks, out=np.full(picks.shape, np.nan), where=is_known)
+    for row in means:
+        row[np.isnan(row)] = np.nanmedian(row) if np.isfinite(row).any() else 1.0
+    return means
+
+
+def rank_missing(
+    available: npt.NDArray[np.bool_],
+    demand_mass: Float,
+    num_bytes: int,
+    statistics: ExpertStatistics | None = None,
+) -> list[Candidate]:
+    """Deep experts that the store lacks, best first; none when it has all.
+
+    Args:
+        available, demand_mass: [L, E], what the store has and what the unmasked router wanted.
+        num_bytes: of a deep expert.
+    """
+    missing = np.where(available, 0.0, demand_mass)
+    worth = np.where(available, -np.inf, missing * expected_norms(statistics, available))
+    order = np.argsort(-worth, axis=1, kind="stable")
+    layers = np.arange(len(available))
+    demanded = max(float(demand_mass.sum()), np.finfo(np.float64).tiny)
+    candidates = []
+    for place in range(int((~available).sum(axis=1).min())):
+        experts = order[:, place]
+        candidates.append(
+            Candidate(
+                experts=tuple(int(expert) for expert in experts),
+                score=float(worth[layers, experts].sum()) / max(num_bytes, 1),
+                missing_share=float(missing[layers, experts].sum()) / demanded,
+                num_bytes=num_bytes,
+            )
+        )
+    return candidates
+
+
+def score_held(
+    manifest: Manifest, demand_mass: Float, statistics: ExpertStatistics | None = None
+) -> list[tuple[float, DeepExpert]]:
+    """The deep experts of a store with their scores, least wanted first: what a candidate's score would be."""
+    worth = demand_mass * expected_norms(statistics, demand_mass > 0)
+    layers, num_bytes = np.arange(len(worth)), max(deep_expert_bytes(manifest), 1)
+    scored = [(float(worth[layers, list(deep.experts)].sum()) / num_bytes, deep) for deep in manifest.deep_experts]
+    return sorted(scored, key=lambda one: (one[0], -one[1].index))
+
+
+def rank_held(manifest: Manifest, demand_mass: Float, statistics: ExpertStatistics | None = None) -> list[DeepExpert]:
+    """The deep experts of a store, least wanted first, by demanded mass × expected output norm."""
+    return [deep for _, deep in score_held(manifest, demand_mass, statistics)]
+
+
+def check_masks(
+    left: Manifest,
+    available: npt.NDArray[np.bool_],
+    served: ExpertMask | None,
+    profiles: Mapping[str, ExpertMask],
+) -> None:
+    """Whether what is left of a store still does for the masks over it.
+
+    Args:
+        left: the store after it has shrunk.
+        available: [L, E], what it has now.
+        served: the mask of the server; None is all of the store.
+        profiles: masks that requests may name.
+
+    Raises:
+        GrowthError: a token would find fewer than top-k experts within `served`, or a profile none of a layer.
+    """
+    model = left.model
+    kept = np.zeros(available.shape, dtype=np.bool_)
+    for deep in left.deep_experts:
+        kept[np.arange(model.num_layers), list(deep.experts)] = True
+    if served is not None:
+        fewest, before = (int((held & served.allowed).sum(axis=1).min()) for held in (kept, available))
+        if fewest < min(model.top_k, before):
+            raise GrowthError(
+                f"the server's mask would be left with {fewest} experts of a layer, and every token wants "
+                f"{model.top_k}: give up others"
+            )
+    for name, profile in profiles.items():
+        empty = np.flatnonzero(~(kept & profile.allowed).any(axis=1))
+        if empty.size:
+            raise GrowthError(f"the profile {name} would be left with no expert of layer {empty[0]}: give up others")
+
+
+def within_budget(ranked: list[Candidate], manifest: Manifest, budget_bytes: int | None) -> list[Candidate]:
+    """The first of the candidates, as far as a budget for the bytes of all shards lets the store grow."""
+    if budget_bytes is None or not ranked:
+        return ranked
+    held = sum(deep.bytes for deep in manifest.deep_experts)
+    return ranked[: max(0, (budget_bytes - held) // max(ranked[0].num_bytes, 1))]
+
+
+def deep_expert_bytes(manifest: Manifest) -> int:
+    """Bytes of the experts of one shard, without its header."""
+    return sum(spec.span_bytes for spec in manifest.layers)
+
+
+def usage_of(manifest: Manifest, usage: Path) -> UsageLedger:
+    """What a usage file says was wanted of the checkpoint of a store.
+
+    Raises:
+        GrowthError: there is none, or it is of another checkpoint. LedgerError, OSError: no usage file.
+    """
+    try:
+        ledger = UsageLedger.load(usage)
+    except FileNotFoundError:
+        raise GrowthError(
+            f"{usage} does not exist, so nothing is known of what was wanted: serve the store, which writes it, or "
+            "name a usage file"
+        ) from None
+    if ledger.fingerprint != manifest.source.fingerprint:
+        raise GrowthError(f"{usage} is of checkpoint {ledger.fingerprint}, the store of {manifest.source.fingerprint}")
+    return ledger
+
+
+def wanted_growth(
+    store: Path, usage: Path, statistics: ExpertStatistics | None, budget_bytes: int | None, count: int
+) -> tuple[list[Candidate], str]:
+    """The `count` best candidates of a store on disk from its usage file, and where its checkpoint lay.
+
+    Raises:
+        GrowthError: nothing to grow by, or usage of another checkpoint.
+        LedgerError: no usage file. StoreError: no store.
+    """
+    manifest = read_manifest(store)
+    ledger = usage_of(manifest, usage)
+    available = np.zeros(ledger.demand_mass.shape, dtype=np.bool_)
+    for deep in manifest.deep_experts:
+        available[np.arange(len(deep.experts)), list(deep.experts)] = True
+    ranked = rank_missing(available, ledger.demand_mass, deep_expert_bytes(manifest), statistics)
+    chosen = within_budget(ranked, manifest, budget_bytes)[:count]
+    if not chosen:
+        raise NothingToGrowError("the store has every expert, or its byte budget holds no more")
+    return chosen, manifest.source.location

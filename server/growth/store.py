@@ -1,0 +1,90 @@
+"""Growing a store on disk, and taking a changed one into a running model.
+
+Invariant: a store only grows by whole deep experts; what a growth that was broken off began is finished before anything
+else is; a running model takes a change between two steps.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from expert_store.manifest import read_manifest
+from extractor.checkpoint.checkpoint import Checkpoint, resolve_checkpoint
+from extractor.checkpoint.source import local_directory
+from extractor.planning.plan import Plan, PlannedExpert, write_plan
+from extractor.planning.selection import SelectionRequest
+from extractor.writing.journal import read_journal
+from extractor.writing.prepare import prepare
+from router.mask import ExpertMask
+from server.growth.errors import NothingToGrowError
+from server.model.host.runner import Runner
+
+
+def grow_store(
+    store: Path, checkpoint: str, added: list[tuple[int, ...]], on_bytes: Callable[[int], None] = lambda count: None
+) -> int:
+    """Extract deep experts into a finished store; returns how many bytes were written. A reader may have it open.
+
+    Args:
+        checkpoint: directory or hub name of the store's source.
+        added: for each new deep expert the expert of every layer.
+
+    Raises:
+        GrowthError: nothing to add. ExtractError: see `extractor.writing.prepare`. StoreError: no store.
+    """
+    if not added:
+        raise NothingToGrowError("there is nothing to grow by: the store has every expert that was asked for")
+    manifest = read_manifest(store)
+    held = [deep.experts for deep in manifest.deep_experts]
+    plan = Plan(
+        manifest.model.num_layers,
+        manifest.model.num_experts,
+        {"kind": "grown"},
+        tuple(PlannedExpert(tuple(experts)) for experts in (*held, *added)),
+    )
+    with tempfile.TemporaryDirectory(prefix="deepfew-grow-") as folder:
+        path = Path(folder) / "plan.json"
+        write_plan(path, plan)
+        work = prepare(_source(checkpoint), store, SelectionRequest(plan=path))
+        work.check_disk()
+        num_bytes = work.remaining_bytes
+        work.run(on_bytes)
+    return num_bytes
+
+
+def _source(checkpoint: str) -> Checkpoint:
+    """A manifest's location may name a snapshot of the hub, which `resolve_checkpoint` does not know."""
+    try:
+        return Checkpoint.open(local_directory(checkpoint))
+    except FileNotFoundError:
+        return resolve_checkpoint(checkpoint)
+
+
+def unfinished_growth(store: Path) -> list[tuple[int, ...]]:
+    """What a growth that was broken off was adding: it has to be finished before another one begins."""
+    left = read_journal(store)
+    if left is None:
+        return []
+    held = [deep.experts for deep in read_manifest(store).deep_experts]
+    columns = [tuple(column) for column in left[0].get("columns", [])]
+    return columns[len(held) :] if columns[: len(held)] == held else []
+
+
+def adopt(runner: Runner, served: ExpertMask | None) -> bool:
+    """Take what a store has gained or lost into use; call between two steps. Returns whether there was anything.
+
+    Args:
+        served: the mask that the server was started with; None is all of the store.
+
+    Raises:
+        ManifestError, ShardCorruptError: the new manifest cannot be used; the old one stays in force.
+    """
+    model = runner.model
+    if not model.store.reload():
+        return False
+    available = ExpertMask.of(model.store.available)
+    model.routing.set_mask(available if served is None else available & served)
+    runner.adopt()
+    return True

@@ -1,0 +1,1 @@
+"""Masks for requests and what they are expected to cost."""

@@ -1,0 +1,56 @@
+"""What text usually wants, from calibration: a prior for pools, before a request said much itself, and its likely kind.
+
+Invariant: a request's own tokens choose among the calibrated domains; the prior never brings in another request's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from extractor.statistics.statistics import ExpertStatistics
+
+Float = npt.NDArray[np.float64]
+SHARE_FLOOR = 1e-3
+"""Added to a domain's shares before the logarithm: an expert never seen there is rare, not impossible."""
+KIND_SHARPNESS = 5.0
+"""Of the choice among domains where the price of a text of unknown kind is asked; docs/selection.md has how it held."""
+
+
+class UsagePrior:
+    """What text usually wants: the shares of each calibrated domain, weighed by how well a text fits them.
+
+    Args:
+        shares: float64 [D, L, E], each expert's share of its layer's mass in each domain.
+        domains: their names, D of them.
+    """
+
+    def __init__(self, shares: Float, domains: Sequence[str]) -> None:
+        if len(domains) != len(shares):
+            raise ValueError(f"{len(domains)} names for the shares of {len(shares)} domains: one for each")
+        self._shares = shares
+        self._domains = tuple(domains)
+        self._logs = np.log(shares + SHARE_FLOOR)
+
+    @classmethod
+    def of(cls, statistics: ExpertStatistics) -> UsagePrior:
+        """From the domains of calibration statistics."""
+        return cls(np.stack([statistics.demand_shares(name) for name in statistics.domains]), statistics.domains)
+
+    def shares(self, seen: Float, sharpness: float) -> Float:
+        """Expected shares [L, E] of a text whose mass so far is `seen` [L, E]."""
+        return np.asarray(np.tensordot(self.likeness(seen, sharpness), self._shares, axes=1))
+
+    def likeness(self, seen: Float, sharpness: float) -> Float:
+        """How well a text whose mass is `seen` [L, E] fits each domain, float64 [D] that add up to 1."""
+        sums = seen.sum(axis=1, keepdims=True)
+        own = np.divide(seen, sums, out=np.zeros_like(seen), where=sums > 0)
+        fit = sharpness * np.tensordot(self._logs, own, axes=2)  # [D]
+        weights = np.exp(fit - fit.max())
+        return np.asarray(weights / weights.sum())
+
+    def kinds(self, seen: Float) -> dict[str, float]:
+        """How much a text whose mass is `seen` [L, E] is like each domain: weights for `Price.expected_loss`."""
+        return dict(zip(self._domains, self.likeness(seen, KIND_SHARPNESS).tolist(), strict=True))

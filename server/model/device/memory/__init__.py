@@ -1,0 +1,1 @@
+"""Where the experts lie: device slots and page-locked host memory."""

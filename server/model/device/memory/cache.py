@@ -1,0 +1,64 @@
+"""What the engine and the metrics ask of an expert cache, answered from the device's page table.
+
+Reads only: kernels alone change pages. Each call copies a little from the device and so waits for the step in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from expert_store.cache import CacheStatistics
+from expert_store.paging.pages import DevicePages
+from expert_store.store import Store
+from server.model.device.memory.fetched import FetchedSpans
+
+
+class PagedCache:
+    """Statistics of `DevicePages` in the terms of `expert_store.cache.ExpertCache`."""
+
+    def __init__(self, store: Store, pages: DevicePages, fetched: FetchedSpans) -> None:
+        self.pages, self._fetched = pages, fetched
+        self._span_bytes = np.array([spec.span_bytes for spec in store.manifest.layers], dtype=np.int64)
+        self.num_layers, self.num_experts = pages.shape.num_layers, pages.shape.num_experts
+        self.num_slots = pages.shape.num_slots
+
+    @property
+    def page_table(self) -> npt.NDArray[np.int32]:
+        """Slot of each expert, -1 where it has none: [L, E], copied."""
+        table: npt.NDArray[np.int32] = self.pages.page_table.cpu().numpy()
+        return table
+
+    def resident(self, layer: int) -> list[int]:
+        """Ids of the experts of a layer that are in slots now."""
+        return [int(expert) for expert in np.flatnonzero(self.page_table[layer] >= 0)]
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+        """Nothing: slots change on the device only, where a prompt's chunk streams what it needs."""
+
+    def statistics(self) -> CacheStatistics:
+        """Counters since start. Evictions are misses that found every slot taken; fetches have no seconds of their own,
+        since they overlap with compute. Host misses are experts that were read because a token needed them."""
+        hits, misses, spilled = self.pages.stats[:, :3].cpu().numpy().T.copy()
+        resident = (self.page_table >= 0).sum(axis=1)
+        return CacheStatistics(
+            hits=hits,
+            misses=misses,
+            evictions=np.maximum(misses - spilled, 0),
+            fetch_bytes=misses * self._span_bytes,
+            fetch_seconds=np.zeros(self.num_layers),
+            resident=resident,
+            num_slots=self.num_slots,
+            slot_bytes=self.pages.slots.nbytes,
+            host_hits=int(misses.sum()),
+            host_misses=self._fetched.num_reads,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises SlotsError where page table and slot owners disagree."""
+        self.pages.check_integrity()
+
+    def close(self) -> None:
+        """Nothing to stop; memory goes with the object."""

@@ -1,0 +1,120 @@
+"""How the device's memory is divided: trunk, KV memory of fixed rows, slots, spill area and ring, and room to compute.
+
+Slots are sized, or checked, after the trunk is loaded and before anything else is allocated.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from expert_store.errors import SlotsError
+from expert_store.paging.pages import PagesShape
+from server.model.device.capture.refusal import NotCapturableError
+from server.model.device.step.prefill import RING_SPANS
+from server.model.device.step.weights import DecodeShape
+
+RESERVE_BYTES = 1 << 30
+"""Left free on a GPU for activations, logits and the allocator's rounding."""
+
+
+class DeviceMemory:
+    """Sizes of what a captured model holds on `device`, in bytes.
+
+    Args:
+        num_pinned: slots of each layer that are never evicted.
+    """
+
+    def __init__(self, shape: DecodeShape, device: torch.device, *, num_pinned: int = 0) -> None:
+        self._shape, self._device, self.num_pinned = shape, device, num_pinned
+        self.span_bytes = shape.span_elements * shape.dtype.itemsize
+        self.row_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
+        """KV memory of one token of one row."""
+
+    @property
+    def kv_bytes(self) -> int:
+        """KV memory of all rows."""
+        return self.row_bytes * self._shape.max_rows * self._shape.max_tokens
+
+    def pages_shape(self, num_slots: int) -> PagesShape:
+        """The shape of pages with so many slots a layer."""
+        shape = self._shape
+        return PagesShape(
+            shape.num_moe_layers,
+            shape.num_experts,
+            shape.top_k,
+            num_slots,
+            shape.span_elements,
+            shape.max_rows,
+            shape.dtype,
+        )
+
+    def slots_bytes(self, num_slots: int) -> int:
+        """Slots of all layers, and where something is fetched also the spill area and the ring."""
+        shape = self.pages_shape(num_slots)
+        beside = shape.num_spill(self.num_pinned) + RING_SPANS if shape.paged else 0
+        return (self._shape.num_moe_layers * num_slots + beside) * self.span_bytes
+
+    def num_slots(self, most: int, wanted: int | None, budget_bytes: int | None) -> int:
+        """Slots a layer: `wanted`, or what `budget_bytes` holds, or what is free; at most what is of use.
+
+        Args:
+            most: experts that the fullest layer may serve.
+
+        Raises:
+            NotCapturableError: fewer were asked for than one token's experts or the pinned ones: the host-driven path
+                fetches such a token's experts in turns.
+            SlotsError: they do not fit on the device; names what fits.
+        """
+        num_experts = self._shape.num_experts
+        least = max(min(self._shape.top_k, num_experts), self.num_pinned)
+        useful = num_experts if most == num_experts else max(most, least)
+        free = self._free_bytes()
+        if wanted is not None:
+            chosen = min(wanted, useful)
+        else:
+            limit = free if budget_bytes is None else budget_bytes
+            chosen = useful if limit is None else self._most_slots(useful, limit)
+        if chosen < least and (wanted is not None or budget_bytes is not None):
+            given = f"{wanted} slots" if wanted is not None else f"slots_memory of {budget_bytes} bytes, {chosen} slots"
+            raise NotCapturableError(
+                f"{given} a layer: one token's experts and pinned ones need {least}, with what is beside them "
+                f"{self.slots_bytes(least)} bytes"
+            )
+        if chosen < least:
+            raise SlotsError(
+                f"{free} bytes are free for slots: {least} slots in each of {self._shape.num_moe_layers} layers and "
+                f"what a batch of {self._shape.max_rows} needs beside them take {self.slots_bytes(least)} bytes"
+                + self._advice(least, free)
+            )
+        if free is not None and self.slots_bytes(chosen) > free:
+            raise SlotsError(
+                f"{chosen} slots a layer take {self.slots_bytes(chosen)} bytes, and {max(free, 0)} are free beside the "
+                f"trunk, {self.kv_bytes} bytes of KV memory and {RESERVE_BYTES} to compute in"
+                + self._advice(least, free, chosen)
+            )
+        return chosen
+
+    def _most_slots(self, useful: int, limit: int) -> int:
+        return next((num for num in range(useful, 0, -1) if self.slots_bytes(num) <= limit), 0)
+
+    def _free_bytes(self) -> int | None:
+        """What slots may take on the device; None where memory is not a device's own."""
+        if self._device.type != "cuda":
+            return None
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self._device)[0] - self.kv_bytes - RESERVE_BYTES
+
+    def _advice(self, least: int, free: int | None, chosen: int | None = None) -> str:
+        """Values that fit."""
+        fits = []
+        num_slots = self._most_slots(self._shape.num_experts, free or 0)
+        if num_slots >= least:
+            fits.append(f"slots of at most {num_slots}")
+        room = (free or 0) + self.kv_bytes - self.slots_bytes(chosen or least)
+        tokens = room // (self.row_bytes * self._shape.max_rows)
+        if tokens >= 2:
+            fits.append(f"max_context_tokens of at most {tokens} at max_batch_size {self._shape.max_rows}")
+        rows = room // (self.row_bytes * self._shape.max_tokens)
+        if 1 <= rows < self._shape.max_rows:
+            fits.append(f"max_batch_size of at most {rows} at max_context_tokens {self._shape.max_tokens}")
+        return "; what fits: " + ", or ".join(fits) if fits else ": the model is too large for this device"

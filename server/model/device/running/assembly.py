@@ -1,0 +1,222 @@
+"""A store made into a model that decodes on the device: trunk by transformers, experts in pages, every span pinned.
+
+The counterpart of `host.assembly.load_model` for a GPU. Raises NotCapturableError, before anything large is
+allocated where it can be told by then, for models or memory budgets that the host-driven path serves instead.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from expert_store.cache import ExpertCache
+from expert_store.errors import SlotsError
+from expert_store.paging.pages import DevicePages, Policy
+from expert_store.store import Store
+from router.mask import ExpertMask
+from server.model.device.capture.pack import decode_shape, moe_blocks, pack_trunk
+from server.model.device.capture.refusal import NotCapturableError
+from server.model.device.memory.cache import PagedCache
+from server.model.device.memory.fetched import FetchedSpans
+from server.model.device.memory.filling import filled_pages
+from server.model.device.memory.host_spans import SpanGrowth, SpanReader, log_failures
+from server.model.device.memory.memory import DeviceMemory
+from server.model.device.running.runner import DeviceRunner
+from server.model.device.running.trial import try_out
+from server.model.device.running.warming import warm_up
+from server.model.device.step.prefill import ExpertStream
+from server.model.device.step.weights import DecodeShape, TrunkWeights
+from server.model.host.assembly import SelectiveModel, eos_token_ids_of
+from server.model.seam.experts import LAYER_ATTRIBUTE
+from server.model.seam.observation import OutputObserver
+from server.model.seam.routing import StepRouting
+from server.model.seam.trunk import context_tokens, load_trunk, trunk_is_checked, trunk_skeleton
+
+log = logging.getLogger(__name__)
+Progress = Callable[[str, float], None]
+FETCHED_SHARE = 0.25
+"""Of the experts that are page-locked at the start: how many more may be, for requests that fetch what the store lacks,
+where no host_memory is set."""
+
+
+class StreamLayer:
+    """One MoE layer's experts in a prompt's chunk; bound to the experts module like the host-driven `ExpertsLayer`.
+
+    Attributes:
+        observer: told of what the experts put out, while it is on.
+    """
+
+    def __init__(self, layer: int, stream: ExpertStream) -> None:
+        self._layer, self._stream = layer, stream
+        self.observer: OutputObserver | None = None
+
+    def forward(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """[T, H] -> [T, H]: see `ExpertStream.forward`."""
+        return self._stream.forward(self._layer, hidden, index, weights, self.observer)
+
+
+@trunk_is_checked
+def load_device_runner(
+    store: Store,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_rows: int,
+    max_tokens: int,
+    num_slots: int | None = None,
+    slots_memory_bytes: int | None = None,
+    host_memory_bytes: int | None = None,
+    mask: ExpertMask | None = None,
+    policy: Policy = "lru",
+    pinned: Sequence[Sequence[int]] | None = None,
+    resident_bias: float = 0.0,
+    trial: bool = True,
+    progress: Progress = lambda phase, share: None,
+) -> DeviceRunner:
+    """Loads, pins, fills slots, captures, tries the captured step out, and warms up.
+
+    Experts that cannot be read are left out of reach, and said in the log: who needs one has it read again.
+
+    Args:
+        max_rows, max_tokens: of KV memory, which is allocated for all of them.
+        num_slots: slots a layer; wins over `slots_memory_bytes`; with neither, slots take what is free on the device.
+        host_memory_bytes: bound on page-locked memory; None has none for what the store holds, and for what requests
+            fetch beside it `FETCHED_SHARE`. Not needed where every expert has a slot.
+        mask: narrows what the store has.
+        pinned: for each layer the experts that keep their slots, equally many.
+        resident_bias: lambda of cache-aware routing of decode steps.
+        trial: whether to compare a few tokens with transformers' forward.
+
+    Raises:
+        NotCapturableError: the model, or host memory too small to pin every expert, needs the host-driven path.
+        NotPinnableError: the host page-locks less memory than that.
+        SlotsError: device memory that does not suffice; names what would.
+        ShardCorruptError: a file of the trunk is not what was extracted. StoreError: no expert of a layer can be read.
+    """
+    available = ExpertMask.of(store.available)
+    mask = available if mask is None else available & mask
+    reader = SpanReader(store, dtype)
+    shape = replace(
+        decode_shape(
+            trunk_skeleton(store.trunk_path),
+            intermediate=_intermediate(store),
+            max_rows=max_rows,
+            max_tokens=max_tokens,
+        ),
+        dtype=dtype,
+    )
+    _check_layers(store, shape)
+    memory = DeviceMemory(shape, device, num_pinned=len(pinned[0]) if pinned else 0)
+    progress("loading the trunk", 0.0)
+    model = load_trunk(
+        store.trunk_path, device=device, dtype=dtype, progress=lambda share: progress("loading the trunk", share)
+    )
+    weights = pack_trunk(model, shape)
+    slots = memory.num_slots(int(mask.num_allowed.max()), num_slots, slots_memory_bytes)
+    pages_shape = memory.pages_shape(slots)
+    needed = int(mask.num_allowed.sum()) * reader.span_bytes
+    if pages_shape.paged and host_memory_bytes is not None and host_memory_bytes < needed:
+        raise NotCapturableError(f"host memory of {host_memory_bytes} bytes cannot pin all {needed} bytes of experts")
+    pages, unread = filled_pages(
+        store, reader, mask, pages_shape, device=device, policy=policy, pinned=pinned, progress=progress
+    )
+    log_failures(unread)
+    growth = SpanGrowth(reader, pages, host_memory_bytes, unread)
+    fetched = FetchedSpans(reader, pages, _most_fetched(pages, reader.span_bytes, host_memory_bytes))
+    runner = _runner(store, model, shape, weights, pages, mask, growth, fetched, resident_bias)
+    _capture(runner, progress)
+    if trial and resident_bias == 0.0:
+        progress("trying the captured step out", 0.0)
+        distance = try_out(runner)
+        log.info("the captured step agrees with transformers' forward within %.2g of the logits' norm", distance)
+    if device.type == "cuda":
+        warm_up(runner, progress)
+    return runner
+
+
+def _capture(runner: DeviceRunner, progress: Progress) -> None:
+    """Captures; what keeps kernels from being compiled here (no C compiler, an old GPU) is a reason to go without."""
+    try:
+        runner.capture(progress)
+    except torch.cuda.OutOfMemoryError as error:
+        raise SlotsError(f"the device's memory ended while decode steps were captured: {error}") from error
+    except Exception as error:
+        raise NotCapturableError(f"the step's kernels cannot be compiled or captured here: {error}") from error
+
+
+def _runner(
+    store: Store,
+    model: PreTrainedModel,
+    shape: DecodeShape,
+    weights: TrunkWeights,
+    pages: DevicePages,
+    mask: ExpertMask,
+    growth: SpanGrowth,
+    fetched: FetchedSpans,
+    resident_bias: float,
+) -> DeviceRunner:
+    """The model's experts and routers bound to the pages, and the runner over all of it."""
+    stream = ExpertStream(pages, shape.hidden, shape.intermediate)
+    device = pages.device
+    routing = StepRouting(store.manifest.model.family, shape.num_moe_layers, device, mask)
+    for layer, (_, block, router) in enumerate(moe_blocks(model)):
+        object.__setattr__(block.experts, LAYER_ATTRIBUTE, StreamLayer(layer, stream))
+        routing.install(layer, router)
+    tokenizer = AutoTokenizer.from_pretrained(store.trunk_path, trust_remote_code=False, local_files_only=True)
+    selective = SelectiveModel(
+        model=model,
+        tokenizer=tokenizer,
+        store=store,
+        cache=cast(ExpertCache, PagedCache(store, pages, fetched)),
+        routing=routing,
+        device=device,
+        dtype=shape.dtype,
+        eos_token_ids=eos_token_ids_of(model, tokenizer),
+        special_token_ids=frozenset(tokenizer.all_special_ids),
+        context_tokens=context_tokens(store.trunk_path),
+    )
+    return DeviceRunner(
+        selective, shape, weights, pages, stream, growth=growth, fetched=fetched, resident_bias=resident_bias
+    )
+
+
+def _most_fetched(pages: DevicePages, span_bytes: int, host_memory_bytes: int | None) -> int:
+    """Rows of the host tier that requests may make grow: at least one token's experts, as far as host memory allows."""
+    shape, held = pages.shape, pages.num_host_spans
+    one_token = shape.num_layers * min(shape.top_k, shape.num_experts)
+    if host_memory_bytes is None:
+        most = max(one_token, int(FETCHED_SHARE * held))
+    else:
+        left = host_memory_bytes // span_bytes - held
+        most = min(max(one_token, left // 2), left)  # the other half is for what the store grows by
+    return max(0, min(most, shape.num_layers * shape.num_experts - held))
+
+
+def _check_layers(store: Store, shape: DecodeShape) -> None:
+    held = [spec.model_layer for spec in store.manifest.layers]
+    routed = [layer for layer in range(shape.num_layers) if layer not in shape.dense_layers]
+    if held != routed:
+        raise NotCapturableError(f"layers {routed} have routed experts, of which the store has those of {held}")
+    if shape.span_elements * shape.dtype.itemsize % 16:
+        raise NotCapturableError(
+            f"experts of {shape.span_elements * shape.dtype.itemsize} bytes: wanted a multiple of 16"
+        )
+
+
+def _intermediate(store: Store) -> int:
+    """I of the experts; refuses layouts other than gate_up [2I, H] then down [H, I]."""
+    for spec in store.manifest.layers:
+        names = [tensor.name for tensor in spec.tensors]
+        shapes = [tuple(tensor.shape) for tensor in spec.tensors]
+        plain = names == ["gate_up_proj", "down_proj"] and shapes[0] == (2 * shapes[1][1], shapes[1][0])
+        if not plain or shapes != [tuple(tensor.shape) for tensor in store.manifest.layers[0].tensors]:
+            raise NotCapturableError(
+                f"experts hold {dict(zip(names, shapes, strict=True))}, not gate_up [2I, H] and down [H, I]"
+            )
+    return int(store.manifest.layers[0].tensors[1].shape[1])

@@ -1,0 +1,119 @@
+"""The rows of a device's KV memory: which are taken, how long each is, and what its tokens may choose from.
+
+A sequence joins, leaves or changes its mask by writing device tensors, never by another capture. Invariant: `lengths`
+on the device equal the host's between two steps, and so do masks and temperatures of the rows that a step reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from router.mask import ExpertMask
+from server.model.device.kernels.routing import ABSENT
+from server.model.device.step.state import RowState
+from server.model.device.step.weights import DecodeShape
+
+Table = npt.NDArray[np.int8]
+"""[L, E] of one row: 0 hidden, 1 in reach, 2 (`ABSENT`) allowed and not in reach."""
+
+
+class Rows:
+    """Bookkeeping over `RowState`, which it mutates.
+
+    Args:
+        in_reach: bool [L, E], experts that a step can get at.
+    """
+
+    def __init__(self, state: RowState, shape: DecodeShape, in_reach: npt.NDArray[np.bool_]) -> None:
+        self._state = state
+        self.max_tokens = shape.max_tokens
+        self.lengths = [0] * shape.max_rows
+        self._free = list(range(shape.max_rows - 1, -1, -1))
+        self._in_reach, self._pending = in_reach, np.zeros_like(in_reach)
+        self._asked: list[tuple[ExpertMask, bool] | None] = [None] * shape.max_rows  # as given, to see a change
+        everything = np.ones(in_reach.shape, dtype=np.int8)
+        self._tables: list[Table] = [everything] * shape.max_rows  # as the device has them
+        self._is_open, self._lacks = [True] * shape.max_rows, [False] * shape.max_rows  # what the tables come to
+        self._temperatures = [1.0] * shape.max_rows
+
+    def allocate(self) -> int:
+        """Take a row; returns its handle."""
+        assert self._free, f"all {len(self.lengths)} rows are in use"
+        return self._free.pop()
+
+    def free(self, row: int) -> None:
+        """Give a row back."""
+        assert row not in self._free, f"row {row} is free already"
+        self.set_length(row, 0)
+        self._free.append(row)
+
+    @property
+    def num_free(self) -> int:
+        """Rows that `allocate` can still give."""
+        return len(self._free)
+
+    def set_length(self, row: int, length: int) -> None:
+        """Tokens that the row holds, here and on the device."""
+        self.lengths[row] = length
+        self._state.lengths[row : row + 1].fill_(length)
+
+    def advanced(self, rows: Sequence[int]) -> None:
+        """A step has added a token to each of the rows, on the device."""
+        for row in rows:
+            self.lengths[row] += 1
+
+    def take_back(self, rows: Sequence[int], count: int = 0) -> None:
+        """The last `count` tokens of the rows, and what a step has added on the device alone, were never there."""
+        for row in rows:
+            self.set_length(row, self.lengths[row] - count)
+
+    # -- what a row may choose from ------------------------------------------------------------------------------------
+
+    def reach(self, in_reach: npt.NDArray[np.bool_], pending: npt.NDArray[np.bool_]) -> None:
+        """What steps can get at has changed; `pending` [L, E] is hidden from rows that do not fetch."""
+        self._in_reach, self._pending = in_reach, np.array(pending)
+        self._asked = [None] * len(self._asked)
+
+    def table(self, mask: ExpertMask, fetches: bool) -> Table:
+        """What a row with this mask may choose from. Pending experts are hidden, unless that left a layer with none,
+        also while they are in reach because somebody fetched them: who fetches shows in nobody else's answer."""
+        allowed = mask.allowed
+        if not fetches:
+            has_others = (allowed & ~self._pending).any(axis=1, keepdims=True)
+            allowed = allowed & ~(self._pending & has_others)
+        return np.where(allowed, np.where(self._in_reach, 1, ABSENT.value), 0).astype(np.int8)
+
+    def settle(self, row: int, mask: ExpertMask, fetches: bool, temperature: float) -> None:
+        """Tell the device what the row's next token may choose from."""
+        asked = self._asked[row]
+        same = asked is not None and (asked[0] is mask or np.array_equal(asked[0].allowed, mask.allowed))
+        if asked is None or not same or asked[1] != fetches:
+            self._tables[row] = self.table(mask, fetches)
+            self._is_open[row] = bool((self._tables[row] == 1).all())
+            self._lacks[row] = bool((self._tables[row] == ABSENT.value).any())
+            self._state.masks[row] = torch.from_numpy(self._tables[row]).to(self._state.masks.device)
+            self._asked[row] = (mask, fetches)
+        if temperature != self._temperatures[row]:
+            self._state.temperatures[row : row + 1].fill_(temperature)
+            self._temperatures[row] = temperature
+
+    def is_plain(self, row: int) -> bool:
+        """Whether the row has every expert at hand and its routers no temperature."""
+        return self._temperatures[row] == 1.0 and self._is_open[row]
+
+    def hidden(self, rows: Sequence[int]) -> npt.NDArray[np.bool_]:
+        """What these rows may not choose, [L, B, E]."""
+        return np.stack([self._tables[row] == 0 for row in rows], axis=1)
+
+    def absent(self, rows: Sequence[int], chosen: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_] | None:
+        """Which of the picks chosen [L, B, K] of these rows (ids ≥ E: none) a step went without because they are not in
+        reach; None where that cannot be."""
+        if not any(self._lacks[row] for row in rows):
+            return None
+        num_layers, num_experts = self._in_reach.shape
+        beyond = np.concatenate([self._in_reach, np.ones((num_layers, 1), dtype=np.bool_)], axis=1)
+        return np.asarray(~beyond[np.arange(num_layers)[:, None, None], np.minimum(chosen, num_experts)])

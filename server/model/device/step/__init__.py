@@ -1,0 +1,1 @@
+"""One captured step: weights, state, kernels in order, graph."""

@@ -1,0 +1,253 @@
+"""Experts of a prompt's chunk: resident ones from their slots, the others streamed through a ring of spans ahead of
+use.
+
+A chunk of many tokens wants nearly every expert of every layer, so which ones to fetch is known before its routers
+run: all that are allowed and not resident, layer after layer. Copies run on their own stream by the copy engine,
+several groups ahead of the compute and across layers; each missing expert crosses PCIe once a chunk. A small chunk
+looks at its routers' choice first (one synchronisation a layer) and fetches only that. Slots and page table are read,
+never changed by it. Where a chunk may want experts that are not in reach, it looks too, and has them brought layer by
+layer. Invariant: a ring group is overwritten only after the products that read it have been enqueued, ordered by
+events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+from torch import Tensor
+
+from expert_store.paging.pages import DevicePages
+from server.model.device.kernels import prefill as kernels
+from server.model.device.step.options import divisor, pow2
+from server.model.seam.observation import OutputObserver
+
+GROUP = 8
+"""Experts that are copied, waited for and computed together."""
+
+RING_GROUPS = 4
+RING_SPANS = RING_GROUPS * GROUP
+
+AHEAD_PICKS = 12
+"""Picks an expert from which a chunk streams everything ahead: the recorded traces then want 96 % of a layer's
+experts.
+"""
+
+
+Bring = Callable[[int, Sequence[int]], Iterator[list[int]]]
+"""Of a layer and experts: makes a part of them reachable, yields it, and goes on when it was computed."""
+
+
+def _nothing_to_bring(layer: int, experts: Sequence[int]) -> Iterator[list[int]]:
+    raise AssertionError(f"experts {experts} of layer {layer} were chosen and are not in reach")
+
+
+@dataclass
+class _Group:
+    """Experts of one layer that are computed by one launch: entries [start, stop) of the chunk's flat ids and
+    targets.
+    """
+
+    layer: int
+    start: int
+    stop: int
+    copies: list[tuple[int, int]]  # (expert, ring entry)
+    arrived: Any = None
+    used: Any = None
+
+
+class ExpertStream:
+    """Computes the experts of prefill chunks over the slots of `pages` and a ring of `num_groups` groups.
+
+    `intermediate` is I; weights, activations and results are in the pages' dtype.
+    """
+
+    def __init__(self, pages: DevicePages, hidden: int, intermediate: int, *, num_groups: int = RING_GROUPS) -> None:
+        self._pages, self._hidden, self._intermediate = pages, hidden, intermediate
+        self._num_groups = num_groups if pages.shape.paged else 0
+        shape = pages.shape
+        self._ring = torch.empty(
+            self._num_groups * GROUP, shape.span_elements, dtype=shape.dtype, device=pages.device
+        )  # fmt: skip
+        distance = self._ring.data_ptr() - pages.slots.data_ptr() if self._num_groups else 0
+        self._ring_offset = distance // shape.dtype.itemsize
+        self._cuda = pages.slots.is_cuda
+        self._stream = torch.cuda.Stream() if self._cuda else None  # type: ignore[no-untyped-call]
+        self._table: npt.NDArray[np.int32] = np.zeros((0, 0), np.int32)
+        self._wanted: npt.NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
+        self._absent: npt.NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
+        self._bring: Bring = _nothing_to_bring
+        self._groups: list[_Group] = []
+        self._enqueued = self._computed = 0
+        self._ids = self._targets = torch.empty(0)
+        self._ahead = False
+        self.copied_spans = 0
+
+    def begin(self, num_tokens: int, allowed: npt.NDArray[np.bool_], bring: Bring | None = None) -> None:
+        """Starts a chunk: allowed [L, E] bool, what its mask leaves. Reads the page table back (synchronises).
+
+        Args:
+            bring: makes experts of a layer reachable that are in no slot and have no span, so many at a time as it
+                yields; without it none is chosen.
+        """
+        shape = self._pages.shape
+        self._bring = bring or _nothing_to_bring
+        self._read_table(allowed)
+        few = num_tokens * shape.top_k < AHEAD_PICKS * shape.num_experts
+        self._ahead = not few and not self._absent.any()
+        self._reset()
+        if self._ahead:
+            self._plan(range(shape.num_layers), self._wanted)
+
+    def forward(
+        self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor, observer: OutputObserver | None = None
+    ) -> Tensor:
+        """Weighted sum of the chosen experts' outputs: hidden [T, H], index [T, K] (ids >= E: none), weights [T, K].
+
+        Raises what bringing an expert raises.
+        """
+        num_tokens, top_k = index.shape
+        ids = index.reshape(-1)
+        sorted_ids, order = ids.sort(stable=True)
+        edges = torch.arange(self._pages.shape.num_experts + 1, device=ids.device, dtype=sorted_ids.dtype)
+        offsets = torch.searchsorted(sorted_ids, edges).to(torch.int32)
+        act = hidden.new_empty(num_tokens * top_k, self._intermediate)
+        out = hidden.new_zeros(num_tokens * top_k, self._hidden)
+        for _ in (None,) if self._ahead else self._turns(layer, ids):
+            while self._computed < len(self._groups) and self._groups[self._computed].layer == layer:
+                self._compute(self._groups[self._computed], hidden, offsets, order, act, out, top_k)
+                self._computed += 1
+                self._enqueue_copies()
+        weighted = out * weights.reshape(-1, 1).to(out.dtype)
+        result = weighted.view(num_tokens, top_k, -1).sum(dim=1)
+        if observer is not None and observer.is_on:
+            observer.note(layer, hidden, out, result)
+        return result
+
+    def _read_table(self, allowed: npt.NDArray[np.bool_]) -> None:
+        self._table = self._pages.page_table.cpu().numpy()
+        in_reach = self._pages.servable.numpy() | (self._table >= 0)
+        self._wanted, self._absent = allowed & in_reach, allowed & ~in_reach
+
+    def _turns(self, layer: int, ids: Tensor) -> Iterator[None]:
+        """Plans the layer by what its router chose: first what is in reach, then the rest as it is brought."""
+        picked = np.unique(ids.cpu().numpy())
+        picked = picked[picked < self._pages.shape.num_experts]
+        here = picked[self._wanted[layer, picked]]
+        missing = picked[self._absent[layer, picked]].tolist()
+        self._plan_only(layer, here)
+        yield
+        for part in self._bring(layer, missing) if missing else ():
+            self._read_table(self._wanted | self._absent)
+            self._plan_only(layer, np.array(part))
+            yield
+
+    def _plan_only(self, layer: int, experts: npt.NDArray[np.int64]) -> None:
+        chosen = np.zeros_like(self._wanted)
+        chosen[layer, experts] = True
+        self._reset()
+        self._plan([layer], chosen & self._wanted)
+
+    def _reset(self) -> None:
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        self._groups = []
+        self._enqueued = self._computed = 0
+
+    def _plan(self, layers: Any, wanted: npt.NDArray[np.bool_]) -> None:
+        """Lists the groups of the layers, resident experts first, and starts as many copies as the ring holds."""
+        span, slots = self._pages.shape.span_elements, self._pages.shape.num_slots
+        ids: list[int] = []
+        targets: list[int] = []
+        entry = 0
+        for layer in layers:
+            resident = np.flatnonzero(wanted[layer] & (self._table[layer] >= 0)).tolist()
+            missing = np.flatnonzero(wanted[layer] & (self._table[layer] < 0)).tolist()
+            if resident:
+                self._groups.append(_Group(layer, len(ids), len(ids) + len(resident), []))
+                ids += resident
+                targets += [(layer * slots + int(self._table[layer, expert])) * span for expert in resident]
+            for first in range(0, len(missing), GROUP):
+                experts = missing[first : first + GROUP]
+                base = entry % max(self._num_groups, 1) * GROUP
+                entry += 1
+                copies = [(expert, base + at) for at, expert in enumerate(experts)]
+                self._groups.append(_Group(layer, len(ids), len(ids) + len(experts), copies))
+                ids += experts
+                targets += [self._ring_offset + (base + at) * span for at in range(len(experts))]
+        self._ids = torch.tensor(ids, dtype=torch.int32).to(self._pages.device)
+        self._targets = torch.tensor(targets, dtype=torch.int64).to(self._pages.device)
+        self._streamed = [group for group in self._groups if group.copies]
+        self._enqueue_copies()
+
+    def _enqueue_copies(self) -> None:
+        """Copies every next group whose place in the ring has been read by products that are already enqueued."""
+        while self._enqueued < len(self._streamed):
+            group = self._streamed[self._enqueued]
+            before = self._enqueued - self._num_groups
+            if before >= 0 and self._streamed[before].used is None:
+                return
+            if self._stream is None:
+                for expert, entry in group.copies:
+                    self._ring[entry].copy_(self._pages.host_span(group.layer, expert))
+            else:
+                with torch.cuda.stream(self._stream):
+                    if before >= 0:
+                        self._stream.wait_event(self._streamed[before].used)
+                    for expert, entry in group.copies:
+                        self._ring[entry].copy_(self._pages.host_span(group.layer, expert), non_blocking=True)
+                    group.arrived = self._stream.record_event()
+            self.copied_spans += len(group.copies)
+            self._enqueued += 1
+
+    def _compute(
+        self, group: _Group, hidden: Tensor, offsets: Tensor, order: Tensor, act: Tensor, out: Tensor, top_k: int
+    ) -> None:
+        if group.arrived is not None:
+            torch.cuda.current_stream().wait_event(group.arrived)
+        ids, targets = self._ids[group.start : group.stop], self._targets[group.start : group.stop]
+        self._run(ids, targets, hidden, offsets, order, act, out, top_k, 64 if hidden.shape[0] >= 256 else 16, False)
+        group.used = torch.cuda.current_stream().record_event() if self._cuda else True
+
+    def _run(
+        self, ids: Tensor, targets: Tensor, hidden: Tensor, offsets: Tensor, order: Tensor, act: Tensor, out: Tensor,
+        top_k: int, tokens: int, compiles: bool,
+    ) -> None:  # fmt: skip
+        """Both products of a group in tiles of `tokens`; or only compiles them."""
+        size, width, inner = len(ids), self._hidden, self._intermediate
+        tile = 64 if self._cuda else pow2(min(64, width))
+        anchor = self._pages.slots
+
+        def run(kernel: Any, grid: tuple[int, int], *args: Any, **constants: Any) -> None:
+            if compiles:
+                kernel.warmup(*args, grid=grid, num_warps=4, num_stages=3, **constants)
+            else:
+                kernel[grid](*args, num_warps=4, num_stages=3, **constants)
+
+        run(
+            kernels.gate_up_group, (size, triton.cdiv(inner, tile)),
+            hidden, anchor, ids, targets, offsets, order, act,
+            K=top_k, H=width, I=inner, BT=tokens, BI=tile, BK=divisor(width, 64),
+        )  # fmt: skip
+        run(
+            kernels.down_group, (size, triton.cdiv(width, tile)),
+            act, anchor, ids, targets, offsets, order, out,
+            H=width, I=inner, BT=tokens, BH=tile, BK=divisor(inner, 64),
+        )  # fmt: skip
+
+    def compile(self) -> None:
+        """Compiles the products of short and of long chunks, without launching any."""
+        device, dtype, top_k = self._pages.device, self._pages.shape.dtype, self._pages.shape.top_k
+        ids = torch.zeros(1, dtype=torch.int32, device=device)
+        longs = torch.zeros(top_k, dtype=torch.int64, device=device)
+        offsets = torch.zeros(self._pages.shape.num_experts + 1, dtype=torch.int32, device=device)
+        hidden = torch.zeros(1, self._hidden, dtype=dtype, device=device)
+        act = torch.zeros(top_k, self._intermediate, dtype=dtype, device=device)
+        out = torch.zeros(top_k, self._hidden, dtype=dtype, device=device)
+        for tokens in (16, 64):
+            self._run(ids, longs[:1], hidden, offsets, longs, act, out, top_k, tokens, True)

@@ -1,0 +1,171 @@
+"""What a decode step is made of: the model's shape and its trunk weights, packed the way the kernels read them.
+
+The shape says everything that a family does otherwise than another, and each such field is a switch of a kernel; what
+no field can say is refused by whoever packs the model. Weights stay in the model's dtype; rotary tables are fp32
+holding values rounded to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from server.model.device.step.router_kind import SOFTMAX_TOP_K, RouterKind
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """Sizes of the model, in elements; `max_tokens` is the KV memory of one row, `max_rows` how many rows there are.
+
+    Attributes:
+        num_layers: of the model, those without routed experts included.
+        qk_norm: queries and keys are normalised by head, over all heads together, or not.
+        rotary: elements of a head that are rotated, its first ones; None: all.
+        windows: for each layer how many tokens attention sees, the new one included, 0: all; empty: all in each.
+        dense_layers: layers that have no routed experts but one gated product, of `dense_intermediate`.
+        shared_intermediate: of the expert that every token passes beside the routed ones; 0: there is none.
+    """
+
+    num_layers: int
+    hidden: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab: int
+    num_experts: int
+    top_k: int
+    intermediate: int
+    max_rows: int
+    max_tokens: int
+    eps: float = 1e-6
+    scaling: float | None = None
+    qk_norm: Literal["none", "head", "row"] = "head"
+    rotary: int | None = None
+    windows: tuple[int, ...] = ()
+    dense_layers: frozenset[int] = frozenset()
+    dense_intermediate: int = 0
+    shared_intermediate: int = 0
+    router: RouterKind = SOFTMAX_TOP_K
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers with routed experts, L."""
+        return self.num_layers - len(self.dense_layers)
+
+    @property
+    def qkv(self) -> int:
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
+    def span_elements(self) -> int:
+        return 3 * self.hidden * self.intermediate
+
+    @property
+    def trunk_bytes(self) -> int:
+        """Bytes of trunk weights that one step reads: projections, gates and the head (one embedding row is
+        nothing).
+        """
+        layer = self.qkv * self.hidden + self.hidden * self.num_heads * self.head_dim
+        moe = self.num_experts * self.hidden + 3 * self.shared_intermediate * self.hidden
+        dense = 3 * self.dense_intermediate * self.hidden
+        every = self.num_layers * layer + self.num_moe_layers * moe + len(self.dense_layers) * dense
+        return (every + self.vocab * self.hidden) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class MlpWeights:
+    """A gated product that every token passes: up [2I, H], rows of gate then of up; down [H, I]; switch [H]: what comes
+    out is times sigmoid(switch · x)."""
+
+    up: Tensor
+    down: Tensor
+    switch: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer: norms [H], qkv [Q, H] rows q, k, v; output [H, heads * head_dim]; norms of queries and keys
+    [head_dim] or, over all heads, [heads * head_dim].
+
+    `gate` [E, H], None in a layer without routed experts; `mlp` is then all of it, else the shared expert beside them.
+    `gate_bias` [E] fp32 is part of the logits, `selection_bias` [E] fp32 only of the choice.
+    """
+
+    input_norm: Tensor
+    qkv: Tensor
+    q_norm: Tensor
+    k_norm: Tensor
+    output: Tensor
+    post_norm: Tensor
+    gate: Tensor | None
+    qkv_bias: Tensor | None = None
+    output_bias: Tensor | None = None
+    gate_bias: Tensor | None = None
+    selection_bias: Tensor | None = None
+    mlp: MlpWeights | None = None
+
+
+@dataclass(frozen=True)
+class TrunkWeights:
+    """embedding [V, H], layers, final norm [H], head [V, H] (may be the embedding), cos and sin [max_tokens, head_dim
+    / 2], 1 and 0 past what is rotated.
+    """
+
+    embedding: Tensor
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    head: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_tables(
+    inverse_frequency: Tensor, max_tokens: int, dtype: torch.dtype, scaling: float, half: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [max_tokens, head_dim / 2] fp32, rounded to `dtype` as transformers does, times its attention
+    scaling; filled up to `half` pairs with those that are not rotated.
+    """
+    position = torch.arange(max_tokens, dtype=torch.float32, device=inverse_frequency.device)
+    angle = position[:, None] * inverse_frequency.float()[None, :]
+    cos, sin = (angle.cos() * scaling).to(dtype).float(), (angle.sin() * scaling).to(dtype).float()
+    beyond = (half or cos.shape[1]) - cos.shape[1]
+    return functional.pad(cos, (0, beyond), value=1.0).contiguous(), functional.pad(sin, (0, beyond)).contiguous()
+
+
+def random_trunk(shape: DecodeShape, device: torch.device | str, seed: int = 0) -> TrunkWeights:
+    """A trunk of the shape with random weights, scaled so that activations neither vanish nor grow; for benches and
+    tests.
+    """
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def matrix(rows: int, cols: int) -> Tensor:
+        values = torch.empty(rows, cols, dtype=shape.dtype, device=device)
+        return values.normal_(0.0, cols**-0.5, generator=generator)
+
+    def norm(size: int) -> Tensor:
+        return (1 + 0.1 * torch.randn(size, generator=generator, device=device)).to(shape.dtype)
+
+    width = shape.num_heads * shape.head_dim
+    layers = tuple(
+        LayerWeights(
+            input_norm=norm(shape.hidden),
+            qkv=matrix(shape.qkv, shape.hidden),
+            q_norm=norm(shape.head_dim),
+            k_norm=norm(shape.head_dim),
+            output=matrix(shape.hidden, width),
+            post_norm=norm(shape.hidden),
+            gate=matrix(shape.num_experts, shape.hidden),
+        )
+        for _ in range(shape.num_layers)
+    )
+    half = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=device) / shape.head_dim
+    cos, sin = rotary_tables(1.0 / 10000.0**half, shape.max_tokens, shape.dtype, 1.0)
+    embedding = torch.empty(shape.vocab, shape.hidden, dtype=shape.dtype, device=device).normal_(
+        0, 1, generator=generator
+    )
+    return TrunkWeights(embedding, layers, norm(shape.hidden), matrix(shape.vocab, shape.hidden), cos, sin)

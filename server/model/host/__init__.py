@@ -1,0 +1,1 @@
+"""The host-driven path: the reference on every device."""

@@ -1,0 +1,242 @@
+"""A store made into a model that generates: trunk, expert cache, masked routing and tokenizer put together.
+
+Invariant: every experts module of the model is bound to one MoE layer of the store, and the router beside it to the
+same layer; `load_model` refuses anything else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from expert_store.cache import ExpertCache
+from expert_store.errors import SlotsError
+from expert_store.host_tier import HostTier
+from expert_store.policy import LRU, EvictionPolicy
+from expert_store.slots import TORCH_DTYPES
+from expert_store.store import Store
+from router.mask import ExpertMask
+from server.model.seam.experts import LAYER_ATTRIBUTE, ExpertsLayer
+from server.model.seam.observation import OutputObserver
+from server.model.seam.routing import StepRouting
+from server.model.seam.trunk import TrunkError, context_tokens, is_experts_module, load_trunk, trunk_is_checked
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the share of it done, in [0, 1]."""
+
+ROUTER_NAMES = ("gate", "router")
+
+
+@dataclass
+class SelectiveModel:
+    """A trunk whose experts come from slots.
+
+    Attributes:
+        model: transformers' model; its experts and routers are ours.
+        tokenizer: of the checkpoint.
+        store, cache, routing: where experts come from, are held and are chosen.
+        device, dtype: of compute.
+        eos_token_ids: that end a generation.
+        special_token_ids: that stand for no text.
+        context_tokens: most tokens that the model was made for.
+        observer: of what the experts put out, where that is collected.
+        source_problem: why the store has no source attached, where it has none.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    store: Store
+    cache: ExpertCache
+    routing: StepRouting
+    device: torch.device
+    dtype: torch.dtype
+    eos_token_ids: frozenset[int]
+    special_token_ids: frozenset[int]
+    context_tokens: int
+    source_problem: str = "it was not looked for"
+    observer: OutputObserver | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """MoE layers, L."""
+        return self.store.manifest.model.num_layers
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the logits, V."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    def close(self) -> None:
+        """Stop the cache's threads and close the store's files."""
+        self.cache.close()
+        self.store.close()
+
+
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Raises:
+        SlotsError: no such device, or a GPU was asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise SlotsError(f"--device is {name!r}, wanted auto, cpu, cuda, or a GPU by its number such as cuda:1")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SlotsError(f"--device {name}: torch {torch.__version__} sees no GPU here; use --device cpu or auto")
+    return torch.device("cuda:0") if str(device) == "cuda" else device
+
+
+def resolve_dtype(name: str, store: Store) -> torch.dtype:
+    """``auto`` is the checkpoint's own dtype; else float32, bfloat16 or float16. Raises SlotsError for another name."""
+    if name == "auto":
+        return TORCH_DTYPES[store.manifest.model.dtype]
+    if name not in COMPUTE_DTYPES:
+        raise SlotsError(f"--dtype is {name!r}, wanted auto, {', '.join(COMPUTE_DTYPES)}")
+    return COMPUTE_DTYPES[name]
+
+
+def slots_for_memory(store: Store, budget_bytes: int, dtype: torch.dtype) -> int:
+    """Slots a layer that fit into a budget for all layers.
+
+    Raises:
+        SlotsError: not even one fits.
+    """
+    per_slot = sum(slot_bytes(store, layer, dtype) for layer in range(len(store.manifest.layers)))
+    num_slots = budget_bytes // per_slot
+    if num_slots < 1:
+        raise SlotsError(
+            f"--slots-memory {budget_bytes} bytes is less than one slot in each of {len(store.manifest.layers)} "
+            f"layers: pass at least {per_slot} bytes"
+        )
+    return min(int(num_slots), store.manifest.model.num_experts)
+
+
+def slot_bytes(store: Store, layer: int, dtype: torch.dtype) -> int:
+    """Bytes of one slot of a layer in compute dtype `dtype`."""
+    return sum(torch.Size(tensor.shape).numel() * dtype.itemsize for tensor in store.manifest.layers[layer].tensors)
+
+
+@trunk_is_checked
+def load_model(
+    store: Store,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_slots: int | None = None,
+    slots_memory_bytes: int | None = None,
+    host_memory_bytes: int | None = None,
+    mask: ExpertMask | None = None,
+    policy: Callable[[], EvictionPolicy] = LRU,
+    pinned: Sequence[Sequence[int]] | None = None,
+    progress: Progress = lambda phase, share: None,
+) -> SelectiveModel:
+    """Assemble the model of a store.
+
+    Args:
+        num_slots: slots a layer; wins over `slots_memory_bytes`; with neither, every available expert gets a slot.
+        slots_memory_bytes: for the slots of all layers.
+        host_memory_bytes: of the pinned host tier of a GPU; None holds every expert of the store.
+        mask: narrows what the store has.
+        policy: eviction policy of each layer.
+        pinned: for each layer the experts that keep their slots.
+        progress: told of each phase.
+
+    Raises:
+        ShardCorruptError: a file of the trunk is not what was extracted. StoreError, TrunkError, MaskError: see there.
+        SlotsError: memory that does not suffice.
+    """
+    available = ExpertMask.of(store.available)
+    mask = available if mask is None else available & mask
+    progress("loading the trunk", 0.0)
+    model = load_trunk(
+        store.trunk_path, device=device, dtype=dtype, progress=lambda share: progress("loading the trunk", share)
+    )
+    if num_slots is None:
+        num_slots = int(mask.num_allowed.max())
+        if slots_memory_bytes is not None:
+            num_slots = min(num_slots, slots_for_memory(store, slots_memory_bytes, dtype))
+    progress("allocating slots", 0.0)
+    host_tier = None
+    if device.type == "cuda":
+        host_tier = _host_tier(store, host_memory_bytes)
+    cache = ExpertCache(
+        store, num_slots=num_slots, device=device, dtype=dtype, host_tier=host_tier, policy=policy, mask=mask.allowed,
+        pinned=pinned,
+    )  # fmt: skip
+    routing = StepRouting(store.manifest.model.family, len(store.manifest.layers), device, mask)
+    _bind(model, store, cache, routing)
+    cache.preload(lambda done, total: progress("filling slots", done / max(1, total)))
+    tokenizer = AutoTokenizer.from_pretrained(store.trunk_path, trust_remote_code=False, local_files_only=True)
+    return SelectiveModel(
+        model=model,
+        tokenizer=tokenizer,
+        store=store,
+        cache=cache,
+        routing=routing,
+        device=device,
+        dtype=dtype,
+        eos_token_ids=eos_token_ids_of(model, tokenizer),
+        special_token_ids=frozenset(tokenizer.all_special_ids),
+        context_tokens=context_tokens(store.trunk_path),
+    )
+
+
+def _host_tier(store: Store, budget_bytes: int | None) -> HostTier:
+    everything = int(store.available.sum()) * max(spec.span_bytes for spec in store.manifest.layers)
+    return HostTier(store, budget_bytes=everything if budget_bytes is None else budget_bytes, pinned=True)
+
+
+def _bind(model: PreTrainedModel, store: Store, cache: ExpertCache, routing: StepRouting) -> None:
+    """Give each experts module its MoE layer, and hook the router beside it."""
+    found = {name: module for name, module in model.named_modules() if is_experts_module(module)}
+    by_layer = {_model_layer(name): (name, module) for name, module in found.items()}
+    wanted = {spec.model_layer: layer for layer, spec in enumerate(store.manifest.layers)}
+    if set(by_layer) != set(wanted):
+        raise TrunkError(
+            f"the store has experts for layers {sorted(wanted)}, the model for layers {sorted(by_layer)}: "
+            "the trunk's config is not the one that was extracted"
+        )
+    for model_layer, layer in wanted.items():
+        name, experts = by_layer[model_layer]
+        object.__setattr__(experts, LAYER_ATTRIBUTE, ExpertsLayer(layer, cache))
+        routing.install(layer, _router_beside(model, name))
+
+
+def _model_layer(module_name: str) -> int:
+    match = re.search(r"\.(\d+)\.", module_name)
+    if match is None:
+        raise TrunkError(f"experts module {module_name} has no layer number in its name")
+    return int(match.group(1))
+
+
+def _router_beside(model: PreTrainedModel, experts_name: str) -> nn.Module:
+    parent = model.get_submodule(experts_name.rpartition(".")[0])
+    for name in ROUTER_NAMES:
+        router: Any = getattr(parent, name, None)
+        if isinstance(router, nn.Module):
+            return router
+    raise TrunkError(f"beside {experts_name} stands no router named {' or '.join(ROUTER_NAMES)}")
+
+
+def eos_token_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    generation: GenerationConfig | None = model.generation_config
+    ids = generation.eos_token_id if generation is not None else None
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        return frozenset()
+    return frozenset(ids if isinstance(ids, list) else [ids])

@@ -1,0 +1,1 @@
+"""The seam in transformers' model: experts, routing and masks put in its place."""

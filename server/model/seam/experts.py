@@ -1,0 +1,206 @@
+"""The host-driven experts' forward: look up, fetch what is missing, compute; in waves when slots are too few.
+
+Registered with transformers under `IMPLEMENTATION`; it replaces the forward of every experts module. Each (token, pick)
+pair is computed by itself and summed over the picks at the end, so the result does not depend on the number of slots or
+the order of waves. Source: `transformers/integrations/moe.py` (layouts and flags of experts modules).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from expert_store.cache import ExpertCache
+from expert_store.slots import SlotPool
+from server.model.seam.observation import OutputObserver
+
+IMPLEMENTATION = "deepfew"
+LAYER_ATTRIBUTE = "_deepfew_experts"
+BATCHED_PAIRS = 64
+"""Up to this many (token, pick) pairs of a step may gather their experts' weights into two batched products: few
+launches and a copy of the weights. More are computed expert by expert, which copies nothing."""
+BATCHED_CPU_BYTES = 1 << 16
+"""On a CPU the copy pays only for experts up to this size, in dtypes whose small products are slow to start."""
+
+
+def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The forward that transformers dispatches to: hidden_states [T, H], index and weights [T, K] → [T, H]."""
+    layer: ExpertsLayer = getattr(self, LAYER_ATTRIBUTE)
+    return layer.forward(self, hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+class ExpertsLayer:
+    """One MoE layer's experts, computed from the slots of an `ExpertCache`.
+
+    Args:
+        layer: MoE layer.
+        cache: whose slots hold the weights; leased and released within each call.
+
+    Attributes:
+        observer: told of what the experts put out, while it is on.
+    """
+
+    def __init__(self, layer: int, cache: ExpertCache) -> None:
+        self._layer = layer
+        self._cache = cache
+        self.observer: OutputObserver | None = None
+
+    def forward(self, module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sum of the chosen experts' outputs.
+
+        Args:
+            module: the experts module, for its activation and layout flags.
+            hidden: [T, H].
+            index: [T, K] expert ids; ids ≥ E are picks that do not exist.
+            weights: [T, K].
+
+        Returns:
+            [T, H] in hidden's dtype.
+        """
+        num_tokens, num_picks = index.shape
+        ids = index.reshape(-1)
+        order = torch.argsort(ids, stable=True) if num_tokens > 1 else None
+        sorted_ids = ids.tolist() if order is None else ids[order].tolist()
+        groups = _groups(sorted_ids, self._cache.num_experts)
+        tokens = None if order is None else order.div(num_picks, rounding_mode="floor")
+        inputs = hidden.expand(num_picks, -1) if tokens is None else hidden[tokens]  # [T·K, H]
+        outputs = hidden.new_empty(inputs.shape) if _covers(groups, len(sorted_ids)) else torch.zeros_like(inputs)
+        batched = self._is_batched(inputs)
+        for wave in _waves(groups, self._cache.num_slots, self._resident):
+            self._run_wave(module, inputs, outputs, wave, batched)
+        if order is not None:
+            unsorted = torch.empty_like(outputs)
+            unsorted[order] = outputs
+            outputs = unsorted
+        weighted = outputs * weights.reshape(-1, 1)
+        result = weighted.view(num_tokens, num_picks, -1).sum(dim=1).to(hidden.dtype)
+        if self.observer is not None and self.observer.is_on:
+            self.observer.note(self._layer, hidden, outputs, result)
+        return result
+
+    def _resident(self, expert: int) -> bool:
+        return bool(self._cache.page_table[self._layer, expert] >= 0)
+
+    def _is_batched(self, inputs: Tensor) -> bool:
+        """By the whole step, not by the wave, so that results do not depend on the number of slots."""
+        if len(inputs) > BATCHED_PAIRS:
+            return False
+        small = self._cache.pools[self._layer].slot_bytes <= BATCHED_CPU_BYTES
+        return inputs.is_cuda or (small and inputs.dtype != torch.float32)
+
+    def _run_wave(self, module: Any, inputs: Tensor, outputs: Tensor, wave: Sequence[_Group], batched: bool) -> None:
+        experts = [expert for expert, _, _ in wave]
+        slots = self._cache.acquire(self._layer, experts)
+        try:
+            pool = self._cache.pools[self._layer]
+            if batched:
+                _run_batched(module, pool, inputs, outputs, wave, slots)
+            else:
+                _run_grouped(module, pool.rows, inputs, outputs, wave, slots)
+        finally:
+            self._cache.release(self._layer, experts)
+
+
+_Group = tuple[int, int, int]
+"""(expert, start, end): the sorted pairs [start, end) belong to `expert`."""
+
+
+def _groups(sorted_ids: list[int], num_experts: int) -> list[_Group]:
+    """Runs of equal ids, in order; sentinel ids fall away. One token's picks are distinct, so need no order."""
+    groups: list[_Group] = []
+    start = 0
+    for position in range(1, len(sorted_ids) + 1):
+        if position == len(sorted_ids) or sorted_ids[position] != sorted_ids[start]:
+            if sorted_ids[start] < num_experts:
+                groups.append((sorted_ids[start], start, position))
+            start = position
+    return groups
+
+
+def _covers(groups: list[_Group], num_pairs: int) -> bool:
+    return sum(end - start for _, start, end in groups) == num_pairs
+
+
+def _waves(groups: list[_Group], num_slots: int, is_resident: Any) -> list[list[_Group]]:
+    """Cut into waves of at most `num_slots` experts, resident ones first: they are used before they may leave."""
+    if len(groups) <= num_slots:
+        return [groups] if groups else []
+    ordered = sorted(groups, key=lambda group: not is_resident(group[0]))
+    return [ordered[start : start + num_slots] for start in range(0, len(ordered), num_slots)]
+
+
+def _run_grouped(
+    module: Any,
+    rows: dict[str, list[Tensor]],
+    inputs: Tensor,
+    outputs: Tensor,
+    wave: Sequence[_Group],
+    slots: list[int],
+) -> None:
+    """Expert by expert, each weight read once and copied never; writes `outputs` at the wave's pairs."""
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    up_rows, down_rows = rows[up_name], rows["down_proj"]
+    transposed, has_bias = module.is_transposed, module.has_bias
+    pairs, position = [], 0  # where an expert's pairs stand among all pairs, among the wave's, and how many they are
+    for _, start, end in wave:
+        pairs.append((start, position, end - start))
+        position += end - start
+    up = inputs.new_empty((position, up_rows[slots[0]].shape[1 if transposed else 0]))
+    for (start, at, count), slot in zip(pairs, slots, strict=True):
+        _linear(inputs, start, up_rows[slot], transposed, up, at, count)
+        if has_bias:
+            up[at : at + count] += rows[up_name + "_bias"][slot]
+    activated = module._apply_gate(up) if module.has_gate else module.act_fn(up)
+    for (start, at, count), slot in zip(pairs, slots, strict=True):
+        _linear(activated, at, down_rows[slot], transposed, outputs, start, count)
+        if has_bias:
+            outputs[start : start + count] += rows["down_proj_bias"][slot]
+    if getattr(module, "has_post_expert_norm", False):
+        for _, start, end in wave:
+            outputs[start:end] = module.post_expert_norm(outputs[start:end])
+
+
+def _linear(x: Tensor, at: int, weight: Tensor, transposed: bool, out: Tensor, to: int, count: int) -> None:
+    """`count` rows of out from `to` on = rows of x from `at` on, times one expert's weight; one row takes the faster
+    matrix-vector product."""
+    if transposed:
+        torch.mm(x[at : at + count], weight, out=out[to : to + count])
+    elif count == 1:
+        torch.mv(weight, x[at], out=out[to])
+    else:
+        torch.mm(x[at : at + count], weight.t(), out=out[to : to + count])
+
+
+def _run_batched(
+    module: Any,
+    pool: SlotPool,
+    inputs: Tensor,
+    outputs: Tensor,
+    wave: Sequence[_Group],
+    slots: list[int],
+) -> None:
+    """All pairs of the wave in two batched products over gathered weights: few launches, for small steps on a GPU."""
+    pairs = [pair for _, start, end in wave for pair in range(start, end)]
+    pair_slots = [slot for (_, start, end), slot in zip(wave, slots, strict=True) for _ in range(start, end)]
+    params = pool.gather(torch.tensor(pair_slots, device=inputs.device))
+    everything = pairs == list(range(len(inputs)))
+    at = slice(None) if everything else torch.tensor(pairs, device=inputs.device)
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    up = _batched_linear(module, params, up_name, inputs[at])
+    activated = module._apply_gate(up) if module.has_gate else module.act_fn(up)
+    out = _batched_linear(module, params, "down_proj", activated)
+    outputs[at] = module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
+
+
+def _batched_linear(module: Any, params: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """x [N, in] → [N, out], each row with its own of the gathered weights."""
+    weight = params[name]
+    product = torch.bmm(weight.transpose(1, 2) if module.is_transposed else weight, x.unsqueeze(-1)).squeeze(-1)
+    return product + params[name + "_bias"] if module.has_bias else product

@@ -1,0 +1,169 @@
+"""The trunk by transformers, with the experts never materialised.
+
+The model class is subclassed so that, right after its constructor (on the meta device), every experts module gives up
+its parameters; `from_pretrained` then reads only the trunk's tensors. Source: `transformers/modeling_utils.py`,
+`integrations/moe.py`. A checkpoint's own code is never run. Invariant: what `trunk_is_checked` loads is served only if
+every file of the trunk is what was extracted.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from expert_store.store import Store
+from extractor.checkpoint.text_model import read_config, text_model
+from server.model.seam.experts import IMPLEMENTATION
+
+Arguments = ParamSpec("Arguments")
+Loaded = TypeVar("Loaded")
+LOADING_BAR = "Loading weights"  # how transformers' loop over the tensors calls its bar
+
+
+class TrunkError(Exception):
+    """The trunk of a store cannot be loaded: its config and its tensors do not fit together."""
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """Whether a module is one whose forward goes through transformers' registry of experts implementations."""
+    return hasattr(module, "is_concatenated") and hasattr(module, "is_transposed")
+
+
+def load_trunk(
+    path: Path, *, device: torch.device, dtype: torch.dtype, progress: Callable[[float], None] = lambda share: None
+) -> PreTrainedModel:
+    """Load the model at `path` without its experts' parameters.
+
+    Args:
+        path: directory in the Hugging Face layout that holds the trunk's tensors.
+        device, dtype: of the trunk.
+        progress: told the share of the tensors that are loaded, tensor by tensor.
+
+    Returns:
+        The model in eval mode, its experts dispatched to our implementation.
+
+    Raises:
+        TrunkError: tensors of the trunk are missing.
+    """
+    model_class, config = _model_of(path)
+    with _reported(progress):
+        loaded: Any = _without_experts(model_class).from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            device_map=None,
+            experts_implementation=IMPLEMENTATION,
+            attn_implementation="sdpa" if model_class._supports_sdpa else "eager",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise TrunkError(
+            f"{path} lacks {len(missing)} tensors that {model_class.__name__} needs, the first {missing[0]}: "
+            "extract the checkpoint again"
+        )
+    trunk: PreTrainedModel = model.to(device).eval()
+    return trunk
+
+
+def trunk_is_checked(
+    load: Callable[Concatenate[Store, Arguments], Loaded],
+) -> Callable[Concatenate[Store, Arguments], Loaded]:
+    """`load` with the files of its store's trunk compared with the manifest meanwhile, by threads beside it.
+
+    What is found bad is raised as a ShardCorruptError when `load` next tells its `progress`, at its end at the latest,
+    and in the place of what `load` raised.
+    """
+
+    @wraps(load)
+    def checked(store: Store, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Loaded:
+        with store.checking_trunk() as check:
+            tell: Any = kwargs.get("progress")
+
+            def report(phase: str, share: float) -> None:
+                check.poll()  # bad weights are told before all experts are read
+                if tell is not None:
+                    tell(phase, share)
+
+            kwargs["progress"] = report
+            return load(store, *args, **kwargs)
+
+    return checked
+
+
+def trunk_skeleton(path: Path) -> PreTrainedModel:
+    """The model of `load_trunk` on the meta device: modules and shapes, all float32, no memory. Raises TrunkError."""
+    model_class, config = _model_of(path)
+    with torch.device("meta"):
+        return _without_experts(model_class)(config)
+
+
+def context_tokens(path: Path) -> int:
+    """Most tokens that the model at `path` was made for, from its config alone; 2^20 where that sets no bound."""
+    _, config = _model_of(path)
+    return int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
+
+
+def _model_of(path: Path) -> tuple[type[PreTrainedModel], Any]:
+    """The class that answers text with text for the config at `path`, and the part of the config that it takes."""
+    config = read_config(path)
+    found = text_model(config)
+    if found is None:
+        raise TrunkError(f"transformers has no causal language model for {type(config).__name__}")
+    return found
+
+
+@contextmanager
+def _reported(progress: Callable[[float], None]) -> Iterator[None]:
+    """transformers' bar over the trunk's tensors is not drawn: what it would show goes to `progress`."""
+
+    def watched(factory: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if options.get("desc") != LOADING_BAR or not arguments:
+            return factory(*arguments, **options)
+        return _counted(arguments[0], progress)
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    hook = transformers_logging.set_tqdm_hook(watched)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(hook)
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _counted(tensors: Collection[Any], progress: Callable[[float], None]) -> Iterator[Any]:
+    for number, tensor in enumerate(tensors):
+        yield tensor
+        progress((number + 1) / len(tensors))
+
+
+def _without_experts(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A subclass that strips experts modules of parameters; it keeps name and module, which transformers reads."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, config, *args, **kwargs)
+        for block in self.modules():
+            for experts in [child for child in block.children() if is_experts_module(child)]:
+                for name in [name for name, _ in experts.named_parameters(recurse=False)]:
+                    delattr(experts, name)
+                experts._is_hf_initialized = True
+                block._is_hf_initialized = True  # some families initialise the experts' weights from their block
+
+    stripped = type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
+    assert hasattr(importlib.import_module(model_class.__module__), model_class.__name__)
+    return stripped

@@ -1,0 +1,93 @@
+"""Runs whole token sequences through a model, many at once, for calibration and evaluation.
+
+Invariant: a batch holds sequences of one length, and every sequence gets the logits that it would get alone. No KV
+memory is kept: transformers' own attention sees each sequence as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from router.ledger import StepRecord
+from router.mask import ExpertMask
+from server.model.host.assembly import SelectiveModel
+from server.model.seam.routing import RowShare
+
+MAX_ELEMENTS = 1 << 26
+"""Most values of the largest array of a batch (logits, or the experts' outputs)."""
+
+Tokens = Sequence[int]
+
+
+@dataclass(frozen=True)
+class BatchOutput:
+    """What a batch computed.
+
+    Attributes:
+        logits: [B, T, V]; record: its routing over B × T tokens, sequence after sequence; share: of each sequence.
+    """
+
+    logits: Tensor
+    record: StepRecord
+    share: RowShare
+
+    def record_of(self, sequence: int) -> StepRecord:
+        """The routing of one sequence."""
+        length = self.logits.shape[1]
+        part = slice(sequence * length, (sequence + 1) * length)
+        record = self.record
+        return StepRecord(
+            record.served_index[:, part],
+            record.served_weight[:, part],
+            None if record.demand_index is None else record.demand_index[:, part],
+            None if record.demand_weight is None else record.demand_weight[:, part],
+            None if record.missed_mass is None else self.share.missed[sequence],
+        )
+
+
+def batches(model: SelectiveModel, sequences: Sequence[Tokens]) -> Iterator[list[Tokens]]:
+    """Sequences in order, in batches of one length that fit into memory."""
+    config = model.model.config.get_text_config()
+    width = max(model.vocab_size, int(config.hidden_size) * model.store.manifest.model.top_k)
+    batch: list[Tokens] = []
+    for sequence in sequences:
+        if batch and (len(sequence) != len(batch[0]) or (len(batch) + 1) * len(sequence) * width > MAX_ELEMENTS):
+            yield batch
+            batch = []
+        batch.append(sequence)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def run_batch(model: SelectiveModel, sequences: Sequence[Tokens], mask: ExpertMask | None = None) -> BatchOutput:
+    """Run sequences of one length from their first token, under a mask (None: the model's own)."""
+    ids = torch.tensor([list(sequence) for sequence in sequences], device=model.device)
+    model.routing.begin(len(sequences), ids.shape[1], None if mask is None else [mask] * len(sequences))
+    try:
+        logits = model.model(input_ids=ids, use_cache=False).logits
+        record, share = model.routing.finish()
+    except BaseException:
+        model.routing.abandon()
+        raise
+    return BatchOutput(logits, record, share)
+
+
+def losses(logits: Tensor, sequences: Sequence[Tokens]) -> npt.NDArray[np.float64]:
+    """Loss of each token but the first, nats, float64 [B, T-1], from logits [B, T, V]."""
+    targets = torch.tensor([list(sequence[1:]) for sequence in sequences], device=logits.device)
+    values = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none"
+    )
+    return np.asarray(values.view(targets.shape).double().cpu().numpy())
+
+
+def encoder(model: SelectiveModel) -> Callable[[str], list[int]]:
+    """Text → token ids, without special tokens."""
+    return lambda text: list(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,0 +1,1 @@
+"""A model being served: loading, health, what requests may ask for, metrics."""

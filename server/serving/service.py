@@ -1,0 +1,233 @@
+"""What is being served: a model that loads in the background, its engine, and the truth about its health.
+
+Invariant: `model()` returns only while requests can be taken, and otherwise raises with the reason that `/health/ready`
+shows. Knows neither FastAPI nor Prometheus; the HTTP routes, the metrics and the command line all stand on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server.engine.request import EngineStatus, EngineStoppedError, GenerationRequest, OnEvent
+from server.growth.status import GrowthLike
+from server.masks.profiles import RequestMasks
+
+if TYPE_CHECKING:
+    from extractor.statistics.price import Price
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[float, str], None]
+"""Called by a loader with the share done in [0, 1] and what it is doing."""
+
+
+class NotReadyError(EngineStoppedError):
+    """No request can be taken now; `retry_after_seconds` is a guess at when one can."""
+
+    retry_after_seconds = 2.0
+
+
+class EngineLike(Protocol):
+    """The part of `server.engine.engine.Engine` that the service uses."""
+
+    def submit(self, request: GenerationRequest, on_event: OnEvent) -> None: ...
+    def cancel(self, request_id: str) -> None: ...
+    def start(self) -> None: ...
+    def stop(self, drain_seconds: float) -> None: ...
+    def status(self) -> EngineStatus: ...
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One deep expert of the store."""
+
+    file: str
+    num_bytes: int
+    experts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ExpertsSnapshot:
+    """Counters and places of every expert at one moment; arrays are `[L, E]` or `[L]` and belong to the reader.
+
+    `demand` counts what the unmasked router asked for, `uses` what was computed; the masses are sums of router weight.
+    `resident`, `hits`, `misses` and what follows come from the slots and begin at 0 with the process; the counts,
+    masses and the deficit come from the ledger, which outlives a restart.
+    """
+
+    available: NDArray[np.bool_]  # [L, E]
+    corrupt: NDArray[np.bool_]  # [L, E], in the store but damaged, and therefore masked
+    uses: NDArray[np.int64]  # [L, E]
+    demand: NDArray[np.int64]  # [L, E]
+    served_mass: NDArray[np.float64]  # [L, E]
+    demand_mass: NDArray[np.float64]  # [L, E]
+    deficit: NDArray[np.float64]  # [L]
+    overall_deficit: float
+    num_tokens: int
+    top1_missing: NDArray[np.int64]  # [L], tokens whose most wanted expert was missing there
+    top1_missing_tokens: int  # in any layer
+    resident: NDArray[np.bool_]  # [L, E]
+    hits: NDArray[np.int64]  # [L]
+    misses: NDArray[np.int64]  # [L]
+    evictions: NDArray[np.int64]  # [L]
+    fetch_bytes: NDArray[np.int64]  # [L]
+    fetch_seconds: NDArray[np.float64]  # [L]
+    expert_bytes: NDArray[np.int64]  # [L]
+    num_slots: int
+    slot_bytes: int
+    host_hits: int
+    host_misses: int
+    shards: tuple[ShardInfo, ...]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model whose engine runs."""
+
+    name: str
+    family: str
+    dtype: str
+    device: str
+    num_layers: int
+    num_experts: int
+    top_k: int
+    vocab_size: int
+    max_context_tokens: int
+    tokenizer: Any
+    engine: EngineLike
+    experts: Callable[[], ExpertsSnapshot]
+    decode_path: str = "host"
+    """Who drives the experts of a decode step: "host" or "device"."""
+    price: Price | None = None
+    """What a deficit is expected to cost: `price.expected_loss(deficit)`. None where nothing was calibrated."""
+    growth: GrowthLike | None = None
+    """What changes the store that is served; None where nothing can."""
+    masks: RequestMasks | None = None
+    """What requests may narrow their experts to; None where they may not."""
+
+
+Loader = Callable[[Progress], LoadedModel]
+
+
+@dataclass(frozen=True)
+class Health:
+    """`is_ready`: a request would be taken now. `is_healthy`: nothing is broken (loading and draining are healthy).
+
+    `progress` is the share of all loading that is done, `phase` what is being done while it loads, else empty.
+    """
+
+    is_ready: bool
+    is_healthy: bool
+    state: str
+    reason: str
+    progress: float
+    phase: str = ""
+
+
+class Service:
+    """Loads a model in a background thread and answers for it.
+
+    Args:
+        load: builds the model and starts its engine; runs once, on a thread of its own.
+        stall_seconds: an engine that made no progress for this long counts as broken.
+        on_failure: called on the loading thread when `load` raised; the error is in `error`.
+    """
+
+    def __init__(
+        self,
+        load: Loader,
+        *,
+        stall_seconds: float = 120.0,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._load = load
+        self._stall_seconds = stall_seconds
+        self._on_failure = on_failure
+        self._model: LoadedModel | None = None
+        self._progress = (0.0, "starting")
+        self._draining = threading.Event()
+        self.error: BaseException | None = None
+        self.started_at = time.time()
+
+    def start(self) -> None:
+        """Begin to load."""
+        threading.Thread(target=self._run, name="deepfew-load", daemon=True).start()
+
+    @property
+    def loaded(self) -> LoadedModel | None:
+        """The model once it is loaded, whatever its state since."""
+        return self._model
+
+    def model(self) -> LoadedModel:
+        """The model, ready to take a request.
+
+        Raises:
+            NotReadyError: it is loading, draining, stopped or failed.
+        """
+        health = self.health()
+        if self._model is None or not health.is_ready:
+            raise NotReadyError(health.reason)
+        return self._model
+
+    def health(self) -> Health:
+        """The state of the model and its engine at this moment."""
+        model = self._model
+        if self.error is not None:
+            return Health(False, False, "failed", "the model could not be loaded; the log says why", self._progress[0])
+        if model is None:
+            share, doing = self._progress
+            if self._draining.is_set():
+                return Health(False, True, "draining", "the server is shutting down", share)
+            return Health(False, True, "loading", f"loading: {doing} ({share:.0%})", share, doing)
+        status = model.engine.status()
+        if status.state == "failed":
+            return Health(False, False, "failed", status.reason or "the engine has failed", status.progress)
+        if self._draining.is_set() or status.state in ("draining", "stopped"):
+            return Health(False, True, "draining", "the server is shutting down", 1.0)
+        if status.state == "loading":
+            return Health(False, True, "loading", status.reason or "loading", status.progress)
+        if status.seconds_since_progress > self._stall_seconds:
+            reason = f"the engine has made no progress for {status.seconds_since_progress:.0f} s"
+            return Health(False, False, "failed", reason, 1.0)
+        return Health(True, True, "ready", "", 1.0)
+
+    def begin_drain(self) -> None:
+        """Take no new requests from now on; running ones go on."""
+        self._draining.set()
+
+    def close(self, drain_seconds: float) -> None:
+        """Finish running requests within `drain_seconds`, stop the engine, which saves the usage. Blocks."""
+        self.begin_drain()
+        if self._model is not None:
+            if self._model.growth is not None:
+                self._model.growth.stop()
+            self._model.engine.stop(drain_seconds)
+
+    def _run(self) -> None:
+        try:
+            model = self._load(self._report)
+        except BaseException as error:
+            self.error = error
+            self._on_failure()
+            return
+        self._report(1.0, "ready")
+        self._model = model
+        logger.info(
+            "ready",
+            extra={
+                "model": model.name, "device": model.device, "dtype": model.dtype, "decode_path": model.decode_path
+            },
+        )  # fmt: skip
+
+    def _report(self, share: float, doing: str) -> None:
+        if (share, doing) != self._progress:
+            logger.info("loading", extra={"progress": round(share, 3), "doing": doing})
+        self._progress = (min(max(share, 0.0), 1.0), doing)

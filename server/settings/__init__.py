@@ -1,0 +1,1 @@
+"""Settings: one frozen object from flags, environment and file."""

@@ -1,0 +1,156 @@
+"""The commands as a user types them: what they print, and with which status they end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from extractor.cli.extract import extract, inspect, verify
+from tests.extractor.checkpoints import save_checkpoint
+
+application = typer.Typer()
+for command in (extract, inspect, verify):
+    application.command()(command)
+
+
+def run(*arguments: str | Path) -> tuple[int, str, str]:
+    """Exit status, standard output, standard error."""
+    result = CliRunner().invoke(application, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_extract_inspect_and_verify(qwen_checkpoint: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    status, out, err = run("extract", qwen_checkpoint, store, "--keep", "50%")
+    assert status == 0
+    assert "holds 3 of 6 deep experts of 2 layers" in out
+    assert "extracting: " in err
+    assert "left" in err
+    status, out, _ = run("inspect", store)
+    assert status == 0
+    for text in ("Qwen3MoeForCausalLM", "3 of 6", "0-2 in every layer", "gate_up_proj [48, 32] BF16"):
+        assert text in " ".join(out.split())
+    status, out, _ = run("verify", store, "--against", qwen_checkpoint)
+    assert status == 0
+    assert "bit for bit" in out
+
+
+def test_json_is_the_only_thing_on_standard_output(qwen_checkpoint: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    dry = json.loads(run("extract", qwen_checkpoint, store, "--count", "2", "--dry-run", "--json")[1])
+    assert dry["status"] == "dry run"
+    assert not store.exists()
+    done = json.loads(run("extract", qwen_checkpoint, store, "--count", "2", "--json")[1])
+    assert done["status"] == "extracted"
+    assert done["written_bytes"] == dry["written_bytes"] == dry["total_bytes"]
+    again = json.loads(run("extract", qwen_checkpoint, store, "--count", "2", "--json")[1])
+    assert (again["status"], again["written_bytes"]) == ("nothing to do", 0)
+    summary = json.loads(run("inspect", store, "--json")[1])
+    assert summary["num_deep_experts"] == 2
+    assert summary["absent_experts"] == [[2, 3, 4, 5], [2, 3, 4, 5]]
+    assert summary["damaged_files"] == []
+    assert json.loads(run("verify", store, "--json")[1])["status"] == "intact"
+
+
+def test_a_dry_run_says_sizes_and_writes_nothing(qwen_checkpoint: Path, tmp_path: Path) -> None:
+    status, out, _ = run("extract", qwen_checkpoint, tmp_path / "store", "--experts", "0-1,5", "--dry-run")
+    assert status == 0
+    assert "would hold 3 of 6 deep experts of 2 layers" in out
+    assert "nothing was written" in out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--experts", "9"], "expert 9 does not exist"),
+        (["--keep", "no"], "wanted a share of the experts"),
+        (["--budget", "1KiB"], "does not hold the trunk and one deep expert"),
+        (["--budget", "much"], "is no size"),
+        (["--plan", "absent.json"], "cannot be read"),
+        (["--count", "1", "--keep", "50%"], "contradict each other"),
+    ],
+)
+def test_a_mistake_is_one_message_and_status_2(
+    qwen_checkpoint: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    status, out, err = run("extract", qwen_checkpoint, tmp_path / "store", *options)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "store").exists()
+
+
+def test_no_checkpoint_and_no_store_are_one_message(tmp_path: Path) -> None:
+    assert run("extract", tmp_path / "absent", tmp_path / "store")[0] == 2
+    for name in ("inspect", "verify"):
+        status, _, err = run(name, tmp_path / "absent")
+        assert status == 2
+        assert "holds no manifest.json" in err
+
+
+def test_a_damaged_store_is_shown_told_and_repaired(qwen_checkpoint: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    run("extract", qwen_checkpoint, store, "--count", "2")
+    shard = store / "experts/deep-00001.safetensors"
+    os.truncate(shard, 100)
+    assert "missing or of the wrong size: experts/deep-00001.safetensors" in " ".join(run("inspect", store)[1].split())
+    status, _, err = run("verify", store)
+    assert status == 2
+    assert "deep-00001" in err
+    assert run("extract", qwen_checkpoint, store, "--count", "2")[0] == 0
+    assert run("verify", store)[0] == 0
+
+
+def test_a_store_that_differs_from_a_checkpoint_is_status_2(qwen_checkpoint: Path, tmp_path: Path) -> None:
+    store, other = tmp_path / "store", save_checkpoint(tmp_path / "other", "qwen3_moe", seed=1)
+    run("extract", qwen_checkpoint, store, "--count", "1")
+    status, _, err = run("verify", store, "--against", other)
+    assert status == 2
+    assert "differ" in err
+
+
+def test_what_cannot_be_compared_with_is_told_before_the_store_is_hashed(qwen_checkpoint: Path, tmp_path: Path) -> None:
+    store, other = tmp_path / "store", save_checkpoint(tmp_path / "other", "olmoe")
+    run("extract", qwen_checkpoint, store, "--count", "1")
+    for against in (tmp_path / "absent", other):
+        status, _, err = run("verify", store, "--against", against)
+        assert status == 2
+        assert "verifying" not in err
+
+
+def test_a_checkpoint_without_a_tokenizer_is_extracted_with_a_warning(
+    qwen_checkpoint: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    status, _, err = run("extract", qwen_checkpoint, tmp_path / "silent", "--count", "1")
+    assert status == 0
+    assert "has no tokenizer" in err
+    assert "no tokenizer" not in run("extract", tiny_checkpoint, tmp_path / "tiny", "--count", "1", "--dry-run")[2]
+
+
+def test_an_interrupt_says_that_the_same_command_continues(
+    qwen_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("extractor.writing.extract.Extraction.run", interrupt)
+    status, _, err = run("extract", qwen_checkpoint, tmp_path / "store")
+    assert status == 130
+    assert "the same command continues" in err
+
+
+@pytest.mark.slow
+def test_the_module_is_the_command(repository: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "extractor", str(tiny_checkpoint), str(tmp_path / "store"), "--count", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repository, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "holds 1 of 64 deep experts of 8 layers" in done.stdout

@@ -1,0 +1,108 @@
+"""What can be asked for, and what cannot."""
+
+import dataclasses
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+
+from extractor.cli import extract as cli
+from extractor.errors import SelectionError
+from extractor.planning.selection import Selection, SelectionRequest, parse_bytes, parse_keep, select
+from tests.expert_store.hand_made import LAYERS, MODEL
+
+SHARD_BYTES, TRUNK_BYTES = 4168, 1000
+
+
+def chosen(fingerprint: str | None = None, **request: object) -> Selection:
+    return select(SelectionRequest(**request), MODEL, LAYERS, TRUNK_BYTES, fingerprint)  # type: ignore[arg-type]
+
+
+def first_experts(selection: Selection) -> list[int]:
+    return [experts[0] for experts in selection.columns]
+
+
+def write_plan(path: Path, columns: list[list[int]], **extra: object) -> Path:
+    document = {
+        "format": "deepfew-plan",
+        "version": 1,
+        "alignment": {"kind": "profile", "rounds": 3},
+        "num_layers": 2,
+        "num_experts": 4,
+        "deep_experts": [{"experts": experts, "score": 1.0} for experts in columns],
+        **extra,
+    }
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_everything_is_the_default() -> None:
+    selection = chosen()
+    assert selection.columns == ((0, 0), (1, 1), (2, 2), (3, 3))
+    assert (selection.alignment.kind, selection.alignment.statistics) == ("index", {})
+
+
+def test_experts_count_keep_and_budget_take_a_part() -> None:
+    assert first_experts(chosen(experts="2-3,0")) == [0, 2, 3]
+    assert first_experts(chosen(count=2)) == [0, 1]
+    assert first_experts(chosen(keep=0.25)) == [0]
+    assert first_experts(chosen(keep=0.6)) == [0, 1]
+    assert first_experts(chosen(budget_bytes=TRUNK_BYTES + 3 * SHARD_BYTES)) == [0, 1, 2]
+    assert first_experts(chosen(budget_bytes=TRUNK_BYTES + 3 * SHARD_BYTES - 1)) == [0, 1]
+
+
+def test_a_plan_gives_the_expert_of_every_layer_best_first(tmp_path: Path) -> None:
+    plan = write_plan(tmp_path / "plan.json", [[3, 1], [0, 2], [2, 0]])
+    assert chosen(plan=plan).columns == ((3, 1), (0, 2), (2, 0))
+    assert chosen(plan=plan, count=2).columns == ((3, 1), (0, 2))
+    assert chosen(plan=plan, keep=0.25).columns == ((3, 1),)
+    assert chosen(plan=plan).alignment.statistics == {"rounds": 3}
+
+
+def test_a_plan_for_another_model_is_refused(tmp_path: Path) -> None:
+    plan = write_plan(tmp_path / "plan.json", [[3, 1]], fingerprint="aa")
+    assert chosen(plan=plan, fingerprint="aa").columns == ((3, 1),)
+    with pytest.raises(SelectionError, match="was made for the checkpoint aa"):
+        chosen(plan=plan, fingerprint="bb")
+    plan = write_plan(tmp_path / "plan.json", [[3, 1]], num_experts=8)
+    with pytest.raises(SelectionError, match="2 layers of 8 experts, the checkpoint has 2 of 4"):
+        chosen(plan=plan)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"experts": "0-4"}, "expert 4 does not exist; this model has experts 0 to 3"),
+        ({"experts": "x"}, "no id or range"),
+        ({"count": 0}, "--count is 0, wanted 1 to 4"),
+        ({"count": 5}, "--count is 5, wanted 1 to 4"),
+        ({"keep": 0.2}, "keep at least 25%"),
+        ({"keep": 1.5}, "--keep is 1.5"),
+        ({"budget_bytes": TRUNK_BYTES + SHARD_BYTES - 1}, "which take 5168 bytes"),
+        ({"count": 1, "keep": 0.5}, "--count and --keep contradict"),
+        ({"experts": "0", "plan": "plan.json"}, "--plan and --experts contradict"),
+        ({"plan": "absent.json"}, "absent.json cannot be read"),
+    ],
+)
+def test_impossible_requests_say_what_is_possible(request_: dict[str, object], message: str) -> None:
+    with pytest.raises(SelectionError, match=message):
+        chosen(**request_)
+
+
+def test_no_option_asks_for_some_layers_only() -> None:
+    assert not [name for name in inspect.signature(cli.extract).parameters if "layer" in name]
+    assert not [field.name for field in dataclasses.fields(SelectionRequest) if "layer" in field.name]
+
+
+def test_shares_and_sizes_are_read_from_text() -> None:
+    assert parse_keep("25%") == parse_keep(" 0.25 ") == 0.25
+    assert parse_bytes("12GiB") == 12 * 2**30
+    assert parse_bytes("1.5 MB") == 1_500_000
+    assert parse_bytes("4096") == parse_bytes("4k") + 96 == 4096
+    for text in ("0%", "101%", "-1", "half", ""):
+        with pytest.raises(SelectionError, match="wanted a share"):
+            parse_keep(text)
+    for text in ("12Gib/s", "-1", "", "0", "GiB"):
+        with pytest.raises(SelectionError, match="is no size"):
+            parse_bytes(text)

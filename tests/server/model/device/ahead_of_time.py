@@ -1,0 +1,170 @@
+"""Compiles the captured step's kernels for GPUs that need not be there, and says which ones cannot be.
+
+Run as a program, since Triton decides at its import whether kernels are interpreted: arguments are the compute
+capability and names of shapes below. It prints a line for each step that it compiled. All tensors are on the meta
+device; what differs from a GPU's step is the driver alone, which only tells Triton for what to compile.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from expert_store.paging.pages import DevicePages, PagesShape
+from server.model.device.step.compiling import in_parallel
+from server.model.device.step.options import StepOptions
+from server.model.device.step.router_kind import RouterKind
+from server.model.device.step.state import RowState
+from server.model.device.step.step import DecodeStep
+from server.model.device.step.weights import DecodeShape, LayerWeights, MlpWeights, TrunkWeights
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape, its slots a layer, and the (batch, masked, resident_bias, policy) that it is compiled for."""
+
+    shape: DecodeShape
+    slots: int
+    steps: tuple[tuple[int, bool, float, str], ...]
+
+
+TINY = DecodeShape(
+    num_layers=2, hidden=64, num_heads=4, num_kv_heads=2, head_dim=32, vocab=96, num_experts=12, top_k=3,
+    intermediate=32, max_rows=8, max_tokens=64, dtype=torch.float32,
+)  # fmt: skip
+BUNDLED = DecodeShape(
+    num_layers=8, hidden=256, num_heads=4, num_kv_heads=2, head_dim=64, vocab=4096, num_experts=64, top_k=8,
+    intermediate=128, max_rows=32, max_tokens=512,
+)  # fmt: skip
+QWEN3 = DecodeShape(
+    num_layers=48, hidden=2048, num_heads=32, num_kv_heads=4, head_dim=128, vocab=151936, num_experts=128, top_k=8,
+    intermediate=768, max_rows=32, max_tokens=1024,
+)  # fmt: skip
+TRACED = replace(QWEN3, num_layers=26, num_experts=64, top_k=6, intermediate=1408)
+MIXTRAL = replace(QWEN3, num_kv_heads=8, num_experts=8, top_k=2, intermediate=1024, qk_norm="none", windows=(64,) * 48)
+GLM4 = replace(
+    QWEN3, num_layers=2, num_heads=96, num_kv_heads=8, hidden=4096, num_experts=160, intermediate=1408, rotary=64,
+    dense_layers=frozenset({0}), dense_intermediate=10944, shared_intermediate=1408,
+    router=RouterKind(
+        scores="sigmoid", eps=1e-20, selection_bias="e_score_correction_bias", groups=8, kept_groups=4, scale=2.5,
+        exact_logits=True, exact_weights=True,
+    ),
+)  # fmt: skip
+MINIMAX = replace(
+    GLM4, num_heads=48, hidden=3072, num_experts=256, intermediate=1536, qk_norm="row", dense_layers=frozenset(),
+    shared_intermediate=0, router=RouterKind(scores="sigmoid", selection_bias="bias", exact_weights=True),
+)  # fmt: skip
+QWEN2 = replace(
+    QWEN3, num_layers=2, num_heads=16, num_kv_heads=16, num_experts=60, top_k=4, intermediate=1408,
+    shared_intermediate=5632, qk_norm="none", router=RouterKind(renormalise=False),
+)  # fmt: skip
+
+_PLAIN, _ALL = (1, False, 0.0, "lru"), (1, True, 0.1, "lfu")
+CASES = {
+    "tiny": Case(TINY, 6, (_PLAIN, (2, True, 0.0, "lru"))),
+    "tiny, few slots": Case(TINY, 3, (_ALL, (5, True, 0.0, "lru"))),
+    "bundled": Case(BUNDLED, 16, ((1, True, 0.0, "lru"), (32, False, 0.0, "lru"))),
+    "half": Case(replace(BUNDLED, dtype=torch.float16), 8, ((4, True, 0.1, "lfu"),)),
+    "qwen3": Case(QWEN3, 32, (_PLAIN, (8, True, 0.1, "lfu"))),
+    "traced": Case(TRACED, 16, (_PLAIN,)),
+    "mixtral": Case(MIXTRAL, 4, (_PLAIN, (8, True, 0.0, "lru"))),
+    "glm4": Case(GLM4, 40, ((1, True, 0.1, "lru"), (8, False, 0.0, "lru"))),
+    "minimax": Case(MINIMAX, 40, (_PLAIN, (4, True, 0.0, "lru"))),
+    "qwen2": Case(QWEN2, 15, (_PLAIN, (2, False, 0.0, "lru"))),
+}
+
+
+class Ahead:
+    """What Triton asks of a driver to compile."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+def trunk(shape: DecodeShape) -> TrunkWeights:
+    """Weights without memory; two layers stand for all of a kind."""
+
+    def matrix(*size: int) -> Tensor:
+        return torch.empty(size, dtype=shape.dtype, device="meta")
+
+    def mlp(inner: int) -> MlpWeights:
+        switch = matrix(shape.hidden) if shape.qk_norm == "none" else None
+        return MlpWeights(matrix(2 * inner, shape.hidden), matrix(shape.hidden, inner), switch)
+
+    def layer(dense: bool) -> LayerWeights:
+        norms = shape.head_dim * (shape.num_heads if shape.qk_norm == "row" else 1)
+        inner = shape.dense_intermediate if dense else shape.shared_intermediate
+        bias = torch.empty(shape.num_experts, device="meta")
+        return LayerWeights(
+            matrix(shape.hidden), matrix(shape.qkv, shape.hidden), matrix(norms), matrix(norms),
+            matrix(shape.hidden, shape.num_heads * shape.head_dim), matrix(shape.hidden),
+            None if dense else matrix(shape.num_experts, shape.hidden),
+            qkv_bias=matrix(shape.qkv) if shape.qk_norm == "none" else None,
+            selection_bias=None if shape.router.selection_bias is None else bias,
+            mlp=mlp(inner) if inner else None,
+        )  # fmt: skip
+
+    kinds = {dense: layer(dense) for dense in (False, True)}
+    table = torch.empty(shape.max_tokens, shape.head_dim // 2, device="meta")
+    return TrunkWeights(
+        matrix(shape.vocab, shape.hidden), tuple(kinds[at in shape.dense_layers] for at in range(shape.num_layers)),
+        matrix(shape.hidden), matrix(shape.vocab, shape.hidden), table, table,
+    )  # fmt: skip
+
+
+def steps(case: Case, pdl: bool) -> Iterator[tuple[str, DecodeStep]]:
+    """The case's steps with what they are for."""
+    shape = case.shape
+    for batch, masked, bias, policy in case.steps:
+        size = PagesShape(
+            shape.num_moe_layers, shape.num_experts, shape.top_k, case.slots, shape.span_elements, shape.max_rows,
+            shape.dtype,
+        )  # fmt: skip
+        pages = DevicePages(size, None, device="meta", policy=policy)  # type: ignore[arg-type]
+        options = StepOptions(pdl=pdl and batch == 1, masked=masked, resident_bias=bias)
+        step = DecodeStep(shape, trunk(shape), pages, RowState(shape, "meta"), batch, options)
+        yield f"batch {batch}, masked {masked}, bias {bias}, {policy}", step
+
+
+def main(capability: int, names: list[str]) -> int:
+    """Compiles; returns how many steps could not be."""
+    ahead: Any = Ahead(capability)
+    driver.set_active(ahead)
+    failed = 0
+    for name in names:
+        for what, step in steps(CASES[name], pdl=capability >= 90):
+            try:
+                with in_parallel():
+                    step.compile()
+                print(f"compiled {name}: {what}", flush=True)
+            except Exception as error:
+                failed += 1
+                print(f"FAILED {name}: {what}: {type(error).__name__}: {str(error)[:500]}", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(1 if main(int(sys.argv[1]), sys.argv[2:] or list(CASES)) else 0)

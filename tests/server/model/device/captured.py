@@ -1,0 +1,132 @@
+"""A captured step over a tiny random model, and transformers' own forward of it in float64 to hold it to."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expert_store.paging.pages import DevicePages, PagesShape
+from router.gating import RouterCall, find_gating_rule
+from server.model.device.capture.pack import decode_shape, moe_blocks, pack_trunk
+from server.model.device.step.options import StepOptions, Tuning
+from server.model.device.step.state import RowState
+from server.model.device.step.step import DecodeStep
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter multiplies bf16 matrices as if they were integers, so the CPU checks the roundings in fp16.
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+# Few programs a kernel: the interpreter runs them one after the other.
+TUNING = Tuning(
+    qkv_rows=64, output_rows=32, head_rows=32, gate_rows=4, up_rows=8, down_rows=32, down_columns=32, gemm_rows=32,
+    gemm_columns=64, expert_rows=32, expert_columns=64, attention_splits=2,
+    attention_block=16 if DEVICE == "cuda" else 2, fetchers=2, copy_elements=256,
+)  # fmt: skip
+MAX_ROWS, MAX_TOKENS = 6, 64
+
+
+def spans_of(model: Any, dtype: torch.dtype) -> Tensor:
+    """[L, E, span] as the host tier holds them."""
+    layers = [
+        torch.cat([block.experts.gate_up_proj.flatten(1), block.experts.down_proj.flatten(1)], dim=1)
+        for _, block, _ in moe_blocks(model)
+    ]
+    return torch.stack(layers).detach().to(dtype).contiguous()
+
+
+def build(
+    model: Any, dtype: torch.dtype, *, batch: int, slots: int | None = None, policy: Any = "lru", **options: Any
+) -> DecodeStep:
+    """A step of the model in `dtype`, its experts in so many slots a layer (all), the first ones resident."""
+    other = copy.deepcopy(model).to(dtype).to(DEVICE)
+    intermediate = moe_blocks(model)[0][1].experts.down_proj.shape[-1]
+    shape = decode_shape(other, intermediate=intermediate, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS)
+    spans = spans_of(model, dtype)
+    if DEVICE == "cuda":
+        spans = spans.pin_memory()
+    slots = shape.num_experts if slots is None else slots
+    layers, experts = shape.num_moe_layers, shape.num_experts
+    pages_shape = PagesShape(layers, experts, shape.top_k, slots, spans.shape[-1], batch, dtype)
+    pages = DevicePages(pages_shape, spans, device=DEVICE, policy=policy)
+    pages.seed(torch.arange(slots).expand(layers, slots))
+    state = RowState(shape, DEVICE)
+    return DecodeStep(shape, pack_trunk(other, shape), pages, state, batch, StepOptions(tuning=TUNING, **options))
+
+
+def run(step: DecodeStep, tokens: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
+    """Logits [steps, B, V] in float64 of teacher-forced tokens [steps, B], and the picks [steps, L, B, K]."""
+    logits, picks = [], []
+    step.rows.copy_(torch.tensor(rows, dtype=torch.int32))
+    for now in tokens:
+        step.tokens.copy_(now)
+        step.logits.fill_(torch.nan)
+        step.launch()
+        logits.append(step.logits.clone())
+        picks.append(step.log_ids.clone())
+    return torch.stack(logits).cpu().double(), torch.stack(picks).cpu().long()
+
+
+class Reference:
+    """transformers' forward in float64, weights rounded to `dtype`.
+
+    Args:
+        hidden: (layer, expert) that are unavailable, by the family's gating rule, to every token.
+        temperature: divides the routers' logits.
+        picks: [steps, L, B, K] experts that replace the routers' choice, weighed as the router would have.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        dtype: torch.dtype = torch.float32,
+        *,
+        hidden: set[tuple[int, int]] = frozenset(),  # type: ignore[assignment]
+        temperature: float = 1.0,
+        picks: Tensor | None = None,
+    ) -> None:
+        self.model = copy.deepcopy(model).to(dtype).double()
+        self.model.set_experts_implementation("eager")
+        self.shortfall = 0.0
+        """How much less than the best choice the given picks scored at most, in softmax routers' logits."""
+        for layer, (_, _, router) in enumerate(moe_blocks(self.model)):
+            gone = [expert for where, expert in hidden if where == layer]
+            if gone or temperature != 1.0:
+                router.register_forward_hook(self._masked(gone, temperature), with_kwargs=True)
+            if picks is not None:
+                router.register_forward_hook(self._given(picks[:, layer]))
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[steps, B, V] of tokens [steps, B]."""
+        result: Tensor = self.model(tokens.T).logits.transpose(0, 1)
+        return result
+
+    def _masked(self, gone: list[int], temperature: float) -> Any:
+        def hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+            mask = torch.ones(output[0].shape, dtype=torch.bool)
+            mask[:, gone] = False
+            heat = torch.full((len(mask),), temperature) if temperature != 1.0 else None
+            call = RouterCall.of(module, args, kwargs, output)
+            return find_gating_rule(self.model.config.model_type, module).masked(call, mask, heat)
+
+        return hook
+
+    def _given(self, picks: Tensor) -> Any:
+        """Of a renormalised softmax router."""
+
+        def hook(module: Any, inputs: Any, output: Any) -> Any:
+            logits, _, best = output
+            ids = picks.transpose(0, 1).flatten(0, 1)  # [B * steps, K]
+            wanted, got = logits.gather(-1, best).amin(dim=-1), logits.gather(-1, ids).amin(dim=-1)
+            self.shortfall = max(self.shortfall, float((wanted - got).max()))
+            weights = logits.gather(-1, ids).softmax(-1)
+            return logits, weights, ids
+
+        return hook
+
+
+def distance(got: Tensor, wanted: Tensor) -> float:
+    """Relative, over everything."""
+    return float((got - wanted).norm() / wanted.norm())

@@ -1,0 +1,35 @@
+"""The captured step's kernels compile for an H100, and for an A100, with whatever Triton is installed and no GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+
+from tests.server.model.device.ahead_of_time import CASES
+
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+SMALL = ["tiny", "tiny, few slots", "bundled", "half", "mixtral"]
+LARGE = [name for name in CASES if name not in SMALL]
+
+
+@pytest.mark.skipif(not PTXAS.exists(), reason="this Triton brings no ptxas")
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "cases"), [(90, SMALL), (90, LARGE[:2]), (90, LARGE[2:]), (80, ["bundled"])])
+def test_every_kernel_of_the_step_compiles(
+    capability: int, cases: list[str], tmp_path: Path, repository: Path
+) -> None:  # fmt: skip
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.server.model.device.ahead_of_time", str(capability), *cases],
+        cwd=repository, env=environment, capture_output=True, text=True, timeout=380,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("compiled") == sum(len(CASES[case].steps) for case in cases)

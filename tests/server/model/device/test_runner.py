@@ -1,0 +1,233 @@
+"""The device-driven runner against the host-driven one, on a small store; on a GPU also on the bundled checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from expert_store.paging.pages import DevicePages
+from expert_store.store import Store
+from router.mask import ExpertMask
+
+pytest.importorskip("triton")
+
+from server.model.device.capture.refusal import NotCapturableError
+from server.model.device.running import warming
+from server.model.device.running.assembly import load_device_runner
+from server.model.device.running.runner import DeviceRunner
+from server.model.device.running.trial import try_out
+from server.model.device.step import graphs as device_graphs
+from server.model.device.step.options import Tuning
+from server.model.host.assembly import load_model
+from server.model.host.runner import Runner
+from server.model.seam.observation import observe_outputs
+
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+LAYERS, EXPERTS, TOP_K = 2, 8, 2  # of `small_store`
+# Few programs a kernel: the interpreter runs them one after the other.
+TUNING = Tuning(
+    qkv_rows=64, output_rows=32, head_rows=1024, gate_rows=8, up_rows=16, down_rows=32, down_columns=32,
+    attention_splits=1, fetchers=1, copy_elements=2048,
+)  # fmt: skip
+
+
+@pytest.fixture
+def runners(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[DeviceRunner, Runner]]]:
+    made: list[DeviceRunner | Runner] = []
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(device_graphs, "Tuning", lambda: TUNING)
+
+    def make(path: Path, num_slots: int, mask: ExpertMask | None = None) -> tuple[DeviceRunner, Runner]:
+        options = {"device": DEVICE, "dtype": torch.float32, "num_slots": num_slots, "mask": mask}
+        device = load_device_runner(Store.open(path), max_rows=2, max_tokens=384, trial=False, **options)
+        host = Runner(load_model(Store.open(path), **options), max_rows=2, max_tokens=384)
+        made.extend([device, host])
+        return device, host
+
+    yield make
+    for runner in made:
+        runner.close()
+
+
+def greedy(runner: DeviceRunner | Runner, prompt: list[int], num_tokens: int) -> list[int]:
+    row = runner.allocate()
+    tokens = [int(runner.prefill(row, prompt).logits[0].argmax())]
+    while len(tokens) < num_tokens:
+        tokens.append(int(runner.decode([row], [tokens[-1]]).logits[0].argmax()))
+    runner.free(row)
+    return tokens
+
+
+@pytest.mark.parametrize("num_slots", [TOP_K, 5, EXPERTS])
+def test_greedy_tokens_equal_the_host_driven_runner(small_store, runners, num_slots):
+    device, host = runners(small_store, num_slots)
+    prompt = list(range(40, 88))  # twelve picks an expert: streamed ahead of the routers' choice
+    assert greedy(device, prompt, 5) == greedy(host, prompt, 5)
+    assert greedy(device, [7, 8], 3) == greedy(host, [7, 8], 3)
+    pages: DevicePages = device.pages
+    pages.check_integrity(contents=True)
+
+
+def test_mixtral_is_captured_and_agrees(small_mixtral_store, runners):
+    device, host = runners(small_mixtral_store, 3)
+    assert try_out(device) < 1e-4
+    assert greedy(device, [40, 41, 42], 4) == greedy(host, [40, 41, 42], 4)
+
+
+def test_records_and_shares_equal_the_host_driven_ones_under_masks_and_temperatures(small_store, runners):
+    device, host = runners(small_store, 3)
+    allowed = np.ones((LAYERS, EXPERTS), dtype=bool)
+    allowed[:, [0, 3, 4]] = False
+    mask = ExpertMask.of(allowed)
+    outputs = []
+    for runner in (device, host):
+        rows = [runner.allocate(), runner.allocate()]
+        runner.prefill(rows[0], [5, 6, 7], mask=mask)
+        runner.prefill(rows[1], [9, 10])
+        outputs.append(runner.decode(rows, [11, 12], masks=[mask, None], temperatures=[1.0, 3.0]))
+    got, wanted = outputs
+    assert got.chosen.token.tolist() == wanted.logits.argmax(dim=-1).tolist()
+    assert got.chosen.logit == pytest.approx(wanted.logits.amax(dim=-1).cpu().numpy(), rel=1e-4)
+    assert got.chosen.normaliser == pytest.approx(wanted.logits.logsumexp(dim=-1).cpu().numpy(), rel=1e-4)
+    assert torch.allclose(got.logits, wanted.logits, rtol=1e-4, atol=1e-4)
+    assert (got.record.served_index == wanted.record.served_index).all()
+    assert got.record.served_weight == pytest.approx(wanted.record.served_weight, abs=1e-5)
+    assert (got.record.demand_index == wanted.record.demand_index).all()
+    assert got.record.missed_mass == pytest.approx(wanted.record.missed_mass, abs=1e-5)
+    assert got.share.missed == pytest.approx(wanted.share.missed, abs=1e-5)
+    assert got.share.demanded == pytest.approx(wanted.share.demanded, abs=1e-5)
+
+
+def test_rows_join_and_leave_without_another_capture(small_store, runners):
+    device, host = runners(small_store, 4)
+    first = {runner: runner.allocate() for runner in (device, host)}
+    second = {runner: runner.allocate() for runner in (device, host)}
+    for runner in (device, host):
+        runner.prefill(first[runner], [20, 21, 22])
+        runner.prefill(second[runner], [30, 31])
+    graphs = device.graphs.steps
+    both = [runner.decode([second[runner], first[runner]], [32, 23]).logits for runner in (device, host)]
+    assert torch.allclose(both[0], both[1], rtol=1e-4, atol=1e-4)
+    for runner in (device, host):
+        runner.free(first[runner])
+    alone = [runner.decode([second[runner]], [33]).logits for runner in (device, host)]
+    assert torch.allclose(alone[0], alone[1], rtol=1e-4, atol=1e-4)
+    assert device.graphs.steps == graphs
+    assert device.num_free_rows == 1
+    assert device.num_cached_tokens == 4
+
+
+@pytest.mark.parametrize("num_slots", [4, EXPERTS])
+def test_experts_that_come_into_use_are_served_from_the_next_step_on_and_leave_again(small_store, runners, num_slots):
+    first, all_experts = (ExpertMask.same_in_every_layer(range(n), LAYERS, EXPERTS) for n in (5, EXPERTS))
+    device, host = runners(small_store, num_slots, first)
+    rows = {runner: runner.allocate() for runner in (device, host)}
+    for runner in (device, host):
+        runner.prefill(rows[runner], [20, 21, 22])
+
+    def step(token: int) -> list[np.ndarray]:
+        outputs = [runner.decode([rows[runner]], [token]) for runner in (device, host)]
+        assert torch.allclose(outputs[0].logits, outputs[1].logits, rtol=1e-4, atol=1e-4)
+        return [output.record.served_index for output in outputs]
+
+    assert all(index.max() < 5 for index in step(23))
+    graphs = device.graphs.steps
+    for runner in (device, host):
+        runner.model.routing.set_mask(all_experts)
+        runner.adopt()
+    device._growth.wait()
+    served = [index for token in range(24, 30) for index in step(token)]
+    assert max(index.max() for index in served) >= 5, "no token chose a new expert: the test shows nothing"
+    for runner in (device, host):
+        runner.model.routing.set_mask(ExpertMask.same_in_every_layer((1, 6, 7), LAYERS, EXPERTS))
+        runner.adopt()
+    assert all(set(index.ravel().tolist()) <= {1, 6, 7} for index in step(30))
+    assert {key: graph for key, graph in device.graphs.steps.items() if key in graphs} == graphs
+    device.pages.check_integrity(contents=True)
+
+
+def test_experts_past_the_host_budget_stay_masked_and_the_log_says_so(small_store, caplog):
+    spans = 5 * LAYERS
+    span_bytes = Store.open(small_store).manifest.layers[0].span_bytes
+    runner = load_device_runner(
+        Store.open(small_store), device=DEVICE, dtype=torch.float32, max_rows=1, max_tokens=64, num_slots=4,
+        trial=False, mask=ExpertMask.same_in_every_layer(range(5), LAYERS, EXPERTS),
+        host_memory_bytes=(spans + 1) * span_bytes,
+    )  # fmt: skip
+    runner.model.routing.set_mask(ExpertMask.same_in_every_layer(range(EXPERTS), LAYERS, EXPERTS))
+    runner.adopt()
+    assert "stay masked" in caplog.text
+    assert runner.rows.table(runner.model.routing.mask, fetches=False).sum(axis=1).tolist() == [5] * LAYERS
+    runner.close()
+
+
+@pytest.mark.parametrize("prompt", [[7, 8, 9], list(range(40, 88))])
+def test_what_experts_put_out_is_seen_in_prompts_and_not_in_steps(small_store, runners, prompt):
+    device, host = runners(small_store, 3)
+    seen = []
+    for runner in (device, host):
+        runner.model.observer = observe_outputs(runner.model.model, LAYERS)
+        runner.model.observer.is_on = True
+        row = runner.allocate()
+        seen.append(runner.prefill(row, prompt).outputs)
+        stepped = runner.decode([row], [10]).outputs
+        assert (stepped is None) == (runner is device)
+    assert seen[0].norms == pytest.approx(seen[1].norms, rel=1e-4)
+    assert seen[0].changes == pytest.approx(seen[1].changes, abs=1e-5)
+
+
+def test_warming_up_leaves_rows_and_pages_as_they_were(small_store, runners, monkeypatch):
+    monkeypatch.setattr(warming, "LENGTHS", (1, 5))
+    device, host = runners(small_store, 3)
+    table, stats = device.pages.page_table.clone(), device.pages.stats.clone()
+    phases = []
+    warming.warm_up(device, lambda phase, share: phases.append((phase, share)))
+    assert phases == [("warming up", 0.0), ("warming up", 0.5)]
+    assert (device.num_free_rows, device.num_cached_tokens) == (2, 0)
+    assert torch.equal(device.pages.page_table, table)
+    assert torch.equal(device.pages.stats, stats)
+    assert greedy(device, [7, 8], 3) == greedy(host, [7, 8], 3)
+
+
+def test_a_step_without_masks_runs_in_a_graph_that_reads_them_rather_than_wait_for_another(small_store, runners):
+    first = ExpertMask.same_in_every_layer(range(5), LAYERS, EXPERTS)
+    device, host = runners(small_store, EXPERTS, first)
+    for runner in (device, host):
+        runner.model.routing.set_mask(ExpertMask.same_in_every_layer(range(EXPERTS), LAYERS, EXPERTS))
+        runner.adopt()
+    device._growth.wait()
+    captured = device.graphs.steps
+    assert {masked for _, masked in captured} == {True}
+    assert greedy(device, [7, 8], 4) == greedy(host, [7, 8], 4)
+    assert device.graphs.steps == captured
+
+
+def test_the_trial_finds_a_step_that_computes_something_else(small_store, runners):
+    device, _ = runners(small_store, EXPERTS)
+    assert try_out(device) < 1e-4
+    device.graphs.clear()
+    second = device.graphs._weights.layers[1]
+    object.__setattr__(second, "gate", second.gate.roll(1, dims=0).contiguous())
+    with pytest.raises(NotCapturableError, match="away from transformers"):
+        try_out(device)
+
+
+def test_host_memory_that_cannot_pin_everything_is_left_to_the_host_driven_path(small_store):
+    with pytest.raises(NotCapturableError, match="cannot pin all"):
+        load_device_runner(
+            Store.open(small_store), device=DEVICE, dtype=torch.float32, max_rows=1, max_tokens=64,
+            num_slots=4, host_memory_bytes=1000
+        )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_slots", [8, 16, 40, 64])
+def test_256_greedy_tokens_of_the_bundled_checkpoint_equal_the_host_driven_runner(tiny_store, runners, num_slots):
+    device, host = runners(tiny_store, num_slots)
+    prompt = device.model.tokenizer("Once upon a time")["input_ids"]
+    assert greedy(device, prompt, 256) == greedy(host, prompt, 256)
+    device.pages.check_integrity(contents=True)

@@ -1,0 +1,81 @@
+"""The device-driven runner of each captured family against the host-driven one: tokens, and records under masks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+pytest.importorskip("triton")
+
+from expert_store.store import Store
+from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.planning.selection import SelectionRequest
+from extractor.writing.prepare import prepare
+from router.mask import ExpertMask
+from server.model.device.running.assembly import load_device_runner
+from server.model.device.running.trial import try_out
+from server.model.device.step import graphs
+from server.model.host.assembly import load_model
+from server.model.host.runner import Runner
+from tests.server.model.device.captured import TUNING
+from tests.server.model.device.test_families import model_of
+
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+PROMPT, NUM_TOKENS = [40, 41, 42], 2
+
+
+def store_of(name: str, where: Path, repository: Path) -> Path:
+    """A store of the family's tiny random model, with the bundled checkpoint's tokenizer."""
+    model_of(name).save_pretrained(where / "checkpoint")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(repository / "models" / "tiny-moe" / file, where / "checkpoint")
+    prepare(Checkpoint.open(where / "checkpoint"), where / "store", SelectionRequest()).run()
+    return where / "store"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["olmoe", "qwen2_moe", "glm4_moe", "minimax_m2", "dots1", "hy_v3", "solar_open"])
+def test_a_captured_family_is_served_as_the_host_driven_path_serves_it(
+    name: str, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(graphs, "Tuning", lambda: TUNING)
+    path = store_of(name, tmp_path, repository)
+    device = load_device_runner(
+        Store.open(path), device=DEVICE, dtype=torch.float32, num_slots=4, max_rows=2, max_tokens=32, trial=False
+    )
+    host = Runner(
+        load_model(Store.open(path), device=DEVICE, dtype=torch.float32, num_slots=4), max_rows=2, max_tokens=32
+    )
+    assert try_out(device) < 1e-4
+    shape = device.pages.shape
+    allowed = np.ones((shape.num_layers, shape.num_experts), dtype=np.bool_)
+    allowed[:, [1, 4, 6]] = False
+    masks = [ExpertMask.of(allowed), None]
+    rows = {runner: [runner.allocate(), runner.allocate()] for runner in (device, host)}
+    for runner in (device, host):
+        for row, mask, prompt in zip(rows[runner], masks, (PROMPT, PROMPT[1:]), strict=True):
+            runner.prefill(row, prompt, mask=mask)
+    tokens = [50, 51]
+    for _ in range(NUM_TOKENS):
+        got, wanted = (runner.decode(rows[runner], tokens, masks=masks) for runner in (device, host))
+        assert torch.allclose(got.logits, wanted.logits, rtol=1e-3, atol=1e-4)
+        tokens = wanted.logits.argmax(dim=-1).tolist()
+        assert got.chosen is not None
+        assert got.chosen.token.tolist() == tokens
+        # Some routers give their picks in no order.
+        assert (np.sort(got.record.served_index) == np.sort(wanted.record.served_index)).all()
+        assert got.record.missed_mass == pytest.approx(wanted.record.missed_mass, abs=1e-5)
+        assert got.share.missed == pytest.approx(wanted.share.missed, abs=1e-5)
+        assert got.share.demanded == pytest.approx(wanted.share.demanded, abs=1e-5)
+    device.pages.check_integrity(contents=True)
+    for runner in (device, host):
+        runner.close()

@@ -1,0 +1,109 @@
+"""The decode step's kernels, in Triton's interpreter, against transformers in float64."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+pytest.importorskip("triton")
+
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from tests.server.model.device.captured import HALF, Reference, build, distance, run
+
+LAYERS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 2, 12, 3, 64, 32
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen3MoeForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=96, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, moe_intermediate_size=INTERMEDIATE, num_experts=EXPERTS, num_experts_per_tok=TOP_K,
+        norm_topk_prob=True, max_position_embeddings=128, initializer_range=0.2,
+    )  # fmt: skip
+    built = Qwen3MoeForCausalLM(config).eval()
+    for name, parameter in built.named_parameters():
+        if "norm" in name:
+            parameter.data = 1 + 0.2 * torch.randn_like(parameter)
+    return built
+
+
+@pytest.mark.parametrize(
+    ("batch", "slots"), [(1, TOP_K), (1, EXPERTS), (2, 6), pytest.param(5, TOP_K, marks=pytest.mark.slow)]
+)
+def test_step_agrees_with_float64_at_every_slot_count(model, batch, slots):
+    tokens = torch.randint(0, 96, (4, batch), generator=torch.Generator().manual_seed(batch))
+    step = build(model, torch.float32, batch=batch, slots=slots)
+    got, _ = run(step, tokens, [(2 * b + 1) % 6 for b in range(batch)] if batch < 4 else [4, 0, 3, 1, 5])
+    assert distance(got, Reference(model).logits(tokens)) < 1e-5
+    step.pages.check_integrity(contents=True)
+
+
+def test_results_do_not_depend_on_what_was_resident(model):
+    tokens = torch.randint(0, 96, (3, 1), generator=torch.Generator().manual_seed(7))
+    results = [run(build(model, HALF, batch=1, slots=slots), tokens, [0])[0] for slots in (TOP_K, EXPERTS)]
+    assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_half_precision_step_agrees_with_float64_within_its_rounding(model, batch):
+    """Where two experts nearly tie, half precision may take the other one, as transformers' own does; so the float64
+    model is given the step's picks, and those must be best but for rounding."""
+    tokens = torch.randint(0, 96, (4, batch), generator=torch.Generator().manual_seed(3))
+    got, picks = run(build(model, HALF, batch=batch, slots=6), tokens, list(range(batch)))
+    exact = Reference(model, HALF, picks=picks)
+    assert distance(got, exact.logits(tokens)) < 4 * torch.finfo(HALF).eps
+    assert exact.shortfall < 16 * torch.finfo(HALF).eps
+
+
+@pytest.mark.slow
+def test_masked_rows_equal_a_pruned_model_and_others_are_untouched(model):
+    tokens = torch.randint(0, 96, (4, 2), generator=torch.Generator().manual_seed(11))
+    hidden = {(0, 1), (0, 5), (0, 7), (1, 0), (1, 2), (1, 11)}
+    step = build(model, torch.float32, batch=2, slots=5, masked=True)
+    for layer, expert in hidden:
+        step.state.masks[3, layer, expert] = 0
+    got, _ = run(step, tokens, [3, 2])
+    assert distance(got[:, 0], Reference(model, hidden=hidden).logits(tokens[:, :1])[:, 0]) < 1e-5
+    assert distance(got[:, 1], Reference(model).logits(tokens[:, 1:])[:, 0]) < 1e-5
+    served = {(layer, int(e)) for layer in range(LAYERS) for e in step.log_ids[layer, 0]}
+    assert not served & hidden
+
+
+def test_fewer_available_than_top_k_leaves_sentinels_and_no_phantom_fetch(model):
+    step = build(model, torch.float32, batch=1, slots=TOP_K, masked=True)
+    step.state.masks[0] = 0
+    step.state.masks[0, :, 10] = 1
+    run(step, torch.tensor([[5], [6]]), [0])
+    assert step.log_ids[:, 0].tolist() == [[10, EXPERTS, EXPERTS]] * LAYERS
+    assert step.log_weights[:, 0].tolist() == [[1.0, 0.0, 0.0]] * LAYERS
+    assert step.pages.stats[:, 1].tolist() == [1, 1]
+
+
+def test_entries_without_a_row_change_nothing(model):
+    tokens = torch.randint(0, 96, (4, 1), generator=torch.Generator().manual_seed(5))
+    alone = build(model, torch.float32, batch=2, slots=6)
+    got, _ = run(alone, tokens.expand(4, 2), [-1, 4])
+    assert distance(got[:, 1:], Reference(model).logits(tokens)) < 1e-5
+    assert alone.state.lengths.tolist() == [0, 0, 0, 0, 4, 0]
+    assert alone.pages.stats[0, :2].sum() == 4 * TOP_K
+
+
+@pytest.mark.slow
+def test_greedy_tokens_follow_on_the_device(model):
+    step = build(model, torch.float32, batch=2, slots=6, greedy=True)
+    step.rows.copy_(torch.tensor([0, 1], dtype=torch.int32))
+    step.tokens.copy_(torch.tensor([3, 50]))
+    history = [step.tokens.clone()]
+    for _ in range(4):
+        step.launch()
+        history.append(step.tokens.clone())
+    tokens = torch.stack(history).long().cpu()
+    wanted = Reference(model).logits(tokens[:-1]).argmax(-1)
+    assert torch.equal(tokens[1:], wanted)

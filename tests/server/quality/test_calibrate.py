@@ -1,0 +1,236 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import server.quality.calibrate as module
+from extractor.statistics.statistics import TOTALS, ExpertStatistics, StatisticsError
+from router.mask import ExpertMask
+from server.model.host.assembly import SelectiveModel
+from server.quality.calibrate import CalibrateOptions, calibrate, with_wrong_experts
+from server.quality.collect import observe, weight_flatness
+from server.quality.run import batches, losses, run_batch
+from server.quality.texts import Domain, TextsError, documents, find_domains, sequence_key, sequences
+
+OPTIONS = CalibrateOptions(context=48, max_tokens=144, price_tokens=48, with_weights=False)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[Domain]:
+    stories = "Once upon a time there was a little boy named Jack. He lived in the meadow with his mother. " * 6
+    (tmp_path / "stories.txt").write_text(stories + "\n<|endoftext|>\n" + stories[::-1])
+    (tmp_path / "facts.jsonl").write_text('{"text": "The capital of France is Paris. 3 + 4 = 7. "}\n' * 20)
+    return find_domains([str(tmp_path / "stories.txt"), f"trivia={tmp_path / 'facts.jsonl'}"])
+
+
+def test_observing_changes_nothing_and_is_undone(selective: Callable[..., SelectiveModel]) -> None:
+    model = selective(num_slots=9)
+    tokens = [list(range(100, 130))]
+    plain = run_batch(model, tokens).logits
+    with observe(model) as outputs:
+        observed = run_batch(model, tokens).logits
+        norms, changes = outputs.take()
+    assert torch.allclose(plain, observed, atol=1e-5)
+    assert norms.shape == (8, 30, 8)
+    assert changes.shape == (8, 30)
+    assert (norms > 0).all()
+    assert torch.equal(run_batch(model, tokens).logits, plain)
+
+
+def test_output_norms_are_those_of_stock_experts(
+    selective: Callable[..., SelectiveModel], stock: PreTrainedModel
+) -> None:
+    model = selective()
+    tokens = list(range(200, 212))
+    seen: list[torch.Tensor] = []
+    experts = stock.model.layers[0].mlp.experts
+    hook = experts.register_forward_pre_hook(lambda _, arguments: seen.extend(arguments))
+    with torch.inference_mode():
+        stock(input_ids=torch.tensor([tokens]))
+    hook.remove()
+    hidden, index = seen[0].clone(), seen[1].clone()
+    gate, up = torch.einsum("th,tkih->tki", hidden, experts.gate_up_proj[index]).chunk(2, dim=-1)
+    wanted = torch.einsum("tki,tkhi->tkh", experts.act_fn(gate) * up, experts.down_proj[index]).norm(dim=-1)
+    with observe(model) as outputs:
+        output = run_batch(model, [tokens])
+        norms, _ = outputs.take()
+    assert np.array_equal(output.record.served_index[0], index.numpy())
+    assert np.allclose(norms[0], wanted.detach().numpy(), rtol=1e-3, atol=1e-5)
+
+
+def test_sequences_in_a_batch_are_those_alone(selective: Callable[..., SelectiveModel]) -> None:
+    model = selective()
+    rng = np.random.default_rng(0)
+    several = [[int(token) for token in rng.integers(5, 8000, size=length)] for length in (40, 40, 33)]
+    assert [len(batch) for batch in batches(model, several)] == [2, 1]
+    together = run_batch(model, several[:2])
+    for at in range(2):
+        alone = run_batch(model, [several[at]])
+        assert torch.allclose(together.logits[at], alone.logits[0], atol=1e-4)
+        assert np.array_equal(together.record_of(at).served_index, alone.record.served_index)
+    values = losses(together.logits, several[:2])
+    wanted = torch.nn.functional.cross_entropy(together.logits[0, :-1], torch.tensor(several[0][1:]))
+    assert values.shape == (2, 39)
+    assert values[0].mean() == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_statistics_add_up(selective: Callable[..., SelectiveModel], texts: list[Domain]) -> None:
+    statistics = calibrate(selective(num_slots=10), texts, OPTIONS)
+    assert statistics.domains == ["stories", "trivia"]
+    tokens = statistics.num_tokens[:, None]
+    assert np.array_equal(statistics.totals["picks"].sum(axis=2), np.tile(tokens * 8, (1, 8)))
+    assert np.allclose(statistics.totals["demand_mass"].sum(axis=2), np.tile(tokens, (1, 8)))
+    assert (statistics.totals["missing"] == 0).all()
+    assert (statistics.totals["gate_output_norm"] <= statistics.totals["output_norm"] + 1e-9).all()
+    assert np.allclose(statistics.coactivation.sum(axis=(1, 2)), statistics.num_tokens.sum() * 64)
+    assert len(statistics.tokens) == statistics.num_tokens.sum()
+    assert {point.domain for point in statistics.price} == {"stories", "trivia"}
+    assert all(point.deficit > 0 for point in statistics.price)
+    largest_own = max(point.deficit for point in statistics.price if point.kept_share > 0.125)
+    assert max(point.deficit for point in statistics.price) > 1.5 * largest_own, "wrong experts miss more"
+
+
+def interrupted_at_second(calls: list[int]) -> Callable[..., object]:
+    """`run_batch` that is interrupted when it is called for the second time; every call is noted in `calls`."""
+
+    def interrupted(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run_batch(*arguments)  # type: ignore[arg-type]
+
+    return interrupted
+
+
+def assert_same(one: ExpertStatistics, other: ExpertStatistics) -> None:
+    for name in TOTALS:
+        assert np.allclose(one.totals[name], other.totals[name]), name
+    assert np.array_equal(one.tokens.keys, other.tokens.keys)
+    assert np.array_equal(one.num_tokens, other.num_tokens)
+
+
+def test_an_interrupted_calibration_continues_and_ends_the_same(
+    selective: Callable[..., SelectiveModel], texts: list[Domain], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = selective()
+    options = CalibrateOptions(context=48, max_tokens=144, price_tokens=0, with_weights=False)
+    whole = calibrate(model, texts, options)
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    calls: list[int] = []
+    interrupted = interrupted_at_second(calls)
+    monkeypatch.setattr(module, "run_batch", interrupted)
+    folder = tmp_path / "resume"
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, texts, options, folder)
+    assert (folder / "resume.json").exists()
+    assert_same(calibrate(model, texts, options, folder), whole)
+    assert len(calls) < 2 + 2 * 2, "what was done must not run again"
+    assert not folder.exists()
+
+
+def test_an_interrupted_calibration_of_texts_that_changed_since_begins_anew(
+    selective: Callable[..., SelectiveModel], texts: list[Domain], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts of the same length, so that their size does not tell."""
+    model = selective()
+    options = CalibrateOptions(context=48, max_tokens=144, price_tokens=0, with_weights=False)
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    calls: list[int] = []
+    interrupted = interrupted_at_second(calls)
+    folder = tmp_path / "resume"
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "run_batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, texts, options, folder)
+    assert (folder / "resume.json").exists()
+    (changed,) = texts[0].files
+    changed.write_text(changed.read_text().swapcase())
+    assert_same(calibrate(model, texts, options, folder), calibrate(model, texts, options))
+
+
+def test_weight_flatness_is_that_of_the_checkpoint(
+    selective: Callable[..., SelectiveModel], stock: PreTrainedModel
+) -> None:
+    experts = stock.model.layers[3].mlp.experts
+    weights = torch.cat([experts.gate_up_proj[5].flatten(), experts.down_proj[5].flatten()]).detach()
+    wanted = float(weights.abs().mean() / weights.square().mean().sqrt())
+    assert weight_flatness(selective().store)[3, 5] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_documents_are_split_and_halved(tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_text("one\n<|endoftext|>\ntwo\nlines\n<|endoftext|>\n\n<|endoftext|>\nthree")
+    (domain,) = find_domains([str(path)])
+    assert list(documents(domain)) == ["one", "two\nlines", "three"]
+    assert list(documents(domain, "even")) == ["one", "three"]
+    assert list(documents(domain, "odd")) == ["two\nlines"]
+
+
+def test_documents_are_packed_with_a_separator_and_short_ends_dropped() -> None:
+    found = list(sequences(["abc", "de"], lambda text: [ord(letter) for letter in text] * 10, 0, 40))
+    assert found[0][:4] == [0, 97, 98, 99]
+    assert [len(tokens) for tokens in found] == [40]
+    assert sequence_key(found[0]) != sequence_key(found[0][::-1])
+
+
+def test_a_long_document_is_cut_into_several_and_nothing_of_it_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.quality.texts.MAX_DOCUMENT_CHARS", 10)
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"text": "abcdefghij" * 2 + "klm"}) + "\n" + json.dumps({"text": "short"}))
+    assert list(documents(find_domains([str(path)])[0])) == ["abcdefghij", "abcdefghij", "klm", "short"]
+
+
+def test_a_folder_is_a_domain_and_mistakes_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "code"
+    folder.mkdir()
+    for name in ("b.txt", "a.txt", ".hidden"):
+        (folder / name).write_text(name)
+    (domain,) = find_domains([str(folder)])
+    assert domain.name == "code"
+    assert list(documents(domain)) == ["a.txt", "b.txt"]
+    with pytest.raises(TextsError, match="no text is there"):
+        find_domains([str(tmp_path / "missing")])
+    with pytest.raises(TextsError, match="has no name; write NAME="):
+        find_domains([f"={folder}"])
+    with pytest.raises(TextsError, match="two texts are called 'code'"):
+        find_domains([str(folder), f"code={folder}"])
+    (folder / "bad.jsonl").write_text('{"words": 1}\n')
+    with pytest.raises(TextsError, match='line 1: wanted a JSON object with the key "text"'):
+        list(documents(find_domains([str(folder / "bad.jsonl")])[0]))
+    (folder / "deep.jsonl").write_text("[" * 100_000)
+    with pytest.raises(TextsError, match="line 1: wanted a JSON object"):
+        list(documents(find_domains([str(folder / "deep.jsonl")])[0]))
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(TextsError, match="is not UTF-8"):
+        list(documents(find_domains([str(folder / "latin.txt")])[0]))
+
+
+def test_a_domain_of_a_few_words_is_told(selective: Callable[..., SelectiveModel], tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("hi")
+    with pytest.raises(TextsError, match="domain short has fewer than 32 tokens"):
+        calibrate(selective(), find_domains([str(tmp_path / "short.txt")]), CalibrateOptions())
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"work": 1', "{}"])
+def test_a_damaged_note_of_what_was_done_is_told(
+    selective: Callable[..., SelectiveModel], texts: list[Domain], tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "resume.json").write_text(content)
+    with pytest.raises(StatisticsError, match=r"cannot be continued .* delete it to start anew"):
+        calibrate(selective(), texts, CalibrateOptions(), tmp_path)
+
+
+def test_wrong_experts_take_the_places_of_right_ones_in_every_layer() -> None:
+    right = ExpertMask.of(np.tile(np.arange(16) < 4, (2, 1)))
+    for share, kept in ((0.01, 3), (0.5, 2), (1.0, 0)):
+        wrong = with_wrong_experts(right, share)
+        assert wrong.allowed.sum(axis=1).tolist() == [4, 4]
+        assert (wrong.allowed & right.allowed).sum(axis=1).tolist() == [kept, kept]
+    most = ExpertMask.of(np.tile(np.arange(16) < 15, (2, 1)))
+    assert with_wrong_experts(most, 1.0).allowed.sum(axis=1).tolist() == [15, 15], "there is one other expert"
