@@ -4,7 +4,8 @@ What is measured, in words:
 - *resident*: one decode step with every expert in a slot, KV memory 1,024 tokens deep, as a captured graph; its
   *floor* is the bytes that the step must read (trunk, and the distinct experts that the batch chose) over the read
   rate.
-- *split*: the step without one stage, subtracted from the whole: what that stage adds.
+- *split*: the step without one stage, subtracted from the whole: what that stage adds. Each row has a mask that leaves
+  its experts alone, so that all variants choose the same.
 - *paging*: the mean step over the trace's second part while a trace's recorded or synthetic choices replace the
   router's; *missed* are the bytes of experts that were in no slot; its *limit* is 1.2 times the larger of the
   resident step and missed bytes over the copy rate.
@@ -28,7 +29,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -38,21 +39,20 @@ import torch
 from benchmarks.gpu import paging as gpu_paging
 from benchmarks.gpu import paths as gpu_paths
 from benchmarks.gpu import timing as gpu_timing
+from benchmarks.gpu.steps import CONTEXT, STAGES, Replay, random_trunk
 from benchmarks.reporting import environment, finish, table
 from expert_store.paging.pages import DevicePages, PagesShape, Policy
-from server.model.device.step.compiling import in_parallel
-from server.model.device.step.graph import StepGraph
-from server.model.device.step.options import StepOptions
+from server.model.device.step.graphs import in_parallel
 from server.model.device.step.state import RowState
-from server.model.device.step.step import STAGES, DecodeStep
-from server.model.device.step.weights import DecodeShape, TrunkWeights, random_trunk
+from server.model.device.step.step import DecodeStep
+from server.model.device.step.tuning import StepOptions
+from server.model.device.step.weights import DecodeShape, TrunkWeights
 
 QWEN = DecodeShape(
     num_layers=48, hidden=2048, num_heads=32, num_kv_heads=4, head_dim=128, vocab=151936, num_experts=128, top_k=8,
     intermediate=768, max_rows=32, max_tokens=4096,
 )  # fmt: skip
 TRACED = replace(QWEN, num_layers=26, num_experts=64, top_k=6, intermediate=1408)
-CONTEXT = 1024
 DEVICE = "cuda:0"
 SYNTHETIC = ((0.6, 0.3), (1.0, 0.5))
 SHARES = (0.125, 0.25, 0.5)
@@ -97,14 +97,13 @@ class Bench:
         rows = []
         with in_parallel():
             for batch in BATCHES:
-                options = StepOptions(greedy=True, pdl=batch == 1)
-                DecodeStep(QWEN, trunk, pages, state, batch, options).compile()
+                DecodeStep(QWEN, trunk, pages, state, batch, StepOptions(pdl=batch == 1)).compile()
         for batch in BATCHES:
             rows.append(self._resident_step(QWEN, trunk, pages, state, batch))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         self.result["split"] = self._split(trunk, pages, state)
         self.result["variants"] = {
-            "without dependent launch": self._time(QWEN, trunk, pages, state, 1, StepOptions(greedy=True)),
+            "without dependent launch": self._time(QWEN, trunk, pages, state, 1, StepOptions()),
             **{
                 f"{splits} attention splits": self._time(
                     QWEN, trunk, pages, state, 1, self._tuned(attention_splits=splits)
@@ -126,10 +125,10 @@ class Bench:
         self, shape: DecodeShape, trunk: TrunkWeights, pages: DevicePages, state: RowState, batch: int
     ) -> dict[str, Any]:
         began = time.perf_counter()
-        step, replay = self._graph(shape, trunk, pages, state, batch, StepOptions(greedy=True, pdl=batch == 1))
+        replay = Replay(shape, trunk, pages, state, batch, StepOptions(pdl=batch == 1))
         build_seconds = time.perf_counter() - began
         step_ms = gpu_timing.median_ms(replay)
-        ids = step.log_ids.cpu()
+        ids = replay.step.log_ids.cpu()
         distinct = sum(len(set(layer.flatten().tolist())) for layer in ids) / shape.num_layers
         floor_bytes = shape.trunk_bytes + shape.num_layers * distinct * shape.span_elements * 2
         floor_ms = floor_bytes / self.read_rate * 1e3
@@ -145,17 +144,16 @@ class Bench:
     def _split(self, trunk: TrunkWeights, pages: DevicePages, state: RowState) -> dict[str, dict[str, float]]:
         split = {}
         for batch in (1, 8):
-            pdl = batch == 1
-            # One choice for every variant: without a stage the rows would converge and choose fewer experts.
+            # Without a stage the rows would converge and choose fewer experts.
             trace = gpu_paging.synthetic(batch, QWEN.num_layers, QWEN.num_experts, QWEN.top_k, 0.0, 0.0, seed=2)
-            forced = torch.from_numpy(trace.transpose(1, 0, 2)[None].copy()).to(DEVICE)
-            whole = self._time(QWEN, trunk, pages, state, batch, StepOptions(greedy=True, pdl=pdl, forced=forced))
+            state.masks[:batch] = 0
+            state.masks[:batch].scatter_(2, torch.from_numpy(trace).long().to(DEVICE), 1)
+            options = StepOptions(pdl=batch == 1, masked=True)
+            whole = self._time(QWEN, trunk, pages, state, batch, options)
             parts = {}
             for stage in STAGES:
-                if batch == 1 and stage == "combine":
-                    continue
-                options = StepOptions(greedy=True, pdl=pdl, forced=forced, skip=frozenset([stage]))
-                parts[stage] = whole - self._time(QWEN, trunk, pages, state, batch, options)
+                if batch > 1 or stage != "combine":
+                    parts[stage] = whole - self._time(QWEN, trunk, pages, state, batch, options, without=[stage])
             split[f"batch {batch}"] = {"whole": whole, **parts}
         return split
 
@@ -198,7 +196,7 @@ class Bench:
             trace = gpu_paging.synthetic(144, QWEN.num_layers, QWEN.num_experts, QWEN.top_k, skew, stickiness, seed=1)
             for changed in variants:
                 name = f"{changed}, zipf {skew}"
-                options = StepOptions(greedy=True) if "pdl" in changed else self._tuned(**changed)
+                options = StepOptions() if "pdl" in changed else self._tuned(**changed)
                 rows.append(self._paging(QWEN, trunk, state, trace, share, resident_ms, name, 64, options))
         return rows
 
@@ -229,10 +227,8 @@ class Bench:
         """
         order = gpu_paging.most_used(trace[: len(trace) // 2], num_slots, TRACED.num_experts) if pinned else None
         pages = self._pages(TRACED, num_slots, policy, pinned, order)
-        options = StepOptions(forced=self._forced(trace), skip=frozenset(STAGES) - {"embed", "route"})
-        _, replay = self._graph(TRACED, trunk, pages, state, 1, options)
-        pages.step.fill_(-1)
-        pages.last_use.fill_(-1)
+        without = set(STAGES) - {"embed", "route"}
+        replay = Replay(TRACED, trunk, pages, state, 1, StepOptions(), trace=trace, without=without)
         for step in range(len(trace)):
             if step == len(trace) // 2:
                 pages.stats.zero_()
@@ -245,7 +241,7 @@ class Bench:
     ) -> dict[str, Any]:  # fmt: skip
         num_slots = int(share * shape.num_experts)
         pages = self._pages(shape, num_slots)
-        options = replace(options or StepOptions(greedy=True, pdl=True), forced=self._forced(trace))
+        options = replace(options or StepOptions(pdl=True), forced=self._forced(trace))
         _, replay = self._graph(shape, trunk, pages, state, 1, options)
         pages.step.fill_(-1)
         for _ in range(warmup):
@@ -301,41 +297,15 @@ class Bench:
         pages.adopt(torch.from_numpy(np.ascontiguousarray(first)))
         return pages
 
-    def _forced(self, trace: gpu_paging.Trace) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(trace[:, :, None, :])).to(DEVICE)
-
     def _tuned(self, **sizes: Any) -> StepOptions:
-        base = StepOptions(greedy=True, pdl=True)
+        base = StepOptions(pdl=True)
         return replace(base, tuning=replace(base.tuning, **sizes))
 
-    def _graph(
-        self,
-        shape: DecodeShape,
-        trunk: TrunkWeights,
-        pages: DevicePages,
-        state: RowState,
-        batch: int,
-        options: StepOptions,
-    ) -> tuple[DecodeStep, Callable[[], None]]:
-        step = DecodeStep(shape, trunk, pages, state, batch, options)
-        graph = StepGraph(step)
-        graph.capture()
-        step.rows.copy_(torch.arange(batch, dtype=torch.int32))
-        step.tokens.copy_(torch.arange(batch, dtype=torch.int32) * 37 + 5)
-        state.lengths.fill_(CONTEXT)
-        return step, graph.replay
-
     def _time(
-        self,
-        shape: DecodeShape,
-        trunk: TrunkWeights,
-        pages: DevicePages,
-        state: RowState,
-        batch: int,
-        options: StepOptions,
-    ) -> float:
-        _, replay = self._graph(shape, trunk, pages, state, batch, options)
-        return gpu_timing.median_ms(replay)
+        self, shape: DecodeShape, trunk: TrunkWeights, pages: DevicePages, state: RowState, batch: int,
+        options: StepOptions, without: Collection[str] = (),
+    ) -> float:  # fmt: skip
+        return gpu_timing.median_ms(Replay(shape, trunk, pages, state, batch, options, without=without))
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from router.mask import ExpertMask
 from server.masks.profiles import FixedMasking
 from server.model.device.step import graphs as device_graphs
-from server.model.device.step.options import Tuning
+from server.model.device.step.tuning import Tuning
 from server.serving.loading import load
 from server.serving.service import LoadedModel
 from server.settings.load import load_settings

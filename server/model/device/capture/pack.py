@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from server.model.device.capture.known_code import check_code
 from server.model.device.capture.pack_attention import check_attention, qk_norm, rotary_elements
 from server.model.device.capture.refusal import NotCapturableError, need
-from server.model.device.step.options import divisor
 from server.model.device.step.router_kind import RouterKind, RouterRefusedError, router_kind, selection_bias
+from server.model.device.step.tuning import divisor
 from server.model.device.step.weights import DecodeShape, LayerWeights, MlpWeights, TrunkWeights, rotary_tables
 from server.model.seam.attention_mask import layer_windows
 

@@ -22,17 +22,15 @@ from server.model.device.kernels.trunk import normalise
 ABSENT = tl.constexpr(2)
 
 
-@triton.jit(do_not_specialize=["layer", "num_forced"])
+@triton.jit(do_not_specialize=["layer"])
 def route(
-    x, norm, gate, gate_bias, selection_bias, normed, logits, arrived, rows, masks, temperatures, forced, bias_range,
+    x, norm, gate, gate_bias, selection_bias, normed, logits, arrived, rows, masks, temperatures, bias_range,
     log_ids, log_weights, log_demand, log_mass, layer, step_at,
     page_table, slot_owner, last_use, use_count, pinned, host_offset, pool_offset, stats,
     header, target, source, count, pairs, pair_target, pair_source, weights, scratch, span, eps, resident_bias,
-    num_forced,
     B: tl.constexpr, K: tl.constexpr, E: tl.constexpr, S: tl.constexpr, H: tl.constexpr, L: tl.constexpr,
     BP: tl.constexpr, KP: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr, HP: tl.constexpr, PAIRS: tl.constexpr,
     STRIDE: tl.constexpr, BE: tl.constexpr, POLICY: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr,
-    FORCED: tl.constexpr,
     BIASED: tl.constexpr, SIGMOID: tl.constexpr, RENORMALISE: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr,
     GROUPS: tl.constexpr, GP: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr,
     GATE_BIAS: tl.constexpr, SELECTION_BIAS: tl.constexpr, EXACT_LOGITS: tl.constexpr, EXACT_SCORES: tl.constexpr,
@@ -42,9 +40,9 @@ def route(
     B, K].
 
     masks [rows, L, E] int8 (0: hidden, 1: available, ABSENT: chosen and logged as if it were there, then left out of
-    plan and experts) and temperatures [rows] fp32, which divide the logits, are a row's own (MASKED); forced
-    [num_forced, L, B, K] int32 replaces the choice (FORCED, for replayed traces), bias_range [L] fp32 is the running
-    range of what the choice is made by, logits or scores (BIASED; mutated). gate_bias and selection_bias [E] fp32.
+    plan and experts) and temperatures [rows] fp32, which divide the logits, are a row's own (MASKED); bias_range [L]
+    fp32 is the running range of what the choice is made by, logits or scores (BIASED; mutated). gate_bias and
+    selection_bias [E] fp32.
     NARROW: the choice is made by values that bf16 holds. Grid (E / BE, B); the last program plans.
     """
     if PDL:
@@ -116,28 +114,12 @@ def route(
             spread = tl.where(before > 0.0, 0.9 * before + 0.1 * spread, spread)
             tl.store(bias_range + layer, spread)
             choice = choice + tl.where(slot >= 0, resident_bias * spread, 0.0)[None, :]
-        if FORCED:
-            chosen = tl.zeros([BP, EP], tl.int32) > 0
-            order = tl.zeros([BP, EP], tl.int32)
-            ids = tl.load(
-                forced + ((step % num_forced).to(tl.int64) * L + layer) * B * K + batches[:, None] * K + picks[None, :],
-                mask=log_mask, other=-1,
-            )  # fmt: skip
-            values = tl.full([BP, KP], -float("inf"), tl.float32)
-            for k in tl.static_range(K):
-                expert = tl.max(tl.where((picks == k)[None, :], ids, -1), axis=1)
-                here = (experts[None, :] == expert[:, None]) & known
-                chosen = chosen | here
-                order = tl.where(here, k, order)
-                value = tl.max(tl.where(here, score, -float("inf")), axis=1)
-                values = tl.where((picks == k)[None, :], value[:, None], values)
-        else:
-            eligible = allowed
-            if GROUPS > 1:
-                eligible = within_groups(choice, allowed, K, E, BP, EP, GROUPS, GP, KEPT, BEST)
-            chosen, order, ids, values = top_k(
-                choice, score, eligible, K, KP, BP, EP, SAME and not BIASED, NARROW and not BIASED
-            )  # fmt: skip
+        eligible = allowed
+        if GROUPS > 1:
+            eligible = within_groups(choice, allowed, K, E, BP, EP, GROUPS, GP, KEPT, BEST)
+        chosen, order, ids, values = top_k(
+            choice, score, eligible, K, KP, BP, EP, SAME and not BIASED, NARROW and not BIASED
+        )  # fmt: skip
         weight = weights_of(values, score, allowed, SIGMOID, RENORMALISE, EPS, SCALE, weights_dtype)
         pick_at = batches[:, None] * K + picks[None, :]
         tl.store(log_ids + log_at, tl.where(ids < 0, E, ids), mask=log_mask)

@@ -183,11 +183,11 @@ def gated_gemm(
 
 @triton.jit
 def finish(
-    logits, rows, tokens, lengths, part_best, part_sum, part_token, arrived, best_token, best_logit, normaliser, V,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr, GREEDY: tl.constexpr, PDL: tl.constexpr,
+    logits, rows, lengths, part_best, part_sum, part_token, arrived, best_token, best_logit, normaliser, V,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """lengths[rows[b]] += 1; best_token[b] = argmax(logits[b]), the lowest id of equals, with its logit, and
-    normaliser[b] = logsumexp(logits[b]); with GREEDY also tokens[b], so that the next step goes on from it.
+    normaliser[b] = logsumexp(logits[b]).
 
     Grid (PARTS, B), PARTS * BLOCK >= V: each program takes a part of the vocabulary, the last one of a row joins them.
     """
@@ -214,8 +214,6 @@ def finish(
         tl.store(best_token + batch, token)
         tl.store(best_logit + batch, peak)
         tl.store(normaliser + batch, peak + tl.log(tl.sum(sums * tl.exp(bests - peak), axis=0)))
-        if GREEDY:
-            tl.store(tokens + batch, token)
     row = tl.load(rows + batch)
     if (row >= 0) & (part == 0):
         tl.store(lengths + row, tl.load(lengths + row) + 1)

@@ -1,26 +1,104 @@
 """The captured graphs of a model's decode steps, one for each batch size with masks and without, and those that draw
 tokens.
 
-All of them read the same rows, weights and pages. Invariant: after `capture` and `prepare_draws` no request waits for a
-kernel to be compiled or a graph to be captured.
+All of them read the same rows, weights and pages. Triton keeps compiled kernels on disk, so only the first start of a
+model's shape compiles. Invariant: after `capture` and `prepare_draws` no request waits for a kernel to be compiled or a
+graph to be captured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from expert_store.paging.pages import DevicePages
-from server.model.device.step.compiling import in_parallel
-from server.model.device.step.graph import StepGraph
-from server.model.device.step.options import StepOptions, Tuning, pow2
 from server.model.device.step.prefill import ExpertStream
 from server.model.device.step.sampling import TokenDraw
-from server.model.device.step.state import RowState
+from server.model.device.step.state import Report, RowState
 from server.model.device.step.step import DecodeStep
+from server.model.device.step.tuning import StepOptions, Tuning, pow2
 from server.model.device.step.weights import DecodeShape, TrunkWeights
 from server.model.host.runner import Choice
+
+log = logging.getLogger(__name__)
+
+MOST_THREADS = 16
+"""Of the compiler. A step has a dozen kernels for each batch size: one after the other they take a minute."""
+
+
+@contextmanager
+def in_parallel() -> Iterator[None]:
+    """Within it `kernel.warmup` only asks for a kernel; all are compiled when it ends. Nothing may be launched in it. A
+    Triton without this ability compiles at once instead."""
+    try:
+        from triton.runtime._async_compile import AsyncCompileMode
+    except ImportError:
+        log.info("this Triton compiles one kernel at a time")
+        yield
+        return
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads, AsyncCompileMode(threads):
+        yield
+
+
+class StepGraph:
+    """One decode step as a CUDA graph; on the CPU (the kernels' interpreter) it is launched as it is.
+
+    The host's input and the step's report pass through two tensors in page-locked memory that the graph itself copies,
+    so a step costs the host one launch and one wait. The graph holds the addresses of the step's tensors, which live as
+    long as this object.
+    """
+
+    def __init__(self, step: DecodeStep) -> None:
+        self.step = step
+        self._graph: torch.cuda.CUDAGraph | None = None
+        pinned = step.report.is_cuda
+        self._inputs = torch.empty(step.inputs.shape, dtype=torch.int32, pin_memory=pinned)
+        self._report = torch.empty(step.report.shape, dtype=torch.int32, pin_memory=pinned)
+        self.report = Report.of(self._report, step.shape.num_moe_layers, step.batch, step.shape.top_k)
+
+    def capture(self) -> None:
+        """Compiles and captures. Runs the step once with no rows, which changes nothing but the step counter."""
+        if not self.step.tokens.is_cuda:
+            return
+        self.step.rows.fill_(-1)
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step.launch()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            self._launch()
+        self._graph = graph
+
+    def enqueue(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Enqueues one step in which each row takes its token. Call `wait` before the next one."""
+        inputs = self._inputs.numpy()
+        inputs[0], inputs[1] = -1, 0
+        inputs[:, : len(rows)] = np.array([rows, tokens])
+        if self._graph is None:
+            self._launch()
+        else:
+            self._graph.replay()
+
+    def wait(self) -> Report:
+        """Waits for the device; the report of the last step, in host memory and valid until the next `enqueue`. Entries
+        past that step's rows are meaningless."""
+        if self._report.is_pinned():
+            torch.cuda.current_stream().synchronize()
+        return self.report
+
+    def _launch(self) -> None:
+        self.step.inputs.copy_(self._inputs, non_blocking=True)
+        self.step.launch()
+        self._report.copy_(self.step.report, non_blocking=True)
 
 
 class StepGraphs:
@@ -107,7 +185,7 @@ class StepGraphs:
             tuning=Tuning(),
         )
         step = DecodeStep(self._shape, self._weights, self._pages, self._state, batch, options)
-        return StepGraph(step, for_host=True)
+        return StepGraph(step)
 
 
 def _launches_dependents(device: torch.device) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from expert_store.paging.pages import DevicePages
 from server.model.device.kernels import prefill as kernels
-from server.model.device.step.options import divisor, pow2
+from server.model.device.step.tuning import divisor, pow2
 from server.model.seam.observation import OutputObserver
 
 GROUP = 8

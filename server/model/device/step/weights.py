@@ -135,37 +135,3 @@ def rotary_tables(
     cos, sin = (angle.cos() * scaling).to(dtype).float(), (angle.sin() * scaling).to(dtype).float()
     beyond = (half or cos.shape[1]) - cos.shape[1]
     return functional.pad(cos, (0, beyond), value=1.0).contiguous(), functional.pad(sin, (0, beyond)).contiguous()
-
-
-def random_trunk(shape: DecodeShape, device: torch.device | str, seed: int = 0) -> TrunkWeights:
-    """A trunk of the shape with random weights, scaled so that activations neither vanish nor grow; for benches and
-    tests.
-    """
-    generator = torch.Generator(device=device).manual_seed(seed)
-
-    def matrix(rows: int, cols: int) -> Tensor:
-        values = torch.empty(rows, cols, dtype=shape.dtype, device=device)
-        return values.normal_(0.0, cols**-0.5, generator=generator)
-
-    def norm(size: int) -> Tensor:
-        return (1 + 0.1 * torch.randn(size, generator=generator, device=device)).to(shape.dtype)
-
-    width = shape.num_heads * shape.head_dim
-    layers = tuple(
-        LayerWeights(
-            input_norm=norm(shape.hidden),
-            qkv=matrix(shape.qkv, shape.hidden),
-            q_norm=norm(shape.head_dim),
-            k_norm=norm(shape.head_dim),
-            output=matrix(shape.hidden, width),
-            post_norm=norm(shape.hidden),
-            gate=matrix(shape.num_experts, shape.hidden),
-        )
-        for _ in range(shape.num_layers)
-    )
-    half = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=device) / shape.head_dim
-    cos, sin = rotary_tables(1.0 / 10000.0**half, shape.max_tokens, shape.dtype, 1.0)
-    embedding = torch.empty(shape.vocab, shape.hidden, dtype=shape.dtype, device=device).normal_(
-        0, 1, generator=generator
-    )
-    return TrunkWeights(embedding, layers, norm(shape.hidden), matrix(shape.vocab, shape.hidden), cos, sin)

@@ -22,11 +22,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from expert_store.paging.pages import DevicePages, PagesShape
-from server.model.device.step.compiling import in_parallel
-from server.model.device.step.options import StepOptions
+from server.model.device.step.graphs import in_parallel
 from server.model.device.step.router_kind import RouterKind
 from server.model.device.step.state import RowState
 from server.model.device.step.step import DecodeStep
+from server.model.device.step.tuning import StepOptions
 from server.model.device.step.weights import DecodeShape, LayerWeights, MlpWeights, TrunkWeights
 
 

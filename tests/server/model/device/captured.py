@@ -11,9 +11,9 @@ from torch import Tensor
 from expert_store.paging.pages import DevicePages, PagesShape
 from router.gating import RouterCall, find_gating_rule
 from server.model.device.capture.pack import decode_shape, moe_blocks, pack_trunk
-from server.model.device.step.options import StepOptions, Tuning
 from server.model.device.step.state import RowState
 from server.model.device.step.step import DecodeStep
+from server.model.device.step.tuning import StepOptions, Tuning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter multiplies bf16 matrices as if they were integers, so the CPU checks the roundings in fp16.

@@ -21,7 +21,7 @@ from server.model.device.running.assembly import load_device_runner
 from server.model.device.running.runner import DeviceRunner
 from server.model.device.running.trial import try_out
 from server.model.device.step import graphs as device_graphs
-from server.model.device.step.options import Tuning
+from server.model.device.step.tuning import Tuning
 from server.model.host.assembly import load_model
 from server.model.host.runner import Runner
 from server.model.seam.observation import observe_outputs

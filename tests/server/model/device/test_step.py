@@ -93,17 +93,3 @@ def test_entries_without_a_row_change_nothing(model):
     assert distance(got[:, 1:], Reference(model).logits(tokens)) < 1e-5
     assert alone.state.lengths.tolist() == [0, 0, 0, 0, 4, 0]
     assert alone.pages.stats[0, :2].sum() == 4 * TOP_K
-
-
-@pytest.mark.slow
-def test_greedy_tokens_follow_on_the_device(model):
-    step = build(model, torch.float32, batch=2, slots=6, greedy=True)
-    step.rows.copy_(torch.tensor([0, 1], dtype=torch.int32))
-    step.tokens.copy_(torch.tensor([3, 50]))
-    history = [step.tokens.clone()]
-    for _ in range(4):
-        step.launch()
-        history.append(step.tokens.clone())
-    tokens = torch.stack(history).long().cpu()
-    wanted = Reference(model).logits(tokens[:-1]).argmax(-1)
-    assert torch.equal(tokens[1:], wanted)

@@ -1,10 +1,12 @@
-"""What a captured step is made to do beside plain decoding, and the sizes of its tiles."""
+"""Options and tile sizes of a captured step; every one of them changes the captured code.
+
+Tile sizes change how fast a step is and the order of its sums, nothing else.
+Source: docs/performance.md, which says what was tried.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-from torch import Tensor
 
 
 def pow2(n: int) -> int:
@@ -45,14 +47,17 @@ class Tuning:
     down_fetches: bool = True
 
 
-@dataclass
+@dataclass(frozen=True)
 class StepOptions:
-    """What a step does beside plain decoding; each changes the captured code."""
+    """How a step is captured.
+
+    Attributes:
+        pdl: kernels are launched while the ones before them still run (see `kernels`).
+        masked: each row's mask and temperature are read.
+        resident_bias: lambda of cache-aware routing, 0: off.
+    """
 
     pdl: bool = False
     masked: bool = False
     resident_bias: float = 0.0
-    greedy: bool = False
-    forced: Tensor | None = None  # [num_forced, L, B, K] int32 replaces the routers' choice (replayed traces)
-    skip: frozenset[str] = field(default_factory=frozenset)  # stages left out, to see what they cost
     tuning: Tuning = field(default_factory=Tuning)
