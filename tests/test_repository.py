@@ -12,7 +12,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("expert_store", "router", "extractor", "server")
-MODULE_LINES = 350
+MODULE_LINES = 500
 
 
 def _tracked() -> list[Path]:
