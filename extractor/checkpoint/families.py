@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from extractor.checkpoint.quantised import METHODS, quantisation_of
+from extractor.checkpoint.quantised import check_quantisation
 from extractor.errors import UnsupportedFamilyError
 from router.gating import UnsupportedGatingError, find_gating_rule
 
@@ -39,12 +39,7 @@ def check_family(config: dict[str, Any], where: str) -> str:
             f"{where} is a dense model (model_type {family!r}): it has no experts to extract; use a Mixture-of-Experts "
             "checkpoint"
         )
-    method = (quantisation_of(config) or {"quant_method": METHODS[0]}).get("quant_method")
-    if method not in METHODS:
-        raise UnsupportedFamilyError(
-            f"{where} is quantised ({method}); taken are plain dtypes, {' and '.join(METHODS)}: "
-            "use the bfloat16 or float16 release of the model"
-        )
+    check_quantisation(config, where)
     return family
 
 

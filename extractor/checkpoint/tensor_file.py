@@ -66,6 +66,22 @@ def read_tensor_file(path: Path) -> TensorFile:
     return TensorFile(path, size, prefix + header, tensors)
 
 
+def read_bytes(entry: TensorEntry, offset: int, num_bytes: int) -> bytearray:
+    """`num_bytes` from byte `offset` of the file of `entry`. Raises CheckpointError when the file became shorter."""
+    memory = bytearray(num_bytes)
+    descriptor = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        done = 0
+        while done < num_bytes:
+            count = os.preadv(descriptor, [memoryview(memory)[done:]], offset + done)
+            if count == 0:
+                raise CheckpointError(f"{entry.path} became shorter while it was read; download it again")
+            done += count
+    finally:
+        os.close(descriptor)
+    return memory
+
+
 def _parse(path: Path, header: bytes, data_offset: int) -> tuple[TensorEntry, ...]:
     try:
         document = json.loads(header)

@@ -16,7 +16,7 @@ from expert_store.manifest import DTYPE_BYTES, Manifest
 from expert_store.shard import ShardLayout, encode_header, shard_name
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.checkpoint.pieces import Piece
-from extractor.checkpoint.quantised import METHODS, piece_of, quantisation_of
+from extractor.checkpoint.quantised import CONFIG_KEYS, MODELOPT_CONFIG, piece_of
 from extractor.checkpoint.tensor_file import TensorEntry
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def trunk_outputs(
     """The files below trunk/: side files, and the tensors under their names in files of at most `max_file_bytes`
     (one tensor that is larger gets a file of its own), with an index where there are several.
     """
-    outputs = [_sidecar(path) for path in checkpoint.sidecars]
+    outputs = [_sidecar(path) for path in checkpoint.sidecars if path.name != MODELOPT_CONFIG]
     groups = _group(trunk, max_file_bytes)
     stem = WEIGHTS_STEM
     names = [f"{stem}.safetensors"]
@@ -110,15 +110,16 @@ def _tensors(name: str, group: Sequence[TensorEntry]) -> OutputFile:
 
 
 def _sidecar(path: Path) -> OutputFile:
-    """A side file as it is, except that references to the checkpoint's own code are dropped, and the note that it is
-    quantised in a way that is undone here."""
+    """A side file as it is, except that references to the checkpoint's own code are dropped, and what a config says of
+    a quantisation, which is undone here."""
     content = path.read_bytes()
     if path.suffix == ".json" and b'"auto_map"' in content:
         content = _json_bytes(_without(json.loads(content), "auto_map"))
-    if path.name == "config.json" and b'"quantization_config"' in content:
+    if path.name == "config.json" and any(f'"{key}"'.encode() in content for key in CONFIG_KEYS):
         config = json.loads(content)
-        if (quantisation_of(config) or {}).get("quant_method") in METHODS:
-            content = _json_bytes(_without(config, "quantization_config"))
+        for key in CONFIG_KEYS:
+            config = _without(config, key)
+        content = _json_bytes(config)
     return _in_memory(f"trunk/{path.name}", content)
 
 

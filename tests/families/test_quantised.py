@@ -1,14 +1,17 @@
-"""Checkpoints in fp8 blocks and in MXFP4 extract into plain stores, value for value as transformers loads them."""
+"""Quantised checkpoints extract into plain stores, value for value as the libraries of their formats load them."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -103,6 +106,63 @@ def test_quantised_checkpoint_becomes_the_plain_store_that_transformers_would_lo
         assert torch.equal(ours[name], value), name
 
 
+def int4(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Experts as compressed-tensors packs them: what is stored, and the plain tensors that it decompresses to."""
+    return compressed_experts(tensors, "pack-quantized", num_bits=4, type="int", strategy="group", group_size=32)
+
+
+def fp8_everywhere(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Experts and attention in fp8 with a scale a row."""
+    return compressed_experts(tensors, "float-quantized", "", num_bits=8, type="float", strategy="channel")
+
+
+def compressed_experts(
+    tensors: dict[str, Tensor], format_name: str, among: str = ".experts.", **weights: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    compressor = BaseCompressor.get_value_from_registry(format_name)
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+    stored, plain = {}, {}
+    for name, tensor in tensors.items():
+        if among not in name or not name.endswith("_proj.weight"):
+            stored[name] = plain[name] = tensor
+            continue
+        stem = name.removesuffix(".weight")
+        groups = tensor.float().reshape(len(tensor), -1, weights.get("group_size", tensor.shape[1]))
+        scale = (groups.abs().amax(-1) / (7 if weights["num_bits"] == 4 else 448)).to(torch.bfloat16)
+        packed = compressor.compress({"weight": tensor, "weight_scale": scale}, scheme)
+        plain[name] = compressor.decompress(dict(packed), scheme)["weight"].to(torch.bfloat16)
+        stored |= {f"{stem}.{role}": value.contiguous() for role, value in packed.items()}
+    return stored, plain
+
+
+@pytest.mark.parametrize("compress", [int4, fp8_everywhere])
+@pytest.mark.parametrize("told_in", ["config.json", "hf_quant_config.json"])
+@pytest.mark.filterwarnings("ignore")
+def test_compressed_checkpoint_becomes_the_store_of_the_plain_one(
+    compress: Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, Tensor]]], told_in: str, tmp_path: Path
+) -> None:
+    """Whatever file tells of the quantisation: names, dtypes and shapes of the tensors are enough."""
+    random_model("qwen3_moe", moe_intermediate_size=32).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    stored, plain = compress(load_file(tmp_path / "plain" / "model.safetensors"))
+    shutil.copytree(tmp_path / "plain", tmp_path / "packed")
+    save_file(plain, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
+    save_file(stored, tmp_path / "packed" / "model.safetensors", metadata={"format": "pt"})
+    quantisation = {"quant_method": "compressed-tensors"}
+    path = tmp_path / "packed" / told_in
+    config = json.loads(path.read_text()) | {"quantization_config": quantisation} if path.exists() else quantisation
+    path.write_text(json.dumps(config))
+    manifests = []
+    for name in ("plain", "packed"):
+        prepare(Checkpoint.open(tmp_path / name), tmp_path / f"{name}-store", SelectionRequest()).run()
+        with Store.open(tmp_path / f"{name}-store") as store:
+            manifests.append(store.manifest)
+    assert manifests[0].deep_experts == manifests[1].deep_experts
+    weights = [[file for file in manifest.trunk if file.name.endswith(".safetensors")] for manifest in manifests]
+    assert weights[0] == weights[1]
+    assert not (tmp_path / "packed-store" / "trunk" / "hf_quant_config.json").exists()
+    assert "quantization_config" not in (tmp_path / "packed-store" / "trunk" / "config.json").read_text()
+
+
 def test_blocks_at_the_edge_that_are_smaller_keep_their_own_scale(tmp_path: Path) -> None:
     """DeepSeek-V3's kv_a_proj has 576 rows in blocks of 128: the last block is half as high."""
     values = torch.randn(24, 40).to(torch.float8_e4m3fn)
@@ -122,12 +182,12 @@ def test_blocks_at_the_edge_that_are_smaller_keep_their_own_scale(tmp_path: Path
 def test_fp8_without_scales_is_refused(tmp_path: Path) -> None:
     save_file({"a.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(CheckpointError, match=r"a\.weight is stored in fp8 and has no scales a\.weight_scale_inv"):
+    with pytest.raises(CheckpointError, match=r"a \(weight F8_E4M3 \[4, 4\]\) need a\.weight_scale beside them"):
         _ = Checkpoint.open(tmp_path).tensors
 
 
 def test_mxfp4_without_scales_is_refused(tmp_path: Path) -> None:
     save_file({"a_blocks": torch.zeros(2, 4, 1, 16, dtype=torch.uint8)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "mxfp4"}}))
-    with pytest.raises(CheckpointError, match="needs scales a_scales"):
+    with pytest.raises(CheckpointError, match="need a_scales with one number for each block"):
         _ = Checkpoint.open(tmp_path).tensors
