@@ -12,7 +12,7 @@ from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.checkpoint.layout import ExpertsLayout
 from extractor.errors import UnsupportedFamilyError
 from tests.families.checkpoints import tiny_config
-from tests.families.test_text_parts import tiny_tower
+from tests.families.composites import tiny_tower
 
 OUTSIDE = "no layer of .* goes through transformers' experts registry"
 NO_MODEL = "transformers has no causal language model"

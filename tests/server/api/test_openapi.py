@@ -9,14 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.server.api.fuzz import CONFIG
 from tests.server.api.running import running
-
-CONFIG = """
-# A value can be of the right type and yet too much for this model or this server: 400 (OpenAI's) and 422 say so. What
-# changes the server wants the admin key (403) and one change at a time (409).
-[checks.positive_data_acceptance]
-expected-statuses = ["2xx", 400, 403, 404, 409, 422, 429]
-"""
 
 
 def test_document_names_the_served_model_and_every_body() -> None:

@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -22,18 +21,7 @@ import pytest
 from server.cli.main import COMMANDS, main
 from server.cli.port import holder_of
 from server.settings.load import leaves
-
-
-def deepfew(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "server.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-        env={**os.environ, **environ},
-    )
+from tests.server.cli.processes import Server, deepfew
 
 
 @pytest.fixture(scope="module")
@@ -153,51 +141,6 @@ def test_generate_takes_masks_for_its_prompt(store: Path) -> None:
         assert (refused.returncode, message in refused.stderr) == (2, True), refused.stderr
 
 
-class Server:
-    """`deepfew serve` in a process of its own."""
-
-    def __init__(self, store: Path, log: Path, *arguments: str, before: tuple[str, ...] = ()) -> None:
-        self.log = log
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                [
-                    *before,
-                    sys.executable,
-                    "-m",
-                    "server.cli.main",
-                    "serve",
-                    str(store),
-                    "--port",
-                    str(self.port),
-                    *arguments,
-                ],
-                stderr=file,
-                stdout=subprocess.DEVNULL,
-            )
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def wait_for(self, path: str, seconds: float = 120.0) -> Any:
-        """The JSON of `path` once it answers 200."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            assert self.process.poll() is None, self.log.read_text()
-            try:
-                response = httpx.get(self.url + path, timeout=5)
-            except httpx.HTTPError:
-                response = None
-            if response is not None and response.status_code == 200:
-                return response.json()
-            time.sleep(0.05)
-        raise AssertionError(f"{path} did not answer: {self.log.read_text()}")
-
-    def records(self) -> list[dict[str, Any]]:
-        """The log, a JSON object a line."""
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     found = Server(store, tmp_path_factory.mktemp("log") / "log", "--slots", "8", "--dtype", "float32")
@@ -206,8 +149,7 @@ def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         found.wait_for("/health/ready")
         yield found
     finally:
-        found.process.kill()
-        found.process.wait()
+        found.kill()
 
 
 def test_server_answers_and_says_what_the_mask_cost(server: Server) -> None:
@@ -225,13 +167,8 @@ def test_server_answers_and_says_what_the_mask_cost(server: Server) -> None:
 
 
 def test_disconnect_frees_the_row_and_the_server_goes_on(server: Server) -> None:
-    body = json.dumps({"inputs": "Once upon a time", "parameters": {"max_new_tokens": 900}}).encode()
-    head = (
-        "POST /generate_stream HTTP/1.1\r\nHost: localhost\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}"
-    )
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
-        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+    body = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 900}}
+    with server.post("/generate_stream", body) as connection:
         while b"data:" not in connection.recv(4096):
             pass
     until = time.monotonic() + 20
@@ -264,27 +201,6 @@ def test_sigterm_finishes_what_runs_saves_usage_and_exits_0(server: Server, stor
     assert "Once upon" not in server.log.read_text()
 
 
-def test_second_sigterm_ends_at_once(store: Path, tmp_path: Path) -> None:
-    found = Server(store, tmp_path / "log", "--drain-seconds", "60")
-    try:
-        found.wait_for("/health/ready")
-        with socket.create_connection(("127.0.0.1", found.port), timeout=30) as connection:
-            head = (
-                b"POST /generate HTTP/1.1\r\nHost: localhost\r\n"
-                b"Content-Type: application/json\r\nContent-Length: 99\r\n\r\n"
-            )
-            connection.sendall(head)
-            time.sleep(0.3)
-            found.process.send_signal(signal.SIGTERM)
-            time.sleep(0.5)
-            assert found.process.poll() is None
-            found.process.send_signal(signal.SIGTERM)
-            assert found.process.wait(5) == 128 + signal.SIGTERM
-    finally:
-        found.process.kill()
-        found.process.wait()
-
-
 @pytest.mark.slow
 def test_killed_server_starts_again_with_the_usage_that_was_saved(store: Path, tmp_path: Path) -> None:
     copy = tmp_path / "store"
@@ -306,8 +222,7 @@ def test_killed_server_starts_again_with_the_usage_that_was_saved(store: Path, t
                 httpx.post(found.url + "/generate", json=body, timeout=60)
                 time.sleep(0.1)
         finally:
-            found.process.kill()
-            found.process.wait()
+            found.kill()
     assert texts[0] == texts[1]
     left = {path.name.removesuffix(".partial") for path in copy.iterdir()} - {"statistics.safetensors"}
     assert left == {"experts", "manifest.json", "trunk", "usage.json"}
@@ -338,8 +253,7 @@ def test_user_without_rights_on_the_store_can_serve_it(store: Path) -> None:
             assert "could not be saved" in found.log.read_text()
             assert not (copy / "usage.json").exists()
         finally:
-            found.process.kill()
-            found.process.wait()
+            found.kill()
 
 
 def test_sigterm_while_loading_exits_0(store: Path, tmp_path: Path) -> None:
@@ -350,8 +264,7 @@ def test_sigterm_while_loading_exits_0(store: Path, tmp_path: Path) -> None:
         assert found.process.wait(30) == 0
         assert "Traceback" not in found.log.read_text()
     finally:
-        found.process.kill()
-        found.process.wait()
+        found.kill()
 
 
 def test_trunk_that_was_altered_ends_the_server_with_one_message(store: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from server.masks.profiles import FixedMasking
 from server.model.host.assembly import SelectiveModel, load_model
 from server.model.host.runner import Runner
 from tests.server.engine.clients import Client
-from tests.server.model.host.test_selective import greedy, stock_greedy
+from tests.server.model.host.greedy import greedy, stock_greedy
 
 TEXT = "Once upon a time"
 NUM_KEPT = 16

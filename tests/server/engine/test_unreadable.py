@@ -19,6 +19,7 @@ from server.model.host.assembly import load_model
 from server.model.host.runner import Runner, StepFault, StepOutput
 from server.model.host.sequence_runner import SequenceRunner
 from server.model.seam.routing import StepRouting
+from tests.expert_store.damage import damage
 from tests.server.engine.clients import Client
 
 TEXTS = ["Once upon a time", "12 + 5 =", "Der Hund ist", "def main():", "The capital of France is"]
@@ -31,19 +32,6 @@ OPTIONS: dict[str, Any] = {"max_new_tokens": 24, "ignore_eos": True}
 def store(tiny_store: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
     return Path(shutil.copytree(tiny_store, tmp_path / "store"))
-
-
-def damage(store: Path, layer: int, expert: int) -> None:
-    """Flip one bit in the middle of the span of (layer, expert)."""
-    with Store.open(store) as opened:
-        deep = opened.deep_expert(layer, expert)
-        spans = [spec.span_bytes for spec in opened.manifest.layers]
-    at = deep.data_offset + sum(spans[:layer]) + spans[layer] // 2
-    with open(store / deep.file, "r+b") as file:
-        file.seek(at)
-        (byte,) = file.read(1)
-        file.seek(at)
-        file.write(bytes([byte ^ 0x10]))
 
 
 def wanted_by(store: Path, texts: list[str], num_tokens: int) -> list[np.ndarray]:

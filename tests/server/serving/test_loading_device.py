@@ -9,37 +9,32 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
 from router.mask import ExpertMask
 from server.masks.profiles import FixedMasking
 from server.model.device.step import graphs as device_graphs
-from server.model.device.step.tuning import Tuning
 from server.serving.loading import load
 from server.serving.service import LoadedModel
 from server.settings.load import load_settings
 from server.settings.schema import SettingsError
+from tests.expert_store.damage import damage
 from tests.server.engine.clients import Client
-from tests.server.engine.test_unreadable import damage
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TUNING = Tuning(
-    qkv_rows=64, output_rows=32, head_rows=1024, gate_rows=8, up_rows=16, down_rows=32, down_columns=32,
-    attention_splits=1, fetchers=1, copy_elements=2048,
-)  # fmt: skip
+from tests.server.model.device.small import DEVICE, TUNING
 
 
 @pytest.fixture
 def loaded(small_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LoadedModel]]:
-    if DEVICE == "cpu":
+    if DEVICE.type == "cpu":
         monkeypatch.setattr(device_graphs, "Tuning", lambda: TUNING)
     models: list[LoadedModel] = []
 
     def make(path: str, **flags: Any) -> LoadedModel:
         flags = {"dtype": "float32", "max_context_tokens": 64, "max_batch_size": 1, **flags}
-        settings = load_settings({"store": small_store, "device": DEVICE, "decode_path": path, **flags}, environ={})
+        settings = load_settings(
+            {"store": small_store, "device": DEVICE.type, "decode_path": path, **flags}, environ={}
+        )
         models.append(load(settings.settings, lambda share, doing: None))
         return models[-1]
 

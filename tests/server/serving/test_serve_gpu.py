@@ -17,8 +17,8 @@ from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.planning.plan import Plan, PlannedExpert, write_plan
 from extractor.planning.selection import SelectionRequest
 from extractor.writing.prepare import prepare
-from tests.server.cli.test_cli import Server
-from tests.server.engine.test_unreadable import damage
+from tests.expert_store.damage import damage
+from tests.server.cli.processes import Server
 
 pytestmark = pytest.mark.gpu
 PROMPTS = ("The capital of France is", "Once upon a time", "def main():", "Question: Calculate 159 - 43.")

@@ -4,8 +4,6 @@ refused with their reason."""
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
@@ -19,56 +17,9 @@ from server.model.device.capture.pack import decode_shape, moe_blocks
 from server.model.device.capture.refusal import NotCapturableError
 from tests.families.checkpoints import FAMILIES, is_installed, random_model
 from tests.server.model.device.captured import Reference, build, distance, run
+from tests.server.model.device.families import ALONE_TOO, CAPTURED, model_of
 
 NUM_STEPS = 4
-SIZES = {
-    "hidden_size": 64, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2,
-    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "sliding_window": None,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Captured:
-    """A family's config on top of the common sizes, and what of it the step must have seen."""
-
-    overrides: dict[str, Any] = field(default_factory=dict)
-    seen: dict[str, Any] = field(default_factory=dict)
-    family: str = ""
-
-
-_DENSE_FIRST = {"dense_layers": frozenset({0})}
-CAPTURED = {
-    "mixtral": Captured({"head_dim": 32}, {"qk_norm": "none"}),
-    "mixtral in a window": Captured({"head_dim": 32, "sliding_window": 3}, {"windows": (3, 3)}, "mixtral"),
-    "qwen3_moe": Captured({"decoder_sparse_step": 2}, {"qk_norm": "head", "dense_layers": frozenset({0})}),
-    "olmoe": Captured({"hidden_size": 128}, {"qk_norm": "row"}),
-    "qwen2_moe": Captured({"hidden_size": 128, "mlp_only_layers": [1]}, {"shared_intermediate": 16, "rotary": 32}),
-    "qwen2_moe partly in windows": Captured(
-        {"hidden_size": 128, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
-        {"windows": (3, 0)}, "qwen2_moe",
-    ),
-    "glm4_moe": Captured({"use_qk_norm": True, "n_group": 1}, {"rotary": 16, "qk_norm": "head", **_DENSE_FIRST}),
-    "glm4_moe in groups": Captured({"n_group": 4, "topk_group": 2, "norm_topk_prob": False}, {}, "glm4_moe"),
-    "minimax_m2": Captured(
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-        {"qk_norm": "row", "rotary": 16},
-    ),
-    "dots1": Captured({}, {"qk_norm": "head", **_DENSE_FIRST}),
-    "hy_v3": Captured({}, {"qk_norm": "head", **_DENSE_FIRST}),
-    "solar_open": Captured({}, {"shared_intermediate": 16}),
-}  # fmt: skip
-ALONE_TOO = ["olmoe", "qwen2_moe", "glm4_moe in groups", "minimax_m2"]
-
-
-def model_of(name: str) -> Any:
-    wanted = CAPTURED[name]
-    family = wanted.family or name
-    if not is_installed(family):
-        pytest.skip(f"this transformers has no {family}")
-    overrides = {**SIZES, **wanted.overrides}
-    if family in ("olmoe", "qwen2_moe"):  # their heads share the hidden size
-        overrides.pop("head_dim")
-    return random_model(family, **overrides)
 
 
 @pytest.mark.slow

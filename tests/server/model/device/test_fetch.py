@@ -23,8 +23,8 @@ from server.model.device.running.runner import DeviceRunner
 from server.model.device.step import graphs as device_graphs
 from server.model.host.assembly import load_model
 from server.model.host.runner import Runner, StepFault
-from tests.server.engine.test_unreadable import damage
-from tests.server.model.device.test_runner import DEVICE, EXPERTS, LAYERS, TOP_K, TUNING
+from tests.expert_store.damage import damage
+from tests.server.model.device.small import DEVICE, EXPERTS, LAYERS, TOP_K, TUNING
 
 EVERYTHING = ExpertMask.same_in_every_layer(range(EXPERTS), LAYERS, EXPERTS)
 PROMPT = [20, 21, 22, 23]

@@ -21,18 +21,10 @@ from server.model.device.running.assembly import load_device_runner
 from server.model.device.running.runner import DeviceRunner
 from server.model.device.running.trial import try_out
 from server.model.device.step import graphs as device_graphs
-from server.model.device.step.tuning import Tuning
 from server.model.host.assembly import load_model
 from server.model.host.runner import Runner
 from server.model.seam.observation import observe_outputs
-
-DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-LAYERS, EXPERTS, TOP_K = 2, 8, 2  # of `small_store`
-# Few programs a kernel: the interpreter runs them one after the other.
-TUNING = Tuning(
-    qkv_rows=64, output_rows=32, head_rows=1024, gate_rows=8, up_rows=16, down_rows=32, down_columns=32,
-    attention_splits=1, fetchers=1, copy_elements=2048,
-)  # fmt: skip
+from tests.server.model.device.small import DEVICE, EXPERTS, LAYERS, TOP_K, TUNING
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from server.model.device.step import graphs
 from server.model.host.assembly import load_model
 from server.model.host.runner import Runner
 from tests.server.model.device.captured import TUNING
-from tests.server.model.device.test_families import model_of
+from tests.server.model.device.families import model_of
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 PROMPT, NUM_TOKENS = [40, 41, 42], 2

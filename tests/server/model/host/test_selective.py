@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from router.mask import ExpertMask
 from server.model.host.assembly import SelectiveModel
 from server.model.host.runner import Runner
+from tests.server.model.host.greedy import greedy, stock_greedy
 
 PROMPT = "The capital of France is Paris, and the capital of Italy is"
 NUM_EXPERTS = 64
@@ -18,32 +19,6 @@ NUM_EXPERTS = 64
 
 def runner_of(model: SelectiveModel) -> Runner:
     return Runner(model, max_rows=4, max_tokens=256)
-
-
-def greedy(runner: Runner, ids: list[int], count: int, mask: ExpertMask | None = None) -> tuple[list[int], Tensor]:
-    """Token ids, and the logits [count, V] that each was chosen from."""
-    row = runner.allocate()
-    logits = [runner.prefill(row, ids, mask=mask).logits[-1]]
-    tokens = [int(logits[-1].argmax())]
-    while len(tokens) < count:
-        logits.append(runner.decode([row], [tokens[-1]], masks=None if mask is None else [mask]).logits[0])
-        tokens.append(int(logits[-1].argmax()))
-    runner.free(row)
-    return tokens, torch.stack(logits)
-
-
-@torch.inference_mode()
-def stock_greedy(model: nn.Module, ids: list[int], count: int) -> tuple[list[int], Tensor]:
-    out = model.generate(
-        torch.tensor([ids]),
-        max_new_tokens=count,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=1,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return out.sequences[0, len(ids) :].tolist(), torch.cat(out.logits).float()
 
 
 def pruned_to(model: PreTrainedModel, keep: list[list[int]]) -> nn.Module:
