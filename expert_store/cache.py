@@ -20,7 +20,7 @@ import torch
 from expert_store.errors import ExpertUnavailableError, SlotsError
 from expert_store.fetch import SpanFetcher
 from expert_store.host_tier import HostTier
-from expert_store.policy import LRU, EvictionPolicy, Pinned
+from expert_store.policy import LRU, EvictionPolicy, KeepSome
 from expert_store.slots import SlotPool
 
 if TYPE_CHECKING:
@@ -64,11 +64,11 @@ class ExpertCache:
         host_tier: between disk and slots; None reads from disk straight into the slots' memory (CPU).
         policy: makes one eviction policy for each layer.
         mask: bool [L, E], what `preload` may choose from; None is all of the store.
-        pinned: for each layer the experts that keep their slots, loaded first; a step that needs every slot of a layer
+        kept: for each layer the experts that keep their slots, loaded first; a step that needs every slot of a layer
             may take theirs.
 
     Raises:
-        SlotsError: `num_slots` < 1, fewer than are pinned, or the device has too little memory for them.
+        SlotsError: `num_slots` < 1, fewer than are kept, or the device has too little memory for them.
     """
 
     def __init__(
@@ -81,16 +81,14 @@ class ExpertCache:
         host_tier: HostTier | None = None,
         policy: Callable[[], EvictionPolicy] = LRU,
         mask: npt.NDArray[np.bool_] | None = None,
-        pinned: Sequence[Sequence[int]] | None = None,
+        kept: Sequence[Sequence[int]] | None = None,
     ) -> None:
         if num_slots < 1:
             raise SlotsError(f"{num_slots} slots a layer; at least 1 is needed: pass --slots 1 or more")
-        self._pinned = [list(experts) for experts in pinned or [[]] * len(store.manifest.layers)]
-        most_pinned = max(map(len, self._pinned))
-        if most_pinned > num_slots:
-            raise SlotsError(
-                f"{most_pinned} pinned experts in {num_slots} slots a layer: pin fewer, or have more slots"
-            )
+        self._kept = [list(experts) for experts in kept or [[]] * len(store.manifest.layers)]
+        most_kept = max(map(len, self._kept))
+        if most_kept > num_slots:
+            raise SlotsError(f"{most_kept} pinned experts in {num_slots} slots a layer: pin fewer, or have more slots")
         self._store = store
         self.num_layers = len(store.manifest.layers)
         self.num_experts = store.manifest.model.num_experts
@@ -105,7 +103,7 @@ class ExpertCache:
         self._owners = np.full((self.num_layers, self.num_slots), -1, dtype=np.int32)
         self._free = [list(range(self.num_slots - 1, -1, -1)) for _ in range(self.num_layers)]
         self._leases: list[dict[int, int]] = [{} for _ in range(self.num_layers)]
-        self._policies = [Pinned(policy(), experts) if experts else policy() for experts in self._pinned]
+        self._policies = [KeepSome(policy(), experts) if experts else policy() for experts in self._kept]
         self._fetcher = SpanFetcher(store, self.pools, host_tier)
         self._hits = np.zeros(self.num_layers, dtype=np.int64)
         self._misses = np.zeros(self.num_layers, dtype=np.int64)
@@ -170,7 +168,7 @@ class ExpertCache:
         self.release(layer, chosen)
 
     def preload(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Fill empty slots: the pinned experts, then the store's in the order of its deep experts (best first).
+        """Fill empty slots: the kept experts, then the store's in the order of its deep experts (best first).
 
         Args:
             progress: called with (bytes done, bytes in all) after each expert.
@@ -179,7 +177,7 @@ class ExpertCache:
         order = [deep.experts for deep in self._store.manifest.deep_experts]
         wanted = []
         for layer in range(self.num_layers):
-            wished = [*self._pinned[layer], *(experts[layer] for experts in order)]
+            wished = [*self._kept[layer], *(experts[layer] for experts in order)]
             ids = [expert for expert in wished if available[layer, expert]]
             absent = [expert for expert in dict.fromkeys(ids) if self.page_table[layer, expert] < 0]
             wanted += [(layer, expert) for expert in absent[: len(self._free[layer])]]

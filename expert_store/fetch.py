@@ -79,12 +79,12 @@ class SpanFetcher:
             part = claims[start : start + chunk]
             experts = [expert for expert, _ in part]
             if self._copies is None:
-                for (_, slot), span in zip(part, host.fetch(layer, experts), strict=True):
+                for (_, slot), span in zip(part, host.read(layer, experts), strict=True):
                     pool.copy_from(slot, span)
                 continue
             if not host.holds(layer, experts):
                 self._copies.synchronize()  # an entry about to be overwritten may still be on its way to a slot
-            spans = host.fetch(layer, experts)
+            spans = host.read(layer, experts)
             current = torch.cuda.current_stream(self._device)
             self._copies.wait_stream(current)
             with torch.cuda.stream(self._copies):

@@ -2,7 +2,7 @@
 
 Used between the store on disk and slots on an accelerator; a CPU's slots are read from disk directly and have no host
 tier. One arena is allocated at start and cut into entries of the largest span; entries are recycled least recently used
-first. Invariant: a view returned by `fetch` stays valid until the next call of `fetch`.
+first. Invariant: a view returned by `read` stays valid until the next call of `read`.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class HostTier:
         return self.num_entries * self.entry_bytes
 
     def holds(self, layer: int, experts: Sequence[int]) -> bool:
-        """Whether `fetch` would read nothing from disk (and so overwrite no entry)."""
+        """Whether `read` would read nothing from disk (and so overwrite no entry)."""
         return all((layer, expert) in self._entries for expert in experts)
 
-    def fetch(self, layer: int, experts: Sequence[int]) -> list[torch.Tensor]:
-        """Bring experts of one layer into host memory.
+    def read(self, layer: int, experts: Sequence[int]) -> list[torch.Tensor]:
+        """Have experts of one layer in host memory; those that are not there yet are read from the store.
 
         Returns:
             For each expert a uint8 view [span_bytes] of the arena, valid until the next call.
@@ -84,7 +84,7 @@ class HostTier:
         claimed = [(key, self._claim(wanted)) for key in missing]
         span_bytes = self._store.layer_spec(layer).span_bytes
 
-        def read(claim: tuple[tuple[int, int], int]) -> Exception | None:
+        def read_one(claim: tuple[tuple[int, int], int]) -> Exception | None:
             (_, expert), entry = claim
             try:
                 self._store.read_expert(layer, expert, self._arena[entry, :span_bytes])
@@ -93,7 +93,7 @@ class HostTier:
             return None
 
         in_parallel = len(claimed) > 1 and span_bytes >= PARALLEL_READ_BYTES
-        errors = list(self._readers.map(read, claimed) if in_parallel else map(read, claimed))
+        errors = list(self._readers.map(read_one, claimed) if in_parallel else map(read_one, claimed))
         failure: Exception | None = None
         for (key, entry), error in zip(claimed, errors, strict=True):
             if error is None:

@@ -18,9 +18,9 @@ from queue import Empty, SimpleQueue
 import xxhash
 
 from expert_store.errors import ShardCorruptError
-from expert_store.manifest import Manifest
-from expert_store.records import TrunkFile
-from expert_store.shard import ShardLayout, open_checked, read_fully
+from expert_store.files import open_checked, read_fully
+from expert_store.manifest import Manifest, TrunkFile
+from expert_store.shard import ShardLayout
 
 READ_BYTES = 4 * 2**20
 Progress = Callable[[int], None]

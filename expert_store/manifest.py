@@ -1,8 +1,9 @@
-"""The manifest: what a store holds, where, and how to know that it is intact.
+"""The manifest: the files and experts that a store holds, and the hashes that prove them intact.
 
-Owns `manifest.json` (format "deepfew-store", version 1). Invariant: a `Manifest` returned by
-`read_manifest` is free of contradictions (sizes, offsets, ids, paths), names only files below the store's directory,
-and was complete when it was written: it is the commit point of a store, written last, by rename.
+Owns `manifest.json` (format "deepfew-store", version 1) and the records that it consists of. Invariant: a `Manifest`
+returned by `read_manifest` has no contradictions (sizes, offsets, ids, paths), names only files inside the store's
+directory, and was complete when it was written: it is the commit point of a store, written last, by rename.
+Sizes and offsets are bytes; `layer` counts the MoE layers from 0; an expert's id is the checkpoint's, per layer.
 """
 
 from __future__ import annotations
@@ -11,46 +12,169 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from expert_store.errors import ManifestError
-from expert_store.fields import REMEDY, Fields
-from expert_store.records import (
-    DTYPE_BYTES,
-    Alignment,
-    DeepExpert,
-    LayerSpec,
-    Manifest,
-    ModelSpec,
-    Source,
-    TensorSpec,
-    TrunkFile,
-)
-
-__all__ = [
-    "DTYPE_BYTES",
-    "Alignment",
-    "DeepExpert",
-    "LayerSpec",
-    "Manifest",
-    "ModelSpec",
-    "Source",
-    "TensorSpec",
-    "TrunkFile",
-    "format_ids",
-    "format_manifest",
-    "parse_manifest",
-    "read_manifest",
-    "sync_directory",
-    "write_manifest",
-]
+from expert_store.files import replacing
 
 FORMAT = "deepfew-store"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 512 * 2**20
+REMEDY = "; the manifest was damaged or written by another program: extract the store again"
+
+DTYPE_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64"), 8),
+}
+"""Bytes of one element, by the safetensors name of the dtype."""
+
+
+def _check_inside(name: str) -> str:
+    """A path that stays in the store: relative, normalised, printable, without `..`."""
+    path = PurePosixPath(name)
+    if not name.isprintable() or path.is_absolute() or str(path) != name or not path.parts or ".." in path.parts:
+        raise ValueError("a path inside the store")
+    return name
+
+
+_Text = Annotated[str, StringConstraints(max_length=4096)]
+_Word = Annotated[str, StringConstraints(pattern=r"^\w+$", max_length=4096)]
+_Path = Annotated[str, StringConstraints(max_length=1024), AfterValidator(_check_inside)]
+_Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+_Xxh3 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
+_Ids = Annotated[str, StringConstraints(pattern=r"^[0-9,-]*$")]
+_Count = Annotated[int, Field(ge=0, le=2**62)]
+_Positive = Annotated[int, Field(ge=1, le=2**62)]
+
+
+class _Record:
+    """A part of the document. JSON must have the exact types of the fields, and no other keys."""
+
+    __slots__ = ()
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class Source(_Record):
+    """The checkpoint: its name, the fingerprint of its content, and the place where it was read."""
+
+    name: _Text
+    fingerprint: _Sha256
+    location: _Text
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec(_Record):
+    """The shape of the model's experts; `num_layers` counts the MoE layers, `num_experts` is per layer."""
+
+    family: _Word
+    architecture: _Word
+    num_layers: Annotated[int, Field(ge=1, le=100_000)]
+    num_experts: Annotated[int, Field(ge=1, le=1_000_000)]
+    top_k: Annotated[int, Field(ge=1, le=1_000_000)]
+    dtype: _Word
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec(_Record):
+    """One tensor of a span: `shape` without the expert axis, `offset` and `bytes` within the span."""
+
+    name: _Word
+    dtype: Annotated[str, StringConstraints(pattern=f"^({'|'.join(DTYPE_BYTES)})$")]
+    shape: tuple[_Positive, ...]
+    offset: _Count
+    bytes: _Positive
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec(_Record):
+    """MoE layer `layer` is the model's layer `model_layer`; its experts live in `module`, one span of bytes each."""
+
+    layer: _Count
+    model_layer: _Count
+    module: Annotated[str, StringConstraints(pattern=r"^[\w.]+$", max_length=4096)]
+    span_bytes: _Positive
+    tensors: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment(_Record):
+    """The way in which experts of different layers were joined to deep experts; `statistics` is free-form JSON."""
+
+    kind: _Text
+    statistics: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class DeepExpert(_Record):
+    """One shard: `experts[layer]` is the expert of that MoE layer, `span_hashes[layer]` the XXH3-64 of its span."""
+
+    index: _Count
+    file: _Path
+    bytes: _Positive
+    sha256: _Sha256
+    data_offset: Annotated[int, Field(ge=8, le=2**62)]
+    experts: tuple[_Count, ...]
+    span_hashes: tuple[_Xxh3, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkFile(_Record):
+    """One file below `trunk/`; `name` is its path below the store."""
+
+    name: _Path
+    bytes: _Count
+    sha256: _Sha256
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest(_Record):
+    """All that a reader knows about a store.
+
+    `deep_experts` ascend by `index`; a store that has shrunk has gaps. `retired_below` is 0, or the index below which
+    no new deep expert may be numbered, because a reader may still know the file of a removed one.
+    """
+
+    source: Source
+    model: ModelSpec
+    layers: tuple[LayerSpec, ...]
+    alignment: Alignment
+    deep_experts: tuple[DeepExpert, ...]
+    trunk: tuple[TrunkFile, ...]
+    retired_below: _Positive = 0
+
+    @property
+    def next_index(self) -> int:
+        """The index of the next deep expert to be added, which no deep expert of the store has or had."""
+        return max(self.retired_below, *(deep.index + 1 for deep in self.deep_experts), 0)
+
+    @property
+    def absent_experts(self) -> tuple[tuple[int, ...], ...]:
+        """For each MoE layer the ids of the experts that are nowhere in the store, ascending."""
+        everyone = range(self.model.num_experts)
+        held = [{deep.experts[layer] for deep in self.deep_experts} for layer in range(self.model.num_layers)]
+        return tuple(tuple(expert for expert in everyone if expert not in here) for here in held)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Document(Manifest):
+    """The JSON document: a manifest, and the members that only the file has."""
+
+    format: Literal["deepfew-store"]
+    version: Literal[1]
+    absent: Annotated[tuple[_Ids, ...], Field(alias="absent_experts")]
+
+
+_DOCUMENT = TypeAdapter(_Document)
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
@@ -82,28 +206,13 @@ def write_manifest(directory: str | os.PathLike[str], manifest: Manifest) -> Non
     """Write `directory/manifest.json` so that a reader sees the old one or the whole new one, never a part.
 
     The files that the manifest names must be on disk (fsync) before. Raises ManifestError, writing nothing, when the
-    manifest would not be readable.
+    manifest would not be readable, and OSError.
     """
     content = format_manifest(manifest)
     if parse_manifest(content) != manifest:
         raise ManifestError("the manifest does not survive writing and reading: its statistics must be plain JSON")
-    path = Path(directory) / MANIFEST_NAME
-    partial = path.with_name(MANIFEST_NAME + ".partial")
-    with open(partial, "wb") as file:
+    with replacing(Path(directory) / MANIFEST_NAME) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: str | os.PathLike[str]) -> None:
-    """Make renames and new names in `directory` durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def format_manifest(manifest: Manifest) -> bytes:
@@ -122,32 +231,16 @@ def format_manifest(manifest: Manifest) -> bytes:
 
 
 def parse_manifest(content: bytes) -> Manifest:
-    """The manifest in `content`, checked. Raises ManifestError."""
+    """The manifest in `content`, checked. Raises ManifestError, which says where, what it got and what it wanted."""
     try:
-        document = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"it is not JSON ({error}){REMEDY}") from None
-    top = Fields(document, "")
-    if top.take("format") != FORMAT:
-        raise ManifestError(f"format is {top.take('format')!r}, wanted {FORMAT!r}; this is no deepfew store")
-    if top.take("version") != VERSION:
-        raise ManifestError(
-            f"version is {top.take('version')!r}, this program reads version {VERSION}; "
-            "use the deepfew that wrote the store, or extract it again"
-        )
-    manifest = Manifest(
-        source=_source(top.child("source")),
-        model=_model(top.child("model")),
-        layers=tuple(_layer(item) for item in top.children("layers")),
-        alignment=_alignment(top.child("alignment")),
-        deep_experts=tuple(_deep_expert(item) for item in top.children("deep_experts")),
-        trunk=tuple(_trunk_file(item) for item in top.children("trunk")),
-        retired_below=top.integer("retired_below", 1) if top.has("retired_below") else 0,
-    )
-    absent = top.strings("absent_experts", r"[0-9,-]*")
-    top.finish()
+        document = _DOCUMENT.validate_json(content)
+    except ValidationError as error:
+        raise ManifestError(_refusal(error)) from None
+    manifest = Manifest(**{one.name: getattr(document, one.name) for one in fields(Manifest)})
+    for layer in manifest.layers:
+        _check_span(layer)
     _check_consistency(manifest)
-    if absent != tuple(format_ids(ids) for ids in manifest.absent_experts):
+    if document.absent != tuple(format_ids(ids) for ids in manifest.absent_experts):
         raise ManifestError(f"absent_experts is not what deep_experts leaves over{REMEDY}")
     return manifest
 
@@ -163,94 +256,65 @@ def format_ids(ids: Iterable[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _source(fields: Fields) -> Source:
-    source = Source(fields.string("name"), fields.string("fingerprint", r"[0-9a-f]{64}"), fields.string("location"))
-    fields.finish()
-    return source
+def _refusal(error: ValidationError) -> str:
+    """The first fault that pydantic found, in words; a wrong format or version comes before all others."""
+    details = error.errors(include_url=False)
+    for one in details:
+        if one["loc"] == ("format",) and one["type"] != "missing":
+            return f"format is {one['input']!r}, wanted {FORMAT!r}; this is no deepfew store"
+    for one in details:
+        if one["loc"] == ("version",) and one["type"] != "missing":
+            return (
+                f"version is {one['input']!r}, this program reads version {VERSION}; "
+                "use the deepfew that wrote the store, or extract it again"
+            )
+    return _fault(details[0]) + REMEDY
 
 
-def _model(fields: Fields) -> ModelSpec:
-    model = ModelSpec(
-        family=fields.string("family", r"\w+"),
-        architecture=fields.string("architecture", r"\w+"),
-        num_layers=fields.integer("num_layers", 1, 100_000),
-        num_experts=fields.integer("num_experts", 1, 1_000_000),
-        top_k=fields.integer("top_k", 1, 1_000_000),
-        dtype=fields.string("dtype", r"\w+"),
-    )
-    fields.finish()
-    return model
+def _fault(one: ErrorDetails) -> str:
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in one["loc"]).removeprefix(".")
+    match one["type"]:
+        case "json_invalid":
+            return f"it is not JSON ({one['ctx']['error']})"
+        case "missing":
+            return f"{where} is missing"
+        case "unexpected_keyword_argument":
+            parent, _, key = where.rpartition(".")
+            return f"{parent or 'the document'} has the unknown key {key}"
+        case "dataclass_type" | "dict_type":
+            wanted = "an object"
+        case "tuple_type":
+            wanted = "a list"
+        case "string_pattern_mismatch":
+            wanted = f"something like {one['ctx']['pattern']}"
+        case "value_error":
+            wanted = str(one["ctx"]["error"])
+        case _:
+            wanted = one["msg"].removeprefix("Input should be ")
+    return f"{where or 'the document'} is {_kind(one['input'])}, wanted {wanted}"
 
 
-def _layer(fields: Fields) -> LayerSpec:
-    layer = LayerSpec(
-        layer=fields.integer("layer"),
-        model_layer=fields.integer("model_layer"),
-        module=fields.string("module", r"[\w.]+"),
-        span_bytes=fields.integer("span_bytes", 1),
-        tensors=tuple(_tensor(item) for item in fields.children("tensors")),
-    )
-    fields.finish()
-    end = 0
-    for tensor in layer.tensors:
+def _kind(value: Any) -> str:
+    if isinstance(value, str):
+        return repr(value[:80])
+    names = {dict: "an object", list: "a list", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), f"the number {value!r}"[:60])
+
+
+def _check_span(layer: LayerSpec) -> None:
+    """The tensors fill the span, one after the other, and each has the bytes of its shape and dtype."""
+    where, end = f"layers[{layer.layer}]", 0
+    for position, tensor in enumerate(layer.tensors):
         if tensor.offset != end:
-            raise ManifestError(f"{fields.where}: {tensor.name} is at {tensor.offset}, wanted {end}{REMEDY}")
+            raise ManifestError(f"{where}: {tensor.name} is at {tensor.offset}, wanted {end}{REMEDY}")
+        wanted = math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
+        if tensor.bytes != wanted:
+            raise ManifestError(
+                f"{where}.tensors[{position}].bytes is {tensor.bytes}, its shape and dtype need {wanted}{REMEDY}"
+            )
         end += tensor.bytes
     if end != layer.span_bytes or len({tensor.name for tensor in layer.tensors}) != len(layer.tensors):
-        raise ManifestError(f"{fields.where}: the tensors do not fill span_bytes {layer.span_bytes} once{REMEDY}")
-    return layer
-
-
-def _tensor(fields: Fields) -> TensorSpec:
-    tensor = TensorSpec(
-        name=fields.string("name", r"\w+"),
-        dtype=fields.string("dtype", "|".join(DTYPE_BYTES)),
-        shape=fields.integers("shape", 1),
-        offset=fields.integer("offset"),
-        bytes=fields.integer("bytes", 1),
-    )
-    fields.finish()
-    wanted = math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
-    if tensor.bytes != wanted:
-        raise ManifestError(f"{fields.where}.bytes is {tensor.bytes}, its shape and dtype need {wanted}{REMEDY}")
-    return tensor
-
-
-def _alignment(fields: Fields) -> Alignment:
-    alignment = Alignment(fields.string("kind"), fields.mapping("statistics"))
-    fields.finish()
-    return alignment
-
-
-def _deep_expert(fields: Fields) -> DeepExpert:
-    deep = DeepExpert(
-        index=fields.integer("index"),
-        file=_relative(fields, "file"),
-        bytes=fields.integer("bytes", 1),
-        sha256=fields.string("sha256", r"[0-9a-f]{64}"),
-        data_offset=fields.integer("data_offset", 8),
-        experts=fields.integers("experts"),
-        span_hashes=fields.strings("span_hashes", r"[0-9a-f]{16}"),
-    )
-    fields.finish()
-    return deep
-
-
-def _trunk_file(fields: Fields) -> TrunkFile:
-    file = TrunkFile(_relative(fields, "name"), fields.integer("bytes"), fields.string("sha256", r"[0-9a-f]{64}"))
-    fields.finish()
-    if not file.name.startswith("trunk/"):
-        raise ManifestError(f"{fields.where}.name is {file.name!r}, wanted a path below trunk/{REMEDY}")
-    return file
-
-
-def _relative(fields: Fields, key: str) -> str:
-    """A path that stays below the store: relative, normalised, printable, without `..`."""
-    name = fields.string(key, max_length=1024)
-    path = PurePosixPath(name)
-    if not name.isprintable() or path.is_absolute() or str(path) != name or not path.parts or ".." in path.parts:
-        raise ManifestError(f"{fields.path(key)} is {name!r}, wanted a path inside the store{REMEDY}")
-    return name
+        raise ManifestError(f"{where}: the tensors do not fill span_bytes {layer.span_bytes} once{REMEDY}")
 
 
 def _check_consistency(manifest: Manifest) -> None:
@@ -263,6 +327,9 @@ def _check_consistency(manifest: Manifest) -> None:
         raise ManifestError(f"model.top_k is {model.top_k}, more than num_experts {model.num_experts}{REMEDY}")
     if not manifest.deep_experts:
         raise ManifestError(f"deep_experts is empty, a store holds at least one{REMEDY}")
+    for position, file in enumerate(manifest.trunk):
+        if not file.name.startswith("trunk/"):
+            raise ManifestError(f"trunk[{position}].name is {file.name!r}, wanted a path below trunk/{REMEDY}")
     files = [deep.file for deep in manifest.deep_experts] + [file.name for file in manifest.trunk]
     if len(set(files)) != len(files) or MANIFEST_NAME in files:
         raise ManifestError(f"two entries name the same file{REMEDY}")

@@ -85,17 +85,17 @@ class LFU:
         self._last[expert] = self._clock
 
 
-class Pinned:
-    """Another policy's order, with some experts held: they leave only where every other expert is leased.
+class KeepSome:
+    """Another policy's order, with some experts kept: they leave only where every other expert is leased.
 
     Args:
-        policy: orders the others, and the held ones among themselves.
-        experts: that are held once they are resident.
+        policy: orders the others, and the kept ones among themselves.
+        experts: kept once they are resident.
     """
 
     def __init__(self, policy: EvictionPolicy, experts: Collection[int]) -> None:
         self._policy = policy
-        self._held = frozenset(experts)
+        self._kept = frozenset(experts)
 
     def admit(self, expert: int) -> None:
         """See `EvictionPolicy.admit`."""
@@ -107,14 +107,14 @@ class Pinned:
 
     def evict(self, is_leased: Callable[[int], bool]) -> int:
         """See `EvictionPolicy.evict`."""
-        if all(expert in self._held or is_leased(expert) for expert in self._policy.resident()):
+        if all(expert in self._kept or is_leased(expert) for expert in self._policy.resident()):
             return self._policy.evict(is_leased)
-        return self._policy.evict(lambda expert: expert in self._held or is_leased(expert))
+        return self._policy.evict(lambda expert: expert in self._kept or is_leased(expert))
 
     def resident(self) -> Iterable[int]:
-        """The experts known: the others, next victim first, then the held ones."""
+        """The experts known: the others, next victim first, then the kept ones."""
         known = list(self._policy.resident())
-        return [e for e in known if e not in self._held] + [e for e in known if e in self._held]
+        return [e for e in known if e not in self._kept] + [e for e in known if e in self._kept]
 
 
 POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"lru": LRU, "lfu": LFU}

@@ -1,29 +1,31 @@
-"""A shard: the file of one deep expert.
+"""A shard, which is the file of one deep expert, and the shards that a store has open.
 
-A valid safetensors file (https://github.com/huggingface/safetensors#format) whose header is a pure function of the
-manifest: tensors `layers.{model_layer}.{name}` in span order, metadata with the deep expert's index and experts, padded
-with spaces so that the data begins at a multiple of 4096. Invariant: because every header byte is predictable, a
-truncated, altered or swapped file is told by comparison, before any of its data is believed.
+A shard is a valid safetensors file (https://github.com/huggingface/safetensors#format) whose header is a pure function
+of the manifest: tensors `layers.{model_layer}.{name}` in span order, metadata with the deep expert's index and experts,
+padded with spaces so that the data begins at a multiple of 4096. Invariants: the header is compared byte for byte, so a
+truncated, altered or swapped file is found before any of its data is used; a descriptor in use is never closed.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import stat
-from collections.abc import Mapping, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from expert_store.errors import ManifestError, ShardCorruptError
+from expert_store.files import open_checked
 from expert_store.manifest import DeepExpert, LayerSpec
 
 SHARD_FORMAT = "deepfew-shard"
 SHARD_VERSION = 1
 DATA_ALIGNMENT = 4096
 """Data begins at a multiple of this, so that direct I/O and page-wise reads of the first span start on a page."""
-MAX_READ_CALL_BYTES = 2**30
 
 
 def shard_name(index: int) -> str:
@@ -99,45 +101,6 @@ class ShardLayout:
         return self.data_offset + sum(spec.span_bytes for spec in self.layers)
 
 
-def resolve_inside(root: Path, name: str) -> Path:
-    """The real path of `root/name`, where `root` is itself resolved.
-
-    Raises ShardCorruptError when the file is missing or a symbolic link leads out of the store.
-    """
-    try:
-        path = (root / name).resolve(strict=True)
-    except (OSError, RuntimeError) as error:
-        raise ShardCorruptError(
-            f"{root / name}: the manifest names this file but it cannot be found ({error}); "
-            "restore it, or extract into an empty directory"
-        ) from None
-    if not path.is_relative_to(root):
-        raise ShardCorruptError(
-            f"{root / name} is a link to {path}, outside the store; put the file itself there, or extract again"
-        )
-    return path
-
-
-def open_checked(root: Path, name: str, size: int) -> int:
-    """Open a file of the store for reading and return its descriptor (the caller closes it).
-
-    Raises ShardCorruptError when it is missing, leads out of the store, is no regular file, or has not `size` bytes.
-    """
-    path = resolve_inside(root, name)
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise ShardCorruptError(f"{path} cannot be opened: {error.strerror}; check its permissions") from error
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_size != size:
-        os.close(descriptor)
-        raise ShardCorruptError(
-            f"{path} has {status.st_size} bytes, the manifest says {size}; the file was truncated or replaced: "
-            "restore it, or extract into an empty directory"
-        )
-    return descriptor
-
-
 def open_shard(root: Path, deep: DeepExpert, layout: ShardLayout) -> int:
     """Open the shard of `deep` after comparing its size and every header byte with the manifest.
 
@@ -168,19 +131,68 @@ def _first_difference(found: bytes, wanted: bytes) -> str:
     return f"at byte {at} got {found[at : at + 16]!r}, wanted {wanted[at : at + 16]!r}"
 
 
-def read_fully(descriptor: int, memory: memoryview, offset: int, where: str) -> None:
-    """Fill `memory` from the file offset `offset` on. Raises ShardCorruptError, naming `where`."""
-    done = 0
-    while done < memory.nbytes:
+class _OpenShard:
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.users = 0
+
+
+class OpenShards:
+    """Descriptors of shards, by the deep expert's index. All methods may be called from any thread.
+
+    Args:
+        root: the store.
+        max_open_files: most that stay open while nobody uses them.
+    """
+
+    def __init__(self, root: Path, max_open_files: int) -> None:
+        self._root = root
+        self._max_open_files = max_open_files
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._forgotten: set[int] = set()
+        self._closed = False
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def opened(self, deep: DeepExpert, layout: ShardLayout) -> Iterator[int]:
+        """The descriptor of a checked shard, not closed while in use; the least recently used idle ones are closed.
+
+        Raises:
+            ManifestError: `close` was called. ShardCorruptError: not the file that the manifest names.
+        """
+        with self._lock:
+            if self._closed:
+                raise ManifestError(f"{self._root}: the store was closed; open it again")
+            shard = self._open.get(deep.index)
+            if shard is None:
+                shard = self._open[deep.index] = _OpenShard(open_shard(self._root, deep, layout))
+            self._open.move_to_end(deep.index)
+            shard.users += 1
+            self._close_idle()
         try:
-            count = os.preadv(descriptor, [memory[done : done + MAX_READ_CALL_BYTES]], offset + done)
-        except OSError as error:
-            raise ShardCorruptError(
-                f"{where} cannot be read: {error.strerror}; check the disk, restore the file, or extract again"
-            ) from error
-        if count == 0:
-            raise ShardCorruptError(
-                f"{where} ends after {offset + done} bytes, wanted {offset + memory.nbytes}; the file was truncated "
-                "while it was open: restore it, or extract into an empty directory"
-            )
-        done += count
+            yield shard.descriptor
+        finally:
+            with self._lock:
+                shard.users -= 1
+                self._close_idle()
+
+    def forget(self, indices: Iterable[int]) -> None:
+        """Close the shards of deep experts that are gone for good, those in use when they no longer are."""
+        with self._lock:
+            self._forgotten.update(index for index in indices if index in self._open)
+            self._close_idle()
+
+    def close(self) -> None:
+        """Close everything; reads in flight finish first, later ones raise."""
+        with self._lock:
+            self._closed = True
+            self._close_idle()
+
+    def _close_idle(self) -> None:
+        excess = len(self._open) if self._closed else max(0, len(self._open) - self._max_open_files)
+        if not excess and not self._forgotten:
+            return
+        idle = [index for index, shard in self._open.items() if shard.users == 0]
+        for index in dict.fromkeys([*idle[:excess], *(index for index in idle if index in self._forgotten)]):
+            os.close(self._open.pop(index).descriptor)
+            self._forgotten.discard(index)

@@ -1,19 +1,23 @@
-"""Giving deep experts up: a manifest without them first, their files later.
+"""Removing deep experts from a store: first a manifest without them, later their files.
 
-Invariant: a file goes only after a manifest without it is durable, so a crash at any moment leaves a whole store; and
-the manifest remembers how far its indices went, so that a later growth never puts another file where a reader of an
-older manifest expects a removed one.
+Invariants: a file is deleted only after a manifest without it is durable, so a crash at any moment leaves a whole
+store, and only while nobody else reads the store (`ReaderLock`). The manifest remembers how far its indices went, so a
+later growth never puts another file where a reader of an older manifest expects a removed one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from expert_store.errors import ManifestError
-from expert_store.manifest import Manifest, read_manifest, sync_directory
+from expert_store.files import sync_directory
+from expert_store.manifest import Manifest, read_manifest
 
 _SHARD = re.compile(r"deep-(\d{5,})\.safetensors")
 
@@ -55,3 +59,38 @@ def remove_unnamed_shards(path: Path, manifest: Manifest) -> int | None:
     if freed:
         sync_directory(path / "experts")
     return freed
+
+
+class ReaderLock:
+    """A shared lock on the directory of the store at `path`; every open `Store` holds one until `close`.
+
+    A file system without such locks counts as never alone, so that files stay rather than go too early. Raises OSError
+    when the directory cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._is_locked = self._take(fcntl.LOCK_SH)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Whether this is the only reader; no other one can begin inside the block if so."""
+        is_alone = self._is_locked and self._take(fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield is_alone
+        finally:
+            if self._is_locked:  # an attempt that failed gave the shared lock up as well
+                self._is_locked = self._take(fcntl.LOCK_SH)
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _take(self, operation: int) -> bool:
+        try:
+            fcntl.flock(self._descriptor, operation)
+        except OSError:  # held by another, or not offered by this file system
+            return False
+        return True

@@ -1,4 +1,4 @@
-"""The usage ledger: what routing wanted and what it got, for every layer and expert.
+"""The usage ledger: the experts that routing demanded and those that were served, for every layer and expert.
 
 Additive and mergeable: two ledgers of the same checkpoint add up, so it survives restarts in `usage.json` and can be
 collected from many servers. *Demand* is the unmasked choice (what transformers' router returned), *served* what was
@@ -9,7 +9,6 @@ taken from any.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,7 +155,7 @@ class UsageLedger:
         self.top1_missing_tokens += other.top1_missing_tokens
 
     def to_json(self) -> dict[str, Any]:
-        """The ledger as JSON-ready data."""
+        """The content of `usage.json` as a JSON object."""
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -168,18 +167,9 @@ class UsageLedger:
             "top1_missing": self.top1_missing.tolist(),
         }
 
-    def save(self, path: Path) -> None:
-        """Write the ledger to `path`, atomically. Raises OSError."""
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(self.to_json(), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-
     @classmethod
     def load(cls, path: Path) -> UsageLedger:
-        """Read a ledger that `save` wrote.
+        """Read the file `path`, whose content `to_json` gave.
 
         Raises:
             LedgerError: not a usage file, an unknown version, or arrays that do not fit together.

@@ -18,8 +18,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from benchmarks.gpu.timing import wall_ms
 from expert_store.cache import ExpertCache
 from expert_store.host_tier import HostTier
+from expert_store.manifest import LayerSpec, TensorSpec
 from expert_store.paging.pages import DevicePages, PagesShape
-from expert_store.records import LayerSpec, TensorSpec
 from expert_store.store import Store
 from router.mask import ExpertMask
 from server.model.device.capture.pack import decode_shape, pack_trunk
@@ -179,7 +179,7 @@ def _host_runner(model: Any, shape: DecodeShape, layers: int, num_slots: int) ->
     needed = layers * shape.num_experts * shape.span_elements * 2
     tier = HostTier(store, budget_bytes=needed, pinned=DEVICE.type == "cuda")
     for layer in range(layers):
-        tier.fetch(layer, range(shape.num_experts))
+        tier.read(layer, range(shape.num_experts))
     cache = ExpertCache(store, num_slots=num_slots, device=DEVICE, dtype=DTYPE, host_tier=tier)
     selective = _selective(model, cache=cache, layers=layers, num_experts=shape.num_experts)
     return Runner(selective, max_rows=8, max_tokens=2304)

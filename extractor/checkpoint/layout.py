@@ -20,9 +20,8 @@ from expert_store.manifest import DTYPE_BYTES, LayerSpec, ModelSpec, TensorSpec
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.checkpoint.conversion import Recipe, trace
 from extractor.checkpoint.families import check_family
-from extractor.checkpoint.pieces import ConvertedPiece, Piece
 from extractor.checkpoint.quantised import piece_of, read_part
-from extractor.checkpoint.tensor_file import TensorEntry
+from extractor.checkpoint.tensor_file import ConvertedPiece, Piece, TensorEntry
 from extractor.errors import CheckpointError, UnsupportedFamilyError
 
 _PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")

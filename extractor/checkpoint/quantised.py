@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from expert_store.records import DTYPE_BYTES
+from expert_store.manifest import DTYPE_BYTES
 from extractor.checkpoint.encodings import TAKEN, Encoding, encodings_of
-from extractor.checkpoint.pieces import ConvertedPiece, CopiedPiece, Piece
-from extractor.checkpoint.tensor_file import TensorEntry, read_bytes
+from extractor.checkpoint.tensor_file import ConvertedPiece, CopiedPiece, Piece, TensorEntry, read_bytes
 from extractor.errors import UnsupportedFamilyError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from expert_store.errors import ExpertUnavailableError
 from expert_store.store import Store
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.checkpoint.layout import ExpertsLayout
-from extractor.checkpoint.pieces import CopiedPiece
+from extractor.checkpoint.tensor_file import CopiedPiece
 from extractor.errors import ExtractError
 
 Stamp = tuple[int, int, int]

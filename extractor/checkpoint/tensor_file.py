@@ -1,4 +1,4 @@
-"""Safetensors files of a checkpoint: their headers, checked before any of their data is believed.
+"""Safetensors files of a checkpoint: their headers, checked before any data is read, and the pieces of output files.
 
 Invariant: the tensors of a `TensorFile` lie inside the file, do not overlap, and have the bytes that shape and dtype
 need. Format: https://github.com/huggingface/safetensors#format. Files are read with pread, never mapped, so that memory
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,26 @@ class TensorFile:
     file_bytes: int
     header: bytes
     tensors: tuple[TensorEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedPiece:
+    """`num_bytes` bytes of an output file that are those of `source`'s file, from the offset `offset` on."""
+
+    source: TensorEntry
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertedPiece:
+    """`num_bytes` bytes that `load` reads and converts; it uses about twice as much host memory."""
+
+    num_bytes: int
+    load: Callable[[], memoryview]
+
+
+Piece = CopiedPiece | ConvertedPiece
 
 
 def read_tensor_file(path: Path) -> TensorFile:

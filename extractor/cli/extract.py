@@ -20,9 +20,10 @@ from expert_store.errors import StoreError
 from expert_store.manifest import read_manifest
 from extractor.checkpoint.checkpoint import resolve_checkpoint
 from extractor.cli.progress import byte_progress
-from extractor.disk import format_bytes
 from extractor.errors import ExtractError
+from extractor.planning.plan import read_plan
 from extractor.planning.selection import SelectionRequest, parse_bytes, parse_keep
+from extractor.writing.disk import format_bytes
 from extractor.writing.inspection import print_summary, store_summary
 from extractor.writing.prepare import prepare
 from extractor.writing.verify import compared_bytes, open_comparison, verify_store
@@ -60,7 +61,7 @@ def extract(
             count=count,
             keep=parse_keep(keep) if keep is not None else None,
             budget_bytes=parse_bytes(budget) if budget is not None else None,
-            plan=plan,
+            plan=read_plan(plan) if plan is not None else None,
         )
         opened = resolve_checkpoint(checkpoint)
         work = prepare(opened, store, request)

@@ -15,7 +15,6 @@ import numpy as np
 import typer
 
 from expert_store.errors import StoreError
-from extractor.disk import format_bytes, require_writable
 from extractor.errors import ExtractError, SelectionError, message_of
 from extractor.planning.columns import ALIGNMENTS
 from extractor.planning.criteria import CRITERIA, DEFAULT_CRITERION, normalised, score
@@ -27,6 +26,7 @@ from extractor.planning.selection import parse_bytes, parse_keep
 from extractor.statistics.file import read_statistics
 from extractor.statistics.price import WARN_PERPLEXITY_RATIO, Price
 from extractor.statistics.statistics import ExpertStatistics, merge_all
+from extractor.writing.disk import format_bytes, require_writable
 from router.ledger import LedgerError, UsageLedger
 
 
@@ -59,6 +59,7 @@ def plan(
         require_writable(out, "--out")
         if plot is not None:
             require_picture(plot)
+            require_writable(plot, "--plot")
         statistics = merge_all(read_statistics(path) for path in stats)
         request = PlanRequest(
             count=count_for(

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from extractor.disk import format_bytes
+from extractor.writing.disk import format_bytes
 
 LINE_SECONDS = 5.0
 

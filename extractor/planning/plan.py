@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from extractor.disk import replacing
+from expert_store.files import replacing
 from extractor.errors import SelectionError
 
 FORMAT = "deepfew-plan"
@@ -35,13 +35,19 @@ class PlannedExpert:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan file. `alignment` has at least the key "kind"; `deep_experts` are best first."""
+    """The content of a plan file. `alignment` has at least the key "kind"; `deep_experts` are best first.
+
+    Raises SelectionError when two deep experts share an expert of a layer.
+    """
 
     num_layers: int
     num_experts: int
     alignment: dict[str, Any]
     deep_experts: tuple[PlannedExpert, ...]
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_distinct([deep.experts for deep in self.deep_experts])
 
 
 def read_plan(path: str | os.PathLike[str]) -> Plan:
@@ -109,7 +115,6 @@ def parse_plan(document: Any) -> Plan:
     if not isinstance(items, list) or not items:
         raise SelectionError("deep_experts is missing or empty, wanted a list of at least one")
     deep_experts = tuple(_planned(item, position, num_layers, num_experts) for position, item in enumerate(items))
-    check_distinct([deep.experts for deep in deep_experts])
     known = {"format", "version", "alignment", "num_layers", "num_experts", "deep_experts"}
     extra = {key: value for key, value in document.items() if key not in known}
     return Plan(num_layers, num_experts, alignment, deep_experts, extra)

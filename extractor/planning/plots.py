@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from extractor.disk import replacing, require_writable
+from expert_store.files import replacing
 from extractor.errors import TargetError
 from extractor.planning.criteria import ranking
 from extractor.planning.plan import Plan
@@ -27,10 +27,9 @@ FORMATS = (".png", ".svg", ".pdf")
 
 
 def require_picture(path: Path) -> None:
-    """Tell before the work that a picture could not be drawn to `path`. Raises TargetError."""
+    """Refuse a name whose suffix is no format that can be drawn. Raises TargetError."""
     if path.suffix not in FORMATS:
         raise TargetError(f"--plot {path}: wanted a name that ends in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
-    require_writable(path, "--plot")
 
 
 def kept_mass_curve(scores: Float, shares: Float) -> Float:

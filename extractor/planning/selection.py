@@ -1,4 +1,4 @@
-"""What to take from a checkpoint: a list of deep experts, best first.
+"""The choice of deep experts to extract from a checkpoint, best first.
 
 Invariant of a `Selection`: every deep expert has one expert of every MoE layer (there is no way to take some layers
 only), and no (layer, expert) is taken twice.
@@ -6,7 +6,6 @@ only), and no (layer, expert) is taken twice.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from expert_store.manifest import Alignment, LayerSpec, ModelSpec
 from expert_store.shard import ShardLayout
 from extractor.errors import SelectionError
-from extractor.planning.plan import read_plan
+from extractor.planning.plan import Plan
 from router.mask import MaskError, parse_experts
 
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
@@ -23,13 +22,13 @@ _UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 @dataclass(frozen=True)
 class SelectionRequest:
-    """What the user asked for; at most one of the first four. `experts` is text as "0-7,12", `keep` a share of 1."""
+    """The user's choice; at most one of the first four. `experts` is text as "0-7,12", `keep` a share of 1."""
 
     experts: str | None = None
     count: int | None = None
     keep: float | None = None
     budget_bytes: int | None = None
-    plan: str | os.PathLike[str] | None = None
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True)
@@ -97,15 +96,15 @@ def _candidates(
         if request.experts is not None:
             ids = _ids(request.experts, model)
         return tuple((expert,) * model.num_layers for expert in ids), Alignment("index", {})
-    plan = read_plan(request.plan)
+    plan = request.plan
     if (plan.num_layers, plan.num_experts) != (model.num_layers, model.num_experts):
         raise SelectionError(
-            f"{request.plan} is for {plan.num_layers} layers of {plan.num_experts} experts, the checkpoint has "
+            f"the plan is for {plan.num_layers} layers of {plan.num_experts} experts, the checkpoint has "
             f"{model.num_layers} of {model.num_experts}; make a plan for this checkpoint"
         )
     if None not in (fingerprint, plan.extra.get("fingerprint")) and plan.extra["fingerprint"] != fingerprint:
         raise SelectionError(
-            f"{request.plan} was made for the checkpoint {plan.extra['fingerprint']}, this one is {fingerprint}; "
+            f"the plan was made for the checkpoint {plan.extra['fingerprint']}, this one is {fingerprint}; "
             "make a plan for this checkpoint"
         )
     statistics = {key: value for key, value in plan.alignment.items() if key != "kind"}

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from extractor.disk import replacing
+from expert_store.files import replacing
 from extractor.statistics.sample import KeyedSample
 from extractor.statistics.statistics import TOTALS, WINDOW_TOKENS, ExpertStatistics, PricePoint, StatisticsError
 

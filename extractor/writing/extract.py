@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from expert_store.files import sync_directory
 from expert_store.manifest import (
     DeepExpert,
     LayerSpec,
@@ -20,14 +21,13 @@ from expert_store.manifest import (
     Source,
     TrunkFile,
     read_manifest,
-    sync_directory,
     write_manifest,
 )
 from expert_store.shard import ShardLayout, shard_name
 from extractor.checkpoint.checkpoint import Checkpoint
-from extractor.disk import DISK_MARGIN_BYTES, format_bytes, free_bytes, keep_that_fits
 from extractor.errors import DiskFullError, TargetError
 from extractor.planning.selection import Selection
+from extractor.writing.disk import DISK_MARGIN_BYTES, format_bytes, free_bytes, keep_that_fits
 from extractor.writing.journal import JOURNAL_NAME, Journal, journal_head, read_journal
 from extractor.writing.outputs import OutputFile, shard_indices
 from extractor.writing.pipeline import FileDigest, partial_path, stream

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from expert_store.manifest import Manifest, format_ids, read_manifest
-from extractor.disk import format_bytes
+from extractor.writing.disk import format_bytes
 
 
 def store_summary(path: str | os.PathLike[str]) -> dict[str, Any]:

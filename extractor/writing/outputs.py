@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 from expert_store.manifest import DTYPE_BYTES, Manifest
 from expert_store.shard import ShardLayout, encode_header, shard_name
 from extractor.checkpoint.checkpoint import Checkpoint
-from extractor.checkpoint.pieces import Piece
 from extractor.checkpoint.quantised import CONFIG_KEYS, MODELOPT_CONFIG, piece_of
-from extractor.checkpoint.tensor_file import TensorEntry
+from extractor.checkpoint.tensor_file import Piece, TensorEntry
 
 if TYPE_CHECKING:
     from extractor.checkpoint.layout import ExpertsLayout

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import xxhash
 
-from extractor.checkpoint.pieces import CopiedPiece
+from extractor.checkpoint.tensor_file import CopiedPiece
 from extractor.errors import CheckpointError
 from extractor.writing.outputs import OutputFile
 

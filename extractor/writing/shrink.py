@@ -10,8 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from expert_store.manifest import Manifest, read_manifest, write_manifest
-from expert_store.readers import ReaderLock
-from expert_store.shrink import remove_unnamed_shards, without
+from expert_store.shrink import ReaderLock, remove_unnamed_shards, without
 from extractor.writing.journal import Journal, journal_head
 
 

@@ -27,7 +27,7 @@ from server.api.tgi.schemas import (
     StreamResponse,
 )
 from server.engine.request import EngineError
-from server.growth.errors import GrowthError
+from server.growth.status import GrowthError
 from server.serving.metrics import Metrics
 from server.serving.service import Service
 from server.settings.schema import HttpSettings

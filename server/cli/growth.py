@@ -14,7 +14,7 @@ import typer
 
 from expert_store.manifest import read_manifest
 from extractor.planning.selection import parse_bytes
-from server.growth.errors import GrowthError
+from server.growth.status import GrowthError
 
 if TYPE_CHECKING:
     from extractor.statistics.statistics import ExpertStatistics

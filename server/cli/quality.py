@@ -19,11 +19,11 @@ import typer
 
 from expert_store.errors import StoreError
 from expert_store.manifest import MANIFEST_NAME
-from extractor.disk import require_writable
 from extractor.errors import ExtractError, message_of
 from extractor.planning.criteria import CRITERIA
 from extractor.planning.plots import require_picture
 from extractor.planning.selection import parse_bytes, parse_keep
+from extractor.writing.disk import require_writable
 from router.mask import MaskError
 from server.masks.profiles import ProfileError
 from server.quality.texts import TextsError
@@ -129,6 +129,7 @@ def evaluate(
             if stats is None:
                 raise TextsError("--plot draws what --stats compares: give --stats, or leave it out")
             require_picture(plot)
+            require_writable(plot, "--plot")
         names = [name.strip() for name in criteria.split(",")]
         if unknown := sorted(set(names) - set(CRITERIA)):
             raise TextsError(f"--criteria: there is no {unknown[0]!r}, wanted some of {', '.join(CRITERIA)}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from expert_store.files import replacing
 from router.ledger import LedgerError, UsageLedger
 from server.engine.snapshot_file import SnapshotFile
 
@@ -21,8 +23,9 @@ class UsageFile(SnapshotFile[UsageLedger]):
         return UsageLedger.load(path)
 
     def write(self, path: Path, value: UsageLedger) -> None:
-        """See `UsageLedger.save`."""
-        value.save(path)
+        """See `SnapshotFile.write`."""
+        with replacing(path) as file:
+            file.write(json.dumps(value.to_json()).encode())
 
     def count(self, value: UsageLedger) -> int:
         """Tokens routed."""

@@ -1,8 +1,8 @@
-"""Growth by itself: now and then a look at what the grower ranks first, and a step towards having it.
+"""Automatic growth: at intervals, extract the best candidates of the grower if enough demand missed them.
 
-Invariant: never beyond the grower's byte budget, never for less than a given share of the router mass, nothing goes for
-something that is wanted hardly more, and after a failure later and later, so that a full disk costs neither the service
-nor the log.
+Invariants: the store never exceeds the grower's byte budget; no deep expert is added for less than a given share of the
+router mass; none is removed for one in hardly more demand. After a failure the interval doubles, so that a full disk
+costs neither the service nor the log.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 
-from server.growth.errors import GrowthBusyError, GrowthError
 from server.growth.grower import Grower
+from server.growth.status import GrowthBusyError, GrowthError
 
 log = logging.getLogger(__name__)
 
@@ -19,14 +19,14 @@ MAX_WAIT_SECONDS = 3600.0
 
 
 class AutoGrower:
-    """Looks at intervals, on a thread of its own, until the grower is told to stop.
+    """Grows the store at intervals, on its own thread, until the grower stops.
 
     Args:
         grower: does what is found to be worth it.
         interval_seconds: between two looks.
-        min_share: of the router mass, that a deep expert must have been missed for.
-        step: most deep experts at one look.
-        replace: when the budget is full, give up what is wanted least for what is wanted much more.
+        min_share: least share of the router mass that missed a deep expert for it to be added.
+        step: most deep experts added at a time.
+        replace: when the budget is full, remove deep experts in little demand for ones in much more.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class AutoGrower:
         self._interval_seconds, self._min_share, self._step = interval_seconds, min_share, step
 
     def start(self) -> None:
-        """Begin to look."""
-        threading.Thread(target=self._run, name="grow-by-itself", daemon=True).start()
+        """Start the thread."""
+        threading.Thread(target=self._run, name="automatic-growth", daemon=True).start()
 
     def look(self) -> int:
-        """Look once, and start a growth if it is worth it; returns by how many deep experts.
+        """Start a growth if it is worth it; returns the number of deep experts that it adds.
 
         Raises:
-            GrowthError: it would be worth it and is not possible.
+            GrowthError: a growth is worth it but not possible.
         """
         candidates = self._grower.candidates()
         worth = [one for one in candidates if one.missing_share >= self._min_share]
@@ -58,16 +58,17 @@ class AutoGrower:
         if not worth:
             return 0
         chosen = self._grower.grow(min(len(worth), self._step))
-        log.info("the store grows by itself", extra={"num_added": len(chosen), "reason": chosen[0].reason})
+        log.info("automatic growth has started", extra={"num_added": len(chosen), "reason": chosen[0].reason})
         return len(chosen)
 
     def _make_room(self) -> bool:
-        """Give up the least wanted deep expert that may go, if what is missing is worth it."""
+        """Remove the deep expert in least demand that may be removed, if a missing one is worth it; returns whether."""
         found = self._grower.replacements()
         if found is None or found[0].missing_share < self._min_share:
             return False
+        missing, removable = found
         refusal: GrowthError | None = None
-        for deep in found[1]:
+        for deep in removable:
             try:
                 self._grower.shrink([deep.index])
             except GrowthBusyError:
@@ -75,9 +76,12 @@ class AutoGrower:
             except GrowthError as error:  # a profile may need this one, and not the next
                 refusal = error
                 continue
-            log.info("a deep expert goes for one that is wanted more", extra={"index": deep.index})
+            log.info("removed a deep expert for one in more demand", extra={"index": deep.index})
             return True
-        raise refusal or GrowthError("nothing may go")
+        raise GrowthError(
+            f"a missing deep expert would serve {missing.missing_share:.2%} of the demand, but none of the "
+            f"{len(removable)} deep experts in less demand can be removed for it ({refusal}); raise `grow_budget`"
+        ) from refusal
 
     def _run(self) -> None:
         wait = self._interval_seconds
@@ -87,7 +91,7 @@ class AutoGrower:
                 self.look()
                 self._grower.wait()
             except GrowthError as error:
-                log.warning("the store cannot grow by itself: %s", error)
+                log.warning("automatic growth is not possible: %s", error)
                 failures -= 1
             has_failed = self._grower.status().num_failures > failures
             wait = (

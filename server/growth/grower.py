@@ -23,9 +23,7 @@ from extractor.statistics.statistics import ExpertStatistics
 from extractor.writing.shrink import shrink_store
 from router.mask import ExpertMask
 from server.engine.request import EngineStoppedError
-from server.growth.errors import GrowthBusyError, GrowthError, GrowthSourceError, NothingToGrowError
 from server.growth.ranking import (
-    Candidate,
     Float,
     check_masks,
     deep_expert_bytes,
@@ -34,7 +32,17 @@ from server.growth.ranking import (
     score_held,
     within_budget,
 )
-from server.growth.status import GrowthState, GrowthStatus, Reloaded, Shrunk
+from server.growth.status import (
+    Candidate,
+    GrowthBusyError,
+    GrowthError,
+    GrowthSourceError,
+    GrowthState,
+    GrowthStatus,
+    NothingToGrowError,
+    Reloaded,
+    Shrunk,
+)
 from server.growth.store import grow_store, unfinished_growth
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,6 @@ the best missing expert of every layer, since a store holds whole deep experts a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,31 +17,9 @@ from expert_store.manifest import DeepExpert, Manifest, read_manifest
 from extractor.statistics.statistics import ExpertStatistics
 from router.ledger import UsageLedger
 from router.mask import ExpertMask
-from server.growth.errors import GrowthError, NothingToGrowError
+from server.growth.status import Candidate, GrowthError, NothingToGrowError
 
 Float = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A deep expert that the store could have.
-
-    Attributes:
-        experts: of each layer.
-        score: wanted and missing mass × expected output norm ÷ byte.
-        missing_share: of all demanded mass, that these experts would serve.
-        num_bytes: that it would take.
-    """
-
-    experts: tuple[int, ...]
-    score: float
-    missing_share: float
-    num_bytes: int
-
-    @property
-    def reason(self) -> str:
-        """Why, in words."""
-        return f"{self.missing_share:.2%} of the router mass asked for its experts and could not have them"
 
 
 def expected_norms(statistics: ExpertStatistics | None, available: npt.NDArray[np.bool_]) -> Float:

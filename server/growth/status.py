@@ -1,4 +1,4 @@
-"""What a store that may grow says of itself; plain data, so that routes and metrics read it without loading torch."""
+"""The status, candidates and errors of a store that may grow: plain data, read by routes and metrics without torch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,57 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from expert_store.manifest import DeepExpert
-from server.growth.ranking import Candidate
 
 GrowthState = Literal["idle", "growing", "adopting", "shrinking", "reloading"]
 
 
+class GrowthError(ValueError):
+    """A store that cannot grow or shrink as asked.
+
+    GrowthError
+      GrowthBusyError       it is growing, shrinking or reloading already
+      NothingToGrowError    it has every expert, or its byte budget holds no more
+      GrowthSourceError     the checkpoint that it came from is not where it was
+    """
+
+
+class GrowthBusyError(GrowthError):
+    """One change of a store at a time."""
+
+
+class NothingToGrowError(GrowthError):
+    """No expert is missing that may be added."""
+
+
+class GrowthSourceError(GrowthError):
+    """The source checkpoint is not there."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A deep expert that the store could have.
+
+    Attributes:
+        experts: of each layer.
+        score: wanted and missing mass × expected output norm ÷ byte.
+        missing_share: of all demanded mass, that these experts would serve.
+        num_bytes: that it would take.
+    """
+
+    experts: tuple[int, ...]
+    score: float
+    missing_share: float
+    num_bytes: int
+
+    @property
+    def reason(self) -> str:
+        """Why, in words."""
+        return f"{self.missing_share:.2%} of the router mass asked for its experts and could not have them"
+
+
 @dataclass(frozen=True)
 class GrowthStatus:
-    """What the store is going through, and what it went through since the server started.
+    """The change of the store under way, and counts since the server started.
 
     Attributes:
         state: idle; growing (files are written); adopting (the running model takes them); shrinking, reloading.
@@ -39,7 +82,7 @@ class GrowthStatus:
 
 @dataclass(frozen=True)
 class Shrunk:
-    """What was given up; `freed_bytes` is None while the files have to stay because somebody else reads the store."""
+    """The deep experts that a store gave up; `freed_bytes` is None while another reader keeps the files."""
 
     removed: tuple[DeepExpert, ...]
     freed_bytes: int | None
@@ -47,7 +90,7 @@ class Shrunk:
 
 @dataclass(frozen=True)
 class Reloaded:
-    """What the store on disk had more and less than what was served."""
+    """The difference of the store on disk to the one that was served."""
 
     num_added: int
     num_removed: int

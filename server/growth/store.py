@@ -6,19 +6,18 @@ else is; a running model takes a change between two steps.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from expert_store.manifest import read_manifest
 from extractor.checkpoint.checkpoint import Checkpoint, resolve_checkpoint
 from extractor.checkpoint.source import local_directory
-from extractor.planning.plan import Plan, PlannedExpert, write_plan
+from extractor.planning.plan import Plan, PlannedExpert
 from extractor.planning.selection import SelectionRequest
 from extractor.writing.journal import read_journal
 from extractor.writing.prepare import prepare
 from router.mask import ExpertMask
-from server.growth.errors import NothingToGrowError
+from server.growth.status import NothingToGrowError
 from server.model.host.runner import Runner
 
 
@@ -44,13 +43,10 @@ def grow_store(
         {"kind": "grown"},
         tuple(PlannedExpert(tuple(experts)) for experts in (*held, *added)),
     )
-    with tempfile.TemporaryDirectory(prefix="deepfew-grow-") as folder:
-        path = Path(folder) / "plan.json"
-        write_plan(path, plan)
-        work = prepare(_source(checkpoint), store, SelectionRequest(plan=path))
-        work.check_disk()
-        num_bytes = work.remaining_bytes
-        work.run(on_bytes)
+    work = prepare(_source(checkpoint), store, SelectionRequest(plan=plan))
+    work.check_disk()
+    num_bytes = work.remaining_bytes
+    work.run(on_bytes)
     return num_bytes
 
 

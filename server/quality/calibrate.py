@@ -8,7 +8,6 @@ that a deficit brings: each domain's first sequences again, masked to its own be
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from expert_store.files import replacing
 from extractor.planning.criteria import DEFAULT_CRITERION, ranking, score
 from extractor.statistics.file import read_statistics, write_statistics
 from extractor.statistics.statistics import ExpertStatistics, PricePoint, StatisticsError
@@ -268,9 +268,8 @@ class _Checkpoint:
         name = f"statistics-{self._number}.safetensors"
         write_statistics(self.folder / name, self.statistics)
         document = {"work": self.work, "statistics": name, "number": self._number, "done": sorted(self.done)}
-        partial = self.folder / "resume.json.partial"
-        partial.write_text(json.dumps(document), encoding="utf-8")
-        os.replace(partial, self.folder / "resume.json")
+        with replacing(self.folder / "resume.json") as file:
+            file.write(json.dumps(document).encode())
         old.unlink(missing_ok=True)
         self._saved_at = time.monotonic()
 

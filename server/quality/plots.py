@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extractor.disk import replacing
+from expert_store.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

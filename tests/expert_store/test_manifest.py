@@ -80,7 +80,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "a missing key": (lambda d: d.pop("model"), "model is missing"),
     "an unknown key": (lambda d: d.update(extra=1), "unknown key.* extra"),
     "an unknown key inside": (lambda d: d["deep_experts"][0].update(extra=1), r"deep_experts\[0\].*unknown key"),
-    "a wrong type": (lambda d: d["model"].update(num_layers="2"), "model.num_layers is a string"),
+    "a wrong type": (lambda d: d["model"].update(num_layers="2"), "model.num_layers is '2', wanted a valid integer"),
     "a boolean for a number": (lambda d: d["model"].update(top_k=True), "model.top_k is a boolean"),
     "a fraction for a number": (lambda d: d["model"].update(top_k=1.5), "model.top_k is the number 1.5"),
     "an absolute path": (lambda d: d["deep_experts"][0].update(file="/etc/passwd"), "a path inside the store"),

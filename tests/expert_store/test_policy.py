@@ -1,4 +1,4 @@
-from expert_store.policy import LFU, LRU, Pinned
+from expert_store.policy import LFU, LRU, KeepSome
 
 
 def never(expert: int) -> bool:
@@ -35,7 +35,7 @@ def test_lfu_evicts_the_least_often_used_and_remembers_counts_after_eviction() -
 
 
 def test_pinned_experts_leave_only_when_every_other_is_leased() -> None:
-    policy = Pinned(LRU(), (1, 2))
+    policy = KeepSome(LRU(), (1, 2))
     for expert in (1, 2, 3, 4):
         policy.admit(expert)
     assert list(policy.resident()) == [3, 4, 1, 2]

@@ -14,8 +14,7 @@ import torch
 
 from expert_store import integrity
 from expert_store.errors import ExpertUnavailableError, ManifestError, ShardCorruptError
-from expert_store.manifest import Manifest, Source, write_manifest
-from expert_store.records import TrunkFile
+from expert_store.manifest import Manifest, Source, TrunkFile, write_manifest
 from expert_store.shard import shard_name
 from expert_store.store import Store
 from tests.expert_store.hand_made import COLUMNS, add_shard, grow_store, span, write_store

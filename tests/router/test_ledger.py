@@ -74,7 +74,7 @@ def test_an_empty_ledger_has_no_deficit() -> None:
 def test_saved_and_merged_ledgers_add_up_exactly(tmp_path: Path) -> None:
     once, twice = UsageLedger(2, NUM_EXPERTS, "f"), UsageLedger(2, NUM_EXPERTS, "f")
     once.add(masked_record())
-    once.save(tmp_path / "usage.json")
+    (tmp_path / "usage.json").write_text(json.dumps(once.to_json()))
     twice.add(masked_record())
     twice.merge(UsageLedger.load(tmp_path / "usage.json"))
     once.add(masked_record())

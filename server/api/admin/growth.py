@@ -30,8 +30,7 @@ from server.api.http.errors import NotFoundError, ValidationFailed
 from server.api.http.middleware import require_admin
 from server.api.http.openapi import Responses, error_response_of
 from server.api.tgi.schemas import ErrorResponse
-from server.growth.ranking import Candidate
-from server.growth.status import GrowthLike, GrowthStatus
+from server.growth.status import Candidate, GrowthLike, GrowthStatus
 
 router = APIRouter()
 admin_router = APIRouter(dependencies=[Depends(require_admin)])

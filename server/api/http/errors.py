@@ -24,7 +24,7 @@ from server.engine.request import (
     MemoryExhaustedError,
     QueueFullError,
 )
-from server.growth.errors import GrowthBusyError, GrowthError, GrowthSourceError, NothingToGrowError
+from server.growth.status import GrowthBusyError, GrowthError, GrowthSourceError, NothingToGrowError
 from server.serving.service import NotReadyError
 
 MAX_MESSAGE = 600

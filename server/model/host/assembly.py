@@ -175,7 +175,7 @@ def load_model(
         host_tier = _host_tier(store, host_memory_bytes)
     cache = ExpertCache(
         store, num_slots=num_slots, device=device, dtype=dtype, host_tier=host_tier, policy=policy, mask=mask.allowed,
-        pinned=pinned,
+        kept=pinned,
     )  # fmt: skip
     routing = StepRouting(store.manifest.model.family, len(store.manifest.layers), device, mask)
     _bind(model, store, cache, routing)

@@ -17,7 +17,7 @@ from transformers.core_model_loading import Concatenate, Interleave, MergeModule
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.checkpoint.conversion import Recipe, trace
 from extractor.checkpoint.layout import ExpertsLayout, _expert_part, convert_expert
-from extractor.checkpoint.pieces import CopiedPiece
+from extractor.checkpoint.tensor_file import CopiedPiece
 from extractor.errors import CheckpointError
 from tests.extractor.checkpoints import NUM_EXPERTS
 

@@ -50,7 +50,7 @@ def test_statistics_are_added_up_and_usage_and_quotas_taken(tmp_path: Path) -> N
         write_statistics(tmp_path / name, make_statistics(domains=domains))
     ledger = UsageLedger(NUM_LAYERS, NUM_EXPERTS, "sha")
     ledger.demand_mass[:, 7] = 1e6
-    ledger.save(tmp_path / "usage.json")
+    (tmp_path / "usage.json").write_text(json.dumps(ledger.to_json()))
     out = tmp_path / "plan.json"
     arguments = ["--stats", tmp_path / "a", "--stats", tmp_path / "b", "--usage", tmp_path / "usage.json"]
     result = run(*arguments, "--budget", "13kB", "--quota", "code=0.5", "--out", out, "--json")

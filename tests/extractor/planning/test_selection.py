@@ -2,13 +2,12 @@
 
 import dataclasses
 import inspect
-import json
-from pathlib import Path
 
 import pytest
 
 from extractor.cli import extract as cli
 from extractor.errors import SelectionError
+from extractor.planning.plan import Plan, parse_plan
 from extractor.planning.selection import Selection, SelectionRequest, parse_bytes, parse_keep, select
 from tests.expert_store.hand_made import LAYERS, MODEL
 
@@ -23,7 +22,7 @@ def first_experts(selection: Selection) -> list[int]:
     return [experts[0] for experts in selection.columns]
 
 
-def write_plan(path: Path, columns: list[list[int]], **extra: object) -> Path:
+def plan_of(columns: list[list[int]], **extra: object) -> Plan:
     document = {
         "format": "deepfew-plan",
         "version": 1,
@@ -33,8 +32,7 @@ def write_plan(path: Path, columns: list[list[int]], **extra: object) -> Path:
         "deep_experts": [{"experts": experts, "score": 1.0} for experts in columns],
         **extra,
     }
-    path.write_text(json.dumps(document))
-    return path
+    return parse_plan(document)
 
 
 def test_everything_is_the_default() -> None:
@@ -52,20 +50,20 @@ def test_experts_count_keep_and_budget_take_a_part() -> None:
     assert first_experts(chosen(budget_bytes=TRUNK_BYTES + 3 * SHARD_BYTES - 1)) == [0, 1]
 
 
-def test_a_plan_gives_the_expert_of_every_layer_best_first(tmp_path: Path) -> None:
-    plan = write_plan(tmp_path / "plan.json", [[3, 1], [0, 2], [2, 0]])
+def test_a_plan_gives_the_expert_of_every_layer_best_first() -> None:
+    plan = plan_of([[3, 1], [0, 2], [2, 0]])
     assert chosen(plan=plan).columns == ((3, 1), (0, 2), (2, 0))
     assert chosen(plan=plan, count=2).columns == ((3, 1), (0, 2))
     assert chosen(plan=plan, keep=0.25).columns == ((3, 1),)
     assert chosen(plan=plan).alignment.statistics == {"rounds": 3}
 
 
-def test_a_plan_for_another_model_is_refused(tmp_path: Path) -> None:
-    plan = write_plan(tmp_path / "plan.json", [[3, 1]], fingerprint="aa")
+def test_a_plan_for_another_model_is_refused() -> None:
+    plan = plan_of([[3, 1]], fingerprint="aa")
     assert chosen(plan=plan, fingerprint="aa").columns == ((3, 1),)
     with pytest.raises(SelectionError, match="was made for the checkpoint aa"):
         chosen(plan=plan, fingerprint="bb")
-    plan = write_plan(tmp_path / "plan.json", [[3, 1]], num_experts=8)
+    plan = plan_of([[3, 1]], num_experts=8)
     with pytest.raises(SelectionError, match="2 layers of 8 experts, the checkpoint has 2 of 4"):
         chosen(plan=plan)
 
@@ -81,8 +79,7 @@ def test_a_plan_for_another_model_is_refused(tmp_path: Path) -> None:
         ({"keep": 1.5}, "--keep is 1.5"),
         ({"budget_bytes": TRUNK_BYTES + SHARD_BYTES - 1}, "which take 5168 bytes"),
         ({"count": 1, "keep": 0.5}, "--count and --keep contradict"),
-        ({"experts": "0", "plan": "plan.json"}, "--plan and --experts contradict"),
-        ({"plan": "absent.json"}, "absent.json cannot be read"),
+        ({"experts": "0", "plan": plan_of([[3, 1]])}, "--plan and --experts contradict"),
     ],
 )
 def test_impossible_requests_say_what_is_possible(request_: dict[str, object], message: str) -> None:

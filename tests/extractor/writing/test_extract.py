@@ -11,11 +11,10 @@ from transformers import AutoModelForCausalLM
 from expert_store.errors import ManifestError
 from expert_store.manifest import read_manifest
 from expert_store.store import Store
-from extractor import disk
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.errors import CheckpointError, DiskFullError, SelectionError, TargetError, UnsupportedFamilyError
 from extractor.planning.selection import SelectionRequest
-from extractor.writing import pipeline
+from extractor.writing import disk, pipeline
 from extractor.writing.journal import JOURNAL_NAME
 from extractor.writing.prepare import prepare
 from tests.extractor.checkpoints import NUM_EXPERTS, TOP_K, save_checkpoint

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.checkpoint.layout import ExpertsLayout
-from extractor.checkpoint.pieces import CopiedPiece
+from extractor.checkpoint.tensor_file import CopiedPiece
 from extractor.writing.outputs import OutputFile, shard_output, trunk_outputs
 from extractor.writing.pipeline import stream
 from tests.extractor.checkpoints import save_checkpoint

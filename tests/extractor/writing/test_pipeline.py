@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from extractor.checkpoint.pieces import CopiedPiece, Piece
-from extractor.checkpoint.tensor_file import TensorEntry
+from extractor.checkpoint.tensor_file import CopiedPiece, Piece, TensorEntry
 from extractor.errors import CheckpointError
 from extractor.writing import pipeline
 from extractor.writing.outputs import OutputFile

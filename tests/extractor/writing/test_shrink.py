@@ -9,7 +9,7 @@ from expert_store.manifest import read_manifest
 from expert_store.store import Store
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.errors import TargetError
-from extractor.planning.plan import Plan, PlannedExpert, write_plan
+from extractor.planning.plan import Plan, PlannedExpert
 from extractor.planning.selection import SelectionRequest
 from extractor.writing.extract import JOURNAL_NAME
 from extractor.writing.prepare import prepare
@@ -34,8 +34,7 @@ def grow(store: Path, checkpoint: Path, experts: list[int]) -> None:
     """Add deep experts of one id in every layer."""
     columns = [deep.experts for deep in read_manifest(store).deep_experts] + [(expert,) * LAYERS for expert in experts]
     plan = Plan(LAYERS, EXPERTS, {"kind": "grown"}, tuple(PlannedExpert(column) for column in columns))
-    write_plan(store.parent / "plan.json", plan)
-    prepare(Checkpoint.open(checkpoint), store, SelectionRequest(plan=store.parent / "plan.json")).run()
+    prepare(Checkpoint.open(checkpoint), store, SelectionRequest(plan=plan)).run()
 
 
 def test_a_shrunk_store_lacks_what_it_gave_up_and_is_whole(store: Path, tiny_checkpoint: Path) -> None:

@@ -29,9 +29,7 @@ from server.engine.request import (
     Timing,
     TokenEvent,
 )
-from server.growth.errors import GrowthBusyError
-from server.growth.ranking import Candidate
-from server.growth.status import GrowthStatus, Reloaded, Shrunk
+from server.growth.status import Candidate, GrowthBusyError, GrowthStatus, Reloaded, Shrunk
 from server.masks.profiles import RequestMasks
 from server.serving.service import ExpertsSnapshot, LoadedModel, ShardInfo
 

@@ -17,7 +17,7 @@ from extractor.planning.selection import SelectionRequest
 from extractor.writing.prepare import prepare
 from server.api.admin.growth_schemas import GrowResponse, GrowthResponse, PlanResponse, ReloadResponse, ShrinkResponse
 from server.cli.main import main
-from server.growth.errors import GrowthError, GrowthSourceError, NothingToGrowError
+from server.growth.status import GrowthError, GrowthSourceError, NothingToGrowError
 from server.serving.loading import load
 from server.settings.load import load_settings
 from tests.server.api.running import Running, running, wait_until

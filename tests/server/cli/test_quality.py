@@ -74,7 +74,7 @@ def test_grow_adds_what_was_wanted_and_missing(
     ledger = UsageLedger(8, 64, read_manifest(store).source.fingerprint)
     ledger.demand_mass[:, 40] = 5.0
     ledger.demand_mass[:, 0] = 9.0
-    ledger.save(store / "usage.json")
+    (store / "usage.json").write_text(json.dumps(ledger.to_json()))
     assert main(["grow", str(store), "--dry-run"]) == 0
     assert "would add 1 deep expert" in capsys.readouterr().out
     assert len(read_manifest(store).deep_experts) == 4

@@ -19,8 +19,8 @@ from extractor.writing.prepare import prepare
 from router.mask import ExpertMask
 from server.growth.automatic import AutoGrower
 from server.growth.demand import RecentDemand
-from server.growth.errors import GrowthSourceError, NothingToGrowError
 from server.growth.grower import Grower
+from server.growth.status import GrowthSourceError, NothingToGrowError
 from server.growth.store import grow_store, unfinished_growth
 
 L, E = 8, 64

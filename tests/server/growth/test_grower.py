@@ -13,9 +13,9 @@ from extractor.writing.prepare import prepare
 from router.mask import ExpertMask
 from server.engine.engine import Engine
 from server.engine.request import EngineStoppedError, Event, FinishedEvent, GenerationRequest, SamplingParams
-from server.growth.errors import GrowthError
 from server.growth.grower import Grower
 from server.growth.ranking import expected_norms, rank_missing
+from server.growth.status import GrowthError
 from server.growth.store import adopt, grow_store
 from server.model.host.assembly import load_model
 from server.model.host.runner import Runner

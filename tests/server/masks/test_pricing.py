@@ -4,8 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from expert_store.manifest import read_manifest
-from expert_store.records import Alignment, Manifest
+from expert_store.manifest import Alignment, Manifest, read_manifest
 from extractor.planning.planner import PlanRequest, make_plan
 from extractor.statistics.file import write_statistics
 from extractor.statistics.statistics import ExpertStatistics, StatisticsError

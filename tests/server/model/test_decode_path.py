@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ def used_store(tiny_store: Path, tmp_path: Path) -> Path:
         ledger = UsageLedger(spec.num_layers, spec.num_experts, store.manifest.source.fingerprint)
     index = np.array([[[10 + layer]] * 3 + [[40]] * 2 + [[20]] for layer in range(spec.num_layers)])
     ledger.add(StepRecord(index, np.ones(index.shape, dtype=np.float32)))
-    ledger.save(path / "usage.json")
+    (path / "usage.json").write_text(json.dumps(ledger.to_json()))
     return path
 
 

@@ -1,4 +1,4 @@
-"""Room on the disk: how much there is, what to tell someone who has too little, and files that are whole or not there.
+"""Room on the disk: how much there is, whether a file can be written, and the `--keep` that fits into too little.
 
 Invariant: a `--keep` that is named here selects at least one deep expert and fits into the room that was measured.
 """
@@ -8,10 +8,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from extractor.errors import TargetError
 
@@ -40,28 +37,6 @@ def require_writable(path: Path, flag: str) -> None:
         raise TargetError(f"{flag} {path} cannot be written: {place} is a file; name another folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise TargetError(f"{flag} {path} cannot be written: {place} does not allow it; name another folder")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` as a whole when the block ends; its folders are made.
-
-    Whatever fails leaves what `path` had, and nothing beside it. Raises OSError, which names a file.
-    """
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
-        with suppress(OSError):
-            partial.unlink()
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a write says why it failed, and not where
-        raise
 
 
 def keep_that_fits(room_bytes: int, trunk_bytes: int, shard_bytes: int, num_experts: int, at_least: int) -> str | None:
