@@ -72,7 +72,7 @@ def load_runner(
     reason = _why_not(device, options.path)
     host_options = options
     if reason is None:
-        from server.model.device.capture.refusal import NotCapturableError
+        from server.model.device.capture import NotCapturableError
         from server.model.device.running.assembly import load_device_runner
 
         try:

@@ -1,1 +1,13 @@
 """Which models can be captured, and why others cannot."""
+
+from __future__ import annotations
+
+
+class NotCapturableError(Exception):
+    """The model needs something that the captured decode step does not do; the message says what."""
+
+
+def need(condition: bool, reason: str) -> None:
+    """Raises NotCapturableError with the reason unless the condition holds."""
+    if not condition:
+        raise NotCapturableError(reason)

@@ -1,22 +1,19 @@
 """From a transformers model in memory to the shape and the tensors of the captured decode step.
 
-Accepts decoders of grouped-query attention and gated products whose routers the kernel computes; anything else is
-refused with the reason, and is then run uncaptured. Families are not named: the modules' own names, shapes and
-attributes decide, gating rules come from `router.gating`, and a module that is not known here is a reason to refuse.
-What modules cannot tell is found by comparing a few steps (`running.trial`). Projections are packed once.
+Accepts decoders of grouped-query attention and gated products whose routers the kernel computes. Families are not
+named: names and shapes of modules decide, and gating rules come from `router.gating`. A module that is not known here
+is a reason to refuse the model. Names do not tell all that a forward computes: `capture.proof` compares its results.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from server.model.device.capture.known_code import check_code
-from server.model.device.capture.pack_attention import check_attention, qk_norm, rotary_elements
-from server.model.device.capture.refusal import NotCapturableError, need
+from server.model.device.capture import NotCapturableError, need
 from server.model.device.step.router_kind import RouterKind, RouterRefusedError, router_kind, selection_bias
 from server.model.device.step.tuning import divisor
 from server.model.device.step.weights import DecodeShape, LayerWeights, MlpWeights, TrunkWeights, rotary_tables
@@ -25,16 +22,17 @@ from server.model.seam.attention_mask import layer_windows
 MOST_ROWS = 32
 """The largest batch that the kernels have been run with."""
 
+_MODEL = ("model", "lm_head")
 _BODY = ("embed_tokens", "layers", "norm", "rotary_emb")
 _LAYER = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
-_MLP = ("gate_proj", "up_proj", "down_proj", "act_fn")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_NORMS = ("q_norm", "k_norm")
+_MLP = ("gate_proj", "up_proj", "down_proj")
 _SHARED = ("shared_expert", "shared_experts")
-_BLOCK = ("experts", "gate", "router", "shared_expert_gate", *_SHARED)
-_SCALES = (
-    "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "logit_scale",
-    "final_logit_softcapping", "attn_logit_softcapping", "router_logit_softcapping", "clip_qkv",
+_BLOCK = ("gate", "router", "shared_expert_gate", *_SHARED)
+_SETTINGS = (
+    "hidden_size", "num_attention_heads", "num_key_value_heads", "num_experts_per_tok", "rms_norm_eps", "model_type"
 )  # fmt: skip
-"""Keys of configs that multiply or bound something on the way, which the step does not do."""
 
 
 def moe_blocks(model: Any) -> list[tuple[int, Any, Any]]:
@@ -51,41 +49,25 @@ def moe_blocks(model: Any) -> list[tuple[int, Any, Any]]:
 def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: int) -> DecodeShape:
     """The step's sizes for a transformers `*ForCausalLM`; `intermediate` is I of its experts.
 
-    Raises NotCapturableError where the model needs more than the step does.
+    Raises NotCapturableError where the model is built otherwise.
     """
     need(max_rows <= MOST_ROWS, f"batches of {max_rows} rows: wanted at most {MOST_ROWS}, by max_batch_size")
-    try:
-        return _shape(model, intermediate, max_rows, max_tokens)
-    except NotCapturableError:
-        raise
-    except Exception as error:  # a config or module that is named otherwise, or not there
-        raise NotCapturableError(f"the model is built otherwise: {error}") from error
-
-
-def _shape(model: Any, intermediate: int, max_rows: int, max_tokens: int) -> DecodeShape:
-    config, body = model.config, model.model
-    layers, blocks = list(body.layers), moe_blocks(model)
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    need(getattr(config, "hidden_act", "silu") == "silu", f"activation {config.hidden_act!r} is not silu")
-    scales = [name for name in _SCALES if getattr(config, name, None) not in (None, 1, 1.0)]
-    need(not scales, f"the model's {', '.join(scales)} is not part of the captured step")
-    need(hasattr(config, "rms_norm_eps"), "the norms are not root-mean-square norms")
-    need(bool(blocks), "no layer has routed experts")
-    eps = float(config.rms_norm_eps)
-    _only(body, _BODY, "the model")
-    check_code(body, "model", "the model")
+    config = model.config
+    absent = [name for name in _SETTINGS if getattr(config, name, None) is None]
+    need(not absent, f"the model's config has no {', '.join(absent)}")
+    _children(model, "the model", _MODEL)
+    body = model.model
+    _children(body, "the model", _BODY)
+    layers = list(body.layers)
     for index, layer in enumerate(layers):
-        where = f"layer {index}"
-        _only(layer, _LAYER, where)
-        check_code(layer, "layer", where)
-        check_attention(layer.self_attn, config, head_dim, eps, where)
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            _check_norm(norm, eps, where)
+        _children(layer, f"layer {index}", _LAYER)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    norms = {_attention_norms(layer.self_attn, config, head_dim, f"layer {at}") for at, layer in enumerate(layers)}
+    need(len(norms) == 1, "norms of queries and keys differ between layers")
     dense = {index: layer.mlp for index, layer in enumerate(layers)}
-    kinds = set()
-    for index, block, router in blocks:
-        dense.pop(index)
-        kinds.add(_check_block(model, block, router, f"layer {index}"))
+    blocks = [(dense.pop(index), router, f"layer {index}") for index, _, router in moe_blocks(model)]
+    kinds = {_block_kind(config, block, router, where) for block, router, where in blocks}
+    need(bool(kinds), "no layer has routed experts")
     need(len(kinds) == 1, "routers or shared experts differ between layers")
     kind, top_k, num_experts, shared = kinds.pop()
     inner = {_mlp_size(mlp, f"layer {index}") for index, mlp in dense.items()}
@@ -102,10 +84,10 @@ def _shape(model: Any, intermediate: int, max_rows: int, max_tokens: int) -> Dec
         intermediate=intermediate,
         max_rows=max_rows,
         max_tokens=max_tokens,
-        eps=eps,
-        scaling=float(layers[0].self_attn.scaling),
-        qk_norm=qk_norm(layers[0].self_attn, head_dim),
-        rotary=rotary_elements(body, layers[0].self_attn, config, head_dim),
+        eps=float(config.rms_norm_eps),
+        scaling=float(getattr(layers[0].self_attn, "scaling", head_dim**-0.5)),
+        qk_norm=norms.pop(),
+        rotary=_rotary_elements(body.rotary_emb, head_dim),
         windows=layer_windows(config, len(layers)),
         dense_layers=frozenset(dense),
         dense_intermediate=inner.pop() if inner else 0,
@@ -118,19 +100,63 @@ def _shape(model: Any, intermediate: int, max_rows: int, max_tokens: int) -> Dec
     return shape
 
 
-def _check_block(model: Any, block: Any, router: Any, where: str) -> tuple[RouterKind, int, int, int]:
+def _children(module: Any, where: str, needed: Sequence[str], optional: Sequence[str] = ()) -> None:
+    """The module has every needed child, and none that the step does not know."""
+    absent = [name for name in needed if getattr(module, name, None) is None]
+    need(not absent, f"{where} has no {', '.join(absent)}")
+    no_weights = (name for name, child in module.named_children() if next(child.parameters(), None) is None)
+    known = {*needed, *optional, *no_weights}
+    unknown = [name for name, _ in module.named_children() if name not in known]
+    need(not unknown, f"{where} has {', '.join(unknown)}, which the captured step does not compute")
+
+
+def _attention_norms(attention: Any, config: Any, head_dim: int, where: str) -> Literal["none", "head", "row"]:
+    """How a layer normalises queries and keys; refuses attention that is not of grouped queries."""
+    where = f"{where}: attention"
+    _children(attention, where, _PROJECTIONS, _NORMS)
+    projections = [getattr(attention, name) for name in _PROJECTIONS]
+    need(all(isinstance(one, nn.Linear) for one in projections), f"{where} projects otherwise than by plain products")
+    heads, kv_heads = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    sizes = [one.out_features for one in projections]
+    wanted = [heads, kv_heads, kv_heads, config.hidden_size]
+    need(sizes == wanted and projections[3].in_features == heads, f"{where} projects to {sizes}, wanted {wanted}")
+    need(len({one.bias is None for one in projections[:3]}) == 1, f"{where}: only some of q, k and v have biases")
+    kinds: set[Literal["none", "head", "row"]] = set()
+    for name, projection in zip(_NORMS, projections, strict=False):
+        norm = getattr(attention, name, None)
+        size = None if norm is None else norm.weight.shape.numel()
+        need(size in (None, head_dim, projection.out_features), f"{where}: {name} is over {size} elements")
+        kinds.add("none" if size is None else "head" if size == head_dim else "row")
+    need(len(kinds) == 1, f"{where} normalises queries and keys differently")
+    return kinds.pop()
+
+
+def _rotary_elements(rotary: Any, head_dim: int) -> int:
+    """How many of a head's elements are rotated, its first ones."""
+    need(
+        head_dim & (head_dim - 1) == 0 and head_dim >= 32,
+        f"heads of {head_dim} elements: wanted a power of two from 32",
+    )
+    need(hasattr(rotary, "inv_freq"), "rotary embedding differs between layers")
+    elements = 2 * int(rotary.inv_freq.shape[0])
+    need(elements <= head_dim and elements % 4 == 0, f"{elements} of {head_dim} elements of a head are rotated")
+    return elements
+
+
+def _block_kind(config: Any, block: Any, router: Any, where: str) -> tuple[RouterKind, int, int, int]:
     """The router's kind, top-k, number of experts and the shared expert's size of one MoE block."""
     need(isinstance(router, nn.Module), f"{where}: is not a plain MoE layer")
-    _only(block, _BLOCK, where)
-    check_code(block, "block", where)
+    _children(block, where, (), ("experts", *_BLOCK))
     try:
-        kind = router_kind(model.config.model_type, router, block)
+        kind = router_kind(config.model_type, router, block)
     except RouterRefusedError as error:
         raise NotCapturableError(f"{where}: {error}") from error
     need(not any(True for _ in router.children()), f"{where}: the router is not one product")
-    _check_experts(block.experts, where)
     num_experts, width = router.weight.shape
-    need(width == model.config.hidden_size, f"{where}: gate does not read the hidden state")
+    need(width == config.hidden_size, f"{where}: gate does not read the hidden state")
+    experts = block.experts
+    plain = experts.is_concatenated and not experts.is_transposed and experts.has_gate and not experts.has_bias
+    need(bool(plain), f"{where}: experts' weights are not gate_up [2I, H] and down [H, I] alone")
     shared = [getattr(block, name) for name in _SHARED if getattr(block, name, None) is not None]
     need(len(shared) <= 1, f"{where}: has several shared experts")
     switch = getattr(block, "shared_expert_gate", None)
@@ -138,45 +164,17 @@ def _check_block(model: Any, block: Any, router: Any, where: str) -> tuple[Route
         switch is None or (isinstance(switch, nn.Linear) and switch.out_features == 1 and switch.bias is None),
         f"{where}: the shared expert's gate is not one plain product",
     )
-    top_k = getattr(router, "top_k", None) or model.config.num_experts_per_tok
+    top_k = getattr(router, "top_k", None) or config.num_experts_per_tok
     return kind, int(top_k), int(num_experts), _mlp_size(shared[0], where) if shared else 0
-
-
-def _check_experts(experts: Any, where: str) -> None:
-    """Experts are gate and up, [2I, H] together, silu, and down [H, I]."""
-    plain = experts.is_concatenated and not experts.is_transposed and experts.has_gate and not experts.has_bias
-    need(bool(plain), f"{where}: experts' weights are not gate_up [2I, H] and down [H, I] alone")
-    gate = getattr(type(experts), "_apply_gate", None)
-    need(getattr(gate, "__name__", "") == "_default_apply_gate", f"{where}: experts have a gate of their own")
-    act = getattr(experts, "act_fn", None)
-    need(act is None or "silu" in type(act).__name__.lower(), f"{where}: activation {act} is not silu")
 
 
 def _mlp_size(mlp: Any, where: str) -> int:
     """I of a gated product that every token passes."""
-    _only(mlp, _MLP, where)
-    check_code(mlp, "mlp", where)
-    parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    plain = all(isinstance(part, nn.Linear) and part.bias is None for part in parts)
-    need(plain, f"{where}: {type(mlp).__name__} is no plain gated product")
-    act = getattr(mlp, "act_fn", None)
-    need(act is None or "silu" in type(act).__name__.lower(), f"{where}: activation {act} is not silu")
+    where = f"{where}: {type(mlp).__name__}"
+    _children(mlp, where, _MLP)
+    parts = [getattr(mlp, name) for name in _MLP]
+    need(all(isinstance(part, nn.Linear) and part.bias is None for part in parts), f"{where} is no plain gated product")
     return int(mlp.up_proj.out_features)
-
-
-def _only(module: nn.Module, known: Sequence[str], where: str) -> None:
-    """Every child of the module is one that the step computes."""
-    names = [name for name, child in module.named_children() if not isinstance(child, nn.Dropout)]
-    unknown = [name for name in names if name not in known]
-    need(not unknown, f"{where} has {', '.join(unknown)}, which the captured step does not compute")
-
-
-def _check_norm(norm: Any, eps: float, where: str) -> None:
-    need(
-        getattr(norm, "bias", None) is None and getattr(norm, "variance_epsilon", eps) == eps,
-        f"{where}: {type(norm).__name__} is no root-mean-square norm with the config's epsilon",
-    )
-    check_code(norm, "norm", where)
 
 
 @torch.no_grad()
@@ -208,9 +206,7 @@ def pack_trunk(model: Any, shape: DecodeShape) -> TrunkWeights:
                 mlp=_mlp_weights(layer.mlp if block is None else block, shape, block is not None),
             )
         )
-    rotary = model.model.rotary_emb
-    scaling = float(rotary.attention_scaling)
-    cos, sin = rotary_tables(rotary.inv_freq, shape.max_tokens, shape.dtype, scaling, shape.head_dim // 2)
+    cos, sin = rotary_tables_of(model, shape)
     return TrunkWeights(
         embedding=model.model.embed_tokens.weight,
         layers=tuple(layers),
@@ -219,6 +215,13 @@ def pack_trunk(model: Any, shape: DecodeShape) -> TrunkWeights:
         cos=cos,
         sin=sin,
     )
+
+
+def rotary_tables_of(model: Any, shape: DecodeShape) -> tuple[Tensor, Tensor]:
+    """cos and sin [max_tokens, head_dim / 2] of the model's rotary embedding: see `rotary_tables`."""
+    rotary = model.model.rotary_emb
+    scaling = float(getattr(rotary, "attention_scaling", 1.0))
+    return rotary_tables(rotary.inv_freq, shape.max_tokens, shape.dtype, scaling, shape.head_dim // 2)
 
 
 def _mlp_weights(owner: Any, shape: DecodeShape, is_block: bool) -> MlpWeights | None:

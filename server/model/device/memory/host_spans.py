@@ -23,7 +23,7 @@ from expert_store.paging.pages import DevicePages
 from expert_store.pinned import NotPinnableError, new_arena, page_lock
 from expert_store.slots import TORCH_DTYPES
 from expert_store.store import Store
-from server.model.device.capture.refusal import NotCapturableError
+from server.model.device.capture import NotCapturableError
 
 log = logging.getLogger(__name__)
 

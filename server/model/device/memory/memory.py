@@ -9,7 +9,7 @@ import torch
 
 from expert_store.errors import SlotsError
 from expert_store.paging.pages import PagesShape
-from server.model.device.capture.refusal import NotCapturableError
+from server.model.device.capture import NotCapturableError
 from server.model.device.step.prefill import RING_SPANS
 from server.model.device.step.weights import DecodeShape
 

@@ -7,6 +7,8 @@ allocated where it can be told by then, for models or memory budgets that the ho
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
@@ -14,21 +16,22 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
+from triton.runtime.errors import OutOfResources
 
 from expert_store.cache import ExpertCache
 from expert_store.errors import SlotsError
 from expert_store.paging.pages import DevicePages, Policy
 from expert_store.store import Store
 from router.mask import ExpertMask
+from server.model.device.capture import NotCapturableError, need
 from server.model.device.capture.pack import decode_shape, moe_blocks, pack_trunk
-from server.model.device.capture.refusal import NotCapturableError
+from server.model.device.capture.proof import prove
 from server.model.device.memory.cache import PagedCache
 from server.model.device.memory.fetched import FetchedSpans
 from server.model.device.memory.filling import filled_pages
 from server.model.device.memory.host_spans import SpanGrowth, SpanReader, log_failures
 from server.model.device.memory.memory import DeviceMemory
 from server.model.device.running.runner import DeviceRunner
-from server.model.device.running.trial import try_out
 from server.model.device.running.warming import warm_up
 from server.model.device.step.prefill import ExpertStream
 from server.model.device.step.weights import DecodeShape, TrunkWeights
@@ -76,10 +79,10 @@ def load_device_runner(
     policy: Policy = "lru",
     pinned: Sequence[Sequence[int]] | None = None,
     resident_bias: float = 0.0,
-    trial: bool = True,
+    proof: bool = True,
     progress: Progress = lambda phase, share: None,
 ) -> DeviceRunner:
-    """Loads, pins, fills slots, captures, tries the captured step out, and warms up.
+    """Proves that the model can be captured, loads, pins, fills slots, captures and warms up.
 
     Experts that cannot be read are left out of reach, and said in the log: who needs one has it read again.
 
@@ -91,7 +94,7 @@ def load_device_runner(
         mask: narrows what the store has.
         pinned: for each layer the experts that keep their slots, equally many.
         resident_bias: lambda of cache-aware routing of decode steps.
-        trial: whether to compare a few tokens with transformers' forward.
+        proof: whether to prove first that the captured step computes what transformers' forward does.
 
     Raises:
         NotCapturableError: the model, or host memory too small to pin every expert, needs the host-driven path.
@@ -102,16 +105,16 @@ def load_device_runner(
     available = ExpertMask.of(store.available)
     mask = available if mask is None else available & mask
     reader = SpanReader(store, dtype)
-    shape = replace(
-        decode_shape(
-            trunk_skeleton(store.trunk_path),
-            intermediate=_intermediate(store),
-            max_rows=max_rows,
-            max_tokens=max_tokens,
-        ),
-        dtype=dtype,
-    )
+    _check_gpu(device)
+    skeleton = trunk_skeleton(store.trunk_path)
+    intermediate = _intermediate(store)
+    shape = decode_shape(skeleton, intermediate=intermediate, max_rows=max_rows, max_tokens=max_tokens)
+    shape = replace(shape, dtype=dtype)
     _check_layers(store, shape)
+    if proof:
+        progress("trying the captured step out", 0.0)
+        distance = prove(skeleton, shape, device)
+        log.info("the captured step agrees with transformers' forward within %.2g of the logits' norm", distance)
     memory = DeviceMemory(shape, device, num_pinned=len(pinned[0]) if pinned else 0)
     progress("loading the trunk", 0.0)
     model = load_trunk(
@@ -131,23 +134,27 @@ def load_device_runner(
     fetched = FetchedSpans(reader, pages, _most_fetched(pages, reader.span_bytes, host_memory_bytes))
     runner = _runner(store, model, shape, weights, pages, mask, growth, fetched, resident_bias)
     _capture(runner, progress)
-    if trial and resident_bias == 0.0:
-        progress("trying the captured step out", 0.0)
-        distance = try_out(runner)
-        log.info("the captured step agrees with transformers' forward within %.2g of the logits' norm", distance)
     if device.type == "cuda":
         warm_up(runner, progress)
     return runner
 
 
+def _check_gpu(device: torch.device) -> None:
+    """Raises NotCapturableError where Triton cannot compile the kernels for the device."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        need(major >= 8, f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, wanted 8.0")
+        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        need(bool(compiler and shutil.which(compiler)), f"Triton needs a C compiler and found {compiler}: install gcc")
+
+
 def _capture(runner: DeviceRunner, progress: Progress) -> None:
-    """Captures; what keeps kernels from being compiled here (no C compiler, an old GPU) is a reason to go without."""
     try:
         runner.capture(progress)
     except torch.cuda.OutOfMemoryError as error:
         raise SlotsError(f"the device's memory ended while decode steps were captured: {error}") from error
-    except Exception as error:
-        raise NotCapturableError(f"the step's kernels cannot be compiled or captured here: {error}") from error
+    except OutOfResources as error:
+        raise NotCapturableError(f"the step's kernels need more of the GPU than it has: {error}") from error
 
 
 def _runner(

@@ -41,7 +41,7 @@ def runners(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
         attach_source(store)
         common: dict[str, Any] = {"device": DEVICE, "dtype": torch.float32, "num_slots": 3} | options
         if kind == "device":
-            made.append(load_device_runner(store, max_rows=2, max_tokens=64, trial=False, **common))
+            made.append(load_device_runner(store, max_rows=2, max_tokens=64, proof=False, **common))
         else:
             made.append(Runner(load_model(store, **common), max_rows=2, max_tokens=64))
         return made[-1]

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from expert_store.errors import SlotsError
-from server.model.device.capture.refusal import NotCapturableError
+from server.model.device.capture import NotCapturableError
 from server.model.device.memory.memory import DeviceMemory
 from server.model.device.step.weights import DecodeShape
 

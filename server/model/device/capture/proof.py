@@ -1,0 +1,193 @@
+"""The proof at start: the captured step computes what transformers' own forward of this model computes.
+
+A few of the model's layers, each distinct kind among them, get random float32 weights. A few tokens go through the
+family's own forward and through the step's kernels, with a mask of experts and without; float32 leaves no room but
+rounding, so a scale, a norm, an activation, a bias or a window that the step does not have is seen. Weights are random
+so that nothing that a trained model leaves at zero hides, and so that nothing has to be loaded first. Experts keep few
+of their inner elements, the vocabulary few of its tokens, and windows shrink below the number of tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expert_store.paging.pages import DevicePages, PagesShape
+from router.mask import ExpertMask
+from server.model.device.capture import NotCapturableError, need
+from server.model.device.capture.pack import moe_blocks, pack_trunk, rotary_tables_of
+from server.model.device.step.graphs import in_parallel
+from server.model.device.step.state import RowState
+from server.model.device.step.step import DecodeStep
+from server.model.device.step.tuning import StepOptions, Tuning
+from server.model.device.step.weights import DecodeShape
+from server.model.seam.attention_mask import layer_windows
+from server.model.seam.routing import StepRouting
+
+LIMIT = 1e-4
+"""Of the distance between logits, relative to their norm; rounding alone makes some 1e-6."""
+NUM_TOKENS, WINDOW, VOCABULARY, INTERMEDIATE = 5, 3, 64, 16
+MOST_LAYERS = 12
+EMBEDDING_SCALE = 0.02
+"""So small that a norm's epsilon counts."""
+
+
+@torch.inference_mode()
+def prove(model: Any, shape: DecodeShape, device: torch.device, tuning: Tuning | None = None) -> float:
+    """The relative distance between the step's logits and those of transformers' forward.
+
+    Args:
+        model: a model that `decode_shape` accepted, of which modules and config are read, no weights; it may be on the
+            meta device.
+        shape: of the whole model.
+        tuning: tile sizes of the step.
+
+    Raises:
+        NotCapturableError: the distance is more than rounding explains, or a few layers of the model do not run alone.
+    """
+    kept = _one_of_each_kind(model, shape)
+    excerpt, excerpt_shape = _excerpt(model, shape, kept, device)
+    _check_rotary(excerpt, replace(excerpt_shape, max_tokens=shape.max_tokens))
+    pages = _pages(excerpt, excerpt_shape, device)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, VOCABULARY, (2, NUM_TOKENS), generator=generator).to(device)
+    mask = _two_thirds(excerpt_shape)
+    wanted = _reference(excerpt, excerpt_shape, tokens, mask, device)
+    options = StepOptions(masked=True, tuning=tuning or Tuning())
+    state = RowState(excerpt_shape, device)
+    state.masks[0] = torch.tensor(mask.allowed, device=device)
+    step = DecodeStep(excerpt_shape, pack_trunk(excerpt, excerpt_shape), pages, state, 2, options)
+    if device.type == "cuda":
+        with in_parallel():
+            step.compile()
+    step.rows.copy_(torch.arange(2, dtype=torch.int32))
+    got = []
+    for now in tokens.T:
+        step.tokens.copy_(now)
+        step.launch()
+        got.append(step.logits.clone())
+    difference = torch.stack(got, dim=1) - wanted
+    distance = float((difference.norm(dim=(1, 2)) / wanted.norm(dim=(1, 2))).nan_to_num(torch.inf).max())
+    need(
+        distance <= LIMIT,
+        f"the captured step's logits are {distance:.2g} of their norm away from transformers' own, wanted {LIMIT}: "
+        f"{type(model).__name__} computes something that the step does not",
+    )
+    return distance
+
+
+def _one_of_each_kind(model: Any, shape: DecodeShape) -> list[int]:
+    """The first and the last layer of each kind. Layers are of one kind where all their modules have the same class,
+    the same settings but for the layer's number, and weights of the same sizes."""
+    kinds: dict[str, list[int]] = {}
+    types = getattr(model.config, "layer_types", None) or ()
+    for index, layer in enumerate(model.model.layers):
+        seen = [str(types[index : index + 1]), str(shape.windows[index : index + 1])]
+        for name, module in layer.named_modules():
+            settings = {
+                key: value
+                for key, value in vars(module).items()
+                if isinstance(value, bool | int | float | str | None) and "idx" not in key
+            }
+            tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            sizes = [(key, tuple(tensor.shape)) for key, tensor in tensors]
+            seen.append(f"{name} {type(module).__name__} {sorted(settings.items())} {sizes}")
+        kinds.setdefault("\n".join(seen), []).append(index)
+    kept = sorted({index for same in kinds.values() for index in (same[0], same[-1])})
+    need(len(kept) <= MOST_LAYERS, f"the model has {len(kinds)} kinds of layers: too many to prove each")
+    return kept
+
+
+def _excerpt(model: Any, shape: DecodeShape, kept: list[int], device: torch.device) -> tuple[Any, DecodeShape]:
+    """The model of the layers `kept` with random float32 weights, and its shape. Experts have no weights yet."""
+    excerpt = copy.deepcopy(model)
+    body, config = excerpt.model, excerpt.config
+    body.layers = nn.ModuleList(body.layers[index] for index in kept)
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in kept]
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = WINDOW
+    for _, block, _ in moe_blocks(excerpt):
+        for name in [name for name, _ in block.experts.named_parameters(recurse=False)]:
+            delattr(block.experts, name)
+    for table in (body.embed_tokens, excerpt.lm_head):
+        table.weight = nn.Parameter(torch.empty(VOCABULARY, shape.hidden), requires_grad=False)
+    excerpt.float().to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, tensor in [*excerpt.named_parameters(), *excerpt.named_buffers()]:
+        if not tensor.is_floating_point():
+            continue
+        tensor.normal_(generator=generator)
+        if tensor.ndim > 1:
+            tensor.mul_(EMBEDDING_SCALE if tensor is body.embed_tokens.weight else tensor.shape[-1] ** -0.5)
+        else:  # a router's correction must not be negative: some families give hidden experts the score 0
+            tensor.mul_(0.2).abs_().add_(1.0 if "norm" in name else 0.0)
+    body.rotary_emb = type(body.rotary_emb)(config=config).to(device)
+    excerpt.set_experts_implementation("eager")
+    return excerpt.eval(), replace(
+        shape,
+        num_layers=len(kept),
+        vocab=VOCABULARY,
+        intermediate=INTERMEDIATE,
+        max_rows=2,
+        max_tokens=2 * NUM_TOKENS,
+        windows=layer_windows(config, len(kept)),
+        dense_layers=frozenset(at for at, index in enumerate(kept) if index in shape.dense_layers),
+        dtype=torch.float32,
+    )
+
+
+def _check_rotary(excerpt: Any, shape: DecodeShape) -> None:
+    """The step's table of angles is what the family's rotary embedding gives up to the last position."""
+    last = shape.max_tokens - 1
+    positions = torch.tensor([[0, 1, last // 3, last // 2, last]], device=excerpt.lm_head.weight.device)
+    rotary = copy.deepcopy(excerpt.model.rotary_emb)  # some kinds change with the positions that they see
+    found = rotary(excerpt.lm_head.weight[None], positions)
+    for table, own in zip(rotary_tables_of(excerpt, shape), found, strict=False):
+        angles = own[0, :, : rotary.inv_freq.shape[0]].float()
+        same = torch.allclose(table[positions[0], : angles.shape[1]], angles, atol=1e-3)
+        need(same, f"{type(rotary).__name__} turns by other angles than the step's table within {shape.max_tokens}")
+
+
+def _pages(excerpt: Any, shape: DecodeShape, device: torch.device) -> DevicePages:
+    """Every expert in a slot; the model's experts are views of the same memory."""
+    moe, experts, inner, hidden = shape.num_moe_layers, shape.num_experts, shape.intermediate, shape.hidden
+    sizes = PagesShape(moe, experts, shape.top_k, experts, shape.span_elements, 2, shape.dtype)
+    pages = DevicePages(sizes, None, device=device)
+    pages.adopt(torch.arange(experts).expand(moe, experts))
+    pages.slots.normal_(0.0, hidden**-0.5, generator=torch.Generator(device).manual_seed(2))
+    for (_, block, _), spans in zip(moe_blocks(excerpt), pages.slots.view(moe, experts, -1), strict=True):
+        up, down = spans.split([2 * inner * hidden, inner * hidden], dim=1)
+        block.experts.gate_up_proj = nn.Parameter(up.unflatten(1, (2 * inner, hidden)), requires_grad=False)
+        block.experts.down_proj = nn.Parameter(down.unflatten(1, (hidden, inner)), requires_grad=False)
+    return pages
+
+
+def _two_thirds(shape: DecodeShape) -> ExpertMask:
+    at = torch.arange(shape.num_moe_layers)[:, None] + torch.arange(shape.num_experts)
+    return ExpertMask.of((at % 3 != 0).numpy())
+
+
+def _reference(excerpt: Any, shape: DecodeShape, tokens: Tensor, mask: ExpertMask, device: torch.device) -> Tensor:
+    """Logits [2, T, V] of transformers' forward of tokens [2, T], its own attention masks included; the first row's
+    routers choose under the mask, by the family's gating rule."""
+    try:
+        plain = excerpt(input_ids=tokens[1:], use_cache=False).logits
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"a few layers of {type(excerpt).__name__} do not run alone: {error}"
+        raise NotCapturableError(reason) from error
+    everything = ExpertMask.same_in_every_layer(range(shape.num_experts), shape.num_moe_layers, shape.num_experts)
+    routing = StepRouting(excerpt.config.model_type, shape.num_moe_layers, device, everything)
+    for layer, (_, _, router) in enumerate(moe_blocks(excerpt)):
+        routing.install(layer, router)
+    routing.begin(1, tokens.shape[1], [mask])
+    masked = excerpt(input_ids=tokens[:1], use_cache=False).logits
+    routing.finish()
+    return torch.cat([masked, plain]).float()
