@@ -52,8 +52,8 @@ def check_request(request: GenerationRequest, limits: EngineLimits, *, vocab_siz
         raise InvalidRequestError("the prompt has no tokens; at least one is needed")
     if not all(0 <= token < vocab_size for token in request.prompt_ids):
         raise InvalidRequestError(f"a token id of the prompt is outside 0 to {vocab_size - 1}")
-    if sampling.max_new_tokens < 1:
-        raise InvalidRequestError(f"max_new_tokens is {sampling.max_new_tokens}; at least 1 is needed")
+    if not all(0 <= token < vocab_size for token in sampling.logit_bias or ()):
+        raise InvalidRequestError(f"a token id of logit_bias is outside 0 to {vocab_size - 1}")
     if not 0 <= request.num_logprobs <= limits.max_logprobs:
         raise InvalidRequestError(f"{request.num_logprobs} alternatives a token; 0 to {limits.max_logprobs} are served")
     if request.on_missing not in get_args(OnMissing):

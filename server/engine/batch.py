@@ -98,7 +98,8 @@ class Batch:
 
     def admit(self, sequence: Sequence) -> None:
         """Give a sequence a row; its prompt is processed from the next step on. Needs `has_room`."""
-        sequence.admit(self._runner.allocate(), self._runner.model.tokenizer)
+        model = self._runner.model
+        sequence.admit(self._runner.allocate(), model.tokenizer, model.eos_token_ids)
         self._prefilling.append(sequence)
 
     def cancel(self, request_ids: set[str]) -> None:

@@ -6,7 +6,8 @@ Invariant: for every accepted request `on_event` sees zero or more `TokenEvent`s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -88,29 +89,69 @@ class ExpertMissingError(GenerationError):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen.
+    """How tokens are chosen. A field that is None, or has the neutral value named with it, changes nothing.
 
     Attributes:
         max_new_tokens: most tokens to generate, at least 1.
-        temperature: > 0, divides the logits. Any of temperature, top_k, top_p or `do_sample` turns sampling on.
+        min_tokens: the first so many tokens are not the end: no end-of-sequence token is chosen, no stop string counts.
+        temperature: > 0, divides the logits. Sampling is on with `do_sample`, with a temperature other than 1, and with
+            any of top_k, top_p, min_p and typical_p that is not neutral.
         top_k: keep the k most likely tokens.
-        top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1].
-        repetition_penalty: > 0; divides positive and multiplies negative logits of tokens already in prompt or output.
+        top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1]; 1 is neutral.
+        min_p: keep tokens at least this share as likely as the most likely one, in [0, 1]; 0 is neutral.
+        typical_p: keep the tokens nearest to the entropy until their probability reaches this, in (0, 1]; 1 is neutral.
+        repetition_penalty: > 0; divides positive and multiplies negative logits of tokens already in prompt or output;
+            1 is neutral.
+        presence_penalty: taken off the logits of tokens already generated; 0 is neutral.
+        frequency_penalty: taken off them once for each time that they were generated; 0 is neutral.
+        logit_bias: token id → added to its logit, -100 to 100.
         seed: of this request's random draws, 64 bits; None takes a fresh one (reported in `FinishedEvent`).
         do_sample: sample even with every other value left out.
-        stop: generation ends when the text ends with one of these; the stop string stays in the text.
-        ignore_eos: generate on past the end-of-sequence token (for benchmarks).
+        stop: generation ends when the text ends with one of these.
+        include_stop_str_in_output: whether the text keeps the stop string that ended it.
+        skip_special_tokens: whether the text leaves out special tokens.
+        ignore_eos: generate on past the end-of-sequence token.
+
+    Raises:
+        InvalidRequestError: a value that is outside its range.
     """
 
     max_new_tokens: int = 20
+    min_tokens: int = 0
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
     do_sample: bool = False
     stop: tuple[str, ...] = ()
+    include_stop_str_in_output: bool = True
+    skip_special_tokens: bool = True
     ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InvalidRequestError(f"max_new_tokens is {self.max_new_tokens}; at least 1 is needed")
+        if not 0 <= self.min_tokens <= self.max_new_tokens:
+            raise InvalidRequestError(
+                f"min_tokens is {self.min_tokens}; wanted 0 to max_new_tokens {self.max_new_tokens}"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise InvalidRequestError(f"top_k is {self.top_k}; at least 1 is needed, or leave it out")
+        if "" in self.stop:
+            raise InvalidRequestError("a stop string is empty; leave it out")
+        for name, least, most in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:  # also refuses NaN
+                raise InvalidRequestError(f"{name} is {value}; wanted {_shown(least)} to {most:g}")
+        for token, bias in (self.logit_bias or {}).items():
+            if not -100.0 <= bias <= 100.0:
+                raise InvalidRequestError(f"logit_bias of token {token} is {bias}; wanted -100 to 100")
 
     @property
     def is_greedy(self) -> bool:
@@ -118,9 +159,28 @@ class SamplingParams:
         return not (
             self.do_sample
             or self.top_k is not None
-            or self.top_p is not None
-            or (self.temperature is not None and self.temperature != 1.0)
+            or self.temperature not in (None, 1.0)
+            or self.top_p not in (None, 1.0)
+            or self.min_p not in (None, 0.0)
+            or self.typical_p not in (None, 1.0)
         )
+
+
+_TINY = math.ulp(0.0)
+_RANGES = (
+    ("temperature", _TINY, 1e6),
+    ("top_p", _TINY, 1.0),
+    ("min_p", 0.0, 1.0),
+    ("typical_p", _TINY, 1.0),
+    ("repetition_penalty", _TINY, 1e6),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+)
+"""(field, least, most); `_TINY` stands for an open end at 0."""
+
+
+def _shown(least: float) -> str:
+    return "above 0" if least == _TINY else f"{least:g}"
 
 
 class Masking(Protocol):

@@ -1,4 +1,8 @@
-"""From logits to tokens: transformers' logits processors and one uniform draw a token.
+"""Choose a token from logits, by transformers' logits processors and one uniform draw a token.
+
+The adjustments that also change a greedy choice come first (bias, repetition, presence and frequency, no end yet), then
+temperature and what narrows the choice, in transformers' order. Presence and frequency are vLLM's: over
+generated tokens.
 
 Each sequence has its own counter-based random stream (Philox keyed by its seed), so its draws do not depend on what
 else is in the batch, nor on when it joined. The token is the first whose cumulative probability exceeds the draw.
@@ -7,7 +11,8 @@ else is in the batch, nor on when it joined. The token is the first whose cumula
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import numpy as np
@@ -15,10 +20,13 @@ import torch
 from torch import FloatTensor, LongTensor, Tensor
 from transformers.generation.logits_process import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from server.engine.request import SamplingParams
@@ -31,17 +39,25 @@ class Sampler:
     Args:
         params: how to choose.
         prompt_ids: seen by the repetition penalty.
+        eos_token_ids: not chosen as one of the first `params.min_tokens`.
 
     Attributes:
         seed: in force: the request's, or a fresh one; None when nothing is drawn.
     """
 
-    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], eos_token_ids: Collection[int] = ()) -> None:
         self._params = params
-        self._processors = _processors(params)
-        self._keeps_ids = params.repetition_penalty is not None
-        self._seen = set(prompt_ids) if self._keeps_ids else {0}
-        self._seen_ids = torch.tensor([sorted(self._seen)])  # [1, N], each once, whatever the sequence's length
+        self._bias = _bias(params)
+        self._eos = sorted(eos_token_ids) if params.min_tokens else []
+        self._warpers = _warpers(params)
+        self._num_chosen = 0
+        self._repetition: RepetitionPenaltyLogitsProcessor | None = None
+        if params.repetition_penalty not in (None, 1.0):
+            self._repetition = RepetitionPenaltyLogitsProcessor(penalty=float(params.repetition_penalty))
+            self._seen = set(prompt_ids)
+            self._seen_ids = torch.tensor([sorted(self._seen)])  # [1, N], each once, whatever the sequence's length
+        self._penalises = bool(params.presence_penalty or params.frequency_penalty)
+        self._counts: Counter[int] = Counter()
         self.seed: int | None = None
         if not params.is_greedy:
             self.seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -49,8 +65,17 @@ class Sampler:
 
     @property
     def leaves_choice(self) -> bool:
-        """Whether a runner may choose instead of `choose`: nothing depends on the tokens so far."""
-        return not self._keeps_ids
+        """Whether a runner may draw the next token by `choice` instead of `choose`: it needs no more than temperature,
+        top-k and top-p."""
+        params = self._params
+        return not (
+            self._repetition
+            or self._penalises
+            or self._bias
+            or params.min_p
+            or params.typical_p not in (None, 1.0)
+            or self._num_chosen < params.min_tokens
+        )
 
     def choice(self) -> Choice | None:
         """How a runner is to draw the next token, None for the most likely one; advances the random stream by one draw.
@@ -69,32 +94,63 @@ class Sampler:
         """The next token from logits [V] float32, which are not changed; advances the random stream by one draw. Waits
         for the device once.
         """
-        scores = logits[None]
-        if self._processors:
-            self._seen_ids = self._seen_ids.to(logits.device)
-            scores = self._processors(cast(LongTensor, self._seen_ids), cast(FloatTensor, scores.clone()))
+        scores = self._warpers(_NO_IDS, cast(FloatTensor, self._adjusted(logits)))[0]
         if self.seed is None:
-            token = int(scores[0].argmax())
+            token = int(scores.argmax())
         else:
-            cumulative = torch.softmax(scores[0].double(), dim=-1).cumsum(dim=-1)
+            cumulative = torch.softmax(scores.double(), dim=-1).cumsum(dim=-1)
             draw = cumulative[-1:] * self._draws.random()
             token = int(torch.searchsorted(cumulative, draw, right=True).clamp(max=len(cumulative) - 1))
-        if self._keeps_ids and token not in self._seen:
+        self._num_chosen += 1
+        if self._penalises:
+            self._counts[token] += 1
+        if self._repetition is not None and token not in self._seen:
             self._seen.add(token)
             self._seen_ids = torch.cat([self._seen_ids, self._seen_ids.new_tensor([[token]])], dim=-1)
         return token
 
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        """The scores [1, V] after everything that also matters to a greedy choice."""
+        scores = logits[None]
+        if self._bias is not None:
+            scores = self._bias(_NO_IDS, cast(FloatTensor, scores))
+        if self._repetition is not None:
+            self._seen_ids = self._seen_ids.to(logits.device)
+            scores = self._repetition(cast(LongTensor, self._seen_ids), cast(FloatTensor, scores))
+        if self._counts:
+            presence, frequency = self._params.presence_penalty or 0.0, self._params.frequency_penalty or 0.0
+            ids = torch.tensor(list(self._counts), device=logits.device)
+            counts = torch.tensor(list(self._counts.values()), dtype=scores.dtype, device=logits.device)
+            scores = scores.index_add(1, ids, (presence + frequency * counts)[None], alpha=-1)
+        if self._eos and self._num_chosen < self._params.min_tokens:
+            scores = scores.index_fill(1, torch.tensor(self._eos, device=logits.device), -torch.inf)
+        return scores
 
-def _processors(params: SamplingParams) -> LogitsProcessorList:
-    processors = LogitsProcessorList()
-    if params.repetition_penalty is not None and params.repetition_penalty != 1.0:
-        processors.append(RepetitionPenaltyLogitsProcessor(penalty=float(params.repetition_penalty)))
+
+_NO_IDS = cast(LongTensor, torch.zeros((1, 0), dtype=torch.long))
+"""For processors that look at the scores alone."""
+
+
+def _bias(params: SamplingParams) -> SequenceBiasLogitsProcessor | None:
+    biases: list[list[list[int] | float]] = [
+        [[token], float(bias)] for token, bias in (params.logit_bias or {}).items() if bias
+    ]
+    return SequenceBiasLogitsProcessor(biases) if biases else None
+
+
+def _warpers(params: SamplingParams) -> LogitsProcessorList:
+    """In transformers' order."""
+    warpers = LogitsProcessorList()
     if params.is_greedy:
-        return processors
-    if params.temperature is not None and params.temperature != 1.0:
-        processors.append(TemperatureLogitsWarper(float(params.temperature)))
+        return warpers
+    if params.temperature not in (None, 1.0):
+        warpers.append(TemperatureLogitsWarper(float(params.temperature)))
     if params.top_k is not None:
-        processors.append(TopKLogitsWarper(top_k=params.top_k))
-    if params.top_p is not None and params.top_p < 1.0:
-        processors.append(TopPLogitsWarper(top_p=float(params.top_p)))
-    return processors
+        warpers.append(TopKLogitsWarper(top_k=params.top_k))
+    if params.top_p not in (None, 1.0):
+        warpers.append(TopPLogitsWarper(top_p=float(params.top_p)))
+    if params.min_p:
+        warpers.append(MinPLogitsWarper(min_p=float(params.min_p)))
+    if params.typical_p not in (None, 1.0):
+        warpers.append(TypicalLogitsWarper(mass=float(params.typical_p)))
+    return warpers

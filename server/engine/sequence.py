@@ -72,11 +72,11 @@ class Sequence:
             self.is_heard = False
             log.exception("the client of request %s raised, and is told nothing more", self.request.request_id)
 
-    def admit(self, row: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    def admit(self, row: int, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Collection[int]) -> None:
         """Give the sequence a row and what it needs to generate."""
         self.row = row
         self.admitted_at = time.monotonic()
-        self.sampler = Sampler(self.request.sampling, self.request.prompt_ids)
+        self.sampler = Sampler(self.request.sampling, self.request.prompt_ids, eos_token_ids)
         self.detokenizer = Detokenizer(tokenizer, self.request.prompt_ids, self.request.sampling.stop)
 
     def take(self, token: int, eos_token_ids: Collection[int]) -> tuple[str, FinishReason | None]:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from server.engine.request import (
     InvalidRequestError,
     QueueFullError,
 )
-from server.model.host.runner import Runner
+from server.model.host.runner import Chosen, Runner, StepOutput
 from server.model.host.sequence_runner import SequenceRunner
 from tests.server.engine.clients import WAIT_SECONDS, Client
 
@@ -85,6 +86,43 @@ def test_stop_strings_end_the_text(make_engine: Callable[..., Engine]) -> None:
     assert result.stop_text == "named"
 
 
+class ChoosingRunner(Runner):
+    """Takes the most likely token of rows that leave it the choice, as the device does while it decodes."""
+
+    can_choose = True
+
+    def decode(self, rows, tokens, *, choices, **options) -> StepOutput:
+        output = super().decode(rows, tokens, **options)
+        assert choices == [None] * len(rows), "these rows are not to be drawn by the runner"
+        best = output.logits.max(dim=-1)
+        normaliser = output.logits.logsumexp(dim=-1)
+        return replace(output, chosen=Chosen(best.indices.numpy(), best.values.numpy(), normaliser.numpy()))
+
+
+def test_a_runner_that_chooses_tokens_ignores_nothing_that_a_request_asks_for(
+    make_engine: Callable[..., Engine],
+) -> None:
+    plain, asked = (
+        {},
+        [
+            {"min_p": 0.2, "seed": 3},
+            {"typical_p": 0.5, "seed": 3},
+            {"logit_bias": {300: 100}},
+            {"min_tokens": 20},
+            {"presence_penalty": 2.0},
+            {"frequency_penalty": 2.0},
+            {"repetition_penalty": 1.5},
+        ],
+    )
+    engine, chooses = make_engine(), make_engine(runner_type=ChoosingRunner)
+    prompt = "The capital of France is"
+    texts = [Client(engine, prompt, max_new_tokens=24, **sampling).result().generated_text for sampling in asked]
+    clients = [Client(chooses, prompt, max_new_tokens=24, **sampling) for sampling in [plain, *asked]]
+    assert [client.result().generated_text for client in clients] == [" Paris.", *texts]
+    assert clients[3].token_ids == [300] * 24
+    assert clients[4].result().num_generated_tokens >= 20
+
+
 def test_what_can_never_be_served_is_refused_with_what_could(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine()
     with pytest.raises(ContextTooLongError, match="max_new_tokens may be at most 25"):
@@ -95,7 +133,9 @@ def test_what_can_never_be_served_is_refused_with_what_could(make_engine: Callab
         engine.submit(GenerationRequest("empty", ()), print)
     with pytest.raises(InvalidRequestError, match="outside 0 to 8191"):
         engine.submit(GenerationRequest("unknown", (8192,)), print)
-    assert engine.status().totals.num_refused == 4
+    with pytest.raises(InvalidRequestError, match="logit_bias is outside 0 to 8191"):
+        Client(engine, "Once", logit_bias={8192: 1.0})
+    assert engine.status().totals.num_refused == 5
     assert Client(engine, "Once upon a time", max_new_tokens=2).result().num_generated_tokens == 2
 
 

@@ -2,9 +2,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, TypicalLogitsWarper
 
-from server.engine.request import SamplingParams
+from server.engine.request import InvalidRequestError, SamplingParams
 from server.engine.sampling import Sampler
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0])
@@ -53,6 +53,101 @@ def test_a_low_temperature_sharpens() -> None:
 
 def test_repetition_penalty_counts_prompt_and_output() -> None:
     assert draws(SamplingParams(repetition_penalty=10.0), 3, prompt=(4,)) == [0, 1, 4]
+
+
+NEUTRAL = {
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logit_bias": {},
+    "temperature": 1.0,
+}
+
+
+def test_neutral_values_change_nothing_and_leave_the_choice_to_the_runner() -> None:
+    assert SamplingParams(**NEUTRAL).is_greedy
+    sampler = Sampler(SamplingParams(**NEUTRAL, do_sample=True, seed=5), (0,))
+    assert sampler.leaves_choice
+    assert [sampler.choose(LOGITS) for _ in range(20)] == draws(SamplingParams(do_sample=True, seed=5), 20)
+
+
+ADJUSTING = [
+    {"repetition_penalty": 1.2},
+    {"presence_penalty": 0.5},
+    {"frequency_penalty": -0.5},
+    {"logit_bias": {3: 1}},
+    {"min_p": 0.1},
+    {"typical_p": 0.9},
+    {"min_tokens": 2},
+]
+
+
+@pytest.mark.parametrize("params", ADJUSTING, ids=lambda params: next(iter(params)))
+def test_a_runner_that_knows_temperature_and_top_k_and_top_p_alone_is_not_left_the_choice(params: dict) -> None:
+    assert not Sampler(SamplingParams(**params), (0,), (1,)).leaves_choice
+
+
+def test_once_enough_tokens_are_chosen_the_runner_may_choose() -> None:
+    sampler = Sampler(SamplingParams(min_tokens=2), (0,), (4,))
+    assert [sampler.choose(LOGITS) for _ in range(2)] == [0, 0]
+    assert sampler.leaves_choice
+    assert sampler.choose(LOGITS) == 4
+
+
+def test_min_p_keeps_what_is_likely_beside_the_most_likely() -> None:
+    # shares of the most likely: e^-1 = 0.37, e^-2 = 0.14, e^-3, e^-4
+    assert set(draws(SamplingParams(min_p=0.3, seed=3), 300)) == {4, 0}
+    assert set(draws(SamplingParams(min_p=0.1, seed=3), 300)) == {4, 0, 1}
+    assert set(draws(SamplingParams(min_p=1.0, seed=3), 100)) == {4}
+
+
+@pytest.mark.parametrize("mass", [0.2, 0.5, 0.9])
+def test_typical_p_keeps_what_transformers_keeps(mass: float) -> None:
+    kept = TypicalLogitsWarper(mass)(torch.zeros((1, 0), dtype=torch.long), LOGITS[None])[0].isfinite()
+    assert set(draws(SamplingParams(typical_p=mass, seed=3), 1000)) == set(kept.nonzero()[:, 0].tolist())
+    assert not kept.all()
+
+
+def test_presence_is_taken_off_once_and_frequency_for_each_time_over_generated_tokens_alone() -> None:
+    assert draws(SamplingParams(presence_penalty=1.5), 6, prompt=(4, 4)) == [4, 0, 4, 4, 4, 4]
+    # 4: 3, 1.5, 0, …  0: 2, 0.5, …  1: 1, …
+    assert draws(SamplingParams(frequency_penalty=1.5), 6, prompt=(4, 4)) == [4, 0, 4, 1, 0, 2]
+    # the most likely comes again and again where being there counts for it
+    assert draws(SamplingParams(frequency_penalty=-2.0, logit_bias={0: 1.5}), 3) == [0, 0, 0]
+
+
+def test_a_bias_is_added_before_all_else_and_bans_or_forces_a_token() -> None:
+    assert draws(SamplingParams(logit_bias={4: -100}), 2) == [0, 0]
+    assert draws(SamplingParams(logit_bias={3: 100}, do_sample=True, seed=1), 20) == [3] * 20
+    assert draws(SamplingParams(logit_bias={1: 1.5, 4: -1}, repetition_penalty=1e-9), 1, prompt=(2,)) == [1]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; at least 1"),
+        ({"min_tokens": -1}, "min_tokens is -1; wanted 0 to max_new_tokens 20"),
+        ({"min_tokens": 21}, "min_tokens is 21"),
+        ({"temperature": 0.0}, "temperature is 0.0; wanted above 0 to 1e\\+06"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"top_k": 0}, "top_k is 0; at least 1"),
+        ({"top_p": 0.0}, "top_p is 0.0; wanted above 0 to 1"),
+        ({"min_p": 1.1}, "min_p is 1.1; wanted 0 to 1"),
+        ({"typical_p": 0.0}, "typical_p is 0.0; wanted above 0 to 1"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty is -1.0"),
+        ({"presence_penalty": 2.1}, "presence_penalty is 2.1; wanted -2 to 2"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty is nan"),
+        ({"logit_bias": {7: 101}}, "logit_bias of token 7 is 101; wanted -100 to 100"),
+        ({"stop": ("a", "")}, "a stop string is empty"),
+    ],
+)
+def test_a_value_outside_its_range_is_refused_with_the_range(values: dict, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        SamplingParams(**values)
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=20), st.sampled_from([0.5, 1.3, 10.0]))
