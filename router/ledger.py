@@ -46,14 +46,31 @@ class StepRecord:
     demand_weight: npt.NDArray[np.float32] | None = None
     missed_mass: npt.NDArray[np.float64] | None = None
 
-    def take_tokens(self, order: Sequence[int]) -> StepRecord:
-        """The same step with its tokens in another order; `order` is a permutation of 0 … T−1."""
+    def select(self, tokens: Sequence[int]) -> StepRecord:
+        """The step's routing of some of its tokens, in the order given; `missed_mass` stays that of the whole step."""
         return replace(
             self,
-            served_index=self.served_index[:, order],
-            served_weight=self.served_weight[:, order],
-            demand_index=None if self.demand_index is None else self.demand_index[:, order],
-            demand_weight=None if self.demand_weight is None else self.demand_weight[:, order],
+            served_index=self.served_index[:, tokens],
+            served_weight=self.served_weight[:, tokens],
+            demand_index=None if self.demand_index is None else self.demand_index[:, tokens],
+            demand_weight=None if self.demand_weight is None else self.demand_weight[:, tokens],
+        )
+
+    @staticmethod
+    def concat(records: Sequence[StepRecord]) -> StepRecord:
+        """The routing of several steps as that of one step over all their tokens."""
+        served = (
+            np.concatenate([record.served_index for record in records], axis=1),
+            np.concatenate([record.served_weight for record in records], axis=1),
+        )
+        if all(record.demand_index is None for record in records):
+            return StepRecord(*served)
+        demand = [record.demand_of(slice(None)) for record in records]
+        return StepRecord(
+            *served,
+            np.concatenate([index for index, _ in demand], axis=1),
+            np.concatenate([weight for _, weight in demand], axis=1),
+            np.sum([record.missed_mass for record in records if record.missed_mass is not None], axis=0),
         )
 
     @property

@@ -36,7 +36,8 @@ from server.engine.sequence import Sequence
 from server.engine.statistics import MAX_SHARE, OnlineStatistics, collect_from, empty_statistics
 from server.engine.statistics_file import StatisticsFile
 from server.model.host.assembly import load_model
-from server.model.host.runner import Runner
+from server.model.host.runner import HostRunner
+from server.model.runner import Runner
 
 TEXTS = ["Once upon a time there was a", "The capital of France is", "Der Hund ist groß und", "def main():"]
 WARMUP_PAIRS = 4
@@ -74,7 +75,7 @@ def main() -> None:
             num_slots=options.slots,
         )
         for rows in options.rows:
-            runner = Runner(model, max_rows=rows, max_tokens=MAX_TOKENS)
+            runner = HostRunner(model, max_rows=rows, max_tokens=MAX_TOKENS)
             file = StatisticsFile(Path(folder) / f"statistics-{rows}", empty_statistics(model.store.manifest), 60.0)
             results.append(_measure(runner, collect_from(runner, file), rows, options.pairs, options.block))
     columns = ["rows", "CPU ms a step without", "with", "overhead, CPU", "wall", "accounted", "observed"]

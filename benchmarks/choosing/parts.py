@@ -256,7 +256,7 @@ class _Bench:
         """Questions answered under the mask of their kind, and under pools; and the efficiency metrics."""
         from server.masks.profiles import PoolMasking, PromptPool
         from server.masks.usage_prior import UsagePrior
-        from server.model.host.runner import Runner
+        from server.model.host.runner import HostRunner
         from server.quality.efficiency import configuration_entropy, efficiency, parameters
         from server.quality.questions import answered, read_questions
         from server.quality.sweep import masks_per_domain
@@ -265,7 +265,7 @@ class _Bench:
         asked, count = read_questions(path), self._count(share)
         if asked.name not in self.names:
             return []
-        runner = Runner(self.model, max_rows=QUESTION_ROWS, max_tokens=256)
+        runner = HostRunner(self.model, max_rows=QUESTION_ROWS, max_tokens=256)
         prior = UsagePrior.of(self.statistics)
         shape = (self.statistics.num_layers, self.statistics.num_experts)
         entropy = configuration_entropy(self.statistics.total("picks", [asked.name])).round(4).tolist()

@@ -29,7 +29,8 @@ from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.planning.selection import SelectionRequest
 from extractor.writing.prepare import prepare
 from server.model.host.assembly import load_model
-from server.model.host.runner import Runner, StepOutput
+from server.model.host.runner import HostRunner
+from server.model.runner import RowStep, Runner, StepOutput
 from server.model.seam.observation import observe_outputs
 
 TEXTS = REPOSITORY / "benchmarks" / "data" / "selection"
@@ -68,7 +69,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare(Checkpoint.open(arguments.checkpoint), Path(folder) / "store", SelectionRequest()).run()
         store = Store.open(Path(folder) / "store")
-        runner = Runner(load_model(store, device=torch.device("cpu"), dtype=torch.float32), max_rows=1, max_tokens=256)
+        runner = HostRunner(
+            load_model(store, device=torch.device("cpu"), dtype=torch.float32), max_rows=1, max_tokens=256
+        )
         result = measure(runner, passages(runner, arguments.passages), arguments.least)
         runner.close()
     rows = [[layer, *values] for layer, values in enumerate(zip(result["correlation"], result["spread"], strict=True))]
@@ -101,7 +104,7 @@ def measure(runner: Runner, prompts: list[list[int]], least: int) -> dict[str, A
         prompt.add(output)
         for _ in ids:
             token = int(torch.multinomial((output.logits[-1] / 0.8).softmax(-1), 1, generator=generator))
-            output = runner.decode([row], [token])
+            output = runner.decode([RowStep(row, token)])
             (first, second)[at % 2].add(output)
         runner.free(row)
     after = Norms(spec.num_layers, spec.num_experts)

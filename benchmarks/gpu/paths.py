@@ -27,8 +27,9 @@ from server.model.device.running.assembly import StreamLayer
 from server.model.device.running.runner import DeviceRunner
 from server.model.device.step.prefill import ExpertStream
 from server.model.device.step.weights import DecodeShape
-from server.model.host.assembly import SelectiveModel
-from server.model.host.runner import Runner
+from server.model.host.assembly import HostModel
+from server.model.host.runner import HostRunner
+from server.model.runner import RowStep, Runner
 from server.model.seam.experts import IMPLEMENTATION, LAYER_ATTRIBUTE, ExpertsLayer
 from server.model.seam.routing import StepRouting
 from server.model.seam.trunk import is_experts_module
@@ -116,7 +117,7 @@ def runners(shape: DecodeShape) -> dict[str, Any]:
 def _random_tokens_ms(runner: Any, row: int, vocab: int) -> float:
     """Median of 24 decode steps over the same random tokens for every runner, after 8."""
     tokens = iter(torch.randint(0, vocab, (32,), generator=torch.Generator().manual_seed(3)).tolist())
-    return wall_ms(lambda: runner.decode([row], [next(tokens)]), repeats=24, warmup=8)
+    return wall_ms(lambda: runner.decode([RowStep(row, next(tokens))]), repeats=24, warmup=8)
 
 
 def prefill(shape: DecodeShape, spans: torch.Tensor, copy_rate: float, num_tokens: int = 2048) -> dict[str, Any]:
@@ -182,10 +183,10 @@ def _host_runner(model: Any, shape: DecodeShape, layers: int, num_slots: int) ->
         tier.read(layer, range(shape.num_experts))
     cache = ExpertCache(store, num_slots=num_slots, device=DEVICE, dtype=DTYPE, host_tier=tier)
     selective = _selective(model, cache=cache, layers=layers, num_experts=shape.num_experts)
-    return Runner(selective, max_rows=8, max_tokens=2304)
+    return HostRunner(selective, max_rows=8, max_tokens=2304)
 
 
-def _selective(model: Any, *, layers: int, num_experts: int, stream: Any = None, cache: Any = None) -> SelectiveModel:
+def _selective(model: Any, *, layers: int, num_experts: int, stream: Any = None, cache: Any = None) -> HostModel:
     mask = ExpertMask.of(np.ones((layers, num_experts), dtype=bool))
     routing = StepRouting("qwen3_moe", layers, DEVICE, mask)
     for layer, block in enumerate(model.model.layers):
@@ -193,7 +194,7 @@ def _selective(model: Any, *, layers: int, num_experts: int, stream: Any = None,
         bound = ExpertsLayer(layer, cache) if stream is None else StreamLayer(layer, stream)
         object.__setattr__(block.mlp.experts, LAYER_ATTRIBUTE, bound)
         routing.install(layer, block.mlp.gate)
-    return SelectiveModel(
+    return HostModel(
         model=model, tokenizer=cast(Any, None), store=cast(Any, None), cache=cache, routing=routing,
         device=DEVICE, dtype=DTYPE, eos_token_ids=frozenset(), special_token_ids=frozenset(),
         context_tokens=8192,

@@ -29,7 +29,7 @@ from server.masks.profiles import ProfileError
 from server.quality.texts import TextsError
 
 if TYPE_CHECKING:
-    from server.model.host.assembly import SelectiveModel
+    from server.model.host.assembly import HostModel
 
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
 DtypeOption = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
@@ -165,15 +165,13 @@ def _check(half: str, context: int) -> None:
         raise TextsError(f"--context is {context}, wanted at least 32 tokens")
 
 
-def _check_context(context: int, model: SelectiveModel) -> None:
+def _check_context(context: int, model: HostModel) -> None:
     if context > model.context_tokens:
         raise TextsError(f"--context is {context}, wanted at most the model's {model.context_tokens} tokens")
 
 
 @contextmanager
-def _opened(
-    source: str, out: Path | None, slots_memory: str | None, device: str, dtype: str
-) -> Iterator[SelectiveModel]:
+def _opened(source: str, out: Path | None, slots_memory: str | None, device: str, dtype: str) -> Iterator[HostModel]:
     """The model of a store; a checkpoint becomes a store first, for as long as it is needed.
 
     With `out`, the file that the command writes, that store lies beside it and outlives an interruption, so that the

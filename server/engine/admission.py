@@ -18,7 +18,7 @@ from server.engine.request import (
     OnMissing,
     QueueFullError,
 )
-from server.model.host.runner import Runner
+from server.model.runner import Runner
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,6 @@ def check_ability(request: GenerationRequest, runner: Runner) -> None:
         InvalidRequestError.
     """
     if request.router_temperature != 1.0:
-        if not runner.can_temper_router:
-            raise InvalidRequestError(f"router_temperature is not possible on {runner.kind}: leave it out")
         refusal = runner.model.routing.temperature_refusal()
         if refusal is not None:
             raise InvalidRequestError(f"router_temperature is not possible for this model: {refusal}; leave it out")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from typing import Any
 
 from torch import Tensor
 
@@ -32,8 +31,7 @@ from server.engine.sequence import Sequence
 from server.engine.statistics import OnlineStatistics
 from server.engine.tokens import prompt_logprobs, token_logprob, token_text, top_logprobs
 from server.engine.unreadable import CorruptExperts, UnreadableExperts
-from server.model.host.runner import Choice, Chosen, Runner, StepOutput
-from server.model.seam.out_of_memory import StepMemoryError
+from server.model.runner import Choice, Chosen, RowStep, Runner, StepMemoryError, StepOutput
 
 log = logging.getLogger(__name__)
 
@@ -137,17 +135,17 @@ class Batch:
         self._prefilling.rotate(-1)
         end = min(sequence.num_prefilled + self._chunk, sequence.num_prompt_tokens)
         tokens = request.prompt_ids[sequence.num_prefilled : end]
-        options: dict[str, Any] = {}
-        if request.router_temperature != 1.0:
-            options["temperature"] = request.router_temperature
-        if self._runner.tells_fetching and request.on_missing == "fetch":
-            options["fetches"] = True
         while True:
             if not (masks := self._masks_of([sequence])):
                 return
             try:
                 output = self._runner.prefill(
-                    sequence.row, tokens, mask=masks[sequence], all_logits=request.prompt_logprobs, **options
+                    sequence.row,
+                    tokens,
+                    mask=masks[sequence],
+                    temperature=request.router_temperature,
+                    fetches=request.on_missing == "fetch",
+                    all_logits=request.prompt_logprobs,
                 )
                 break
             except (StoreError, StepMemoryError) as error:
@@ -163,27 +161,18 @@ class Batch:
             self._prefilling.remove(sequence)
             self._running.append(sequence)
             self.prompt_tokens += sequence.num_prompt_tokens
-            self._take_token(sequence, output.logits[-1])
+            self._take_token(sequence, output.logits[-1], sequence.sampler.choice())
 
     def _decode(self, sequences: list[Sequence]) -> None:
-        choices: dict[Sequence, Choice | None] = {}
+        choices = {sequence: sequence.sampler.choice() for sequence in sequences}  # once, if the step has to run again
         while True:
             masks = self._masks_of(sequences)
             sequences = list(masks)
             if not sequences:
                 return
-            rows = [sequence.row for sequence in sequences if sequence.row is not None]
-            tokens = [sequence.generated[-1] for sequence in sequences]
-            options: dict[str, Any] = {"temperatures": [sequence.request.router_temperature for sequence in sequences]}
-            if self._runner.tells_fetching:
-                options["fetching"] = [sequence.request.on_missing == "fetch" for sequence in sequences]
-            if self._runner.can_choose:
-                for sequence in sequences:  # drawn once, however often the step has to be run
-                    if sequence not in choices:
-                        choices[sequence] = sequence.sampler.choice() if sequence.sampler.leaves_choice else None
-                options["choices"] = [choices[sequence] for sequence in sequences]
+            steps = [_step(sequence, masks[sequence], choices[sequence]) for sequence in sequences]
             try:
-                output = self._runner.decode(rows, tokens, masks=list(masks.values()), **options)
+                output = self._runner.decode(steps)
                 break
             except (StoreError, StepMemoryError) as error:
                 failed = self._fail_those_in_need(sequences, error)
@@ -191,7 +180,7 @@ class Batch:
         refused = self._record(output, sequences)
         for at, (sequence, logits) in enumerate(zip(sequences, output.logits, strict=True)):
             if sequence not in refused:
-                self._take_token(sequence, logits, output.chosen, at)
+                self._take_token(sequence, logits, choices[sequence], output.chosen, at)
 
     # -- postprocess ---------------------------------------------------------------------------------------------------
 
@@ -227,16 +216,19 @@ class Batch:
                 self._fail_for(sequence, error)
         return masks
 
-    def _take_token(self, sequence: Sequence, logits: Tensor, chosen: Chosen | None = None, at: int = 0) -> None:
-        """Choose the next token from logits [V], tell the client, end the sequence if it is complete.
+    def _take_token(
+        self, sequence: Sequence, logits: Tensor, choice: Choice | None, chosen: Chosen | None = None, at: int = 0
+    ) -> None:
+        """Choose the next token from logits [V], notify the client, end the sequence if it is complete.
 
-        `chosen` is what the runner chose for the step's rows, this sequence's the `at`-th: the logits are left alone.
+        Where the runner has `chosen` the tokens of the step's rows, this sequence's the `at`-th, the logits are not
+        read.
         """
         if chosen is not None and sequence.sampler.leaves_choice:
             token = int(chosen.token[at])
             logprob = float(chosen.logit[at] - chosen.normaliser[at])
         else:
-            token = sequence.sampler.choose(logits)
+            token = sequence.sampler.choose(logits, choice)
             logprob = token_logprob(logits, token, None if chosen is None else float(chosen.normaliser[at]))
         self.generated_tokens += 1
         model = self._runner.model
@@ -305,3 +297,17 @@ class Batch:
                 self._runner.free(row)
         finally:
             sequence.on_end(sequence)
+
+
+def _step(sequence: Sequence, mask: ExpertMask | None, choice: Choice | None) -> RowStep:
+    """The sequence's part of a decode step."""
+    request = sequence.request
+    assert sequence.row is not None
+    return RowStep(
+        sequence.row,
+        sequence.generated[-1],
+        mask=mask,
+        temperature=request.router_temperature,
+        fetches=request.on_missing == "fetch",
+        choice=choice if sequence.sampler.leaves_choice else None,
+    )

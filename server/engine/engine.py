@@ -39,7 +39,7 @@ from server.engine.statistics_file import StatisticsFile
 from server.engine.unreadable import CorruptExperts
 from server.engine.usage import UsageFile
 from server.model.host.assembly import Progress
-from server.model.host.runner import Runner
+from server.model.runner import Runner
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from router.ledger import StepRecord
 from router.mask import ExpertMask
 from server.engine.request import ExpertMissingError
 from server.engine.sequence import Sequence
-from server.model.host.runner import Runner
+from server.model.runner import Runner
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from transformers.generation.logits_process import (
 )
 
 from server.engine.request import SamplingParams
-from server.model.host.runner import Choice
+from server.model.runner import Choice
 
 
 class Sampler:
@@ -78,8 +78,7 @@ class Sampler:
         )
 
     def choice(self) -> Choice | None:
-        """How a runner is to draw the next token, None for the most likely one; advances the random stream by one draw.
-        Only where `leaves_choice`."""
+        """How to draw the next token, None for the most likely one; advances the random stream by one draw."""
         if self.seed is None:
             return None
         params = self._params
@@ -90,16 +89,15 @@ class Sampler:
             draw=self._draws.random(),
         )
 
-    def choose(self, logits: Tensor) -> int:
-        """The next token from logits [V] float32, which are not changed; advances the random stream by one draw. Waits
-        for the device once.
-        """
+    def choose(self, logits: Tensor, choice: Choice | None) -> int:
+        """The next token from logits [V] float32, which are not changed, by a `choice` of this sampler. Waits for the
+        device once."""
         scores = self._warpers(_NO_IDS, cast(FloatTensor, self._adjusted(logits)))[0]
-        if self.seed is None:
+        if choice is None:
             token = int(scores.argmax())
         else:
             cumulative = torch.softmax(scores.double(), dim=-1).cumsum(dim=-1)
-            draw = cumulative[-1:] * self._draws.random()
+            draw = cumulative[-1:] * choice.draw
             token = int(torch.searchsorted(cumulative, draw, right=True).clamp(max=len(cumulative) - 1))
         self._num_chosen += 1
         if self._penalises:

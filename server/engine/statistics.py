@@ -23,8 +23,8 @@ from router.ledger import StepRecord
 from server.engine.sequence import Sequence
 from server.engine.statistics_file import StatisticsFile
 from server.engine.token_statistics import add_tokens, window_masses
-from server.model.host.runner import Runner, StepOutput
-from server.model.seam.observation import ExpertOutputs, OutputObserver, joined, observe_outputs
+from server.model.runner import Runner, StepOutput
+from server.model.seam.observation import ExpertOutputs, OutputObserver, observe_outputs
 
 log = logging.getLogger(__name__)
 
@@ -137,8 +137,8 @@ class OnlineStatistics:
         if not chosen:
             return
         if len(chosen) < len(sequences):
-            record = _tokens_of(record, chosen)
-            outputs = None if outputs is None else outputs.take_tokens(chosen)
+            record = record.select(chosen)
+            outputs = None if outputs is None else outputs.select(chosen)
         if record.missed_mass is not None and not record.missed_mass.any():
             record = StepRecord(record.served_index, record.served_weight)  # masks that hid nothing that was wanted
         self._pending.append(_Tokens(record, outputs))
@@ -149,16 +149,10 @@ class OnlineStatistics:
             self.flush()
 
     def _add_to_totals(self, parts: list[_Tokens]) -> None:
-        records = [part.record for part in parts]
-        index = np.concatenate([record.served_index for record in records], axis=1)
-        weight = np.concatenate([record.served_weight for record in records], axis=1)
-        together = StepRecord(index, weight)
-        if records[0].demand_index is not None:
-            wanted = [record.demand_of(slice(None)) for record in records]
-            demand = (np.concatenate([pair[side] for pair in wanted], axis=1) for side in (0, 1))
-            together = StepRecord(index, weight, *demand)
-        outputs = joined([part.outputs for part in parts])
-        add_tokens(self._statistics, DOMAIN, together, outputs, self._keys(index.shape[1]))
+        record = StepRecord.concat([part.record for part in parts])
+        noted = [part.outputs for part in parts if part.outputs is not None]
+        outputs = ExpertOutputs.concat(noted) if len(noted) == len(parts) else None
+        add_tokens(self._statistics, DOMAIN, record, outputs, self._keys(record.served_index.shape[1]))
 
     def _keys(self, count: int) -> npt.NDArray[np.uint64]:
         """Fresh ones: samples keep the smallest keys, so random keys make them even over all time."""
@@ -207,7 +201,10 @@ def collect_from(runner: Runner, file: StatisticsFile) -> OnlineStatistics:
     model = runner.model
     model.observer = observe_outputs(model.model, model.num_layers)
     if model.observer is None:
-        log.info("statistics are of what is wanted alone: %s does not show what experts put out", runner.kind)
+        log.info(
+            "statistics are of what is wanted alone: the %s-driven path does not show the experts' outputs",
+            runner.decode_path,
+        )
     return OnlineStatistics(file, model.observer)
 
 
@@ -221,16 +218,4 @@ def empty_statistics(manifest: Manifest) -> ExpertStatistics:
         model.top_k,
         expert_bytes=sum(spec.span_bytes for spec in manifest.layers),
         trunk_bytes=sum(file.bytes for file in manifest.trunk),
-    )
-
-
-def _tokens_of(record: StepRecord, tokens: list[int]) -> StepRecord:
-    if record.demand_index is None or record.demand_weight is None:
-        return StepRecord(record.served_index[:, tokens], record.served_weight[:, tokens])
-    return StepRecord(
-        record.served_index[:, tokens],
-        record.served_weight[:, tokens],
-        record.demand_index[:, tokens],
-        record.demand_weight[:, tokens],
-        record.missed_mass,
     )

@@ -16,7 +16,7 @@ from expert_store.errors import ShardCorruptError, StoreError
 from expert_store.store import Store
 from router.mask import ExpertMask, MaskError
 from server.engine.sequence import Sequence
-from server.model.host.runner import Runner, StepFault
+from server.model.runner import Runner, StepFault
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from extractor.writing.journal import read_journal
 from extractor.writing.prepare import prepare
 from router.mask import ExpertMask
 from server.growth.status import NothingToGrowError
-from server.model.host.runner import Runner
+from server.model.runner import Runner
 
 
 def grow_store(

@@ -1,6 +1,6 @@
 """Who drives the experts of a decode step: the device, in captured graphs, or the host. Chosen here, once, at start.
 
-Both ways have one interface (`host.runner.Runner`) and, up to rounding, the same results. Whatever an option
+Both ways have one interface (`runner.Runner`) and, up to rounding, the same results. Whatever an option
 cannot do on the way that is taken is an error that names it: no option is without effect.
 """
 
@@ -22,8 +22,8 @@ from expert_store.store import Store
 from router.mask import ExpertMask
 from server.model.host.assembly import load_model
 from server.model.host.pinning import most_used_experts
-from server.model.host.runner import Runner
 from server.model.host.sequence_runner import make_runner
+from server.model.runner import Runner
 
 log = logging.getLogger(__name__)
 

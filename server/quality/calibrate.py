@@ -21,7 +21,7 @@ from extractor.planning.criteria import DEFAULT_CRITERION, ranking, score
 from extractor.statistics.file import read_statistics, write_statistics
 from extractor.statistics.statistics import ExpertStatistics, PricePoint, StatisticsError
 from router.mask import ExpertMask
-from server.model.host.assembly import SelectiveModel
+from server.model.runner import SelectiveModel
 from server.quality.collect import SequenceRun, add_run, observe, weight_flatness
 from server.quality.run import batches, encoder, losses, run_batch
 from server.quality.texts import (

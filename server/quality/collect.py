@@ -21,7 +21,7 @@ from extractor.statistics.sample import item_keys
 from extractor.statistics.statistics import WINDOW_TOKENS, ExpertStatistics
 from router.ledger import StepRecord
 from server.engine.token_statistics import add_tokens, window_masses
-from server.model.host.assembly import SelectiveModel
+from server.model.runner import SelectiveModel
 from server.model.seam.experts import LAYER_ATTRIBUTE, ExpertsLayer
 from server.model.seam.observation import ExpertOutputs
 

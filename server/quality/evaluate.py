@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from router.mask import ExpertMask
-from server.model.host.assembly import SelectiveModel
+from server.model.runner import SelectiveModel
 from server.quality.calibrate import CalibrateOptions, domain_sequences
 from server.quality.run import Tokens, batches, losses, run_batch
 from server.quality.texts import Domain, TextsError

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from router.mask import ExpertMask
 from server.masks.profiles import PromptPool
-from server.model.host.assembly import SelectiveModel
+from server.model.runner import SelectiveModel
 from server.quality.evaluate import geometric_mean
 from server.quality.run import Tokens, batches, losses
 

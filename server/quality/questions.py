@@ -13,7 +13,7 @@ from pathlib import Path
 
 from router.mask import ExpertMask
 from server.engine.request import Masking
-from server.model.host.runner import Runner, StepOutput
+from server.model.runner import RowStep, Runner, StepOutput
 from server.quality.run import encoder
 from server.quality.texts import TextsError
 
@@ -106,7 +106,7 @@ def _step(runner: Runner, running: Sequence[_Asked]) -> None:
     open_ = [asked for asked in running if asked.verdict is None]
     if not open_:
         return
-    output = runner.decode([one.row for one in open_], [one.made[-1] for one in open_], masks=[o.mask for o in open_])
+    output = runner.decode([RowStep(one.row, one.made[-1], mask=one.mask) for one in open_])
     for at, asked in enumerate(open_):
         asked.take(output, at, slice(at, at + 1))
 

@@ -17,8 +17,8 @@ from extractor.statistics.price import Price
 from extractor.statistics.statistics import ExpertStatistics, StatisticsError
 from router.mask import ExpertMask
 from server.masks.profiles import mask_of_plan
-from server.model.host.assembly import SelectiveModel
-from server.model.host.runner import Runner
+from server.model.host.assembly import HostModel
+from server.model.host.runner import HostRunner
 from server.quality.calibrate import CalibrateOptions
 from server.quality.efficiency import configuration_entropy, efficiency, parameters
 from server.quality.evaluate import TextResult, evaluate_text, geometric_mean, tokenised
@@ -131,7 +131,7 @@ class Report:
         return "\n".join(lines)
 
 
-def evaluate_all(model: SelectiveModel, whole: SelectiveModel | None, asked: Evaluation, say: Say) -> Report:
+def evaluate_all(model: HostModel, whole: HostModel | None, asked: Evaluation, say: Say) -> Report:
     """Measure everything that was asked for.
 
     Raises:
@@ -167,7 +167,7 @@ def evaluate_all(model: SelectiveModel, whole: SelectiveModel | None, asked: Eva
     return report
 
 
-def _statistics(path: Path, model: SelectiveModel) -> ExpertStatistics:
+def _statistics(path: Path, model: HostModel) -> ExpertStatistics:
     statistics = read_statistics(path)
     fingerprint = model.store.manifest.source.fingerprint
     if statistics.fingerprint != fingerprint:
@@ -177,8 +177,8 @@ def _statistics(path: Path, model: SelectiveModel) -> ExpertStatistics:
     return statistics
 
 
-def _ask(report: Report, model: SelectiveModel, asked: Evaluation, mask: ExpertMask | None, say: Say) -> None:
-    runner = Runner(model, max_rows=QUESTION_ROWS, max_tokens=min(model.context_tokens, MAX_QUESTION_TOKENS))
+def _ask(report: Report, model: HostModel, asked: Evaluation, mask: ExpertMask | None, say: Say) -> None:
+    runner = HostRunner(model, max_rows=QUESTION_ROWS, max_tokens=min(model.context_tokens, MAX_QUESTION_TOKENS))
     for path in asked.questions:
         found = read_questions(path)
         say(f"asking {found.name}", 0, None)
@@ -190,7 +190,7 @@ def _ask(report: Report, model: SelectiveModel, asked: Evaluation, mask: ExpertM
 
 def _sweep(
     report: Report,
-    model: SelectiveModel,
+    model: HostModel,
     statistics: ExpertStatistics,
     texts: Mapping[str, Sequence[Sequence[int]]],
     asked: Evaluation,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from router.ledger import StepRecord
 from router.mask import ExpertMask
-from server.model.host.assembly import SelectiveModel
+from server.model.runner import SelectiveModel
 from server.model.seam.routing import RowShare
 
 MAX_ELEMENTS = 1 << 26

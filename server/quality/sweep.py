@@ -22,7 +22,7 @@ from extractor.statistics.price import Price, determination
 from extractor.statistics.statistics import ExpertStatistics
 from router.mask import ExpertMask
 from server.masks.usage_prior import UsagePrior
-from server.model.host.assembly import SelectiveModel
+from server.model.runner import SelectiveModel
 from server.quality.evaluate import TextResult, evaluate_text, geometric_mean
 
 Tokens = Mapping[str, Sequence[Sequence[int]]]

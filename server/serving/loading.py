@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from server.engine.statistics_file import StatisticsFile
     from server.masks.pricing import KnownPrice
     from server.model.decode_path import RunnerOptions
-    from server.model.host.runner import Runner
+    from server.model.runner import Runner
 
 logger = logging.getLogger(__name__)
 DEFAULT_CONTEXT_TOKENS = 8192

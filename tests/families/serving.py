@@ -14,8 +14,9 @@ from torch import Tensor
 from expert_store.store import Store
 from extractor.checkpoint.checkpoint import Checkpoint
 from router.mask import ExpertMask
-from server.model.host.assembly import SelectiveModel, load_model
+from server.model.host.assembly import HostModel, load_model
 from server.model.host.sequence_runner import make_runner
+from server.model.runner import RowStep
 from tests.families.checkpoints import NUM_EXPERTS
 
 NUM_DECODED = 4
@@ -37,7 +38,7 @@ def checkpoint_of(model: Any, directory: Path, repository: Path) -> Checkpoint:
     return Checkpoint.open(directory)
 
 
-def assembled(store: Store, num_slots: int) -> SelectiveModel:
+def assembled(store: Store, num_slots: int) -> HostModel:
     return load_model(store, device=torch.device("cpu"), dtype=torch.float32, num_slots=num_slots)
 
 
@@ -60,7 +61,7 @@ def stock_logits(model: Any, tokens: Sequence[int]) -> Tensor:
 
 
 def served_logits(
-    model: SelectiveModel, masks: list[ExpertMask | None], seen: set[tuple[int, int]] | None = None
+    model: HostModel, masks: list[ExpertMask | None], seen: set[tuple[int, int]] | None = None
 ) -> list[Tensor]:
     """The same from the runner, all prompts decoded together; the second is prefilled in two chunks."""
     runner = make_runner(model, max_rows=len(PROMPTS), max_tokens=32)
@@ -73,7 +74,12 @@ def served_logits(
         steps.append(runner.prefill(row, prompt[3 if number == 1 else 0 : start], mask=mask))
     logits = [[step.logits[0]] for step in steps]
     for at in range(NUM_DECODED):
-        step = runner.decode(rows, [prompt[len(prompt) - NUM_DECODED + at] for prompt in PROMPTS], masks=masks)
+        step = runner.decode(
+            [
+                RowStep(row, prompt[len(prompt) - NUM_DECODED + at], mask=mask)
+                for row, prompt, mask in zip(rows, PROMPTS, masks, strict=True)
+            ]
+        )
         steps.append(step)
         for row_logits, one in zip(logits, step.logits, strict=True):
             row_logits.append(one)

@@ -19,7 +19,8 @@ from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.planning.selection import SelectionRequest
 from extractor.writing.prepare import prepare
 from router.mask import ExpertMask
-from server.model.host.assembly import SelectiveModel, load_model
+from server.model.host.assembly import load_model
+from server.model.runner import SelectiveModel
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,8 @@ from expert_store.policy import LRU, EvictionPolicy
 from expert_store.slots import TORCH_DTYPES
 from expert_store.store import Store
 from router.mask import ExpertMask
+from server.model.runner import SelectiveModel
 from server.model.seam.experts import LAYER_ATTRIBUTE, ExpertsLayer
-from server.model.seam.observation import OutputObserver
 from server.model.seam.routing import StepRouting
 from server.model.seam.trunk import TrunkError, context_tokens, is_experts_module, load_trunk, trunk_is_checked
 
@@ -34,48 +34,10 @@ ROUTER_NAMES = ("gate", "router")
 
 
 @dataclass
-class SelectiveModel:
-    """A trunk whose experts come from slots.
+class HostModel(SelectiveModel):
+    """A model whose experts the host fetches into the slots of an `ExpertCache`."""
 
-    Attributes:
-        model: transformers' model; its experts and routers are ours.
-        tokenizer: of the checkpoint.
-        store, cache, routing: where experts come from, are held and are chosen.
-        device, dtype: of compute.
-        eos_token_ids: that end a generation.
-        special_token_ids: that stand for no text.
-        context_tokens: most tokens that the model was made for.
-        observer: of what the experts put out, where that is collected.
-        source_problem: why the store has no source attached, where it has none.
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    store: Store
     cache: ExpertCache
-    routing: StepRouting
-    device: torch.device
-    dtype: torch.dtype
-    eos_token_ids: frozenset[int]
-    special_token_ids: frozenset[int]
-    context_tokens: int
-    source_problem: str = "it was not looked for"
-    observer: OutputObserver | None = None
-
-    @property
-    def num_layers(self) -> int:
-        """MoE layers, L."""
-        return self.store.manifest.model.num_layers
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the logits, V."""
-        return int(self.model.config.get_text_config().vocab_size)
-
-    def close(self) -> None:
-        """Stop the cache's threads and close the store's files."""
-        self.cache.close()
-        self.store.close()
 
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -143,7 +105,7 @@ def load_model(
     policy: Callable[[], EvictionPolicy] = LRU,
     pinned: Sequence[Sequence[int]] | None = None,
     progress: Progress = lambda phase, share: None,
-) -> SelectiveModel:
+) -> HostModel:
     """Assemble the model of a store.
 
     Args:
@@ -181,7 +143,7 @@ def load_model(
     _bind(model, store, cache, routing)
     cache.preload(lambda done, total: progress("filling slots", done / max(1, total)))
     tokenizer = AutoTokenizer.from_pretrained(store.trunk_path, trust_remote_code=False, local_files_only=True)
-    return SelectiveModel(
+    return HostModel(
         model=model,
         tokenizer=tokenizer,
         store=store,

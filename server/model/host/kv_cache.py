@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from server.model.seam.out_of_memory import REMEDY, StepMemoryError, ran_out
+from server.model.runner import StepMemoryError
+from server.model.seam.forward import REMEDY, ran_out
 
 MIN_TOKENS = 64
 

@@ -29,9 +29,15 @@ class ExpertOutputs:
     norms: npt.NDArray[np.float32]
     changes: npt.NDArray[np.float32]
 
-    def take_tokens(self, order: Sequence[int]) -> ExpertOutputs:
-        """The same with its tokens in another order."""
-        return ExpertOutputs(self.norms[:, order], self.changes[:, order])
+    def select(self, tokens: Sequence[int]) -> ExpertOutputs:
+        """The same for some of the tokens, in the order given."""
+        return ExpertOutputs(self.norms[:, tokens], self.changes[:, tokens])
+
+    @staticmethod
+    def concat(parts: Sequence[ExpertOutputs]) -> ExpertOutputs:
+        """The outputs of several forwards as those of one over all their tokens."""
+        norms, changes = ([getattr(part, name) for part in parts] for name in ("norms", "changes"))
+        return ExpertOutputs(np.concatenate(norms, axis=1), np.concatenate(changes, axis=1))
 
 
 @runtime_checkable
@@ -80,16 +86,6 @@ class OutputObserver:
         taken = ExpertOutputs(torch.stack(norms).cpu().numpy(), torch.stack(changes).cpu().numpy())
         self.seconds += time.perf_counter() - started
         return taken
-
-
-def joined(parts: Sequence[ExpertOutputs | None]) -> ExpertOutputs | None:
-    """The outputs of several forwards as those of one over all their tokens; None where one has none."""
-    found = [part for part in parts if part is not None]
-    if len(found) != len(parts) or not found:
-        return None
-    return ExpertOutputs(
-        np.concatenate([part.norms for part in found], axis=1), np.concatenate([part.changes for part in found], axis=1)
-    )
 
 
 def observe_outputs(model: Any, num_layers: int) -> OutputObserver | None:

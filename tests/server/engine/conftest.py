@@ -18,7 +18,9 @@ from server.engine.statistics_file import StatisticsFile
 from server.engine.unreadable import CorruptExperts
 from server.engine.usage import UsageFile
 from server.model.host.assembly import load_model
-from server.model.host.runner import Runner
+from server.model.host.runner import HostRunner
+from server.model.host.sequence_runner import SequenceRunner
+from server.model.runner import Runner
 from tests.server.engine.clients import WAIT_SECONDS
 
 
@@ -35,7 +37,7 @@ def make_engine(tiny_store: Path) -> Iterator[Callable[..., Engine]]:
         num_slots: int = 16,
         corrupt_experts: CorruptExperts = "fail",
         statistics_path: Path | None = None,
-        runner_type: type[Runner] = Runner,
+        runner_type: type[HostRunner | SequenceRunner] = HostRunner,
         **limits,
     ) -> Engine:
         def loader(progress) -> Runner:

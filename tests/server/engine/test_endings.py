@@ -13,7 +13,7 @@ from router.ledger import UsageLedger
 from server.engine.engine import Engine
 from server.engine.request import Event, FailedEvent, FinishedEvent, GenerationRequest, SamplingParams, TokenEvent
 from server.engine.sequence import Sequence
-from server.model.host.runner import Runner
+from server.model.host.runner import HostRunner
 from tests.server.engine.clients import WAIT_SECONDS, Client
 
 
@@ -94,7 +94,7 @@ def test_an_engine_that_fails_after_its_model_was_loaded_gives_the_model_back(
 ) -> None:
     closed = threading.Event()
 
-    class Loaded(Runner):
+    class Loaded(HostRunner):
         def __init__(self, model: object) -> None:
             self.model = model  # type: ignore[assignment]
 

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +21,9 @@ from server.engine.request import (
     InvalidRequestError,
     QueueFullError,
 )
-from server.model.host.runner import Chosen, Runner, StepOutput
+from server.model.host.runner import HostRunner
 from server.model.host.sequence_runner import SequenceRunner
+from server.model.runner import Chosen, RowStep, Runner, StepOutput
 from tests.server.engine.clients import WAIT_SECONDS, Client
 
 
@@ -86,14 +87,12 @@ def test_stop_strings_end_the_text(make_engine: Callable[..., Engine]) -> None:
     assert result.stop_text == "named"
 
 
-class ChoosingRunner(Runner):
+class ChoosingRunner(HostRunner):
     """Takes the most likely token of rows that leave it the choice, as the device does while it decodes."""
 
-    can_choose = True
-
-    def decode(self, rows, tokens, *, choices, **options) -> StepOutput:
-        output = super().decode(rows, tokens, **options)
-        assert choices == [None] * len(rows), "these rows are not to be drawn by the runner"
+    def decode(self, steps: Sequence[RowStep]) -> StepOutput:
+        output = super().decode(steps)
+        assert all(step.choice is None for step in steps), "these rows are not to be drawn by the runner"
         best = output.logits.max(dim=-1)
         normaliser = output.logits.logsumexp(dim=-1)
         return replace(output, chosen=Chosen(best.indices.numpy(), best.values.numpy(), normaliser.numpy()))

@@ -9,7 +9,7 @@ import torch
 from server.engine.engine import Engine
 from server.engine.request import MemoryExhaustedError
 from server.model.host.kv_cache import RowCache
-from server.model.host.runner import Runner
+from server.model.host.runner import HostRunner
 from server.model.host.sequence_runner import SequenceRunner
 from tests.server.engine.clients import Client
 
@@ -47,7 +47,7 @@ def test_only_the_request_that_gets_no_memory_for_its_keys_and_values_fails(
     assert (engine.status().state, engine.status().totals.num_failed) == ("ready", 1)
 
 
-@pytest.mark.parametrize("runner_type", [Runner, SequenceRunner])
+@pytest.mark.parametrize("runner_type", [HostRunner, SequenceRunner])
 @pytest.mark.parametrize(
     "failure",
     [
@@ -57,7 +57,7 @@ def test_only_the_request_that_gets_no_memory_for_its_keys_and_values_fails(
     ],
 )
 def test_where_memory_ends_in_a_step_one_request_fails_and_the_engine_goes_on(
-    make_engine: Callable[..., Engine], runner_type: type[Runner], failure: Exception
+    make_engine: Callable[..., Engine], runner_type: type[HostRunner | SequenceRunner], failure: Exception
 ) -> None:
     engine = make_engine(runner_type=runner_type)
     wanted = Client(engine, SHORT[0], **OPTIONS)

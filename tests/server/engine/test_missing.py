@@ -23,8 +23,9 @@ from server.engine.engine import Engine
 from server.engine.masks import check_nothing_missing
 from server.engine.request import ExpertMissingError, GenerationRequest, InvalidRequestError
 from server.masks.profiles import FixedMasking
-from server.model.host.assembly import SelectiveModel, load_model
-from server.model.host.runner import Runner
+from server.model.host.assembly import load_model
+from server.model.host.runner import HostRunner
+from server.model.runner import RowStep, SelectiveModel
 from tests.server.engine.clients import Client
 from tests.server.model.host.greedy import greedy, stock_greedy
 
@@ -67,8 +68,8 @@ def test_what_is_fetched_makes_the_whole_model_bit_for_bit(few: Path, tiny_store
     everything = ExpertMask(np.ones((8, 64), dtype=np.bool_))
     partial, whole = model_of(few), model_of(tiny_store)
     ids = whole.tokenizer(TEXT).input_ids
-    tokens, logits = greedy(Runner(partial, max_rows=1, max_tokens=64), ids, 20, everything)
-    wanted_tokens, wanted_logits = greedy(Runner(whole, max_rows=1, max_tokens=64), ids, 20)
+    tokens, logits = greedy(HostRunner(partial, max_rows=1, max_tokens=64), ids, 20, everything)
+    wanted_tokens, wanted_logits = greedy(HostRunner(whole, max_rows=1, max_tokens=64), ids, 20)
     assert tokens == wanted_tokens
     assert torch.equal(logits, wanted_logits)
     assert int(partial.cache.statistics().resident.max()) <= 12, "what was fetched takes slots and nothing else"
@@ -157,7 +158,7 @@ def test_each_row_of_a_mixed_batch_gets_what_it_gets_alone(make_engine: Callable
 
 def test_one_at_a_time_and_in_one_step_differ_in_nothing(few: Path) -> None:
     """The runner itself, logits and all: rows that fetch, are masked and are tempered decode in one step."""
-    runner = Runner(model_of(few), max_rows=4, max_tokens=64)
+    runner = HostRunner(model_of(few), max_rows=4, max_tokens=64)
     everything = ExpertMask(np.ones((8, 64), dtype=np.bool_))
     masks = [None, everything, None, everything]
     temperatures = [1.0, 1.0, 2.5, 0.7]
@@ -170,11 +171,11 @@ def test_one_at_a_time_and_in_one_step_differ_in_nothing(few: Path) -> None:
         return held
 
     held = rows()
-    together = runner.decode(held, [5, 6, 7, 8], masks=masks, temperatures=temperatures)
+    together = runner.decode([RowStep(*one) for one in zip(held, [5, 6, 7, 8], masks, temperatures, strict=True)])
     for row in held:
         runner.free(row)
     for at, row in enumerate(rows()):
-        alone = runner.decode([row], [5 + at], masks=[masks[at]], temperatures=[temperatures[at]])
+        alone = runner.decode([RowStep(row, 5 + at, masks[at], temperatures[at])])
         assert alone.record.served_index[:, 0].tolist() == together.record.served_index[:, at].tolist()
         torch.testing.assert_close(alone.logits[0], together.logits[at], atol=2e-4, rtol=1e-4)
 
@@ -260,12 +261,9 @@ def test_what_the_way_of_running_cannot_do_is_refused_by_name(
     make_engine: Callable[..., Engine], few: Path, monkeypatch: pytest.MonkeyPatch, kind: str, message: str
 ) -> None:
     engine = make_engine(store_path=few)
-    monkeypatch.setattr(Runner, "fetch_refusal", lambda self: "host memory has no room")
-    monkeypatch.setattr(Runner, "can_temper_router", False)
+    monkeypatch.setattr(HostRunner, "fetch_refusal", lambda self: "host memory has no room")
     with pytest.raises(InvalidRequestError, match=message):
         Client(engine, TEXT, on_missing="fetch" if kind == "device" else "guess")  # type: ignore[arg-type]
-    with pytest.raises(InvalidRequestError, match="router_temperature is not possible on"):
-        Client(engine, TEXT, router_temperature=2.0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])

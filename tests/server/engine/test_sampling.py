@@ -12,7 +12,7 @@ LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0])
 
 def draws(params: SamplingParams, count: int, prompt: tuple[int, ...] = (0,)) -> list[int]:
     sampler = Sampler(params, prompt)
-    return [sampler.choose(LOGITS) for _ in range(count)]
+    return [sampler.choose(LOGITS, sampler.choice()) for _ in range(count)]
 
 
 def test_greedy_takes_the_most_likely_and_has_no_seed() -> None:
@@ -71,7 +71,9 @@ def test_neutral_values_change_nothing_and_leave_the_choice_to_the_runner() -> N
     assert SamplingParams(**NEUTRAL).is_greedy
     sampler = Sampler(SamplingParams(**NEUTRAL, do_sample=True, seed=5), (0,))
     assert sampler.leaves_choice
-    assert [sampler.choose(LOGITS) for _ in range(20)] == draws(SamplingParams(do_sample=True, seed=5), 20)
+    assert [sampler.choose(LOGITS, sampler.choice()) for _ in range(20)] == draws(
+        SamplingParams(do_sample=True, seed=5), 20
+    )
 
 
 ADJUSTING = [
@@ -92,9 +94,9 @@ def test_a_runner_that_knows_temperature_and_top_k_and_top_p_alone_is_not_left_t
 
 def test_once_enough_tokens_are_chosen_the_runner_may_choose() -> None:
     sampler = Sampler(SamplingParams(min_tokens=2), (0,), (4,))
-    assert [sampler.choose(LOGITS) for _ in range(2)] == [0, 0]
+    assert [sampler.choose(LOGITS, sampler.choice()) for _ in range(2)] == [0, 0]
     assert sampler.leaves_choice
-    assert sampler.choose(LOGITS) == 4
+    assert sampler.choose(LOGITS, sampler.choice()) == 4
 
 
 def test_min_p_keeps_what_is_likely_beside_the_most_likely() -> None:
@@ -156,7 +158,7 @@ def test_the_penalty_is_transformers_over_the_whole_sequence(prompt: list[int], 
     stock = RepetitionPenaltyLogitsProcessor(penalty=penalty)
     for _ in range(8):
         ids.append(int(stock(torch.tensor([ids]), LOGITS[None].clone())[0].argmax()))
-        assert sampler.choose(LOGITS) == ids[-1]
+        assert sampler.choose(LOGITS, sampler.choice()) == ids[-1]
 
 
 def test_the_logits_are_not_changed() -> None:

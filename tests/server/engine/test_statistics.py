@@ -29,8 +29,9 @@ from server.engine.sequence import Sequence
 from server.engine.statistics import DOMAIN, MAX_SHARE, OnlineStatistics
 from server.engine.statistics_file import FILE_NAME, StatisticsFile, served_statistics
 from server.model.host.assembly import load_model
-from server.model.host.runner import Runner, StepOutput
+from server.model.host.runner import HostRunner
 from server.model.host.sequence_runner import SequenceRunner
+from server.model.runner import StepOutput
 from server.model.seam.observation import ExpertOutputs, OutputObserver, observe_outputs
 from server.model.seam.routing import RowShare
 from server.quality.collect import observe
@@ -76,13 +77,13 @@ def reference(store: Path, sequences: list[list[int]]) -> dict[str, np.ndarray]:
     return totals
 
 
-@pytest.mark.parametrize("runner_type", [Runner, SequenceRunner])
+@pytest.mark.parametrize("runner_type", [HostRunner, SequenceRunner])
 def test_what_is_collected_is_what_calibration_counts_for_the_same_tokens(
     make_engine: Callable[..., Engine],
     tiny_store: Path,
     tmp_path: Path,
     everything_is_due: None,
-    runner_type: type[Runner],
+    runner_type: type[HostRunner | SequenceRunner],
 ) -> None:
     path = tmp_path / "statistics.safetensors"
     engine = make_engine(statistics_path=path, max_rows=3, runner_type=runner_type, prefill_chunk_tokens=4)

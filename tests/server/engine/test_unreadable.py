@@ -16,8 +16,9 @@ from router.mask import ExpertMask
 from server.engine.engine import Engine
 from server.engine.request import GenerationError
 from server.model.host.assembly import load_model
-from server.model.host.runner import Runner, StepFault, StepOutput
+from server.model.host.runner import HostRunner
 from server.model.host.sequence_runner import SequenceRunner
+from server.model.runner import RowStep, Runner, StepFault, StepOutput
 from server.model.seam.routing import StepRouting
 from tests.expert_store.damage import damage
 from tests.server.engine.clients import Client
@@ -37,14 +38,14 @@ def store(tiny_store: Path, tmp_path: Path) -> Path:
 def wanted_by(store: Path, texts: list[str], num_tokens: int) -> list[np.ndarray]:
     """For each text, bool [L, E]: the experts that its prompt and `num_tokens - 1` greedy tokens are given."""
     model = load_model(Store.open(store), device=torch.device("cpu"), dtype=torch.float32)
-    runner = Runner(model, max_rows=1, max_tokens=128)
+    runner = HostRunner(model, max_rows=1, max_tokens=128)
     found = []
     for text in texts:
         row = runner.allocate()
         output = runner.prefill(row, model.tokenizer(text).input_ids)
         served = [output.record.served_index]
         for _ in range(num_tokens - 1):
-            output = runner.decode([row], [int(output.logits[-1].argmax())])
+            output = runner.decode([RowStep(row, int(output.logits[-1].argmax()))])
             served.append(output.record.served_index)
         runner.free(row)
         uses = np.zeros((8, 64), dtype=np.bool_)
@@ -187,7 +188,7 @@ def test_fetching_ahead_what_is_corrupt_ends_nothing(
 
 
 def broken_runner(
-    kind: type[Runner], store: Path, uses: list[np.ndarray], prompts: list[np.ndarray]
+    kind: type[HostRunner | SequenceRunner], store: Path, uses: list[np.ndarray], prompts: list[np.ndarray]
 ) -> tuple[Runner, tuple[int, int]]:
     """A runner over a store whose expert of one text alone is damaged, and that expert."""
     layer, expert = expert_of_one(uses, OWNER, not_in_prompt_of=prompts[OWNER])
@@ -196,9 +197,9 @@ def broken_runner(
     return kind(model, max_rows=5, max_tokens=128), (layer, expert)
 
 
-@pytest.mark.parametrize("kind", [Runner, SequenceRunner])
+@pytest.mark.parametrize("kind", [HostRunner, SequenceRunner])
 def test_a_step_fault_names_the_rows_and_leaves_the_others_as_they_were(
-    kind: type[Runner], store: Path, uses: list[np.ndarray], prompts: list[np.ndarray]
+    kind: type[HostRunner | SequenceRunner], store: Path, uses: list[np.ndarray], prompts: list[np.ndarray]
 ) -> None:
     """Rows in another order than their memory; the step is repeated without the one that fails."""
     runner, expert = broken_runner(kind, store, uses, prompts)
@@ -211,7 +212,7 @@ def test_a_step_fault_names_the_rows_and_leaves_the_others_as_they_were(
     order, faults = [0, 1, 3, 4], []
 
     def step() -> StepOutput:
-        return runner.decode([rows[at] for at in order], [tokens[at][-1] for at in order])
+        return runner.decode([RowStep(rows[at], tokens[at][-1]) for at in order])
 
     for _ in range(23):
         before = runner.num_cached_tokens
@@ -219,21 +220,21 @@ def test_a_step_fault_names_the_rows_and_leaves_the_others_as_they_were(
             output = step()
         except StepFault as fault:
             faults.append((fault.expert, [order[at] for at in fault.positions], fault.is_repeatable))
-            if kind is Runner:
+            if kind is HostRunner:
                 assert runner.num_cached_tokens == before
             runner.free(rows[OWNER])
             order.remove(OWNER)
             output = step()
         for at, logits in zip(order, output.logits, strict=True):
             tokens[at].append(int(logits.argmax()))
-    assert faults == [(expert, [OWNER], kind is Runner)]
-    whole = Runner(runner.model, max_rows=1, max_tokens=128)
+    assert faults == [(expert, [OWNER], kind is HostRunner)]
+    whole = HostRunner(runner.model, max_rows=1, max_tokens=128)
     for at in order:
         row = whole.allocate()
         output = whole.prefill(row, tokenizer(TEXTS[at]).input_ids)
         alone = [int(output.logits[-1].argmax())]
         while len(alone) < 24:
-            alone.append(int(whole.decode([row], [alone[-1]]).logits[0].argmax()))
+            alone.append(int(whole.decode([RowStep(row, alone[-1])]).logits[0].argmax()))
         whole.free(row)
         assert tokens[at] == alone
     runner.close()

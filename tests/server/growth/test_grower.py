@@ -18,7 +18,7 @@ from server.growth.ranking import expected_norms, rank_missing
 from server.growth.status import GrowthError
 from server.growth.store import adopt, grow_store
 from server.model.host.assembly import load_model
-from server.model.host.runner import Runner
+from server.model.host.runner import HostRunner
 from tests.extractor.selection_statistics import make_statistics
 
 
@@ -72,7 +72,7 @@ def finished(events: queue.SimpleQueue[Event]) -> FinishedEvent:
 
 def start(store: Store) -> Engine:
     model = load_model(store, device=torch.device("cpu"), dtype=torch.float32, num_slots=16)
-    engine = Engine(lambda progress: Runner(model, max_rows=4, max_tokens=128))
+    engine = Engine(lambda progress: HostRunner(model, max_rows=4, max_tokens=128))
     engine.start()
     while engine.status().state == "loading":
         threading.Event().wait(0.01)

@@ -17,8 +17,8 @@ from server.masks.profiles import (
     load_profiles,
 )
 from server.masks.usage_prior import UsagePrior
-from server.model.host.assembly import SelectiveModel
-from server.model.host.runner import Runner
+from server.model.host.runner import HostRunner
+from server.model.runner import RowStep, SelectiveModel
 from tests.extractor.selection_statistics import make_statistics
 
 L, E = 2, 6
@@ -151,7 +151,7 @@ def test_a_request_in_a_batch_gets_the_pool_and_the_logits_it_gets_alone(
     prompts = ["Once upon a time", "The capital of France is"]
 
     def run(chosen: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        runner = Runner(model, max_rows=4, max_tokens=64)
+        runner = HostRunner(model, max_rows=4, max_tokens=64)
         rows, maskings, tokens = [], [], []
         for prompt in chosen:
             ids = model.tokenizer(prompt)["input_ids"]
@@ -162,7 +162,9 @@ def test_a_request_in_a_batch_gets_the_pool_and_the_logits_it_gets_alone(
             maskings.append(masking)
             tokens.append(int(output.logits[0].argmax()))
         for _ in range(4):
-            output = runner.decode(rows, tokens, masks=[masking.mask for masking in maskings])
+            output = runner.decode(
+                [RowStep(row, token, mask=one.mask) for row, token, one in zip(rows, tokens, maskings, strict=True)]
+            )
             tokens = [int(line.argmax()) for line in output.logits]
             record = output.record
             assert record.demand_index is not None

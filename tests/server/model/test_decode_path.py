@@ -20,6 +20,7 @@ from router.mask import ExpertMask
 from server.model import decode_path
 from server.model.decode_path import DecodePathError, RunnerOptions, load_runner
 from server.model.host.pinning import most_used_experts
+from server.model.runner import RowStep
 
 CPU = torch.device("cpu")
 AUTO = RunnerOptions(path="auto", max_rows=1, max_tokens=64, num_slots=12)
@@ -100,7 +101,7 @@ def test_pinned_experts_are_the_most_used_ones_and_keep_their_slots(used_store):
         row = runner.allocate()
         runner.prefill(row, [100])
         for token in range(300, 320):
-            runner.decode([row], [token])
+            runner.decode([RowStep(row, token)])
         resident = [runner.model.cache.resident(layer) for layer in range(8)]
         assert all({10 + layer, 40} <= set(experts) for layer, experts in enumerate(resident))
         assert runner.model.cache.statistics().evictions.min() > 0

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 import server.quality.calibrate as module
 from extractor.statistics.statistics import TOTALS, ExpertStatistics, StatisticsError
 from router.mask import ExpertMask
-from server.model.host.assembly import SelectiveModel
+from server.model.runner import SelectiveModel
 from server.quality.calibrate import CalibrateOptions, calibrate, with_wrong_experts
 from server.quality.collect import observe, weight_flatness
 from server.quality.run import batches, losses, run_batch

@@ -9,8 +9,8 @@ from extractor.planning.plan import Plan, PlannedExpert, write_plan
 from extractor.statistics.file import write_statistics
 from router.mask import ExpertMask
 from server.masks.profiles import PoolMasking, PromptPool
-from server.model.host.assembly import SelectiveModel
-from server.model.host.runner import Runner
+from server.model.host.runner import HostRunner
+from server.model.runner import SelectiveModel
 from server.quality.calibrate import CalibrateOptions, calibrate
 from server.quality.efficiency import Parameters, configuration_entropy, efficiency, parameters
 from server.quality.evaluate import evaluate_text, tokenised
@@ -47,7 +47,7 @@ def test_a_mask_costs_and_the_deficit_says_so(selective: Callable[..., Selective
 
 
 def test_questions_are_answered_greedily_and_fail_under_a_bad_mask(selective: Callable[..., SelectiveModel]) -> None:
-    runner = Runner(selective(), max_rows=1, max_tokens=64)
+    runner = HostRunner(selective(), max_rows=1, max_tokens=64)
     asked = [Question("The capital of France is", " Paris."), Question("The capital of France is", " London.")]
     assert answered(runner, asked) == 0.5
     assert answered(runner, asked[:1], index_mask(1)) == 0.0
@@ -60,7 +60,7 @@ def test_questions_side_by_side_and_under_pools_are_answered_as_alone(
     model = selective()
     prompts = ["The capital of France is", "The capital of Japan is", "2 + 2 ="]
     asked = [Question(prompt, answer) for prompt in prompts for answer in (" Paris.", " Tokyo.", " 4")]
-    alone, many = Runner(model, max_rows=1, max_tokens=64), Runner(model, max_rows=4, max_tokens=64)
+    alone, many = HostRunner(model, max_rows=1, max_tokens=64), HostRunner(model, max_rows=4, max_tokens=64)
     assert answered(many, asked) == answered(alone, asked) > 0.2
     assert many.num_free_rows == 4
     pools: list[PoolMasking] = []
@@ -175,7 +175,7 @@ def test_arithmetic_is_answered_once_a_document_begins_before_the_question(
 ) -> None:
     model = selective()
     asked = read_questions(TEXTS / "questions" / "arithmetic.jsonl").questions[:16]
-    runner = Runner(model, max_rows=8, max_tokens=64)
+    runner = HostRunner(model, max_rows=8, max_tokens=64)
     assert answered(runner, asked, prefix="\n<|endoftext|>") > answered(runner, asked) + 0.25
 
 

@@ -14,11 +14,11 @@ from tests.server.cli.processes import Server
 HANGS = """
 import sys, threading
 from server.engine import engine
-from server.model.host.runner import Runner
+from server.model.host.runner import HostRunner
 def hang(*arguments, **options):
     print("hanging", file=sys.stderr, flush=True)
     threading.Event().wait()
-Runner.decode = hang
+HostRunner.decode = hang
 engine.STOP_MARGIN_SECONDS = {margin_seconds}
 from server.cli.main import main
 sys.exit(main(sys.argv[1:]))

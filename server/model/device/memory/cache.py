@@ -5,8 +5,6 @@ Reads only: kernels alone change pages. Each call copies a little from the devic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -17,7 +15,7 @@ from server.model.device.memory.fetched import FetchedSpans
 
 
 class PagedCache:
-    """Statistics of `DevicePages` in the terms of `expert_store.cache.ExpertCache`."""
+    """`server.model.runner.Residency` over `DevicePages`."""
 
     def __init__(self, store: Store, pages: DevicePages, fetched: FetchedSpans) -> None:
         self.pages, self._fetched = pages, fetched
@@ -30,13 +28,6 @@ class PagedCache:
         """Slot of each expert, -1 where it has none: [L, E], copied."""
         table: npt.NDArray[np.int32] = self.pages.page_table.cpu().numpy()
         return table
-
-    def resident(self, layer: int) -> list[int]:
-        """Ids of the experts of a layer that are in slots now."""
-        return [int(expert) for expert in np.flatnonzero(self.page_table[layer] >= 0)]
-
-    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
-        """Nothing: slots change on the device only, where a prompt's chunk streams what it needs."""
 
     def statistics(self) -> CacheStatistics:
         """Counters since start. Evictions are misses that found every slot taken; fetches have no seconds of their own,

@@ -10,7 +10,6 @@ import logging
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 from triton.runtime.driver import driver
 from triton.runtime.errors import OutOfResources
 
-from expert_store.cache import ExpertCache
 from expert_store.errors import SlotsError
 from expert_store.paging.pages import DevicePages, Policy
 from expert_store.store import Store
@@ -35,7 +33,8 @@ from server.model.device.running.runner import DeviceRunner
 from server.model.device.running.warming import warm_up
 from server.model.device.step.prefill import ExpertStream
 from server.model.device.step.weights import DecodeShape, TrunkWeights
-from server.model.host.assembly import SelectiveModel, eos_token_ids_of
+from server.model.host.assembly import eos_token_ids_of
+from server.model.runner import SelectiveModel
 from server.model.seam.experts import LAYER_ATTRIBUTE
 from server.model.seam.observation import OutputObserver
 from server.model.seam.routing import StepRouting
@@ -183,7 +182,7 @@ def _runner(
         model=model,
         tokenizer=tokenizer,
         store=store,
-        cache=cast(ExpertCache, PagedCache(store, pages, fetched)),
+        cache=PagedCache(store, pages, fetched),
         routing=routing,
         device=device,
         dtype=shape.dtype,

@@ -10,45 +10,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Literal
 
 import numpy as np
 import torch
 
-from expert_store.errors import StoreError
 from expert_store.paging.pages import DevicePages
 from router.mask import ExpertMask
 from server.model.device.memory.fetched import FetchedSpans, NoRoomError
 from server.model.device.memory.host_spans import SpanGrowth
-from server.model.device.running.outcome import Asked, chosen_tokens, routing_of, together
+from server.model.device.running.outcome import chosen_tokens, routing_of
 from server.model.device.running.rows import Rows
 from server.model.device.step.graphs import StepGraphs
 from server.model.device.step.prefill import ExpertStream
 from server.model.device.step.state import PrefillRow, Report, RowState
 from server.model.device.step.weights import DecodeShape, TrunkWeights
-from server.model.host.assembly import SelectiveModel
-from server.model.host.runner import Choice, Runner, StepFault, StepOutput
-from server.model.seam.attention_mask import attention_masks
-from server.model.seam.out_of_memory import REMEDY, StepMemoryError, ran_out, told
+from server.model.runner import RowStep, SelectiveModel, StepFault, StepOutput
+from server.model.seam.forward import run_forward
 
 
-class DeviceRunner(Runner):
-    """Prefill and decode over fixed rows of the device.
+class DeviceRunner:
+    """`Runner` over fixed rows of the device.
 
     Args:
         model: trunk, tokenizer and routing; its experts modules are bound to `stream`.
         shape, weights: of the captured step.
         pages, stream: of the experts.
-        growth: brings experts that come into use later; None brings none.
-        fetched: brings experts that a token needs and that are not in reach; None where all are.
+        growth: reads experts that come into use later into host memory; None reads none.
+        fetched: reads experts that a token needs and that are not in reach; None where all are.
         resident_bias: lambda of cache-aware routing of decode steps, 0: off.
     """
 
-    kind: ClassVar[str] = "the device-driven path"
-    decode_path: ClassVar[str] = "device"
-    can_choose: ClassVar[bool] = True
-    tells_fetching: ClassVar[bool] = True
-    can_temper_router: ClassVar[bool] = True
+    decode_path: Literal["device"] = "device"
 
     def __init__(
         self,
@@ -107,10 +100,10 @@ class DeviceRunner(Runner):
         *,
         mask: ExpertMask | None = None,
         temperature: float = 1.0,
-        all_logits: bool = False,
         fetches: bool = False,
+        all_logits: bool = False,
     ) -> StepOutput:
-        """Append `tokens` to a row: see `Runner.prefill`. `fetches` says that its request does."""
+        """See `Runner.prefill`."""
         self._look()
         start, routing = self.rows.lengths[row], self.model.routing
         end = start + len(tokens)
@@ -121,108 +114,58 @@ class DeviceRunner(Runner):
         effective = given if (allowed == given.allowed).all() else ExpertMask.of(allowed)
         routing.begin(1, len(tokens), None if effective is routing.mask else [effective], [temperature])
         self._stream.begin(len(tokens), allowed, None if self._fetched is None else self._fetched.in_turns)
-        try:
-            result = self.model.model(
-                input_ids=torch.tensor([list(tokens)], device=self.model.device),
-                position_ids=positions,
-                attention_mask=attention_masks(self.model.model.config, positions, end, self.model.dtype),
-                past_key_values=PrefillRow(self._state, row, start, end),
-                use_cache=True,
-                logits_to_keep=0 if all_logits else 1,
-            )
-            record, share = routing.finish()
-        except StoreError as error:
-            routing.abandon()
-            raise StepFault(error, (0,)) from error
-        except BaseException as error:
-            routing.abandon()
-            if not ran_out(error):
-                raise
-            problem = StepMemoryError(
-                f"the memory for {len(tokens)} tokens of a prompt ended ({told(error)}): {REMEDY}", [0]
-            )
-        else:
-            self.rows.set_length(row, end)
-            outputs = None if self.model.observer is None else self.model.observer.take()
-            logits = result.logits[0] if all_logits else result.logits[:, -1]
-            return StepOutput(logits.float(), record, share, outputs=outputs)
-        raise problem
+        ids = torch.tensor([list(tokens)], device=self.model.device)
+        past = PrefillRow(self._state, row, start, end)
+        output, _ = run_forward(self.model, ids, positions, past, kv_tokens=end, all_logits=all_logits)
+        self.rows.set_length(row, end)
+        return output
 
     @torch.inference_mode()
-    def decode(
-        self,
-        rows: Sequence[int],
-        tokens: Sequence[int],
-        *,
-        masks: Sequence[ExpertMask | None] | None = None,
-        temperatures: Sequence[float] | None = None,
-        choices: Sequence[Choice | None] | None = None,
-        fetching: Sequence[bool] | None = None,
-    ) -> StepOutput:
-        """Append one token to each row; logits come in the order of `rows` and are valid until the next `decode`.
+    def decode(self, steps: Sequence[RowStep]) -> StepOutput:
+        """See `Runner.decode`. The next token of each row comes as `chosen`. Where what the rows of a batch fetch does
+        not fit beside each other, they run in parts."""
+        for step in steps:
+            length = self.rows.lengths[step.row]
+            assert length < self.max_tokens, f"row {step.row} is full: {self.max_tokens} tokens"
+        return self._decode(steps)
 
-        The next token of each row comes as `chosen`, as `choices` say; None is the most likely one. Where what the rows
-        of a batch fetch does not fit beside each other, they run in parts.
-
-        Args:
-            fetching: whether each row's request fetches what the store lacks.
-
-        Raises:
-            StepFault: an expert that rows need cannot be read; no row was advanced.
-        """
-        for row in rows:
-            assert self.rows.lengths[row] < self.max_tokens, f"row {row} is full: {self.max_tokens} tokens"
-        num = len(rows)
-        return self._decode(
-            Asked(
-                rows,
-                tokens,
-                masks or [None] * num,
-                temperatures or [1.0] * num,
-                choices or [None] * num,
-                fetching or [False] * num,
-            )
-        )
-
-    def _decode(self, asked: Asked) -> StepOutput:
+    def _decode(self, steps: Sequence[RowStep]) -> StepOutput:
         try:
-            return self._decode_at_once(asked)
+            return self._decode_at_once(steps)
         except NoRoomError as error:
-            if len(asked.rows) == 1:
+            if len(steps) == 1:
                 raise StepFault(error, (0,)) from error
-        half = len(asked.rows) // 2
-        first = self._decode(asked.part(slice(half)))
+        half = len(steps) // 2
+        first = self._decode(steps[:half])
         first = replace(first, logits=first.logits.clone())
         try:
-            return together([first, self._decode(asked.part(slice(half, None)))])
+            return StepOutput.concat([first, self._decode(steps[half:])])
         except BaseException as error:
-            self.rows.take_back(asked.rows[:half], 1)
+            self.rows.take_back([step.row for step in steps[:half]], 1)
             if isinstance(error, StepFault):
-                raise StepFault(error.cause, [half + at for at in error.positions]) from error.cause
+                error.positions = tuple(half + at for at in error.positions)
             raise
 
-    def _decode_at_once(self, asked: Asked) -> StepOutput:
-        num = len(asked.rows)
+    def _decode_at_once(self, steps: Sequence[RowStep]) -> StepOutput:
+        num, rows, choices = len(steps), [step.row for step in steps], [step.choice for step in steps]
         while True:
             self._look()
-            for row, mask, fetches, temperature in zip(
-                asked.rows, asked.masks, asked.fetching, asked.temperatures, strict=True
-            ):
-                self.rows.settle(row, mask or self.model.routing.mask, fetches, temperature)
-            masked = self._bias != 0.0 or not all(self.rows.is_plain(row) for row in asked.rows)
+            for step in steps:
+                self.rows.settle(step.row, step.mask or self.model.routing.mask, step.fetches, step.temperature)
+            masked = self._bias != 0.0 or not all(self.rows.is_plain(row) for row in rows)
             graph = self.graphs.step(num, masked)
             masked = graph.step.options.masked
-            draw = self.graphs.draw(graph, asked.choices)
-            graph.enqueue(asked.rows, asked.tokens)
+            draw = self.graphs.draw(graph, choices)
+            graph.enqueue(rows, [step.token for step in steps])
             if draw is not None:
-                draw.enqueue(asked.choices)
+                draw.enqueue(choices)
             report = graph.wait()
-            if self._has_everything(report, asked.rows):
+            if self._has_everything(report, rows):
                 break
-        self.rows.advanced(asked.rows)
+        self.rows.advanced(rows)
         in_groups = self.shape.router.groups > 1 and self._bias == 0.0
-        routing = routing_of(report, num, masked, self.rows.hidden(asked.rows) if in_groups else None)
-        return StepOutput(graph.step.logits[:num], *routing, chosen_tokens(report, draw, num))
+        record, share = routing_of(report, num, masked, self.rows.hidden(rows) if in_groups else None)
+        return StepOutput(graph.step.logits[:num], record, share, chosen=chosen_tokens(report, draw, num))
 
     def _has_everything(self, report: Report, rows: Sequence[int]) -> bool:
         """Whether a step that just ran had every expert that it chose; where not, they are brought and its rows are as
@@ -254,7 +197,7 @@ class DeviceRunner(Runner):
         return False
 
     def fetch_refusal(self) -> str | None:
-        """Why requests cannot fetch what the store lacks; None where they can."""
+        """See `Runner.fetch_refusal`."""
         wanted = self.shape.num_moe_layers * min(self.shape.top_k, self.shape.num_experts)
         capacity = 0 if self._fetched is None else self._fetched.capacity
         if capacity >= wanted:

@@ -24,7 +24,7 @@ from server.model.device.step.state import Report, RowState
 from server.model.device.step.step import DecodeStep
 from server.model.device.step.tuning import StepOptions, Tuning, pow2
 from server.model.device.step.weights import DecodeShape, TrunkWeights
-from server.model.host.runner import Choice
+from server.model.runner import Choice
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from server.model.device.step.step import DecodeStep
-from server.model.host.runner import Choice
+from server.model.runner import Choice
 
 TEMPERATURE, TOP_K, TOP_P, DRAW = range(4)
 

@@ -19,10 +19,10 @@ from extractor.checkpoint.source import attach_source
 from router.mask import ExpertMask
 from server.model.device.memory import fetched as device_fetched
 from server.model.device.running.assembly import load_device_runner
-from server.model.device.running.runner import DeviceRunner
 from server.model.device.step import graphs as device_graphs
 from server.model.host.assembly import load_model
-from server.model.host.runner import Runner, StepFault
+from server.model.host.runner import HostRunner
+from server.model.runner import RowStep, Runner, StepFault
 from tests.expert_store.damage import damage
 from tests.server.model.device.small import DEVICE, EXPERTS, LAYERS, TOP_K, TUNING
 
@@ -43,7 +43,7 @@ def runners(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
         if kind == "device":
             made.append(load_device_runner(store, max_rows=2, max_tokens=64, proof=False, **common))
         else:
-            made.append(Runner(load_model(store, **common), max_rows=2, max_tokens=64))
+            made.append(HostRunner(load_model(store, **common), max_rows=2, max_tokens=64))
         return made[-1]
 
     yield make
@@ -51,17 +51,26 @@ def runners(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
         runner.close()
 
 
-def greedy(runner: Runner, prompts: list[list[int]], num_tokens: int, **rows: Any) -> list[list[int]]:
-    """Tokens of all prompts, decoded together; `rows` are lists by row: masks, fetching."""
+def greedy(
+    runner: Runner,
+    prompts: list[list[int]],
+    num_tokens: int,
+    masks: list[ExpertMask | None],
+    fetching: list[bool] | None = None,
+) -> list[list[int]]:
+    """Tokens of all prompts, decoded together; `masks` and `fetching` have one value a row."""
     held = [runner.allocate() for _ in prompts]
-    options = rows if isinstance(runner, DeviceRunner) else {"masks": rows["masks"]}
+    wishes = list(zip(held, masks, fetching or [False] * len(held), strict=True))
     tokens = []
-    for at, (row, prompt) in enumerate(zip(held, prompts, strict=True)):
-        fetches = {"fetches": rows["fetching"][at]} if isinstance(runner, DeviceRunner) else {}
-        output = runner.prefill(row, prompt, mask=rows["masks"][at], **fetches)
+    for (row, mask, fetches), prompt in zip(wishes, prompts, strict=True):
+        output = runner.prefill(row, prompt, mask=mask, fetches=fetches)
         tokens.append([int(output.logits[-1].argmax())])
     for _ in range(num_tokens - 1):
-        output = runner.decode(held, [mine[-1] for mine in tokens], **options)
+        steps = [
+            RowStep(row, mine[-1], mask=mask, fetches=fetches)
+            for (row, mask, fetches), mine in zip(wishes, tokens, strict=True)
+        ]
+        output = runner.decode(steps)
         for mine, logits in zip(tokens, output.logits, strict=True):
             mine.append(int(logits.argmax()))
     for row in held:
@@ -90,20 +99,17 @@ def test_what_was_fetched_gives_bit_for_bit_what_it_gives_from_the_start(few_sma
         device = runners(path, dtype=torch.float16)
         row = device.allocate()
         device.prefill(row, PROMPT, mask=EVERYTHING, fetches=True)
-        outputs = [device.decode([row], [at], masks=[EVERYTHING], fetching=[True]) for at in (24, 25)]
+        outputs = [device.decode([RowStep(row, at, mask=EVERYTHING, fetches=True)]) for at in (24, 25)]
         logits.append(outputs[-1].logits.clone())
     assert torch.equal(*logits)
 
 
 def test_a_step_that_fetched_is_told_as_if_it_had_had_everything(few_small_store, small_store, runners):
     outputs = []
-    for runner, options in (
-        (runners(few_small_store), {"fetching": [True]}),
-        (runners(small_store, "host"), {}),
-    ):
+    for runner in (runners(few_small_store), runners(small_store, "host")):
         row = runner.allocate()
-        runner.prefill(row, PROMPT, mask=EVERYTHING, **({"fetches": True} if options else {}))
-        outputs.append(runner.decode([row], [24], masks=[EVERYTHING], **options))
+        runner.prefill(row, PROMPT, mask=EVERYTHING, fetches=True)
+        outputs.append(runner.decode([RowStep(row, 24, mask=EVERYTHING, fetches=True)]))
         assert runner.num_cached_tokens == len(PROMPT) + 1
     got, wanted = outputs
     assert torch.allclose(got.logits, wanted.logits, rtol=1e-4, atol=1e-4)
@@ -115,12 +121,12 @@ def test_a_step_that_fetched_is_told_as_if_it_had_had_everything(few_small_store
 def test_a_mask_of_its_own_narrows_what_a_row_fetches(few_small_store, small_store, runners, temperature):
     mask = ExpertMask.same_in_every_layer((1, 2, 5, 6), LAYERS, EXPERTS)
     served = []
-    for runner, options in ((runners(few_small_store), {"fetching": [True]}), (runners(small_store, "host"), {})):
+    for runner in (runners(few_small_store), runners(small_store, "host")):
         row = runner.allocate()
-        fetches = {"fetches": True} if options else {}
-        runner.prefill(row, PROMPT, mask=mask, temperature=temperature, **fetches)
+        wishes: dict[str, Any] = {"mask": mask, "temperature": temperature, "fetches": True}
+        runner.prefill(row, PROMPT, **wishes)
         for token in (24, 25, 26):
-            output = runner.decode([row], [token], masks=[mask], temperatures=[temperature], **options)
+            output = runner.decode([RowStep(row, token, **wishes)])
         served.append((output.record.served_index, output.logits))
     assert (served[0][0] == served[1][0]).all()
     assert torch.allclose(served[0][1], served[1][1], rtol=1e-4, atol=1e-4)
@@ -179,7 +185,7 @@ def needing(runner: Runner, expert: tuple[int, int]) -> tuple[list[int], int, in
         for token in range(500, 540):
             row = runner.allocate()
             runner.prefill(row, [first])
-            uses = (runner.decode([row], [token]).record.served_index[layer] == wanted).any()
+            uses = (runner.decode([RowStep(row, token)]).record.served_index[layer] == wanted).any()
             runner.free(row)
             need, spare = (token, spare) if uses else (need, token)
             if need >= 0 and spare >= 0:
@@ -203,14 +209,14 @@ def test_a_damaged_expert_fails_the_rows_that_need_it_and_the_step_goes_on_witho
         for row in rows:
             runner.prefill(row, prompt)
     with pytest.raises(StepFault) as fault:
-        device.decode(held[device], [spare, need])
+        device.decode([RowStep(row, token) for row, token in zip(held[device], [spare, need], strict=True)])
     assert fault.value.positions == (1,)
     assert isinstance(fault.value.cause, ShardCorruptError)
     assert device.num_cached_tokens == 2
-    alone = [runner.decode(rows[:1], [spare]).logits for runner, rows in held.items()]
+    alone = [runner.decode([RowStep(rows[0], spare)]).logits for runner, rows in held.items()]
     assert torch.allclose(alone[0], alone[1], rtol=1e-4, atol=1e-4)
     damage(path, *expert)  # flips the same bit back
-    healed = [runner.decode(rows[1:], [need]).logits for runner, rows in held.items()]
+    healed = [runner.decode([RowStep(rows[1], need)]).logits for runner, rows in held.items()]
     assert torch.allclose(healed[0], healed[1], rtol=1e-4, atol=1e-4)
     device.free(held[device][0])
     damage(path, *expert)
@@ -252,7 +258,7 @@ def test_of_what_comes_to_the_store_only_the_damaged_is_missing(small_store, run
     device.prefill(row, prompt)
     other = whole.allocate()
     whole.prefill(other, prompt)
-    both = [runner.decode([at], [need]).logits for runner, at in ((device, row), (whole, other))]
+    both = [runner.decode([RowStep(at, need)]).logits for runner, at in ((device, row), (whole, other))]
     assert torch.allclose(both[0], both[1], rtol=1e-4, atol=1e-4)
 
 

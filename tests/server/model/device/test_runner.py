@@ -21,7 +21,8 @@ from server.model.device.running.assembly import load_device_runner
 from server.model.device.running.runner import DeviceRunner
 from server.model.device.step import graphs as device_graphs
 from server.model.host.assembly import load_model
-from server.model.host.runner import Runner
+from server.model.host.runner import HostRunner
+from server.model.runner import RowStep, Runner
 from server.model.seam.observation import observe_outputs
 from tests.server.model.device.small import DEVICE, EXPERTS, LAYERS, TOP_K, TUNING
 
@@ -35,7 +36,7 @@ def runners(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Dev
     def make(path: Path, num_slots: int, mask: ExpertMask | None = None) -> tuple[DeviceRunner, Runner]:
         options = {"device": DEVICE, "dtype": torch.float32, "num_slots": num_slots, "mask": mask}
         device = load_device_runner(Store.open(path), max_rows=2, max_tokens=384, proof=False, **options)
-        host = Runner(load_model(Store.open(path), **options), max_rows=2, max_tokens=384)
+        host = HostRunner(load_model(Store.open(path), **options), max_rows=2, max_tokens=384)
         made.extend([device, host])
         return device, host
 
@@ -48,7 +49,7 @@ def greedy(runner: DeviceRunner | Runner, prompt: list[int], num_tokens: int) ->
     row = runner.allocate()
     tokens = [int(runner.prefill(row, prompt).logits[0].argmax())]
     while len(tokens) < num_tokens:
-        tokens.append(int(runner.decode([row], [tokens[-1]]).logits[0].argmax()))
+        tokens.append(int(runner.decode([RowStep(row, tokens[-1])]).logits[0].argmax()))
     runner.free(row)
     return tokens
 
@@ -78,7 +79,7 @@ def test_records_and_shares_equal_the_host_driven_ones_under_masks_and_temperatu
         rows = [runner.allocate(), runner.allocate()]
         runner.prefill(rows[0], [5, 6, 7], mask=mask)
         runner.prefill(rows[1], [9, 10])
-        outputs.append(runner.decode(rows, [11, 12], masks=[mask, None], temperatures=[1.0, 3.0]))
+        outputs.append(runner.decode([RowStep(rows[0], 11, mask=mask), RowStep(rows[1], 12, temperature=3.0)]))
     got, wanted = outputs
     assert got.chosen.token.tolist() == wanted.logits.argmax(dim=-1).tolist()
     assert got.chosen.logit == pytest.approx(wanted.logits.amax(dim=-1).cpu().numpy(), rel=1e-4)
@@ -100,11 +101,13 @@ def test_rows_join_and_leave_without_another_capture(small_store, runners):
         runner.prefill(first[runner], [20, 21, 22])
         runner.prefill(second[runner], [30, 31])
     graphs = device.graphs.steps
-    both = [runner.decode([second[runner], first[runner]], [32, 23]).logits for runner in (device, host)]
+    both = [
+        runner.decode([RowStep(second[runner], 32), RowStep(first[runner], 23)]).logits for runner in (device, host)
+    ]
     assert torch.allclose(both[0], both[1], rtol=1e-4, atol=1e-4)
     for runner in (device, host):
         runner.free(first[runner])
-    alone = [runner.decode([second[runner]], [33]).logits for runner in (device, host)]
+    alone = [runner.decode([RowStep(second[runner], 33)]).logits for runner in (device, host)]
     assert torch.allclose(alone[0], alone[1], rtol=1e-4, atol=1e-4)
     assert device.graphs.steps == graphs
     assert device.num_free_rows == 1
@@ -120,7 +123,7 @@ def test_experts_that_come_into_use_are_served_from_the_next_step_on_and_leave_a
         runner.prefill(rows[runner], [20, 21, 22])
 
     def step(token: int) -> list[np.ndarray]:
-        outputs = [runner.decode([rows[runner]], [token]) for runner in (device, host)]
+        outputs = [runner.decode([RowStep(rows[runner], token)]) for runner in (device, host)]
         assert torch.allclose(outputs[0].logits, outputs[1].logits, rtol=1e-4, atol=1e-4)
         return [output.record.served_index for output in outputs]
 
@@ -164,7 +167,7 @@ def test_what_experts_put_out_is_seen_in_prompts_and_not_in_steps(small_store, r
         runner.model.observer.is_on = True
         row = runner.allocate()
         seen.append(runner.prefill(row, prompt).outputs)
-        stepped = runner.decode([row], [10]).outputs
+        stepped = runner.decode([RowStep(row, 10)]).outputs
         assert (stepped is None) == (runner is device)
     assert seen[0].norms == pytest.approx(seen[1].norms, rel=1e-4)
     assert seen[0].changes == pytest.approx(seen[1].changes, abs=1e-5)

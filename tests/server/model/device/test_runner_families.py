@@ -23,7 +23,8 @@ from router.mask import ExpertMask
 from server.model.device.running.assembly import load_device_runner
 from server.model.device.step import graphs
 from server.model.host.assembly import load_model
-from server.model.host.runner import Runner
+from server.model.host.runner import HostRunner
+from server.model.runner import RowStep
 from tests.server.model.device.captured import TUNING
 from tests.server.model.device.families import model_of
 
@@ -51,7 +52,7 @@ def test_a_captured_family_is_served_as_the_host_driven_path_serves_it(
     device = load_device_runner(
         Store.open(path), device=DEVICE, dtype=torch.float32, num_slots=4, max_rows=2, max_tokens=32, proof=False
     )
-    host = Runner(
+    host = HostRunner(
         load_model(Store.open(path), device=DEVICE, dtype=torch.float32, num_slots=4), max_rows=2, max_tokens=32
     )
     shape = device.pages.shape
@@ -64,7 +65,10 @@ def test_a_captured_family_is_served_as_the_host_driven_path_serves_it(
             runner.prefill(row, prompt, mask=mask)
     tokens = [50, 51]
     for _ in range(NUM_TOKENS):
-        got, wanted = (runner.decode(rows[runner], tokens, masks=masks) for runner in (device, host))
+        got, wanted = (
+            runner.decode([RowStep(*one) for one in zip(rows[runner], tokens, masks, strict=True)])
+            for runner in (device, host)
+        )
         assert torch.allclose(got.logits, wanted.logits, rtol=1e-3, atol=1e-4)
         tokens = wanted.logits.argmax(dim=-1).tolist()
         assert got.chosen is not None

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from router.mask import ExpertMask
-from server.model.host.runner import Runner
+from server.model.runner import RowStep, Runner
 
 
 def greedy(runner: Runner, ids: list[int], count: int, mask: ExpertMask | None = None) -> tuple[list[int], Tensor]:
@@ -13,7 +13,7 @@ def greedy(runner: Runner, ids: list[int], count: int, mask: ExpertMask | None =
     logits = [runner.prefill(row, ids, mask=mask).logits[-1]]
     tokens = [int(logits[-1].argmax())]
     while len(tokens) < count:
-        logits.append(runner.decode([row], [tokens[-1]], masks=None if mask is None else [mask]).logits[0])
+        logits.append(runner.decode([RowStep(row, tokens[-1], mask=mask)]).logits[0])
         tokens.append(int(logits[-1].argmax()))
     runner.free(row)
     return tokens, torch.stack(logits)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.model.host.kv_cache import RowCache
-from server.model.seam.out_of_memory import StepMemoryError
+from server.model.runner import StepMemoryError
 
 CPU = torch.device("cpu")
 

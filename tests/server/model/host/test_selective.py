@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from router.mask import ExpertMask
-from server.model.host.assembly import SelectiveModel
-from server.model.host.runner import Runner
+from server.model.host.runner import HostRunner
+from server.model.runner import RowStep, Runner, SelectiveModel
 from tests.server.model.host.greedy import greedy, stock_greedy
 
 PROMPT = "The capital of France is Paris, and the capital of Italy is"
@@ -18,7 +18,7 @@ NUM_EXPERTS = 64
 
 
 def runner_of(model: SelectiveModel) -> Runner:
-    return Runner(model, max_rows=4, max_tokens=256)
+    return HostRunner(model, max_rows=4, max_tokens=256)
 
 
 def pruned_to(model: PreTrainedModel, keep: list[list[int]]) -> nn.Module:
@@ -106,7 +106,7 @@ def test_rows_of_different_lengths_decode_together_as_they_do_alone(selective: C
         if step == 4:  # a row leaves in the middle, and the last one moves into its place
             runner.free(rows[1])
             live = [3, 0, 2]
-        out = runner.decode([rows[at] for at in live], [tokens[at][-1] for at in live])
+        out = runner.decode([RowStep(rows[at], tokens[at][-1]) for at in live])
         for at, logits in zip(live, out.logits, strict=True):
             tokens[at].append(int(logits.argmax()))
     for at in live:
@@ -149,7 +149,9 @@ def test_masks_per_row_give_each_row_what_it_gives_alone(selective: Callable[...
         [int(runner.prefill(row, ids, mask=mask).logits[-1].argmax())] for row, mask in zip(rows, masks, strict=True)
     ]
     for _ in range(9):
-        out = runner.decode(rows, [ids[-1] for ids in tokens], masks=masks)
+        out = runner.decode(
+            [RowStep(row, ids[-1], mask=mask) for row, ids, mask in zip(rows, tokens, masks, strict=True)]
+        )
         for mine, logits in zip(tokens, out.logits, strict=True):
             mine.append(int(logits.argmax()))
     assert tokens == alone

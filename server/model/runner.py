@@ -1,0 +1,297 @@
+"""The interface of everything that runs a model step by step over rows of KV memory, and the plain data of a step.
+
+A row holds the tokens of one sequence. `prefill` appends a chunk of one prompt, `decode` one token to each of several
+rows. Three classes implement `Runner`: `host.runner.HostRunner`, `host.sequence_runner.SequenceRunner` and
+`device.running.runner.DeviceRunner`. Invariant: a call that raises leaves rows, leases and records as they were, so the
+engine may go on with other sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from expert_store.cache import CacheStatistics
+from expert_store.errors import StoreError
+from expert_store.store import Store
+from router.ledger import StepRecord
+from router.mask import ExpertMask
+from server.model.seam.observation import ExpertOutputs, OutputObserver
+from server.model.seam.routing import RowShare, StepRouting
+
+
+class Residency(Protocol):
+    """What metrics and status read of the experts in slots; any thread may read it."""
+
+    @property
+    def page_table(self) -> npt.NDArray[np.int32]:
+        """Slot of each expert, -1 where it has none: [L, E]."""
+
+    def statistics(self) -> CacheStatistics:
+        """A copy of the counters since start."""
+
+    def check_integrity(self) -> None:
+        """Raise where page table and slot owners disagree."""
+
+    def close(self) -> None:
+        """Stop reading; the slots' memory goes with the object."""
+
+
+@dataclass
+class SelectiveModel:
+    """A trunk whose experts come from slots.
+
+    Attributes:
+        model: transformers' model; its experts and routers are ours.
+        tokenizer: of the checkpoint.
+        store: where experts come from; cache: where they are held; routing: how they are chosen.
+        device, dtype: of compute.
+        eos_token_ids: tokens that end a generation.
+        special_token_ids: tokens that stand for no text.
+        context_tokens: most tokens that the model was made for.
+        observer: notes the outputs of the experts; None while nobody collects them.
+        source_problem: why the store has no source attached, where it has none.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    store: Store
+    cache: Residency
+    routing: StepRouting
+    device: torch.device
+    dtype: torch.dtype
+    eos_token_ids: frozenset[int]
+    special_token_ids: frozenset[int]
+    context_tokens: int
+    source_problem: str = "it was not looked for"
+    observer: OutputObserver | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """MoE layers, L."""
+        return self.store.manifest.model.num_layers
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the logits, V."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    def close(self) -> None:
+        """Stop the cache's threads and close the store's files."""
+        self.cache.close()
+        self.store.close()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How to draw a row's next token: divide the logits by `temperature`, keep the `top_k` most likely tokens (None:
+    all), and of them the most likely that reach `top_p` (1: all); `draw`, uniform in [0, 1), decides among the rest."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float
+    draw: float
+
+
+@dataclass(frozen=True)
+class RowStep:
+    """One row's part of a decode step.
+
+    Attributes:
+        row: handle from `Runner.allocate`.
+        token: to append.
+        mask: experts that the row may have; None: the server's mask.
+        temperature: divides the logits of its routers.
+        fetches: whether its request has experts that the store lacks read from the source.
+        choice: how to draw the row's next token; None: take the most likely one.
+    """
+
+    row: int
+    token: int
+    mask: ExpertMask | None = None
+    temperature: float = 1.0
+    fetches: bool = False
+    choice: Choice | None = None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The next token of each row, [B] each, in host memory: drawn by its `Choice`, else the most likely one.
+
+    Attributes:
+        token: int64; of equally likely ones the lowest id.
+        logit: float32, its logit.
+        normaliser: float32, logsumexp of the row's logits: a logit minus this is a log-probability.
+    """
+
+    token: npt.NDArray[np.int64]
+    logit: npt.NDArray[np.float32]
+    normaliser: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """The results of a step.
+
+    Attributes:
+        logits: float32 [B, V], of the last token of each row (prefill: B = 1); [T, V], of all tokens, where asked.
+        record: its routing, for the usage ledger.
+        share: demanded and missed router mass of each row.
+        outputs: norms of the experts' outputs over the record's tokens, where they were observed.
+        chosen: the next token of each row, where the runner chose it in the step; the logits need no look then.
+    """
+
+    logits: Tensor
+    record: StepRecord
+    share: RowShare
+    outputs: ExpertOutputs | None = None
+    chosen: Chosen | None = None
+
+    def select(self, rows: Sequence[int]) -> StepOutput:
+        """The same decode step for some of its rows, in the order given."""
+        return StepOutput(
+            self.logits[list(rows)],
+            self.record.select(rows),
+            RowShare(self.share.demanded[rows], self.share.missed[rows]),
+            None if self.outputs is None else self.outputs.select(rows),
+            None
+            if self.chosen is None
+            else Chosen(self.chosen.token[rows], self.chosen.logit[rows], self.chosen.normaliser[rows]),
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[StepOutput]) -> StepOutput:
+        """Steps over different rows as one step over all of them; what one part lacks, the whole lacks."""
+        if len(parts) == 1:
+            return parts[0]
+        outputs = [part.outputs for part in parts if part.outputs is not None]
+        chosen = [part.chosen for part in parts if part.chosen is not None]
+        return StepOutput(
+            torch.cat([part.logits for part in parts]),
+            StepRecord.concat([part.record for part in parts]),
+            RowShare(
+                np.concatenate([part.share.demanded for part in parts]),
+                np.concatenate([part.share.missed for part in parts]),
+            ),
+            ExpertOutputs.concat(outputs) if len(outputs) == len(parts) else None,
+            Chosen(
+                np.concatenate([one.token for one in chosen]),
+                np.concatenate([one.logit for one in chosen]),
+                np.concatenate([one.normaliser for one in chosen]),
+            )
+            if len(chosen) == len(parts)
+            else None,
+        )
+
+
+class StepFault(StoreError):
+    """A step failed because an expert cannot be read. No row was advanced.
+
+    Attributes:
+        cause: the error of reading.
+        positions: rows, among those given, whose tokens need the expert; empty where that is unknown.
+        is_repeatable: whether the rows that need it may run the step again, once they no longer do.
+    """
+
+    def __init__(self, cause: StoreError, positions: Sequence[int], is_repeatable: bool = True) -> None:
+        super().__init__(str(cause))
+        self.expert = cause.expert
+        self.cause = cause
+        self.positions = tuple(positions)
+        self.is_repeatable = is_repeatable
+
+
+class StepMemoryError(Exception):
+    """A step failed because memory does not suffice. No row was advanced.
+
+    It has neither cause nor context: their frames would keep the step's tensors alive.
+
+    Attributes:
+        positions: rows, among those given, that have to go so that the others can run the step again.
+    """
+
+    def __init__(self, message: str, positions: Sequence[int]) -> None:
+        super().__init__(message)
+        self.positions = tuple(positions)
+
+
+class Runner(Protocol):
+    """Prefill and decode over at most `max_rows` rows of at most `max_tokens` tokens."""
+
+    @property
+    def model(self) -> SelectiveModel:
+        """The model that it runs."""
+
+    @property
+    def max_rows(self) -> int:
+        """Most sequences at once."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of a row."""
+
+    @property
+    def decode_path(self) -> Literal["host", "device"]:
+        """Who drives the experts of a decode step."""
+
+    @property
+    def num_free_rows(self) -> int:
+        """Rows that `allocate` can still give."""
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens held in rows; any thread may ask."""
+
+    def allocate(self) -> int:
+        """Take a row for a sequence; returns its handle."""
+
+    def free(self, row: int) -> None:
+        """Give a row back."""
+
+    def prefill(
+        self,
+        row: int,
+        tokens: Sequence[int],
+        *,
+        mask: ExpertMask | None = None,
+        temperature: float = 1.0,
+        fetches: bool = False,
+        all_logits: bool = False,
+    ) -> StepOutput:
+        """Append `tokens` to a row: at least one, and no more than the row has room for.
+
+        Args:
+            mask, temperature, fetches: see `RowStep`.
+            all_logits: return the logits of every token, not only of the last.
+
+        Raises:
+            StepFault, StepMemoryError.
+        """
+
+    def decode(self, steps: Sequence[RowStep]) -> StepOutput:
+        """Append one token to each row; logits come in the order of `steps` and are valid until the next `decode`.
+
+        Raises:
+            StepFault: an expert cannot be read; the step may be run again for the rows that do not need it.
+            StepMemoryError: memory does not suffice; it may be run again without the rows that are named.
+        """
+
+    def fetch_refusal(self) -> str | None:
+        """Why a request cannot have experts that the store lacks read from its source in the middle of a step; None
+        where it can, provided that the store has a source."""
+
+    def prefetch(self, mask: ExpertMask) -> None:
+        """Fetch the experts that a mask allows into slots ahead of their use, as far as there are slots."""
+
+    def adopt(self) -> None:
+        """Take into use the changes of the store and of routing's mask; call it between two steps, after both."""
+
+    def close(self) -> None:
+        """Free what the model holds."""

@@ -1,0 +1,78 @@
+"""One call of transformers' forward as a step: its logits, its routing, and the two ways in which it may fail.
+
+All runners share it. An expert that cannot be read becomes a `StepFault`; an allocator with no more to give, of host or
+device, becomes a `StepMemoryError`, so that it costs one request alone. Everything else is raised as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expert_store.errors import StoreError
+from server.model.runner import SelectiveModel, StepFault, StepMemoryError, StepOutput
+from server.model.seam.attention_mask import attention_masks
+
+REMEDY = (
+    "ask for fewer tokens, or again when fewer requests run; the operator can lower max_batch_size, "
+    "prefill_chunk_tokens or slots_memory"
+)
+
+
+def run_forward(
+    model: SelectiveModel,
+    ids: Tensor,
+    positions: Tensor,
+    past: Any,
+    *,
+    kv_tokens: int | None,
+    all_logits: bool = False,
+    longest: int = 0,
+    is_repeatable: bool = True,
+) -> tuple[StepOutput, Any]:
+    """Run the step that `model.routing.begin` began.
+
+    Args:
+        ids, positions: int64 [B, T].
+        past: transformers' cache of the rows, which the forward writes; None makes a new one.
+        kv_tokens: KV length of the step, for the attention mask; None leaves the mask to the model.
+        all_logits: return the logits of all T tokens of the one row.
+        longest: position of the row that has to go where memory ends.
+        is_repeatable: whether a step that lacked an expert may be run again.
+
+    Returns:
+        The step's output, and the cache that the model used.
+
+    Raises:
+        StepFault, StepMemoryError.
+    """
+    arguments: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "past_key_values": past}
+    try:
+        if kv_tokens is not None:
+            arguments["attention_mask"] = attention_masks(model.model.config, positions, kv_tokens, model.dtype)
+        result = model.model(**arguments, use_cache=True, logits_to_keep=0 if all_logits else 1)
+        record, share = model.routing.finish()
+        outputs = None if model.observer is None else model.observer.take()
+    except StoreError as error:
+        rows = model.routing.rows_served_by(*error.expert) if len(ids) > 1 and error.expert is not None else []
+        model.routing.abandon()
+        raise StepFault(error, rows if len(ids) > 1 else [0], is_repeatable) from error
+    except BaseException as error:
+        model.routing.abandon()
+        if not ran_out(error):
+            raise
+        said = " ".join(str(error).partition("\n")[0].split())[:200] or type(error).__name__
+        problem = StepMemoryError(f"the memory for a step of {ids.numel()} tokens ended ({said}): {REMEDY}", [longest])
+    else:
+        logits = result.logits[0] if all_logits else result.logits[:, -1]
+        return StepOutput(logits.float(), record, share, outputs), result.past_key_values
+    raise problem  # outside of the handler, so that it has no context
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether `error` is an allocator's, of host or device memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
