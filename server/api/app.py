@@ -1,4 +1,7 @@
-"""The FastAPI application: routes, the gate in front of them, and errors in each dialect's shape. CORS is off."""
+"""The FastAPI application: the routes, the middleware and the handlers of errors. CORS is off.
+
+Invariant: every error has the shape of its path's dialect.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from server.api.admin import growth, status
-from server.api.admin.growth_schemas import GrowRequest, ReloadRequest, ShrinkRequest
+from server.api.admin.schemas import GrowRequest, NotReadyResponse, ReloadRequest, ShrinkRequest
 from server.api.http.context import ApiContext
 from server.api.http.errors import ApiError, MethodError, NotFoundError, ValidationFailed, error_response
 from server.api.http.middleware import OPEN_PATHS, Gate
 from server.api.http.openapi import ADMIN_TAG, install_openapi
 from server.api.openai import routes as openai
-from server.api.openai.responses import ChatResponse, CompletionResponse, OpenAIErrorResponse
+from server.api.openai.responses import ChatChunk, ChatResponse, CompletionResponse
 from server.api.openai.schemas import ChatRequest, CompletionRequest
-from server.api.tgi import routes as generate
-from server.api.tgi.schemas import (
-    ErrorResponse,
-    GenerateRequest,
-    GenerateResponse,
-    HealthResponse,
-    NotReadyResponse,
-    StreamResponse,
-)
+from server.api.tgi import routes as tgi
+from server.api.tgi.schemas import GenerateRequest, GenerateResponse, StreamResponse
 from server.engine.request import EngineError
 from server.growth.status import GrowthError
 from server.serving.metrics import Metrics
@@ -57,7 +53,7 @@ def create_app(
         },
     )
     app.state.context = ApiContext(service, metrics, http, version, log_prompts)
-    app.include_router(generate.router, tags=["generate"])
+    app.include_router(tgi.router, tags=["generate"])
     app.include_router(openai.router, tags=["openai"])
     app.include_router(status.router, tags=["status"])
     app.include_router(growth.router, tags=["status"])
@@ -76,14 +72,11 @@ def create_app(
         models=[
             GenerateResponse,
             StreamResponse,
-            ErrorResponse,
-            HealthResponse,
             NotReadyResponse,
             CompletionResponse,
             ChatResponse,
+            ChatChunk,
         ],
-        key_error=ErrorResponse,
-        openai_key_error=OpenAIErrorResponse,
         has_key=key is not None,
         has_admin_key=admin_key is not None,
         open_paths=OPEN_PATHS,

@@ -23,7 +23,7 @@ from server.engine.request import (
     OnMissing,
     SamplingParams,
 )
-from server.serving.deficit import deficit_payload
+from server.serving.deficit import deficit_details
 from server.serving.loading import check_store, load
 from server.serving.service import LoadedModel
 
@@ -161,7 +161,7 @@ def _summary(end: FinishedEvent, model: LoadedModel, request: GenerationRequest)
         "prompt_tokens": end.num_prompt_tokens,
         "generated_tokens": end.num_generated_tokens,
         "seed": end.seed,
-        "deficit": deficit_payload(end.deficit, model, request),
+        "deficit": deficit_details(end.deficit, model, request).model_dump(),
         "ttft_seconds": round(end.timing.ttft_seconds, 4),
         "tokens_per_second": round((end.num_generated_tokens - 1) / seconds, 2) if seconds > 0 else None,
     }

@@ -1,47 +1,70 @@
-"""What a request did without and what that is expected to have cost, as JSON; one shape wherever it is shown."""
+"""The deficit of one request and its expected loss, as answers, metrics and the command line show them.
+
+Invariant: the expected loss goes by the request's profile if that is the name of a calibrated kind of text, else by the
+kinds that the routing of the request's tokens is like, else by one curve through all measurements.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
-from server.engine.request import Deficit, FinishedEvent, GenerationRequest
+from pydantic import BaseModel, Field
+
+from server.engine.request import Deficit, GenerationRequest
 from server.masks.profiles import masking_label
 from server.serving.service import LoadedModel
 
 
-def deficit_payload(deficit: Deficit, model: LoadedModel, request: GenerationRequest) -> dict[str, Any]:
-    """Deficit, top-1 losses and expected loss of a request; `api.deficit_schemas.DeficitDetails` is its schema."""
-    return {
-        "overall": deficit.overall,
-        "per_layer": list(deficit.per_layer),
-        "tokens": deficit.num_tokens,
-        "top1_missing_tokens": deficit.top1_missing_tokens,
-        "top1_missing_per_layer": list(deficit.top1_missing_per_layer),
-        "expected_loss": _expected_loss(deficit, model, request),
-    }
+class ExpectedLossDetails(BaseModel):
+    """Expected change of the loss, from calibration; `low` and `high` span the kinds of text that it may be."""
+
+    nats: float = Field(description="nats a token")
+    low: float
+    high: float
+    perplexity_ratio: float
+    basis: Literal["domain", "routing", "all"] = Field(
+        description="source of the figure: the calibrated kind of text that the profile is named after, the kinds that "
+        "the text's routing is like, or one curve through all measurements"
+    )
+    is_measured: bool = Field(description="false past the largest deficit that calibration measured: it may cost more")
 
 
-def expected_nats(event: FinishedEvent, model: LoadedModel, request: GenerationRequest) -> float | None:
-    """Expected change of the loss of a finished request, nats a token; None where nothing was calibrated."""
-    found = _expected_loss(event.deficit, model, request)
-    return None if found is None else float(found["nats"])
+class DeficitDetails(BaseModel):
+    """The share of router mass that was wanted and unavailable over this request's tokens, and its expected loss."""
+
+    overall: float
+    per_layer: list[float]
+    tokens: int = Field(description="tokens routed, prompt included")
+    top1_missing_tokens: int = Field(description="tokens that did without their most wanted expert in any layer")
+    top1_missing_per_layer: list[int]
+    expected_loss: ExpectedLossDetails | None = Field(description="null where nothing was calibrated")
 
 
-def _expected_loss(deficit: Deficit, model: LoadedModel, request: GenerationRequest) -> dict[str, Any] | None:
-    """A profile that is called as a calibrated kind of text is taken to be that kind's; else what the request's tokens
-    wanted says which kinds it is like, where the server knows what those want.
-    """
+def deficit_details(deficit: Deficit, model: LoadedModel, request: GenerationRequest) -> DeficitDetails:
+    """Deficit, top-1 losses and expected loss of a finished request."""
+    return DeficitDetails(
+        overall=deficit.overall,
+        per_layer=list(deficit.per_layer),
+        tokens=deficit.num_tokens,
+        top1_missing_tokens=deficit.top1_missing_tokens,
+        top1_missing_per_layer=list(deficit.top1_missing_per_layer),
+        expected_loss=expected_loss(deficit, model, request),
+    )
+
+
+def expected_loss(deficit: Deficit, model: LoadedModel, request: GenerationRequest) -> ExpectedLossDetails | None:
+    """Expected change of the loss of a finished request; None where nothing was calibrated."""
     if model.price is None:
         return None
     _, profile = masking_label(request.masking)
     prior = None if model.masks is None else model.masks.prior
     kinds = None if prior is None or deficit.demand is None else prior.kinds(deficit.demand)
     loss = model.price.expected_loss(deficit.overall, profile or None, kinds)
-    return {
-        "nats": loss.nats,
-        "low": loss.low,
-        "high": loss.high,
-        "perplexity_ratio": loss.ratio,
-        "basis": loss.basis,
-        "is_measured": loss.is_measured,
-    }
+    return ExpectedLossDetails(
+        nats=loss.nats,
+        low=loss.low,
+        high=loss.high,
+        perplexity_ratio=loss.ratio,
+        basis=loss.basis,
+        is_measured=loss.is_measured,
+    )

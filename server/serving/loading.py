@@ -71,7 +71,7 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
     from server.masks.pricing import load_statistics
     from server.model.decode_path import DecodePathError
     from server.model.host.assembly import resolve_device, resolve_dtype
-    from server.serving.offers import Offers
+    from server.serving.masks_and_growth import MasksAndGrowth
 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     progress(steps.at(OPENING, 0.0), OPENING)
@@ -84,7 +84,7 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
         dtype = resolve_dtype(settings.model.dtype, store)
         statistics = load_statistics(settings.model.statistics, store.manifest)
         known = _known_price(settings, store, mask, statistics)
-        offers = Offers.read(settings, store, mask, statistics)
+        masks_and_growth = MasksAndGrowth.read(settings, store, mask, statistics)
     except BaseException:
         store.close()
         raise
@@ -128,9 +128,9 @@ def load(settings: Settings, progress: Progress) -> LoadedModel:
         raise failure[0]
     if status.state != "ready":
         raise RuntimeError(f"the engine ended while it loaded: {status.reason}")
-    model, grower = _describe(engine, store, known), offers.grower(engine, settings)
-    offers.start_growing(grower, settings)
-    return replace(model, growth=grower, masks=offers.masks(engine))
+    model, grower = _describe(engine, store, known), masks_and_growth.grower(engine, settings)
+    masks_and_growth.start_growing(grower, settings)
+    return replace(model, growth=grower, masks=masks_and_growth.masks(engine))
 
 
 def _load_runner(settings: Settings, store: Store, options: RunnerOptions, **arguments: Any) -> Runner:

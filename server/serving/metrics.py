@@ -1,8 +1,8 @@
-"""Prometheus metrics: latencies that the HTTP layer reports, and snapshots of engine, slots and ledger at scrape time.
+"""Prometheus metrics: latencies from the HTTP layer; engine, slots and ledger as they are at scrape time.
 
-Invariant: labels are bounded (a layer, an outcome, a profile of ours; never an expert, never a request), units are base
-units, and no `_created` series. Names are `deepfew_*`; the vLLM-compatible set is in `metrics_vllm.py`, for its names
-hold colons, which `promtool check metrics` refuses.
+Invariant: labels are bounded (a layer, an outcome, a profile of this server; never an expert, never a request), units
+are base units, and there are no `_created` series. Names are `deepfew_*`. `metrics_vllm.py` has vLLM's names apart,
+because `promtool check metrics` refuses their colons.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics:
-    """What this server counts itself, and the registry that `/metrics` shows.
+    """The counters of this server, and the registry that `/metrics` shows.
 
     Args:
-        service: asked for its snapshots at every scrape.
+        service: read at every scrape.
         version: of deepfew.
     """
 
@@ -100,12 +100,12 @@ class Metrics:
         masking: tuple[str, str] = ("none", ""),
         expected_nats: float | None = None,
     ) -> None:
-        """A request ended by itself.
+        """A request finished.
 
         Args:
             seconds: after submission.
-            masking: its kind and the name of a profile of this server, or nothing; a bounded set.
-            expected_nats: change of its loss, nats a token, where that is known.
+            masking: kind of mask, and the profile's name or an empty text; a bounded set.
+            expected_nats: expected change of the loss, nats a token, if it is known.
         """
         self._requests.labels(event.reason).inc()
         self.queue.observe(event.timing.queue_seconds)
@@ -116,11 +116,11 @@ class Metrics:
             self.expected_loss.observe(expected_nats)
 
     def request_ended(self, outcome: str) -> None:
-        """A request ended otherwise: cancelled, failed or refused."""
+        """A request was cancelled, failed or was refused."""
         self._requests.labels(outcome).inc()
 
     def request_failed(self, error: BaseException) -> None:
-        """The engine gave a request up."""
+        """A request failed in the engine."""
         self.request_ended("failed")
         if isinstance(error.__cause__, StoreError):
             self._store_errors.labels(STORE_ERRORS.get(type(error.__cause__), "other")).inc()

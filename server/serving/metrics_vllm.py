@@ -1,7 +1,7 @@
-"""The `vllm:` compatibility set on `/metrics/vllm`, so that dashboards and gateways made for vLLM read this server.
+"""Metrics under vLLM's names on `/metrics/vllm`, for dashboards and gateways made for vLLM.
 
-A view, not a second count: every value is one that `metrics.py` or the engine has already. Served apart because
-`promtool check metrics` refuses names with colons.
+Invariant: nothing is counted here; every value comes from `metrics.py` or the engine. The names are served apart
+because `promtool check metrics` refuses their colons.
 """
 
 from __future__ import annotations

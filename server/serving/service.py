@@ -1,7 +1,7 @@
-"""What is being served: a model that loads in the background, its engine, and the truth about its health.
+"""The served model: it loads in the background; its engine, its experts and its health.
 
-Invariant: `model()` returns only while requests can be taken, and otherwise raises with the reason that `/health/ready`
-shows. Knows neither FastAPI nor Prometheus; the HTTP routes, the metrics and the command line all stand on it.
+Invariant: `model()` returns only while requests are taken. Else it raises with the reason that `/health/ready` shows.
+This module knows neither FastAPI nor Prometheus; the HTTP routes, the metrics and the command line use it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from server.masks.profiles import RequestMasks
 if TYPE_CHECKING:
     from extractor.statistics.price import Price
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Progress = Callable[[float, str], None]
-"""Called by a loader with the share done in [0, 1] and what it is doing."""
+"""A loader calls it with the share done, in [0, 1], and the name of the phase."""
 
 
 class NotReadyError(EngineStoppedError):
-    """No request can be taken now; `retry_after_seconds` is a guess at when one can."""
+    """No request is taken now; `retry_after_seconds` is an estimate of when one will be."""
 
     retry_after_seconds = 2.0
 
@@ -58,9 +58,9 @@ class ShardInfo:
 class ExpertsSnapshot:
     """Counters and places of every expert at one moment; arrays are `[L, E]` or `[L]` and belong to the reader.
 
-    `demand` counts what the unmasked router asked for, `uses` what was computed; the masses are sums of router weight.
-    `resident`, `hits`, `misses` and what follows come from the slots and begin at 0 with the process; the counts,
-    masses and the deficit come from the ledger, which outlives a restart.
+    `demand` counts the choices of the unmasked router, `uses` the experts computed; masses are sums of router weight.
+    `resident`, `hits`, `misses` and what follows come from the slots and begin at 0 with the process. Counts, masses
+    and the deficit come from the ledger, which is kept across restarts.
     """
 
     available: NDArray[np.bool_]  # [L, E]
@@ -105,13 +105,13 @@ class LoadedModel:
     engine: EngineLike
     experts: Callable[[], ExpertsSnapshot]
     decode_path: str = "host"
-    """Who drives the experts of a decode step: "host" or "device"."""
+    """Where the experts of a decode step are driven: "host" or "device"."""
     price: Price | None = None
-    """What a deficit is expected to cost: `price.expected_loss(deficit)`. None where nothing was calibrated."""
+    """Gives the expected loss of a deficit: `price.expected_loss(deficit)`. None where nothing was calibrated."""
     growth: GrowthLike | None = None
-    """What changes the store that is served; None where nothing can."""
+    """Changes the served store; None where nothing can."""
     masks: RequestMasks | None = None
-    """What requests may narrow their experts to; None where they may not."""
+    """Masks that requests may choose; None where they may not."""
 
 
 Loader = Callable[[Progress], LoadedModel]
@@ -121,7 +121,7 @@ Loader = Callable[[Progress], LoadedModel]
 class Health:
     """`is_ready`: a request would be taken now. `is_healthy`: nothing is broken (loading and draining are healthy).
 
-    `progress` is the share of all loading that is done, `phase` what is being done while it loads, else empty.
+    `progress` is the share of all loading that is done; `phase` is the phase under way, else empty.
     """
 
     is_ready: bool
@@ -133,12 +133,12 @@ class Health:
 
 
 class Service:
-    """Loads a model in a background thread and answers for it.
+    """Loads a model in a background thread and tells its health.
 
     Args:
-        load: builds the model and starts its engine; runs once, on a thread of its own.
-        stall_seconds: an engine that made no progress for this long counts as broken.
-        on_failure: called on the loading thread when `load` raised; the error is in `error`.
+        load: builds the model and starts its engine; called once, on its own thread.
+        stall_seconds: an engine without progress for this long counts as broken.
+        on_failure: called on the loading thread if `load` raised; the error is in `error`.
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class Service:
             return
         self._report(1.0, "ready")
         self._model = model
-        logger.info(
+        log.info(
             "ready",
             extra={
                 "model": model.name, "device": model.device, "dtype": model.dtype, "decode_path": model.decode_path
@@ -229,5 +229,5 @@ class Service:
 
     def _report(self, share: float, doing: str) -> None:
         if (share, doing) != self._progress:
-            logger.info("loading", extra={"progress": round(share, 3), "doing": doing})
+            log.info("loading", extra={"progress": round(share, 3), "doing": doing})
         self._progress = (min(max(share, 0.0), 1.0), doing)

@@ -1,95 +1,100 @@
-"""Health, information, experts and metrics: what can be asked about the server itself."""
+"""Routes that show the server itself: health, model, experts and metrics."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from server.api.admin.status_schemas import ExpertsResponse, InfoResponse, ProfilesResponse
+from server.api.admin.schemas import (
+    ExpertsResponse,
+    HealthResponse,
+    InfoResponse,
+    NotReadyResponse,
+    Profile,
+    ProfilesResponse,
+    ReadyResponse,
+)
 from server.api.http.context import context_of
+from server.api.http.errors import ErrorResponse
 from server.api.http.fields import MAX_STOPS, MAX_TOP_TOKENS
-from server.api.http.openapi import Responses, error_response_of
-from server.api.tgi.schemas import ErrorResponse, HealthResponse, NotReadyResponse, ReadyResponse
+from server.api.http.openapi import REF, Responses, refusals
+from server.api.http.responses import ModelResponse
 from server.serving.metrics import CONTENT_TYPE
 from server.serving.metrics_vllm import render_vllm
-from server.serving.service import ExpertsSnapshot
+from server.serving.service import NotReadyError
 
 router = APIRouter()
-_LOADING: Responses = {503: error_response_of(ErrorResponse, "No model is loaded.")}
+_NOT_READY: Responses = {
+    503: {
+        "description": "No request is taken now; the body says why, and how far loading is.",
+        "content": {"application/json": {"schema": {"$ref": REF.format(model=NotReadyResponse.__name__)}}},
+    }
+}
 _EXPOSITION: Responses = {
     200: {"description": "Text exposition.", "content": {"text/plain": {"schema": {"type": "string"}}}}
 }
 
 
 @router.get("/health/live", summary="Whether the process answers", response_model=HealthResponse)
-async def live() -> JSONResponse:
+async def live() -> ModelResponse:
     """Always 200; needs no key."""
-    return JSONResponse({"status": "ok"})
+    return ModelResponse(HealthResponse(status="ok"))
 
 
-@router.get(
-    "/health/ready",
-    summary="Whether requests are taken",
-    response_model=ReadyResponse,
-    responses={503: error_response_of(NotReadyResponse, "Not now; the body says why and how far loading is.")},
-)
-async def ready(request: Request) -> JSONResponse:
+@router.get("/health/ready", summary="Whether requests are taken", response_model=ReadyResponse, responses=_NOT_READY)
+async def ready(request: Request) -> ModelResponse:
     """200 while a request would be taken and the engine makes progress, else 503 with the reason."""
     health = context_of(request).service.health()
-    payload: dict[str, Any] = {
-        "state": health.state,
-        "reason": health.reason,
-        "progress": health.progress,
-        "phase": health.phase,
-    }
+    state = {"state": health.state, "reason": health.reason, "progress": health.progress, "phase": health.phase}
     if health.is_ready:
-        return JSONResponse(payload)
-    payload |= {"error": health.reason, "error_type": "healthcheck"}
-    return JSONResponse(payload, status_code=503, headers={"Retry-After": "2"})
+        return ModelResponse(ReadyResponse.model_validate(state))
+    refusal = NotReadyResponse.model_validate({**state, "error": health.reason, "error_type": "healthcheck"})
+    return ModelResponse(refusal, status_code=503, headers={"Retry-After": "2"})
 
 
 @router.get(
     "/health",
     summary="Whether anything is broken",
     response_model=HealthResponse,
-    responses={503: error_response_of(ErrorResponse, "The model could not be loaded, or the engine failed or hangs.")},
+    responses=refusals(NotReadyError),
 )
-async def health(request: Request) -> JSONResponse:
+async def health(request: Request) -> ModelResponse:
     """200 unless something is broken; a server that loads or drains is not broken."""
     found = context_of(request).service.health()
-    if found.is_healthy:
-        return JSONResponse({"status": "ok"})
-    return JSONResponse({"error": f"unhealthy: {found.reason}", "error_type": "healthcheck"}, status_code=503)
+    if not found.is_healthy:
+        unhealthy = ErrorResponse(error=f"unhealthy: {found.reason}", error_type="healthcheck")
+        return ModelResponse(unhealthy, status_code=503)
+    return ModelResponse(HealthResponse(status="ok"))
 
 
-@router.get("/info", summary="What is served, and its limits", response_model=InfoResponse, responses=_LOADING)
-async def info(request: Request) -> JSONResponse:
-    """The model and the limits that requests are checked against."""
+@router.get(
+    "/info", summary="The served model and its limits", response_model=InfoResponse, responses=refusals(NotReadyError)
+)
+async def info(request: Request) -> ModelResponse:
+    """The model and the limits of a request."""
     context = context_of(request)
     model = context.loaded()
-    return JSONResponse(
-        {
-            "model_id": model.name,
-            "model_family": model.family,
-            "model_dtype": model.dtype,
-            "model_device_type": model.device,
-            "model_pipeline_tag": "text-generation",
-            "decode_path": model.decode_path,
-            "num_layers": model.num_layers,
-            "num_experts": model.num_experts,
-            "top_k": model.top_k,
-            "max_input_tokens": model.max_context_tokens - 1,
-            "max_total_tokens": model.max_context_tokens,
-            "max_best_of": 1,
-            "max_stop_sequences": MAX_STOPS,
-            "max_top_n_tokens": MAX_TOP_TOKENS,
-            "max_body_bytes": context.http.max_body_bytes,
-            "router": "deepfew",
-            "version": context.version,
-        }
+    return ModelResponse(
+        InfoResponse(
+            model_id=model.name,
+            model_family=model.family,
+            model_dtype=model.dtype,
+            model_device_type=model.device,
+            model_pipeline_tag="text-generation",
+            decode_path=model.decode_path,
+            num_layers=model.num_layers,
+            num_experts=model.num_experts,
+            top_k=model.top_k,
+            max_input_tokens=model.max_context_tokens - 1,
+            max_total_tokens=model.max_context_tokens,
+            max_best_of=1,
+            max_stop_sequences=MAX_STOPS,
+            max_top_n_tokens=MAX_TOP_TOKENS,
+            max_body_bytes=context.http.max_body_bytes,
+            router="deepfew",
+            version=context.version,
+        )
     )
 
 
@@ -97,39 +102,39 @@ async def info(request: Request) -> JSONResponse:
     "/experts",
     summary="Every expert: where it is and how it was used",
     response_model=ExpertsResponse,
-    responses=_LOADING,
+    responses=refusals(NotReadyError),
 )
-def experts(request: Request) -> JSONResponse:
+def experts(request: Request) -> ModelResponse:
     """Arrays `[layer][expert]` and `[layer]`, totals, and the shards of the store."""
     model = context_of(request).loaded()
-    return JSONResponse(experts_payload(model.experts(), model.top_k))
+    return ModelResponse(ExpertsResponse.of(model.experts(), model.top_k))
 
 
 @router.get(
     "/experts/profiles",
-    summary="What requests may narrow their experts to",
+    summary="The masks that a request may choose",
     response_model=ProfilesResponse,
-    responses=_LOADING,
+    responses=refusals(NotReadyError),
 )
-def profiles(request: Request) -> JSONResponse:
-    """Named masks, and how large a pool may be."""
+def profiles(request: Request) -> ModelResponse:
+    """Named masks, and the size of the largest pool."""
     model = context_of(request).loaded()
     masks = model.masks
     available = model.experts().available
     found = [] if masks is None else sorted(masks.profiles.items())
-    return JSONResponse(
-        {
-            "profiles": [
-                {
-                    "name": name,
-                    "kept_share": float(mask.allowed.mean()),
-                    "available_share": float((mask.allowed & available).mean()),
-                }
+    return ModelResponse(
+        ProfilesResponse(
+            profiles=[
+                Profile(
+                    name=name,
+                    kept_share=float(mask.allowed.mean()),
+                    available_share=float((mask.allowed & available).mean()),
+                )
                 for name, mask in found
             ],
-            "max_pool": 0 if masks is None else model.num_experts,
-            "has_prior": masks is not None and masks.prior is not None,
-        }
+            max_pool=0 if masks is None else model.num_experts,
+            has_prior=masks is not None and masks.prior is not None,
+        )
     )
 
 
@@ -154,54 +159,3 @@ def metrics_vllm(request: Request) -> Response:
     """`vllm:*`, for dashboards and gateways that know those names; empty while no model is loaded."""
     context = context_of(request)
     return Response(render_vllm(context.metrics, context.service), headers={"Content-Type": CONTENT_TYPE})
-
-
-def experts_payload(found: ExpertsSnapshot, top_k: int) -> dict[str, Any]:
-    """The JSON of `/experts`."""
-    num_layers, num_experts = found.available.shape
-    layers = {
-        name: getattr(found, name).tolist()
-        for name in (
-            "deficit",
-            "top1_missing",
-            "hits",
-            "misses",
-            "evictions",
-            "fetch_bytes",
-            "fetch_seconds",
-            "expert_bytes",
-        )
-    }
-    return {
-        "num_layers": num_layers,
-        "num_experts": num_experts,
-        "top_k": top_k,
-        **{
-            name: getattr(found, name).tolist()
-            for name in ("available", "resident", "uses", "demand", "served_mass", "demand_mass")
-        },
-        **layers,
-        "totals": {
-            "available": int(found.available.sum()),
-            "resident": int(found.resident.sum()),
-            "uses": int(found.uses.sum()),
-            "demand": int(found.demand.sum()),
-            "served_mass": float(found.served_mass.sum()),
-            "demand_mass": float(found.demand_mass.sum()),
-            "deficit": found.overall_deficit,
-            "tokens": found.num_tokens,
-            "top1_missing_tokens": found.top1_missing_tokens,
-            "hits": int(found.hits.sum()),
-            "misses": int(found.misses.sum()),
-            "evictions": int(found.evictions.sum()),
-            "fetch_bytes": int(found.fetch_bytes.sum()),
-            "fetch_seconds": float(found.fetch_seconds.sum()),
-            "slots_per_layer": found.num_slots,
-            "slot_bytes": found.slot_bytes,
-            "host_hits": found.host_hits,
-            "host_misses": found.host_misses,
-        },
-        "shards": [
-            {"file": shard.file, "bytes": shard.num_bytes, "experts": list(shard.experts)} for shard in found.shards
-        ],
-    }

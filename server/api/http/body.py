@@ -1,7 +1,7 @@
-"""The request body: bounded in bytes, time and depth, strictly JSON, strictly typed.
+"""Request bodies: limited in bytes, time and depth, strict JSON, strict types.
 
-Invariant: what leaves here holds no NaN, no infinity, no NUL, no lone surrogate, no key given twice and no value of a
-type other than the schema's. The standard parser and FastAPI accept all of these.
+Invariant: a parsed body has no NaN, no infinity, no NUL, no lone surrogate, no duplicate key, and no value of another
+type than the schema's. Python's parser and FastAPI accept all of these.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from server.api.http.errors import (
     BodyTooLargeError,
@@ -28,7 +28,7 @@ MAX_DIGITS = 40
 MAX_VALUES = 100_000
 MAX_EXACT = 2**53
 _STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{\]},]', re.DOTALL)
-"""A string (or the rest of the body, where one is not closed: the scan stays linear), or a character of structure."""
+"""A string, or one character of structure. An unclosed string runs to the end of the body, so the scan is linear."""
 _LONG_BODY_BYTES = 64 * 2**10
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -37,10 +37,10 @@ Model = TypeVar("Model", bound=BaseModel)
 async def read_model(
     request: Request, schema: type[Model], *, max_bytes: int, receive_seconds: float, optional: bool = False
 ) -> Model:
-    """The body of `request` as a `schema`; with `optional` a body that is left out is an empty object.
+    """The body of `request` as a `schema`; with `optional` a missing body is an empty object.
 
     Raises:
-        ApiError: one of its kinds; the body is too long, too slow, not JSON, or not what the schema wants.
+        ApiError: the body is too long, too slow, not JSON, or not as the schema wants it.
         ClientDisconnect: the client left.
     """
     if optional and request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
@@ -52,7 +52,7 @@ async def read_model(
 
 
 async def read_body(request: Request, *, max_bytes: int, receive_seconds: float) -> bytes:
-    """The raw bytes, counted as they arrive; a declared length over the bound is refused before anything is read."""
+    """The raw bytes, counted as they come. A declared length above `max_bytes` is refused at once."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise MediaTypeError("the body must be JSON: send the header Content-Type: application/json")
@@ -76,10 +76,10 @@ async def read_body(request: Request, *, max_bytes: int, receive_seconds: float)
 
 
 def parse_json(body: bytes) -> Any:
-    """Parse strictly.
+    """The value of a JSON document.
 
     Raises:
-        MalformedBodyError: anything that RFC 8259 leaves out or leaves open.
+        MalformedBodyError: it is not RFC 8259's JSON, or uses what that standard leaves open.
     """
     if not body.strip():
         raise MalformedBodyError("the body is empty; a JSON object is wanted")
@@ -148,6 +148,3 @@ def _short_int(text: str) -> int:
     if len(text) > MAX_DIGITS:
         raise MalformedBodyError(f"a number has more than {MAX_DIGITS} digits")
     return int(text)
-
-
-__all__ = ["ClientDisconnect", "parse_json", "read_body", "read_model"]

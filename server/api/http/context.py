@@ -1,4 +1,8 @@
-"""What every route stands on: the service, the metrics and the limits, one object for the whole application."""
+"""The application's shared state: service, metrics, limits, and the thread that tokenises prompts.
+
+Invariant: there is one `ApiContext` for one application, at `app.state.context`. The engine's tokenizer is never used
+here; prompts are tokenised with a copy of it.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,12 @@ from pydantic import BaseModel
 from starlette.requests import Request
 
 from server.api.http.body import read_model
-from server.api.http.generation import Generation
-from server.engine.request import EngineError, GenerationRequest, QueueFullError
+from server.engine.request import QueueFullError
 from server.serving.metrics import Metrics
 from server.serving.service import LoadedModel, NotReadyError, Service
 from server.settings.schema import HttpSettings
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 MAX_WAITING_TEXTS = 256
 
@@ -30,10 +33,10 @@ Argument = TypeVar("Argument")
 
 
 class TextEncoder:
-    """A tokenizer of our own on one thread of its own.
+    """A copy of the tokenizer, used by one thread only.
 
-    Tokenizers change their own state in a call (truncation, padding), so the engine's is never touched from here; and
-    a long prompt must not stop the event loop.
+    A tokenizer changes its own state in a call (truncation, padding), so the engine's cannot be shared. A long prompt
+    must not block the event loop, so the work is done on a thread.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -42,14 +45,14 @@ class TextEncoder:
         self._waiting = 0
 
     async def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; text of special tokens stands for these tokens. Raises QueueFullError."""
+        """Token ids of `text`. The text of a special token becomes that token. Raises QueueFullError."""
         return await self.run(_encode, text)
 
     async def run(self, work: Callable[[Any, Argument], list[int]], argument: Argument) -> list[int]:
         """`work(tokenizer, argument)` on the thread.
 
         Raises:
-            QueueFullError: too many texts wait for this.
+            QueueFullError: too many texts are waiting for the thread.
         """
         if self._waiting >= MAX_WAITING_TEXTS:
             raise QueueFullError(f"{MAX_WAITING_TEXTS} prompts are waiting to be tokenised; try again")
@@ -88,7 +91,7 @@ class ApiContext:
         )
 
     def loaded(self) -> LoadedModel:
-        """The model once it is loaded, whether it takes requests now or not. Raises NotReadyError before."""
+        """The model, whether it takes requests now or not. Raises NotReadyError until it is loaded."""
         model = self.service.loaded
         if model is None:
             raise NotReadyError(self.service.health().reason)
@@ -101,23 +104,10 @@ class ApiContext:
                 self._encoders = {id(model): TextEncoder(model.tokenizer)}
             return self._encoders[id(model)]
 
-    def log_text(self, request: Request, what: str, text: object) -> None:
-        """Log what a client wrote or was answered, where `log_prompts` asks for it and nowhere else."""
+    def log_text(self, request: Request, kind: str, text: object) -> None:
+        """Log a prompt or an answer if `log_prompts` is set. Nothing else logs them."""
         if self.log_prompts:
-            logger.info(what, extra={"request_id": request.state.request_id, "text": str(text)})
-
-    def submit(self, model: LoadedModel, request: GenerationRequest) -> Generation:
-        """Hand a request to the engine. The caller enters the `Generation` at once.
-
-        Raises:
-            EngineError: it was refused.
-        """
-        generation = Generation(model, request, self.metrics, max_seconds=self.http.max_request_seconds)
-        try:
-            return generation.submit()
-        except EngineError:
-            self.metrics.request_ended("refused")
-            raise
+            log.info(kind, extra={"request_id": request.state.request_id, "text": str(text)})
 
 
 def context_of(request: Request) -> ApiContext:

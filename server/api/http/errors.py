@@ -1,19 +1,18 @@
-"""Every error that a client can see: one table from error type to status, and the two dialects' shapes.
+"""Every error that a client can see: one table of statuses and kinds, and the error's JSON in both dialects.
 
-Invariant: a message is written by us, bounded, printable, and never repeats what the client sent. The dialect follows
-from the path: `/v1/…` speaks OpenAI's, everything else Text Generation Inference's.
+Invariant: a message is written by us, bounded and printable, and never repeats what the client sent. The path decides
+the dialect: paths under `/v1` have OpenAI's, all others Text Generation Inference's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from pydantic import ValidationError
-from starlette.responses import JSONResponse
+from pydantic import BaseModel, ValidationError
 
 from expert_store.errors import StoreError
+from server.api.http.responses import ModelResponse
 from server.engine.request import (
     ContextTooLongError,
     EngineError,
@@ -31,22 +30,10 @@ MAX_MESSAGE = 600
 
 
 class ApiError(Exception):
-    """A request that the HTTP layer itself refuses.
-
-    ApiError
-      MalformedBodyError   400  not JSON, not UTF-8, a number that does not exist, a key given twice
-      UnauthorizedError    401  no key, or a wrong one
-      ForbiddenError       403  a route that needs the admin key
-      NotFoundError        404  no such path, no such model
-      MethodError          405  the path exists, the method does not
-      SlowClientError      408  the body did not arrive in time
-      BodyTooLargeError    413  longer than `max_body_bytes`
-      MediaTypeError       415  not application/json, or compressed
-      MisdirectedError     421  addressed to another name than this machine's, where there is no key
-      ValidationFailed     422  well-formed, but a value or a parameter that we do not take
+    """A request that the HTTP layer refuses. `TABLE` has the status of each subclass.
 
     Args:
-        message: what, got, wanted; never the client's own text.
+        message: what was wrong, what was got and what was wanted; never the client's own text.
         param: where the parameter stands in the body, as in `messages[0].role`, if it is one.
         headers: of the response.
     """
@@ -70,11 +57,15 @@ class ForbiddenError(ApiError):
 
 
 class MisdirectedError(ApiError):
-    """The request was meant for another host, as those are that a page of that host's sends here."""
+    """No key is set, and the Host header names another machine, as a web page's request does."""
 
 
 class NotFoundError(ApiError):
-    """Nothing is there."""
+    """Nothing is at this path."""
+
+
+class ModelNotFoundError(NotFoundError):
+    """No model of this name is served."""
 
 
 class MethodError(ApiError):
@@ -82,7 +73,7 @@ class MethodError(ApiError):
 
 
 class SlowClientError(ApiError):
-    """The client took too long to send its request."""
+    """The body did not arrive in time."""
 
 
 class BodyTooLargeError(ApiError):
@@ -90,15 +81,11 @@ class BodyTooLargeError(ApiError):
 
 
 class MediaTypeError(ApiError):
-    """The body's type or encoding is not taken."""
+    """The type or the encoding of the body is not taken."""
 
 
 class ValidationFailed(ApiError):
     """A value, a name or a combination that is not taken."""
-
-
-class ModelNotFoundError(NotFoundError):
-    """An OpenAI request named a model that is not served."""
 
 
 class RequestTimeoutError(GenerationError):
@@ -109,46 +96,90 @@ class SlowReaderError(GenerationError):
     """The client left its stream unread for too long."""
 
 
+class ErrorResponse(BaseModel):
+    """Every error outside `/v1`."""
+
+    error: str
+    error_type: str
+
+
+class OpenAIErrorDetails(BaseModel):
+    """The error of an `OpenAIErrorResponse`."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIErrorResponse(BaseModel):
+    """Every error under `/v1`."""
+
+    error: OpenAIErrorDetails
+
+
 @dataclass(frozen=True)
 class Row:
-    """How one error type is shown: status and type in the TGI dialect, status, type and code in OpenAI's."""
+    """One type of error, as a client sees it.
+
+    Attributes:
+        status: outside `/v1`. OpenAI has no 422: there it is 400.
+        error_type: outside `/v1`.
+        openai_type, openai_code: under `/v1`.
+        when: for the OpenAPI document.
+    """
 
     status: int
     error_type: str
-    openai_status: int
     openai_type: str
     openai_code: str | None
+    when: str
+
+    @property
+    def openai_status(self) -> int:
+        return 400 if self.status == 422 else self.status
 
 
 _INVALID = "invalid_request_error"
+_FAULT = "server_error"
 TABLE: dict[type[Exception], Row] = {
-    MalformedBodyError: Row(400, "validation", 400, _INVALID, "malformed_body"),
-    UnauthorizedError: Row(401, "unauthorized", 401, "authentication_error", "invalid_api_key"),
-    ForbiddenError: Row(403, "forbidden", 403, "permission_error", "admin_key_required"),
-    ModelNotFoundError: Row(404, "not_found", 404, _INVALID, "model_not_found"),
-    NotFoundError: Row(404, "not_found", 404, _INVALID, "not_found"),
-    MethodError: Row(405, "method_not_allowed", 405, _INVALID, "method_not_allowed"),
-    SlowClientError: Row(408, "timeout", 408, "timeout", "request_timeout"),
-    BodyTooLargeError: Row(413, "validation", 413, _INVALID, "body_too_large"),
-    MediaTypeError: Row(415, "validation", 415, _INVALID, "unsupported_media_type"),
-    MisdirectedError: Row(421, "misdirected", 421, _INVALID, "misdirected"),
-    ValidationFailed: Row(422, "validation", 400, _INVALID, None),
-    ContextTooLongError: Row(422, "validation", 400, _INVALID, "context_length_exceeded"),
-    InvalidRequestError: Row(422, "validation", 400, _INVALID, None),
-    QueueFullError: Row(429, "overloaded", 429, "rate_limit_error", "queue_full"),
-    NotReadyError: Row(503, "healthcheck", 503, "server_error", "not_ready"),
-    EngineStoppedError: Row(503, "healthcheck", 503, "server_error", "not_ready"),
-    GrowthBusyError: Row(409, "busy", 409, _INVALID, "busy"),
-    NothingToGrowError: Row(409, "nothing_to_grow", 409, _INVALID, "nothing_to_grow"),
-    GrowthSourceError: Row(409, "no_source", 409, _INVALID, "no_source"),
-    GrowthError: Row(422, "validation", 400, _INVALID, None),
-    ExpertMissingError: Row(424, "expert_missing", 424, _INVALID, "expert_missing"),
-    MemoryExhaustedError: Row(503, "overloaded", 503, "server_error", "out_of_memory"),
-    # clients of OpenAI's dialect send again what is answered with 500, and neither of these ends otherwise then
-    RequestTimeoutError: Row(424, "generation", 424, "server_error", "timeout"),
-    GenerationError: Row(424, "generation", 424, "server_error", "generation_failed"),
-    EngineError: Row(500, "incomplete_generation", 500, "server_error", "generation_failed"),
-    Exception: Row(500, "internal", 500, "server_error", "internal_error"),
+    MalformedBodyError: Row(400, "validation", _INVALID, "malformed_body", "The body is not a JSON document."),
+    UnauthorizedError: Row(
+        401, "unauthorized", "authentication_error", "invalid_api_key", "The API key is missing or wrong."
+    ),
+    ForbiddenError: Row(
+        403, "forbidden", "permission_error", "admin_key_required", "The admin key is missing or wrong, or none is set."
+    ),
+    ModelNotFoundError: Row(404, "not_found", _INVALID, "model_not_found", "No model of this name is served."),
+    NotFoundError: Row(404, "not_found", _INVALID, "not_found", "Nothing is here; what is served cannot change."),
+    MethodError: Row(405, "method_not_allowed", _INVALID, "method_not_allowed", "The path has other methods."),
+    SlowClientError: Row(408, "timeout", "timeout", "request_timeout", "The body did not arrive in time."),
+    GrowthBusyError: Row(409, "busy", _INVALID, "busy", "Another change of the store is under way."),
+    NothingToGrowError: Row(409, "nothing_to_grow", _INVALID, "nothing_to_grow", "No expert can be added."),
+    GrowthSourceError: Row(409, "no_source", _INVALID, "no_source", "The store's checkpoint is not where it was."),
+    BodyTooLargeError: Row(413, "validation", _INVALID, "body_too_large", "The body is too long."),
+    MediaTypeError: Row(415, "validation", _INVALID, "unsupported_media_type", "The body is not application/json."),
+    MisdirectedError: Row(421, "misdirected", _INVALID, "misdirected", "The Host header names another machine."),
+    ValidationFailed: Row(422, "validation", _INVALID, None, "A value or a parameter is not taken."),
+    ContextTooLongError: Row(
+        422, "validation", _INVALID, "context_length_exceeded", "The prompt does not fit the context."
+    ),
+    InvalidRequestError: Row(422, "validation", _INVALID, None, "The model cannot serve this request."),
+    GrowthError: Row(422, "validation", _INVALID, None, "The store cannot be changed so."),
+    ExpertMissingError: Row(
+        424, "expert_missing", _INVALID, "expert_missing", "A token wanted an expert that is not available."
+    ),
+    # Clients of OpenAI's dialect send a request again after a 500. Neither of these two would end otherwise then.
+    RequestTimeoutError: Row(424, "generation", _FAULT, "timeout", "The generation took too long."),
+    GenerationError: Row(424, "generation", _FAULT, "generation_failed", "The generation failed."),
+    QueueFullError: Row(429, "overloaded", "rate_limit_error", "queue_full", "The queue is full; see Retry-After."),
+    EngineError: Row(500, "incomplete_generation", _FAULT, "generation_failed", "The generation broke off."),
+    Exception: Row(500, "internal", _FAULT, "internal_error", "The server failed; its log says why."),
+    NotReadyError: Row(
+        503, "healthcheck", _FAULT, "not_ready", "No request is taken now: the model is loading, draining or failed."
+    ),
+    EngineStoppedError: Row(503, "healthcheck", _FAULT, "not_ready", "The server is shutting down."),
+    MemoryExhaustedError: Row(503, "overloaded", _FAULT, "out_of_memory", "Memory did not suffice."),
 }
 
 
@@ -163,7 +194,7 @@ def is_openai(path: str) -> bool:
 
 
 def message_of(error: Exception) -> str:
-    """Bounded, printable text; an error that we did not raise on purpose says nothing of itself."""
+    """Bounded, printable text. The text of an error that we did not raise on purpose is not shown."""
     if isinstance(error, EngineError) and isinstance(error.__cause__, StoreError):  # its text names paths of the server
         return (
             "the generation could not be finished: an expert could not be read from the store; the log names the file"
@@ -177,22 +208,18 @@ def message_of(error: Exception) -> str:
     return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
 
 
-def error_body(error: Exception, path: str) -> dict[str, Any]:
-    """The JSON object in the dialect of `path`; also the payload of an error event inside a stream."""
-    row = row_of(error)
-    if is_openai(path):
-        return {
-            "error": {
-                "message": message_of(error),
-                "type": row.openai_type,
-                "param": getattr(error, "param", None),
-                "code": row.openai_code,
-            }
-        }
-    return {"error": message_of(error), "error_type": row.error_type}
+def error_body(error: Exception, path: str) -> ErrorResponse | OpenAIErrorResponse:
+    """The error in the dialect of `path`; also the payload of an error event inside a stream."""
+    row, message = row_of(error), message_of(error)
+    if not is_openai(path):
+        return ErrorResponse(error=message, error_type=row.error_type)
+    param = getattr(error, "param", None)
+    return OpenAIErrorResponse(
+        error=OpenAIErrorDetails(message=message, type=row.openai_type, param=param, code=row.openai_code)
+    )
 
 
-def error_response(error: Exception, path: str) -> JSONResponse:
+def error_response(error: Exception, path: str) -> ModelResponse:
     """The response that a client gets for `error`."""
     row = row_of(error)
     headers = dict(getattr(error, "headers", {}))
@@ -200,20 +227,20 @@ def error_response(error: Exception, path: str) -> JSONResponse:
     if retry_after is not None:
         headers["Retry-After"] = str(max(1, round(retry_after)))
     status = row.openai_status if is_openai(path) else row.status
-    return JSONResponse(error_body(error, path), status_code=status, headers=headers)
+    return ModelResponse(error_body(error, path), status_code=status, headers=headers)
 
 
 def validation_failed(error: ValidationError) -> ValidationFailed:
-    """Say which fields were wrong and what was wanted, in our words and without their values."""
+    """The refusal that names the wrong fields and the wanted values, in our words and without the client's values."""
     problems: list[str] = []
-    for problem in error.errors(include_input=False, include_url=False, include_context=False):
+    found = error.errors(include_input=False, include_url=False, include_context=False)
+    for problem in found:
         place = _path(problem["loc"])
         wanted = "is not a known parameter" if problem["type"] == "extra_forbidden" else problem["msg"]
         problems.append(f"`{place}`: {wanted.removeprefix('Value error, ')}" if place else wanted)
     shown = "; ".join(dict.fromkeys(problems[:5]))
     more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-    first = error.errors(include_input=False, include_url=False, include_context=False)[0]["loc"]
-    return ValidationFailed(shown + more, param=_path(first) or None)
+    return ValidationFailed(shown + more, param=_path(found[0]["loc"]) or None)
 
 
 def _path(parts: Sequence[int | str]) -> str:
@@ -223,6 +250,6 @@ def _path(parts: Sequence[int | str]) -> str:
 
 
 def _printable(part: str) -> str:
-    """A field's name as we show it: names that clients make up are shown only when they look like names."""
+    """A field's name for a message. A name that the client made up is shown only if it looks like a name."""
     plain = part.isascii() and len(part) <= 40 and all(char.isalnum() or char in "_-." for char in part)
     return part if plain else "(unprintable name)"

@@ -1,7 +1,7 @@
-"""Field types that the two dialects' schemas share: bounded texts, strict numbers, parameters that we refuse by name.
+"""Field types of the request schemas of both dialects: texts and numbers with limits, and unsupported parameters.
 
-Invariant: every bound that a validator enforces and JSON Schema can say is in the schema as well, so that the OpenAPI
-document tells a client what would be refused.
+Invariant: a limit that a validator checks is also in the JSON Schema, if JSON Schema can express it. So the OpenAPI
+document tells a client what is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PROFILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 class Strict(BaseModel):
-    """A request object: unknown keys refused, immutable."""
+    """A request object: immutable, unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -49,7 +49,7 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 def unsupported(*neutral: bool | int | float | str | None) -> Any:
-    """A parameter that we do not support: taken only with a value that changes nothing, else refused by its name."""
+    """A parameter that is not supported: null and the `neutral` values are taken, all others are refused by name."""
 
     def validate(value: Any) -> Any:
         if value is None or any(value == item and type(value) is type(item) for item in neutral):
@@ -85,7 +85,7 @@ Pool = Annotated[
 
 
 class MaskFields(Strict):
-    """Which experts a request may use; ours, in both dialects."""
+    """The experts that a request may use; parameters of our own, in both dialects."""
 
     profile: Annotated[str, Field(pattern=PROFILE_NAME)] | None = Field(
         None, description="name of a mask of this server, see GET /experts/profiles"

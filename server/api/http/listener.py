@@ -1,14 +1,13 @@
-"""From an application to a listening process: the socket, the connection's limits, and how the process ends.
+"""The listening process: its socket, the limits of a connection, and the end of the process.
 
-Invariant: after the first SIGTERM (or Ctrl-C) the server is at once not ready, goes on answering, and leaves with
-status 0 when its requests have ended or `drain_seconds` have passed; the second signal ends the process there and then.
+Invariant: after the first SIGTERM (or Ctrl-C) the server is not ready, but finishes its requests. It exits with status
+0 when they have ended or `drain_seconds` have passed. A second signal ends the process at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -24,10 +23,11 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
+from server.api.http.errors import ErrorResponse
 from server.serving.service import Service
 from server.settings.schema import HttpSettings
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 BACKLOG = 512
 LAST_WORDS_SECONDS = 2
@@ -35,7 +35,7 @@ ENGINE_END_SECONDS = 10.0
 
 
 class PortTakenError(Exception):
-    """Something listens on the address already."""
+    """Another process listens on the address."""
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
@@ -63,10 +63,10 @@ def bind_socket(host: str, port: int) -> socket.socket:
 
 
 class Connection(H11Protocol):
-    """A connection whose headers must arrive in time, and which can be cut by the application above it.
+    """A connection whose headers must arrive in time, and which the application can close.
 
-    uvicorn's timers begin after the first response; a client that never finishes its first request line would hold its
-    connection for ever.
+    uvicorn's timers begin after the first response. Without this class a client that never finishes its first request
+    line would keep its connection for ever.
     """
 
     receive_seconds = 20.0
@@ -101,7 +101,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """Our shape instead of uvicorn's plain text; h11 has refused the request line or the headers."""
+        """Send the error as our JSON, not as uvicorn's plain text: h11 refused the request line or the headers."""
         body = _refusal("the request is not valid HTTP/1.1, or its headers are too long", "validation")
         if not self._is_answering() and not self.transport.is_closing():
             self.transport.write(
@@ -129,7 +129,7 @@ class Connection(H11Protocol):
 
 
 def _refusal(message: str, error_type: str) -> bytes:
-    return json.dumps({"error": message, "error_type": error_type}).encode()
+    return ErrorResponse(error=message, error_type=error_type).model_dump_json().encode()
 
 
 class Listener(uvicorn.Server):
@@ -178,11 +178,11 @@ class Listener(uvicorn.Server):
             sys.stderr.flush()
             os._exit(128 + sig)
         self.stop()
-        logger.info("draining", extra={"seconds": self._drain_seconds, "hint": "a second signal ends at once"})
+        log.info("draining", extra={"seconds": self._drain_seconds, "hint": "a second signal ends at once"})
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """As uvicorn's, but a signal that was honoured is not raised again: the exit status is ours to say."""
+        """As uvicorn's, but a handled signal is not raised again, so that the exit status is 0."""
         try:
             previous = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:  # not the main thread

@@ -1,13 +1,12 @@
-"""What every request passes: an id, the key, one line in the log, and a last net under errors.
+"""Middleware around every route: it gives the request an id, checks the keys, logs one line, and catches every error.
 
-Invariant: no route but liveness is reached without the key, where one is set, and where none is, only by requests to a
-name of this machine; what changes the server is reached with the admin key alone; and nothing that fails inside reaches
-the client with anything but our own words.
+Invariant: where a key is set, only liveness is reached without it. Where none is set, only requests to a name of this
+machine are served. Routes that change the server need the admin key. A client never sees the text of an unexpected
+error.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import logging
@@ -21,10 +20,11 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.http.errors import ForbiddenError, MisdirectedError, UnauthorizedError, error_response
+from server.api.http.responses import abort
 from server.serving.metrics import Metrics
 from server.settings.schema import is_loopback
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health/live"})
 QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics", "/metrics/vllm"})
@@ -32,12 +32,12 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class Gate:
-    """The outermost layer of ours around the application.
+    """Checks and logs every request before the application sees it.
 
     Args:
-        app: what is guarded.
-        api_key: the key, or None where there is none.
-        admin_key: opens all that `api_key` opens, and what `require_admin` guards; None opens none of that.
+        app: the guarded application.
+        api_key: the key; None lets everybody in.
+        admin_key: opens all that `api_key` opens, and the routes that `require_admin` guards. None closes those routes.
         metrics: counts responses.
     """
 
@@ -54,7 +54,7 @@ class Gate:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        is_user, is_admin = self._who(headers)
+        is_user, is_admin = self._rights(headers)
         scope.setdefault("state", {}).update(request_id=request_id, is_admin=is_admin)
         started = time.perf_counter()
         seen: dict[str, Any] = {"status": None}
@@ -84,13 +84,13 @@ class Gate:
                 return
             await self.app(scope, receive, send_with_id)
         except Exception as error:
-            logger.exception("unexpected error", extra={"request_id": request_id, "path": _path(scope)})
+            log.exception("unexpected error", extra={"request_id": request_id, "path": _path(scope)})
             if seen["status"] is None:
                 await error_response(error, scope["path"])(scope, receive, send_with_id)
             else:
                 abort(scope)
         finally:
-            logger.log(
+            log.log(
                 logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO,
                 "request",
                 extra={
@@ -102,8 +102,8 @@ class Gate:
                 },
             )
 
-    def _who(self, headers: Headers) -> tuple[bool, bool]:
-        """Whether the request may reach ordinary routes, and whether it shows the admin key."""
+    def _rights(self, headers: Headers) -> tuple[bool, bool]:
+        """Whether the request may reach ordinary routes, and whether it has the admin key."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         shown = [headers.get("x-api-key", ""), token.strip() if scheme.lower() == "bearer" else ""]
         digests = [_digest(candidate) for candidate in shown]
@@ -112,10 +112,10 @@ class Gate:
 
 
 async def require_admin(request: Request) -> None:
-    """Guards a route that changes the server, on loopback too.
+    """Guard a route that changes the server, on loopback too.
 
     Raises:
-        ForbiddenError: the request does not show the admin key, or there is none.
+        ForbiddenError: the request does not have the admin key, or none is set.
     """
     if request.state.is_admin:
         return
@@ -131,21 +131,13 @@ async def require_admin(request: Request) -> None:
 
 
 def _is_among(digest: bytes, shown: list[bytes]) -> bool:
-    """All are compared, as digests of one length, so that the time says nothing about the key."""
+    """Compare all, as digests of one length, so that the time tells nothing about the key."""
     matches = [hmac.compare_digest(candidate, digest) for candidate in shown]
     return any(matches)
 
 
-def abort(scope: Scope) -> None:
-    """Cut the connection at once, unsent bytes included, where the server underneath allows it."""
-    cut = scope.get("state", {}).get("abort")
-    if cut is not None:
-        with contextlib.suppress(OSError, RuntimeError):
-            cut()
-
-
 def _is_to_this_machine(host: str) -> bool:
-    """Whether a Host header names loopback. A page whose name was made to resolve to 127.0.0.1 sends its own name."""
+    """Whether a Host header names loopback. A web page whose name resolves to 127.0.0.1 still sends its own name."""
     name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
     name = name.lower().rstrip(".")
     return not name or name.endswith(".localhost") or is_loopback(name)
@@ -156,5 +148,5 @@ def _digest(key: str) -> bytes:
 
 
 def _path(scope: Scope) -> str:
-    """The path as it is safe to log: printable ASCII, bounded."""
+    """The path for the log: printable ASCII, bounded."""
     return "".join(char if char.isascii() and char.isprintable() else "?" for char in scope["path"][:128])

@@ -1,7 +1,7 @@
-"""The OpenAPI document: bodies that we read ourselves, the error responses of every route, and the key.
+"""The OpenAPI document: the request bodies, the error responses of every route, and the keys.
 
-FastAPI knows neither the bodies (`body.py` parses them, more strictly than it would) nor the errors, so both are put in
-here; `tests` hold the document against the running server.
+FastAPI knows neither the bodies, which `body.py` parses, nor the errors, so this module adds both. Invariant: the error
+responses come from the table in `errors.py`. The tests compare the document with a running server.
 """
 
 from __future__ import annotations
@@ -13,51 +13,74 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from server.api.http.errors import (
+    TABLE,
+    BodyTooLargeError,
+    ErrorResponse,
+    MalformedBodyError,
+    MediaTypeError,
+    OpenAIErrorResponse,
+    SlowClientError,
+    UnauthorizedError,
+    ValidationFailed,
+)
+from server.engine.request import EngineError, GenerationError, MemoryExhaustedError, QueueFullError
+from server.serving.service import NotReadyError
+
 Responses = dict[int | str, dict[str, Any]]
 ADMIN_TAG = "admin"
 """Routes that need the admin key."""
 REF = "#/components/schemas/{model}"
-POST_ERRORS = {
-    400: "The body is not a JSON document, or (under /v1) a value is not taken.",
-    404: "Nothing of that name.",
-    408: "The body did not arrive in time.",
-    413: "The body is too long.",
-    415: "The body is not application/json.",
-    422: "A value or a parameter that is not taken.",
-    424: "The generation failed.",
-    429: "The queue is full; see Retry-After.",
-    500: "The generation broke off.",
-    503: "No requests are taken now: loading, draining or failed; or memory did not suffice.",
-}
+_BODY_ERRORS = (MalformedBodyError, SlowClientError, BodyTooLargeError, MediaTypeError, ValidationFailed)
+_GENERATION_ERRORS = (GenerationError, QueueFullError, EngineError, NotReadyError, MemoryExhaustedError)
 
 
-def responses(success: type[BaseModel] | None, error: type[BaseModel], *, stream: str | None = None) -> Responses:
-    """Responses of a route that takes a body and generates.
+def refusals(*errors: type[Exception], body: bool = False, openai: bool = False) -> Responses:
+    """Documented error responses, from the table of errors.
 
     Args:
-        success: of an answer without a stream, if there is one.
-        error: of every refusal.
-        stream: name of the model of a stream's events; empty where there is a stream without one.
+        errors: types that the route raises.
+        body: the route takes a body.
+        openai: the route speaks OpenAI's dialect.
+    """
+    texts: dict[int, list[str]] = {}
+    for error in (*(_BODY_ERRORS if body else ()), *errors):
+        row = TABLE[error]
+        texts.setdefault(row.openai_status if openai else row.status, []).append(row.when)
+    shape = OpenAIErrorResponse if openai else ErrorResponse
+    return {status: _documented(shape, " ".join(found)) for status, found in sorted(texts.items())}
+
+
+def generation_responses(
+    answer: type[BaseModel] | None, stream_event: type[BaseModel], *errors: type[Exception], openai: bool = False
+) -> Responses:
+    """Documented responses of a route that generates.
+
+    Args:
+        answer: of a request without a stream; None where every answer is a stream.
+        stream_event: of a stream.
+        errors: types that the route raises beyond those of every generation.
+        openai: the route speaks OpenAI's dialect.
     """
     content: dict[str, Any] = {}
-    if success is not None:
-        content["application/json"] = {"schema": {"$ref": REF.format(model=success.__name__)}}
-    if stream is not None:
-        data: dict[str, Any] = {"type": "string", "contentMediaType": "application/json"}
-        if stream:
-            data["contentSchema"] = {"$ref": REF.format(model=stream)}
-        content["text/event-stream"] = {"schema": {"type": "object", "properties": {"data": data}}}
-    found: Responses = {200: {"description": "Generated.", "content": content}}
-    for status, text in POST_ERRORS.items():
-        found[status] = error_response_of(error, text)
-    return found
+    if answer is not None:
+        content["application/json"] = {"schema": {"$ref": REF.format(model=answer.__name__)}}
+    data: dict[str, Any] = {"type": "string", "contentMediaType": "application/json"}
+    if openai:  # `contentSchema` has no word for the end
+        data["description"] = f"JSON of {REF.format(model=stream_event.__name__)}; [DONE] ends the stream"
+    else:
+        data["contentSchema"] = {"$ref": REF.format(model=stream_event.__name__)}
+    content["text/event-stream"] = {"schema": {"type": "object", "properties": {"data": data}}}
+    return {
+        200: {"description": "Generated.", "content": content},
+        **refusals(*_GENERATION_ERRORS, *errors, body=True, openai=openai),
+    }
 
 
-def error_response_of(error: type[BaseModel], text: str) -> dict[str, Any]:
-    """One documented error response."""
+def _documented(shape: type[BaseModel], text: str) -> dict[str, Any]:
     return {
         "description": text,
-        "content": {"application/json": {"schema": {"$ref": REF.format(model=error.__name__)}}},
+        "content": {"application/json": {"schema": {"$ref": REF.format(model=shape.__name__)}}},
     }
 
 
@@ -66,20 +89,17 @@ def install_openapi(
     *,
     bodies: dict[str, type[BaseModel]],
     models: list[type[BaseModel]],
-    key_error: type[BaseModel],
-    openai_key_error: type[BaseModel],
     has_key: bool,
     has_admin_key: bool,
     optional_bodies: frozenset[str],
     open_paths: frozenset[str],
     model_name: Callable[[], str | None],
 ) -> None:
-    """Complete the document that FastAPI makes.
+    """Add to the document that FastAPI makes.
 
     Args:
         bodies: path → model of the JSON body of its POST.
-        models: other models that responses refer to.
-        key_error, openai_key_error: shape of the 401 in either dialect.
+        models: models that the responses refer to.
         has_key: whether a key guards the routes; has_admin_key: whether one opens those of `ADMIN_TAG`.
         optional_bodies: paths whose body may be left out.
         open_paths: routes that need no key.
@@ -91,7 +111,7 @@ def install_openapi(
         app.openapi_schema = None
         document = build()
         inputs = list(dict.fromkeys(bodies.values()))
-        outputs = [model for model in dict.fromkeys([*models, key_error, openai_key_error]) if model not in inputs]
+        outputs: list[type[BaseModel]] = [*models, ErrorResponse, OpenAIErrorResponse]
         _, definitions = models_json_schema(
             [(model, "validation") for model in inputs] + [(model, "serialization") for model in outputs],
             ref_template=REF,
@@ -108,14 +128,14 @@ def install_openapi(
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
                 if "HTTPValidationError" in str(operation["responses"].get("422")):
-                    del operation["responses"]["422"]  # FastAPI's, for path parameters that cannot be wrong
+                    del operation["responses"]["422"]  # FastAPI adds it for path parameters, which cannot be wrong here
                 if method == "post" and path in bodies:
                     schema = {"$ref": REF.format(model=bodies[path].__name__)}
                     content = {"application/json": {"schema": schema}}
                     operation["requestBody"] = {"required": path not in optional_bodies, "content": content}
                 if has_key and path not in open_paths:
-                    error = openai_key_error if path.startswith("/v1/") else key_error
-                    operation["responses"]["401"] = error_response_of(error, "The API key is missing or wrong.")
+                    refused = refusals(UnauthorizedError, openai=path.startswith("/v1/"))
+                    operation["responses"] |= {str(status): text for status, text in refused.items()}
                     operation["security"] = [{"bearer": []}, {"header": []}]
                 if has_admin_key and ADMIN_TAG in operation.get("tags", ()):
                     operation["security"] = [{"admin_bearer": []}, {"admin_header": []}]

@@ -1,27 +1,20 @@
-"""Response shapes of the OpenAI dialect, for the OpenAPI document and the tests that hold answers against it."""
+"""Responses of the OpenAI dialect: models, completions and chats, whole or as chunks of a stream.
+
+Invariant: a minus infinite log-probability, which JSON does not have, is `LEAST_LOGPROB`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from server.api.http.deficit_schemas import DeficitDetails
+from server.api.http.engine_requests import LEAST_LOGPROB
+from server.engine.request import TokenEvent
+from server.serving.deficit import DeficitDetails
 
-
-class OpenAIErrorDetails(BaseModel):
-    """What went wrong."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class OpenAIErrorResponse(BaseModel):
-    """Every error under `/v1`."""
-
-    error: OpenAIErrorDetails
+EndReason = Literal["stop", "length"]
 
 
 class ModelCard(BaseModel):
@@ -49,26 +42,41 @@ class Usage(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """Parallel lists, one entry a token."""
+    """Parallel lists, one entry a token; `text_offset` counts characters from the start of the answer's text."""
 
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]] | None
     text_offset: list[int]
 
+    @classmethod
+    def of(cls, tokens: Sequence[TokenEvent], num_logprobs: int, offset: int) -> CompletionLogprobs:
+        """Of `tokens`, whose text begins at `offset`, with `num_logprobs` alternatives each."""
+        offsets = []
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(token.text)
+        top = [{text: max(logprob, LEAST_LOGPROB) for _, text, logprob in token.top} for token in tokens]
+        return cls(
+            tokens=[token.text for token in tokens],
+            token_logprobs=[max(token.logprob, LEAST_LOGPROB) for token in tokens],
+            top_logprobs=top if num_logprobs else None,
+            text_offset=offsets,
+        )
+
 
 class CompletionChoice(BaseModel):
-    """One answer; `deficit` is ours: what it did without, once it is finished."""
+    """One answer, or a chunk of it; `deficit` is ours and comes with the end."""
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: EndReason | None
     deficit: DeficitDetails | None = None
 
 
 class CompletionResponse(BaseModel):
-    """Answer to `/v1/completions`."""
+    """Answer to `/v1/completions`, or a chunk of its stream."""
 
     id: str
     object: Literal["text_completion"]
@@ -79,18 +87,46 @@ class CompletionResponse(BaseModel):
     usage: Usage | None = None
 
 
-class ChatAnswer(BaseModel):
-    """The assistant's message."""
+class Alternative(BaseModel):
+    """A token with its log-probability and its bytes."""
 
-    role: Literal["assistant"]
-    content: str
-    refusal: None
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(Alternative):
+    """A generated token, with the most likely tokens at its place."""
+
+    top_logprobs: list[Alternative]
 
 
 class ChatLogprobs(BaseModel):
     """One entry a token."""
 
-    content: list[dict[str, Any]]
+    content: list[ChatLogprob]
+    refusal: None
+
+    @classmethod
+    def of(cls, tokens: Sequence[TokenEvent]) -> ChatLogprobs:
+        """Of the tokens of a choice or a chunk."""
+        return cls(
+            content=[
+                ChatLogprob(
+                    **_entry(token.text, token.logprob),
+                    top_logprobs=[Alternative(**_entry(text, logprob)) for _, text, logprob in token.top],
+                )
+                for token in tokens
+            ],
+            refusal=None,
+        )
+
+
+class ChatAnswer(BaseModel):
+    """The assistant's message."""
+
+    role: Literal["assistant"]
+    content: str
     refusal: None
 
 
@@ -100,7 +136,7 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatAnswer
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: EndReason
     deficit: DeficitDetails
 
 
@@ -114,3 +150,36 @@ class ChatResponse(BaseModel):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+
+
+class ChatDelta(BaseModel):
+    """The part of the message that a chunk adds."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    """A chunk of one answer; `deficit` is ours and comes with the end."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: EndReason | None
+    deficit: DeficitDetails | None = None
+
+
+class ChatChunk(BaseModel):
+    """One event of a stream of `/v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+def _entry(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(text.encode())}

@@ -1,34 +1,28 @@
-"""`/v1/models`, `/v1/completions`, `/v1/chat/completions`: what the unmodified `openai` client needs.
+"""`/v1/models`, `/v1/completions`, `/v1/chat/completions`: the routes that the unmodified `openai` client needs.
 
-As for `/generate`, everything that can be refused is refused before the response begins.
+Invariant: as for `/generate`, every refusal comes before the response begins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from server.api.http.context import ApiContext, context_of
+from server.api.http.engine_requests import request_of, sampling_of
 from server.api.http.errors import ModelNotFoundError, ValidationFailed
-from server.api.http.openapi import error_response_of, responses
-from server.api.http.requests import request_of, sampling_of
-from server.api.openai.answers import CHAT, COMPLETIONS, Dialect, Job, answer
+from server.api.http.openapi import generation_responses, refusals
+from server.api.http.responses import ModelResponse
 from server.api.openai.chat import chat_ids
-from server.api.openai.responses import (
-    ChatResponse,
-    CompletionResponse,
-    ModelCard,
-    ModelList,
-    OpenAIErrorResponse,
-)
+from server.api.openai.completions import CHAT, COMPLETION, Format, Job, respond
+from server.api.openai.responses import ChatChunk, ChatResponse, CompletionResponse, ModelCard, ModelList
 from server.api.openai.schemas import DEFAULT_COMPLETION_TOKENS, ChatRequest, Common, CompletionRequest
 from server.engine.request import ContextTooLongError, SamplingParams
-from server.serving.service import LoadedModel
+from server.serving.service import LoadedModel, NotReadyError
 
 router = APIRouter(prefix="/v1")
 
@@ -37,34 +31,31 @@ router = APIRouter(prefix="/v1")
     "/models",
     summary="The model that is served",
     response_model=ModelList,
-    responses={503: error_response_of(OpenAIErrorResponse, "No model is loaded.")},
+    responses=refusals(NotReadyError, openai=True),
 )
-async def models(request: Request) -> JSONResponse:
+async def models(request: Request) -> ModelResponse:
     """A list of one."""
-    return JSONResponse({"object": "list", "data": [_card(context_of(request))]})
+    return ModelResponse(ModelList(object="list", data=[_card(context_of(request))]))
 
 
 @router.get(
     "/models/{name:path}",
     summary="One model",
     response_model=ModelCard,
-    responses={
-        404: error_response_of(OpenAIErrorResponse, "Not served here."),
-        503: error_response_of(OpenAIErrorResponse, "No model is loaded."),
-    },
+    responses=refusals(ModelNotFoundError, NotReadyError, openai=True),
 )
-async def model(request: Request, name: str) -> JSONResponse:
+async def model(request: Request, name: str) -> ModelResponse:
     """The model of that name, if it is the one."""
     card = _card(context_of(request))
-    if name != card["id"]:
+    if name != card.id:
         raise ModelNotFoundError("this server has no such model; GET /v1/models lists what it has", param="model")
-    return JSONResponse(card)
+    return ModelResponse(card)
 
 
 @router.post(
     "/completions",
     summary="Continue prompts",
-    responses=responses(CompletionResponse, OpenAIErrorResponse, stream=""),
+    responses=generation_responses(CompletionResponse, CompletionResponse, ModelNotFoundError, openai=True),
 )
 async def completions(request: Request) -> Response:
     """Continue one prompt or several, as texts or token ids."""
@@ -75,13 +66,13 @@ async def completions(request: Request) -> Response:
     encoder = context.encoder(served)
     prompts = [prompt if isinstance(prompt, list) else await encoder.encode(prompt) for prompt in body.prompt]
     sampling = _sampling(body, served, prompts, body.max_tokens, DEFAULT_COMPLETION_TOKENS)
-    return await answer(request, context, served, _job(COMPLETIONS, body, served, prompts, sampling, body.logprobs))
+    return await respond(request, context, _job(COMPLETION, body, served, prompts, sampling, body.logprobs))
 
 
 @router.post(
     "/chat/completions",
     summary="Answer a chat",
-    responses=responses(ChatResponse, OpenAIErrorResponse, stream=""),
+    responses=generation_responses(ChatResponse, ChatChunk, ModelNotFoundError, openai=True),
 )
 async def chat(request: Request) -> Response:
     """Answer the last message, with the checkpoint's own chat template."""
@@ -97,11 +88,11 @@ async def chat(request: Request) -> Response:
     wanted = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     sampling = _sampling(body, served, prompts, wanted, served.max_context_tokens)
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return await answer(request, context, served, _job(CHAT, body, served, prompts, sampling, num_logprobs))
+    return await respond(request, context, _job(CHAT, body, served, prompts, sampling, num_logprobs))
 
 
 def _job(
-    dialect: Dialect,
+    format: Format,
     body: Common,
     served: LoadedModel,
     prompts: Sequence[list[int]],
@@ -111,7 +102,8 @@ def _job(
     """`n` requests for every prompt; the same seed gives the same `n` answers, each of them its own."""
     seed = sampling.seed
     return Job(
-        dialect=dialect,
+        format=format,
+        model=served,
         requests=[
             request_of(
                 served,
@@ -132,7 +124,7 @@ def _job(
 
 
 def _served(context: ApiContext, body: Common, num_prompts: int) -> LoadedModel:
-    """The model that is asked for, if it is the one and the request is for no more answers than allowed."""
+    """The served model, if the request names it and asks for no more answers than allowed."""
     served = context.service.model()
     if body.model != served.name:
         raise ModelNotFoundError("this server has no such model; GET /v1/models lists what it has", param="model")
@@ -144,13 +136,13 @@ def _served(context: ApiContext, body: Common, num_prompts: int) -> LoadedModel:
     return served
 
 
-def _card(context: ApiContext) -> dict[str, Any]:
-    return {
-        "id": context.loaded().name,
-        "object": "model",
-        "created": int(context.service.started_at),
-        "owned_by": "deepfew",
-    }
+def _card(context: ApiContext) -> ModelCard:
+    return ModelCard(
+        id=context.loaded().name,
+        object="model",
+        created=int(context.service.started_at),
+        owned_by="deepfew",
+    )
 
 
 def _sampling(

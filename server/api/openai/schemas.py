@@ -1,7 +1,7 @@
-"""Requests of the OpenAI dialect: what the unmodified `openai` client sends, and what of it we take.
+"""Requests of the OpenAI dialect: the fields that the unmodified `openai` client sends.
 
-Invariant: what this server does not do is refused by name. Fields that change nothing about the answer (`user`,
-`metadata`, `store`) are taken and not kept.
+Invariant: a field that this server does not support is refused by name. `user` changes nothing about the answer; it is
+taken and not kept.
 """
 
 from __future__ import annotations

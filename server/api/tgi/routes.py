@@ -1,7 +1,7 @@
 """`POST /generate`, `/generate_stream` and `/`: the Text Generation Inference contract.
 
-Everything that can be refused is refused before the response begins: the body, the limits, the place in the queue.
-`generated_text` keeps the stop string that ended it, as TGI's does. Our own addition: `details.deficit`.
+Invariant: every refusal comes before the response begins: the body, the limits, the place in the queue. As in TGI,
+`generated_text` ends with the stop string that ended it. `details.deficit` is our own addition.
 """
 
 from __future__ import annotations
@@ -9,34 +9,30 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from server.api.http.context import ApiContext, context_of
+from server.api.http.engine_requests import LEAST_LOGPROB, request_of, sampling_of
 from server.api.http.errors import ValidationFailed, error_body
-from server.api.http.events import KEEP_ALIVE, EventStream, event, unless_disconnected
-from server.api.http.generation import Generation
-from server.api.http.openapi import responses
-from server.api.http.requests import LEAST_LOGPROB, request_of, sampling_of, split
+from server.api.http.generation import Generations, split
+from server.api.http.openapi import generation_responses
+from server.api.http.responses import KEEP_ALIVE, EventStream, ModelResponse, event, unless_disconnected
 from server.api.tgi.schemas import (
     DEFAULT_NEW_TOKENS,
-    ErrorResponse,
+    Details,
     GenerateParameters,
     GenerateRequest,
     GenerateResponse,
+    PrefillToken,
+    StreamDetails,
+    StreamResponse,
+    Token,
 )
-from server.engine.request import (
-    ContextTooLongError,
-    EngineError,
-    FinishedEvent,
-    GenerationRequest,
-    Logprob,
-    TokenEvent,
-)
-from server.serving.deficit import deficit_payload
+from server.engine.request import ContextTooLongError, EngineError, FinishedEvent, GenerationRequest, TokenEvent
+from server.serving.deficit import deficit_details
 from server.serving.service import LoadedModel
 
 router = APIRouter()
@@ -59,7 +55,7 @@ class Prompt:
 @router.post(
     "/generate",
     summary="Generate tokens",
-    responses=responses(GenerateResponse, ErrorResponse, stream="StreamResponse"),
+    responses=generation_responses(GenerateResponse, StreamResponse),
 )
 async def generate(request: Request) -> Response:
     """Continue `inputs`; with `stream` as server-sent events, one for each token."""
@@ -71,7 +67,7 @@ async def generate(request: Request) -> Response:
 @router.post(
     "/generate_stream",
     summary="Generate a stream of tokens",
-    responses=responses(None, ErrorResponse, stream="StreamResponse"),
+    responses=generation_responses(None, StreamResponse),
 )
 async def generate_stream(request: Request) -> Response:
     """Continue `inputs` as server-sent events, one for each token, whatever `stream` says."""
@@ -79,9 +75,7 @@ async def generate_stream(request: Request) -> Response:
     return await _answer(request, context, await context.read(request, GenerateRequest), stream=True)
 
 
-@router.post(
-    "/", summary="Generate tokens", responses=responses(GenerateResponse, ErrorResponse, stream="StreamResponse")
-)
+@router.post("/", summary="Generate tokens", responses=generation_responses(GenerateResponse, StreamResponse))
 async def generate_at_root(request: Request) -> Response:
     """The same as `/generate`, at the place where `InferenceClient` posts when it is given the server's address."""
     return await generate(request)
@@ -91,23 +85,22 @@ async def _answer(request: Request, context: ApiContext, body: GenerateRequest, 
     started = time.perf_counter()
     model = context.service.model()
     prompt = await _prepare(context, model, body, stream=stream)
-    generation = context.submit(model, prompt.request)
+    generations = Generations(context, model, [prompt.request])
     context.log_text(request, "prompt", body.inputs)
     if stream:
         headers = {"x-prompt-tokens": str(len(prompt.request.prompt_ids))}
-        events = _stream(generation, prompt, context.http.keep_alive_seconds, request.url.path)
-        return EventStream(events, guard=generation, send_seconds=context.http.send_seconds, headers=headers)
-    with generation:
-        tokens, end = await unless_disconnected(request, generation.finished())
+        events = _stream(generations, prompt, context.http.keep_alive_seconds, request.url.path)
+        return EventStream(events, guard=generations, send_seconds=context.http.send_seconds, headers=headers)
+    with generations:
+        [(tokens, end)] = await unless_disconnected(request, generations.finished())
     context.log_text(request, "answer", end.generated_text)
-    payload: dict[str, Any] = {"generated_text": _whole_text(prompt, end)}
-    if prompt.wants_details:
-        payload["details"] = _details(prompt, tokens, end)
-    return JSONResponse(payload, headers=_timing_headers(end, time.perf_counter() - started))
+    details = {"details": _details(prompt, tokens, end)} if prompt.wants_details else {}
+    response = GenerateResponse(generated_text=_whole_text(prompt, end), **details)
+    return ModelResponse(response, headers=_timing_headers(end, time.perf_counter() - started))
 
 
 async def _prepare(context: ApiContext, model: LoadedModel, body: GenerateRequest, *, stream: bool) -> Prompt:
-    """Tokenise and check what the schema cannot.
+    """Tokenise the prompt and check what the schema cannot.
 
     Raises:
         ApiError, EngineError: the request is refused.
@@ -157,72 +150,72 @@ async def _prepare(context: ApiContext, model: LoadedModel, body: GenerateReques
 
 
 async def _stream(
-    generation: Generation, prompt: Prompt, keep_alive_seconds: float, path: str
+    generations: Generations, prompt: Prompt, keep_alive_seconds: float, path: str
 ) -> AsyncGenerator[bytes, None]:
     try:
-        async for batch in generation.batches(keep_alive_seconds):
+        async for _, batch in generations.batches(keep_alive_seconds):
             if not batch:
                 yield KEEP_ALIVE
                 continue
             tokens, end = split(batch)
-            chunks = [_stream_event(token, prompt, None) for token in tokens]
-            if end is not None:
-                chunks[-1] = _stream_event(tokens[-1], prompt, end)
-            yield b"".join(chunks)
+            last = len(tokens) - 1
+            yield b"".join(
+                event(_stream_event(token, prompt, end if place == last else None))
+                for place, token in enumerate(tokens)
+            )
     except EngineError as error:
         yield event(error_body(error, path))
 
 
-def _stream_event(token: TokenEvent, prompt: Prompt, end: FinishedEvent | None) -> bytes:
-    payload: dict[str, Any] = {"index": token.index, "token": _token(token)}
-    if prompt.parameters.top_n_tokens:
-        payload["top_tokens"] = [_alternative(top) for top in token.top]
-    payload["generated_text"] = None if end is None else _whole_text(prompt, end)
-    payload["details"] = None
+def _stream_event(token: TokenEvent, prompt: Prompt, end: FinishedEvent | None) -> StreamResponse:
+    details = None
     if end is not None and prompt.wants_details:
-        payload["details"] = {
-            "finish_reason": end.reason,
-            "generated_tokens": end.num_generated_tokens,
-            "seed": end.seed,
-            "input_length": end.num_prompt_tokens,
-            "deficit": deficit_payload(end.deficit, prompt.model, prompt.request),
-        }
-    return event(payload)
+        details = StreamDetails(
+            finish_reason=end.reason,
+            generated_tokens=end.num_generated_tokens,
+            seed=end.seed,
+            input_length=end.num_prompt_tokens,
+            deficit=deficit_details(end.deficit, prompt.model, prompt.request),
+        )
+    top = {"top_tokens": _top_tokens(token)} if prompt.parameters.top_n_tokens else {}
+    return StreamResponse(
+        index=token.index,
+        token=_token(token),
+        generated_text=None if end is None else _whole_text(prompt, end),
+        details=details,
+        **top,
+    )
 
 
-def _details(prompt: Prompt, tokens: Sequence[TokenEvent], end: FinishedEvent) -> dict[str, Any]:
-    details: dict[str, Any] = {
-        "finish_reason": end.reason,
-        "generated_tokens": end.num_generated_tokens,
-        "seed": end.seed,
-        "prefill": [
-            {"id": token, "text": text, "logprob": None if logprob is None else max(logprob, LEAST_LOGPROB)}
+def _details(prompt: Prompt, tokens: Sequence[TokenEvent], end: FinishedEvent) -> Details:
+    top = {"top_tokens": [_top_tokens(token) for token in tokens]} if prompt.parameters.top_n_tokens else {}
+    return Details(
+        finish_reason=end.reason,
+        generated_tokens=end.num_generated_tokens,
+        seed=end.seed,
+        prefill=[
+            PrefillToken(id=token, text=text, logprob=None if logprob is None else max(logprob, LEAST_LOGPROB))
             for token, text, logprob in end.prefill or ()
         ],
-        "tokens": [_token(token) for token in tokens],
-        "deficit": deficit_payload(end.deficit, prompt.model, prompt.request),
-    }
-    if prompt.parameters.top_n_tokens:
-        details["top_tokens"] = [[_alternative(top) for top in token.top] for token in tokens]
-    return details
+        tokens=[_token(token) for token in tokens],
+        deficit=deficit_details(end.deficit, prompt.model, prompt.request),
+        **top,
+    )
 
 
 def _whole_text(prompt: Prompt, end: FinishedEvent) -> str:
     return prompt.text + end.generated_text if prompt.parameters.return_full_text else end.generated_text
 
 
-def _token(token: TokenEvent) -> dict[str, Any]:
-    return {
-        "id": token.token_id,
-        "text": token.text,
-        "logprob": max(token.logprob, LEAST_LOGPROB),
-        "special": token.special,
-    }
+def _token(token: TokenEvent) -> Token:
+    return Token(id=token.token_id, text=token.text, logprob=max(token.logprob, LEAST_LOGPROB), special=token.special)
 
 
-def _alternative(top: Logprob) -> dict[str, Any]:
-    token, text, logprob = top
-    return {"id": token, "text": text, "logprob": max(logprob, LEAST_LOGPROB), "special": False}
+def _top_tokens(token: TokenEvent) -> list[Token]:
+    return [
+        Token(id=token_id, text=text, logprob=max(logprob, LEAST_LOGPROB), special=False)
+        for token_id, text, logprob in token.top
+    ]
 
 
 def _timing_headers(end: FinishedEvent, total_seconds: float) -> dict[str, str]:

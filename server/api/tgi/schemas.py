@@ -1,7 +1,7 @@
-"""Requests and responses of `/generate` and its kin, as in the Text Generation Inference contract.
+"""Requests and responses of `/generate`, `/generate_stream` and `/`: the Text Generation Inference contract.
 
-Invariant: what this server does not do is refused by name; nothing is ignored in silence. Source of the contract: TGI's
-OpenAPI document and router, and what `huggingface_hub.InferenceClient.text_generation` sends and reads.
+Invariant: a parameter that this server does not support is refused by name; none is ignored. Sources: TGI's OpenAPI
+document and router, and the fields that `huggingface_hub.InferenceClient.text_generation` sends and reads.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from server.api.http.deficit_schemas import DeficitDetails
 from server.api.http.fields import (
     MAX_TOP_TOKENS,
     MaskFields,
@@ -21,8 +20,10 @@ from server.api.http.fields import (
     TokenCount,
     unsupported,
 )
+from server.serving.deficit import DeficitDetails
 
 DEFAULT_NEW_TOKENS = 100
+EndReason = Literal["length", "eos_token", "stop_sequence"]
 
 
 class GenerateParameters(MaskFields):
@@ -76,10 +77,6 @@ class Token(BaseModel):
     special: bool
 
 
-class AlternativeToken(Token):
-    """One of the most likely tokens at a place."""
-
-
 class PrefillToken(BaseModel):
     """A token of the prompt; the first one has no log-probability."""
 
@@ -89,14 +86,14 @@ class PrefillToken(BaseModel):
 
 
 class Details(BaseModel):
-    """What is behind the generated text."""
+    """Tokens, the reason of the end, and the deficit."""
 
-    finish_reason: Literal["length", "eos_token", "stop_sequence"]
+    finish_reason: EndReason
     generated_tokens: int
     seed: int | None
     prefill: list[PrefillToken]
     tokens: list[Token]
-    top_tokens: list[list[AlternativeToken]] | None = None
+    top_tokens: list[list[Token]] | None = None
     deficit: DeficitDetails
 
 
@@ -110,7 +107,7 @@ class GenerateResponse(BaseModel):
 class StreamDetails(BaseModel):
     """Details of the last event of a stream."""
 
-    finish_reason: Literal["length", "eos_token", "stop_sequence"]
+    finish_reason: EndReason
     generated_tokens: int
     seed: int | None
     input_length: int
@@ -122,38 +119,6 @@ class StreamResponse(BaseModel):
 
     index: int
     token: Token
-    top_tokens: list[AlternativeToken] | None = None
+    top_tokens: list[Token] | None = None
     generated_text: str | None
     details: StreamDetails | None
-
-
-class ErrorResponse(BaseModel):
-    """Every error outside `/v1`."""
-
-    error: str
-    error_type: str
-
-
-class HealthResponse(BaseModel):
-    """State of the server."""
-
-    status: Literal["ok"]
-
-
-class ReadyResponse(BaseModel):
-    """State of the model; with status 503 there is `error` and `error_type` too.
-
-    `progress` is the share of loading that is done, over all phases: it never falls. `phase` names the one under way.
-    """
-
-    state: Literal["loading", "ready", "draining", "failed"]
-    reason: str
-    progress: float
-    phase: str
-
-
-class NotReadyResponse(ReadyResponse):
-    """Why requests are not taken now."""
-
-    error: str
-    error_type: Literal["healthcheck"]

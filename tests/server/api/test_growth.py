@@ -15,7 +15,7 @@ from expert_store.manifest import read_manifest
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.planning.selection import SelectionRequest
 from extractor.writing.prepare import prepare
-from server.api.admin.growth_schemas import GrowResponse, GrowthResponse, PlanResponse, ReloadResponse, ShrinkResponse
+from server.api.admin.schemas import GrowResponse, GrowthResponse, PlanResponse, ReloadResponse, ShrinkResponse
 from server.cli.main import main
 from server.growth.status import GrowthError, GrowthSourceError, NothingToGrowError
 from server.serving.loading import load

@@ -20,12 +20,11 @@ from extractor.planning.selection import SelectionRequest
 from extractor.statistics.file import write_statistics
 from extractor.statistics.statistics import ExpertStatistics, PricePoint
 from extractor.writing.prepare import prepare
-from server.api.admin.status_schemas import ProfilesResponse
-from server.api.http.deficit_schemas import DeficitDetails
+from server.api.admin.schemas import ProfilesResponse
 from server.engine.request import Deficit, GenerationRequest
 from server.masks.profiles import FixedMasking, PoolMasking, ProfileError
 from server.masks.usage_prior import UsagePrior
-from server.serving.deficit import deficit_payload
+from server.serving.deficit import DeficitDetails, deficit_details
 from server.serving.loading import load
 from server.settings.load import load_settings
 from tests.server.api.running import Running, events_of, running, wait_until
@@ -186,7 +185,7 @@ def test_text_that_routes_like_a_kind_is_priced_as_that_kind(client: httpx.Clien
     masks = replace(model.masks, prior=UsagePrior(shares, ["code", "prose"]))
     deficit = Deficit(0.125, (0.125,) * LAYERS, demand=wanted)
     request = GenerationRequest("one", (1,))
-    loss = deficit_payload(deficit, replace(model, masks=masks), request)["expected_loss"]
+    loss = deficit_details(deficit, replace(model, masks=masks), request).model_dump()["expected_loss"]
     assert loss["basis"] == "routing"
     assert loss["nats"] == pytest.approx(0.3, rel=0.01), "prose costs 0.3, code 0.1"
 

@@ -10,7 +10,8 @@ import httpx
 import openai
 import pytest
 
-from server.api.openai.responses import ChatResponse, CompletionResponse, OpenAIErrorResponse
+from server.api.http.errors import OpenAIErrorResponse
+from server.api.openai.responses import ChatResponse, CompletionResponse
 from tests.server.api.running import Running, events_of, running, wait_until
 from tests.server.api.scripted import ScriptedEngine
 

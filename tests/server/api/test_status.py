@@ -10,7 +10,7 @@ import time
 import httpx
 import pytest
 
-from server.api.admin.status_schemas import ExpertsResponse, InfoResponse
+from server.api.admin.schemas import ExpertsResponse, InfoResponse
 from server.cli.logging_setup import JsonFormatter, TextFormatter
 from server.serving.service import LoadedModel, Progress
 from tests.server.api.running import running, wait_until

@@ -1,6 +1,7 @@
-"""What a server offers beyond tokens, built from its settings: masks for requests, and a store that grows.
+"""Masks for requests and growth of the store, made from the settings.
 
-Read before the model is loaded, so that a wrong path is said at once; bound to the engine when it runs.
+Invariant: profiles are read before the model is loaded, so that a wrong path is reported at once. Masks and growth are
+bound to the engine once it runs.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
     from server.engine.engine import Engine
     from server.growth.grower import Grower
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Offers:
-    """What was read.
+class MasksAndGrowth:
+    """What the settings say of masks and growth.
 
     Attributes:
         profiles: masks by name.
@@ -44,7 +45,7 @@ class Offers:
     @classmethod
     def read(
         cls, settings: Settings, store: Store, served: ExpertMask | None, statistics: ExpertStatistics | None
-    ) -> Offers:
+    ) -> MasksAndGrowth:
         """Read the profiles that the settings name.
 
         Raises:
@@ -62,7 +63,7 @@ class Offers:
         return RequestMasks(self.profiles, spec.num_layers, spec.num_experts, prior, available=lambda: routing.mask)
 
     def grower(self, engine: Engine, settings: Settings) -> Grower:
-        """What changes the store of a running engine."""
+        """The object that changes the store of a running engine."""
         from extractor.checkpoint.source import attach_source
         from server.growth.demand import RecentDemand
         from server.growth.grower import Grower
@@ -92,7 +93,7 @@ class Offers:
         return grower
 
     def start_growing(self, grower: Grower, settings: Settings) -> None:
-        """Let the store grow by itself where the settings give it a budget."""
+        """Start the growth without commands, if the settings give a budget."""
         growth = settings.growth
         if growth.grow_budget is None:
             return
@@ -108,7 +109,7 @@ class Offers:
 
 
 def _sizes_of_outputs(calibrated: ExpertStatistics | None, store: Store) -> ExpertStatistics | None:
-    """What is known of the experts' outputs: from calibration, else from what was served before this start."""
+    """Statistics of the experts' outputs: from calibration, else from what was served before this start."""
     if calibrated is not None:
         return calibrated
     from server.engine.statistics_file import served_statistics
@@ -116,5 +117,5 @@ def _sizes_of_outputs(calibrated: ExpertStatistics | None, store: Store) -> Expe
     try:
         return served_statistics(store.path, store.manifest.source.fingerprint)
     except (StatisticsError, OSError) as error:  # the collector sets such a file aside
-        logger.warning("growth goes by what is wanted alone: %s", error)
+        log.warning("growth goes by what is wanted alone: %s", error)
         return None

@@ -1,7 +1,7 @@
-"""From what a client sent to what the engine takes: what the two dialects share.
+"""Engine requests from checked HTTP bodies; both dialects use these functions.
 
-Invariant: whatever a request wants of experts and cannot have is refused here or by `Engine.submit`, before the
-response begins; a masking belongs to one request alone, since it follows that request's tokens.
+Invariant: a request for experts that it cannot have is refused here or by `Engine.submit`, before the response begins.
+Each engine request has its own masking, because a masking follows the tokens of its request.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 from server.api.http.errors import ValidationFailed
 from server.api.http.fields import MaskFields
-from server.engine.request import FinishedEvent, GenerationRequest, SamplingParams, TokenEvent
+from server.engine.request import GenerationRequest, SamplingParams
 from server.masks.profiles import ProfileError
 from server.serving.service import LoadedModel
 
 COLDEST = 1e-4
-"""Below this temperature the most likely token is taken anyway, and the division would overflow."""
+"""Lowest temperature: below it the most likely token is always taken, and dividing by it would overflow."""
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have."""
 
@@ -59,7 +59,7 @@ def request_of(
     """One request for the engine.
 
     Args:
-        masks: what the client said of experts.
+        masks: the client's mask parameters.
         path: of these fields in the body, for messages.
 
     Raises:
@@ -86,9 +86,3 @@ def request_of(
         on_missing=masks.on_missing or "mask",
         router_temperature=1.0 if masks.router_temperature is None else float(masks.router_temperature),
     )
-
-
-def split(batch: Sequence[TokenEvent | FinishedEvent]) -> tuple[list[TokenEvent], FinishedEvent | None]:
-    """The tokens of a batch, and the end if it is there."""
-    end = batch[-1] if isinstance(batch[-1], FinishedEvent) else None
-    return [item for item in batch if isinstance(item, TokenEvent)], end

@@ -1,25 +1,25 @@
-"""Server-sent events: a response that writes events as they come and stops at once when nobody reads them.
+"""Responses: a model as JSON, or models as server-sent events that stop when the client leaves.
 
-Invariant: the source generator is always closed, whether the stream ended, the client left, or it read too slowly.
-Starlette's own streaming response waits without bound on a client that does not read.
+Invariant: a field that was not set is left out, whatever its default. The source of a stream's events is always closed:
+when the stream ends, when the client leaves, and when the client reads too slowly. Starlette's own streaming response
+waits without limit for a client that does not read.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.api.http.middleware import abort
-
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -27,19 +27,28 @@ KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
 
-def event(payload: Mapping[str, Any]) -> bytes:
-    """One `data:` event; JSON has no raw line breaks, so it is one line."""
-    return b"data: " + json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+class ModelResponse(Response):
+    """A response whose body is a model's JSON."""
+
+    media_type = "application/json"
+
+    def render(self, content: BaseModel) -> bytes:
+        return content.model_dump_json(exclude_unset=True).encode()
+
+
+def event(payload: BaseModel) -> bytes:
+    """One `data:` event. JSON has no raw line breaks, so it is one line."""
+    return b"data: " + payload.model_dump_json(exclude_unset=True).encode() + b"\n\n"
 
 
 class EventStream(Response):
-    """Streams `events`.
+    """A response that streams `events`.
 
     Args:
-        events: byte chunks, each at least one whole event; closed in any case.
+        events: byte chunks, each at least one whole event. The generator is closed in any case.
         guard: entered for as long as the stream lasts.
-        send_seconds: a chunk that could not be written for this long ends the stream.
-        headers: more of the response's.
+        send_seconds: the stream ends when one chunk cannot be sent for this long.
+        headers: further headers of the response.
     """
 
     def __init__(
@@ -80,7 +89,7 @@ class EventStream(Response):
             await self.events.aclose()
         error = results[0]
         if isinstance(error, TimeoutError):
-            logger.info("slow reader", extra={"reason": f"nothing was read for {self.send_seconds:g} s"})
+            log.info("slow reader", extra={"reason": f"nothing was read for {self.send_seconds:g} s"})
             abort(scope)
         elif isinstance(error, Exception):
             raise error
@@ -110,6 +119,14 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Result
         worker.cancel()
         watcher.cancel()
         await asyncio.gather(worker, watcher, return_exceptions=True)
+
+
+def abort(scope: Scope) -> None:
+    """Close the connection at once and drop what was not sent, where the server underneath allows it."""
+    cut = scope.get("state", {}).get("abort")
+    if cut is not None:
+        with contextlib.suppress(OSError, RuntimeError):
+            cut()
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -1,0 +1,307 @@
+"""Requests and responses of the routes that show or change the server and its store."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.api.http.fields import Strict
+from server.growth.status import Candidate, GrowthState, GrowthStatus
+from server.serving.service import ExpertsSnapshot
+
+MAX_CHANGE = 65536
+DEFAULT_CANDIDATES = 8
+MAX_CANDIDATES = 1024
+
+DeepExpertCount = Annotated[int, Field(ge=1, le=MAX_CHANGE)]
+
+
+class HealthResponse(BaseModel):
+    """The server is healthy."""
+
+    status: Literal["ok"]
+
+
+class ReadyResponse(BaseModel):
+    """State of the model; with status 503 there is `error` and `error_type` too.
+
+    `progress` is the share of loading that is done, over all phases: it never falls. `phase` names the one under way.
+    """
+
+    state: Literal["loading", "ready", "draining", "failed"]
+    reason: str
+    progress: float
+    phase: str
+
+
+class NotReadyResponse(ReadyResponse):
+    """The reason why no request is taken now."""
+
+    error: str
+    error_type: Literal["healthcheck"]
+
+
+class InfoResponse(BaseModel):
+    """The served model and its limits; names are TGI's if TGI has the field.
+
+    `decode_path`: where the experts of a decode step are driven, `host` or `device`.
+    """
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_id: str
+    model_family: str
+    model_dtype: str
+    model_device_type: str
+    model_pipeline_tag: str
+    decode_path: str
+    num_layers: int
+    num_experts: int
+    top_k: int
+    max_input_tokens: int
+    max_total_tokens: int
+    max_best_of: int
+    max_stop_sequences: int
+    max_top_n_tokens: int
+    max_body_bytes: int
+    router: str
+    version: str
+
+
+class ExpertTotals(BaseModel):
+    """Sums over all layers and experts; `tokens` were routed."""
+
+    available: int
+    resident: int
+    uses: int
+    demand: int
+    served_mass: float
+    demand_mass: float
+    deficit: float
+    tokens: int
+    top1_missing_tokens: int
+    hits: int
+    misses: int
+    evictions: int
+    fetch_bytes: int
+    fetch_seconds: float
+    slots_per_layer: int
+    slot_bytes: int
+    host_hits: int
+    host_misses: int
+
+
+class Shard(BaseModel):
+    """A deep expert: its file, its size, and the expert of every layer."""
+
+    file: str
+    bytes: int
+    experts: list[int]
+
+
+class ExpertsResponse(BaseModel):
+    """Every expert: `available` to `demand_mass` are `[layer][expert]`, `deficit` to `expert_bytes` are `[layer]`.
+
+    `uses` counts the experts computed, `demand` the choices of the unmasked router; masses are sums of router weight.
+    """
+
+    num_layers: int
+    num_experts: int
+    top_k: int
+    available: list[list[bool]]
+    resident: list[list[bool]]
+    uses: list[list[int]]
+    demand: list[list[int]]
+    served_mass: list[list[float]]
+    demand_mass: list[list[float]]
+    deficit: list[float]
+    top1_missing: list[int]
+    hits: list[int]
+    misses: list[int]
+    evictions: list[int]
+    fetch_bytes: list[int]
+    fetch_seconds: list[float]
+    expert_bytes: list[int]
+    totals: ExpertTotals
+    shards: list[Shard]
+
+    @classmethod
+    def of(cls, found: ExpertsSnapshot, top_k: int) -> ExpertsResponse:
+        """The snapshot as lists, with its totals."""
+        num_layers, num_experts = found.available.shape
+        return cls(
+            num_layers=num_layers,
+            num_experts=num_experts,
+            top_k=top_k,
+            available=found.available.tolist(),
+            resident=found.resident.tolist(),
+            uses=found.uses.tolist(),
+            demand=found.demand.tolist(),
+            served_mass=found.served_mass.tolist(),
+            demand_mass=found.demand_mass.tolist(),
+            deficit=found.deficit.tolist(),
+            top1_missing=found.top1_missing.tolist(),
+            hits=found.hits.tolist(),
+            misses=found.misses.tolist(),
+            evictions=found.evictions.tolist(),
+            fetch_bytes=found.fetch_bytes.tolist(),
+            fetch_seconds=found.fetch_seconds.tolist(),
+            expert_bytes=found.expert_bytes.tolist(),
+            totals=_totals(found),
+            shards=[Shard(file=one.file, bytes=one.num_bytes, experts=list(one.experts)) for one in found.shards],
+        )
+
+
+def _totals(found: ExpertsSnapshot) -> ExpertTotals:
+    return ExpertTotals(
+        available=int(found.available.sum()),
+        resident=int(found.resident.sum()),
+        uses=int(found.uses.sum()),
+        demand=int(found.demand.sum()),
+        served_mass=float(found.served_mass.sum()),
+        demand_mass=float(found.demand_mass.sum()),
+        deficit=found.overall_deficit,
+        tokens=found.num_tokens,
+        top1_missing_tokens=found.top1_missing_tokens,
+        hits=int(found.hits.sum()),
+        misses=int(found.misses.sum()),
+        evictions=int(found.evictions.sum()),
+        fetch_bytes=int(found.fetch_bytes.sum()),
+        fetch_seconds=float(found.fetch_seconds.sum()),
+        slots_per_layer=found.num_slots,
+        slot_bytes=found.slot_bytes,
+        host_hits=found.host_hits,
+        host_misses=found.host_misses,
+    )
+
+
+class Profile(BaseModel):
+    """A mask that requests may name; shares are of all experts of the model."""
+
+    name: str
+    kept_share: float
+    available_share: float
+
+
+class ProfilesResponse(BaseModel):
+    """The masks that a request may choose. `max_pool` is the largest pool; `has_prior`: pools know usual text."""
+
+    profiles: list[Profile]
+    max_pool: int
+    has_prior: bool
+
+
+class GrowRequest(Strict):
+    """The number of best candidates to add."""
+
+    count: DeepExpertCount = Field(1, description="deep experts to add; default 1")
+
+
+class ShrinkRequest(Strict):
+    """The deep experts to give up; one of the two."""
+
+    count: DeepExpertCount | None = Field(None, description="give up so many, the least wanted ones")
+    indices: (
+        Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(min_length=1, max_length=MAX_CHANGE)] | None
+    ) = Field(None, description="give up these, by the index in their file's name")
+
+
+class ReloadRequest(Strict):
+    """An empty object; the body may be left out."""
+
+
+class CandidateResponse(BaseModel):
+    """A deep expert that the store could have; `score` is missing mass × expected output norm ÷ byte."""
+
+    experts: list[int]
+    bytes: int
+    score: float
+    missing_share: float
+    reason: str
+
+    @classmethod
+    def of(cls, candidate: Candidate) -> CandidateResponse:
+        """The candidate as JSON."""
+        return cls(
+            experts=list(candidate.experts),
+            bytes=candidate.num_bytes,
+            score=candidate.score,
+            missing_share=candidate.missing_share,
+            reason=candidate.reason,
+        )
+
+
+class GrowthResponse(BaseModel):
+    """The store's present change; totals are since the server started."""
+
+    state: GrowthState
+    progress: float = Field(description="share written of the growth under way, or of the last one")
+    done_bytes: int
+    total_bytes: int
+    error: str | None = Field(description="the error of the last growth; the log says more")
+    growths: int
+    failures: int
+    shrinks: int
+    grown_bytes: int
+    deep_experts: int
+    held_bytes: int
+    budget_bytes: int | None
+
+    @classmethod
+    def of(cls, status: GrowthStatus) -> GrowthResponse:
+        """The status as JSON."""
+        return cls(
+            state=status.state,
+            progress=min(status.done_bytes / status.total_bytes, 1.0) if status.total_bytes else 0.0,
+            done_bytes=status.done_bytes,
+            total_bytes=status.total_bytes,
+            error=status.error,
+            growths=status.num_growths,
+            failures=status.num_failures,
+            shrinks=status.num_shrinks,
+            grown_bytes=status.grown_bytes,
+            deep_experts=status.num_deep_experts,
+            held_bytes=status.held_bytes,
+            budget_bytes=status.budget_bytes,
+        )
+
+
+class PlanResponse(BaseModel):
+    """Deep experts to extract next, best first; `num_candidates` counts those beyond the list as well."""
+
+    candidates: list[CandidateResponse]
+    num_candidates: int
+    growth: GrowthResponse
+
+
+class GrowResponse(BaseModel):
+    """The deep experts that are being added in the background."""
+
+    started: list[CandidateResponse]
+    growth: GrowthResponse
+
+
+class RemovedResponse(BaseModel):
+    """A deep expert that was given up."""
+
+    index: int
+    file: str
+    bytes: int
+    experts: list[int]
+
+
+class ShrinkResponse(BaseModel):
+    """The deep experts given up; `freed_bytes` is null while another process reads the store and the files stay."""
+
+    removed: list[RemovedResponse]
+    freed_bytes: int | None
+    growth: GrowthResponse
+
+
+class ReloadResponse(BaseModel):
+    """Deep experts that the store on disk had more and less than the served one."""
+
+    added: int
+    removed: int
+    growth: GrowthResponse

@@ -1,0 +1,240 @@
+"""The answer to an OpenAI request: its generations shown as choices, whole or as the chunks of a stream.
+
+Invariant: all requests are in the engine before the response begins. A stop string is not part of the text. Every
+finished choice has its `deficit`, which is our own addition.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.api.http.context import ApiContext
+from server.api.http.errors import error_body
+from server.api.http.generation import Generations, split
+from server.api.http.responses import DONE, KEEP_ALIVE, EventStream, ModelResponse, event, unless_disconnected
+from server.api.openai.responses import (
+    ChatAnswer,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatDelta,
+    ChatLogprobs,
+    ChatResponse,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionResponse,
+    EndReason,
+    Usage,
+)
+from server.api.openai.stop_filter import StopFilter
+from server.engine.request import EngineError, FinishedEvent, GenerationRequest, TokenEvent
+from server.serving.deficit import deficit_details
+from server.serving.service import LoadedModel
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text and tokens of one choice: all of them, or those of a chunk.
+
+    Attributes:
+        index: of the choice.
+        text: without the stop string.
+        offset: characters of the choice's tokens before these.
+        num_logprobs: alternatives a token; None where no log-probabilities are wanted.
+        ending: `deficit` of the finished choice; empty before the end.
+    """
+
+    index: int
+    text: str
+    tokens: Sequence[TokenEvent]
+    offset: int
+    num_logprobs: int | None
+    finish_reason: EndReason | None
+    ending: dict[str, Any]
+
+
+def _completion_choice(piece: Piece) -> CompletionChoice:
+    number = piece.num_logprobs
+    return CompletionChoice(
+        index=piece.index,
+        text=piece.text,
+        logprobs=None if number is None else CompletionLogprobs.of(piece.tokens, number, piece.offset),
+        finish_reason=piece.finish_reason,
+        **piece.ending,
+    )
+
+
+def _chat_logprobs(piece: Piece) -> ChatLogprobs | None:
+    return None if piece.num_logprobs is None else ChatLogprobs.of(piece.tokens)
+
+
+def _chat_choice(piece: Piece) -> ChatChoice:
+    assert piece.finish_reason is not None, "a whole choice has ended"
+    return ChatChoice(
+        index=piece.index,
+        message=ChatAnswer(role="assistant", content=piece.text, refusal=None),
+        logprobs=_chat_logprobs(piece),
+        finish_reason=piece.finish_reason,
+        **piece.ending,
+    )
+
+
+def _chat_chunk_choice(piece: Piece) -> ChatChunkChoice:
+    return ChatChunkChoice(
+        index=piece.index,
+        delta=ChatDelta(content=piece.text) if piece.text else ChatDelta(),
+        logprobs=_chat_logprobs(piece),
+        finish_reason=piece.finish_reason,
+        **piece.ending,
+    )
+
+
+def _chat_opening(index: int) -> ChatChunkChoice:
+    return ChatChunkChoice(
+        index=index, delta=ChatDelta(role="assistant", content=""), logprobs=None, finish_reason=None
+    )
+
+
+@dataclass(frozen=True)
+class Format:
+    """The models of one of the two routes.
+
+    Attributes:
+        response, chunk: of the whole answer and of a stream's event; `object` names them in the JSON.
+        choice, chunk_choice: make a choice of them.
+        opening: makes the choice that begins a stream, if there is one.
+    """
+
+    id_prefix: str
+    object: str
+    chunk_object: str
+    response: type[BaseModel]
+    chunk: type[BaseModel]
+    choice: Callable[[Piece], BaseModel]
+    chunk_choice: Callable[[Piece], BaseModel]
+    opening: Callable[[int], BaseModel] | None
+
+
+COMPLETION = Format(
+    id_prefix="cmpl-",
+    object="text_completion",
+    chunk_object="text_completion",
+    response=CompletionResponse,
+    chunk=CompletionResponse,
+    choice=_completion_choice,
+    chunk_choice=_completion_choice,
+    opening=None,
+)
+CHAT = Format(
+    id_prefix="chatcmpl-",
+    object="chat.completion",
+    chunk_object="chat.completion.chunk",
+    response=ChatResponse,
+    chunk=ChatChunk,
+    choice=_chat_choice,
+    chunk_choice=_chat_chunk_choice,
+    opening=_chat_opening,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that was checked and tokenised.
+
+    Attributes:
+        requests: one for each choice, in their order.
+        num_prompt_tokens: a prompt counts once, however many answers it gets.
+        num_logprobs: alternatives a token; None where no log-probabilities are wanted.
+    """
+
+    format: Format
+    model: LoadedModel
+    requests: list[GenerationRequest]
+    num_prompt_tokens: int
+    stops: list[str]
+    num_logprobs: int | None
+    stream: bool
+    include_usage: bool
+
+    def piece(
+        self, index: int, text: str, tokens: Sequence[TokenEvent], end: FinishedEvent | None, offset: int = 0
+    ) -> Piece:
+        """Text and tokens of a choice, and its end if it is there."""
+        if end is None:
+            return Piece(index, text, tokens, offset, self.num_logprobs, None, {})
+        reason: EndReason = "length" if end.reason == "length" else "stop"
+        ending = {"deficit": deficit_details(end.deficit, self.model, self.requests[index])}
+        return Piece(index, text, tokens, offset, self.num_logprobs, reason, ending)
+
+    def usage(self, num_new: int) -> Usage:
+        """Token counts of the request."""
+        num_prompt = self.num_prompt_tokens
+        return Usage(prompt_tokens=num_prompt, completion_tokens=num_new, total_tokens=num_prompt + num_new)
+
+
+async def respond(request: Request, context: ApiContext, job: Job) -> Response:
+    """The response to a job.
+
+    Raises:
+        EngineError: it was refused, or failed before an answer without a stream was whole.
+    """
+    shown = job.format
+    head = {
+        "id": shown.id_prefix + uuid.uuid4().hex,
+        "object": shown.chunk_object if job.stream else shown.object,
+        "created": int(time.time()),
+        "model": job.model.name,
+        "system_fingerprint": f"deepfew-{context.version}",
+    }
+    generations = Generations(context, job.model, job.requests)
+    if job.stream:
+        events = _stream(generations, job, head, context.http.keep_alive_seconds, request.url.path)
+        return EventStream(events, guard=generations, send_seconds=context.http.send_seconds)
+    with generations:
+        finished = await unless_disconnected(request, generations.finished())
+    context.log_text(request, "answer", [end.generated_text for _, end in finished])
+    choices = []
+    for index, (tokens, end) in enumerate(finished):
+        text = StopFilter(job.stops).finish(end.generated_text, end.stop_text)
+        choices.append(shown.choice(job.piece(index, text, tokens, end)))
+    usage = job.usage(sum(end.num_generated_tokens for _, end in finished))
+    return ModelResponse(shown.response(**head, choices=choices, usage=usage))
+
+
+async def _stream(
+    generations: Generations, job: Job, head: dict[str, Any], keep_alive_seconds: float, path: str
+) -> AsyncGenerator[bytes, None]:
+    shown, chunk = job.format, job.format.chunk
+    filters = [StopFilter(job.stops) for _ in job.requests]
+    base = {**head, "usage": None} if job.include_usage else head
+    offsets = [0] * len(filters)
+    num_new = 0
+    if shown.opening is not None:
+        yield b"".join(event(chunk(**base, choices=[shown.opening(index)])) for index in range(len(filters)))
+    try:
+        async for index, batch in generations.batches(keep_alive_seconds):
+            if not batch:
+                yield KEEP_ALIVE
+                continue
+            tokens, end = split(batch)
+            text = "".join(filters[index].feed(token.text) for token in tokens if not token.special)
+            if end is not None:
+                text += filters[index].finish(end.generated_text, end.stop_text)
+                num_new += end.num_generated_tokens
+            if text or end is not None or job.num_logprobs is not None:
+                piece = job.piece(index, text, tokens, end, offsets[index])
+                offsets[index] += sum(len(token.text) for token in tokens)
+                yield event(chunk(**base, choices=[shown.chunk_choice(piece)]))
+        if job.include_usage:
+            yield event(chunk(**{**base, "choices": [], "usage": job.usage(num_new)}))
+        yield DONE
+    except EngineError as error:
+        yield event(error_body(error, path))
