@@ -8,17 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from expert_store.store import Store
 from extractor.checkpoint.checkpoint import Checkpoint
+from router.gating import RULES
 from router.mask import ExpertMask
 from server.model.host.assembly import HostModel, load_model
 from server.model.host.sequence_runner import make_runner
 from server.model.runner import RowStep
-from tests.families.checkpoints import NUM_EXPERTS
+from tests.families.checkpoints import FAMILIES, NUM_EXPERTS, is_installed
 
+SERVED = [name for name, family in FAMILIES.items() if family.causal and is_installed(name)]
+OTHER_MEMORIES = ("bailing_hybrid", "deepseek_v32", "granitemoehybrid", "nemotron_h", "qwen3_next")
+"""Families whose layers remember in another way than the first family of their gating rule."""
 NUM_DECODED = 4
 
 
@@ -29,6 +34,17 @@ PROMPTS = [
 
 # Relative to the largest logit; float32, other order of sums.
 TOLERANCE = 2e-5
+
+
+def served_families() -> list[Any]:
+    """Parameters of a test: all that are served, exhaustive but for one of each gating rule and of each memory."""
+    seen, found = [], []
+    for name in SERVED:
+        rule = RULES.get(name.removesuffix("_text"))
+        is_everyday = rule not in seen or name in OTHER_MEMORIES
+        seen.append(rule)
+        found.append(pytest.param(name, marks=() if is_everyday else pytest.mark.exhaustive))
+    return found
 
 
 def checkpoint_of(model: Any, directory: Path, repository: Path) -> Checkpoint:

@@ -20,11 +20,18 @@ from extractor.planning.selection import SelectionRequest
 from extractor.writing.prepare import prepare
 from router.mask import ExpertMask
 from server.model.host.sequence_runner import has_plain_memory
-from tests.families.checkpoints import FAMILIES, NUM_EXPERTS, is_installed, moe_blocks, random_model, tiny_config
+from tests.families.checkpoints import NUM_EXPERTS, moe_blocks, random_model, tiny_config
 from tests.families.pruning import pruned_model
-from tests.families.serving import PROMPTS, assembled, assert_same, checkpoint_of, served_logits, stock_logits
+from tests.families.serving import (
+    PROMPTS,
+    assembled,
+    assert_same,
+    checkpoint_of,
+    served_families,
+    served_logits,
+    stock_logits,
+)
 
-SERVED = [name for name, family in FAMILIES.items() if family.causal and is_installed(name)]
 KEPT = [0, 1, 3, 4, 6, 7]
 
 
@@ -41,7 +48,7 @@ def extracted(model: Any, where: Path, repository: Path, experts: str | None = N
     return Store.open(where / "store")
 
 
-@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize("family", served_families())
 def test_store_holds_what_transformers_loads_and_serves_what_it_computes(
     family: str, tmp_path: Path, repository: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -69,7 +76,7 @@ def test_store_holds_what_transformers_loads_and_serves_what_it_computes(
         selective.close()
 
 
-@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize("family", served_families())
 def test_masked_model_equals_a_physically_pruned_one(family: str, tmp_path: Path, repository: Path) -> None:
     """Three requests in one batch over a store that lacks experts: all that it has, fewer than top-k, and one.
 

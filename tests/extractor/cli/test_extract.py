@@ -148,7 +148,7 @@ def test_an_interrupt_says_that_the_same_command_continues(
     assert "the same command continues" in err
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_module_is_the_command(repository: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "extractor", str(tiny_checkpoint), str(tmp_path / "store"), "--count", "1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=repository, check=False)

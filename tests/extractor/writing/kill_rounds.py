@@ -1,12 +1,13 @@
 """Kill extractions at every step and at random moments; run by test_kill.py in a process of its own.
 
     python -m tests.extractor.writing.kill_rounds CHECKPOINT FOLDER steps STRIDE
-    python -m tests.extractor.writing.kill_rounds CHECKPOINT FOLDER random ROUNDS SECONDS
+    python -m tests.extractor.writing.kill_rounds CHECKPOINT FOLDER random ROUNDS
 
 `steps`: for every STRIDE-th call k of the system that changes the disk, a child is killed (SIGKILL, to itself) right
-before call k, and the extraction is then run to its end. `random`: children are killed after a random time, one after
-the other in the same directory, until one finishes. After every kill the directory must be either no store or a whole
-one; at the end it must have the bytes of an undisturbed extraction. Prints how many children were killed.
+before call k, and the extraction is then run to its end. `random`: children are killed after a random share of the time
+that an extraction takes, one after the other in the same directory, until one finishes. After every kill the directory
+must be either no store or a whole one; at the end it must have the bytes of an undisturbed extraction. Prints how many
+children were killed.
 """
 
 import itertools
@@ -119,12 +120,14 @@ def kill_at_random(checkpoint: Path, folder: Path, wanted: dict[str, bytes], rou
 def main() -> None:
     checkpoint, folder, mode, *numbers = sys.argv[1:]
     whole = Path(folder) / "whole"
+    started = time.monotonic()
     extract(Path(checkpoint), whole)
+    seconds = time.monotonic() - started
     wanted = contents(whole)
     if mode == "steps":
         print(kill_at_steps(Path(checkpoint), Path(folder), wanted, int(numbers[0])))
     else:
-        print(kill_at_random(Path(checkpoint), Path(folder), wanted, int(numbers[0]), float(numbers[1])))
+        print(kill_at_random(Path(checkpoint), Path(folder), wanted, int(numbers[0]), seconds / 2))
 
 
 if __name__ == "__main__":

@@ -15,15 +15,16 @@ def rounds(repository: Path, *arguments: str) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("stride", [71, pytest.param(9, marks=pytest.mark.exhaustive)])
 def test_killed_before_any_step_an_extraction_continues(
-    repository: Path, qwen_checkpoint: Path, tmp_path: Path
+    repository: Path, qwen_checkpoint: Path, tmp_path: Path, stride: int
 ) -> None:
-    assert rounds(repository, str(qwen_checkpoint), str(tmp_path), "steps", "9") >= 10
+    """Every `stride`-th of the about hundred calls that change the disk."""
+    assert rounds(repository, str(qwen_checkpoint), str(tmp_path), "steps", str(stride)) >= 90 // stride
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_at_random_moments_an_extraction_continues(
     repository: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    assert rounds(repository, str(tiny_checkpoint), str(tmp_path), "random", "2", "0.05") >= 1
+    assert rounds(repository, str(tiny_checkpoint), str(tmp_path), "random", "2") >= 1

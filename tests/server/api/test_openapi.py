@@ -52,15 +52,27 @@ def test_document_tells_which_routes_want_the_admin_key() -> None:
     assert document["paths"]["/experts/reload"]["post"]["requestBody"]["required"] is False
 
 
-@pytest.mark.slow
-def test_schemathesis_finds_no_difference(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("phases", "num_examples"),
+    [("fuzzing", 5), pytest.param("examples,coverage,fuzzing,stateful", 40, marks=pytest.mark.exhaustive)],
+)
+def test_schemathesis_finds_no_difference(tmp_path: Path, phases: str, num_examples: int) -> None:
     config = tmp_path / "schemathesis.toml"
     config.write_text(CONFIG)
     with running(receive_seconds=5.0) as server:
         found = subprocess.run(
             [
                 *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run"),
-                *(f"{server.url}/openapi.json", "--max-examples", "40", "--seed", "1", "--no-color"),
+                *(
+                    f"{server.url}/openapi.json",
+                    "--phases",
+                    phases,
+                    "--max-examples",
+                    str(num_examples),
+                    "--seed",
+                    "1",
+                    "--no-color",
+                ),
             ],
             capture_output=True,
             text=True,

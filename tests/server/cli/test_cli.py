@@ -201,7 +201,7 @@ def test_sigterm_finishes_what_runs_saves_usage_and_exits_0(server: Server, stor
     assert "Once upon" not in server.log.read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_server_starts_again_with_the_usage_that_was_saved(store: Path, tmp_path: Path) -> None:
     copy = tmp_path / "store"
     shutil.copytree(store, copy)
@@ -228,7 +228,7 @@ def test_killed_server_starts_again_with_the_usage_that_was_saved(store: Path, t
     assert left == {"experts", "manifest.json", "trunk", "usage.json"}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="only root can become somebody else")
 def test_user_without_rights_on_the_store_can_serve_it(store: Path) -> None:
     nobody = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")

@@ -143,7 +143,7 @@ def test_a_damaged_expert_is_dealt_with_as_on_the_host(loaded, small_store, tmp_
     assert (healed.result().generated_text == whole.result().generated_text) == (corrupt_experts == "fail")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.exhaustive)])
 def test_a_store_is_fetched_for_grown_and_shrunk_while_it_serves(loaded, few_small_store, tmp_path, dtype):
     """The store is float32: in the other dtype every span is converted on its way."""
 

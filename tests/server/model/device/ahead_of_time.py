@@ -70,10 +70,16 @@ QWEN2 = replace(
     shared_intermediate=5632, qk_norm="none", router=RouterKind(renormalise=False),
 )  # fmt: skip
 
+EVERY_KIND = replace(
+    TINY, dense_layers=frozenset({0}), dense_intermediate=64, shared_intermediate=32, rotary=16, windows=(16, 0),
+    qk_norm="none", router=replace(GLM4.router, groups=4, kept_groups=2),
+)  # fmt: skip
+
 _PLAIN, _ALL = (1, False, 0.0, "lru"), (1, True, 0.1, "lfu")
 CASES = {
     "tiny": Case(TINY, 6, (_PLAIN, (2, True, 0.0, "lru"))),
     "tiny, few slots": Case(TINY, 3, (_ALL, (5, True, 0.0, "lru"))),
+    "tiny, every kind": Case(EVERY_KIND, 6, (_PLAIN, (2, True, 0.1, "lfu"))),
     "bundled": Case(BUNDLED, 16, ((1, True, 0.0, "lru"), (32, False, 0.0, "lru"))),
     "half": Case(replace(BUNDLED, dtype=torch.float16), 8, ((4, True, 0.1, "lfu"),)),
     "qwen3": Case(QWEN3, 32, (_PLAIN, (8, True, 0.1, "lfu"))),

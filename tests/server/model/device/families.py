@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,8 @@ CAPTURED = {
 }  # fmt: skip
 
 
+EVERYDAY = ("mixtral in a window", "qwen2_moe partly in windows", "glm4_moe in groups", "minimax_m2")
+"""One of each kind of router, between them with every kind of norm, window, dense layer and shared expert."""
 ALONE_TOO = ["olmoe", "qwen2_moe", "glm4_moe in groups", "minimax_m2"]
 
 
@@ -61,3 +64,8 @@ def model_of(name: str) -> Any:
     if family in ("olmoe", "qwen2_moe"):  # their heads share the hidden size
         overrides.pop("head_dim")
     return random_model(family, **overrides)
+
+
+def everyday(names: Iterable[str], *more: Any) -> list[Any]:
+    """Parameters of a test: each name with `more`, exhaustive unless it is one of `EVERYDAY`."""
+    return [pytest.param(name, *more, marks=() if name in EVERYDAY else pytest.mark.exhaustive) for name in names]

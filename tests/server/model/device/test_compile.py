@@ -16,13 +16,22 @@ import triton
 from tests.server.model.device.ahead_of_time import CASES
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+KINDS = ["tiny, every kind"]
 SMALL = ["tiny", "tiny, few slots", "bundled", "half", "mixtral"]
-LARGE = [name for name in CASES if name not in SMALL]
+LARGE = [name for name in CASES if name not in (*KINDS, *SMALL)]
 
 
 @pytest.mark.skipif(not PTXAS.exists(), reason="this Triton brings no ptxas")
-@pytest.mark.slow
-@pytest.mark.parametrize(("capability", "cases"), [(90, SMALL), (90, LARGE[:2]), (90, LARGE[2:]), (80, ["bundled"])])
+@pytest.mark.parametrize(
+    ("capability", "cases"),
+    [
+        (90, KINDS),
+        *(
+            pytest.param(*more, marks=pytest.mark.exhaustive)
+            for more in ((90, SMALL), (90, LARGE[:2]), (90, LARGE[2:]), (80, [*KINDS, "bundled"]))
+        ),
+    ],
+)
 def test_every_kernel_of_the_step_compiles(
     capability: int, cases: list[str], tmp_path: Path, repository: Path
 ) -> None:  # fmt: skip

@@ -13,13 +13,12 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from tests.server.model.device.captured import Reference, build, distance, run
-from tests.server.model.device.families import ALONE_TOO, CAPTURED, model_of
+from tests.server.model.device.families import ALONE_TOO, CAPTURED, everyday, model_of
 
 NUM_STEPS = 4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "batch"), [(name, 2) for name in CAPTURED] + [(name, 1) for name in ALONE_TOO])
+@pytest.mark.parametrize(("name", "batch"), [*everyday(CAPTURED, 2), *everyday(ALONE_TOO, 1)])
 def test_a_captured_family_agrees_with_float64_and_under_a_mask_and_a_temperature(name: str, batch: int) -> None:
     model = model_of(name)
     step = build(model, torch.float32, batch=batch, slots=4, masked=True)

@@ -140,10 +140,10 @@ def test_what_requests_make_grow_is_bounded_and_the_least_recently_used_goes(
     most = LAYERS * (3 + TOP_K) * store.manifest.layers[0].span_bytes  # the store's and one token's
     device, whole = runners(few_small_store, host_memory_bytes=most), runners(small_store, "host")
     assert device.fetch_refusal() is None
-    prompts = [list(range(at, at + 20)) for at in (30, 300)]
+    prompts = [list(range(at, at + 8)) for at in (30, 300)]
     masks = [EVERYTHING] * 2
-    wanted = [greedy(whole, [prompt], 8, masks=[None])[0] for prompt in prompts]
-    assert greedy(device, prompts, 8, masks=masks, fetching=[True, True]) == wanted
+    wanted = [greedy(whole, [prompt], 4, masks=[None])[0] for prompt in prompts]
+    assert greedy(device, prompts, 4, masks=masks, fetching=[True, True]) == wanted
     assert device.pages.num_host_spans == LAYERS * (3 + TOP_K)
     assert device.model.cache.statistics().host_misses > LAYERS * (EXPERTS - 3), "something was read twice"
     device.pages.check_integrity(contents=True)

@@ -26,7 +26,7 @@ from server.model.host.assembly import load_model
 from server.model.host.runner import HostRunner
 from server.model.runner import RowStep
 from tests.server.model.device.captured import TUNING
-from tests.server.model.device.families import model_of
+from tests.server.model.device.families import everyday, model_of
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 PROMPT, NUM_TOKENS = [40, 41, 42], 2
@@ -41,8 +41,10 @@ def store_of(name: str, where: Path, repository: Path) -> Path:
     return where / "store"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["olmoe", "qwen2_moe", "glm4_moe", "minimax_m2", "dots1", "hy_v3", "solar_open"])
+@pytest.mark.parametrize(
+    "name",
+    everyday(["glm4_moe in groups", "minimax_m2", "olmoe", "qwen2_moe", "dots1", "hy_v3", "solar_open"]),
+)
 def test_a_captured_family_is_served_as_the_host_driven_path_serves_it(
     name: str, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

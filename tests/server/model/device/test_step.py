@@ -35,7 +35,7 @@ def model() -> Qwen3MoeForCausalLM:
 
 
 @pytest.mark.parametrize(
-    ("batch", "slots"), [(1, TOP_K), (1, EXPERTS), (2, 6), pytest.param(5, TOP_K, marks=pytest.mark.slow)]
+    ("batch", "slots"), [(1, TOP_K), (1, EXPERTS), (2, 6), pytest.param(5, TOP_K, marks=pytest.mark.exhaustive)]
 )
 def test_step_agrees_with_float64_at_every_slot_count(model, batch, slots):
     tokens = torch.randint(0, 96, (4, batch), generator=torch.Generator().manual_seed(batch))
@@ -51,7 +51,7 @@ def test_results_do_not_depend_on_what_was_resident(model):
     assert torch.equal(results[0], results[1])
 
 
-@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_half_precision_step_agrees_with_float64_within_its_rounding(model, batch):
     """Where two experts nearly tie, half precision may take the other one, as transformers' own does; so the float64
     model is given the step's picks, and those must be best but for rounding."""
@@ -62,7 +62,6 @@ def test_half_precision_step_agrees_with_float64_within_its_rounding(model, batc
     assert exact.shortfall < 16 * torch.finfo(HALF).eps
 
 
-@pytest.mark.slow
 def test_masked_rows_equal_a_pruned_model_and_others_are_untouched(model):
     tokens = torch.randint(0, 96, (4, 2), generator=torch.Generator().manual_seed(11))
     hidden = {(0, 1), (0, 5), (0, 7), (1, 0), (1, 2), (1, 11)}

@@ -34,7 +34,9 @@ def pruned_to(model: PreTrainedModel, keep: list[list[int]]) -> nn.Module:
     return pruned
 
 
-@pytest.mark.parametrize("num_slots", [1, 2, 7, 8, 9, 31, 63, 64])
+@pytest.mark.parametrize(
+    "num_slots", [1, 8, 64, *(pytest.param(count, marks=pytest.mark.exhaustive) for count in (2, 7, 9, 31, 63))]
+)
 def test_selective_equals_stock_at_every_slot_count(
     selective: Callable[..., SelectiveModel], stock: PreTrainedModel, num_slots: int
 ) -> None:
