@@ -187,11 +187,11 @@ class Bench:
         trunk, state = self._trunk("qwen", QWEN), RowState(QWEN, DEVICE)
         resident_ms = next(row["step_ms"] for row in self.result["resident"] if row["batch"] == 1)
         rows = []
-        plans: list[tuple[int, float, list[dict[str, Any]]]] = [
+        cases: list[tuple[int, float, list[dict[str, Any]]]] = [
             (1, 0.5, [{"fetchers": 16}, {"fetchers": 64}, {"down_fetches": False}, {"pdl": False}]),
             (0, 0.25, [{"fetchers": 16}, {"copy_elements": 16384}, {"down_fetches": False}]),
         ]
-        for at, share, variants in plans:
+        for at, share, variants in cases:
             skew, stickiness = SYNTHETIC[at]
             trace = gpu_paging.synthetic(144, QWEN.num_layers, QWEN.num_experts, QWEN.top_k, skew, stickiness, seed=1)
             for changed in variants:
@@ -209,24 +209,24 @@ class Bench:
             for share in SHARES:
                 num_slots = int(share * TRACED.num_experts)
                 row = {"task": task, "slots": num_slots}
-                for name, policy, pinned in (
+                for name, policy, kept in (
                     ("lru", "lru", 0),
                     ("lfu", "lfu", 0),
                     ("pinned", "lru", num_slots - TRACED.top_k),
                 ):
-                    row[name] = self._hit_rate(trunk, state, trace, num_slots, policy, pinned)
+                    row[name] = self._hit_rate(trunk, state, trace, num_slots, policy, kept)
                 row["belady"] = gpu_paging.belady_hit_rate(trace, num_slots, TRACED.num_experts, len(trace) // 2)
                 rows.append(row)
         return rows
 
     def _hit_rate(
-        self, trunk: TrunkWeights, state: RowState, trace: gpu_paging.Trace, num_slots: int, policy: str, pinned: int
+        self, trunk: TrunkWeights, state: RowState, trace: gpu_paging.Trace, num_slots: int, policy: str, kept: int
     ) -> float:
         """The device's own page table over the trace; experts' products and trunk left out, since nothing reads
         them.
         """
-        order = gpu_paging.most_used(trace[: len(trace) // 2], num_slots, TRACED.num_experts) if pinned else None
-        pages = self._pages(TRACED, num_slots, policy, pinned, order)
+        order = gpu_paging.most_used(trace[: len(trace) // 2], num_slots, TRACED.num_experts) if kept else None
+        pages = self._pages(TRACED, num_slots, policy, kept, order)
         without = set(STAGES) - {"embed", "route"}
         replay = Replay(TRACED, trunk, pages, state, 1, StepOptions(), trace=trace, without=without)
         for step in range(len(trace)):
@@ -282,7 +282,7 @@ class Bench:
         return pages
 
     def _pages(
-        self, shape: DecodeShape, num_slots: int, policy: str = "lru", pinned: int = 0, order: Any = None
+        self, shape: DecodeShape, num_slots: int, policy: str = "lru", kept: int = 0, order: Any = None
     ) -> DevicePages:
         spans = self.spans.view(-1)[: self.spans.numel() // shape.span_elements * shape.span_elements]
         spans = spans.view(-1, shape.span_elements)
@@ -291,7 +291,7 @@ class Bench:
             shape.num_layers, shape.num_experts, shape.top_k, num_slots, shape.span_elements, 1, shape.dtype
         )
         chosen: Policy = "lfu" if policy == "lfu" else "lru"
-        pages = DevicePages(paged, spans, index, device=DEVICE, policy=chosen, num_pinned=pinned)
+        pages = DevicePages(paged, spans, index, device=DEVICE, policy=chosen, num_kept=kept)
         pages.slots.normal_(0.0, 0.03)
         first = np.arange(num_slots)[None].repeat(shape.num_layers, axis=0) if order is None else order
         pages.adopt(torch.from_numpy(np.ascontiguousarray(first)))

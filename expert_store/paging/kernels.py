@@ -1,7 +1,7 @@
 """Triton device functions of paging: from a batch's choice of experts to a work list, and the fetch of what is missing.
 
 They run inside the caller's kernels (`server.model.device`), so that a decode step never returns to the host. One
-program plans a layer (`plan_layer`); any number of programs may fetch (`copy_span`). Invariants, for layer l:
+program makes a layer's work list (`list_work`); any number of programs may fetch (`copy_span`). Invariants, for layer l:
 `slot_owner[l, page_table[l, e]] == e` for every resident e; a slot used in step t has `last_use == t` and is never a
 victim in t; a miss that finds no victim goes to the spill area, which belongs to no layer and is in no page table.
 All offsets count elements of the weights' dtype from one anchor tensor, also those of pinned host memory (one address
@@ -38,7 +38,7 @@ def copy_span(anchor, source, target, num_elements, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rank_victims(
-    layer, step, slot_owner, last_use, use_count, pinned, scratch,
+    layer, step, slot_owner, last_use, use_count, kept, scratch,
     E: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
     """Writes the evictable slots of a layer to scratch[SP:], best victim first; returns how many there are."""
@@ -46,8 +46,8 @@ def _rank_victims(
     inside = slots < S
     owner = tl.load(slot_owner + layer * S + slots, mask=inside, other=-1)
     used = tl.load(last_use + layer * S + slots, mask=inside, other=0)
-    fixed = tl.load(pinned + layer * S + slots, mask=inside, other=1)
-    evictable = inside & (used != step) & (fixed == 0)
+    never = tl.load(kept + layer * S + slots, mask=inside, other=1)
+    evictable = inside & (used != step) & (never == 0)
     key = used.to(tl.int64)
     if POLICY == LFU:
         count = tl.load(use_count + layer * E + owner, mask=inside & (owner >= 0), other=0)
@@ -71,9 +71,9 @@ def _rank_victims(
 
 
 @triton.jit
-def plan_layer(
+def list_work(
     chosen, order, slot, pool, spill, layer, step,
-    page_table, slot_owner, last_use, use_count, pinned, host_offset, stats,
+    page_table, slot_owner, last_use, use_count, kept, host_offset, stats,
     header, target, source, count, pairs, pair_target, pair_source, scratch, span,
     B: tl.constexpr, K: tl.constexpr, E: tl.constexpr, S: tl.constexpr,
     BP: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr, PAIRS: tl.constexpr, STRIDE: tl.constexpr,
@@ -106,7 +106,7 @@ def plan_layer(
         if num_miss > 0:
             tl.debug_barrier()
             num_victims = _rank_victims(
-                layer, step, slot_owner, last_use, use_count, pinned, scratch, E, S, SP, POLICY
+                layer, step, slot_owner, last_use, use_count, kept, scratch, E, S, SP, POLICY
             )  # fmt: skip
             placed = miss & (miss_index < num_victims)
             victim = tl.load(scratch + SP + miss_index, mask=placed, other=0).to(tl.int32)

@@ -1,6 +1,6 @@
 """Device-side state of the paged experts: slots, page table, owners, last uses, work list; mutated by kernels alone.
 
-`DevicePages` owns the tensors that `kernels.plan_layer` reads and writes. The host reads them (statistics, integrity)
+`DevicePages` owns the tensors that `kernels.list_work` reads and writes. The host reads them (statistics, integrity)
 only between steps, and changes them only in place, so that captured graphs stay valid. Invariant: page table and slot
 owners are inverse to each other, layer by layer; a slot's bytes are the owner's span in the host tier. A step may want
 more experts than a layer has slots: the rest go to a spill area shared by all layers and are forgotten after the layer,
@@ -45,11 +45,11 @@ class PagesShape:
     def paged(self) -> bool:
         return self.num_slots < self.num_experts
 
-    def num_spill(self, num_pinned: int) -> int:
-        """Spill slots so that every expert that a step wants has a place even if no unpinned slot can be evicted for
+    def num_spill(self, num_kept: int) -> int:
+        """Spill slots so that every expert that a step wants has a place even if no slot can be evicted for
         it.
         """
-        return max(0, self.max_distinct - (self.num_slots - num_pinned)) if self.paged else 0
+        return max(0, self.max_distinct - (self.num_slots - num_kept)) if self.paged else 0
 
 
 class DevicePages:
@@ -69,19 +69,19 @@ class DevicePages:
         *,
         device: torch.device | str = "cpu",
         policy: Policy = "lru",
-        num_pinned: int = 0,
+        num_kept: int = 0,
     ) -> None:
         num_layers, num_experts, num_slots = shape.num_layers, shape.num_experts, shape.num_slots
         if num_slots < min(shape.top_k, num_experts) or num_slots > num_experts:
             raise SlotsError(
                 f"{num_slots} slots a layer: wanted from {shape.top_k} (one token's experts) to {num_experts} (all)"
             )
-        if not 0 <= num_pinned <= num_slots:
-            raise SlotsError(f"{num_pinned} pinned slots a layer: wanted from 0 to {num_slots}, the slots there are")
+        if not 0 <= num_kept <= num_slots:
+            raise SlotsError(f"{num_kept} kept slots a layer: wanted from 0 to {num_slots}, the slots there are")
         if shape.span_elements * shape.dtype.itemsize % 16:
             raise SlotsError(f"spans of {shape.span_elements * shape.dtype.itemsize} bytes: wanted a multiple of 16")
-        self.shape, self.policy, self.num_pinned, self.device = shape, policy, num_pinned, torch.device(device)
-        num_spill = shape.num_spill(num_pinned)
+        self.shape, self.policy, self.num_kept, self.device = shape, policy, num_kept, torch.device(device)
+        num_spill = shape.num_spill(num_kept)
         total = num_layers * num_slots + num_spill
         self.slots = torch.empty(total, shape.span_elements, dtype=shape.dtype, device=device)
         self.spill = self.slots[num_layers * num_slots :]
@@ -95,7 +95,7 @@ class DevicePages:
         self.slot_owner = ints(num_layers, num_slots, fill=-1)
         self.last_use = ints(num_layers, num_slots, fill=-1)
         self.use_count = ints(num_layers, num_experts)
-        self.pinned = ints(num_layers, num_slots, dtype=torch.int8)
+        self.kept = ints(num_layers, num_slots, dtype=torch.int8)
         self.stats = ints(num_layers, 4, dtype=torch.int64)
         self.step = ints(1)
         spans = torch.arange(num_layers + 1, dtype=torch.int64) * num_slots
@@ -201,7 +201,7 @@ class DevicePages:
 
     def seed(self, experts: Tensor) -> None:
         """Fills slots 0..n-1 of each layer with experts [L, n] (n <= S, -1: none), from the host tier; the first are
-        the pinned ones.
+        the kept ones.
 
         Mutates everything; call it before the first step or between steps.
         """
@@ -224,8 +224,8 @@ class DevicePages:
         self.slot_owner.copy_(owners)
         self.page_table.copy_(table)
         self.last_use.fill_(-1)
-        self.pinned.zero_()
-        self.pinned[:, : self.num_pinned] = (self.slot_owner[:, : self.num_pinned] >= 0).to(torch.int8)
+        self.kept.zero_()
+        self.kept[:, : self.num_kept] = (self.slot_owner[:, : self.num_kept] >= 0).to(torch.int8)
         self.stats.zero_()
 
     def hit_rate(self) -> float:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from expert_store.errors import SlotsError
-from expert_store.paging.kernels import LFU, LRU, copy_span, plan_layer
+from expert_store.paging.kernels import LFU, LRU, copy_span, list_work
 from expert_store.paging.pages import DevicePages, PagesShape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,19 +19,19 @@ LAYERS, EXPERTS, TOP_K, BATCH, SPAN = 2, 7, 2, 2, 16
 
 
 @triton.jit
-def plan_and_fetch(
-    choice, layer, step_at, page_table, slot_owner, last_use, use_count, pinned, host_offset, pool_offset, stats,
+def list_and_fetch(
+    choice, layer, step_at, page_table, slot_owner, last_use, use_count, kept, host_offset, pool_offset, stats,
     header, target, source, count, pairs, pair_target, pair_source, scratch, span, anchor,
     B: tl.constexpr, K: tl.constexpr, E: tl.constexpr, S: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr,
     PAIRS: tl.constexpr, STRIDE: tl.constexpr, L: tl.constexpr, POLICY: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
-    """choice [B, E] int32: which pick an expert is, -1 none. One program plans and then fetches."""
+    """choice [B, E] int32: which pick an expert is, -1 none. One program lists the work and then fetches."""
     rows, experts = tl.arange(0, B), tl.arange(0, EP)
     order = tl.load(choice + rows[:, None] * E + experts[None, :], mask=(experts < E)[None, :], other=-1)
     slot = tl.load(page_table + layer * E + experts, mask=experts < E, other=-1)
-    plan_layer(
+    list_work(
         order >= 0, order, slot, tl.load(pool_offset + layer), tl.load(pool_offset + L), layer, tl.load(step_at),
-        page_table, slot_owner, last_use, use_count, pinned, host_offset, stats,
+        page_table, slot_owner, last_use, use_count, kept, host_offset, stats,
         header, target, source, count, pairs, pair_target, pair_source, scratch, span,
         B, K, E, S, B, EP, SP, PAIRS, STRIDE, POLICY, PAGED,
     )  # fmt: skip
@@ -41,12 +41,12 @@ def plan_and_fetch(
         copy_span(anchor, origin, tl.multiple_of(tl.load(target + miss), 8), span, 16)
 
 
-def make(num_slots: int, policy: str = "lru", num_pinned: int = 0) -> DevicePages:
+def make(num_slots: int, policy: str = "lru", num_kept: int = 0) -> DevicePages:
     spans = torch.arange(LAYERS * EXPERTS * SPAN, dtype=torch.float32).view(LAYERS, EXPERTS, SPAN)
     if DEVICE == "cuda":
         spans = spans.pin_memory()
     shape = PagesShape(LAYERS, EXPERTS, TOP_K, num_slots, SPAN, BATCH, torch.float32)
-    pages = DevicePages(shape, spans, device=DEVICE, policy=policy, num_pinned=num_pinned)
+    pages = DevicePages(shape, spans, device=DEVICE, policy=policy, num_kept=num_kept)
     pages.seed(torch.arange(num_slots).expand(LAYERS, num_slots))
     return pages
 
@@ -58,9 +58,9 @@ def step(pages: DevicePages, layer: int, picks: list[list[int]]) -> None:
         for pick, expert in enumerate(experts):
             choice[row, expert] = pick
     pages.step += 1
-    plan_and_fetch[(1,)](
+    list_and_fetch[(1,)](
         choice.to(DEVICE), layer, pages.step, pages.page_table, pages.slot_owner, pages.last_use, pages.use_count,
-        pages.pinned, pages.host_offset, pages.pool_offset, pages.stats, pages.header, pages.target, pages.source,
+        pages.kept, pages.host_offset, pages.pool_offset, pages.stats, pages.header, pages.target, pages.source,
         pages.count, pages.pairs, pages.pair_target, pages.pair_source, pages.scratch, SPAN, pages.slots,
         B=BATCH, K=TOP_K, E=EXPERTS, S=shape.num_slots, EP=8, SP=1 << (shape.num_slots - 1).bit_length(), PAIRS=4,
         STRIDE=pages.pairs.shape[1], L=LAYERS, POLICY=(LFU if pages.policy == "lfu" else LRU).value, PAGED=shape.paged,
@@ -88,11 +88,11 @@ def check_work_list(pages: DevicePages, layer: int, picks: list[list[int]]) -> N
 class ByHand:
     """The same policy over dictionaries: last uses of the experts of one layer, and how often each was wanted."""
 
-    def __init__(self, num_slots: int, policy: str, num_pinned: int) -> None:
+    def __init__(self, num_slots: int, policy: str, num_kept: int) -> None:
         self.slots: list[int] = list(range(num_slots))
         self.last = dict.fromkeys(self.slots, -1)
         self.uses = dict.fromkeys(range(EXPERTS), 0)
-        self.policy, self.pinned = policy, set(self.slots[:num_pinned])
+        self.policy, self.kept = policy, set(self.slots[:num_kept])
         self.hits = self.misses = self.spilled = 0
 
     def use(self, step: int, picks: list[list[int]]) -> None:
@@ -107,7 +107,7 @@ class ByHand:
             owner = self.slots[slot]
             return (self.uses[owner] if self.policy == "lfu" else 0, self.last[owner], slot)
 
-        victims = sorted((s for s, owner in enumerate(self.slots) if owner not in wanted | self.pinned), key=key)
+        victims = sorted((s for s, owner in enumerate(self.slots) if owner not in wanted | self.kept), key=key)
         for expert, slot in zip(missing, victims, strict=False):
             self.slots[slot] = expert
             self.last[expert] = step
@@ -118,11 +118,11 @@ class ByHand:
 
 
 @pytest.mark.parametrize(
-    ("policy", "num_slots", "num_pinned"), [("lru", 2, 0), ("lru", 4, 0), ("lfu", 3, 0), ("lru", 5, 3)]
+    ("policy", "num_slots", "num_kept"), [("lru", 2, 0), ("lru", 4, 0), ("lfu", 3, 0), ("lru", 5, 3)]
 )
-def test_random_steps_match_a_page_table_kept_by_hand(policy, num_slots, num_pinned):
-    pages = make(num_slots, policy, num_pinned)
-    hands = [ByHand(num_slots, policy, num_pinned) for _ in range(LAYERS)]
+def test_random_steps_match_a_page_table_kept_by_hand(policy, num_slots, num_kept):
+    pages = make(num_slots, policy, num_kept)
+    hands = [ByHand(num_slots, policy, num_kept) for _ in range(LAYERS)]
     generator = torch.Generator().manual_seed(num_slots)
     for _ in range(10):
         for layer in range(LAYERS):
@@ -152,8 +152,8 @@ def test_with_a_slot_for_every_expert_nothing_moves():
     check_work_list(pages, 1, [[6, 2], [3, 2]])
 
 
-def test_pinned_experts_stay_whatever_is_wanted():
-    pages = make(3, num_pinned=2)
+def test_kept_experts_stay_whatever_is_wanted():
+    pages = make(3, num_kept=2)
     for expert in (3, 4, 5, 6, 3):
         step(pages, 0, [[expert, 2]])
     assert pages.slot_owner[0, :2].tolist() == [0, 1]

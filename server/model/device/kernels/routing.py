@@ -1,9 +1,9 @@
-"""Router of one layer in one kernel: norm, gate, top-k under each row's mask, and the paging plan.
+"""Router of one layer in one kernel: norm, gate, top-k under each row's mask, and the layer's work list.
 
-Programs compute gate logits for a few experts of one row; the last to finish chooses for all rows and plans the layer
-(`expert_store.paging.kernels.plan_layer`). The choice is exact under a mask: hidden experts get -inf before they are
+Programs compute gate logits for a few experts of one row; the last to finish chooses for all rows and lists the work
+(`expert_store.paging.kernels.list_work`). The choice is exact under a mask: hidden experts get -inf before they are
 scored, so weights equal those of a checkpoint without them; where fewer than K are available the rest of the picks
-carry the sentinel id E and weight 0 and reach neither the plan nor the experts. What a family's router does otherwise
+carry the sentinel id E and weight 0 and reach neither the work list nor the experts. What a family's router does otherwise
 is a switch from `server.model.device.step.router_kind`; the scores are in `kernels.scores`.
 """
 
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from expert_store.paging.kernels import plan_layer
+from expert_store.paging.kernels import list_work
 from server.model.device.kernels.scores import top_k, weights_of, within_groups
 from server.model.device.kernels.trunk import normalise
 
@@ -26,7 +26,7 @@ ABSENT = tl.constexpr(2)
 def route(
     x, norm, gate, gate_bias, selection_bias, normed, logits, arrived, rows, masks, temperatures, bias_range,
     log_ids, log_weights, log_demand, log_mass, layer, step_at,
-    page_table, slot_owner, last_use, use_count, pinned, host_offset, pool_offset, stats,
+    page_table, slot_owner, last_use, use_count, kept, host_offset, pool_offset, stats,
     header, target, source, count, pairs, pair_target, pair_source, weights, scratch, span, eps, resident_bias,
     B: tl.constexpr, K: tl.constexpr, E: tl.constexpr, S: tl.constexpr, H: tl.constexpr, L: tl.constexpr,
     BP: tl.constexpr, KP: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr, HP: tl.constexpr, PAIRS: tl.constexpr,
@@ -36,14 +36,14 @@ def route(
     GATE_BIAS: tl.constexpr, SELECTION_BIAS: tl.constexpr, EXACT_LOGITS: tl.constexpr, EXACT_SCORES: tl.constexpr,
     EXACT_WEIGHTS: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Routes x [B, H]; writes normed [B, H], weights [B, K], the work list (see `plan_layer`) and the step's log [L,
+    """Routes x [B, H]; writes normed [B, H], weights [B, K], the work list (see `list_work`) and the step's log [L,
     B, K].
 
     masks [rows, L, E] int8 (0: hidden, 1: available, ABSENT: chosen and logged as if it were there, then left out of
-    plan and experts) and temperatures [rows] fp32, which divide the logits, are a row's own (MASKED); bias_range [L]
+    work list and experts) and temperatures [rows] fp32, which divide the logits, are a row's own (MASKED); bias_range [L]
     fp32 is the running range of what the choice is made by, logits or scores (BIASED; mutated). gate_bias and
     selection_bias [E] fp32.
-    NARROW: the choice is made by values that bf16 holds. Grid (E / BE, B); the last program plans.
+    NARROW: the choice is made by values that bf16 holds. Grid (E / BE, B); the last program lists the work.
     """
     if PDL:
         gdc_launch_dependents()
@@ -129,9 +129,9 @@ def route(
             mark = tl.load(masks + (row[:, None] * L + layer) * E + ids, mask=(row >= 0)[:, None] & (ids >= 0), other=0)
             weight = tl.where(mark == ABSENT, 0.0, weight)
         tl.store(weights + pick_at, weight, mask=log_mask)
-        plan_layer(
+        list_work(
             chosen, order, slot, pool, spill, layer, step,
-            page_table, slot_owner, last_use, use_count, pinned, host_offset, stats,
+            page_table, slot_owner, last_use, use_count, kept, host_offset, stats,
             header, target, source, count, pairs, pair_target, pair_source, scratch, span,
             B, K, E, S, BP, EP, SP, PAIRS, STRIDE, POLICY, PAGED,
         )  # fmt: skip

@@ -1,6 +1,7 @@
-"""What the engine and the metrics ask of an expert cache, answered from the device's page table.
+"""The expert cache of the device-driven path, as engine and metrics read it: statistics of the device's page table.
 
-Reads only: kernels alone change pages. Each call copies a little from the device and so waits for the step in flight.
+Invariant: nothing here changes pages; kernels alone do. Each call copies a little from the device and so waits for the
+step that runs.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import numpy.typing as npt
 from expert_store.cache import CacheStatistics
 from expert_store.paging.pages import DevicePages
 from expert_store.store import Store
-from server.model.device.memory.fetched import FetchedSpans
+from server.model.device.memory.needed import NeededSpans
 
 
 class PagedCache:
     """`server.model.runner.Residency` over `DevicePages`."""
 
-    def __init__(self, store: Store, pages: DevicePages, fetched: FetchedSpans) -> None:
-        self.pages, self._fetched = pages, fetched
+    def __init__(self, store: Store, pages: DevicePages, needed: NeededSpans) -> None:
+        self.pages, self._needed = pages, needed
         self._span_bytes = np.array([spec.span_bytes for spec in store.manifest.layers], dtype=np.int64)
         self.num_layers, self.num_experts = pages.shape.num_layers, pages.shape.num_experts
         self.num_slots = pages.shape.num_slots
@@ -44,7 +45,7 @@ class PagedCache:
             num_slots=self.num_slots,
             slot_bytes=self.pages.slots.nbytes,
             host_hits=int(misses.sum()),
-            host_misses=self._fetched.num_reads,
+            host_misses=self._needed.num_reads,
         )
 
     def check_integrity(self) -> None:

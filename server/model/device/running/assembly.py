@@ -1,4 +1,4 @@
-"""A store made into a model that decodes on the device: trunk by transformers, experts in pages, every span pinned.
+"""A store made into a model that decodes on the device: trunk by transformers, experts in pages, spans in pinned memory.
 
 The counterpart of `host.assembly.load_model` for a GPU. Raises NotCapturableError, before anything large is
 allocated where it can be told by then, for models or memory budgets that the host-driven path serves instead.
@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
@@ -20,17 +21,15 @@ from triton.runtime.errors import OutOfResources
 from expert_store.errors import SlotsError
 from expert_store.paging.pages import DevicePages, Policy
 from expert_store.store import Store
-from router.mask import ExpertMask
+from router.mask import ExpertMask, MaskError
 from server.model.device.capture import NotCapturableError, need
 from server.model.device.capture.pack import decode_shape, moe_blocks, pack_trunk
 from server.model.device.capture.proof import prove
+from server.model.device.memory.budget import DeviceMemory
 from server.model.device.memory.cache import PagedCache
-from server.model.device.memory.fetched import FetchedSpans
-from server.model.device.memory.filling import filled_pages
-from server.model.device.memory.host_spans import SpanGrowth, SpanReader, log_failures
-from server.model.device.memory.memory import DeviceMemory
+from server.model.device.memory.needed import NeededSpans
+from server.model.device.memory.reading import SpanGrowth, SpanReader, filled_pages, log_failures
 from server.model.device.running.runner import DeviceRunner
-from server.model.device.running.warming import warm_up
 from server.model.device.step.prefill import ExpertStream
 from server.model.device.step.weights import DecodeShape, TrunkWeights
 from server.model.host.assembly import eos_token_ids_of
@@ -45,6 +44,9 @@ Progress = Callable[[str, float], None]
 FETCHED_SHARE = 0.25
 """Of the experts that are page-locked at the start: how many more may be, for requests that fetch what the store lacks,
 where no host_memory is set."""
+WARMED_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Tokens of the prompts that are run before the server is ready: the bounds at which libraries take another kernel, and
+some between. A library loads a kernel's code when it first runs it, which takes seconds from a disk."""
 
 
 class StreamLayer:
@@ -83,7 +85,7 @@ def load_device_runner(
 ) -> DeviceRunner:
     """Proves that the model can be captured, loads, pins, fills slots, captures and warms up.
 
-    Experts that cannot be read are left out of reach, and said in the log: who needs one has it read again.
+    An expert that cannot be read is logged and left out of reach; it is read again when a token needs it.
 
     Args:
         max_rows, max_tokens: of KV memory, which is allocated for all of them.
@@ -114,7 +116,7 @@ def load_device_runner(
         progress("trying the captured step out", 0.0)
         distance = prove(skeleton, shape, device)
         log.info("the captured step agrees with transformers' forward within %.2g of the logits' norm", distance)
-    memory = DeviceMemory(shape, device, num_pinned=len(pinned[0]) if pinned else 0)
+    memory = DeviceMemory(shape, device, num_kept=len(pinned[0]) if pinned else 0)
     progress("loading the trunk", 0.0)
     model = load_trunk(
         store.trunk_path, device=device, dtype=dtype, progress=lambda share: progress("loading the trunk", share)
@@ -126,12 +128,12 @@ def load_device_runner(
     if pages_shape.paged and host_memory_bytes is not None and host_memory_bytes < needed:
         raise NotCapturableError(f"host memory of {host_memory_bytes} bytes cannot pin all {needed} bytes of experts")
     pages, unread = filled_pages(
-        store, reader, mask, pages_shape, device=device, policy=policy, pinned=pinned, progress=progress
+        store, reader, mask, pages_shape, device=device, policy=policy, kept=pinned, progress=progress
     )
     log_failures(unread)
     growth = SpanGrowth(reader, pages, host_memory_bytes, unread)
-    fetched = FetchedSpans(reader, pages, _most_fetched(pages, reader.span_bytes, host_memory_bytes))
-    runner = _runner(store, model, shape, weights, pages, mask, growth, fetched, resident_bias)
+    needed_spans = NeededSpans(reader, pages, _most_fetched(pages, reader.span_bytes, host_memory_bytes))
+    runner = _runner(store, model, shape, weights, pages, mask, growth, needed_spans, resident_bias)
     _capture(runner, progress)
     if device.type == "cuda":
         warm_up(runner, progress)
@@ -167,7 +169,7 @@ def _runner(
     pages: DevicePages,
     mask: ExpertMask,
     growth: SpanGrowth,
-    fetched: FetchedSpans,
+    needed: NeededSpans,
     resident_bias: float,
 ) -> DeviceRunner:
     """The model's experts and routers bound to the pages, and the runner over all of it."""
@@ -182,7 +184,7 @@ def _runner(
         model=model,
         tokenizer=tokenizer,
         store=store,
-        cache=PagedCache(store, pages, fetched),
+        cache=PagedCache(store, pages, needed),
         routing=routing,
         device=device,
         dtype=shape.dtype,
@@ -191,7 +193,7 @@ def _runner(
         context_tokens=context_tokens(store.trunk_path),
     )
     return DeviceRunner(
-        selective, shape, weights, pages, stream, growth=growth, fetched=fetched, resident_bias=resident_bias
+        selective, shape, weights, pages, stream, growth=growth, needed=needed, resident_bias=resident_bias
     )
 
 
@@ -229,3 +231,31 @@ def _intermediate(store: Store) -> int:
                 f"experts hold {dict(zip(names, shapes, strict=True))}, not gate_up [2I, H] and down [H, I]"
             )
     return int(store.manifest.layers[0].tensors[1].shape[1])
+
+
+def warm_up(runner: DeviceRunner, progress: Progress = lambda phase, share: None) -> None:
+    """Runs a prompt of each length, alone and after another one, over the experts that are in slots, and captures the
+    drawing of tokens, so that no request pays for what only the first one needs. Rows are free afterwards, and pages as
+    they were."""
+    mask = _resident(runner)
+    if mask is None:
+        return
+    for done, length in enumerate(WARMED_LENGTHS):
+        progress("warming up", done / len(WARMED_LENGTHS))
+        tokens = [(1 + 7919 * at) % runner.shape.vocab for at in range(min(length, runner.max_tokens // 2))]
+        row = runner.allocate()
+        runner.prefill(row, tokens, mask=mask)
+        runner.prefill(row, tokens, mask=mask)
+        runner.free(row)
+    runner.graphs.prepare_draws()
+    if runner.model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _resident(runner: DeviceRunner) -> ExpertMask | None:
+    """The experts that may be served and are in slots; None where a layer has none."""
+    resident = (runner.pages.page_table >= 0).cpu().numpy()
+    try:
+        return ExpertMask.of(np.logical_and(resident, runner.model.routing.mask.allowed))
+    except MaskError:
+        return None

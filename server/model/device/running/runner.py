@@ -1,9 +1,9 @@
 """The runner of the device-driven path: prompts through transformers with streamed experts, tokens through captured
 graphs.
 
-An expert that a row may have and that is in no memory in reach yet (its request fetches, or it could not be read ahead)
-is told by the step's report; it is brought, and the step runs again. Invariant: a call that raises leaves the rows as
-they were, here and on the device.
+A step's report names experts that a row may have and that are not in reach yet (its request fetches, or they could not
+be read at the start); they are read, and the step runs again. Invariant: a call that raises leaves the rows as they
+were, here and on the device.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 
 from expert_store.paging.pages import DevicePages
 from router.mask import ExpertMask
-from server.model.device.memory.fetched import FetchedSpans, NoRoomError
-from server.model.device.memory.host_spans import SpanGrowth
-from server.model.device.running.outcome import chosen_tokens, routing_of
+from server.model.device.memory.needed import NeededSpans, NoRoomError
+from server.model.device.memory.reading import SpanGrowth
+from server.model.device.running.output import chosen_tokens, routing_of
 from server.model.device.running.rows import Rows
 from server.model.device.step.graphs import StepGraphs
 from server.model.device.step.prefill import ExpertStream
@@ -36,8 +36,8 @@ class DeviceRunner:
         model: trunk, tokenizer and routing; its experts modules are bound to `stream`.
         shape, weights: of the captured step.
         pages, stream: of the experts.
-        growth: reads experts that come into use later into host memory; None reads none.
-        fetched: reads experts that a token needs and that are not in reach; None where all are.
+        growth: reads experts that come into use later; None reads none.
+        needed: reads experts that a token needs and that are not in reach; None where all are.
         resident_bias: lambda of cache-aware routing of decode steps, 0: off.
     """
 
@@ -52,13 +52,13 @@ class DeviceRunner:
         stream: ExpertStream,
         *,
         growth: SpanGrowth | None = None,
-        fetched: FetchedSpans | None = None,
+        needed: NeededSpans | None = None,
         resident_bias: float = 0.0,
     ) -> None:
         self.model, self.shape, self.pages = model, shape, pages
         self.max_rows, self.max_tokens = shape.max_rows, shape.max_tokens
         self._stream, self._bias = stream, resident_bias
-        self._growth, self._fetched = growth, fetched
+        self._growth, self._needed = growth, needed
         self._state = RowState(shape, model.device)
         self.rows = Rows(self._state, shape, pages.servable.numpy())
         self.graphs = StepGraphs(shape, weights, pages, self._state, resident_bias)
@@ -113,7 +113,7 @@ class DeviceRunner:
         allowed = self.rows.table(given, fetches) != 0
         effective = given if (allowed == given.allowed).all() else ExpertMask.of(allowed)
         routing.begin(1, len(tokens), None if effective is routing.mask else [effective], [temperature])
-        self._stream.begin(len(tokens), allowed, None if self._fetched is None else self._fetched.in_turns)
+        self._stream.begin(len(tokens), allowed, None if self._needed is None else self._needed.in_turns)
         ids = torch.tensor([list(tokens)], device=self.model.device)
         past = PrefillRow(self._state, row, start, end)
         output, _ = run_forward(self.model, ids, positions, past, kv_tokens=end, all_logits=all_logits)
@@ -168,20 +168,20 @@ class DeviceRunner:
         return StepOutput(graph.step.logits[:num], record, share, chosen=chosen_tokens(report, draw, num))
 
     def _has_everything(self, report: Report, rows: Sequence[int]) -> bool:
-        """Whether a step that just ran had every expert that it chose; where not, they are brought and its rows are as
+        """Whether a step that just ran had every expert that it chose; where not, they are read and its rows are as
         before.
 
-        What a token chose after the first layer that went without something may be wrong, so it is brought as far as
-        there is room, and no failure.
+        After the first layer that lacked an expert a token's choice may be wrong: those experts are read as far as
+        there is room, and fail nobody.
         """
         picks = report.ids[:, : len(rows)].numpy()  # [L, B, K]
         absent = self.rows.absent(rows, picks)
-        if absent is None or self._fetched is None:
+        if absent is None or self._needed is None:
             return True
         used = np.zeros((self.shape.num_moe_layers, self.shape.num_experts + 1), dtype=np.bool_)
         layers = np.arange(len(used))[:, None, None]
         used[layers, picks] = True
-        self._fetched.use(used[:, :-1])
+        self._needed.use(used[:, :-1])
         if not absent.any():
             return True
         self.rows.take_back(rows)
@@ -190,7 +190,7 @@ class DeviceRunner:
         for layer, at, pick in np.argwhere(first):
             needed.setdefault((int(layer), int(picks[layer, at, pick])), []).append(int(at))
         places = {(int(layer), int(picks[layer, at, pick])) for layer, at, pick in np.argwhere(absent & ~first)}
-        failures = self._fetched.bring(list(needed), sorted(places - needed.keys()), used[:, :-1])
+        failures = self._needed.read(list(needed), sorted(places - needed.keys()), used[:, :-1])
         for expert, positions in needed.items():
             if expert in failures:
                 raise StepFault(failures[expert], positions) from failures[expert]
@@ -199,7 +199,7 @@ class DeviceRunner:
     def fetch_refusal(self) -> str | None:
         """See `Runner.fetch_refusal`."""
         wanted = self.shape.num_moe_layers * min(self.shape.top_k, self.shape.num_experts)
-        capacity = 0 if self._fetched is None else self._fetched.capacity
+        capacity = 0 if self._needed is None else self._needed.capacity
         if capacity >= wanted:
             return None
         return (
@@ -208,13 +208,13 @@ class DeviceRunner:
         )
 
     def prefetch(self, mask: ExpertMask) -> None:
-        """Nothing to do ahead of use: a prompt's chunk streams what its mask allows, and decoding fetches the rest."""
+        """Does nothing: a prompt's chunk streams the experts that its mask allows, and decoding fetches the rest."""
 
     def adopt(self) -> None:
-        """Bring what routing's mask allows now and what is not in host memory yet; it is used from the first step after
-        its arrival on, and stays masked until then. See `Runner.adopt`."""
+        """Starts to read the experts that routing's mask allows now and that are not in host memory; each stays masked
+        until the first step after its arrival. See `Runner.adopt`."""
         if self._growth is not None:
-            self._growth.want(self.model.routing.mask.allowed)
+            self._growth.start(self.model.routing.mask.allowed)
             self._look()
 
     def close(self) -> None:
@@ -227,14 +227,14 @@ class DeviceRunner:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """Between two steps: take into use what has arrived in host memory, and tell the rows what is in reach."""
-        if self._growth is None or self._fetched is None:
+        """Between two steps: takes arrived spans into use, and tells the rows which experts are in reach."""
+        if self._growth is None or self._needed is None:
             return
         for arena, experts in self._growth.take():
-            self._fetched.give_back([expert for expert in experts if expert is not None])
+            self._needed.give_back([expert for expert in experts if expert is not None])
             self.pages.add_spans(arena, experts)
-            self._fetched.add_rows()
-        seen = (self._fetched.num_changes, self._growth.num_changes)
+            self._needed.add_rows()
+        seen = (self._needed.num_changes, self._growth.num_changes)
         if seen != self._seen:
             self.rows.reach(self.pages.servable.numpy(), self._growth.pending)
             self._seen = seen

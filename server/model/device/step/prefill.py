@@ -5,7 +5,7 @@ A chunk of many tokens wants nearly every expert of every layer, so which ones t
 run: all that are allowed and not resident, layer after layer. Copies run on their own stream by the copy engine,
 several groups ahead of the compute and across layers; each missing expert crosses PCIe once a chunk. A small chunk
 looks at its routers' choice first (one synchronisation a layer) and fetches only that. Slots and page table are read,
-never changed by it. Where a chunk may want experts that are not in reach, it looks too, and has them brought layer by
+never changed by it. Where a chunk may want experts that are not in reach, it looks too, and has them read layer by
 layer. Invariant: a ring group is overwritten only after the products that read it have been enqueued, ordered by
 events.
 """
@@ -39,11 +39,11 @@ experts.
 """
 
 
-Bring = Callable[[int, Sequence[int]], Iterator[list[int]]]
-"""Of a layer and experts: makes a part of them reachable, yields it, and goes on when it was computed."""
+ReadAbsent = Callable[[int, Sequence[int]], Iterator[list[int]]]
+"""Reads a part of a layer's experts, yields it, and goes on with the next part when this one was computed."""
 
 
-def _nothing_to_bring(layer: int, experts: Sequence[int]) -> Iterator[list[int]]:
+def _nothing_absent(layer: int, experts: Sequence[int]) -> Iterator[list[int]]:
     raise AssertionError(f"experts {experts} of layer {layer} were chosen and are not in reach")
 
 
@@ -81,35 +81,34 @@ class ExpertStream:
         self._table: npt.NDArray[np.int32] = np.zeros((0, 0), np.int32)
         self._wanted: npt.NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
         self._absent: npt.NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
-        self._bring: Bring = _nothing_to_bring
+        self._read_absent: ReadAbsent = _nothing_absent
         self._groups: list[_Group] = []
         self._enqueued = self._computed = 0
         self._ids = self._targets = torch.empty(0)
         self._ahead = False
         self.copied_spans = 0
 
-    def begin(self, num_tokens: int, allowed: npt.NDArray[np.bool_], bring: Bring | None = None) -> None:
+    def begin(self, num_tokens: int, allowed: npt.NDArray[np.bool_], read_absent: ReadAbsent | None = None) -> None:
         """Starts a chunk: allowed [L, E] bool, what its mask leaves. Reads the page table back (synchronises).
 
         Args:
-            bring: makes experts of a layer reachable that are in no slot and have no span, so many at a time as it
-                yields; without it none is chosen.
+            read_absent: reads experts of a layer that are in no slot and have no span; without it none is chosen.
         """
         shape = self._pages.shape
-        self._bring = bring or _nothing_to_bring
+        self._read_absent = read_absent or _nothing_absent
         self._read_table(allowed)
         few = num_tokens * shape.top_k < AHEAD_PICKS * shape.num_experts
         self._ahead = not few and not self._absent.any()
         self._reset()
         if self._ahead:
-            self._plan(range(shape.num_layers), self._wanted)
+            self._list_groups(range(shape.num_layers), self._wanted)
 
     def forward(
         self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor, observer: OutputObserver | None = None
     ) -> Tensor:
         """Weighted sum of the chosen experts' outputs: hidden [T, H], index [T, K] (ids >= E: none), weights [T, K].
 
-        Raises what bringing an expert raises.
+        Raises what reading an absent expert raises.
         """
         num_tokens, top_k = index.shape
         ids = index.reshape(-1)
@@ -135,23 +134,23 @@ class ExpertStream:
         self._wanted, self._absent = allowed & in_reach, allowed & ~in_reach
 
     def _turns(self, layer: int, ids: Tensor) -> Iterator[None]:
-        """Plans the layer by what its router chose: first what is in reach, then the rest as it is brought."""
+        """Lists the layer's groups by its router's choice: experts in reach first, the others as they are read."""
         picked = np.unique(ids.cpu().numpy())
         picked = picked[picked < self._pages.shape.num_experts]
         here = picked[self._wanted[layer, picked]]
         missing = picked[self._absent[layer, picked]].tolist()
-        self._plan_only(layer, here)
+        self._list_only(layer, here)
         yield
-        for part in self._bring(layer, missing) if missing else ():
+        for part in self._read_absent(layer, missing) if missing else ():
             self._read_table(self._wanted | self._absent)
-            self._plan_only(layer, np.array(part))
+            self._list_only(layer, np.array(part))
             yield
 
-    def _plan_only(self, layer: int, experts: npt.NDArray[np.int64]) -> None:
+    def _list_only(self, layer: int, experts: npt.NDArray[np.int64]) -> None:
         chosen = np.zeros_like(self._wanted)
         chosen[layer, experts] = True
         self._reset()
-        self._plan([layer], chosen & self._wanted)
+        self._list_groups([layer], chosen & self._wanted)
 
     def _reset(self) -> None:
         if self._stream is not None:
@@ -159,7 +158,7 @@ class ExpertStream:
         self._groups = []
         self._enqueued = self._computed = 0
 
-    def _plan(self, layers: Any, wanted: npt.NDArray[np.bool_]) -> None:
+    def _list_groups(self, layers: Any, wanted: npt.NDArray[np.bool_]) -> None:
         """Lists the groups of the layers, resident experts first, and starts as many copies as the ring holds."""
         span, slots = self._pages.shape.span_elements, self._pages.shape.num_slots
         ids: list[int] = []

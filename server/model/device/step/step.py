@@ -202,7 +202,7 @@ class DecodeStep:
             self.arrived, self.rows,
             state.masks, state.temperatures,
             state.bias_range, self.log_ids, self.log_weights, self.log_demand, self.log_mass, at, pages.step,
-            pages.page_table, pages.slot_owner, pages.last_use, pages.use_count, pages.pinned, pages.host_offset,
+            pages.page_table, pages.slot_owner, pages.last_use, pages.use_count, pages.kept, pages.host_offset,
             pages.pool_offset, pages.stats, pages.header, pages.target, pages.source, pages.count, pages.pairs,
             pages.pair_target, pages.pair_source, self.pick_weights, pages.scratch, pages.shape.span_elements,
             shape.eps,

@@ -17,7 +17,7 @@ from expert_store.errors import ShardCorruptError
 from expert_store.store import Store
 from extractor.checkpoint.source import attach_source
 from router.mask import ExpertMask
-from server.model.device.memory import fetched as device_fetched
+from server.model.device.memory import needed as device_needed
 from server.model.device.running.assembly import load_device_runner
 from server.model.device.step import graphs as device_graphs
 from server.model.host.assembly import load_model
@@ -135,7 +135,7 @@ def test_a_mask_of_its_own_narrows_what_a_row_fetches(few_small_store, small_sto
 def test_what_requests_make_grow_is_bounded_and_the_least_recently_used_goes(
     few_small_store, small_store, runners, monkeypatch
 ):
-    monkeypatch.setattr(device_fetched, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(device_needed, "BLOCK_BYTES", 1)
     store = Store.open(few_small_store)
     most = LAYERS * (3 + TOP_K) * store.manifest.layers[0].span_bytes  # the store's and one token's
     device, whole = runners(few_small_store, host_memory_bytes=most), runners(small_store, "host")

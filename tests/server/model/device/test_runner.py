@@ -16,7 +16,7 @@ from router.mask import ExpertMask
 pytest.importorskip("triton")
 
 from server.model.device.capture import NotCapturableError
-from server.model.device.running import warming
+from server.model.device.running import assembly
 from server.model.device.running.assembly import load_device_runner
 from server.model.device.running.runner import DeviceRunner
 from server.model.device.step import graphs as device_graphs
@@ -174,11 +174,11 @@ def test_what_experts_put_out_is_seen_in_prompts_and_not_in_steps(small_store, r
 
 
 def test_warming_up_leaves_rows_and_pages_as_they_were(small_store, runners, monkeypatch):
-    monkeypatch.setattr(warming, "LENGTHS", (1, 5))
+    monkeypatch.setattr(assembly, "WARMED_LENGTHS", (1, 5))
     device, host = runners(small_store, 3)
     table, stats = device.pages.page_table.clone(), device.pages.stats.clone()
     phases = []
-    warming.warm_up(device, lambda phase, share: phases.append((phase, share)))
+    assembly.warm_up(device, lambda phase, share: phases.append((phase, share)))
     assert phases == [("warming up", 0.0), ("warming up", 0.5)]
     assert (device.num_free_rows, device.num_cached_tokens) == (2, 0)
     assert torch.equal(device.pages.page_table, table)

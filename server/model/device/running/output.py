@@ -1,6 +1,6 @@
-"""The results of a captured step, read from its report in the engine's terms.
+"""From a captured step's report to the engine's `StepOutput`; also of a batch that runs in parts.
 
-A report is in memory that the next step writes, so everything taken from it is copied.
+Invariant: a report lies in memory that the next step overwrites, so everything taken from it is copied.
 """
 
 from __future__ import annotations

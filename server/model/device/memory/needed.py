@@ -1,9 +1,9 @@
-"""Experts that are brought into reach because a token needs them: those of the source that a request may fetch, and
-those of the store that could not be read ahead.
+"""Spans of experts that are read because a token needs them: those of the source that a request may fetch, and those of
+the store that could not be read at the start.
 
-They take rows of the host tier that are no expert's, and more of them up to a bound that no request moves; then the
-least recently used goes. Where every expert has a slot they go there for good. Invariant: a row is written only while
-it is no expert's and nothing on the device reads it.
+They take rows of the host tier that belong to no expert, and more rows up to a bound that no request moves; then the
+least recently used one is evicted. Where every expert has a slot they go to their slots for good. Invariant: a row is
+written only while it belongs to no expert and nothing on the device reads it.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ import torch
 from expert_store.errors import SlotsError
 from expert_store.paging.pages import DevicePages
 from expert_store.pinned import NotPinnableError, locked_arena
-from server.model.device.memory.host_spans import Expert, Failures, SpanReader
+from server.model.device.memory.reading import Expert, Failures, SpanReader
 
 log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 256 << 20
-"""Of host memory that is page-locked at a time, as the rows are needed."""
+"""Host memory that is page-locked at a time, when its rows are needed."""
 READ_AT_ONCE = 64
 
 
 class NoRoomError(SlotsError):
-    """More experts have to be brought for one step than there is room for beside each other."""
+    """One step needs more experts than there is room for at once."""
 
 
-class FetchedSpans:
-    """Brings experts into reach between two runs of a step, or in the middle of a prompt's chunk.
+class NeededSpans:
+    """Reads experts into reach between two runs of a step, or in the middle of a prompt's chunk.
 
     Args:
         reader: of the store, and of its source where it has one.
@@ -40,7 +40,7 @@ class FetchedSpans:
 
     Attributes:
         num_reads: spans read.
-        num_changes: how often what is in reach has changed.
+        num_changes: how often the experts in reach have changed.
         capacity: experts that can be held beside each other; any thread may ask, at any time.
     """
 
@@ -61,12 +61,12 @@ class FetchedSpans:
         self._used_at[experts] = self._now
 
     def add_rows(self) -> None:
-        """Take over the rows that have come to the host tier and are no expert's."""
+        """Takes over the rows that were added to the host tier and belong to no expert."""
         self._free = self._pages.unused_rows()
         self._count()
 
     def give_back(self, experts: Collection[Expert]) -> None:
-        """These come into the host tier on another way: their rows are free."""
+        """Frees the rows of these experts, which get others in the host tier."""
         held = [expert for expert in experts if self._row[expert] >= 0]
         if held:
             self._pages.reassign(held, {})
@@ -74,7 +74,7 @@ class FetchedSpans:
             self._row[tuple(np.array(held).T)] = -1
             self.num_changes += 1
 
-    def bring(self, needed: Sequence[Expert], likely: Sequence[Expert], keep: npt.NDArray[np.bool_]) -> Failures:
+    def read(self, needed: Sequence[Expert], likely: Sequence[Expert], keep: npt.NDArray[np.bool_]) -> Failures:
         """Reads experts that are not in reach: `needed`, and of `likely` what there is room for. The device must have
         done its step.
 
@@ -82,14 +82,14 @@ class FetchedSpans:
             keep: [L, E], not to be given up for them.
 
         Returns:
-            What could not be read.
+            Which could not be read, and why.
 
         Raises:
-            NoRoomError: of `needed`.
+            NoRoomError: `needed` has no room.
         """
         experts = [*needed, *likely]
         if not self._pages.shape.paged:
-            return self._bring_into_slots(experts)
+            return self._read_into_slots(experts)
         room = self._make_room(len(experts), keep)
         if len(needed) > room:
             raise NoRoomError(
@@ -112,20 +112,20 @@ class FetchedSpans:
         return failures
 
     def in_turns(self, layer: int, experts: Sequence[int]) -> Iterator[list[int]]:
-        """Brings experts of one layer, so many at a time as there is room for; after a part was computed, the next one
-        may take its place. Raises StoreError."""
+        """Reads experts of one layer, as many at a time as there is room for, and yields them; when the generator goes
+        on, the next ones may take their place. Raises StoreError."""
         nothing = np.zeros(self._row.shape, dtype=np.bool_)
         left = list(experts)
         while left:
             part = left[: max(1, self._make_room(len(left), nothing))]
-            failures = self.bring([(layer, expert) for expert in part], (), nothing)
+            failures = self.read([(layer, expert) for expert in part], (), nothing)
             if failures:
                 raise next(iter(failures.values()))
             yield part
             left = left[len(part) :]
 
     def _make_room(self, count: int, keep: npt.NDArray[np.bool_]) -> int:
-        """Page-locks rows for `count` experts as far as that is allowed; returns how many can be brought now."""
+        """Page-locks rows for `count` experts as far as that is allowed; returns how many can be read now."""
         if not self._pages.shape.paged:
             return self._row.size
         while len(self._free) < count and self._to_lock:
@@ -150,7 +150,7 @@ class FetchedSpans:
         except NotPinnableError as error:
             self._to_lock = 0
             self._count()
-            log.warning("fetched experts have to do with %d places: %s", self.capacity, error)
+            log.warning("experts that requests fetch have room for %d at once: %s", self.capacity, error)
             return
         self._to_lock -= size
         first = self._pages.num_host_spans
@@ -162,7 +162,7 @@ class FetchedSpans:
         held = int((self._row >= 0).sum())
         self.capacity = len(self._free) + held + self._to_lock if self._pages.shape.paged else self._row.size
 
-    def _bring_into_slots(self, experts: Sequence[Expert]) -> Failures:
+    def _read_into_slots(self, experts: Sequence[Expert]) -> Failures:
         failures: Failures = {}
         for first in range(0, len(experts), READ_AT_ONCE):
             part = experts[first : first + READ_AT_ONCE]

@@ -1,4 +1,4 @@
-"""How the device's memory is divided: trunk, KV memory of fixed rows, slots, spill area and ring, and room to compute.
+"""The device's memory, divided: trunk, KV memory of fixed rows, slots, spill area and ring, and room to compute.
 
 Slots are sized, or checked, after the trunk is loaded and before anything else is allocated.
 """
@@ -21,11 +21,11 @@ class DeviceMemory:
     """Sizes of what a captured model holds on `device`, in bytes.
 
     Args:
-        num_pinned: slots of each layer that are never evicted.
+        num_kept: slots of each layer that are never evicted.
     """
 
-    def __init__(self, shape: DecodeShape, device: torch.device, *, num_pinned: int = 0) -> None:
-        self._shape, self._device, self.num_pinned = shape, device, num_pinned
+    def __init__(self, shape: DecodeShape, device: torch.device, *, num_kept: int = 0) -> None:
+        self._shape, self._device, self.num_kept = shape, device, num_kept
         self.span_bytes = shape.span_elements * shape.dtype.itemsize
         self.row_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
         """KV memory of one token of one row."""
@@ -51,7 +51,7 @@ class DeviceMemory:
     def slots_bytes(self, num_slots: int) -> int:
         """Slots of all layers, and where something is fetched also the spill area and the ring."""
         shape = self.pages_shape(num_slots)
-        beside = shape.num_spill(self.num_pinned) + RING_SPANS if shape.paged else 0
+        beside = shape.num_spill(self.num_kept) + RING_SPANS if shape.paged else 0
         return (self._shape.num_moe_layers * num_slots + beside) * self.span_bytes
 
     def num_slots(self, most: int, wanted: int | None, budget_bytes: int | None) -> int:
@@ -61,12 +61,12 @@ class DeviceMemory:
             most: experts that the fullest layer may serve.
 
         Raises:
-            NotCapturableError: fewer were asked for than one token's experts or the pinned ones: the host-driven path
+            NotCapturableError: fewer were asked for than one token's experts or the kept ones: the host-driven path
                 fetches such a token's experts in turns.
             SlotsError: they do not fit on the device; names what fits.
         """
         num_experts = self._shape.num_experts
-        least = max(min(self._shape.top_k, num_experts), self.num_pinned)
+        least = max(min(self._shape.top_k, num_experts), self.num_kept)
         useful = num_experts if most == num_experts else max(most, least)
         free = self._free_bytes()
         if wanted is not None:
@@ -77,7 +77,7 @@ class DeviceMemory:
         if chosen < least and (wanted is not None or budget_bytes is not None):
             given = f"{wanted} slots" if wanted is not None else f"slots_memory of {budget_bytes} bytes, {chosen} slots"
             raise NotCapturableError(
-                f"{given} a layer: one token's experts and pinned ones need {least}, with what is beside them "
+                f"{given} a layer: one token's experts and those that are kept need {least}, with spill and ring "
                 f"{self.slots_bytes(least)} bytes"
             )
         if chosen < least:

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from expert_store.errors import SlotsError
 from server.model.device.capture import NotCapturableError
-from server.model.device.memory.memory import DeviceMemory
+from server.model.device.memory.budget import DeviceMemory
 from server.model.device.step.weights import DecodeShape
 
 SHAPE = DecodeShape(
@@ -20,8 +20,8 @@ SHAPE = DecodeShape(
 )  # fmt: skip
 
 
-def memory(monkeypatch: pytest.MonkeyPatch, free: int | None, num_pinned: int = 0) -> DeviceMemory:
-    made = DeviceMemory(SHAPE, torch.device("cpu"), num_pinned=num_pinned)
+def memory(monkeypatch: pytest.MonkeyPatch, free: int | None, num_kept: int = 0) -> DeviceMemory:
+    made = DeviceMemory(SHAPE, torch.device("cpu"), num_kept=num_kept)
     monkeypatch.setattr(made, "_free_bytes", lambda: free)
     return made
 
@@ -72,4 +72,4 @@ def test_fewer_slots_than_one_token_needs_are_left_to_the_host_driven_path(monke
     with pytest.raises(NotCapturableError, match="3 slots a layer"):
         memory(monkeypatch, None).num_slots(64, 3, None)
     with pytest.raises(NotCapturableError, match="need 6"):
-        memory(monkeypatch, None, num_pinned=6).num_slots(64, 5, None)
+        memory(monkeypatch, None, num_kept=6).num_slots(64, 5, None)
