@@ -1,7 +1,8 @@
 """Triton device functions of paging: from a batch's choice of experts to a work list, and the fetch of what is missing.
 
 They run inside the caller's kernels (`server.model.device`), so that a decode step never returns to the host. One
-program makes a layer's work list (`list_work`); any number of programs may fetch (`copy_span`). Invariants, for layer l:
+program makes a layer's work list (`list_work`); any number of programs may fetch (`copy_span`). Invariants, for layer
+l:
 `slot_owner[l, page_table[l, e]] == e` for every resident e; a slot used in step t has `last_use == t` and is never a
 victim in t; a miss that finds no victim goes to the spill area, which belongs to no layer and is in no page table.
 All offsets count elements of the weights' dtype from one anchor tensor, also those of pinned host memory (one address

@@ -3,8 +3,8 @@
 Programs compute gate logits for a few experts of one row; the last to finish chooses for all rows and lists the work
 (`expert_store.paging.kernels.list_work`). The choice is exact under a mask: hidden experts get -inf before they are
 scored, so weights equal those of a checkpoint without them; where fewer than K are available the rest of the picks
-carry the sentinel id E and weight 0 and reach neither the work list nor the experts. What a family's router does otherwise
-is a switch from `server.model.device.step.router_kind`; the scores are in `kernels.scores`.
+carry the sentinel id E and weight 0 and reach neither the work list nor the experts. Where a family's router
+differs, there is a switch from `server.model.device.step.router_kind`; the scores are in `kernels.scores`.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def route(
     B, K].
 
     masks [rows, L, E] int8 (0: hidden, 1: available, ABSENT: chosen and logged as if it were there, then left out of
-    work list and experts) and temperatures [rows] fp32, which divide the logits, are a row's own (MASKED); bias_range [L]
-    fp32 is the running range of what the choice is made by, logits or scores (BIASED; mutated). gate_bias and
+    work list and experts) and temperatures [rows] fp32, which divide the logits, are a row's own (MASKED); bias_range
+    [L] fp32 is the running range of what the choice is made by, logits or scores (BIASED; mutated). gate_bias and
     selection_bias [E] fp32.
     NARROW: the choice is made by values that bf16 holds. Grid (E / BE, B); the last program lists the work.
     """

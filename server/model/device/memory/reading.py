@@ -238,8 +238,8 @@ class SpanGrowth:
         thread.start()
 
     def take(self) -> list[tuple[Tensor, list[Expert | None]]]:
-        """Spans [n, span_elements] that have arrived since the last call and the expert of each, None where it could not
-        be read; none of them is pending any longer. Call it between two steps."""
+        """Spans [n, span_elements] that have arrived since the last call and the expert of each, None where it could
+        not be read; none of them is pending any longer. Call it between two steps."""
         if not self._arrived:
             return []
         with self._lock:

@@ -1,4 +1,4 @@
-"""A store made into a model that decodes on the device: trunk by transformers, experts in pages, spans in pinned memory.
+"""A store made into a model that decodes on the device: trunk by transformers, experts in pages.
 
 The counterpart of `host.assembly.load_model` for a GPU. Raises NotCapturableError, before anything large is
 allocated where it can be told by then, for models or memory budgets that the host-driven path serves instead.
