@@ -1,4 +1,4 @@
-"""From a captured step's report to the engine's `StepOutput`; also of a batch that runs in parts.
+"""From a captured step's report to the engine's `StepOutput`.
 
 Invariant: a report lies in memory that the next step overwrites, so everything taken from it is copied.
 """
