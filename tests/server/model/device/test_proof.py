@@ -35,7 +35,7 @@ def distance(model: Any) -> float:
 
 
 @pytest.mark.parametrize(
-    "name", ["mixtral in a window", *(pytest.param(name, marks=pytest.mark.slow) for name in CAPTURED)]
+    "name", ["mixtral in a window", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in CAPTURED)]
 )
 def test_a_captured_family_is_proved_without_reading_its_weights(name: str) -> None:
     assert distance(model_of(name).to("meta")) < 1e-5
@@ -163,7 +163,7 @@ SLOW = [name for name in OTHERS if name not in ("an embedding that is scaled", "
 
 
 @pytest.mark.parametrize(
-    "other", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in OTHERS]
+    "other", [pytest.param(name, marks=pytest.mark.exhaustive if name in SLOW else ()) for name in OTHERS]
 )
 def test_a_model_that_computes_something_else_is_refused(other: str) -> None:
     name, change = OTHERS[other]
@@ -173,7 +173,7 @@ def test_a_model_that_computes_something_else_is_refused(other: str) -> None:
         distance(model)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ["exaone_moe", "flint"])
 def test_a_family_of_known_modules_that_computes_more_with_them_is_refused(family: str) -> None:
     """Layers without rotation; a gate on what attention gives."""
@@ -184,7 +184,7 @@ def test_a_family_of_known_modules_that_computes_more_with_them_is_refused(famil
         distance(model)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_layer_that_differs_in_a_setting_is_among_those_that_are_run() -> None:
     model = random_model("mixtral", num_hidden_layers=5, head_dim=32)
     model.model.layers[2].self_attn.scaling *= 2
