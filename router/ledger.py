@@ -17,16 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from router.errors import LedgerError
+
 FORMAT = "deepfew-usage"
 VERSION = 2
 READABLE_VERSIONS = (1, 2)
 """Version 1 did not count tokens whose wanted top-1 expert was missing; they are read as 0."""
 MAX_FILE_BYTES = 256 << 20
 _ARRAYS = ("served_count", "served_mass", "demand_count", "demand_mass")
-
-
-class LedgerError(ValueError):
-    """A usage file that cannot be read, or that belongs to another checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -212,8 +210,6 @@ class UsageLedger:
                 ledger.top1_missing[...] = np.asarray(data["top1_missing"])
                 ledger.top1_missing_tokens = int(data["top1_missing_tokens"])
         except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, LedgerError):
-                raise
             raise LedgerError(f"{path} is no usage file ({error}); move it away to start a new one") from error
         return ledger
 

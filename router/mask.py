@@ -12,11 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from router.errors import MaskError
+
 MAX_EXPERTS = 65536
-
-
-class MaskError(ValueError):
-    """A mask that cannot be: unreadable text, an expert id that does not exist, a layer left with no expert."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,8 @@ from torch import nn
 
 from extractor.checkpoint.quantised import check_quantisation
 from extractor.errors import UnsupportedFamilyError
-from router.gating import UnsupportedGatingError, find_gating_rule
+from router.errors import UnsupportedGatingError
+from router.gating import find_gating_rule
 
 _EXPERT_COUNT_KEYS = (
     "num_experts",

@@ -27,7 +27,8 @@ from extractor.statistics.file import read_statistics
 from extractor.statistics.price import WARN_PERPLEXITY_RATIO, Price
 from extractor.statistics.statistics import ExpertStatistics, merge_all
 from extractor.writing.disk import format_bytes, require_writable
-from router.ledger import LedgerError, UsageLedger
+from router.errors import LedgerError
+from router.ledger import UsageLedger
 
 
 def plan(

@@ -14,7 +14,8 @@ from expert_store.manifest import Alignment, LayerSpec, ModelSpec
 from expert_store.shard import ShardLayout
 from extractor.errors import SelectionError
 from extractor.planning.plan import Plan
-from router.mask import MaskError, parse_experts
+from router.errors import MaskError
+from router.mask import parse_experts
 
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}

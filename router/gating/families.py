@@ -13,14 +13,11 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from router.errors import UnsupportedGatingError
 from router.gating import rules
 from router.gating.call import GatingRule, RouterCall
 from router.gating.rules import BiasArgument, GroupLimit, Renormalised, TopKRule
 from router.gating.special import SharedSoftmaxRule, SkipClassRule, SparseMixerRule
-
-
-class UnsupportedGatingError(ValueError):
-    """No exact masked counterpart of this router is known."""
 
 
 def _gemma_logits(call: RouterCall) -> Tensor:

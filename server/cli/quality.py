@@ -24,7 +24,7 @@ from extractor.planning.criteria import CRITERIA
 from extractor.planning.plots import require_picture
 from extractor.planning.selection import parse_bytes, parse_keep
 from extractor.writing.disk import require_writable
-from router.mask import MaskError
+from router.errors import MaskError
 from server.masks.profiles import ProfileError
 from server.quality.texts import TextsError
 

@@ -22,7 +22,7 @@ from server.serving.service import Service
 from server.settings.load import Resolved
 from server.settings.schema import Settings
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -71,7 +71,7 @@ def serve(resolved: Resolved, *, on_listening: OnListening | None = None) -> int
     host = settings.http.host
     url = f"http://[{host}]:{port}" if ":" in host and not host.startswith("[") else f"http://{host}:{port}"
     changed = {path: value for path, value, origin in resolved.rows() if origin != "default"}
-    logger.info("listening", extra={"url": url, "settings": changed})
+    log.info("listening", extra={"url": url, "settings": changed})
     service = Service(
         lambda progress: load(settings, progress),
         stall_seconds=settings.engine.stall_seconds,
@@ -89,9 +89,9 @@ def serve(resolved: Resolved, *, on_listening: OnListening | None = None) -> int
     if service.error is not None:
         if not is_domain_error(service.error):
             raise service.error
-        logger.error(str(service.error))
+        log.error(str(service.error))
         return 2
-    logger.info("stopped")
+    log.info("stopped")
     if service.loaded is not None and service.loaded.engine.status().is_wedged:
         _leave(1)
     if service.loaded is None:

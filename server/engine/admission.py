@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from router.mask import MaskError
+from router.errors import MaskError
 from server.engine.request import (
     ContextTooLongError,
     GenerationRequest,

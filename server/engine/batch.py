@@ -14,8 +14,9 @@ from collections import Counter, deque
 from torch import Tensor
 
 from expert_store.errors import StoreError
+from router.errors import MaskError
 from router.ledger import UsageLedger
-from router.mask import ExpertMask, MaskError
+from router.mask import ExpertMask
 from server.engine.masks import SequenceMasks
 from server.engine.request import (
     EngineError,

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from router.mask import ExpertMask
+from server.errors import ServerError
 
 FinishReason = Literal["length", "eos_token", "stop_sequence", "cancelled"]
 EngineState = Literal["loading", "ready", "draining", "stopped", "failed"]
@@ -23,7 +24,7 @@ Logprob = tuple[int, str, float]
 """(token id, text, natural log-probability under the model's unmodified distribution)"""
 
 
-class EngineError(Exception):
+class EngineError(ServerError):
     """Base of everything the engine refuses or fails with.
 
     EngineError

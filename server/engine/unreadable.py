@@ -14,7 +14,8 @@ import numpy as np
 
 from expert_store.errors import ShardCorruptError, StoreError
 from expert_store.store import Store
-from router.mask import ExpertMask, MaskError
+from router.errors import MaskError
+from router.mask import ExpertMask
 from server.engine.sequence import Sequence
 from server.model.runner import Runner, StepFault
 

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from expert_store.files import replacing
-from router.ledger import LedgerError, UsageLedger
+from router.errors import LedgerError
+from router.ledger import UsageLedger
 from server.engine.snapshot_file import SnapshotFile
 
 FILE_NAME = "usage.json"

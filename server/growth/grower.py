@@ -23,6 +23,7 @@ from extractor.statistics.statistics import ExpertStatistics
 from extractor.writing.shrink import shrink_store
 from router.mask import ExpertMask
 from server.engine.request import EngineStoppedError
+from server.errors import ServerError
 from server.growth.ranking import (
     Float,
     check_masks,
@@ -54,7 +55,7 @@ REPLACE_FACTOR = 2.0
 """Something held goes for something missing only where that is wanted more than so many times as much."""
 
 
-class _StoppedError(Exception):
+class _StoppedError(ServerError):
     """The server ends; what the growth finished stays for the next one."""
 
 

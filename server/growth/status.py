@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from expert_store.manifest import DeepExpert
+from server.errors import ServerError
 
 GrowthState = Literal["idle", "growing", "adopting", "shrinking", "reloading"]
 
 
-class GrowthError(ValueError):
+class GrowthError(ServerError):
     """A store that cannot grow or shrink as asked.
 
     GrowthError

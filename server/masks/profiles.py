@@ -18,7 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from extractor.planning.plan import Plan, read_plan
-from router.mask import ExpertMask, MaskError
+from router.errors import MaskError
+from router.mask import ExpertMask
+from server.errors import ServerError
 from server.masks.usage_prior import UsagePrior
 
 Float = npt.NDArray[np.float64]
@@ -26,7 +28,7 @@ MAX_PROFILES = 256
 _PROFILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-class ProfileError(ValueError):
+class ProfileError(ServerError):
     """A profile that does not exist, or that does not fit the model."""
 
 

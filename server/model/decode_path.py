@@ -20,6 +20,7 @@ from expert_store.pinned import NotPinnableError
 from expert_store.policy import POLICIES
 from expert_store.store import Store
 from router.mask import ExpertMask
+from server.errors import ServerError
 from server.model.host.assembly import load_model
 from server.model.host.pinning import most_used_experts
 from server.model.host.sequence_runner import make_runner
@@ -33,7 +34,7 @@ UNPINNABLE_SHARE = 0.25
 """Of the experts' bytes: the host tier's size where the host refused to page-lock all of them."""
 
 
-class DecodePathError(Exception):
+class DecodePathError(ServerError):
     """The settings ask for a way of decoding that this model, device or memory does not allow."""
 
 

@@ -23,6 +23,7 @@ from expert_store.errors import StoreError
 from expert_store.store import Store
 from router.ledger import StepRecord
 from router.mask import ExpertMask
+from server.errors import ServerError
 from server.model.seam.observation import ExpertOutputs, OutputObserver
 from server.model.seam.routing import RowShare, StepRouting
 
@@ -208,7 +209,7 @@ class StepFault(StoreError):
         self.is_repeatable = is_repeatable
 
 
-class StepMemoryError(Exception):
+class StepMemoryError(ServerError):
     """A step failed because memory does not suffice. No row was advanced.
 
     It has neither cause nor context: their frames would keep the step's tensors alive.

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from server.errors import ServerError
+
 SEPARATOR = "<|endoftext|>"
 MIN_SEQUENCE_TOKENS = 32
 MAX_DOCUMENT_CHARS = 1 << 22
@@ -22,7 +24,7 @@ Half = str
 """Which documents to take: "all", or "even" or "odd" ones, to keep calibration and evaluation apart."""
 
 
-class TextsError(ValueError):
+class TextsError(ServerError):
     """Texts that cannot be read, or of which nothing is left."""
 
 

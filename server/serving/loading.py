@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from server.errors import SettingsError
 from server.serving.load_progress import DEVICE_PHASES, OPENING, SOURCE, STARTING, LoadProgress, load_weights
 from server.serving.service import ExpertsSnapshot, LoadedModel, Progress, ShardInfo
-from server.settings.schema import Settings, SettingsError
+from server.settings.schema import Settings
 
 if TYPE_CHECKING:
     from expert_store.manifest import Manifest
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from server.model.decode_path import RunnerOptions
     from server.model.runner import Runner
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 DEFAULT_CONTEXT_TOKENS = 8192
 POLL_SECONDS = 0.05
 
@@ -262,7 +263,7 @@ def _known_price(
     served = ExpertMask.of(store.available) if mask is None else mask
     known = known_price(store.manifest, served, statistics)
     for warning in price_warnings(known, served, settings.model.warn_perplexity_ratio):
-        logger.warning("%s", warning)
+        log.warning("%s", warning)
     return known
 
 

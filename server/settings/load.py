@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
-from server.settings.schema import Section, Settings, SettingsError
+from server.errors import SettingsError
+from server.settings.schema import Section, Settings
 from server.settings.values import parse_size
 
 ENV_PREFIX = "DEEPFEW_"

@@ -11,16 +11,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from server.errors import SettingsError
 from server.settings.values import MemoryAmount
 
 Bytes = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class SettingsError(Exception):
-    """A setting that is unknown, malformed, or that contradicts another; the message names the key and its origin."""
 
 
 class Section(BaseModel):
@@ -171,10 +167,8 @@ class LogSettings(Section):
     log_prompts: bool = Field(False, description="log prompts and whole answers (never by default)")
 
 
-class Settings(BaseSettings):
+class Settings(Section):
     """Everything that can be set. Built by `load_settings`; leaves get plain values, never this object."""
-
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     store: Path | None = Field(None, description="directory of the store")
     model: ModelSettings = ModelSettings()
@@ -184,18 +178,6 @@ class Settings(BaseSettings):
     masks: MasksSettings = MasksSettings()
     growth: GrowthSettings = GrowthSettings()
     log: LogSettings = LogSettings()
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Only what `load_settings` layered: unlike the others it refuses unknown variables."""
-        return (init_settings,)
 
     def require_safe_address(self) -> None:
         """Refuse to listen beyond loopback without a key.

@@ -13,7 +13,8 @@ import pytest
 import transformers
 from torch import nn
 
-from router.gating import RULES, UnsupportedGatingError, find_gating_rule
+from router.errors import UnsupportedGatingError
+from router.gating import RULES, find_gating_rule
 from tests.families.checkpoints import FAMILIES, is_experts, is_installed, moe_blocks, random_model
 
 # module -> name -> parameters that are passed by name or by position

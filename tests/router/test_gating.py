@@ -18,7 +18,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from router.gating import RULES, Picks, RouterCall, UnsupportedGatingError, find_gating_rule
+from router.errors import UnsupportedGatingError
+from router.gating import RULES, Picks, RouterCall, find_gating_rule
 from tests.families.checkpoints import FAMILIES, NUM_EXPERTS, is_installed, moe_blocks, random_model
 from tests.families.pruning import pruned_router
 

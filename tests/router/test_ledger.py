@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from router.ledger import LedgerError, StepRecord, UsageLedger
+from router.errors import LedgerError
+from router.ledger import StepRecord, UsageLedger
 
 NUM_EXPERTS = 4
 

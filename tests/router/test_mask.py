@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from router.mask import ExpertMask, MaskError, parse_experts
+from router.errors import MaskError
+from router.mask import ExpertMask, parse_experts
 
 
 def test_ids_and_ranges_are_read_sorted_and_once() -> None:

@@ -23,13 +23,14 @@ from server.engine.request import (
     MemoryExhaustedError,
     QueueFullError,
 )
+from server.errors import ServerError
 from server.growth.status import GrowthBusyError, GrowthError, GrowthSourceError, NothingToGrowError
 from server.serving.service import NotReadyError
 
 MAX_MESSAGE = 600
 
 
-class ApiError(Exception):
+class ApiError(ServerError):
     """A request that the HTTP layer refuses. `TABLE` has the status of each subclass.
 
     Args:

@@ -24,6 +24,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from server.api.http.errors import ErrorResponse
+from server.errors import ServerError
 from server.serving.service import Service
 from server.settings.schema import HttpSettings
 
@@ -34,7 +35,7 @@ LAST_WORDS_SECONDS = 2
 ENGINE_END_SECONDS = 10.0
 
 
-class PortTakenError(Exception):
+class PortTakenError(ServerError):
     """Another process listens on the address."""
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from expert_store.store import Store
-from router.ledger import LedgerError, UsageLedger
+from router.errors import LedgerError
+from router.ledger import UsageLedger
 from router.mask import ExpertMask
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from router.gating import GatingRule, Picks, RouterCall, UnsupportedGatingError, find_gating_rule
+from router.errors import UnsupportedGatingError
+from router.gating import GatingRule, Picks, RouterCall, find_gating_rule
 from router.ledger import StepRecord
 from router.mask import ExpertMask
 

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from expert_store.store import Store
 from extractor.checkpoint.text_model import read_config, text_model
+from server.errors import ServerError
 from server.model.seam.experts import IMPLEMENTATION
 
 Arguments = ParamSpec("Arguments")
@@ -29,7 +30,7 @@ Loaded = TypeVar("Loaded")
 LOADING_BAR = "Loading weights"  # how transformers' loop over the tensors calls its bar
 
 
-class TrunkError(Exception):
+class TrunkError(ServerError):
     """The trunk of a store cannot be loaded: its config and its tensors do not fit together."""
 
 

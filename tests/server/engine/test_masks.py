@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from router.mask import ExpertMask, MaskError
+from router.errors import MaskError
+from router.mask import ExpertMask
 from server.engine.masks import SequenceMasks
 from server.engine.request import GenerationRequest
 from server.engine.sequence import Sequence

@@ -13,12 +13,12 @@ import pytest
 pytest.importorskip("triton")
 
 from router.mask import ExpertMask
+from server.errors import SettingsError
 from server.masks.profiles import FixedMasking
 from server.model.device.step import graphs as device_graphs
 from server.serving.loading import load
 from server.serving.service import LoadedModel
 from server.settings.load import load_settings
-from server.settings.schema import SettingsError
 from tests.expert_store.damage import damage
 from tests.server.engine.clients import Client
 from tests.server.model.device.small import DEVICE, TUNING

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from server.errors import SettingsError
 from server.settings.load import leaves, load_settings
-from server.settings.schema import Settings, SettingsError, is_loopback
+from server.settings.schema import Settings, is_loopback
 from server.settings.values import MemoryAmount, parse_size
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from server.errors import ServerError
 
-class NotCapturableError(Exception):
+
+class NotCapturableError(ServerError):
     """The model needs something that the captured decode step does not do; the message says what."""
 
 

@@ -21,7 +21,8 @@ from triton.runtime.errors import OutOfResources
 from expert_store.errors import SlotsError
 from expert_store.paging.pages import DevicePages, Policy
 from expert_store.store import Store
-from router.mask import ExpertMask, MaskError
+from router.errors import MaskError
+from router.mask import ExpertMask
 from server.model.device.capture import NotCapturableError, need
 from server.model.device.capture.pack import decode_shape, moe_blocks, pack_trunk
 from server.model.device.capture.proof import prove

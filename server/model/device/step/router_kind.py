@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 import torch
 
-from router.gating import Picks, UnsupportedGatingError, find_gating_rule, rules
+from router.errors import UnsupportedGatingError
+from router.gating import Picks, find_gating_rule, rules
 from router.gating.rules import BiasArgument, Renormalised, TopKRule
+from server.errors import ServerError
 
 Scores = Literal["softmax", "sigmoid"]
 _SCORES: dict[Any, Scores] = {
@@ -23,7 +25,7 @@ _SCORES: dict[Any, Scores] = {
 }  # fmt: skip
 
 
-class RouterRefusedError(Exception):
+class RouterRefusedError(ServerError):
     """The kernel does not compute this router; the message says why."""
 
 

@@ -1,0 +1,28 @@
+"""The root of what this package raises on purpose; the message says what is wrong, got, wanted, and what to do.
+
+ServerError
+├── SettingsError      a setting that is unknown, malformed, or that contradicts another
+├── UsageError         a command that cannot be carried out as it was typed
+├── PortTakenError     another process listens on the address
+├── ApiError           a request that the HTTP layer refuses (`server.api.http.errors`)
+├── EngineError        a request that the engine refuses or cannot finish (`server.engine.request`)
+├── GrowthError        a store that cannot grow or shrink as asked (`server.growth.status`)
+├── ProfileError       a profile that does not exist, or that does not fit the model
+├── TextsError         texts that cannot be read, or of which nothing is left
+├── TrunkError         a trunk that is no model that can be served
+├── DecodePathError    the decode path that was asked for cannot run here
+├── NotCapturableError, RouterRefusedError   the decode step of this model cannot be captured
+└── StepMemoryError    a step for which the device has no memory
+"""
+
+
+class ServerError(Exception):
+    """Base of everything that this package raises on purpose."""
+
+
+class SettingsError(ServerError):
+    """A setting that is unknown, malformed, or that contradicts another; the message names the key and its origin."""
+
+
+class UsageError(ServerError):
+    """A command that cannot be carried out as it was typed; the message says what to change."""
