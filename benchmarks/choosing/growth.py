@@ -25,8 +25,8 @@ from typing import Any
 
 import httpx
 
-from benchmarks.reporting import REPOSITORY, environment, finish, table
-from benchmarks.service.serving import CHECKPOINT, ours, running
+from benchmarks.harness.reporting import REPOSITORY, environment, finish, table
+from benchmarks.harness.servers import CHECKPOINT, ours, running
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.planning.selection import SelectionRequest
 from extractor.writing.prepare import prepare

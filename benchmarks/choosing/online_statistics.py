@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.reporting import REPOSITORY, environment, finish, table
+from benchmarks.harness.reporting import REPOSITORY, environment, finish, table
 from expert_store.store import Store
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.planning.selection import SelectionRequest

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.reporting import REPOSITORY, environment, finish, table
+from benchmarks.harness.reporting import REPOSITORY, environment, finish, table
 from expert_store.store import Store
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.planning.selection import SelectionRequest

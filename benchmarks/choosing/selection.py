@@ -36,8 +36,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.choosing.parts import PARTS, Setup, items_of, measure_domain, measure_item
-from benchmarks.reporting import REPOSITORY, environment, finish, table, write_result
+from benchmarks.choosing.selection_jobs import PARTS, Setup, items_of, measure_domain, measure_item
+from benchmarks.harness.reporting import REPOSITORY, environment, finish, table, write_result
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.planning.selection import SelectionRequest
 from extractor.statistics.file import write_statistics

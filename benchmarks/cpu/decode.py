@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reporting import REPOSITORY, environment, finish, table
+from benchmarks.harness.reporting import REPOSITORY, environment, finish, table
 
 STOCK_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
@@ -157,7 +157,7 @@ def _jobs(arguments: argparse.Namespace, checkpoint: Path, store: Path, num_expe
 
 
 def _generated(work: Path) -> Path:
-    from benchmarks.cpu.generated import Shape, write_checkpoint
+    from benchmarks.harness.generated_checkpoint import Shape, write_checkpoint
 
     write_checkpoint(work / "checkpoint", Shape())
     return work / "checkpoint"

@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.reporting import environment, finish, table
-from benchmarks.service.serving import extract_store
+from benchmarks.harness.reporting import environment, finish, table
+from benchmarks.harness.servers import extract_store
 
 WAYS: dict[str, dict[str, str]] = {
     "OpenMP's default (spins)": {},

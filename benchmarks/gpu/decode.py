@@ -40,7 +40,7 @@ from benchmarks.gpu import paging as gpu_paging
 from benchmarks.gpu import paths as gpu_paths
 from benchmarks.gpu import timing as gpu_timing
 from benchmarks.gpu.steps import CONTEXT, STAGES, Replay, random_trunk
-from benchmarks.reporting import environment, finish, table
+from benchmarks.harness.reporting import environment, finish, table
 from expert_store.paging.pages import DevicePages, PagesShape, Policy
 from server.model.device.step.graphs import in_parallel
 from server.model.device.step.state import RowState

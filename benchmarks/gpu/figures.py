@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.gpu.decode import QWEN
-from benchmarks.reporting import REPOSITORY, RESULTS
+from benchmarks.harness.reporting import REPOSITORY, RESULTS
 
 
 def main() -> None:

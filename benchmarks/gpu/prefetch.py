@@ -34,7 +34,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.gpu import paging as gpu_paging
-from benchmarks.reporting import REPOSITORY, environment, finish, table
+from benchmarks.harness.reporting import REPOSITORY, environment, finish, table
 
 Scores = npt.NDArray[np.float32]  # [T, L, E]; layer 0 has none: NaN
 Choice = npt.NDArray[np.int64]  # [T, L, K]

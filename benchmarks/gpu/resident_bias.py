@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.reporting import REPOSITORY, environment, finish, table
+from benchmarks.harness.reporting import REPOSITORY, environment, finish, table
 
 STRENGTHS = (0.0, 0.05, 0.1, 0.2, 0.4)
 

@@ -35,8 +35,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu.generated import Shape, write_checkpoint
-from benchmarks.reporting import REPOSITORY, environment, finish, table
+from benchmarks.harness.generated_checkpoint import Shape, write_checkpoint
+from benchmarks.harness.reporting import REPOSITORY, environment, finish, table
 
 PROMPTS = (
     "The capital of France is",

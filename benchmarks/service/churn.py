@@ -39,7 +39,8 @@ from typing import Any
 
 import httpx
 
-from benchmarks.reporting import RESULTS, environment, finish
+from benchmarks.harness.reporting import RESULTS, environment, finish
+from benchmarks.harness.servers import CHECKPOINT
 from benchmarks.service.churn_clients import Clients
 from benchmarks.service.churn_server import (
     ChurnServer,
@@ -51,7 +52,6 @@ from benchmarks.service.churn_server import (
     metrics_of,
     mount_small_disk,
 )
-from benchmarks.service.serving import CHECKPOINT
 
 DRAIN_SECONDS = 30
 SAVE_USAGE_SECONDS = 3

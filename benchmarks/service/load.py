@@ -36,8 +36,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reporting import environment, finish, table
-from benchmarks.service.serving import (
+from benchmarks.harness.reporting import environment, finish, table
+from benchmarks.harness.servers import (
     CHECKPOINT,
     PROMPTS,
     Served,

@@ -21,7 +21,7 @@ from locust import FastHttpUser, constant, events, task
 from locust.env import Environment
 from locust.exception import StopUser
 
-from benchmarks.service.serving import PROMPTS
+from benchmarks.harness.servers import PROMPTS
 
 TIMEOUT_SECONDS = 600
 

@@ -26,7 +26,7 @@ from extractor.planning.selection import parse_bytes, parse_keep
 from extractor.writing.disk import require_writable
 from router.errors import MaskError
 from server.masks.profiles import ProfileError
-from server.quality.texts import TextsError
+from server.quality.texts import HALVES, MIN_SEQUENCE_TOKENS, TextOptions, TextsError, find_domains
 
 if TYPE_CHECKING:
     from server.model.host.assembly import HostModel
@@ -37,7 +37,6 @@ SlotsOption = Annotated[str | None, typer.Option(help="Memory for experts on the
 HalfOption = Annotated[str, typer.Option(help="Documents to take: all, or even or odd ones, to keep two runs apart.")]
 ContextOption = Annotated[int, typer.Option(help="Tokens of a sequence.")]
 TokensOption = Annotated[int, typer.Option(min=1, help="Most tokens of a domain, rounded up to whole sequences.")]
-HALVES = ("all", "even", "odd")
 
 
 def calibrate(
@@ -61,16 +60,15 @@ def calibrate(
     Interrupted, the same command continues. Statistics of several runs can be added up by `deepfew plan`.
     """
     with _one_message(), ExitStack() as stack:
-        from server.quality.calibrate import CalibrateOptions
-        from server.quality.calibrate import calibrate as run
-        from server.quality.texts import find_domains
+        from server.quality.calibration import CalibrationOptions
+        from server.quality.calibration import calibrate as run
 
         _check(half, context)
         require_writable(out, "--out")
         from extractor.statistics.file import write_statistics
 
         domains = find_domains(texts)
-        options = CalibrateOptions(context, max_tokens, price_tokens, half, weights)
+        options = CalibrationOptions(TextOptions(context, max_tokens, half), price_tokens, weights)
         model = stack.enter_context(_opened(source, out, slots_memory, device, dtype))
         _check_context(context, model)
         if not model.routing.mask.is_full:
@@ -116,9 +114,8 @@ def evaluate(
 ) -> None:
     """Measure what a store or a plan costs: perplexity of texts, answers to questions, deficit, efficiency."""
     with _one_message(), ExitStack() as stack:
-        from server.quality.calibrate import CalibrateOptions
-        from server.quality.report import Evaluation, evaluate_all
-        from server.quality.texts import find_domains
+        from server.quality.evaluation import EvaluationRequest
+        from server.quality.evaluation import evaluate as run
 
         _check(half, context)
         if not texts and not questions:
@@ -133,10 +130,10 @@ def evaluate(
         names = [name.strip() for name in criteria.split(",")]
         if unknown := sorted(set(names) - set(CRITERIA)):
             raise TextsError(f"--criteria: there is no {unknown[0]!r}, wanted some of {', '.join(CRITERIA)}")
-        asked = Evaluation(
+        request = EvaluationRequest(
             domains=find_domains(texts) if texts else [],
             questions=list(questions or ()),
-            options=CalibrateOptions(context, max_tokens, 0, half),
+            text=TextOptions(context, max_tokens, half),
             plan=plan,
             statistics=stats,
             shares=[parse_keep(part) for part in keep.split(",")],
@@ -150,19 +147,17 @@ def evaluate(
         if reference is not None:
             whole = stack.enter_context(_opened(reference, None, slots_memory, device, dtype))
         progress = stack.enter_context(_progress("evaluating"))
-        report = evaluate_all(model, whole, asked, progress)
+        report = run(model, whole, request, progress)
         if plot is not None:
-            from server.quality.plots import draw_report
-
-            draw_report(plot, report)
+            report.draw(plot)
     print(json.dumps(report.to_json()) if as_json else report.to_text())
 
 
 def _check(half: str, context: int) -> None:
     if half not in HALVES:
         raise TextsError(f"--half is {half!r}, wanted one of {', '.join(HALVES)}")
-    if context < 32:
-        raise TextsError(f"--context is {context}, wanted at least 32 tokens")
+    if context < MIN_SEQUENCE_TOKENS:
+        raise TextsError(f"--context is {context}, wanted at least {MIN_SEQUENCE_TOKENS} tokens")
 
 
 def _check_context(context: int, model: HostModel) -> None:

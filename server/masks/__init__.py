@@ -1,1 +1,1 @@
-"""Masks for requests and what they are expected to cost."""
+"""Masks for requests, and their expected price."""

@@ -1,7 +1,7 @@
-"""What a server knows of the price of its mask: from a statistics file, or from the plan that its store was made of.
+"""The expected price of a server's mask: from a statistics file, or from the plan that its store was made of.
 
-Invariant: a store that lacks experts, or a server that hides some, is never served in silence: either the expected cost
-is compared with what the user bears, or the log says that it is unknown and how to measure it.
+Invariant: a store that lacks experts, or a server that masks some, is never served without a word. Either the expected
+cost is compared with the user's bound, or a warning says that it is unknown and how to measure it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ MEASURE = (
 
 @dataclass(frozen=True)
 class KnownPrice:
-    """What is known before a request came.
+    """The price that is known when the server starts.
 
     Attributes:
-        price: of a deficit; None where nothing was calibrated.
-        expectations: what the mask is expected to serve and to cost of each domain; empty where that is unknown.
-        is_of_mask: whether the expectations are of exactly this mask, or of the plan that the store began as.
-        problem: why what the store carries could not be read.
+        price: of a deficit; None without a calibration.
+        expectations: share served and cost of each domain under the mask; empty if they are unknown.
+        is_of_mask: whether the expectations are of exactly this mask; else they are of the plan that the store was
+            made of.
+        problem: the reason why the store's own price could not be read.
     """
 
     price: Price | None = None
@@ -40,20 +41,25 @@ class KnownPrice:
 
 
 def load_statistics(path: Path | None, manifest: Manifest) -> ExpertStatistics | None:
-    """The statistics file of a server, if there is one. Raises `StatisticsError`, OSError."""
+    """Read the statistics of a store's checkpoint; None without a path.
+
+    Raises:
+        StatisticsError: no statistics, or those of another checkpoint.
+        OSError: the file cannot be read.
+    """
     if path is None:
         return None
     statistics = read_statistics(path)
     if statistics.fingerprint != manifest.source.fingerprint:
         raise StatisticsError(
             f"{path} is of checkpoint {statistics.fingerprint}, the store of {manifest.source.fingerprint}: calibrate "
-            "on this one"
+            "this store or its checkpoint"
         )
     return statistics
 
 
 def known_price(manifest: Manifest, mask: ExpertMask, statistics: ExpertStatistics | None) -> KnownPrice:
-    """What masking to `mask` is expected to cost. What cannot be read is unknown: a store is served without it."""
+    """The expected price of `mask`. If the store's own price cannot be read, it is unknown, and the store is served."""
     if statistics is not None:
         return KnownPrice(Price.of(statistics.price), tuple(expect(statistics, mask.allowed)))
     planned = manifest.alignment.statistics
@@ -67,15 +73,15 @@ def known_price(manifest: Manifest, mask: ExpertMask, statistics: ExpertStatisti
 
 
 def price_warnings(known: KnownPrice, mask: ExpertMask, warn_ratio: float) -> list[str]:
-    """What a user must know before serving under `mask`; nothing where every expert is there."""
+    """Warnings for a user who serves under `mask`; none if every expert is available."""
     if mask.is_full:
         return []
     share = f"{float(mask.num_allowed.mean() / mask.allowed.shape[1]):.0%} of the experts"
     if known.price is None:
         why = f" ({known.problem})" if known.problem else ""
-        return [f"what serving {share} costs is unknown{why}: {MEASURE}"]
+        return [f"the cost of serving {share} is unknown{why}: {MEASURE}"]
     if not known.expectations:
-        return [f"how much of the calibrated text {share} serve is unknown: {MEASURE}"]
+        return [f"it is unknown how much of the calibrated text {share} serve: {MEASURE}"]
     what = share if known.is_of_mask else f"what the store was planned as ({share} are served now)"
     warning = cost_warning(known.expectations, warn_ratio, what)
     return [] if warning is None else [warning]

@@ -1,1 +1,1 @@
-"""Calibration and evaluation: what experts do on known texts, and what a mask costs."""
+"""Calibration and evaluation: measures on known texts which experts they use, and the cost of a mask."""

@@ -1,4 +1,4 @@
-"""Questions with exact answers: which of them a model answers, whole, under a mask, or under a pool of each prompt.
+"""Questions with exact answers: the share that a model answers, whole, under a mask, or under a pool for each prompt.
 
 A question counts as answered if its answer is a prefix of the greedy continuation. Invariant: a question is answered as
 it would be alone, whatever others run beside it.
@@ -14,7 +14,7 @@ from pathlib import Path
 from router.mask import ExpertMask
 from server.engine.request import Masking
 from server.model.runner import RowStep, Runner, StepOutput
-from server.quality.run import encoder
+from server.quality.batches import encoder
 from server.quality.texts import TextsError
 
 MAX_QUESTIONS = 100_000
@@ -34,7 +34,7 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Named questions; `chance` is what guessing among the set's own answers gets right."""
+    """Named questions; `chance` is the accuracy of guessing among the set's own answers."""
 
     name: str
     questions: tuple[Question, ...]
@@ -48,7 +48,7 @@ def read_questions(path: Path) -> QuestionSet:
     """A jsonl file of objects with "prompt" and "answer".
 
     Raises:
-        TextsError: a line that is none, or more questions than `MAX_QUESTIONS`.
+        TextsError: a line that is not such an object, no line at all, or more questions than `MAX_QUESTIONS`.
         OSError: it cannot be read.
     """
     questions: list[Question] = []
@@ -64,24 +64,20 @@ def read_questions(path: Path) -> QuestionSet:
             if len(questions) > MAX_QUESTIONS:
                 raise TextsError(f"{path} has more than {MAX_QUESTIONS} questions: split it")
     if not questions:
-        raise TextsError(f"{path} has no questions")
+        raise TextsError(f'{path} has no questions: wanted a line for each, an object with "prompt" and "answer"')
     return QuestionSet(path.stem, tuple(questions))
 
 
-def answered(
-    runner: Runner,
-    questions: Sequence[Question],
-    mask: ExpertMask | None = None,
-    masking: MakeMasking | None = None,
-    prefix: str = "",
+def share_answered(
+    runner: Runner, questions: Sequence[Question], make_masking: MakeMasking | None = None, prefix: str = ""
 ) -> float:
-    """Share of the questions whose answer the greedy continuation starts with.
+    """Share of the questions whose answer is a prefix of the greedy continuation.
 
     Args:
-        runner: its free rows are the questions that run side by side.
-        mask: for every question.
-        masking: of each question, beside `mask`; a pool, for instance.
-        prefix: text before every prompt, such as the separator that a document begins with; special tokens by name.
+        runner: as many questions run side by side as it has free rows; all rows are free again afterwards.
+        make_masking: makes a masking for each question; None leaves the model's own mask.
+        prefix: text before every prompt, such as the separator that a document begins with. Special tokens are written
+            by name.
     """
     waiting = list(reversed(questions))
     running: list[_Asked] = []
@@ -89,11 +85,11 @@ def answered(
     try:
         while waiting or running:
             while waiting and runner.num_free_rows:
-                running.append(_Asked(runner, waiting.pop(), mask, masking, prefix))
-            for asked in [one for one in running if one.verdict is not None]:
+                running.append(_Asked(runner, waiting.pop(), make_masking, prefix))
+            for asked in [one for one in running if one.is_answered is not None]:
                 running.remove(asked)
                 runner.free(asked.row)
-                right += bool(asked.verdict)
+                right += bool(asked.is_answered)
             if running:
                 _step(runner, running)
     finally:
@@ -103,31 +99,24 @@ def answered(
 
 
 def _step(runner: Runner, running: Sequence[_Asked]) -> None:
-    open_ = [asked for asked in running if asked.verdict is None]
-    if not open_:
+    asked = [one for one in running if one.is_answered is None]
+    if not asked:
         return
-    output = runner.decode([RowStep(one.row, one.made[-1], mask=one.mask) for one in open_])
-    for at, asked in enumerate(open_):
-        asked.take(output, at, slice(at, at + 1))
+    output = runner.decode([RowStep(one.row, one.tokens[-1], mask=one.mask) for one in asked])
+    for at, one in enumerate(asked):
+        one.take(output, at, slice(at, at + 1))
 
 
 class _Asked:
-    """A question in a row of its own. `verdict` is None until it is known whether it was answered."""
+    """A question in a row of its own. `is_answered` is None until the continuation decides it."""
 
-    def __init__(
-        self,
-        runner: Runner,
-        question: Question,
-        mask: ExpertMask | None,
-        masking: MakeMasking | None,
-        prefix: str,
-    ) -> None:
-        self.verdict: bool | None = None
-        self.made: list[int] = []
-        self._model, self._question, self._mask = runner.model, question, mask
+    def __init__(self, runner: Runner, question: Question, make_masking: MakeMasking | None, prefix: str) -> None:
+        self.is_answered: bool | None = None
+        self.tokens: list[int] = []
+        self._model, self._question = runner.model, question
         encode = encoder(runner.model)
         prompt = [*encode(prefix), *encode(question.prompt)]
-        self._masking = None if masking is None else masking(len(prompt))
+        self._masking = None if make_masking is None else make_masking(len(prompt))
         self.row = runner.allocate()
         try:
             self.take(runner.prefill(self.row, prompt, mask=self.mask), 0, slice(None))
@@ -138,25 +127,16 @@ class _Asked:
     @property
     def mask(self) -> ExpertMask | None:
         """For the next step; None is the model's own."""
-        masks = [self._mask, None if self._masking is None else self._masking.mask]
-        chosen = [mask for mask in masks if mask is not None]
-        if not chosen:
-            return None
-        joined = self._model.routing.mask
-        for mask in chosen:
-            joined = joined & mask
-        return joined
+        chosen = None if self._masking is None else self._masking.mask
+        return None if chosen is None else self._model.routing.mask & chosen
 
     def take(self, output: StepOutput, at: int, tokens: slice) -> None:
-        """The most likely token of row `at` of a step, whose routing is that of `tokens`."""
+        """Add the most likely token of row `at` of a step, whose routing is that of `tokens`."""
         if self._masking is not None:
-            record = output.record
-            index = record.served_index if record.demand_index is None else record.demand_index
-            weight = record.served_weight if record.demand_weight is None else record.demand_weight
-            self._masking.observe(index[:, tokens], weight[:, tokens])
-        self.made.append(int(output.logits[at].argmax()))
-        answer, text = self._question.answer, str(self._model.tokenizer.decode(self.made))
+            self._masking.observe(*output.record.demand_of(tokens))
+        self.tokens.append(int(output.logits[at].argmax()))
+        answer, text = self._question.answer, str(self._model.tokenizer.decode(self.tokens))
         if len(text) >= len(answer) and "\ufffd" not in text:
-            self.verdict = text.startswith(answer)
-        elif len(self.made) >= MAX_ANSWER_TOKENS or not answer.startswith(text.rstrip("\ufffd")):
-            self.verdict = False
+            self.is_answered = text.startswith(answer)
+        elif len(self.tokens) >= MAX_ANSWER_TOKENS or not answer.startswith(text.rstrip("\ufffd")):
+            self.is_answered = False

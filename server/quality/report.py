@@ -1,64 +1,45 @@
-"""Everything that `deepfew evaluate` measures, as one report: texts, questions, criteria over kept shares, the price.
+"""The report of an evaluation: as JSON, as tables for a terminal, and as a picture.
 
-Invariant: figures are compared only on the same tokens of the same text.
+Invariant: the three show the same figures. The picture is drawn with matplotlib's Agg canvas, without a display and
+without global state.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from extractor.planning.plan import read_plan
-from extractor.statistics.file import read_statistics
-from extractor.statistics.price import Price
-from extractor.statistics.statistics import ExpertStatistics, StatisticsError
-from router.mask import ExpertMask
-from server.masks.profiles import mask_of_plan
-from server.model.host.assembly import HostModel
-from server.model.host.runner import HostRunner
-from server.quality.calibrate import CalibrateOptions
-from server.quality.efficiency import configuration_entropy, efficiency, parameters
-from server.quality.evaluate import TextResult, evaluate_text, geometric_mean, tokenised
-from server.quality.questions import answered, read_questions
-from server.quality.sweep import PriceCheck, SweepResult, check_price, sweep_criteria
-from server.quality.texts import Domain
+import numpy as np
 
-Say = Callable[[str, int, int | None], None]
-MAX_QUESTION_TOKENS = 4096
-QUESTION_ROWS = 16
+from expert_store.files import replacing
+from server.quality.comparison import MaskResult
+from server.quality.price import PriceCheck
+from server.quality.text_loss import TextResult, geometric_mean
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MAX_NAMED = 16
 FIGURES = ("activation_ratio", "p3", "p2f", "mer", "r3", "saa")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What to measure; see the options of `deepfew evaluate`."""
-
-    domains: Sequence[Domain]
-    questions: Sequence[Path]
-    options: CalibrateOptions
-    plan: Path | None = None
-    statistics: Path | None = None
-    shares: Sequence[float] = ()
-    criteria: Sequence[str] = ()
-    seeds: Sequence[int] = ()
-    prefix: str = ""
 
 
 @dataclass
 class Report:
-    """What was measured.
+    """The results of an evaluation.
 
     Attributes:
-        texts: of each domain; reference: the same of the whole model, empty without one.
-        expected: change of loss that calibration expects at each domain's deficit.
-        questions: name, accuracy, reference accuracy and efficiency metrics of each set.
-        entropy: CES of each layer, from the statistics.
-        sweeps: criteria over kept shares; not_compared: why there are none, where statistics were given.
-        price: how well the expected loss held over them.
         num_experts: E.
+        texts: of each domain.
+        reference: the same of the whole model; empty without one.
+        expected: change of loss that calibration expects at each domain's deficit.
+        questions: name, accuracy and efficiency metrics of each set.
+        entropy: CES of each layer, from the statistics.
+        compared: criteria over kept shares.
+        not_compared: the reason why there are none although statistics were given.
+        price: how well the expected loss predicted the measured one.
     """
 
     num_experts: int
@@ -67,7 +48,7 @@ class Report:
     expected: dict[str, float] = field(default_factory=dict)
     questions: list[dict[str, Any]] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
-    sweeps: list[SweepResult] = field(default_factory=list)
+    compared: list[MaskResult] = field(default_factory=list)
     price: PriceCheck | None = None
     not_compared: str | None = None
 
@@ -95,7 +76,7 @@ class Report:
             "mean_ratio": geometric_mean(ratios) if ratios else None,
             "questions": self.questions,
             "ces": self.entropy,
-            "sweeps": [sweep.to_json() for sweep in self.sweeps],
+            "sweeps": [one.to_json() for one in self.compared],
             "sweeps_left_out": self.not_compared,
             "price": None if self.price is None else self.price.to_json(),
         }
@@ -117,102 +98,62 @@ class Report:
             lines.append(f"questions {asked['name']}: {asked['accuracy']:.1%} answered; {figures}")
         if self.entropy:
             lines.append("CES per layer: " + " ".join(f"{value:.3f}" for value in self.entropy))
-        for sweep in self.sweeps:
-            share = sweep.kept / self.num_experts
-            lines.append(f"keep {share:6.1%} by {sweep.name:12} mean ratio {sweep.mean_ratio:.4f}")
+        for mask in self.compared:
+            share = mask.kept / self.num_experts
+            lines.append(f"keep {share:6.1%} by {mask.name:12} mean ratio {mask.mean_ratio:.4f}")
         if self.not_compared is not None:
             lines.append(self.not_compared)
         if self.price is not None and self.price.points:
             lines.append(
                 f"expected against actual loss: R² {self.price.r_squared:.3f}, "
-                f"{self.price.r_squared_by_routing:.3f} where the kind of text is told by its routing alone, "
-                f"{self.price.r_squared_of_unknown_kind:.3f} by nothing"
+                f"{self.price.r_squared_by_routing:.3f} where only the routing tells the kind of text, "
+                f"{self.price.r_squared_of_unknown_kind:.3f} where nothing tells it"
             )
         return "\n".join(lines)
 
+    def draw(self, path: Path) -> None:
+        """Write a picture of the comparison and the price to `path`; the suffix chooses the format. Raises OSError."""
+        from matplotlib.figure import Figure
 
-def evaluate_all(model: HostModel, whole: HostModel | None, asked: Evaluation, say: Say) -> Report:
-    """Measure everything that was asked for.
-
-    Raises:
-        TextsError, StatisticsError, SelectionError, ProfileError, StoreError: see there.
-    """
-    manifest = model.store.manifest
-    report = Report(manifest.model.num_experts)
-    statistics = None if asked.statistics is None else _statistics(asked.statistics, model)
-    mask: ExpertMask | None = None
-    if asked.plan is not None:
-        plan = read_plan(asked.plan)
-        mask = mask_of_plan(plan, manifest.model.num_layers, manifest.model.num_experts) & model.routing.mask
-    if whole is None and (mask is not None or statistics is not None) and model.routing.mask.is_full:
-        whole = model  # a whole store is its own reference
-    texts = tokenised(model, asked.domains, asked.options)
-    for number, (name, tokens) in enumerate(texts.items()):
-        say(f"reading {name}", number, len(texts))
-        report.texts[name] = evaluate_text(model, tokens, mask)
-        if whole is not None:
-            report.reference[name] = evaluate_text(whole, tokens)
-        price = None if statistics is None else Price.of(statistics.price)
-        if price is not None:
-            report.expected[name] = price.expected_loss(report.texts[name].deficit, name).nats
-    _ask(report, model, asked, mask, say)
-    served_mask = mask or model.routing.mask
-    if statistics is not None and report.reference and not served_mask.is_full:
-        kept = round(float(served_mask.num_allowed.mean()))
-        served = SweepResult("served", kept, report.texts, {name: report.ratio(name) for name in report.texts})
-        report.price = check_price(statistics, [served], report.reference)
-    if statistics is not None:
-        report.entropy = [float(value) for value in configuration_entropy(statistics.total("picks"))]
-        _sweep(report, model, statistics, texts, asked, say)
-    return report
+        figure = Figure(figsize=(12, 4.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        _draw_quality(left, self)
+        _draw_price(right, self)
+        with replacing(path) as file:
+            figure.savefig(file, format=path.suffix[1:], dpi=120)
 
 
-def _statistics(path: Path, model: HostModel) -> ExpertStatistics:
-    statistics = read_statistics(path)
-    fingerprint = model.store.manifest.source.fingerprint
-    if statistics.fingerprint != fingerprint:
-        raise StatisticsError(
-            f"{path} is of checkpoint {statistics.fingerprint}, the store of {fingerprint}: calibrate on this one"
-        )
-    return statistics
+def _draw_quality(axes: Axes, report: Report) -> None:
+    ways: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for mask in report.compared:
+        name = "random" if mask.name.startswith("random") else mask.name
+        ways[name][mask.kept / report.num_experts].append(mask.mean_ratio)
+    for name, points in ways.items():
+        shares = sorted(points)
+        middle = [float(np.median(points[share])) for share in shares]
+        line = axes.plot(shares, middle, marker="o", markersize=3, label=name)[0]
+        if name == "random":
+            low, high = ([pick(points[share]) for share in shares] for pick in (min, max))
+            axes.fill_between(shares, low, high, alpha=0.2, color=line.get_color())
+    axes.set(xlabel="share of experts kept", ylabel="perplexity ÷ unmasked", title="quality over kept share")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    if ways:
+        axes.legend(fontsize=7)
 
 
-def _ask(report: Report, model: HostModel, asked: Evaluation, mask: ExpertMask | None, say: Say) -> None:
-    runner = HostRunner(model, max_rows=QUESTION_ROWS, max_tokens=min(model.context_tokens, MAX_QUESTION_TOKENS))
-    for path in asked.questions:
-        found = read_questions(path)
-        say(f"asking {found.name}", 0, None)
-        accuracy = answered(runner, found.questions, mask, prefix=asked.prefix)
-        metrics = efficiency(accuracy, found.chance, parameters(model, mask)).to_json()
-        head = {"name": found.name, "num_questions": len(found.questions), "prefix": asked.prefix}
-        report.questions.append({**head, **metrics})
-
-
-def _sweep(
-    report: Report,
-    model: HostModel,
-    statistics: ExpertStatistics,
-    texts: Mapping[str, Sequence[Sequence[int]]],
-    asked: Evaluation,
-    say: Say,
-) -> None:
-    if not texts or not model.routing.mask.is_full:
-        lack = "no --texts were given" if not texts else "this store holds only a part of the experts"
-        remedy = "give some" if not texts else "name the checkpoint, or a store of all of it"
-        report.not_compared = f"criteria were not compared at {len(asked.shares)} sizes, as {lack}: {remedy}"
+def _draw_price(axes: Axes, report: Report) -> None:
+    axes.set(xlabel="expected change of loss, nats a token", ylabel="actual change", title="price of a deficit")
+    axes.grid(alpha=0.3)
+    if report.price is None or not report.price.points:
         return
-    statistics.indices(list(texts))
-    counts = [max(1, round(share * statistics.num_experts)) for share in asked.shares]
-    report.sweeps = sweep_criteria(
-        model,
-        statistics,
-        texts,
-        report.reference,
-        asked.criteria,
-        counts,
-        asked.seeds,
-        lambda text: say(text, 0, None),
-    )
-    chosen = [sweep for sweep in report.sweeps if sweep.name in asked.criteria]
-    check = check_price(statistics, chosen, report.reference)
-    report.price = PriceCheck.of([*check.points, *(report.price.points if report.price is not None else ())])
+    ends = [1e-3]
+    for name in dict.fromkeys(point["domain"] for point in report.price.points):
+        own = [point for point in report.price.points if point["domain"] == name]
+        expected, actual = ([point[key] for point in own] for key in ("expected", "actual"))
+        axes.scatter(expected, actual, s=10, label=name)
+        ends += [*expected, *actual]
+    axes.plot([0, max(ends)], [0, max(ends)], color="black", linewidth=0.8)
+    if len(report.texts) <= MAX_NAMED:
+        axes.legend(fontsize=7)
+    axes.set_title(f"price of a deficit, R² {report.price.r_squared:.3f}")

@@ -1,8 +1,9 @@
 """Named groups of texts for calibration and evaluation: read from files and folders, cut into sequences of tokens.
 
 A *domain* is a name and its documents. Plain files hold documents separated by lines of `<|endoftext|>`; jsonl files
-hold one document a line in the key "text". Documents are packed as in training: one after the other with the end-of-
-text token between them, cut every `context` tokens. Files are read lazily, so they may be larger than memory.
+hold one document a line in the key "text". Documents are packed as in training: one after the other, with the
+end-of-text token between them, cut every `context` tokens. Files are read line by line, so they may be larger than
+memory.
 """
 
 from __future__ import annotations
@@ -20,12 +21,27 @@ MIN_SEQUENCE_TOKENS = 32
 MAX_DOCUMENT_CHARS = 1 << 22
 """Longer documents are cut into several."""
 
-Half = str
-"""Which documents to take: "all", or "even" or "odd" ones, to keep calibration and evaluation apart."""
+HALVES = ("all", "even", "odd")
+"""The documents to take: all, or the even or odd ones, to keep calibration and evaluation apart."""
 
 
 class TextsError(ServerError):
-    """Texts that cannot be read, or of which nothing is left."""
+    """The texts cannot be read, or nothing is left of them."""
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The part of a domain's text to take.
+
+    Attributes:
+        context: tokens of a sequence.
+        max_tokens: most tokens of a domain.
+        half: one of `HALVES`.
+    """
+
+    context: int = 512
+    max_tokens: int = 65536
+    half: str = "all"
 
 
 @dataclass(frozen=True)
@@ -63,8 +79,8 @@ def find_domains(arguments: Sequence[str]) -> list[Domain]:
     return list(domains.values())
 
 
-def documents(domain: Domain, half: Half = "all") -> Iterator[str]:
-    """The documents of a domain in order; empty ones fall away.
+def documents(domain: Domain, half: str = "all") -> Iterator[str]:
+    """The documents of a domain in order, without empty ones.
 
     Raises:
         TextsError: a jsonl line without "text", or a file that is not UTF-8.
@@ -74,14 +90,15 @@ def documents(domain: Domain, half: Half = "all") -> Iterator[str]:
             yield text
 
 
-def sequences(
+def pack_sequences(
     texts: Iterable[str], encode: Callable[[str], list[int]], separator: int | None, context: int
 ) -> Iterator[list[int]]:
-    """Packed token sequences of `context` tokens; the last may be shorter, and is dropped below 32 tokens.
+    """Packed token sequences of `context` tokens. The last may be shorter; it is dropped if it has fewer than
+    `MIN_SEQUENCE_TOKENS`.
 
     Args:
         encode: text → token ids, without special tokens.
-        separator: put before each document; None puts nothing.
+        separator: token id to put before each document; None puts nothing.
     """
     held: list[int] = []
     for text in texts:
@@ -96,7 +113,7 @@ def sequences(
 
 
 def texts_key(domain: Domain) -> list[list[str]]:
-    """[path, hash of the bytes] of each file: whether the texts are those of another time. Raises OSError."""
+    """[path, hash of the bytes] of each file, to see whether the texts have changed. Raises OSError."""
     found = []
     for path in domain.files:
         with open(path, "rb") as file:

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from server.engine.request import Deficit, GenerationRequest
-from server.masks.profiles import masking_label
+from server.masks.masking import masking_label
 from server.serving.service import LoadedModel
 
 

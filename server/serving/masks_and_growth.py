@@ -17,8 +17,9 @@ from expert_store.store import Store
 from extractor.statistics.statistics import ExpertStatistics, StatisticsError
 from router.mask import ExpertMask
 from server.growth.ranking import deep_expert_bytes
-from server.masks.profiles import RequestMasks, load_profiles, profile_files
-from server.masks.usage_prior import UsagePrior
+from server.masks.domain_prior import DomainPrior
+from server.masks.masking import RequestMasks
+from server.masks.profiles import load_profiles, profile_files
 from server.settings.schema import Settings
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class MasksAndGrowth:
         """Masks for requests of a running engine."""
         spec, routing = engine.runner.model.store.manifest.model, engine.runner.model.routing
         has_usage = self.statistics is not None and bool(self.statistics.domains)
-        prior = UsagePrior.of(self.statistics) if self.statistics is not None and has_usage else None
+        prior = DomainPrior.of(self.statistics) if self.statistics is not None and has_usage else None
         return RequestMasks(self.profiles, spec.num_layers, spec.num_experts, prior, available=lambda: routing.mask)
 
     def grower(self, engine: Engine, settings: Settings) -> Grower:

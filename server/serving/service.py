@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from server.engine.request import EngineStatus, EngineStoppedError, GenerationRequest, OnEvent
 from server.growth.status import GrowthLike
-from server.masks.profiles import RequestMasks
+from server.masks.masking import RequestMasks
 
 if TYPE_CHECKING:
     from extractor.statistics.price import Price

@@ -26,7 +26,7 @@ from server.engine.request import (
     GenerationRequest,
     TokenEvent,
 )
-from server.masks.profiles import masking_label
+from server.masks.masking import masking_label
 from server.serving.deficit import expected_loss
 from server.serving.service import LoadedModel
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.service.serving import extract_store, running
+from benchmarks.harness.servers import extract_store, running
 
 CONFIG = """
 # A value can be of the right type and yet too much for this model or this server: 400 (OpenAI's) and 422 say so. What

@@ -30,7 +30,7 @@ from server.engine.request import (
     TokenEvent,
 )
 from server.growth.status import Candidate, GrowthBusyError, GrowthStatus, Reloaded, Shrunk
-from server.masks.profiles import RequestMasks
+from server.masks.masking import RequestMasks
 from server.serving.service import ExpertsSnapshot, LoadedModel, ShardInfo
 
 LAYERS, EXPERTS = 2, 4

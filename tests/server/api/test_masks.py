@@ -22,8 +22,9 @@ from extractor.statistics.statistics import ExpertStatistics, PricePoint
 from extractor.writing.prepare import prepare
 from server.api.admin.schemas import ProfilesResponse
 from server.engine.request import Deficit, GenerationRequest
-from server.masks.profiles import FixedMasking, PoolMasking, ProfileError
-from server.masks.usage_prior import UsagePrior
+from server.masks.domain_prior import DomainPrior
+from server.masks.masking import FixedMasking, PoolMasking
+from server.masks.profiles import ProfileError
 from server.serving.deficit import DeficitDetails, deficit_details
 from server.serving.loading import load
 from server.settings.load import load_settings
@@ -182,7 +183,7 @@ def test_text_that_routes_like_a_kind_is_priced_as_that_kind(client: httpx.Clien
     model = server.service.loaded
     assert model is not None
     assert model.masks is not None
-    masks = replace(model.masks, prior=UsagePrior(shares, ["code", "prose"]))
+    masks = replace(model.masks, prior=DomainPrior(shares, ["code", "prose"]))
     deficit = Deficit(0.125, (0.125,) * LAYERS, demand=wanted)
     request = GenerationRequest("one", (1,))
     loss = deficit_details(deficit, replace(model, masks=masks), request).model_dump()["expected_loss"]

@@ -56,7 +56,7 @@ def test_an_interrupted_calibration_of_a_checkpoint_does_not_extract_again(
     command = ["calibrate", str(tiny_checkpoint), str(stories), "--out", str(stats), "--context", "96"]
     command += ["--max-tokens", "96", "--price", "0", "--no-weights"]
     with monkeypatch.context() as patched:
-        patched.setattr("server.quality.calibrate.run_batch", interrupted)
+        patched.setattr("server.quality.calibration.run_batch", interrupted)
         assert main(command) == 130
     (store,) = tmp_path.glob("stats.safetensors.store-*")
     assert len(read_manifest(store).deep_experts) == 64

@@ -22,7 +22,7 @@ from router.mask import ExpertMask
 from server.engine.engine import Engine
 from server.engine.masks import check_nothing_missing
 from server.engine.request import ExpertMissingError, GenerationRequest, InvalidRequestError
-from server.masks.profiles import FixedMasking
+from server.masks.masking import FixedMasking
 from server.model.host.assembly import load_model
 from server.model.host.runner import HostRunner
 from server.model.runner import RowStep, SelectiveModel

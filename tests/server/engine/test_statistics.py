@@ -34,8 +34,8 @@ from server.model.host.sequence_runner import SequenceRunner
 from server.model.runner import StepOutput
 from server.model.seam.observation import ExpertOutputs, OutputObserver, observe_outputs
 from server.model.seam.routing import RowShare
-from server.quality.collect import observe
-from server.quality.run import run_batch
+from server.quality.batches import run_batch
+from server.quality.calibration import observed
 from tests.server.engine.clients import Client
 
 TEXTS = ["Once upon a time there was a", "The capital of France is", "Der Hund ist", "12 + 5 ="]
@@ -49,19 +49,20 @@ def everything_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def reference(store: Path, sequences: list[list[int]]) -> dict[str, np.ndarray]:
-    """Totals [L, E] of whole sequences, by calibration's own observer, added up pick by pick."""
+    """Totals [L, E] of whole sequences, added up pick by pick."""
     model = load_model(Store.open(store), device=torch.device("cpu"), dtype=torch.float32)
     names = ("picks", "gate_mass", "output_norm", "output_norm_squared", "gate_output_norm", "residual_change")
     totals = {name: np.zeros((8, 64)) for name in (*names, "demand", "demand_mass")}
     totals["coactivation"] = np.zeros((7, 64, 64))
-    with observe(model) as observed:
+    with observed(model) as observer:
         for ids in sequences:
             record = run_batch(model, [ids]).record
-            norms, changes = observed.take()
+            outputs = observer.take()
+            assert outputs is not None
             gates = record.served_weight / record.served_weight.sum(axis=2, keepdims=True)
             for layer, token, pick in np.ndindex(record.served_index.shape):
                 at = (layer, record.served_index[layer, token, pick])
-                norm, weight = norms[layer, token, pick], record.served_weight[layer, token, pick]
+                norm, weight = outputs.norms[layer, token, pick], record.served_weight[layer, token, pick]
                 totals["picks"][at] += 1
                 totals["demand"][at] += 1
                 totals["gate_mass"][at] += gates[layer, token, pick]
@@ -69,7 +70,7 @@ def reference(store: Path, sequences: list[list[int]]) -> dict[str, np.ndarray]:
                 totals["output_norm"][at] += norm
                 totals["output_norm_squared"][at] += norm**2
                 totals["gate_output_norm"][at] += weight * norm
-                totals["residual_change"][at] += weight * norm * changes[layer, token]
+                totals["residual_change"][at] += weight * norm * outputs.changes[layer, token]
                 if layer < 7:
                     for other in record.served_index[layer + 1, token]:
                         totals["coactivation"][layer, at[1], other] += 1

@@ -32,7 +32,7 @@ def test_a_mask_of_unknown_price_is_said_to_be_and_how_to_measure_it(manifest: M
     known = known_price(manifest, mask(2), None)
     assert known == KnownPrice(None, (), False)
     (warning,) = price_warnings(known, mask(2), 1.1)
-    assert "25% of the experts costs is unknown" in warning
+    assert "the cost of serving 25% of the experts is unknown" in warning
     assert "deepfew calibrate" in warning
 
 

@@ -6,17 +6,10 @@ import pytest
 
 from extractor.planning.plan import Plan, PlannedExpert, write_plan
 from router.mask import ExpertMask
-from server.masks.profiles import (
-    FixedMasking,
-    PoolMasking,
-    PoolOptions,
-    ProfileError,
-    PromptPool,
-    RequestMasks,
-    find_profile,
-    load_profiles,
-)
-from server.masks.usage_prior import UsagePrior
+from server.masks.domain_prior import DomainPrior
+from server.masks.masking import FixedMasking, PoolMasking, RequestMasks
+from server.masks.pools import PoolOptions, PromptPool
+from server.masks.profiles import ProfileError, find_profile, load_profiles
 from server.model.host.runner import HostRunner
 from server.model.runner import RowStep, SelectiveModel
 from tests.extractor.selection_statistics import make_statistics
@@ -72,14 +65,14 @@ def test_the_prior_adds_what_the_kind_of_text_usually_wants() -> None:
     shares = np.zeros((2, L, E))
     shares[0, :, [0, 1, 2]] = 1 / 3
     shares[1, :, [3, 4, 5]] = 1 / 3
-    pool = PromptPool(3, L, E, UsagePrior(shares, ["a", "b"]))
+    pool = PromptPool(3, L, E, DomainPrior(shares, ["a", "b"]))
     pool.see(*picks(4, 4))
     assert allowed(pool.choose()) == {3, 4, 5}
 
 
 def test_the_prior_of_statistics_recognises_its_domains() -> None:
     statistics = make_statistics()
-    prior = UsagePrior.of(statistics)
+    prior = DomainPrior.of(statistics)
     for domain in statistics.domains:
         seen = statistics.demand_shares(domain) * 50
         assert np.allclose(prior.shares(seen, 20.0), statistics.demand_shares(domain), atol=0.01)
@@ -87,14 +80,14 @@ def test_the_prior_of_statistics_recognises_its_domains() -> None:
 
 def test_the_prior_tells_which_kind_a_text_is_like() -> None:
     statistics = make_statistics()
-    prior = UsagePrior.of(statistics)
+    prior = DomainPrior.of(statistics)
     for domain in statistics.domains:
         kinds = prior.kinds(statistics.demand_shares(domain) * 50)
         assert list(kinds) == list(statistics.domains)
         assert max(kinds, key=kinds.__getitem__) == domain
         assert sum(kinds.values()) == pytest.approx(1.0)
     with pytest.raises(ValueError, match="2 names for the shares of 1 domains"):
-        UsagePrior(np.ones((1, L, E)), ["code", "prose"])
+        DomainPrior(np.ones((1, L, E)), ["code", "prose"])
 
 
 def test_the_prompt_runs_whole_and_the_pool_follows_the_text() -> None:

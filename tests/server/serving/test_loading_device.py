@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from router.mask import ExpertMask
 from server.errors import SettingsError
-from server.masks.profiles import FixedMasking
+from server.masks.masking import FixedMasking
 from server.model.device.step import graphs as device_graphs
 from server.serving.loading import load
 from server.serving.service import LoadedModel

@@ -1,6 +1,6 @@
-"""Evaluation: what text costs a model, unmasked or under a mask.
+"""Loss and deficit of text, unmasked or under a mask.
 
-Loss is the mean over all tokens but the first of each packed sequence, in nats; perplexity is its exponential.
+The loss is the mean over all tokens but the first of each packed sequence, in nats; perplexity is its exponential.
 Invariant: the same texts, mask and model give the same figures.
 """
 
@@ -15,19 +15,17 @@ import numpy.typing as npt
 
 from router.mask import ExpertMask
 from server.model.runner import SelectiveModel
-from server.quality.calibrate import CalibrateOptions, domain_sequences
-from server.quality.run import Tokens, batches, losses, run_batch
-from server.quality.texts import Domain, TextsError
+from server.quality.batches import Tokens, batches, losses, run_batch
 
 
 @dataclass(frozen=True)
 class TextResult:
-    """What one domain's text cost.
+    """Loss and deficit of one domain's text.
 
     Attributes:
-        loss: nats a token; num_tokens: it is the mean of.
-        deficit: missing share of the router mass; deficit_per_layer: of each layer.
-        top1_missing: share of (token, layer) pairs whose first choice was not there.
+        loss: nats a token, the mean of `num_tokens` tokens.
+        deficit: missing share of the router mass; `deficit_per_layer`: of each layer.
+        top1_missing: share of (token, layer) pairs whose first choice was not available.
         demand: unmasked router mass of each expert, float64 [L, E].
     """
 
@@ -44,25 +42,14 @@ class TextResult:
         return math.exp(self.loss)
 
 
-def tokenised(
-    model: SelectiveModel, domains: Sequence[Domain], options: CalibrateOptions
-) -> dict[str, list[list[int]]]:
-    """Each domain's packed sequences. Raises `TextsError` if one has none."""
-    made = {domain.name: domain_sequences(model, domain, options) for domain in domains}
-    for name, found in made.items():
-        if not found:
-            raise TextsError(f"domain {name} has fewer than 32 tokens: give it more text")
-    return made
-
-
 def evaluate_text(model: SelectiveModel, sequences: Sequence[Tokens], mask: ExpertMask | None = None) -> TextResult:
     """Loss and deficit over packed token sequences, under a mask (intersected with the model's own)."""
     own = model.routing.mask
     mask = None if mask is None else mask & own
     demanded, missed = np.zeros(model.num_layers), np.zeros(model.num_layers)
+    demand = np.zeros(own.allowed.shape)
     values: list[npt.NDArray[np.float64]] = []
     first_missing, num_choices = 0, 0
-    demand = np.zeros(own.allowed.shape)
     for batch in batches(model, sequences):
         output = run_batch(model, batch, mask)
         values.append(losses(output.logits, batch).ravel())
@@ -71,9 +58,7 @@ def evaluate_text(model: SelectiveModel, sequences: Sequence[Tokens], mask: Expe
         if output.record.demand_index is not None:
             first = output.record.demand_index[:, :, 0]  # [L, T]
             first_missing += int((~np.take_along_axis((mask or own).allowed, first, axis=1)).sum())
-        wanted, weights = output.record.demand_of(slice(None))
-        for layer, mass in enumerate(demand):
-            mass += np.bincount(wanted[layer].ravel(), weights[layer].ravel(), mass.size)[: mass.size]
+        demand += output.record.demand_mass_of(slice(None), model.store.manifest.model.num_experts)
         num_choices += output.record.served_index.shape[1] * model.num_layers
     joined = np.concatenate(values)
     return TextResult(
@@ -87,5 +72,5 @@ def evaluate_text(model: SelectiveModel, sequences: Sequence[Tokens], mask: Expe
 
 
 def geometric_mean(ratios: Sequence[float]) -> float:
-    """The geometric mean, of perplexity ratios for instance."""
+    """The geometric mean, for instance of perplexity ratios."""
     return math.exp(sum(math.log(ratio) for ratio in ratios) / len(ratios))

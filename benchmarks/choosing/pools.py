@@ -1,4 +1,4 @@
-"""What pools chosen from the prompt cost: text whose first tokens run whole and whose rest is masked to the pool.
+"""Measures pools that are chosen from the prompt: the first tokens run whole, the rest is masked to the pool.
 
 Invariant: a sequence's pool depends on its own earlier tokens alone, as when it is served.
 """
@@ -14,17 +14,17 @@ import torch
 from transformers import DynamicCache
 
 from router.mask import ExpertMask
-from server.masks.profiles import PromptPool
+from server.masks.pools import PromptPool
 from server.model.runner import SelectiveModel
-from server.quality.evaluate import geometric_mean
-from server.quality.run import Tokens, batches, losses
+from server.quality.batches import Tokens, batches, losses
+from server.quality.text_loss import geometric_mean
 
 PROMPT_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class PoolResult:
-    """What pools cost after the prompt.
+    """Quality after the prompt.
 
     Attributes:
         ratios: perplexity ÷ unmasked perplexity of the same tokens, of each domain.
@@ -114,11 +114,8 @@ class _Run:
             raise
         if pools is None:
             return
-        wanted = record.served_index if record.demand_index is None else record.demand_index
-        weight = record.served_weight if record.demand_weight is None else record.demand_weight
         for at, pool in enumerate(pools):
-            part = slice(at * (end - start), (at + 1) * (end - start))
-            pool.see(wanted[:, part], weight[:, part])
+            pool.see(*record.demand_of(slice(at * (end - start), (at + 1) * (end - start))))
         if masks is not None:
             self.missed += float(share.missed.sum())
             self.demanded += float(share.demanded.sum())

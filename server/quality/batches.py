@@ -1,13 +1,13 @@
-"""Runs whole token sequences through a model, many at once, for calibration and evaluation.
+"""Runs whole token sequences through a model, several at once, for calibration and evaluation.
 
-Invariant: a batch holds sequences of one length, and every sequence gets the logits that it would get alone. No KV
+Invariant: a batch holds sequences of one length, and each sequence gets the logits that it would get alone. No KV
 memory is kept: transformers' own attention sees each sequence as a whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,19 +18,24 @@ from router.ledger import StepRecord
 from router.mask import ExpertMask
 from server.model.runner import SelectiveModel
 from server.model.seam.routing import RowShare
+from server.quality.texts import MIN_SEQUENCE_TOKENS, Domain, TextOptions, TextsError, documents, pack_sequences
 
 MAX_ELEMENTS = 1 << 26
-"""Most values of the largest array of a batch (logits, or the experts' outputs)."""
+"""Most values in the largest array of a batch (logits, or the experts' outputs)."""
 
 Tokens = Sequence[int]
+Progress = Callable[[str, int, int | None], None]
+"""Called with the step under way, how much of it is done, and the total (None: unknown)."""
 
 
 @dataclass(frozen=True)
 class BatchOutput:
-    """What a batch computed.
+    """The result of one batch.
 
     Attributes:
-        logits: [B, T, V]; record: its routing over B × T tokens, sequence after sequence; share: of each sequence.
+        logits: [B, T, V].
+        record: routing of the B × T tokens, sequence after sequence.
+        share: demanded and missed router mass of each sequence.
     """
 
     logits: Tensor
@@ -40,19 +45,34 @@ class BatchOutput:
     def record_of(self, sequence: int) -> StepRecord:
         """The routing of one sequence."""
         length = self.logits.shape[1]
-        part = slice(sequence * length, (sequence + 1) * length)
-        record = self.record
-        return StepRecord(
-            record.served_index[:, part],
-            record.served_weight[:, part],
-            None if record.demand_index is None else record.demand_index[:, part],
-            None if record.demand_weight is None else record.demand_weight[:, part],
-            None if record.missed_mass is None else self.share.missed[sequence],
-        )
+        record = self.record.select(range(sequence * length, (sequence + 1) * length))
+        return record if record.missed_mass is None else replace(record, missed_mass=self.share.missed[sequence])
+
+
+def encoder(model: SelectiveModel) -> Callable[[str], list[int]]:
+    """A function from text to token ids, without special tokens."""
+    return lambda text: list(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def token_sequences(model: SelectiveModel, domain: Domain, options: TextOptions) -> list[list[int]]:
+    """A domain's packed token sequences, at most `options.max_tokens` tokens.
+
+    Raises:
+        TextsError: the domain has too little text for one sequence.
+    """
+    taken: list[list[int]] = []
+    texts = documents(domain, options.half)
+    for tokens in pack_sequences(texts, encoder(model), model.tokenizer.eos_token_id, options.context):
+        taken.append(tokens)
+        if len(taken) * options.context >= options.max_tokens:
+            break
+    if not taken:
+        raise TextsError(f"domain {domain.name} has fewer than {MIN_SEQUENCE_TOKENS} tokens: give it more text")
+    return taken
 
 
 def batches(model: SelectiveModel, sequences: Sequence[Tokens]) -> Iterator[list[Tokens]]:
-    """Sequences in order, in batches of one length that fit into memory."""
+    """The sequences in order, in batches of one length that fit into memory."""
     config = model.model.config.get_text_config()
     width = max(model.vocab_size, int(config.hidden_size) * model.store.manifest.model.top_k)
     batch: list[Tokens] = []
@@ -86,8 +106,3 @@ def losses(logits: Tensor, sequences: Sequence[Tokens]) -> npt.NDArray[np.float6
         logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none"
     )
     return np.asarray(values.view(targets.shape).double().cpu().numpy())
-
-
-def encoder(model: SelectiveModel) -> Callable[[str], list[int]]:
-    """Text → token ids, without special tokens."""
-    return lambda text: list(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,6 +1,6 @@
-"""What text usually wants, from calibration: a prior for pools, before a request said much itself, and its likely kind.
+"""The demand of the calibrated domains, as a prior: for pools while a request is short, and to tell a text's kind.
 
-Invariant: a request's own tokens choose among the calibrated domains; the prior never brings in another request's.
+Invariant: a request's own tokens choose among the domains; other requests have no influence.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from extractor.statistics.statistics import ExpertStatistics
 
 Float = npt.NDArray[np.float64]
 SHARE_FLOOR = 1e-3
-"""Added to a domain's shares before the logarithm: an expert never seen there is rare, not impossible."""
+"""Added to a domain's shares before the logarithm: an expert that a domain never used is rare, not impossible."""
 KIND_SHARPNESS = 5.0
-"""Of the choice among domains where the price of a text of unknown kind is asked; docs/selection.md has how it held."""
+"""Sharpness of the choice among domains where it prices text of unknown kind; docs/selection.md has its accuracy."""
 
 
-class UsagePrior:
-    """What text usually wants: the shares of each calibrated domain, weighed by how well a text fits them.
+class DomainPrior:
+    """Shares of the experts in each calibrated domain, weighted by how well a text fits the domain.
 
     Args:
         shares: float64 [D, L, E], each expert's share of its layer's mass in each domain.
@@ -35,7 +35,7 @@ class UsagePrior:
         self._logs = np.log(shares + SHARE_FLOOR)
 
     @classmethod
-    def of(cls, statistics: ExpertStatistics) -> UsagePrior:
+    def of(cls, statistics: ExpertStatistics) -> DomainPrior:
         """From the domains of calibration statistics."""
         return cls(np.stack([statistics.demand_shares(name) for name in statistics.domains]), statistics.domains)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.reporting import REPOSITORY
+from benchmarks.harness.reporting import REPOSITORY
 
 CHECKPOINT = REPOSITORY / "models" / "tiny-moe"
 START_SECONDS = 300

@@ -1,6 +1,6 @@
 """Draws docs/figures/selection.png from benchmarks/results/selection.json: what is left of quality, and the price.
 
-python -m benchmarks.choosing.figures
+python -m benchmarks.choosing.selection_figure
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.reporting import REPOSITORY
+from benchmarks.harness.reporting import REPOSITORY
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "selection.json"
 FIGURE = REPOSITORY / "docs" / "figures" / "selection.png"

@@ -8,18 +8,19 @@ import pytest
 from extractor.planning.plan import Plan, PlannedExpert, write_plan
 from extractor.statistics.file import write_statistics
 from router.mask import ExpertMask
-from server.masks.profiles import PoolMasking, PromptPool
+from server.masks.masking import FixedMasking, PoolMasking
+from server.masks.pools import PromptPool
 from server.model.host.runner import HostRunner
 from server.model.runner import SelectiveModel
-from server.quality.calibrate import CalibrateOptions, calibrate
-from server.quality.efficiency import Parameters, configuration_entropy, efficiency, parameters
-from server.quality.evaluate import evaluate_text, tokenised
-from server.quality.plots import draw_report
-from server.quality.pool import evaluate_pools
-from server.quality.questions import Question, answered, read_questions
-from server.quality.report import Evaluation, evaluate_all
-from server.quality.sweep import check_price, masks_per_domain, measure
-from server.quality.texts import TextsError, find_domains
+from server.quality.batches import token_sequences
+from server.quality.calibration import CalibrationOptions, calibrate
+from server.quality.comparison import Comparison, masks_per_domain
+from server.quality.efficiency_metrics import Parameters, configuration_entropy
+from server.quality.evaluation import EvaluationRequest, evaluate
+from server.quality.price import check_price
+from server.quality.questions import Question, read_questions, share_answered
+from server.quality.text_loss import evaluate_text
+from server.quality.texts import TextOptions, TextsError, find_domains
 
 TEXTS = Path(__file__).parents[3] / "benchmarks" / "data" / "selection"
 
@@ -37,7 +38,7 @@ def index_mask(count: int) -> ExpertMask:
 
 def test_a_mask_costs_and_the_deficit_says_so(selective: Callable[..., SelectiveModel], text: Path) -> None:
     model = selective()
-    tokens = tokenised(model, find_domains([str(text)]), CalibrateOptions(context=96))["stories"]
+    tokens = token_sequences(model, find_domains([str(text)])[0], TextOptions(context=96))
     plain, masked = evaluate_text(model, tokens), evaluate_text(model, tokens, index_mask(8))
     assert plain.deficit == plain.top1_missing == 0.0
     assert masked.loss > plain.loss + 0.5
@@ -49,8 +50,8 @@ def test_a_mask_costs_and_the_deficit_says_so(selective: Callable[..., Selective
 def test_questions_are_answered_greedily_and_fail_under_a_bad_mask(selective: Callable[..., SelectiveModel]) -> None:
     runner = HostRunner(selective(), max_rows=1, max_tokens=64)
     asked = [Question("The capital of France is", " Paris."), Question("The capital of France is", " London.")]
-    assert answered(runner, asked) == 0.5
-    assert answered(runner, asked[:1], index_mask(1)) == 0.0
+    assert share_answered(runner, asked) == 0.5
+    assert share_answered(runner, asked[:1], lambda num_prompt_tokens: FixedMasking(index_mask(1))) == 0.0
     assert runner.num_free_rows == 1
 
 
@@ -61,7 +62,7 @@ def test_questions_side_by_side_and_under_pools_are_answered_as_alone(
     prompts = ["The capital of France is", "The capital of Japan is", "2 + 2 ="]
     asked = [Question(prompt, answer) for prompt in prompts for answer in (" Paris.", " Tokyo.", " 4")]
     alone, many = HostRunner(model, max_rows=1, max_tokens=64), HostRunner(model, max_rows=4, max_tokens=64)
-    assert answered(many, asked) == answered(alone, asked) > 0.2
+    assert share_answered(many, asked) == share_answered(alone, asked) > 0.2
     assert many.num_free_rows == 4
     pools: list[PoolMasking] = []
 
@@ -69,7 +70,7 @@ def test_questions_side_by_side_and_under_pools_are_answered_as_alone(
         pools.append(PoolMasking(PromptPool(2, 8, 64), num_prompt_tokens))
         return pools[-1]
 
-    assert answered(many, asked[:3], masking=pool) <= answered(many, asked[:3])
+    assert share_answered(many, asked[:3], pool) <= share_answered(many, asked[:3])
     assert len(pools) == 3
     assert all(one.mask is not None and (one.mask.num_allowed == 2).all() for one in pools)
 
@@ -79,12 +80,13 @@ def test_a_criterion_beats_a_random_choice_on_text_of_the_domain(
 ) -> None:
     model = selective()
     domains = find_domains([str(text)])
-    options = CalibrateOptions(context=96, price_tokens=96, with_weights=False)
+    options = CalibrationOptions(TextOptions(context=96), price_tokens=96, with_weights=False)
     statistics = calibrate(model, domains, options)
-    texts = tokenised(model, domains, options)
-    unmasked = {name: evaluate_text(model, tokens) for name, tokens in texts.items()}
-    chosen = measure(model, texts, unmasked, "coverage", 16, masks_per_domain(statistics, ["stories"], "coverage", 16))
-    index = measure(model, texts, unmasked, "index", 16, index_mask(16))
+    texts = {"stories": token_sequences(model, domains[0], options.text)}
+    unmasked = {"stories": evaluate_text(model, texts["stories"])}
+    comparison = Comparison(model, texts, unmasked)
+    chosen = comparison.measure("coverage", 16, masks_per_domain(statistics, ["stories"], "coverage", 16))
+    index = comparison.measure("index", 16, index_mask(16))
     assert 0.9 < chosen.mean_ratio < 1.2 < index.mean_ratio
     assert chosen.to_json()["worst"][0] == "stories"
     check = check_price(statistics, [chosen], unmasked)
@@ -94,31 +96,20 @@ def test_a_criterion_beats_a_random_choice_on_text_of_the_domain(
     assert np.allclose(chosen.results["stories"].demand.sum(axis=1), sum(len(one) for one in texts["stories"]))
 
 
-def test_a_pool_of_all_experts_costs_nothing_and_a_small_one_something(
-    selective: Callable[..., SelectiveModel], text: Path
-) -> None:
-    model = selective()
-    texts = tokenised(model, find_domains([str(text)]), CalibrateOptions(context=288))
-    whole = evaluate_pools(model, texts, lambda: PromptPool(64, 8, 64))
-    small = evaluate_pools(model, texts, lambda: PromptPool(2, 8, 64))
-    assert whole.mean_ratio == pytest.approx(1.0, abs=1e-4)
-    assert whole.deficit == 0.0
-    assert small.mean_ratio > 1.0
-    assert small.deficit > 0.3
-
-
 def test_the_report_has_tables_json_and_a_picture(
     selective: Callable[..., SelectiveModel], text: Path, tmp_path: Path
 ) -> None:
     model = selective()
-    options = CalibrateOptions(context=96, max_tokens=96, price_tokens=96, with_weights=False)
+    options = CalibrationOptions(TextOptions(context=96, max_tokens=96), price_tokens=96, with_weights=False)
     stats, plan, questions = tmp_path / "stats.safetensors", tmp_path / "plan.json", tmp_path / "geography.jsonl"
     write_statistics(stats, calibrate(model, find_domains([str(text)]), options))
     deep = tuple(PlannedExpert((expert,) * 8) for expert in range(32))
     write_plan(plan, Plan(8, 64, {"kind": "index"}, deep))
     questions.write_text(json.dumps({"prompt": "The capital of France is", "answer": " Paris."}))
-    asked = Evaluation(find_domains([str(text)]), [questions], options, plan, stats, [0.25], ["coverage"], [0, 1])
-    report = evaluate_all(model, None, asked, lambda doing, done, total: None)
+    request = EvaluationRequest(
+        find_domains([str(text)]), [questions], options.text, plan, stats, [0.25], ["coverage"], [0, 1]
+    )
+    report = evaluate(model, None, request, lambda doing, done, total: None)
     answer = json.loads(json.dumps(report.to_json()))
     assert answer["texts"]["stories"]["ratio"] > 1.0
     assert answer["texts"]["stories"]["expected_loss_change"] >= 0.0
@@ -127,7 +118,7 @@ def test_the_report_has_tables_json_and_a_picture(
     assert len(answer["ces"]) == 8
     assert {"name", "accuracy", "p3", "p2f", "mer", "r3", "saa"} <= set(answer["questions"][0])
     assert "keep  25.0% by coverage" in report.to_text()
-    draw_report(tmp_path / "report.png", report)
+    report.draw(tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -135,26 +126,26 @@ def test_criteria_that_cannot_be_compared_on_a_part_of_the_experts_are_said_to_b
     selective: Callable[..., SelectiveModel], text: Path, tmp_path: Path
 ) -> None:
     model = selective(mask=index_mask(32))
-    options = CalibrateOptions(context=96, max_tokens=96, price_tokens=0, with_weights=False)
+    options = CalibrationOptions(TextOptions(context=96, max_tokens=96), price_tokens=0, with_weights=False)
     stats, domains = tmp_path / "stats.safetensors", find_domains([str(text)])
     write_statistics(stats, calibrate(selective(), domains, options))
-    asked = Evaluation(domains, [], options, None, stats, [0.5, 0.25], ["coverage"], [])
-    report = evaluate_all(model, None, asked, lambda doing, done, total: None)
+    request = EvaluationRequest(domains, [], options.text, None, stats, [0.5, 0.25], ["coverage"], [])
+    report = evaluate(model, None, request, lambda doing, done, total: None)
     told = "criteria were not compared at 2 sizes, as this store holds only a part of the experts: name the checkpoint"
     assert told in report.to_text()
     assert told in report.to_json()["sweeps_left_out"]
-    assert report.sweeps == []
+    assert report.compared == []
 
 
 def test_efficiency_metrics_follow_their_definitions() -> None:
     of = Parameters(trunk=200_000_000, expert=100_000_000, active_experts=8, kept_experts=38, bytes_per_parameter=2)
     assert of.activation_ratio == pytest.approx(0.25)
-    metrics = efficiency(0.8, 0.1, of)
-    assert metrics.p3 == pytest.approx(0.8)
-    assert metrics.p2f == pytest.approx(0.8 / 0.002)
-    assert metrics.mer == pytest.approx(0.8 / (8e9 / 2**30))
-    assert metrics.r3 == pytest.approx(0.25 * 0.8 / 0.1)
-    assert metrics.saa == pytest.approx(0.8 * 0.75)
+    metrics = of.efficiency(accuracy=0.8, chance=0.1)
+    assert metrics["p3"] == pytest.approx(0.8)
+    assert metrics["p2f"] == pytest.approx(0.8 / 0.002)
+    assert metrics["mer"] == pytest.approx(0.8 / (8e9 / 2**30))
+    assert metrics["r3"] == pytest.approx(0.25 * 0.8 / 0.1)
+    assert metrics["saa"] == pytest.approx(0.8 * 0.75)
 
 
 def test_configuration_entropy_is_one_for_even_and_zero_for_single_use() -> None:
@@ -164,9 +155,9 @@ def test_configuration_entropy_is_one_for_even_and_zero_for_single_use() -> None
 
 def test_parameters_are_those_of_the_checkpoint(selective: Callable[..., SelectiveModel]) -> None:
     model = selective()
-    whole = parameters(model)
+    whole = Parameters.of(model)
     assert whole.total == pytest.approx(16.4e6, rel=0.01)
-    masked = parameters(model, index_mask(4))
+    masked = Parameters.of(model, index_mask(4))
     assert (masked.kept_experts, masked.active_experts) == (4, 4)
 
 
@@ -176,7 +167,7 @@ def test_arithmetic_is_answered_once_a_document_begins_before_the_question(
     model = selective()
     asked = read_questions(TEXTS / "questions" / "arithmetic.jsonl").questions[:16]
     runner = HostRunner(model, max_rows=8, max_tokens=64)
-    assert answered(runner, asked, prefix="\n<|endoftext|>") > answered(runner, asked) + 0.25
+    assert share_answered(runner, asked, prefix="\n<|endoftext|>") > share_answered(runner, asked) + 0.25
 
 
 def test_questions_that_are_none_are_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,16 +8,25 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-import server.quality.calibrate as module
+import server.quality.calibration as module
 from extractor.statistics.statistics import TOTALS, ExpertStatistics, StatisticsError
 from router.mask import ExpertMask
 from server.model.runner import SelectiveModel
-from server.quality.calibrate import CalibrateOptions, calibrate, with_wrong_experts
-from server.quality.collect import observe, weight_flatness
-from server.quality.run import batches, losses, run_batch
-from server.quality.texts import Domain, TextsError, documents, find_domains, sequence_key, sequences
+from server.quality.batches import batches, losses, run_batch
+from server.quality.calibration import CalibrationOptions, calibrate, observed
+from server.quality.price import with_wrong_experts
+from server.quality.sequence_statistics import weight_flatness
+from server.quality.texts import (
+    Domain,
+    TextOptions,
+    TextsError,
+    documents,
+    find_domains,
+    pack_sequences,
+    sequence_key,
+)
 
-OPTIONS = CalibrateOptions(context=48, max_tokens=144, price_tokens=48, with_weights=False)
+OPTIONS = CalibrationOptions(TextOptions(context=48, max_tokens=144), price_tokens=48, with_weights=False)
 
 
 @pytest.fixture
@@ -27,21 +37,22 @@ def texts(tmp_path: Path) -> list[Domain]:
     return find_domains([str(tmp_path / "stories.txt"), f"trivia={tmp_path / 'facts.jsonl'}"])
 
 
-def test_observing_changes_nothing_and_is_undone(selective: Callable[..., SelectiveModel]) -> None:
+def test_observing_changes_nothing_and_ends_with_the_context(selective: Callable[..., SelectiveModel]) -> None:
     model = selective(num_slots=9)
     tokens = [list(range(100, 130))]
     plain = run_batch(model, tokens).logits
-    with observe(model) as outputs:
-        observed = run_batch(model, tokens).logits
-        norms, changes = outputs.take()
-    assert torch.allclose(plain, observed, atol=1e-5)
-    assert norms.shape == (8, 30, 8)
-    assert changes.shape == (8, 30)
-    assert (norms > 0).all()
-    assert torch.equal(run_batch(model, tokens).logits, plain)
+    with observed(model) as observer:
+        assert torch.equal(run_batch(model, tokens).logits, plain)
+        outputs = observer.take()
+    assert outputs is not None
+    assert outputs.norms.shape == (8, 30, 8)
+    assert outputs.changes.shape == (8, 30)
+    assert (outputs.norms > 0).all()
+    run_batch(model, tokens)
+    assert observer.take() is None
 
 
-def test_output_norms_are_those_of_stock_experts(
+def test_observed_outputs_are_those_of_stock_experts(
     selective: Callable[..., SelectiveModel], stock: PreTrainedModel
 ) -> None:
     model = selective()
@@ -52,14 +63,17 @@ def test_output_norms_are_those_of_stock_experts(
     with torch.inference_mode():
         stock(input_ids=torch.tensor([tokens]))
     hook.remove()
-    hidden, index = seen[0].clone(), seen[1].clone()
+    hidden, index, weights = (tensor.clone() for tensor in seen)
     gate, up = torch.einsum("th,tkih->tki", hidden, experts.gate_up_proj[index]).chunk(2, dim=-1)
-    wanted = torch.einsum("tki,tkhi->tkh", experts.act_fn(gate) * up, experts.down_proj[index]).norm(dim=-1)
-    with observe(model) as outputs:
+    wanted = torch.einsum("tki,tkhi->tkh", experts.act_fn(gate) * up, experts.down_proj[index]).detach()
+    changed = 1 - torch.cosine_similarity(hidden, hidden + (wanted * weights[:, :, None]).sum(dim=1))
+    with observed(model) as observer:
         output = run_batch(model, [tokens])
-        norms, _ = outputs.take()
+        outputs = observer.take()
+    assert outputs is not None
     assert np.array_equal(output.record.served_index[0], index.numpy())
-    assert np.allclose(norms[0], wanted.detach().numpy(), rtol=1e-3, atol=1e-5)
+    assert np.allclose(outputs.norms[0], wanted.norm(dim=-1).numpy(), rtol=1e-3, atol=1e-5)
+    assert np.allclose(outputs.changes[0], changed.numpy(), rtol=1e-3, atol=1e-6)
 
 
 def test_sequences_in_a_batch_are_those_alone(selective: Callable[..., SelectiveModel]) -> None:
@@ -117,7 +131,7 @@ def test_an_interrupted_calibration_continues_and_ends_the_same(
     selective: Callable[..., SelectiveModel], texts: list[Domain], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = selective()
-    options = CalibrateOptions(context=48, max_tokens=144, price_tokens=0, with_weights=False)
+    options = replace(OPTIONS, price_tokens=0)
     whole = calibrate(model, texts, options)
     monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
     calls: list[int] = []
@@ -137,7 +151,7 @@ def test_an_interrupted_calibration_of_texts_that_changed_since_begins_anew(
 ) -> None:
     """Texts of the same length, so that their size does not tell."""
     model = selective()
-    options = CalibrateOptions(context=48, max_tokens=144, price_tokens=0, with_weights=False)
+    options = replace(OPTIONS, price_tokens=0)
     monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
     calls: list[int] = []
     interrupted = interrupted_at_second(calls)
@@ -171,7 +185,7 @@ def test_documents_are_split_and_halved(tmp_path: Path) -> None:
 
 
 def test_documents_are_packed_with_a_separator_and_short_ends_dropped() -> None:
-    found = list(sequences(["abc", "de"], lambda text: [ord(letter) for letter in text] * 10, 0, 40))
+    found = list(pack_sequences(["abc", "de"], lambda text: [ord(letter) for letter in text] * 10, 0, 40))
     assert found[0][:4] == [0, 97, 98, 99]
     assert [len(tokens) for tokens in found] == [40]
     assert sequence_key(found[0]) != sequence_key(found[0][::-1])
@@ -214,7 +228,7 @@ def test_a_folder_is_a_domain_and_mistakes_are_named(tmp_path: Path) -> None:
 def test_a_domain_of_a_few_words_is_told(selective: Callable[..., SelectiveModel], tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("hi")
     with pytest.raises(TextsError, match="domain short has fewer than 32 tokens"):
-        calibrate(selective(), find_domains([str(tmp_path / "short.txt")]), CalibrateOptions())
+        calibrate(selective(), find_domains([str(tmp_path / "short.txt")]), CalibrationOptions())
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"work": 1', "{}"])
@@ -223,7 +237,7 @@ def test_a_damaged_note_of_what_was_done_is_told(
 ) -> None:
     (tmp_path / "resume.json").write_text(content)
     with pytest.raises(StatisticsError, match=r"cannot be continued .* delete it to start anew"):
-        calibrate(selective(), texts, CalibrateOptions(), tmp_path)
+        calibrate(selective(), texts, CalibrationOptions(), tmp_path)
 
 
 def test_wrong_experts_take_the_places_of_right_ones_in_every_layer() -> None:

@@ -13,13 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from router.mask import ExpertMask
-from server.quality.run import Tokens, batches, losses, run_batch
+from server.model.runner import SelectiveModel
+from server.quality.batches import Tokens, batches, losses, run_batch
 
 NUM_DRAWS = 4000
 PERCENTILES = (2.5, 97.5)
 
 
-def changes_by_document(model: Any, sequences: Sequence[Tokens], mask: ExpertMask) -> npt.NDArray[np.float64]:
+def changes_by_document(
+    model: SelectiveModel, sequences: Sequence[Tokens], mask: ExpertMask
+) -> npt.NDArray[np.float64]:
     """Tokens and summed change of loss under a mask of every document of packed sequences, float64 [N, 2]."""
     separator = model.tokenizer.eos_token_id
     sums: dict[int, npt.NDArray[np.float64]] = {}
