@@ -62,6 +62,7 @@ class ScriptedEngine:
         step_seconds, end_seconds: before every token, between the last one and the end.
         max_waiting: places; one more is refused with a QueueFullError.
         fail_after: tokens after which the request fails, if any.
+        pause_after: tokens after which a request waits until `resume` is set.
         may_run: cleared, nothing moves.
         submitted, cancelled: what was asked for, in order.
     """
@@ -72,6 +73,7 @@ class ScriptedEngine:
     max_waiting: int = 64
     max_context: int = 200
     fail_after: int | None = None
+    pause_after: int | None = None
     submitted: list[GenerationRequest] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     state: str = "ready"
@@ -81,6 +83,7 @@ class ScriptedEngine:
     def __post_init__(self) -> None:
         self.may_run = threading.Event()
         self.may_run.set()
+        self.resume = threading.Event()
         self._active: dict[str, threading.Event] = {}
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
@@ -137,7 +140,8 @@ class ScriptedEngine:
         text, reason, count, stopped = "", "length", 0, None
         pieces = [*self.answer, None]
         for index, piece in enumerate(pieces[: request.sampling.max_new_tokens], start=1):
-            while not self.may_run.wait(0.005) and not cancelled.is_set():
+            go = self.resume if self.pause_after is not None and index > self.pause_after else self.may_run
+            while not go.wait(0.005) and not cancelled.is_set():
                 pass
             if cancelled.wait(self.step_seconds) if self.step_seconds else cancelled.is_set():
                 reason = "cancelled"

@@ -9,6 +9,7 @@ import logging
 import re
 import shutil
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,10 @@ def is_idle(server: Running) -> bool:
     return status.num_running == status.num_waiting == status.kv_tokens == 0
 
 
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(60)
+
+
 def test_burst_of_ten_times_the_capacity_is_answered_or_refused_and_leaves_nothing(
     server: Running, alone: dict[str, str]
 ) -> None:
@@ -73,12 +78,16 @@ def test_burst_of_ten_times_the_capacity_is_answered_or_refused_and_leaves_nothi
         response = ask(server, prompt, stream=number % 2 == 0)
         if response.status_code != 200:
             assert int(response.headers["retry-after"]) >= 1
+            refused.set()
             return response.status_code, prompt, ""
         if number % 2 == 0:
             return 200, prompt, events_of(response.text)[-1]["generated_text"]
         return 200, prompt, response.json()["generated_text"]
 
+    refused, model = threading.Event(), server.service.loaded
+    assert model is not None
     with concurrent.futures.ThreadPoolExecutor(60) as pool:
+        model.engine.between_steps(lambda: assert_set(refused))  # so that the queue fills, however fast the engine is
         answers = list(pool.map(one, range(60)))
     assert {status for status, _, _ in answers} == {200, 429}
     for status, prompt, text in answers:
@@ -199,7 +208,7 @@ def test_read_only_store_is_served_and_costs_only_the_usage_file(
     def refuse(*arguments: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("router.ledger.UsageLedger.save", refuse)
+    monkeypatch.setattr("server.engine.usage.UsageFile.write", refuse)
     with running(load=loader(store, slots=64)) as server:
         wait_until(lambda: server.service.loaded is not None, seconds=120)
         assert ask(server, PROMPTS[0], tokens=3).status_code == 200

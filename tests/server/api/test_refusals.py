@@ -19,7 +19,7 @@ LEAK = "do-not-echo-me"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    with running(max_body_bytes=100_000, receive_seconds=1.0) as found:
+    with running(max_body_bytes=100_000) as found:
         yield found
 
 
@@ -195,8 +195,14 @@ def test_compressed_body_and_other_types_are_refused(client: httpx.Client) -> No
         refused(client.post("/generate", content=b'{"inputs":"a"}', headers={"content-type": media_type}), 415)
 
 
-def test_body_that_does_not_come_is_given_up(server: Running) -> None:
-    with server.raw() as connection:
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[Running]:
+    with running(receive_seconds=0.3) as found:
+        yield found
+
+
+def test_body_that_does_not_come_is_given_up(impatient: Running) -> None:
+    with impatient.raw() as connection:
         head = (
             b"POST /generate HTTP/1.1\r\nHost: localhost\r\n"
             b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
@@ -205,9 +211,9 @@ def test_body_that_does_not_come_is_given_up(server: Running) -> None:
         assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
 
 
-def test_headers_that_do_not_come_are_given_up(server: Running) -> None:
+def test_headers_that_do_not_come_are_given_up(impatient: Running) -> None:
     for beginning in (b"", b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nX-Slow: "):
-        with server.raw() as connection:
+        with impatient.raw() as connection:
             connection.sendall(beginning)
             wait_until(lambda: connection.recv(1) == b"")
 

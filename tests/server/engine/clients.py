@@ -1,6 +1,9 @@
 """A client of the engine that collects the events of one request."""
 
+import itertools
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 from server.engine.engine import Engine
@@ -19,8 +22,26 @@ from server.engine.request import (
 WAIT_SECONDS = 60
 
 
+def held_until_stopped(engine: Engine, step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step` of the engine's runner, which does not begin before the engine was told to stop."""
+
+    def held(*args: Any, **options: Any) -> Any:
+        while engine.status().state == "ready":
+            time.sleep(0.001)
+        return step(*args, **options)
+
+    return held
+
+
+_ENDS = itertools.count()
+
+
 class Client:
-    """Submits one request and collects its events."""
+    """Submits one request and collects its events.
+
+    With `hold` its first event keeps the engine's thread until `go_on` is set: what a test does meanwhile happens
+    before the next step, however fast that would be. `end_number` counts the ends of all requests, in their order.
+    """
 
     def __init__(
         self,
@@ -31,11 +52,14 @@ class Client:
         masking: Masking | None = None,
         on_missing: OnMissing = "mask",
         router_temperature: float = 1.0,
+        hold: bool = False,
         **sampling: Any,
     ) -> None:
         self.events: list[Event] = []
         self.ended = threading.Event()
-        self.first = threading.Event()
+        self.first, self.go_on = threading.Event(), threading.Event()
+        if not hold:
+            self.go_on.set()
         self.name = name or f"request-{id(self)}"
         ids = tuple(engine.runner.model.tokenizer(text).input_ids)
         params = SamplingParams(**sampling)
@@ -54,7 +78,9 @@ class Client:
         assert not self.ended.is_set(), f"{event} after the final event"
         self.events.append(event)
         self.first.set()
+        assert self.go_on.wait(WAIT_SECONDS), "the test held the engine for too long"
         if not isinstance(event, TokenEvent):
+            self.end_number = next(_ENDS)
             self.ended.set()
 
     def result(self) -> FinishedEvent:

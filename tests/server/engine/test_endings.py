@@ -13,8 +13,9 @@ from router.ledger import UsageLedger
 from server.engine.engine import Engine
 from server.engine.request import Event, FailedEvent, FinishedEvent, GenerationRequest, SamplingParams, TokenEvent
 from server.engine.sequence import Sequence
+from server.engine.usage import UsageFile
 from server.model.host.runner import HostRunner
-from tests.server.engine.clients import WAIT_SECONDS, Client
+from tests.server.engine.clients import WAIT_SECONDS, Client, held_until_stopped
 
 
 def wait_until(is_so: Callable[[], object]) -> None:
@@ -25,7 +26,9 @@ def wait_until(is_so: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("kind", [TokenEvent, FinishedEvent, FailedEvent])
-def test_a_client_that_raises_costs_its_own_request_alone(make_engine: Callable[..., Engine], kind: type) -> None:
+def test_a_client_that_raises_costs_its_own_request_alone(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
     engine = make_engine()
     told: list[Event] = []
 
@@ -34,12 +37,13 @@ def test_a_client_that_raises_costs_its_own_request_alone(make_engine: Callable[
         if isinstance(event, kind):
             raise RuntimeError("the client is gone")
 
-    num_tokens = 200 if kind is FailedEvent else 20  # with 200 neither is at its end when the engine stops
-    other = Client(engine, "Once upon a time", max_new_tokens=num_tokens, ignore_eos=True)
-    ids = tuple(engine.runner.model.tokenizer("Der Hund").input_ids)
-    engine.submit(GenerationRequest("raises", ids, SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)), raises)
     if kind is FailedEvent:
-        engine.between_steps(lambda: None).result(WAIT_SECONDS)
+        monkeypatch.setattr(engine.runner, "decode", held_until_stopped(engine, engine.runner.decode))
+    other = Client(engine, "Once upon a time", max_new_tokens=20, ignore_eos=True)
+    ids = tuple(engine.runner.model.tokenizer("Der Hund").input_ids)
+    engine.submit(GenerationRequest("raises", ids, SamplingParams(max_new_tokens=20, ignore_eos=True)), raises)
+    if kind is FailedEvent:
+        assert other.first.wait(WAIT_SECONDS)
         engine.stop(0)
         assert isinstance(other.error(), Exception)
     else:
@@ -54,7 +58,7 @@ def test_a_lost_device_ends_every_request_although_rows_cannot_be_freed(
     make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     engine = make_engine(max_rows=2, usage_path=tmp_path / "usage.json")
-    clients = [Client(engine, "Once", max_new_tokens=200, ignore_eos=True) for _ in range(4)]
+    clients = [Client(engine, "Once", hold=at == 0, max_new_tokens=200, ignore_eos=True) for at in range(4)]
     assert clients[0].first.wait(WAIT_SECONDS)
 
     def lost(*args: object, **kwargs: object) -> None:
@@ -62,6 +66,7 @@ def test_a_lost_device_ends_every_request_although_rows_cannot_be_freed(
 
     for name in ("decode", "prefill", "free", "close"):
         monkeypatch.setattr(engine.runner, name, lost)
+    clients[0].go_on.set()
     for client in clients:
         assert "device lost" in str(client.error())
     wait_until(lambda: not engine.is_alive)
@@ -116,14 +121,14 @@ def test_no_request_waits_for_usage_to_be_written(
 ) -> None:
     engine = make_engine(usage_path=tmp_path / "usage.json", usage_interval_seconds=0.0)
     writing, disk_is_back = threading.Event(), threading.Event()
-    save = UsageLedger.save
+    write = UsageFile.write
 
-    def hangs(ledger: UsageLedger, path: Path) -> None:
+    def hangs(file: UsageFile, path: Path, value: UsageLedger) -> None:
         writing.set()
         disk_is_back.wait(WAIT_SECONDS)
-        save(ledger, path)
+        write(file, path, value)
 
-    monkeypatch.setattr(UsageLedger, "save", hangs)
+    monkeypatch.setattr(UsageFile, "write", hangs)
     client = Client(engine, "Once upon a time", max_new_tokens=20, ignore_eos=True)
     assert writing.wait(WAIT_SECONDS)
     try:

@@ -207,16 +207,20 @@ def test_it_goes_on_by_itself_and_ends_when_told(store: Store, tiny_checkpoint: 
     assert not store.available[:, 40].any()
 
 
-def test_after_failures_it_looks_less_often(store: Store, tmp_path: Path) -> None:
-    usage = Usage()
+def test_after_failures_it_looks_less_often(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage, waits = Usage(), list[float]()
     (tmp_path / "empty").mkdir()
     made = grower(store, tmp_path / "empty", usage)
-    auto(made).start()
-    for _ in range(40):
+
+    def wait(seconds: float) -> bool:
         usage.want(20, 10.0)
-        threading.Event().wait(0.02)
-    made.stop()
-    assert 1 <= made.status().num_failures <= 8
+        waits.append(seconds)
+        return len(waits) > 5
+
+    monkeypatch.setattr(made.stopping, "wait", wait)
+    auto(made)._run()
+    assert waits == pytest.approx([0.01 * 2**at for at in range(6)])
+    assert made.status().num_failures == 5
     assert store.available.sum(axis=1).tolist() == [12] * L
 
 
