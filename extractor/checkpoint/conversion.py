@@ -32,7 +32,9 @@ from transformers.core_model_loading import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from extractor.checkpoint.families import check_routers
+from extractor.checkpoint.tensor_file import TensorEntry
 from extractor.checkpoint.text_model import read_config, text_model
+from extractor.checkpoint.trunk import check_trunk
 from extractor.errors import CheckpointError, ExtractError, UnsupportedFamilyError
 from router.gating import RULES
 
@@ -113,11 +115,12 @@ class _OneExpert:
         return self._parameter
 
 
-def trace(directory: Path, keys: Iterable[str]) -> Trace:
-    """Assign every checkpoint tensor in `keys` to an experts parameter or to the trunk.
+def trace(directory: Path, tensors: Mapping[str, TensorEntry]) -> Trace:
+    """Assign every checkpoint tensor to an experts parameter or to the trunk.
 
     Reads config.json in `directory` and nothing else. Raises UnsupportedFamilyError when the model has no experts
-    module that transformers marks as one, CheckpointError when an experts parameter has no tensors.
+    module that transformers marks as one, CheckpointError when an experts parameter has no tensors, or the trunk is not
+    the model's (see `check_trunk`).
     """
     family = json.loads((directory / "config.json").read_bytes()).get("model_type")
     if family not in CONFIG_MAPPING:
@@ -151,7 +154,8 @@ def trace(directory: Path, keys: Iterable[str]) -> Trace:
         raise unsupported(directory, f"a layer of {type(model).__name__} has more than one set of routed experts")
     check_routers(model, modules, config.model_type, str(directory))
     ignored += model._keys_to_ignore_on_load_unexpected or ()
-    collected, trunk, converters = _assign(model, modules, keys, ignored)
+    transforms = get_model_conversion_mapping(model)
+    collected, trunk, converters = _assign(model, modules, tensors, ignored, transforms)
     experts = {
         module: tuple(
             _recipe(f"{module}.{parameter}", shape, collected, converters, config)
@@ -159,6 +163,8 @@ def trace(directory: Path, keys: Iterable[str]) -> Trace:
         )
         for module, parameters in modules.items()
     }
+    with _building:
+        check_trunk(model, trunk, tensors, set(collected), transforms, directory)
     return Trace(type(model).__name__, _top_k(config, directory), experts, tuple(trunk))
 
 
@@ -179,16 +185,20 @@ def unsupported(directory: Path, reason: str) -> UnsupportedFamilyError:
 
 
 def _assign(
-    model: Any, modules: Mapping[str, Mapping[str, Any]], keys: Iterable[str], ignored: Iterable[str]
-) -> tuple[dict[str, dict[str, list[str]]], list[str], dict[str, Any]]:
-    """The keys of every experts parameter by source pattern, the keys of the trunk, and the converters by pattern."""
-    transforms = get_model_conversion_mapping(model)
+    model: Any,
+    modules: Mapping[str, Mapping[str, Any]],
+    keys: Iterable[str],
+    ignored: Iterable[str],
+    transforms: Iterable[Any],
+) -> tuple[dict[str, dict[str, list[str]]], dict[str, str], dict[str, Any]]:
+    """The keys of every experts parameter by source pattern, the model's names of the trunk's keys, and the converters
+    by pattern."""
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     names = model.state_dict()
     wanted = {f"{module}.{parameter}" for module, parameters in modules.items() for parameter in parameters}
     collected: dict[str, dict[str, list[str]]] = {name: {} for name in wanted}
-    trunk: list[str] = []
+    trunk: dict[str, str] = {}
     for key in sorted(keys, key=dot_natural_key):
         target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
         if target not in names and key in names:
@@ -196,7 +206,7 @@ def _assign(
         if target in wanted:
             collected[target].setdefault(pattern or key, []).append(key)
         elif target in names or not any(re.search(pattern, target) for pattern in ignored):
-            trunk.append(key)
+            trunk[key] = target
     return collected, trunk, {pattern: item for item in converters for pattern in item.source_patterns}
 
 

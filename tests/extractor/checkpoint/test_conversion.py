@@ -67,10 +67,10 @@ def test_every_key_goes_to_the_experts_or_to_the_trunk(family_checkpoint: Path) 
 
 
 def test_a_missing_expert_tensor_is_told(family_checkpoint: Path) -> None:
-    keys = list(Checkpoint.open(family_checkpoint).tensors)
+    keys = Checkpoint.open(family_checkpoint).tensors
     down = [key for key in keys if ".experts." in key and (".down_proj" in key or ".w2" in key) and ".layers.0." in key]
     with pytest.raises(CheckpointError, match=r"no tensor of the checkpoint becomes .*down_proj"):
-        trace(family_checkpoint, [key for key in keys if key not in down])
+        trace(family_checkpoint, {key: entry for key, entry in keys.items() if key not in down})
 
 
 def test_converting_one_expert_equals_copying_its_bytes(family_checkpoint: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_config_that_transformers_refuses_is_one_error(qwen_checkpoint: Path, 
     config = (qwen_checkpoint / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"hidden_size": 32', '"hidden_size": "wide"'))
     with pytest.raises(CheckpointError, match="transformers cannot build the model"):
-        trace(tmp_path, [])
+        trace(tmp_path, {})
 
 
 def _with_config(checkpoint: Path, directory: Path, **changes: Any) -> Path:
@@ -166,7 +166,7 @@ def test_a_config_with_layers_without_end_is_refused_at_once(
     qwen_checkpoint: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json: .* wanted at most 4096"):
-        trace(_with_config(qwen_checkpoint, tmp_path / "deep", **changes), [])
+        trace(_with_config(qwen_checkpoint, tmp_path / "deep", **changes), {})
 
 
 def test_a_config_that_gives_a_token_more_experts_than_there_are_is_refused(

@@ -34,6 +34,6 @@ def test_a_family_that_cannot_be_extracted_is_told_which_can(family: str | None,
     with pytest.raises(
         UnsupportedFamilyError, match=r"cannot be extracted: .*use a checkpoint of a supported"
     ) as caught:
-        trace(tmp_path, [])
+        trace(tmp_path, {})
     assert "mixtral" in str(caught.value)
     assert "qwen3_moe" in str(caught.value)
