@@ -21,15 +21,24 @@ from extractor.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".gguf", ".safetensors")
+WEIGHTS_KEY = "transformers_weights"
+"""The key of config.json that names the weights file, where it has another name."""
 SIDECAR_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 MAX_SIDECAR_BYTES = 256 * 2**20
 SAMPLES_PER_FILE = 16
 SAMPLE_BYTES = 64 * 2**10
+MAX_NAMED = 3
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint. `files` are in name order; `sidecars` are the small files that transformers loads."""
+    """An opened checkpoint: the files that transformers would read, and no others.
+
+    `files` are in name order; of a tensor in two of them the last counts. `sidecars` are the small files that
+    transformers loads; `ignored` says in words which weights beside them are not read.
+    """
 
     path: Path
     name: str
@@ -37,6 +46,7 @@ class Checkpoint:
     config: dict[str, Any]
     files: tuple[TensorFile, ...]
     sidecars: tuple[Path, ...]
+    ignored: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], name: str | None = None, location: str | None = None) -> Checkpoint:
@@ -49,31 +59,16 @@ class Checkpoint:
         if not root.is_dir():
             raise CheckpointError(f"{path} is not a directory; name one with config.json and *.safetensors in it")
         config = _read_json(root, "config.json")
-        files = tuple(read_tensor_file(_inside(root, file)) for file in _weight_files(root))
-        seen: dict[str, Path] = {}
-        for tensor in (tensor for file in files for tensor in file.tensors):
-            if tensor.name in seen:
-                raise CheckpointError(
-                    f"{tensor.name} is in {seen[tensor.name].name} and in {tensor.path.name}; the files are of "
-                    "different checkpoints: download them again"
-                )
-            seen[tensor.name] = tensor.path
-        _check_index(root, seen)
-        return cls(root, name or root.name, location or str(root), config, files, _sidecars(root))
+        names, ignored = _weight_files(root, config)
+        files = tuple(read_tensor_file(_inside(root, file)) for file in names)
+        ignored += _overridden(files)
+        return cls(root, name or root.name, location or str(root), config, files, _sidecars(root), tuple(ignored))
 
     @cached_property
     def tensors(self) -> dict[str, TensorEntry]:
         """Every tensor by its name in the checkpoint; quantised ones as the plain tensors that they stand for."""
         stored = {tensor.name: tensor for file in self.files for tensor in file.tensors}
         return plain_tensors(stored, self.config)
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether there is a file of one of the names that transformers reads tokenizers from."""
-        return any(
-            path.name.startswith(("tokenizer.", "vocab.", "tekken.", "spiece.", "sentencepiece."))
-            for path in self.sidecars
-        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -126,41 +121,65 @@ def resolve_checkpoint(name: str) -> Checkpoint:
     return Checkpoint.open(path, name=name, location=f"{name}@{Path(path).name}")
 
 
-def _weight_files(root: Path) -> list[str]:
-    """The names of the weights files: those of the index, or the single one."""
-    if (root / INDEX_NAME).exists():
-        return sorted(set(_weight_map(root).values()))
-    if (root / SINGLE_NAME).exists():
-        return [SINGLE_NAME]
-    others = sorted(
-        path.name for path in root.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors")
-    )
-    found = f"found {', '.join(others[:3])}" if others else "found no weights"
-    raise CheckpointError(
-        f"{root} has neither {INDEX_NAME} nor {SINGLE_NAME} ({found}); only safetensors checkpoints in the Hugging "
-        "Face layout are read: convert it with transformers' save_pretrained, or download the safetensors files"
-    )
+def _weight_files(root: Path, config: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The names of the weights files that transformers reads, and in words the ones beside them that it does not.
+
+    It takes the file that config.json names as `transformers_weights`, else the single file, else those of the index.
+    """
+    told = config.get(WEIGHTS_KEY)
+    if told is not None and (
+        not isinstance(told, str) or Path(told).name != told or not told.endswith((".safetensors", INDEX_SUFFIX))
+    ):
+        raise CheckpointError(
+            f"{root / 'config.json'} names the weights {told!r} ({WEIGHTS_KEY}), wanted the plain name of a "
+            f"*.safetensors or *{INDEX_SUFFIX} file in the same directory; remove the key, or name such a file"
+        )
+    first = next((name for name in (told, SINGLE_NAME, INDEX_NAME) if name and (root / name).exists()), None)
+    if told is not None and first != told:
+        raise CheckpointError(f"{root / 'config.json'} names the weights {told}, which are not there; remove the key")
+    found = sorted(path.name for path in root.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+    if first is None:
+        others = f"found {', '.join(found[:3])}" if found else "found no weights"
+        raise CheckpointError(
+            f"{root} has neither {INDEX_NAME} nor {SINGLE_NAME} ({others}); only safetensors checkpoints in the "
+            "Hugging Face layout are read: convert it with transformers' save_pretrained, or download the safetensors "
+            "files"
+        )
+    names = sorted(set(_weight_map(root, first).values())) if first.endswith(INDEX_SUFFIX) else [first]
+    unread = [name for name in found if name.endswith(".safetensors") and name not in names]
+    if first != INDEX_NAME and (root / INDEX_NAME).exists():
+        unread.insert(0, INDEX_NAME)
+    more = f" and {len(unread) - MAX_NAMED} more" if len(unread) > MAX_NAMED else ""
+    ignored = f"{', '.join(unread[:MAX_NAMED])}{more} beside {first}: transformers reads {first} and not those"
+    return names, [ignored] if unread else []
 
 
-def _weight_map(root: Path) -> dict[str, str]:
-    weight_map = _read_json(root, INDEX_NAME).get("weight_map")
+def _overridden(files: tuple[TensorFile, ...]) -> list[str]:
+    """In words the tensors that stand in two files: transformers reads the last."""
+    seen: dict[str, Path] = {}
+    twice: dict[tuple[str, str], list[str]] = {}
+    for tensor in (tensor for file in files for tensor in file.tensors):
+        if tensor.name in seen:
+            twice.setdefault((seen[tensor.name].name, tensor.path.name), []).append(tensor.name)
+        seen[tensor.name] = tensor.path
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more tensors' * (len(names) > 1)} of {first}: transformers reads those of "
+        f"{last}, which has them too"
+        for (first, last), names in twice.items()
+    ]
+
+
+def _weight_map(root: Path, index: str) -> dict[str, str]:
+    weight_map = _read_json(root, index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{root / INDEX_NAME} has no weight_map; download it again")
+        raise CheckpointError(f"{root / index} has no weight_map; download it again")
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise CheckpointError(
-                f"{root / INDEX_NAME} puts {tensor} into {file!r}, wanted the plain name of a *.safetensors file in "
+                f"{root / index} puts {tensor} into {file!r}, wanted the plain name of a *.safetensors file in "
                 "the same directory; the index is damaged or hostile: do not use this checkpoint"
             )
     return weight_map
-
-
-def _check_index(root: Path, seen: dict[str, Path]) -> None:
-    if not (root / INDEX_NAME).exists():
-        return
-    for tensor, file in _weight_map(root).items():
-        if tensor not in seen:
-            raise CheckpointError(f"{INDEX_NAME} puts {tensor} into {file}, which lacks it; download both again")
 
 
 def _sidecars(root: Path) -> tuple[Path, ...]:

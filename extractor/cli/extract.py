@@ -64,7 +64,11 @@ def extract(
             plan=read_plan(plan) if plan is not None else None,
         )
         opened = resolve_checkpoint(checkpoint)
+        for ignored in opened.ignored:
+            print(f"WARNING: ignored {ignored}", file=sys.stderr)
         work = prepare(opened, store, request)
+        if not work.is_finished:
+            work.check_text()
         result: dict[str, Any] = {
             "store": str(work.target),
             "family": work.model.family,
@@ -90,8 +94,6 @@ def extract(
                 work.run(on_bytes)
             result["status"] = "extracted"
             result["write_seconds"] = time.monotonic() - started
-        if not opened.has_tokenizer:
-            print(f"WARNING: {checkpoint} has no tokenizer: its store can be served to nobody", file=sys.stderr)
     print(json.dumps(result) if as_json else _sentence(result))
 
 

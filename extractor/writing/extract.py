@@ -8,6 +8,7 @@ only ever grows by it.
 from __future__ import annotations
 
 import errno
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,16 @@ class Extraction:
         free = free_bytes(self.target) + reclaimed
         if self.remaining_bytes + DISK_MARGIN_BYTES > free:
             raise DiskFullError(self._disk_full_message(free, set(self.done)))
+
+    def check_text(self) -> None:
+        """Raise CheckpointError when the finished store could serve no text; see `extractor.checkpoint.text`."""
+        from extractor.checkpoint.text import check_text  # imports transformers, which a finished store does not need
+
+        with tempfile.TemporaryDirectory(prefix="deepfew-text-") as folder:
+            for output in self.outputs:
+                if output.is_side_file:
+                    (Path(folder) / Path(output.name).name).write_bytes(output.head)
+            check_text(Path(folder), str(self.checkpoint.path))
 
     def run(self, on_bytes: Callable[[int], None] | None = None) -> Manifest:
         """Write what remains, then the manifest; returns it. On a finished store only leftovers are removed.

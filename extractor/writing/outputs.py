@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from expert_store.manifest import DTYPE_BYTES, Manifest
 from expert_store.shard import ShardLayout, encode_header, shard_name
-from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.checkpoint.checkpoint import WEIGHTS_KEY, Checkpoint
 from extractor.checkpoint.quantised import CONFIG_KEYS, MODELOPT_CONFIG, piece_of
 from extractor.checkpoint.tensor_file import Piece, TensorEntry
 
@@ -34,6 +34,11 @@ class OutputFile:
     head: bytes
     pieces: Callable[[], Iterator[Piece]]
     cuts: tuple[int, ...] = ()
+
+    @property
+    def is_side_file(self) -> bool:
+        """Whether it is a config, a tokenizer's file or the like: all of its bytes are in `head`."""
+        return not self.cuts and self.file_bytes == len(self.head)
 
 
 def shard_indices(existing: Manifest | None, num_columns: int) -> list[int]:
@@ -109,14 +114,15 @@ def _tensors(name: str, group: Sequence[TensorEntry]) -> OutputFile:
 
 
 def _sidecar(path: Path) -> OutputFile:
-    """A side file as it is, except that references to the checkpoint's own code are dropped, and what a config says of
-    a quantisation, which is undone here."""
+    """A side file as it is, without references to the checkpoint's own code, and a config without its quantisation,
+    which is undone here, and without the name of a weights file, which the trunk does not have."""
     content = path.read_bytes()
     if path.suffix == ".json" and b'"auto_map"' in content:
         content = _json_bytes(_without(json.loads(content), "auto_map"))
-    if path.name == "config.json" and any(f'"{key}"'.encode() in content for key in CONFIG_KEYS):
+    dropped = (*CONFIG_KEYS, WEIGHTS_KEY)
+    if path.name == "config.json" and any(f'"{key}"'.encode() in content for key in dropped):
         config = json.loads(content)
-        for key in CONFIG_KEYS:
+        for key in dropped:
             config = _without(config, key)
         content = _json_bytes(config)
     return _in_memory(f"trunk/{path.name}", content)

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 NUM_EXPERTS, TOP_K = 6, 2
+CHAT_TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
 FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 
 _COMMON: dict[str, Any] = {
@@ -38,9 +40,23 @@ def make_model(family: str, seed: int = 0, dtype: torch.dtype = torch.bfloat16) 
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
+def write_tokenizer(directory: Path, num_tokens: int = 64, chat_template: str | None = CHAT_TEMPLATE) -> None:
+    """Write a tokenizer of single characters, the last of which are unused."""
+    letters = "<> abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    ids = {letter: number for number, letter in enumerate(letters)}
+    ids |= {f"unused {number}": number for number in range(len(ids), num_tokens)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.chat_template = chat_template
+    fast.save_pretrained(directory)
+
+
 def save_checkpoint(directory: Path, family: str, seed: int = 0, shards: bool = False) -> Path:
     """Write a random checkpoint of `family` in one file, or in several with an index."""
     model = make_model(family, seed)
     model.save_pretrained(directory, max_shard_size="30KB" if shards else "1GB")
+    write_tokenizer(directory)
     assert (directory / "model.safetensors.index.json").exists() == shards
     return directory

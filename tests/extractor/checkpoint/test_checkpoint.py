@@ -1,15 +1,22 @@
 """Opening a checkpoint: what is taken, what is refused, and what tells two of them apart."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from extractor.checkpoint.checkpoint import INDEX_NAME, Checkpoint, resolve_checkpoint
+from extractor.checkpoint.layout import ExpertsLayout
+from extractor.checkpoint.quantised import read_part
 from extractor.errors import CheckpointError
+from extractor.planning.selection import SelectionRequest
+from extractor.writing.prepare import prepare
 from tests.extractor.checkpoints import save_checkpoint
-from tests.extractor.tensor_files import entry, write_tensor_file
 
 
 @pytest.fixture
@@ -60,17 +67,61 @@ def test_the_links_of_the_hub_cache_are_followed(qwen_checkpoint: Path, tmp_path
     assert Checkpoint.open(snapshot).fingerprint == Checkpoint.open(qwen_checkpoint).fingerprint
 
 
-def test_a_tensor_that_the_index_promises_must_be_there(checkpoint: Path) -> None:
+def _transformers_reads(checkpoint: Path, name: str) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    return dict(model.named_parameters())[name].detach()
+
+
+def test_an_index_may_promise_what_no_file_has(checkpoint: Path) -> None:
     edit_index(checkpoint, "model.phantom.weight", sorted(checkpoint.glob("*.safetensors"))[0].name)
-    with pytest.raises(CheckpointError, match=r"puts model.phantom.weight into .*, which lacks it"):
-        Checkpoint.open(checkpoint)
+    assert "model.phantom.weight" not in Checkpoint.open(checkpoint).tensors
 
 
-def test_a_tensor_in_two_files_is_refused(checkpoint: Path) -> None:
-    write_tensor_file(checkpoint / "extra.safetensors", {"model.norm.weight": entry("U8", [1], 0, 1)}, b"x")
-    edit_index(checkpoint, "model.norm.weight", "extra.safetensors")
-    with pytest.raises(CheckpointError, match=r"model.norm.weight is in .* and in"):
-        Checkpoint.open(checkpoint)
+def test_of_a_tensor_in_two_files_the_last_is_read_as_by_transformers(checkpoint: Path) -> None:
+    name, changed = "model.norm.weight", torch.full((32,), 3.0, dtype=torch.bfloat16)
+    save_file({name: changed}, checkpoint / "zzz.safetensors")
+    edit_index(checkpoint, "anything", "zzz.safetensors")
+    opened = Checkpoint.open(checkpoint)
+    assert torch.equal(read_part(opened.tensors[name]), changed)
+    assert torch.equal(_transformers_reads(checkpoint, name), changed)
+    assert len(opened.ignored) == 1
+    assert re.fullmatch(f"{name} of model-.*: transformers reads those of zzz.safetensors.*", opened.ignored[0])
+
+
+def test_a_single_file_is_read_and_an_index_beside_it_is_not_as_by_transformers(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    name, single = "model.norm.weight", save_checkpoint(tmp_path / "single", "qwen3_moe", seed=1)
+    tensors = load_file(single / "model.safetensors") | {name: torch.full((32,), 3.0, dtype=torch.bfloat16)}
+    save_file(tensors, checkpoint / "model.safetensors")
+    edit_index(checkpoint, "model.gone.weight", "gone.safetensors")
+    opened = Checkpoint.open(checkpoint)
+    assert torch.equal(read_part(opened.tensors[name]), tensors[name])
+    assert torch.equal(_transformers_reads(checkpoint, name), tensors[name])
+    assert [file.path.name for file in opened.files] == ["model.safetensors"]
+    assert opened.ignored[0].startswith(f"{INDEX_NAME}, model-00001-of-")
+    assert opened.ignored[0].endswith(
+        "more beside model.safetensors: transformers reads model.safetensors and not those"
+    )
+    shutil.copy(single / "config.json", checkpoint)
+    assert ExpertsLayout.of(Checkpoint.open(checkpoint)).model.num_layers == 2
+
+
+def test_the_weights_that_the_config_names_are_read_as_by_transformers(tmp_path: Path) -> None:
+    name, directory = "model.norm.weight", save_checkpoint(tmp_path / "named", "qwen3_moe")
+    tensors = load_file(directory / "model.safetensors") | {name: torch.full((32,), 3.0, dtype=torch.bfloat16)}
+    save_file(tensors, directory / "other.safetensors")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
+    opened = Checkpoint.open(directory)
+    assert torch.equal(read_part(opened.tensors[name]), tensors[name])
+    assert torch.equal(_transformers_reads(directory, name), tensors[name])
+    prepare(opened, tmp_path / "store", SelectionRequest(count=1)).run()
+    assert "transformers_weights" not in (tmp_path / "store/trunk/config.json").read_text()
+    for wrong in ("../other.safetensors", "absent.safetensors", 3):
+        (directory / "config.json").write_text(json.dumps(config | {"transformers_weights": wrong}))
+        with pytest.raises(CheckpointError, match=r"config\.json names the weights .*remove the key"):
+            Checkpoint.open(directory)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\0"])
@@ -91,12 +142,20 @@ def test_a_directory_without_weights_says_what_it_has(checkpoint: Path) -> None:
 
 
 def test_only_small_files_that_transformers_reads_are_taken(checkpoint: Path) -> None:
+    (checkpoint / "tokenizer.json").unlink()
     for name in ("modeling_x.py", "weights.bin", "adapter_config.json", ".hidden.json", "README.md"):
         (checkpoint / name).write_text("{}")
     for name in ("vocab.txt", "chat_template.jinja", "tokenizer.model"):
         (checkpoint / name).write_text("x")
     taken = [path.name for path in Checkpoint.open(checkpoint).sidecars]
-    assert taken == ["chat_template.jinja", "config.json", "generation_config.json", "tokenizer.model", "vocab.txt"]
+    assert taken == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.txt",
+    ]
 
 
 def test_the_fingerprint_is_of_the_content(checkpoint: Path, qwen_checkpoint: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,13 +128,26 @@ def test_what_cannot_be_compared_with_is_told_before_the_store_is_hashed(qwen_ch
         assert "verifying" not in err
 
 
-def test_a_checkpoint_without_a_tokenizer_is_extracted_with_a_warning(
-    qwen_checkpoint: Path, tiny_checkpoint: Path, tmp_path: Path
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_a_checkpoint_that_could_serve_nobody_is_refused_also_in_a_dry_run(
+    qwen_checkpoint: Path, tmp_path: Path, options: list[str]
 ) -> None:
-    status, _, err = run("extract", qwen_checkpoint, tmp_path / "silent", "--count", "1")
+    checkpoint = Path(shutil.copytree(qwen_checkpoint, tmp_path / "silent"))
+    (checkpoint / "tokenizer.json").unlink()
+    (checkpoint / "tokenizer_config.json").unlink()
+    status, out, err = run("extract", checkpoint, tmp_path / "store", *options)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: {checkpoint} has no tokenizer")
+    assert not (tmp_path / "store").exists()
+
+
+def test_weights_that_are_not_read_are_told(qwen_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(qwen_checkpoint, tmp_path / "two"))
+    shutil.copy(save_checkpoint(tmp_path / "one", "qwen3_moe") / "model.safetensors", checkpoint)
+    status, _, err = run("extract", checkpoint, tmp_path / "store", "--dry-run")
     assert status == 0
-    assert "has no tokenizer" in err
-    assert "no tokenizer" not in run("extract", tiny_checkpoint, tmp_path / "tiny", "--count", "1", "--dry-run")[2]
+    assert "WARNING: ignored model.safetensors.index.json, model-00001-of-" in err
+    assert run("extract", qwen_checkpoint, tmp_path / "store", "--dry-run")[2] == ""
 
 
 def test_an_interrupt_says_that_the_same_command_continues(

@@ -44,12 +44,10 @@ def test_one_changed_weight_is_found_and_named(store: Path, tmp_path: Path) -> N
 
 def test_a_changed_trunk_is_found_and_named(store: Path, tmp_path: Path) -> None:
     changed = save_checkpoint(tmp_path / "changed", "qwen3_moe")
-    (changed / "chat_template.jinja").write_text("new")
+    (changed / "added.jinja").write_text("new")
     config = changed / "config.json"
     config.write_text(config.read_text() + "\n")
-    with pytest.raises(
-        MismatchError, match=r"(?s)trunk/chat_template.jinja is not in the store.*trunk/config.json differs"
-    ):
+    with pytest.raises(MismatchError, match=r"(?s)trunk/added.jinja is not in the store.*trunk/config.json differs"):
         verify_against(store, Checkpoint.open(changed))
 
 

@@ -1,0 +1,83 @@
+"""The files that turn text into tokens and chats into prompts: can a store of this checkpoint serve anybody?
+
+Invariant: files that pass give at least one token for plain text, no token that the model has no embedding for, and
+where there is a chat template, a prompt that holds the text of a plain chat.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from extractor.checkpoint.text_model import read_config
+from extractor.errors import CheckpointError
+
+_TOKENIZER_FILES = ("tokenizer.", "vocab.", "tekken.", "spiece.", "sentencepiece.")
+_TEXT = "Hello world"
+
+
+def check_text(directory: Path, name: str) -> None:
+    """Load the tokenizer and render a chat from the files in `directory`; `name` is the checkpoint's, for messages.
+
+    Raises:
+        CheckpointError: there is no tokenizer, it cannot be loaded, it makes no tokens or others than the model has, or
+            the chat template is broken. A checkpoint without a chat template is taken: it completes text.
+    """
+    if not any(path.name.startswith(_TOKENIZER_FILES) for path in directory.iterdir()):
+        raise CheckpointError(
+            f"{name} has no tokenizer (no file named like tokenizer.json, tokenizer.model or vocab.json), so its store "
+            "could serve nobody: put the tokenizer's files of the model beside the weights"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        ids = tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
+    except Exception as error:  # tokenizer files can make transformers and its libraries raise anything
+        raise CheckpointError(
+            f"{name}: transformers cannot load its tokenizer ({_first_line(error)}); put the tokenizer's files of the "
+            "model beside the weights, as its save_pretrained writes them"
+        ) from error
+    if not ids:
+        raise CheckpointError(
+            f"{name}: its tokenizer makes no tokens of {_TEXT!r}; its vocabulary is missing or damaged: put the "
+            "tokenizer's files of the model beside the weights"
+        )
+    rows = int(read_config(directory).get_text_config().vocab_size)
+    largest = max(*ids, *_ordinary_ids(tokenizer))
+    if largest >= rows:
+        raise CheckpointError(
+            f"{name}: its tokenizer has tokens up to {largest}, config.json gives the model {rows}; they are of "
+            "different models: put the tokenizer's files of this model beside the weights"
+        )
+    if tokenizer.chat_template:
+        _check_template(tokenizer, name)
+
+
+def _ordinary_ids(tokenizer: Any) -> list[int]:
+    """Ids of the vocabulary; added tokens, such as those for images, may be more than the model has."""
+    added = set(tokenizer.added_tokens_decoder)
+    return [number for number in tokenizer.get_vocab().values() if number not in added] or [0]
+
+
+def _check_template(tokenizer: Any, name: str) -> None:
+    problems = []
+    for content in (_TEXT, [{"type": "text", "text": _TEXT}]):
+        try:
+            chat = [{"role": "user", "content": content}]
+            prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template can raise anything
+            problems.append(f"it fails with {_first_line(error)}")
+            continue
+        if _TEXT in prompt:
+            return
+        problems.append("the prompt lacks the message's text")
+    raise CheckpointError(
+        f"{name}: its chat template cannot render a message of a user, as text ({problems[0]}) or in parts "
+        f"({problems[1]}); put the model's own chat_template.jinja beside the weights, or remove it to serve "
+        "completions alone"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
