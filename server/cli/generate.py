@@ -23,6 +23,7 @@ from server.engine.request import (
     OnMissing,
     SamplingParams,
 )
+from server.model.load_progress import LoadProgress
 from server.serving.deficit import deficit_details
 from server.serving.loading import check_store, load
 from server.serving.service import LoadedModel
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     sampling = _sampling(arguments)
     _require("--router-temperature", arguments.router_temperature, 0.01, 100)
     check_store(settings)
-    model = load(settings, _say if sys.stderr.isatty() else lambda share, doing: None)
+    model = load(settings, LoadProgress(on_change=_say) if sys.stderr.isatty() else LoadProgress())
     if sys.stderr.isatty():
         sys.stderr.write("\r\x1b[K")
     try:
@@ -167,6 +168,6 @@ def _summary(end: FinishedEvent, model: LoadedModel, request: GenerationRequest)
     }
 
 
-def _say(share: float, doing: str) -> None:
-    sys.stderr.write(f"\r\x1b[K{doing} {share:.0%}")
+def _say(progress: LoadProgress) -> None:
+    sys.stderr.write(f"\r\x1b[K{progress.phase} {progress.share:.0%}")
     sys.stderr.flush()

@@ -38,7 +38,7 @@ from server.engine.statistics import OnlineStatistics, collect_from, empty_stati
 from server.engine.statistics_file import StatisticsFile
 from server.engine.unreadable import CorruptExperts
 from server.engine.usage import UsageFile
-from server.model.host.assembly import Progress
+from server.model.load_progress import Phase, Progress
 from server.model.runner import Runner
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,9 @@ class Engine:
         usage: opens the file that keeps the ledger across restarts; None keeps it in memory alone.
         statistics: opens the file of what is collected beside usage; None collects nothing.
         corrupt_experts: what happens to requests that need an expert whose bytes are damaged: see `unreadable.py`.
+
+    Attributes:
+        loaded: done when the model is loaded; holds what the loader raised.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Engine:
         self._last_progress = time.monotonic()
         self._become("loading", "not started")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.loaded: Future[None] = Future()
 
     # -- any thread ----------------------------------------------------------------------------------------------------
 
@@ -209,9 +213,11 @@ class Engine:
     def _run(self) -> None:
         try:
             batch = self._load()
-        except BaseException as error:  # said once, by whoever waits for the loader that raised it
+        except BaseException as error:  # logged once, by whoever waits for `loaded`
             self._end("failed", f"{type(error).__name__}: {error}")
+            self.loaded.set_exception(error)
             return
+        self.loaded.set_result(None)
         try:
             while self._wait_for_work(batch):
                 self.step(batch)
@@ -222,7 +228,7 @@ class Engine:
             self._end("stopped", "shut down")
 
     def _load(self) -> Batch:
-        def report(phase: str, share: float) -> None:
+        def report(phase: Phase, share: float) -> None:
             with self._lock:
                 self._progress, self._last_progress = share, time.monotonic()
                 if self._state == "loading":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -24,6 +23,7 @@ from server.errors import ServerError
 from server.model.host.assembly import load_model
 from server.model.host.pinning import most_used_experts
 from server.model.host.sequence_runner import make_runner
+from server.model.load_progress import Progress
 from server.model.runner import Runner
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def load_runner(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    progress: Callable[[str, float], None] = lambda phase, share: None,
+    progress: Progress = lambda phase, share: None,
 ) -> Runner:
     """The runner of a store; says in one log line which way is taken, and why if it is the slower one.
 
@@ -112,7 +112,7 @@ def _host_runner(
     device: torch.device,
     dtype: torch.dtype,
     reason: str,
-    progress: Callable[[str, float], None],
+    progress: Progress,
 ) -> Runner:
     if options.resident_bias != 0.0:
         raise DecodePathError(

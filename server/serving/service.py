@@ -7,6 +7,7 @@ This module knows neither FastAPI nor Prometheus; the HTTP routes, the metrics a
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -19,14 +20,14 @@ from numpy.typing import NDArray
 from server.engine.request import EngineStatus, EngineStoppedError, GenerationRequest, OnEvent
 from server.growth.status import GrowthLike
 from server.masks.masking import RequestMasks
+from server.model.load_progress import LoadProgress, Phase
 
 if TYPE_CHECKING:
     from extractor.statistics.price import Price
 
 log = logging.getLogger(__name__)
-
-Progress = Callable[[float, str], None]
-"""A loader calls it with the share done, in [0, 1], and the name of the phase."""
+LOG_SECONDS = 1.0
+"""Between two lines about the same phase of loading."""
 
 
 class NotReadyError(EngineStoppedError):
@@ -114,7 +115,7 @@ class LoadedModel:
     """Masks that requests may choose; None where they may not."""
 
 
-Loader = Callable[[Progress], LoadedModel]
+Loader = Callable[[LoadProgress], LoadedModel]
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ class Service:
         self._stall_seconds = stall_seconds
         self._on_failure = on_failure
         self._model: LoadedModel | None = None
-        self._progress = (0.0, "starting")
+        self._progress = LoadProgress(on_change=self._log_progress)
+        self._logged: tuple[Phase | None, float] = (None, -math.inf)
         self._draining = threading.Event()
         self.error: BaseException | None = None
         self.started_at = time.time()
@@ -179,14 +181,13 @@ class Service:
 
     def health(self) -> Health:
         """The state of the model and its engine at this moment."""
-        model = self._model
+        model, share, phase = self._model, self._progress.share, self._progress.phase or "starting"
         if self.error is not None:
-            return Health(False, False, "failed", "the model could not be loaded; the log says why", self._progress[0])
+            return Health(False, False, "failed", "the model could not be loaded; the log says why", share)
         if model is None:
-            share, doing = self._progress
             if self._draining.is_set():
                 return Health(False, True, "draining", "the server is shutting down", share)
-            return Health(False, True, "loading", f"loading: {doing} ({share:.0%})", share, doing)
+            return Health(False, True, "loading", f"loading: {phase} ({share:.0%})", share, phase)
         status = model.engine.status()
         if status.state == "failed":
             return Health(False, False, "failed", status.reason or "the engine has failed", status.progress)
@@ -213,12 +214,11 @@ class Service:
 
     def _run(self) -> None:
         try:
-            model = self._load(self._report)
+            model = self._load(self._progress)
         except BaseException as error:
             self.error = error
             self._on_failure()
             return
-        self._report(1.0, "ready")
         self._model = model
         log.info(
             "ready",
@@ -227,7 +227,9 @@ class Service:
             },
         )  # fmt: skip
 
-    def _report(self, share: float, doing: str) -> None:
-        if (share, doing) != self._progress:
-            log.info("loading", extra={"progress": round(share, 3), "doing": doing})
-        self._progress = (min(max(share, 0.0), 1.0), doing)
+    def _log_progress(self, progress: LoadProgress) -> None:
+        """Log every phase, and once a second within one."""
+        phase, at = self._logged
+        if progress.phase != phase or time.monotonic() - at >= LOG_SECONDS:
+            log.info("loading", extra={"progress": round(progress.share, 3), "doing": progress.phase})
+            self._logged = (progress.phase, time.monotonic())

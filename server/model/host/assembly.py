@@ -22,13 +22,11 @@ from expert_store.policy import LRU, EvictionPolicy
 from expert_store.slots import TORCH_DTYPES
 from expert_store.store import Store
 from router.mask import ExpertMask
+from server.model.load_progress import Phase, Progress
 from server.model.runner import SelectiveModel
 from server.model.seam.experts import LAYER_ATTRIBUTE, ExpertsLayer
 from server.model.seam.routing import StepRouting
 from server.model.seam.trunk import TrunkError, context_tokens, is_experts_module, load_trunk, trunk_is_checked
-
-Progress = Callable[[str, float], None]
-"""Called with what is being done and the share of it done, in [0, 1]."""
 
 ROUTER_NAMES = ("gate", "router")
 
@@ -123,15 +121,15 @@ def load_model(
     """
     available = ExpertMask.of(store.available)
     mask = available if mask is None else available & mask
-    progress("loading the trunk", 0.0)
+    progress(Phase.TRUNK, 0.0)
     model = load_trunk(
-        store.trunk_path, device=device, dtype=dtype, progress=lambda share: progress("loading the trunk", share)
+        store.trunk_path, device=device, dtype=dtype, progress=lambda share: progress(Phase.TRUNK, share)
     )
     if num_slots is None:
         num_slots = int(mask.num_allowed.max())
         if slots_memory_bytes is not None:
             num_slots = min(num_slots, slots_for_memory(store, slots_memory_bytes, dtype))
-    progress("allocating slots", 0.0)
+    progress(Phase.SLOTS, 0.0)
     host_tier = None
     if device.type == "cuda":
         host_tier = _host_tier(store, host_memory_bytes)
@@ -141,7 +139,7 @@ def load_model(
     )  # fmt: skip
     routing = StepRouting(store.manifest.model.family, len(store.manifest.layers), device, mask)
     _bind(model, store, cache, routing)
-    cache.preload(lambda done, total: progress("filling slots", done / max(1, total)))
+    cache.preload(lambda done, total: progress(Phase.SLOTS, done / max(1, total)))
     tokenizer = AutoTokenizer.from_pretrained(store.trunk_path, trust_remote_code=False, local_files_only=True)
     return HostModel(
         model=model,

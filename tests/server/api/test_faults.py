@@ -18,15 +18,16 @@ import httpx
 import pytest
 import torch
 
+from server.model.load_progress import LoadProgress
 from server.serving.loading import load
-from server.serving.service import LoadedModel, Progress
+from server.serving.service import LoadedModel
 from server.settings.load import load_settings
 from tests.server.api.running import Running, events_of, running, wait_until
 
 PROMPTS = ["The capital of France is", "Once upon a time", "Water is", "The moon", "In the city of"]
 
 
-def loader(store: Path, **flags: Any) -> Callable[[Progress], LoadedModel]:
+def loader(store: Path, **flags: Any) -> Callable[[LoadProgress], LoadedModel]:
     """Loads the store on the CPU in float32, where equal means equal."""
     resolved = load_settings({"store": str(store), "device": "cpu", "dtype": "float32", **flags}, environ={})
     return lambda progress: load(resolved.settings, progress)

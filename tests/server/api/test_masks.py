@@ -25,6 +25,7 @@ from server.engine.request import Deficit, GenerationRequest
 from server.masks.domain_prior import DomainPrior
 from server.masks.masking import FixedMasking, PoolMasking
 from server.masks.profiles import ProfileError
+from server.model.load_progress import LoadProgress
 from server.serving.deficit import DeficitDetails, deficit_details
 from server.serving.loading import load
 from server.settings.load import load_settings
@@ -318,4 +319,4 @@ def test_profile_that_cannot_be_is_said_before_the_model_is_loaded(real: Running
     for profiles, message in ((tmp_path, "a profile's name has"), (tmp_path / "none.json", "does not exist")):
         settings = load_settings({"store": str(store), "profiles": str(profiles)}, environ={}).settings
         with pytest.raises(ProfileError, match=message):
-            load(settings, lambda share, doing: None)
+            load(settings, LoadProgress())

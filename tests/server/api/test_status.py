@@ -12,7 +12,8 @@ import pytest
 
 from server.api.admin.schemas import ExpertsResponse, InfoResponse
 from server.cli.logging_setup import JsonFormatter, TextFormatter
-from server.serving.service import LoadedModel, Progress
+from server.model.load_progress import LoadProgress, Phase
+from server.serving.service import LoadedModel
 from tests.server.api.running import running, wait_until
 from tests.server.api.scripted import EXPERTS, LAYERS, ScriptedEngine, loaded
 
@@ -41,8 +42,8 @@ def test_ready_server_says_so() -> None:
 def test_while_loading_it_is_live_and_says_what_it_does_and_how_far() -> None:
     go = threading.Event()
 
-    def load(progress: Progress) -> LoadedModel:
-        progress(0.25, "filling slots")
+    def load(progress: LoadProgress) -> LoadedModel:
+        progress(Phase.SLOTS, 0.25)
         go.wait(10)
         return loaded(ScriptedEngine())
 
@@ -71,7 +72,7 @@ def test_while_loading_it_is_live_and_says_what_it_does_and_how_far() -> None:
 
 
 def test_failed_load_is_unhealthy_without_its_text_and_ends_the_server() -> None:
-    def load(progress: Progress) -> LoadedModel:
+    def load(progress: LoadProgress) -> LoadedModel:
         raise RuntimeError("/secret/path is corrupt")
 
     with running(load=load) as server, server.client() as client:

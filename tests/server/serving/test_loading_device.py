@@ -16,6 +16,7 @@ from router.mask import ExpertMask
 from server.errors import SettingsError
 from server.masks.masking import FixedMasking
 from server.model.device.step import graphs as device_graphs
+from server.model.load_progress import LoadProgress
 from server.serving.loading import load
 from server.serving.service import LoadedModel
 from server.settings.load import load_settings
@@ -35,7 +36,7 @@ def loaded(small_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
         settings = load_settings(
             {"store": small_store, "device": DEVICE.type, "decode_path": path, **flags}, environ={}
         )
-        models.append(load(settings.settings, lambda share, doing: None))
+        models.append(load(settings.settings, LoadProgress()))
         return models[-1]
 
     yield make

@@ -25,10 +25,10 @@ from expert_store.slots import TORCH_DTYPES
 from expert_store.store import Store
 from router.mask import ExpertMask
 from server.model.device.capture import NotCapturableError
+from server.model.load_progress import Phase, Progress
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str, float], None]
 READ_THREADS = 8
 BOUNCE_SPANS = 16
 """Spans read at a time where experts go to their slots for good and need no place in host memory."""
@@ -117,7 +117,7 @@ def filled_pages(
     _check_unread(unread, mask)
     num_kept = len(kept[0]) if kept else 0
     pages = DevicePages(shape, spans, index, device=device, policy=policy, num_kept=num_kept)
-    progress("filling slots", 0.0)
+    progress(Phase.SLOTS, 0.0)
     pages.seed(_first_experts(store, mask.allowed & (index >= 0).numpy(), shape.num_slots, kept))
     return pages, unread
 
@@ -153,13 +153,13 @@ def _read_spans(
     index = torch.full(mask.allowed.shape, -1, dtype=torch.int64)
     for row, (layer, expert) in enumerate(experts):
         index[layer, expert] = row
-    progress("reading experts", 0.0)
+    progress(Phase.READING, 0.0)
     spans = new_arena(len(experts), reader.elements, reader.dtype, pinned)
-    unread = reader.read(experts, spans, lambda share: progress("reading experts", share))
+    unread = reader.read(experts, spans, lambda share: progress(Phase.READING, share))
     for layer, expert in unread:
         index[layer, expert] = -1
     if pinned:
-        progress("pinning host memory", 0.0)
+        progress(Phase.PINNING, 0.0)
         page_lock(spans)
     return spans, index, unread
 
@@ -183,7 +183,7 @@ def _read_into_slots(reader: SpanReader, pages: DevicePages, order: Tensor, prog
                 order[where[0], slot % pages.shape.num_slots] = -1
             else:
                 pages.slots[slot].copy_(span)
-        progress("filling slots", first / len(places))
+        progress(Phase.SLOTS, first / len(places))
     pages.adopt(order)
     return unread
 

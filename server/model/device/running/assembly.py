@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -34,6 +34,7 @@ from server.model.device.running.runner import DeviceRunner
 from server.model.device.step.prefill import ExpertStream
 from server.model.device.step.weights import DecodeShape, TrunkWeights
 from server.model.host.assembly import eos_token_ids_of
+from server.model.load_progress import Phase, Progress
 from server.model.runner import SelectiveModel
 from server.model.seam.experts import LAYER_ATTRIBUTE
 from server.model.seam.observation import OutputObserver
@@ -41,7 +42,6 @@ from server.model.seam.routing import StepRouting
 from server.model.seam.trunk import context_tokens, load_trunk, trunk_is_checked, trunk_skeleton
 
 log = logging.getLogger(__name__)
-Progress = Callable[[str, float], None]
 FETCHED_SHARE = 0.25
 """Of the experts that are page-locked at the start: how many more may be, for requests that fetch what the store lacks,
 where no host_memory is set."""
@@ -114,13 +114,13 @@ def load_device_runner(
     shape = replace(shape, dtype=dtype)
     _check_layers(store, shape)
     if proof:
-        progress("trying the captured step out", 0.0)
+        progress(Phase.PROVING, 0.0)
         distance = prove(skeleton, shape, device)
         log.info("the captured step agrees with transformers' forward within %.2g of the logits' norm", distance)
     memory = DeviceMemory(shape, device, num_kept=len(pinned[0]) if pinned else 0)
-    progress("loading the trunk", 0.0)
+    progress(Phase.TRUNK, 0.0)
     model = load_trunk(
-        store.trunk_path, device=device, dtype=dtype, progress=lambda share: progress("loading the trunk", share)
+        store.trunk_path, device=device, dtype=dtype, progress=lambda share: progress(Phase.TRUNK, share)
     )
     weights = pack_trunk(model, shape)
     slots = memory.num_slots(int(mask.num_allowed.max()), num_slots, slots_memory_bytes)
@@ -242,7 +242,7 @@ def warm_up(runner: DeviceRunner, progress: Progress = lambda phase, share: None
     if mask is None:
         return
     for done, length in enumerate(WARMED_LENGTHS):
-        progress("warming up", done / len(WARMED_LENGTHS))
+        progress(Phase.WARMING, done / len(WARMED_LENGTHS))
         tokens = [(1 + 7919 * at) % runner.shape.vocab for at in range(min(length, runner.max_tokens // 2))]
         row = runner.allocate()
         runner.prefill(row, tokens, mask=mask)

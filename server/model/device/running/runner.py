@@ -8,7 +8,7 @@ were, here and on the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -25,6 +25,7 @@ from server.model.device.step.graphs import StepGraphs
 from server.model.device.step.prefill import ExpertStream
 from server.model.device.step.state import PrefillRow, Report, RowState
 from server.model.device.step.weights import DecodeShape, TrunkWeights
+from server.model.load_progress import Progress
 from server.model.runner import RowStep, SelectiveModel, StepFault, StepOutput
 from server.model.seam.forward import run_forward
 
@@ -64,7 +65,7 @@ class DeviceRunner:
         self.graphs = StepGraphs(shape, weights, pages, self._state, resident_bias)
         self._seen = (0, 0)
 
-    def capture(self, progress: Callable[[str, float], None] = lambda phase, share: None) -> None:
+    def capture(self, progress: Progress = lambda phase, share: None) -> None:
         """Compiles and captures the step of every batch size up to `max_rows`, with masks and without, so that no
         request waits for it."""
         full = self._bias == 0.0 and bool(self.rows.table(self.model.routing.mask, False).all())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -24,6 +24,7 @@ from server.model.device.step.state import Report, RowState
 from server.model.device.step.step import DecodeStep
 from server.model.device.step.tuning import StepOptions, Tuning, pow2
 from server.model.device.step.weights import DecodeShape, TrunkWeights
+from server.model.load_progress import Phase, Progress
 from server.model.runner import Choice
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class StepGraphs:
         """Those that are captured, by batch size and whether they read masks; a copy."""
         return dict(self._graphs)
 
-    def capture(self, stream: ExpertStream, full: bool, progress: Callable[[str, float], None]) -> None:
+    def capture(self, stream: ExpertStream, full: bool, progress: Progress) -> None:
         """Compiles and captures the steps of every batch size, and compiles what prompts need.
 
         Args:
@@ -133,13 +134,13 @@ class StepGraphs:
         wanted = [(size, masked) for masked in ((False, True) if full else (True,)) for size in sizes]
         graphs = {key: self._new(*key) for key in wanted if key not in self._graphs}
         if self._device.type == "cuda":
-            progress("compiling kernels", 0.0)
+            progress(Phase.COMPILING, 0.0)
             with in_parallel():
                 stream.compile()
                 for graph in graphs.values():
                     graph.step.compile()
         for done, (key, graph) in enumerate(graphs.items()):
-            progress("capturing decode", done / len(wanted))
+            progress(Phase.CAPTURING, done / len(wanted))
             graph.capture()
             self._graphs[key] = graph
 

@@ -1,0 +1,121 @@
+"""The phases of loading a model, and the share of all loading that is done, which never falls.
+
+A phase weighs the seconds that it is likely to take: the bytes that it moves at a plausible rate, or seconds that were
+measured where it moves none. When a phase begins, it gets its part by weight of what is left, among the phases that may
+still come. So a phase that is left out, or loading that begins anew on another path, makes the share jump or slow down.
+Imports nothing heavy: it is used before torch is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from enum import StrEnum
+
+from expert_store.manifest import Manifest
+
+
+class Phase(StrEnum):
+    """One part of loading, as users read it."""
+
+    STARTING = "starting torch and transformers"
+    OPENING = "opening the store"
+    PROVING = "trying the captured step out"
+    TRUNK = "loading the trunk"
+    READING = "reading experts"
+    PINNING = "pinning host memory"
+    SLOTS = "filling slots"
+    COMPILING = "compiling kernels"
+    CAPTURING = "capturing decode"
+    WARMING = "warming up"
+    SOURCE = "looking for the checkpoint"
+
+
+Progress = Callable[[Phase, float], None]
+"""Called with the phase under way and the share of that phase that is done, in [0, 1]."""
+
+DEVICE_PHASES = frozenset(
+    {Phase.PROVING, Phase.READING, Phase.PINNING, Phase.COMPILING, Phase.CAPTURING, Phase.WARMING}
+)
+"""Phases of the device-driven path alone."""
+
+READ_BYTES_PER_SECOND = 1e9
+PIN_BYTES_PER_SECOND = 4e9
+UNKNOWN_SECONDS = 0.1
+"""Of a phase that has no weight."""
+
+
+def load_weights(manifest: Manifest, num_slots: int | None = None) -> dict[Phase, float]:
+    """Likely seconds of each phase, in order.
+
+    Args:
+        num_slots: a layer; None is one for every expert of the store.
+    """
+    trunk_bytes = sum(file.bytes for file in manifest.trunk)
+    experts_bytes = sum(deep.bytes for deep in manifest.deep_experts)
+    if num_slots is not None:
+        experts_bytes = experts_bytes * min(num_slots, len(manifest.deep_experts)) // len(manifest.deep_experts)
+    return {
+        Phase.STARTING: 5.0,
+        Phase.OPENING: UNKNOWN_SECONDS,
+        Phase.PROVING: 2.0,
+        Phase.TRUNK: 1.0 + trunk_bytes / READ_BYTES_PER_SECOND,
+        Phase.READING: experts_bytes / READ_BYTES_PER_SECOND,
+        Phase.PINNING: experts_bytes / PIN_BYTES_PER_SECOND,
+        Phase.SLOTS: UNKNOWN_SECONDS + experts_bytes / READ_BYTES_PER_SECOND,
+        Phase.COMPILING: 20.0,
+        Phase.CAPTURING: 3.0,
+        Phase.WARMING: 3.0,
+        Phase.SOURCE: UNKNOWN_SECONDS,
+    }
+
+
+class LoadProgress:
+    """A `Progress` that makes one share of all phases. One thread at a time reports; any thread reads.
+
+    Args:
+        weights: seconds of the phases that are to come, in their order; see `expect`.
+        on_change: called after every report.
+
+    Attributes:
+        share: done of everything, in [0, 1].
+        phase: the one under way; None before the first.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[Phase, float] | None = None,
+        on_change: Callable[[LoadProgress], None] = lambda progress: None,
+    ) -> None:
+        self._on_change = on_change
+        self._start = self._end = 0.0
+        self.share = 0.0
+        self.phase: Phase | None = None
+        self.expect(weights or {})
+
+    def expect(self, weights: Mapping[Phase, float]) -> None:
+        """These phases are to come, in this order and of so many seconds; before the first report."""
+        self._weights = dict(weights)
+        self._order = {phase: place for place, phase in enumerate(weights)}
+
+    def leave_out(self, phases: Collection[Phase]) -> None:
+        """These phases are not going to come."""
+        for phase in phases:
+            self._weights.pop(phase, None)
+
+    def __call__(self, phase: Phase, share: float) -> None:
+        """`share` of `phase`, in [0, 1], is done."""
+        if phase != self.phase:
+            self._begin(phase)
+        done = self._start + (self._end - self._start) * min(max(share, 0.0), 1.0)
+        self.share = max(self.share, done)
+        self._on_change(self)
+
+    def _begin(self, phase: Phase) -> None:
+        before = -1 if self.phase is None else self._order.get(self.phase, -1)
+        place = self._order.get(phase, before)
+        if place >= before:
+            self.share = self._end  # the phase before is done, whether it reported so or not
+        weight = self._weights.get(phase, UNKNOWN_SECONDS)
+        later = sum(weight for other, weight in self._weights.items() if self._order[other] > place)
+        self.phase, self._start = phase, self.share
+        self._end = self._start + (1.0 - self._start) * weight / (weight + later)

@@ -1,0 +1,231 @@
+"""Store, mask, model, runner and engine put together from the settings. Imports torch and transformers.
+
+Invariant: the store is closed where anything raises before the engine owns it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import transformers
+from numpy.typing import NDArray
+
+from expert_store.errors import ShardCorruptError
+from expert_store.integrity import TrunkCheck
+from expert_store.store import Store
+from extractor.checkpoint.source import attach_source
+from extractor.statistics.statistics import ExpertStatistics
+from router.mask import ExpertMask, parse_experts
+from server.engine.admission import EngineLimits
+from server.engine.engine import Engine
+from server.engine.statistics_file import FILE_NAME, StatisticsFile
+from server.engine.unreadable import exclude_damaged
+from server.engine.usage import UsageFile
+from server.errors import SettingsError
+from server.masks.pricing import KnownPrice, known_price, load_statistics, price_warnings
+from server.model.decode_path import DecodePathError, RunnerOptions, load_runner
+from server.model.host.assembly import resolve_device, resolve_dtype
+from server.model.load_progress import DEVICE_PHASES, LoadProgress, Phase, Progress
+from server.model.runner import Runner
+from server.model.seam.trunk import context_tokens
+from server.serving.masks_and_growth import MasksAndGrowth
+from server.serving.service import ExpertsSnapshot, LoadedModel, ShardInfo
+from server.settings.schema import Settings
+
+log = logging.getLogger(__name__)
+DEFAULT_CONTEXT_TOKENS = 8192
+
+
+def assemble(settings: Settings, trunk_check: TrunkCheck, progress: LoadProgress) -> LoadedModel:
+    """Open the store that the settings name, load its model on the engine's thread, and return when it is ready.
+
+    Args:
+        trunk_check: of the store's trunk, already begun.
+        progress: told of every phase, by this thread and then by the engine's.
+
+    Raises:
+        StoreError, MaskError, SettingsError, TrunkError: see `server.serving.loading.load`.
+    """
+    assert settings.store is not None
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    progress(Phase.OPENING, 0.0)
+    store = Store.open(settings.store, trunk_check=trunk_check)
+    try:
+        mask = _mask(settings, store)
+        device = resolve_device(settings.model.device)
+        if device.type != "cuda":
+            progress.leave_out(DEVICE_PHASES)
+        dtype = resolve_dtype(settings.model.dtype, store)
+        statistics = load_statistics(settings.model.statistics, store.manifest)
+        known = _known_price(settings, store, mask, statistics)
+        masks_and_growth = MasksAndGrowth.read(settings, store, mask, statistics)
+    except BaseException:
+        store.close()
+        raise
+
+    def make_runner(notify_engine: Progress) -> Runner:
+        def report(phase: Phase, share: float) -> None:
+            notify_engine(phase, share)
+            progress(phase, share)
+
+        options = _options(settings, store, mask, _context_limit(settings, store))
+        try:
+            runner = _load_runner(settings, store, options, device=device, dtype=dtype, progress=report)
+        except DecodePathError as error:
+            raise SettingsError(str(error)) from error
+        if not store.available.all():
+            report(Phase.SOURCE, 0.0)
+            runner.model.source_problem = attach_source(store, settings.growth.grow_from)
+        return runner
+
+    engine = _engine(settings, store, make_runner)
+    engine.start()
+    engine.loaded.result()
+    model, grower = _describe(engine, store, known), masks_and_growth.grower(engine, settings)
+    masks_and_growth.start_growing(grower, settings)
+    return replace(model, growth=grower, masks=masks_and_growth.masks(engine))
+
+
+def _engine(settings: Settings, store: Store, make_runner: Callable[[Progress], Runner]) -> Engine:
+    return Engine(
+        make_runner,
+        EngineLimits(
+            max_waiting_requests=settings.engine.max_queue_requests,
+            max_waiting_tokens=settings.engine.max_queue_tokens,
+            prefill_chunk_tokens=settings.engine.prefill_chunk_tokens,
+        ),
+        usage=lambda ledger: UsageFile(store.path / "usage.json", ledger, settings.usage.usage_save_seconds),
+        corrupt_experts=settings.engine.corrupt_experts,
+        statistics=_statistics_file(settings, store) if settings.usage.collect_statistics else None,
+    )
+
+
+def _load_runner(settings: Settings, store: Store, options: RunnerOptions, **arguments: Any) -> Runner:
+    """The runner; what of the store turns out to be damaged meanwhile is left out where the settings say so."""
+
+    while True:
+        try:
+            return load_runner(store, options, **arguments)
+        except ShardCorruptError as error:
+            if settings.engine.corrupt_experts == "fail" or not exclude_damaged(store, error):
+                raise
+
+
+def _statistics_file(settings: Settings, store: Store) -> Callable[[ExpertStatistics], StatisticsFile]:
+
+    return lambda empty: StatisticsFile(store.path / FILE_NAME, empty, settings.usage.usage_save_seconds)
+
+
+def _context_limit(settings: Settings, store: Store) -> int:
+    """Tokens of a row: what was asked for, within what the model was made for."""
+
+    most = context_tokens(store.trunk_path)
+    limit = settings.engine.max_context_tokens or min(most, DEFAULT_CONTEXT_TOKENS)
+    if limit > most:
+        raise SettingsError(
+            f"max_context_tokens is {limit}, the model was made for {most}: set at most that, or leave it out"
+        )
+    return limit
+
+
+def _options(settings: Settings, store: Store, mask: ExpertMask | None, max_tokens: int) -> RunnerOptions:
+
+    model, experts_bytes = settings.model, _experts_bytes(store)
+    return RunnerOptions(
+        path=model.decode_path,
+        max_rows=settings.engine.max_batch_size,
+        max_tokens=max_tokens,
+        num_slots=model.slots,
+        slots_memory_bytes=None if model.slots_memory is None else model.slots_memory.resolve(experts_bytes),
+        host_memory_bytes=None if model.host_memory is None else model.host_memory.resolve(experts_bytes),
+        mask=mask,
+        cache_policy=model.cache_policy,
+        pinned_experts=model.pinned_experts,
+        resident_bias=model.resident_bias,
+    )
+
+
+def _describe(engine: Engine, store: Store, known: KnownPrice) -> LoadedModel:
+    runner = engine.runner
+    model, spec = runner.model, store.manifest.model
+    return LoadedModel(
+        name=store.manifest.source.name,
+        family=spec.family,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        decode_path=runner.decode_path,
+        num_layers=spec.num_layers,
+        num_experts=spec.num_experts,
+        top_k=spec.top_k,
+        vocab_size=model.vocab_size,
+        max_context_tokens=runner.max_tokens,
+        tokenizer=model.tokenizer,
+        engine=engine,
+        experts=lambda: _snapshot(engine, store),
+        price=known.price,
+    )
+
+
+def _snapshot(engine: Engine, store: Store) -> ExpertsSnapshot:
+    cache, ledger = engine.runner.model.cache, engine.ledger
+    assert ledger is not None
+    statistics = cache.statistics()
+    return ExpertsSnapshot(
+        available=engine.runner.model.routing.mask.allowed.copy(),
+        corrupt=store.excluded,
+        uses=ledger.served_count.copy(),
+        demand=ledger.demand_count.copy(),
+        served_mass=ledger.served_mass.copy(),
+        demand_mass=ledger.demand_mass.copy(),
+        deficit=ledger.deficit_per_layer,
+        overall_deficit=ledger.deficit,
+        num_tokens=ledger.num_tokens,
+        top1_missing=ledger.top1_missing.copy(),
+        top1_missing_tokens=ledger.top1_missing_tokens,
+        resident=cache.page_table >= 0,
+        hits=statistics.hits,
+        misses=statistics.misses,
+        evictions=statistics.evictions,
+        fetch_bytes=statistics.fetch_bytes,
+        fetch_seconds=statistics.fetch_seconds,
+        expert_bytes=_span_bytes(store),
+        num_slots=statistics.num_slots,
+        slot_bytes=statistics.slot_bytes,
+        host_hits=statistics.host_hits,
+        host_misses=statistics.host_misses,
+        shards=tuple(ShardInfo(deep.file, deep.bytes, deep.experts) for deep in store.manifest.deep_experts),
+    )
+
+
+def _mask(settings: Settings, store: Store) -> ExpertMask | None:
+
+    if settings.model.experts is None:
+        return None
+    spec = store.manifest.model
+    wanted = ExpertMask.same_in_every_layer(parse_experts(settings.model.experts), spec.num_layers, spec.num_experts)
+    return ExpertMask.of(store.available) & wanted
+
+
+def _known_price(
+    settings: Settings, store: Store, mask: ExpertMask | None, statistics: ExpertStatistics | None
+) -> KnownPrice:
+    """What is known of the mask's price; warns where it is high, or unknown."""
+
+    served = ExpertMask.of(store.available) if mask is None else mask
+    known = known_price(store.manifest, served, statistics)
+    for warning in price_warnings(known, served, settings.model.warn_perplexity_ratio):
+        log.warning("%s", warning)
+    return known
+
+
+def _span_bytes(store: Store) -> NDArray[np.int64]:
+    return np.array([spec.span_bytes for spec in store.manifest.layers], dtype=np.int64)
+
+
+def _experts_bytes(store: Store) -> int:
+    """Bytes of all experts of the store: what a share of memory is a share of."""
+    return int((store.available.sum(axis=1) * _span_bytes(store)).sum())
