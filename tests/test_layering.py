@@ -1,7 +1,12 @@
-"""The arrows between the packages, read from the syntax tree of every module, so that a lazy import counts too."""
+"""The arrows between the packages and between their rooms, which are folders with one purpose.
+
+They are read from the syntax tree of every module, so that a lazy import counts too.
+"""
 
 import ast
+from collections import Counter
 from collections.abc import Callable, Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -109,3 +114,57 @@ def test_no_module_is_a_drawer_for_everything() -> None:
         path for path in MODULES if drawers & {part.removesuffix(".py") for part in path.relative_to(REPOSITORY).parts}
     ]
     assert found == []
+
+
+ROOMED = ("extractor", "server")
+"""Packages whose folders are rooms; the other two are a room each."""
+LOOSE = {"__init__.py", "__main__.py", "errors.py"}
+"""Modules that may lie beside a package's rooms: entry points, and the errors that all rooms raise."""
+ROOM_MODULES = 16
+
+
+def _room(module: str) -> str:
+    """The room of a module, or the module itself where it lies beside the rooms."""
+    package, *inside = module.split(".")
+    return f"{package}.{inside[0]}" if package in ROOMED and inside else package
+
+
+def _arrows() -> dict[str, set[str]]:
+    """The rooms that each room imports."""
+    arrows: dict[str, set[str]] = {}
+    for path in MODULES:
+        room = _room(".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"))
+        others = {_room(module) for _, module in _imported(ast.parse(path.read_text())) if _is_ours(module)}
+        arrows.setdefault(room, set()).update(others - {room})
+    return arrows
+
+
+def _is_ours(module: str) -> bool:
+    return module.split(".")[0] in MAY_IMPORT
+
+
+def _circle(arrows: dict[str, set[str]]) -> tuple[str, ...]:
+    """Rooms that import one another in a circle; empty where arrows run one way."""
+    try:
+        tuple(TopologicalSorter(arrows).static_order())
+    except CycleError as error:
+        return tuple(error.args[1])
+    return ()
+
+
+def test_arrows_between_rooms_run_one_way() -> None:
+    assert set(_circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
+    arrows = _arrows()
+    assert "server.engine" in arrows["server.serving"], "the arrows are not read"
+    assert _circle(arrows) == ()
+
+
+def test_a_room_holds_what_one_can_take_in() -> None:
+    modules = [*MODULES, *(REPOSITORY / "benchmarks").rglob("*.py")]
+    folders = Counter(path.relative_to(REPOSITORY).parent for path in modules if path.name != "__init__.py")
+    assert {folder for folder, count in folders.items() if count > ROOM_MODULES} == set()
+
+
+@pytest.mark.parametrize("package", ROOMED)
+def test_no_module_lies_beside_the_rooms(package: str) -> None:
+    assert {path.name for path in (REPOSITORY / package).glob("*.py")} - LOOSE == set()
