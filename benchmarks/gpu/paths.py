@@ -196,7 +196,7 @@ def _selective(model: Any, *, layers: int, num_experts: int, stream: Any = None,
         routing.install(layer, block.mlp.gate)
     return HostModel(
         model=model, tokenizer=cast(Any, None), store=cast(Any, None), cache=cache, routing=routing,
-        device=DEVICE, dtype=DTYPE, eos_token_ids=frozenset(), special_token_ids=frozenset(),
+        device=DEVICE, dtype=DTYPE, eos_token_ids=frozenset(),
         context_tokens=8192,
     )  # fmt: skip
 

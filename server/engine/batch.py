@@ -17,6 +17,7 @@ from expert_store.errors import StoreError
 from router.errors import MaskError
 from router.ledger import UsageLedger
 from router.mask import ExpertMask
+from server.engine.logprobs import prompt_logprobs, token_logprob, top_logprobs
 from server.engine.masks import SequenceMasks
 from server.engine.request import (
     EngineError,
@@ -26,11 +27,10 @@ from server.engine.request import (
     FinishReason,
     GenerationError,
     MemoryExhaustedError,
-    TokenEvent,
 )
 from server.engine.sequence import Sequence
 from server.engine.statistics import OnlineStatistics
-from server.engine.tokens import prompt_logprobs, token_logprob, token_text, top_logprobs
+from server.engine.text import Vocabulary
 from server.engine.unreadable import CorruptExperts, UnreadableExperts
 from server.model.runner import Choice, Chosen, RowStep, Runner, StepMemoryError, StepOutput
 
@@ -63,6 +63,7 @@ class Batch:
         collector: OnlineStatistics | None = None,
     ) -> None:
         self._runner = runner
+        self._vocabulary = Vocabulary(runner.model.tokenizer)
         self._ledger = ledger
         self._chunk = prefill_chunk_tokens
         self.collector = collector
@@ -97,8 +98,7 @@ class Batch:
 
     def admit(self, sequence: Sequence) -> None:
         """Give a sequence a row; its prompt is processed from the next step on. Needs `has_room`."""
-        model = self._runner.model
-        sequence.admit(self._runner.allocate(), model.tokenizer, model.eos_token_ids)
+        sequence.admit(self._runner.allocate(), self._vocabulary, self._runner.model.eos_token_ids)
         self._prefilling.append(sequence)
 
     def cancel(self, request_ids: set[str]) -> None:
@@ -156,7 +156,9 @@ class Batch:
             return
         if request.prompt_logprobs:
             following = request.prompt_ids[sequence.num_prefilled + 1 : end + 1]
-            sequence.prefill_logprobs += prompt_logprobs(output.logits, following, self._runner.model.tokenizer)
+            sequence.prefill_logprobs += prompt_logprobs(
+                output.logits, following, request.num_logprobs, self._vocabulary
+            )
         sequence.num_prefilled = end
         if sequence.is_prefilled:
             self._prefilling.remove(sequence)
@@ -220,7 +222,8 @@ class Batch:
     def _take_token(
         self, sequence: Sequence, logits: Tensor, choice: Choice | None, chosen: Chosen | None = None, at: int = 0
     ) -> None:
-        """Choose the next token from logits [V], notify the client, end the sequence if it is complete.
+        """Choose the next token from logits [V], tell the client what is certain, end the sequence if it is
+        complete.
 
         Where the runner has `chosen` the tokens of the step's rows, this sequence's the `at`-th, the logits are not
         read.
@@ -232,20 +235,10 @@ class Batch:
             token = sequence.sampler.choose(logits, choice)
             logprob = token_logprob(logits, token, None if chosen is None else float(chosen.normaliser[at]))
         self.generated_tokens += 1
-        model = self._runner.model
-        text, reason = sequence.take(token, model.eos_token_ids)
-        special = token in model.eos_token_ids or token in model.special_token_ids
-        sequence.tell(
-            TokenEvent(
-                index=len(sequence.generated),
-                token_id=token,
-                text=token_text(model.tokenizer, token) if special else text,
-                logprob=logprob,
-                special=special,
-                top=top_logprobs(logits, sequence.request.num_logprobs, model.tokenizer),
-                is_last=reason is not None,
-            )
-        )
+        top = top_logprobs(logits[None], sequence.request.num_logprobs, self._vocabulary)[0]
+        told, reason = sequence.take(token, logprob, top)
+        for event in told:
+            sequence.tell(event)
         if reason is not None:
             self.finish(sequence, reason)
         elif not sequence.is_heard:
@@ -259,7 +252,7 @@ class Batch:
             self._forget(sequence)
         finally:
             self.finished[reason] += 1
-            sequence.tell(sequence.finished_event(reason, self._runner.model.tokenizer))
+            sequence.tell(sequence.finished_event(reason, self._vocabulary))
 
     def fail(self, sequence: Sequence, error: EngineError) -> None:
         """End a sequence, whether it was admitted or not, with an error."""

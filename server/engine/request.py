@@ -20,8 +20,6 @@ from server.errors import ServerError
 FinishReason = Literal["length", "eos_token", "stop_sequence", "cancelled"]
 EngineState = Literal["loading", "ready", "draining", "stopped", "failed"]
 OnMissing = Literal["mask", "fetch", "refuse"]
-Logprob = tuple[int, str, float]
-"""(token id, text, natural log-probability under the model's unmodified distribution)"""
 
 
 class EngineError(ServerError):
@@ -110,7 +108,8 @@ class SamplingParams:
         do_sample: sample even with every other value left out.
         stop: generation ends when the text ends with one of these.
         include_stop_str_in_output: whether the text keeps the stop string that ended it.
-        skip_special_tokens: whether the text leaves out special tokens.
+        skip_special_tokens: whether the text leaves out special tokens; None leaves them out unless the checkpoint's
+            format needs them (`server.engine.text.FORMAT_MARKERS`). An end-of-sequence token that ends is never text.
         ignore_eos: generate on past the end-of-sequence token.
 
     Raises:
@@ -132,7 +131,7 @@ class SamplingParams:
     do_sample: bool = False
     stop: tuple[str, ...] = ()
     include_stop_str_in_output: bool = True
-    skip_special_tokens: bool = True
+    skip_special_tokens: bool | None = None
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
@@ -204,7 +203,7 @@ class GenerationRequest:
         prompt_ids: at least one token id.
         sampling: how tokens are chosen.
         num_logprobs: most likely alternatives to report with every token.
-        prompt_logprobs: also report the prompt's tokens with their log-probabilities.
+        prompt_logprobs: also report the prompt's tokens with their log-probabilities and `num_logprobs` alternatives.
         masking: narrows the experts of this request alone.
         on_missing: what happens where a token wants an expert that is not available. "mask": the router chooses among
             those that are. "fetch": what the store lacks comes from the source checkpoint. "refuse": the request ends
@@ -253,37 +252,78 @@ class Deficit:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """One generated token.
+class TokenLogprob:
+    """A token of the prompt, or one that could have been chosen.
 
     Attributes:
-        text: what it adds to the text (empty while a character is incomplete).
+        token_bytes: UTF-8 of the token, maybe a part of a character; of a special token its name.
+        logprob: natural, under the model's unmodified distribution; None for the first token of a prompt.
+        top: the most likely tokens in its place, of a prompt's token where they were asked for.
+    """
+
+    token_id: int
+    token_bytes: bytes
+    logprob: float | None
+    special: bool = False
+    top: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The token by itself; parts of characters read as U+FFFD."""
+        return self.token_bytes.decode(errors="replace")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token, told once its text is certain to stay: the texts of all join to the generated text.
+
+    Tokens that a stop string cut off are not told, but counted in `FinishedEvent.num_generated_tokens`. Of a token that
+    is cut in part, text and bytes are those of the part that stays; the log-probability is the whole token's.
+
+    Attributes:
+        index: 1, 2, ….
+        text: added to the generated text (empty while a character is incomplete, and for a special token left out).
+        token_bytes: UTF-8 of the token, maybe a part of a character; of a special token its name.
+        logprob: natural, under the model's unmodified distribution.
+        special: a marker, or an end-of-sequence token.
+        top: the most likely tokens in its place, as many as the request asks for.
         is_last: the request ends with it, and its `FinishedEvent` follows at once.
     """
 
     index: int
     token_id: int
     text: str
+    token_bytes: bytes
     logprob: float
     special: bool
-    top: tuple[Logprob, ...] = ()
+    top: tuple[TokenLogprob, ...] = ()
     is_last: bool = False
+
+    @property
+    def shown_text(self) -> str:
+        """The text, or the name of a special token that adds none."""
+        return self.text or (self.token_bytes.decode(errors="replace") if self.special else "")
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedEvent:
-    """The end of a request; after it nothing of the request is held by the engine."""
+    """The end of a request; after it nothing of the request is held by the engine.
+
+    Attributes:
+        num_generated_tokens: all that were generated, also those that a stop string cut off.
+        prefill: the prompt's tokens where they were asked for.
+        stop_text: the stop string that ended the request, if one did.
+    """
 
     reason: FinishReason
     generated_text: str
     num_prompt_tokens: int
     num_generated_tokens: int
     seed: int | None
-    prefill: tuple[tuple[int, str, float | None], ...] | None
+    prefill: tuple[TokenLogprob, ...] | None
     timing: Timing
     deficit: Deficit
     stop_text: str | None = None
-    """The stop string that ended the request, if one did; `generated_text` ends with it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
-from transformers import PreTrainedTokenizerBase
 
 from server.engine.request import (
     Deficit,
@@ -17,13 +17,13 @@ from server.engine.request import (
     FinishedEvent,
     FinishReason,
     GenerationRequest,
-    Logprob,
     OnEvent,
     Timing,
+    TokenEvent,
+    TokenLogprob,
 )
 from server.engine.sampling import Sampler
-from server.engine.text import Detokenizer
-from server.engine.tokens import token_text
+from server.engine.text import Detokenizer, Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Sequence:
     row: int | None = None
     num_prefilled: int = 0
     generated: list[int] = field(default_factory=list)
-    prefill_logprobs: list[Logprob] = field(default_factory=list)
+    prefill_logprobs: list[TokenLogprob] = field(default_factory=list)
     demanded: npt.NDArray[np.float64] | None = None
     missed: npt.NDArray[np.float64] | None = None
     demand: npt.NDArray[np.float64] | None = None
@@ -72,28 +72,43 @@ class Sequence:
             self.is_heard = False
             log.exception("the client of request %s raised, and is told nothing more", self.request.request_id)
 
-    def admit(self, row: int, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Collection[int]) -> None:
+    def admit(self, row: int, vocabulary: Vocabulary, eos_token_ids: Collection[int]) -> None:
         """Give the sequence a row and what it needs to generate."""
+        sampling = self.request.sampling
         self.row = row
         self.admitted_at = time.monotonic()
-        self.sampler = Sampler(self.request.sampling, self.request.prompt_ids, eos_token_ids)
-        self.detokenizer = Detokenizer(tokenizer, self.request.prompt_ids, self.request.sampling.stop)
+        self.sampler = Sampler(sampling, self.request.prompt_ids, eos_token_ids)
+        self.detokenizer = Detokenizer(vocabulary, self.request.prompt_ids, sampling)
+        self._vocabulary, self._eos = vocabulary, eos_token_ids
+        self._untold: deque[TokenEvent] = deque()
 
-    def take(self, token: int, eos_token_ids: Collection[int]) -> tuple[str, FinishReason | None]:
-        """Append a generated token; returns the text that it adds and, where it completes the sequence, why."""
+    def take(
+        self, token: int, logprob: float, top: tuple[TokenLogprob, ...]
+    ) -> tuple[list[TokenEvent], FinishReason | None]:
+        """Append a generated token; returns the tokens that can be told now and why it is the last, if it is."""
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
         self.generated.append(token)
-        text = self.detokenizer.add(token)
         sampling = self.request.sampling
+        is_eos = token in self._eos
+        self.detokenizer.add(token, is_end=is_eos and not sampling.ignore_eos)
         reason: FinishReason | None = None
-        if token in eos_token_ids and not sampling.ignore_eos:
+        if is_eos and not sampling.ignore_eos:
             reason = "eos_token"
         elif self.detokenizer.stop_string is not None:
             reason = "stop_sequence"
         elif len(self.generated) >= sampling.max_new_tokens:
             reason = "length"
-        return (text, None) if reason is None else (text + self.detokenizer.finish(), reason)
+        if reason is not None:
+            self.detokenizer.finish()
+        special = is_eos or self._vocabulary.is_special(token)
+        self._untold.append(TokenEvent(len(self.generated), token, "", b"", logprob, special, top))
+        told = [
+            replace(self._untold.popleft(), text=text, token_bytes=spelled) for text, spelled in self.detokenizer.give()
+        ]
+        if reason is not None and told:
+            told[-1] = replace(told[-1], is_last=True)
+        return told, reason
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -163,13 +178,14 @@ class Sequence:
             ttft_seconds=first - self.submitted_at,
         )
 
-    def finished_event(self, reason: FinishReason, tokenizer: PreTrainedTokenizerBase) -> FinishedEvent:
+    def finished_event(self, reason: FinishReason, vocabulary: Vocabulary) -> FinishedEvent:
         """What is told at the end, whether the sequence was admitted or not."""
         is_admitted = self.admitted_at is not None
         prefill = None
         if self.request.prompt_logprobs:
             first = self.request.prompt_ids[0]
-            prefill = ((first, token_text(tokenizer, first), None), *self.prefill_logprobs)
+            start = TokenLogprob(first, vocabulary.bytes_of(first), None, vocabulary.is_special(first))
+            prefill = (start, *self.prefill_logprobs)
         return FinishedEvent(
             reason=reason,
             generated_text=self.detokenizer.text if is_admitted else "",

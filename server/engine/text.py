@@ -1,82 +1,240 @@
-"""Token by token to text: incremental detokenising and stop strings.
+"""Token by token to text: the bytes of tokens, incremental decoding, special tokens, and stop strings.
 
-Bytes of a character may be spread over tokens, and how a token reads may depend on the one before: text is given out
-only when it can no longer change. Invariant: the pieces of `Detokenizer.add` and the rest of `finish` join to the text
-of all tokens, cut at the end of the stop string if one was met.
+A token adds bytes, and a character may be spread over several tokens: text is given out only when it can no longer
+change. A special token ends the character before it. Invariant: the texts that `Detokenizer` gives out for the tokens
+join to the generated text, cut at the stop string if one was met, and nothing is given out that is cut later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import codecs
+import re
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from server.engine.request import SamplingParams
 
 REPLACEMENT = "\ufffd"
-MAX_HELD_TOKENS = 8
-"""A character takes at most four bytes, so text that is still incomplete after this many tokens is not going to be."""
+BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
+"""The alphabet of byte-level BPE."""
+FORMAT_MARKERS = frozenset(
+    ["<|channel|>", "[TOOL_CALLS]", "[THINK]", "<|tool_calls_section_begin|>", "<|python_start|>"]
+)
+"""Special tokens that a model writes within an answer, to tell its parts apart: of gpt-oss (harmony), Mistral, Kimi K2
+and Llama 4. Where a checkpoint has one of them, the text keeps special tokens unless the request says otherwise."""
+LONGEST_CHARACTER_BYTES = 4
+
+
+class Vocabulary:
+    """The bytes that each token stands for, and which tokens are special.
+
+    Attributes:
+        keeps_special_tokens: whether text keeps special tokens where the request does not say.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        added = {id_: token for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = frozenset(added) | frozenset(tokenizer.all_special_ids)
+        self.keeps_special_tokens = any(token.content in FORMAT_MARKERS for token in added.values())
+        self._anchor = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+        self._bytes: dict[int, bytes] = {}
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether it is a marker and no text."""
+        return token_id in self._special
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """UTF-8 of one token within a text, maybe a part of a character, with its leading space if it has one; the
+        name of a special token; nothing for an id that the tokenizer lacks."""
+        spelled = self._bytes.get(token_id)
+        if spelled is None:
+            spelled = self._bytes[token_id] = self._spell(token_id)
+        return spelled
+
+    def bytes_at_start(self, token_id: int) -> bytes:
+        """The same, of a token before which there is no text: some tokenizers drop its leading space."""
+        spelled = self.bytes_of(token_id)
+        starts_with_space = self._decode([token_id]).startswith(" ")
+        return spelled[1:] if spelled.startswith(b" ") and not starts_with_space else spelled
+
+    def _spell(self, token_id: int) -> bytes:
+        if self.is_special(token_id):
+            return self._decode([token_id]).encode()
+        piece = self._decode([*self._anchor, token_id]).removeprefix(self._decode(self._anchor))
+        if REPLACEMENT in piece:  # a part of a character: its name in the vocabulary says which bytes
+            name = self._tokenizer.convert_ids_to_tokens(token_id)
+            assert isinstance(name, str)
+            if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", name):
+                return bytes([int(byte[1], 16)])
+            if all(character in BYTE_OF_CHARACTER for character in name):
+                return bytes(BYTE_OF_CHARACTER[character] for character in name)
+        return piece.encode()
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
 
 
 class Detokenizer:
     """Text of one sequence's generated tokens.
 
     Args:
-        tokenizer: of the checkpoint.
-        prompt_ids: the last few give context to the first tokens' text.
-        stop: strings that end the generation.
+        vocabulary: of the checkpoint.
+        prompt_ids: a character that they leave open is finished by the first generated tokens.
+        sampling: says which strings end the text, and whether it keeps them and special tokens.
 
     Attributes:
-        text: given out so far, special tokens left out.
-        stop_string: the one that was met, else None; `text` then ends with it.
+        text: given out so far.
+        stop_string: the one that was met, else None.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
-        self._ids = list(prompt_ids[-MAX_HELD_TOKENS:])
-        self._prefix = 0
-        self._read = len(self._ids)
-        self._stop = stop
-        self._longest_stop = max((len(string) for string in stop), default=0)
-        self._pieces: list[str] = []
-        self._tail = ""
+    def __init__(self, vocabulary: Vocabulary, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
+        self._vocabulary = vocabulary
+        self._min_tokens = sampling.min_tokens
+        self._keeps_stop = sampling.include_stop_str_in_output
+        skips = sampling.skip_special_tokens
+        self._skips_special = not vocabulary.keeps_special_tokens if skips is None else skips
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token_id in prompt_ids[-LONGEST_CHARACTER_BYTES:]:
+            self._decoder.decode(vocabulary.bytes_of(token_id), final=vocabulary.is_special(token_id))
+        self._is_at_start = all(map(vocabulary.is_special, prompt_ids))
+        # the text with special tokens and the text without them are both searched
+        self._windows = [_StopWindow(sampling.stop) for _ in range(1 + self._skips_special)] if sampling.stop else []
+        self._num_tokens = 0
+        self._length = 0
+        self._held: deque[_HeldToken] = deque()
+        self._cut: int | None = None
+        self._has_ended = False
+        self._given: list[str] = []
         self.stop_string: str | None = None
 
     @property
     def text(self) -> str:
         """The text given out so far."""
-        return "".join(self._pieces)
+        return "".join(self._given)
 
-    def add(self, token_id: int) -> str:
-        """Take one token; returns the text that is now certain (often empty within a character)."""
-        self._ids.append(token_id)
-        before = self._decode(self._ids[self._prefix : self._read])
-        after = self._decode(self._ids[self._prefix :])
-        if after.endswith(REPLACEMENT) and len(self._ids) - self._read < MAX_HELD_TOKENS:
-            return ""
-        self._prefix, self._read = self._read, len(self._ids)
-        return self._give(after[len(before) :])
+    def add(self, token_id: int, *, is_end: bool = False) -> None:
+        """Take one token; one that `is_end`, an end-of-sequence token, is no part of the text."""
+        self._num_tokens += 1
+        spelled = self._vocabulary.bytes_of(token_id)
+        is_special = self._vocabulary.is_special(token_id)
+        if self._is_at_start and not is_special:
+            self._is_at_start = False
+            spelled = self._vocabulary.bytes_at_start(token_id)
+        token = _HeldToken(spelled, self._length)
+        self._held.append(token)
+        if is_end or is_special:
+            self._extend(token, self._decoder.decode(b"", final=True), is_shown=True)
+            if not is_end:
+                self._extend(token, spelled.decode(), is_shown=not self._skips_special)
+        else:
+            self._extend(token, self._decoder.decode(spelled), is_shown=True)
+            token.num_open_bytes = len(self._decoder.getstate()[0])
 
-    def finish(self) -> str:
-        """The text still held back when no more tokens come."""
-        if self._read == len(self._ids) or self.stop_string is not None:
-            return ""
-        before = self._decode(self._ids[self._prefix : self._read])
-        after = self._decode(self._ids[self._prefix :])
-        self._read = len(self._ids)
-        return self._give(after[len(before) :])
+    def finish(self) -> None:
+        """The last token was added: `give` may give all of the text, up to the stop string. To be called before it."""
+        if self._cut is None and self._held:
+            self._held[-1].shown.append((self._length, self._decoder.decode(b"", final=True)))
+        self._has_ended = True
 
-    def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
+    def give(self) -> Iterator[tuple[str, bytes]]:
+        """For each token that can be told now, in turn, the text that it adds and its bytes.
 
-    def _give(self, piece: str) -> str:
-        if self._longest_stop:
-            window = self._tail + piece
-            ends = [window.find(string) + len(string) for string in self._stop if string in window]
-            if ends:
-                end = min(ends)
-                self.stop_string = next(s for s in self._stop if s in window and window.find(s) + len(s) == end)
-                piece = window[len(self._tail) : end]
-            self._tail = window[-(self._longest_stop - 1) :] if self._longest_stop > 1 else ""
-        self._pieces.append(piece)
-        return piece
+        Both are cut where the stop string cuts into the token; a token that lies wholly behind the cut is never given.
+        """
+        certain = self._certain()
+        while self._held and self._held[0].end <= certain:
+            token = self._held.popleft()
+            if self._cut is None or token.start < self._cut:
+                text, spelled = token.up_to(self._cut)
+                self._given.append(text)
+                yield text, spelled
+
+    def _certain(self) -> int:
+        """The place up to which the text stays, whatever follows."""
+        if self._has_ended or self._keeps_stop or not self._windows:
+            return self._length + 1  # also a character that is incomplete
+        return min(window.possible_beginning(self._length) for window in self._windows)
+
+    def _extend(self, token: _HeldToken, piece: str, *, is_shown: bool) -> None:
+        """Add decided text to the last token, and look for a stop string that ends in it."""
+        start = self._length
+        self._length += len(piece)
+        token.piece += piece
+        if is_shown:
+            token.shown.append((start, piece))
+        windows = self._windows if is_shown else self._windows[:1]
+        found = [match for window in windows for match in window.add(piece, start)]
+        if found and self._cut is None and self._num_tokens > self._min_tokens:
+            end, begin, self.stop_string = min(found)
+            self._cut = end if self._keeps_stop else begin
+
+
+@dataclass
+class _HeldToken:
+    """A token that was not told yet.
+
+    Attributes:
+        spelled: its bytes.
+        start: its place in the whole text, special tokens included, in characters.
+        piece: text that was decided with it, from `start` on.
+        shown: (place, text) of the parts that are given out.
+        num_open_bytes: at its end, of a character that was incomplete after it.
+    """
+
+    spelled: bytes
+    start: int
+    piece: str = ""
+    shown: list[tuple[int, str]] = field(default_factory=list)
+    num_open_bytes: int = 0
+
+    @property
+    def end(self) -> int:
+        """The place behind its text, a character that it only begins included."""
+        return self.start + len(self.piece) + (self.num_open_bytes > 0)
+
+    def up_to(self, cut: int | None) -> tuple[str, bytes]:
+        """The text that is given out and the bytes, of what lies before the place `cut` (None: all)."""
+        if cut is None or cut > self.start + len(self.piece):
+            return "".join(text for _, text in self.shown), self.spelled
+        num_cut = len(self.piece[cut - self.start :].encode()) + self.num_open_bytes
+        text = "".join(text[: max(0, cut - place)] for place, text in self.shown)
+        return text, self.spelled[: max(0, len(self.spelled) - num_cut)]
+
+
+class _StopWindow:
+    """The end of a text that grows, searched for stop strings."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._keep = max(map(len, stops)) - 1
+        self._text = ""
+        self._places: list[int] = []
+
+    def add(self, piece: str, start: int) -> list[tuple[int, int, str]]:
+        """(end, begin, stop string) of those that end in the piece, which stands at the place `start`."""
+        searched = len(self._text)
+        self._text += piece
+        self._places.extend(range(start, start + len(piece)))
+        found = []
+        for stop in self._stops:
+            at = self._text.find(stop, max(0, searched - len(stop) + 1))
+            if at >= 0:
+                found.append((self._places[at + len(stop) - 1] + 1, self._places[at], stop))
+        surplus = max(0, len(self._text) - self._keep)
+        self._text = self._text[surplus:]
+        del self._places[:surplus]
+        return found
+
+    def possible_beginning(self, otherwise: int) -> int:
+        """The first place at which a stop string may have begun; `otherwise` where there is none."""
+        for at, place in enumerate(self._places):
+            if any(stop.startswith(self._text[at:]) for stop in self._stops):
+                return place
+        return otherwise

@@ -55,7 +55,6 @@ class SelectiveModel:
         store: where experts come from; cache: where they are held; routing: how they are chosen.
         device, dtype: of compute.
         eos_token_ids: tokens that end a generation.
-        special_token_ids: tokens that stand for no text.
         context_tokens: most tokens that the model was made for.
         observer: notes the outputs of the experts; None while nobody collects them.
         source_problem: why the store has no source attached, where it has none.
@@ -69,7 +68,6 @@ class SelectiveModel:
     device: torch.device
     dtype: torch.dtype
     eos_token_ids: frozenset[int]
-    special_token_ids: frozenset[int]
     context_tokens: int
     source_problem: str = "it was not looked for"
     observer: OutputObserver | None = None

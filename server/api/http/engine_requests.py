@@ -32,6 +32,7 @@ def sampling_of(
     seed: int | None,
     do_sample: bool,
     stop: Sequence[str],
+    include_stop_str_in_output: bool,
 ) -> SamplingParams:
     """Sampling parameters within what the model can do."""
     return SamplingParams(
@@ -43,6 +44,7 @@ def sampling_of(
         seed=seed,
         do_sample=do_sample,
         stop=tuple(stop),
+        include_stop_str_in_output=include_stop_str_in_output,
     )
 
 

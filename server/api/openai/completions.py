@@ -1,6 +1,6 @@
 """The answer to an OpenAI request: its generations shown as choices, whole or as the chunks of a stream.
 
-Invariant: all requests are in the engine before the response begins. A stop string is not part of the text. Every
+Invariant: all requests are in the engine before the response begins. Every
 finished choice has its `deficit`, which is our own addition.
 """
 
@@ -34,7 +34,6 @@ from server.api.openai.responses import (
     EndReason,
     Usage,
 )
-from server.api.openai.stop_filter import StopFilter
 from server.engine.request import EngineError, FinishedEvent, GenerationRequest, TokenEvent
 from server.serving.deficit import deficit_details
 from server.serving.service import LoadedModel
@@ -159,7 +158,6 @@ class Job:
     model: LoadedModel
     requests: list[GenerationRequest]
     num_prompt_tokens: int
-    stops: list[str]
     num_logprobs: int | None
     stream: bool
     include_usage: bool
@@ -201,10 +199,9 @@ async def respond(request: Request, context: ApiContext, job: Job) -> Response:
     with generations:
         finished = await unless_disconnected(request, generations.finished())
     context.log_text(request, "answer", [end.generated_text for _, end in finished])
-    choices = []
-    for index, (tokens, end) in enumerate(finished):
-        text = StopFilter(job.stops).finish(end.generated_text, end.stop_text)
-        choices.append(shown.choice(job.piece(index, text, tokens, end)))
+    choices = [
+        shown.choice(job.piece(index, end.generated_text, tokens, end)) for index, (tokens, end) in enumerate(finished)
+    ]
     usage = job.usage(sum(end.num_generated_tokens for _, end in finished))
     return ModelResponse(shown.response(**head, choices=choices, usage=usage))
 
@@ -213,25 +210,23 @@ async def _stream(
     generations: Generations, job: Job, head: dict[str, Any], keep_alive_seconds: float, path: str
 ) -> AsyncGenerator[bytes, None]:
     shown, chunk = job.format, job.format.chunk
-    filters = [StopFilter(job.stops) for _ in job.requests]
     base = {**head, "usage": None} if job.include_usage else head
-    offsets = [0] * len(filters)
+    offsets = [0] * len(job.requests)
     num_new = 0
     if shown.opening is not None:
-        yield b"".join(event(chunk(**base, choices=[shown.opening(index)])) for index in range(len(filters)))
+        yield b"".join(event(chunk(**base, choices=[shown.opening(index)])) for index in range(len(job.requests)))
     try:
         async for index, batch in generations.batches(keep_alive_seconds):
             if not batch:
                 yield KEEP_ALIVE
                 continue
             tokens, end = split(batch)
-            text = "".join(filters[index].feed(token.text) for token in tokens if not token.special)
+            text = "".join(token.text for token in tokens)
             if end is not None:
-                text += filters[index].finish(end.generated_text, end.stop_text)
                 num_new += end.num_generated_tokens
             if text or end is not None or job.num_logprobs is not None:
                 piece = job.piece(index, text, tokens, end, offsets[index])
-                offsets[index] += sum(len(token.text) for token in tokens)
+                offsets[index] += len(text)
                 yield event(chunk(**base, choices=[shown.chunk_choice(piece)]))
         if job.include_usage:
             yield event(chunk(**{**base, "choices": [], "usage": job.usage(num_new)}))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from server.api.http.engine_requests import LEAST_LOGPROB
-from server.engine.request import TokenEvent
+from server.engine.request import TokenEvent, TokenLogprob
 from server.serving.deficit import DeficitDetails
 
 EndReason = Literal["stop", "length"]
@@ -56,10 +56,10 @@ class CompletionLogprobs(BaseModel):
         for token in tokens:
             offsets.append(offset)
             offset += len(token.text)
-        top = [{text: max(logprob, LEAST_LOGPROB) for _, text, logprob in token.top} for token in tokens]
+        top = [{_name(each.token_bytes): _finite(each.logprob) for each in token.top} for token in tokens]
         return cls(
-            tokens=[token.text for token in tokens],
-            token_logprobs=[max(token.logprob, LEAST_LOGPROB) for token in tokens],
+            tokens=[_name(token.token_bytes) for token in tokens],
+            token_logprobs=[_finite(token.logprob) for token in tokens],
             top_logprobs=top if num_logprobs else None,
             text_offset=offsets,
         )
@@ -112,10 +112,7 @@ class ChatLogprobs(BaseModel):
         """Of the tokens of a choice or a chunk."""
         return cls(
             content=[
-                ChatLogprob(
-                    **_entry(token.text, token.logprob),
-                    top_logprobs=[Alternative(**_entry(text, logprob)) for _, text, logprob in token.top],
-                )
+                ChatLogprob(**_entry(token), top_logprobs=[Alternative(**_entry(each)) for each in token.top])
                 for token in tokens
             ],
             refusal=None,
@@ -181,5 +178,19 @@ class ChatChunk(BaseModel):
     usage: Usage | None = None
 
 
-def _entry(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(text.encode())}
+def _entry(token: TokenEvent | TokenLogprob) -> dict[str, Any]:
+    spelled = token.token_bytes
+    return {"token": _name(spelled), "logprob": _finite(token.logprob), "bytes": list(spelled)}
+
+
+def _name(token_bytes: bytes) -> str:
+    """A token's text; of a token that is not whole characters its bytes, as OpenAI names them: `bytes:\\xf0\\x9f`."""
+    try:
+        return token_bytes.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes)
+
+
+def _finite(logprob: float | None) -> float:
+    assert logprob is not None, "only the first token of a prompt has none"
+    return max(logprob, LEAST_LOGPROB)

@@ -116,7 +116,6 @@ def _job(
             for copy in range(body.n or 1)
         ],
         num_prompt_tokens=sum(map(len, prompts)),
-        stops=body.stop,
         num_logprobs=num_logprobs,
         stream=bool(body.stream),
         include_usage=body.include_usage,
@@ -171,4 +170,5 @@ def _sampling(
         seed=None if is_greedy or body.seed is None else body.seed % 2**64,
         do_sample=not is_greedy,
         stop=body.stop,
+        include_stop_str_in_output=False,
     )

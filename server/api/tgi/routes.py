@@ -136,6 +136,7 @@ async def _prepare(context: ApiContext, model: LoadedModel, body: GenerateReques
         seed=parameters.seed,
         do_sample=bool(parameters.do_sample),
         stop=parameters.stop or (),
+        include_stop_str_in_output=True,
     )
     request = request_of(
         model,
@@ -194,8 +195,12 @@ def _details(prompt: Prompt, tokens: Sequence[TokenEvent], end: FinishedEvent) -
         generated_tokens=end.num_generated_tokens,
         seed=end.seed,
         prefill=[
-            PrefillToken(id=token, text=text, logprob=None if logprob is None else max(logprob, LEAST_LOGPROB))
-            for token, text, logprob in end.prefill or ()
+            PrefillToken(
+                id=token.token_id,
+                text=token.text,
+                logprob=None if token.logprob is None else max(token.logprob, LEAST_LOGPROB),
+            )
+            for token in end.prefill or ()
         ],
         tokens=[_token(token) for token in tokens],
         deficit=deficit_details(end.deficit, prompt.model, prompt.request),
@@ -208,13 +213,15 @@ def _whole_text(prompt: Prompt, end: FinishedEvent) -> str:
 
 
 def _token(token: TokenEvent) -> Token:
-    return Token(id=token.token_id, text=token.text, logprob=max(token.logprob, LEAST_LOGPROB), special=token.special)
+    logprob = max(token.logprob, LEAST_LOGPROB)
+    return Token(id=token.token_id, text=token.shown_text, logprob=logprob, special=token.special)
 
 
 def _top_tokens(token: TokenEvent) -> list[Token]:
     return [
-        Token(id=token_id, text=text, logprob=max(logprob, LEAST_LOGPROB), special=False)
-        for token_id, text, logprob in token.top
+        Token(id=each.token_id, text=each.text, logprob=max(each.logprob, LEAST_LOGPROB), special=each.special)
+        for each in token.top
+        if each.logprob is not None
     ]
 
 

@@ -150,7 +150,6 @@ def load_model(
         device=device,
         dtype=dtype,
         eos_token_ids=eos_token_ids_of(model, tokenizer),
-        special_token_ids=frozenset(tokenizer.all_special_ids),
         context_tokens=context_tokens(store.trunk_path),
     )
 

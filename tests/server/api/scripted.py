@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,9 @@ from server.engine.request import (
     QueueFullError,
     Timing,
     TokenEvent,
+    TokenLogprob,
 )
+from server.engine.text import Detokenizer, Vocabulary
 from server.growth.status import Candidate, GrowthBusyError, GrowthStatus, Reloaded, Shrunk
 from server.masks.masking import RequestMasks
 from server.serving.service import ExpertsSnapshot, LoadedModel, ShardInfo
@@ -53,12 +55,28 @@ class CharTokenizer:
         return "".join(lines) + "<assistant>"
 
 
+class ScriptedVocabulary(Vocabulary):
+    """The n-th piece of an answer is token n; None is the end-of-sequence token."""
+
+    keeps_special_tokens = False
+
+    def __init__(self, pieces: list[str | bytes | None]) -> None:
+        self._pieces = pieces
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id > 0 and self._pieces[token_id - 1] is None
+
+    def bytes_of(self, token_id: int) -> bytes:
+        piece = " " if token_id == 0 else self._pieces[token_id - 1]
+        return b"<|end|>" if piece is None else piece.encode() if isinstance(piece, str) else piece
+
+
 @dataclass
 class ScriptedEngine:
     """Answers every prompt with `answer`, one piece a token.
 
     Attributes:
-        answer: text of the tokens; after them the end-of-sequence token.
+        answer: text, or bytes, of the tokens; after them the end-of-sequence token.
         step_seconds, end_seconds: before every token, between the last one and the end.
         max_waiting: places; one more is refused with a QueueFullError.
         fail_after: tokens after which the request fails, if any.
@@ -67,7 +85,7 @@ class ScriptedEngine:
         submitted, cancelled: what was asked for, in order.
     """
 
-    answer: list[str] = field(default_factory=lambda: [" Paris", ",", " the", " city", " of", " light", "."])
+    answer: list[str | bytes] = field(default_factory=lambda: [" Paris", ",", " the", " city", " of", " light", "."])
     step_seconds: float = 0.0
     end_seconds: float = 0.0
     max_waiting: int = 64
@@ -137,9 +155,12 @@ class ScriptedEngine:
     def _run(self, request: GenerationRequest, on_event: OnEvent) -> None:
         started = time.perf_counter()
         cancelled = self._active[request.request_id]
-        text, reason, count, stopped = "", "length", 0, None
-        pieces = [*self.answer, None]
-        for index, piece in enumerate(pieces[: request.sampling.max_new_tokens], start=1):
+        sampling = request.sampling
+        vocabulary = ScriptedVocabulary([*self.answer, None])
+        detokenizer = Detokenizer(vocabulary, (0,), sampling)
+        untold: list[TokenEvent] = []
+        reason, count = "length", 0
+        for index, piece in enumerate([*self.answer, None][: sampling.max_new_tokens], start=1):
             go = self.resume if self.pause_after is not None and index > self.pause_after else self.may_run
             while not go.wait(0.005) and not cancelled.is_set():
                 pass
@@ -152,22 +173,22 @@ class ScriptedEngine:
                 return
             count = index
             special = piece is None
-            shown = "<|end|>" if piece is None else piece
-            token_id = EOS if piece is None else 1000 + index
-            top = tuple((2000 + rank, f"t{rank}", -1.0 - rank) for rank in range(request.num_logprobs))
-            if not special:
-                text += shown
-            stopped = next((stop for stop in request.sampling.stop if stop in text), None)
-            if stopped is not None:
-                surplus = len(text) - text.index(stopped) - len(stopped)
-                text, shown = text[: len(text) - surplus], shown[: len(shown) - surplus]
-            is_last = special or stopped is not None or index == request.sampling.max_new_tokens
-            on_event(TokenEvent(index, token_id, shown, -0.25, special, top, is_last))
+            detokenizer.add(index, is_end=special)
+            is_last = special or detokenizer.stop_string is not None or index == sampling.max_new_tokens
+            if is_last:
+                detokenizer.finish()
+            top = tuple(
+                TokenLogprob(2000 + rank, f"t{rank}".encode(), -1.0 - rank) for rank in range(request.num_logprobs)
+            )
+            token_id = EOS if special else 1000 + index
+            untold.append(TokenEvent(index, token_id, "", b"", -0.25, special, top, is_last))
+            for text, spelled in detokenizer.give():
+                on_event(replace(untold.pop(0), text=text, token_bytes=spelled))
             if is_last:
                 time.sleep(self.end_seconds)
             if special:
                 reason = "eos_token"
-            if stopped is not None:
+            if detokenizer.stop_string is not None:
                 reason = "stop_sequence"
                 break
         seconds = time.perf_counter() - started
@@ -175,18 +196,20 @@ class ScriptedEngine:
         prefill = None
         if request.prompt_logprobs:
             ids = request.prompt_ids
-            prefill = tuple((token, chr(token), None if at == 0 else -0.5) for at, token in enumerate(ids))
+            prefill = tuple(
+                TokenLogprob(token, chr(token).encode(), None if at == 0 else -0.5) for at, token in enumerate(ids)
+            )
         on_event(
             FinishedEvent(
                 reason=reason,  # type: ignore[arg-type]
-                generated_text=text,
+                generated_text=detokenizer.text,
                 num_prompt_tokens=len(request.prompt_ids),
                 num_generated_tokens=count,
                 seed=None if request.sampling.is_greedy else (request.sampling.seed or 7),
                 prefill=prefill,
                 timing=Timing(0.001, 0.002, seconds, 0.003),
                 deficit=Deficit(0.125, (0.0, 0.25), 12, 3, (0, 3)),
-                stop_text=stopped,
+                stop_text=detokenizer.stop_string,
             )
         )
 

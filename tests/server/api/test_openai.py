@@ -130,6 +130,42 @@ def test_stream_ends_with_done(server: Running) -> None:
     assert all(event["object"] == "chat.completion.chunk" for event in events_of(text))
 
 
+@pytest.mark.parametrize("stop", [" city", "ty of", " light.", ", the city"])
+def test_the_tokens_after_a_stop_string_are_nowhere_and_those_told_join_to_the_text(
+    client: openai.OpenAI, stop: str
+) -> None:
+    wanted = TEXT[: TEXT.index(stop)]
+    asked: dict[str, Any] = {"model": "scripted", "prompt": "a", "stop": stop, "logprobs": 0}
+    whole = client.completions.create(**asked)
+    found = whole.choices[0]
+    assert found.logprobs is not None
+    assert found.logprobs.tokens is not None
+    assert found.text == "".join(found.logprobs.tokens) == wanted
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens >= len(found.logprobs.tokens)
+    tokens: list[str] = []
+    for chunk in client.completions.create(**asked, stream=True):
+        logprobs = chunk.choices[0].logprobs
+        assert logprobs is not None
+        tokens += logprobs.tokens or []
+        assert wanted.startswith("".join(tokens))
+    assert tokens == found.logprobs.tokens
+
+
+def test_logprobs_of_a_part_of_a_character_give_its_own_bytes() -> None:
+    with running(ScriptedEngine(answer=["a", b"\xf0\x9f", b"\xa6\x8a", "!"])) as server:
+        asked = {"model": "scripted", "messages": CHAT, "logprobs": True}
+        choice = httpx.post(server.url + "/v1/chat/completions", json=asked).json()["choices"][0]
+        assert choice["message"]["content"] == "a🦊!"
+        entries = choice["logprobs"]["content"][:4]
+        assert [entry["bytes"] for entry in entries] == [[0x61], [0xF0, 0x9F], [0xA6, 0x8A], [0x21]]
+        assert [entry["token"] for entry in entries] == ["a", r"bytes:\xf0\x9f", r"bytes:\xa6\x8a", "!"]
+        asked = {"model": "scripted", "prompt": "x", "logprobs": 0}
+        logprobs = httpx.post(server.url + "/v1/completions", json=asked).json()["choices"][0]["logprobs"]
+        assert logprobs["tokens"] == ["a", r"bytes:\xf0\x9f", r"bytes:\xa6\x8a", "!", "<|end|>"]
+        assert logprobs["text_offset"] == [0, 1, 1, 2, 3]
+
+
 def test_logprobs(client: openai.OpenAI) -> None:
     whole = client.completions.create(model="scripted", prompt="a", max_tokens=2, logprobs=2).choices[0].logprobs
     assert whole is not None

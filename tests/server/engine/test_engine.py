@@ -36,8 +36,8 @@ def test_greedy_answer_and_its_events(make_engine: Callable[..., Engine]) -> Non
     assert [token.index for token in client.tokens] == list(range(1, result.num_generated_tokens + 1))
     assert client.tokens[-1].special
     for token in client.tokens:
-        assert token.top[0][:2] == (token.token_id, token.top[0][1])
-        assert token.top[0][2] == pytest.approx(token.logprob, abs=1e-4)
+        assert (token.top[0].token_id, token.top[0].token_bytes) == (token.token_id, token.token_bytes)
+        assert token.top[0].logprob == pytest.approx(token.logprob, abs=1e-4)
     assert result.deficit.overall == 0.0
 
 
@@ -87,6 +87,36 @@ def test_stop_strings_end_the_text(make_engine: Callable[..., Engine]) -> None:
     assert result.stop_text == "named"
 
 
+def test_a_stop_string_that_is_a_special_token_ends_the_text_before_it(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    prompt = "The capital of France is"
+    usual = Client(engine, prompt, max_new_tokens=10)
+    usual.result()
+    special = engine.runner.model.tokenizer.decode([usual.token_ids[-1]])
+    ways = {"max_new_tokens": 10, "ignore_eos": True, "stop": (special,)}
+    for keeps, shown in ((True, " Paris." + special), (False, " Paris.")):
+        client = Client(engine, prompt, **ways, include_stop_str_in_output=keeps, skip_special_tokens=False)
+        result = client.result()
+        assert (result.reason, result.stop_text, result.generated_text) == ("stop_sequence", special, shown)
+        assert "".join(token.text for token in client.tokens) == shown
+        assert b"".join(token.token_bytes for token in client.tokens) == shown.encode()
+        assert result.num_generated_tokens == len(usual.token_ids)
+        assert client.tokens[-1].is_last == keeps, "a token behind the cut is never told"
+
+
+def test_the_prompts_tokens_are_told_with_bytes_and_alternatives(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(prefill_chunk_tokens=4)
+    text = "Der Schnee ☃ ist weiß"
+    client = Client(engine, text, prompt_logprobs=True, num_logprobs=2, max_new_tokens=1)
+    prefill = client.result().prefill
+    assert b"".join(token.token_bytes for token in prefill) == text.encode()
+    assert prefill[0].logprob is None
+    for token in prefill[1:]:
+        assert token.logprob <= token.top[0].logprob
+        assert token.top[0].logprob >= token.top[1].logprob
+        assert all(token.logprob == each.logprob for each in token.top if each.token_id == token.token_id)
+
+
 class ChoosingRunner(HostRunner):
     """Takes the most likely token of rows that leave it the choice, as the device does while it decodes."""
 
@@ -101,22 +131,19 @@ class ChoosingRunner(HostRunner):
 def test_a_runner_that_chooses_tokens_ignores_nothing_that_a_request_asks_for(
     make_engine: Callable[..., Engine],
 ) -> None:
-    plain, asked = (
-        {},
-        [
-            {"min_p": 0.2, "seed": 3},
-            {"typical_p": 0.5, "seed": 3},
-            {"logit_bias": {300: 100}},
-            {"min_tokens": 20},
-            {"presence_penalty": 2.0},
-            {"frequency_penalty": 2.0},
-            {"repetition_penalty": 1.5},
-        ],
-    )
+    asked = [
+        {"min_p": 0.2, "seed": 3},
+        {"typical_p": 0.5, "seed": 3},
+        {"logit_bias": {300: 100}},
+        {"min_tokens": 20},
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": 2.0},
+        {"repetition_penalty": 1.5},
+    ]
     engine, chooses = make_engine(), make_engine(runner_type=ChoosingRunner)
     prompt = "The capital of France is"
     texts = [Client(engine, prompt, max_new_tokens=24, **sampling).result().generated_text for sampling in asked]
-    clients = [Client(chooses, prompt, max_new_tokens=24, **sampling) for sampling in [plain, *asked]]
+    clients = [Client(chooses, prompt, max_new_tokens=24, **sampling) for sampling in [{}, *asked]]
     assert [client.result().generated_text for client in clients] == [" Paris.", *texts]
     assert clients[3].token_ids == [300] * 24
     assert clients[4].result().num_generated_tokens >= 20

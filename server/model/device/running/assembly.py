@@ -190,7 +190,6 @@ def _runner(
         device=device,
         dtype=shape.dtype,
         eos_token_ids=eos_token_ids_of(model, tokenizer),
-        special_token_ids=frozenset(tokenizer.all_special_ids),
         context_tokens=context_tokens(store.trunk_path),
     )
     return DeviceRunner(
