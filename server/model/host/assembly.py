@@ -26,6 +26,7 @@ from server.model.load_progress import Phase, Progress
 from server.model.runner import SelectiveModel
 from server.model.seam.experts import LAYER_ATTRIBUTE, ExpertsLayer
 from server.model.seam.routing import StepRouting
+from server.model.seam.rows import fix_rows
 from server.model.seam.trunk import TrunkError, context_tokens, is_experts_module, load_trunk, trunk_is_checked
 
 ROUTER_NAMES = ("gate", "router")
@@ -139,6 +140,7 @@ def load_model(
     )  # fmt: skip
     routing = StepRouting(store.manifest.model.family, len(store.manifest.layers), device, mask)
     _bind(model, store, cache, routing)
+    fix_rows(model)
     cache.preload(lambda done, total: progress(Phase.SLOTS, done / max(1, total)))
     tokenizer = AutoTokenizer.from_pretrained(store.trunk_path, trust_remote_code=False, local_files_only=True)
     return HostModel(

@@ -132,6 +132,11 @@ class RowCache(Cache):
         """KV length of the step begun: the longest row's, with what the step appends."""
         return self._end
 
+    @property
+    def step_lengths(self) -> list[int]:
+        """Keys of each row of a decode step begun, with the one that the step appends."""
+        return [self.lengths[row] + 1 for row in self._step_rows]
+
     def commit(self) -> None:
         """End the step: what it wrote becomes valid. A step that is not committed leaves no trace."""
         if self._write_rows is None:

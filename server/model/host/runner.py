@@ -17,6 +17,7 @@ from server.model.host.assembly import HostModel
 from server.model.host.kv_cache import RowCache
 from server.model.runner import RowStep, StepFault, StepMemoryError, StepOutput
 from server.model.seam.forward import run_forward
+from server.model.seam.rows import StepRows, rows_of_step
 
 
 class HostDriven:
@@ -91,7 +92,9 @@ class HostRunner(HostDriven):
         ids = torch.tensor([list(tokens)], device=self.model.device)
         positions = torch.arange(start, start + len(tokens), device=self.model.device)[None]
         self.model.routing.begin(1, len(tokens), [mask], [temperature])
-        return self._forward(ids, positions, all_logits=all_logits)
+        # a GPU's chunks begin and end where they always do, and many small calls cost it more than they do a CPU
+        rows = StepRows(start=start) if self.model.device.type == "cpu" else None
+        return self._forward(ids, positions, rows, all_logits=all_logits)
 
     @torch.inference_mode()
     def decode(self, steps: Sequence[RowStep]) -> StepOutput:
@@ -104,7 +107,7 @@ class HostRunner(HostDriven):
             masks, temperatures = [step.mask for step in ordered], [step.temperature for step in ordered]
             self.model.routing.begin(len(ordered), 1, masks, temperatures)
             longest = max(range(len(ordered)), key=lambda at: self.cache.length(ordered[at].row))
-            output = self._forward(ids, positions, longest=longest)
+            output = self._forward(ids, positions, StepRows(self.cache.step_lengths), longest=longest)
         except (StepFault, StepMemoryError) as error:
             error.positions = tuple(order[at] for at in error.positions)
             raise
@@ -113,16 +116,23 @@ class HostRunner(HostDriven):
         return output.select([order.index(at) for at in range(len(order))])
 
     def _forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, *, all_logits: bool = False, longest: int = 0
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        rows: StepRows | None,
+        *,
+        all_logits: bool = False,
+        longest: int = 0,
     ) -> StepOutput:
-        output, _ = run_forward(
-            self.model,
-            ids,
-            positions,
-            self.cache,
-            kv_tokens=self.cache.step_end,
-            all_logits=all_logits,
-            longest=longest,
-        )
+        with rows_of_step(rows):
+            output, _ = run_forward(
+                self.model,
+                ids,
+                positions,
+                self.cache,
+                kv_tokens=self.cache.step_end,
+                all_logits=all_logits,
+                longest=longest,
+            )
         self.cache.commit()
         return output

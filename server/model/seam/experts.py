@@ -17,14 +17,14 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from expert_store.cache import ExpertCache
 from expert_store.slots import SlotPool
 from server.model.seam.observation import OutputObserver
+from server.model.seam.rows import depends_on_rows, is_decode
 
 IMPLEMENTATION = "deepfew"
 LAYER_ATTRIBUTE = "_deepfew_experts"
-BATCHED_PAIRS = 64
-"""Up to this many (token, pick) pairs of a step may gather their experts' weights into two batched products: few
-launches and a copy of the weights. More are computed expert by expert, which copies nothing."""
 BATCHED_CPU_BYTES = 1 << 16
-"""On a CPU the copy pays only for experts up to this size, in dtypes whose small products are slow to start."""
+"""In a decode step the pairs of each token gather their experts' weights into two batched products: few launches and a
+copy of the weights. On a CPU the copy pays only for experts up to this size, in dtypes whose small products are slow to
+start. Other steps compute expert by expert, which copies nothing."""
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class ExpertsLayer:
         tokens = None if order is None else order.div(num_picks, rounding_mode="floor")
         inputs = hidden.expand(num_picks, -1) if tokens is None else hidden[tokens]  # [T·K, H]
         outputs = hidden.new_empty(inputs.shape) if _covers(groups, len(sorted_ids)) else torch.zeros_like(inputs)
-        batched = self._is_batched(inputs)
+        batched = self._is_batched(inputs, num_tokens)
         for wave in _waves(groups, self._cache.num_slots, self._resident):
             self._run_wave(module, inputs, outputs, wave, batched)
         if order is not None:
@@ -88,9 +88,9 @@ class ExpertsLayer:
     def _resident(self, expert: int) -> bool:
         return bool(self._cache.page_table[self._layer, expert] >= 0)
 
-    def _is_batched(self, inputs: Tensor) -> bool:
-        """By the whole step, not by the wave, so that results do not depend on the number of slots."""
-        if len(inputs) > BATCHED_PAIRS:
+    def _is_batched(self, inputs: Tensor, num_tokens: int) -> bool:
+        """By the kind of step, not by its wave or its rows, so that results depend on neither."""
+        if num_tokens > 1 and not is_decode():
             return False
         small = self._cache.pools[self._layer].slot_bytes <= BATCHED_CPU_BYTES
         return inputs.is_cuda or (small and inputs.dtype != torch.float32)
@@ -172,8 +172,9 @@ def _linear(x: Tensor, at: int, weight: Tensor, transposed: bool, out: Tensor, t
     matrix-vector product."""
     if transposed:
         torch.mm(x[at : at + count], weight, out=out[to : to + count])
-    elif count == 1:
-        torch.mv(weight, x[at], out=out[to])
+    elif count == 1 or (is_decode() and depends_on_rows(weight)):
+        for row in range(count):
+            torch.mv(weight, x[at + row], out=out[to + row])
     else:
         torch.mm(x[at : at + count], weight.t(), out=out[to : to + count])
 

@@ -24,6 +24,7 @@ from expert_store.store import Store
 from extractor.checkpoint.text_model import read_config, text_model
 from server.errors import ServerError
 from server.model.seam.experts import IMPLEMENTATION
+from server.model.seam.rows import attention_implementation
 
 Arguments = ParamSpec("Arguments")
 Loaded = TypeVar("Loaded")
@@ -63,7 +64,7 @@ def load_trunk(
             dtype=dtype,
             device_map=None,
             experts_implementation=IMPLEMENTATION,
-            attn_implementation="sdpa" if model_class._supports_sdpa else "eager",
+            attn_implementation=attention_implementation(model_class),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,

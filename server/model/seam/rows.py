@@ -1,0 +1,186 @@
+"""Arithmetic that does not depend on who else is in the batch.
+
+A row's bits must be those of the row alone. Kernels of attention sum over keys in an order that depends on how many
+keys the longest row has, and kernels of matrix products may choose another order for another number of rows. So
+attention runs row by row over the row's own keys, prompts in blocks of queries at fixed positions, and products get a
+fixed number of rows where the kernels at hand are found to need it. Attention is registered with transformers
+(`AttentionInterface`), the seam that it offers for this.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+QUERY_BLOCK = 64
+"""Queries of a prompt that attend in one call: those at positions [64 n, 64 n + 64)."""
+BLOCK_ROWS = 8
+"""Rows of a product of a decode step, where its bits depend on their number."""
+PROBED_ROWS = (2, 3, 5, 8)
+"""Numbers of rows for which a product's bits are compared with those of one row."""
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows of the step under way.
+
+    Attributes:
+        lengths: keys of each row, that of the step's own token included; empty for a chunk of one prompt.
+        start: position of a chunk's first token.
+    """
+
+    lengths: Sequence[int] = ()
+    start: int = 0
+
+
+_step: ContextVar[StepRows | None] = ContextVar("step_rows", default=None)
+
+
+@contextmanager
+def rows_of_step(rows: StepRows | None) -> Iterator[None]:
+    """Run the model's forward inside; attention, products and experts take the rows from here. None: as they come."""
+    token = _step.set(rows)
+    try:
+        yield
+    finally:
+        _step.reset(token)
+
+
+def is_decode() -> bool:
+    """Whether the step under way gives each of its rows one token."""
+    rows = _step.get()
+    return rows is not None and bool(rows.lengths)
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+_Base = Callable[..., tuple[Tensor, Any]]
+
+
+def _attention(
+    of_family: bool,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """query [B, heads, Q, D], key and value [B, KV heads, KV, D], additive mask [B, 1, Q, KV] → [B, Q, heads, D]."""
+    base: _Base = sys.modules[type(module).__module__].eager_attention_forward if of_family else sdpa_attention_forward
+    rows = _step.get()
+    if rows is None or attention_mask is None:
+        return base(module, query, key, value, attention_mask, **options)[0], None
+    if not rows.lengths:
+        return _by_blocks(base, module, query, key, value, attention_mask, rows.start, options), None
+    outputs = []
+    for at, length in enumerate(rows.lengths):
+        one = slice(at, at + 1)
+        own = key[one, :, :length], value[one, :, :length], attention_mask[one, :, :, :length]
+        outputs.append(base(module, query[one], *own, **options)[0])
+    return torch.cat(outputs), None
+
+
+def _by_blocks(
+    base: _Base, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, start: int, options: Any
+) -> Tensor:
+    """Attention of one row's queries from position `start` on, in blocks of equal shape wherever the chunk begins or ends:
+    a block has all its queries, the absent ones zero, and all keys up to its own end, those to come masked."""
+    end, outputs = start + query.shape[2], []
+    for first in range(start - start % QUERY_BLOCK, end, QUERY_BLOCK):
+        last = first + QUERY_BLOCK
+        low, high = max(first, start), min(last, end)
+        before, after, to_come = low - first, last - high, max(0, last - key.shape[2])
+        own = mask[:, :, low - start : high - start, :last]
+        output, _ = base(
+            module,
+            functional.pad(query[:, :, low - start : high - start], (0, 0, before, after)),
+            functional.pad(key[:, :, :last], (0, 0, 0, to_come)),
+            functional.pad(value[:, :, :last], (0, 0, 0, to_come)),
+            functional.pad(functional.pad(own, (0, to_come), value=torch.finfo(mask.dtype).min), (0, 0, before, after)),
+            **options,
+        )
+        outputs.append(output[:, before : QUERY_BLOCK - after])
+    return torch.cat(outputs, dim=1)
+
+
+_NAMES = {"sdpa": "deepfew_sdpa", "eager": "deepfew_eager"}
+for _name, _registered in _NAMES.items():
+    AttentionInterface.register(_registered, partial(_attention, _name == "eager"))
+    AttentionMaskInterface.register(_registered, sdpa_mask)
+
+
+def attention_implementation(model_class: type[PreTrainedModel]) -> str:
+    """The name under which a model's attention runs row by row; transformers' own where the family has no seam for it,
+    or does something else for names that it does not know."""
+    name = "sdpa" if model_class._supports_sdpa else "eager"
+    family = inspect.getsource(sys.modules[model_class.__module__])
+    has_seam = model_class._supports_attention_backend and not re.search(r"_attn_implementation (in|==) ", family)
+    return _NAMES[name] if has_seam else name
+
+
+# -- products ----------------------------------------------------------------------------------------------------------
+
+_depends: dict[Hashable, bool] = {}
+
+
+def depends_on_rows(weight: Tensor) -> bool:
+    """Whether a row of x [M, in] · weight [out, in] has other bits for M > 1 than alone, by this device's kernels.
+
+    Found by trying, once for a shape, dtype and device.
+    """
+    kind = (tuple(weight.shape), weight.dtype, weight.device)
+    if kind not in _depends:
+        x = torch.randn(max(PROBED_ROWS), weight.shape[1], generator=torch.Generator().manual_seed(0))
+        x = x.to(weight.device, weight.dtype)
+        alone = [functional.linear(x[:1], weight)[0], torch.mv(weight, x[0])]
+        beside = [functional.linear(x[:rows], weight)[0] for rows in PROBED_ROWS]
+        _depends[kind] = any(not torch.equal(alone[0], other) for other in (alone[1], *beside))
+    return _depends[kind]
+
+
+@torch.inference_mode()
+def fix_rows(model: nn.Module) -> int:
+    """Give the products of decode steps a fixed number of rows, the absent ones zero, where their kernels depend on it.
+
+    Mutates the model: the forward of such linear layers and routers takes its rows in blocks of `BLOCK_ROWS`.
+
+    Returns:
+        The modules that were changed.
+    """
+    changed = 0
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        is_product = isinstance(module, nn.Linear) or type(module).__name__.endswith(("Router", "Gate"))
+        if is_product and isinstance(weight, Tensor) and weight.dim() == 2 and depends_on_rows(weight):
+            object.__setattr__(module, "forward", partial(_in_blocks, module.forward))
+            changed += 1
+    return changed
+
+
+def _in_blocks(forward: Callable[..., Any], x: Tensor, *args: Any, **options: Any) -> Any:
+    rows = _step.get()
+    if rows is None or x.shape[0] != len(rows.lengths):
+        return forward(x, *args, **options)
+    outputs = []
+    for block in x.split(BLOCK_ROWS):
+        absent = BLOCK_ROWS - len(block)
+        output = forward(functional.pad(block, (0, 0) * (x.dim() - 1) + (0, absent)), *args, **options)
+        parts = output if isinstance(output, tuple) else (output,)
+        outputs.append([part[: len(block)] for part in parts])
+    joined = tuple(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*outputs, strict=True))
+    return joined if isinstance(output, tuple) else joined[0]

@@ -1,0 +1,112 @@
+"""A row's logits are bit for bit those of the row alone, whoever else is in the batch and however its prompt is cut."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from expert_store.store import Store
+from server.model.host.assembly import SelectiveModel, load_model
+from server.model.host.runner import Runner
+from server.model.seam.rows import BLOCK_ROWS, StepRows, depends_on_rows, fix_rows, rows_of_step
+
+TEXTS = Path(__file__).parents[4] / "benchmarks" / "data" / "selection" / "stories_synth.txt"
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.fixture(scope="module", params=DTYPES, ids=["bfloat16", "float16", "float32"])
+def model(tiny_store: Path, request: pytest.FixtureRequest) -> Iterator[SelectiveModel]:
+    found = load_model(Store.open(tiny_store), num_slots=16, device=torch.device("cpu"), dtype=request.param)
+    yield found
+    found.close()
+
+
+def prompts_of(model: SelectiveModel, count: int) -> list[list[int]]:
+    """Beginnings of stories, each longer than the one before."""
+    text = TEXTS.read_text()
+    return [model.tokenizer(text[at * 900 : at * 900 + 20 + 12 * at]).input_ids for at in range(count)]
+
+
+def greedy_together(model: SelectiveModel, prompts: list[list[int]], num_tokens: int, chunk: int = 256) -> list[Tensor]:
+    """The logits [num_tokens, V] that each prompt's greedy tokens were chosen from, all prompts in one batch."""
+    runner = Runner(model, max_rows=8, max_tokens=512)
+    rows, logits = [], []
+    for prompt in prompts:
+        rows.append(runner.allocate())
+        for start in range(0, len(prompt), chunk):
+            last = runner.prefill(rows[-1], prompt[start : start + chunk]).logits[0]
+        logits.append([last])
+    for _ in range(num_tokens - 1):
+        step = runner.decode(rows, [int(row[-1].argmax()) for row in logits]).logits
+        for row, told in zip(logits, step, strict=True):
+            row.append(told.clone())
+    for row in rows:
+        runner.free(row)
+    return [torch.stack(row) for row in logits]
+
+
+def assert_company_changes_nothing(model: SelectiveModel, num_prompts: int, num_tokens: int, sizes: list[int]) -> None:
+    prompts = prompts_of(model, num_prompts)
+    alone = [greedy_together(model, [prompt], num_tokens)[0] for prompt in prompts]
+    for size in sizes:
+        for start in range(0, num_prompts, size):
+            together = greedy_together(model, prompts[start : start + size], num_tokens)
+            for at, logits in enumerate(together):
+                assert torch.equal(logits, alone[start + at]), f"prompt {start + at} beside {size - 1} others"
+
+
+def test_logits_do_not_depend_on_the_company(model: SelectiveModel) -> None:
+    assert_company_changes_nothing(model, 8, 10, [3, 8])
+
+
+@pytest.mark.exhaustive
+def test_hundred_tokens_of_many_prompts_do_not_depend_on_the_company(model: SelectiveModel) -> None:
+    assert_company_changes_nothing(model, 32, 100, [1, 2, 3, 5, 8])
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_logits_do_not_depend_on_how_a_prompt_is_cut(model: SelectiveModel, chunk: int) -> None:
+    prompt = prompts_of(model, 12)[-1]
+    whole, cut = (greedy_together(model, [prompt], 6, chunk=size)[0] for size in (256, chunk))
+    products = [module.weight for module in model.model.modules() if isinstance(module, nn.Linear)]
+    if any(depends_on_rows(weight) for weight in products):  # float32 here: a chunk's products have its number of rows
+        assert torch.allclose(whole, cut, atol=1e-4)
+        assert torch.equal(whole.argmax(-1), cut.argmax(-1))
+    else:
+        assert torch.equal(whole, cut)
+
+
+def test_logits_do_not_depend_on_the_length_of_what_follows_in_the_prompt(model: SelectiveModel) -> None:
+    prompt = prompts_of(model, 12)[-1]
+    if any(depends_on_rows(m.weight) for m in model.model.modules() if isinstance(m, nn.Linear)):
+        pytest.skip("products of prompts depend on their number of tokens in this dtype on this processor")
+    runner = Runner(model, max_rows=2, max_tokens=512)
+    row = runner.allocate()
+    every = runner.prefill(row, prompt, all_logits=True).logits
+    runner.free(row)
+    for length in (1, 5, 40, len(prompt) - 1):
+        row = runner.allocate()
+        assert torch.equal(runner.prefill(row, prompt[:length], all_logits=True).logits, every[:length])
+        runner.free(row)
+
+
+def test_products_get_a_fixed_number_of_rows_only_where_their_bits_depend_on_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    module = nn.Sequential(nn.Linear(4, 4))
+    monkeypatch.setattr("server.model.seam.rows.depends_on_rows", lambda weight: False)
+    assert fix_rows(module) == 0
+    monkeypatch.setattr("server.model.seam.rows.depends_on_rows", lambda weight: True)
+    module[0].register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    inner: Callable[[Tensor], Tensor] = module[0].forward
+    monkeypatch.setattr(module[0], "forward", lambda x: (seen.append(len(x)), inner(x))[1])
+    assert fix_rows(module) == 1
+    x = torch.randn(11, 1, 4)
+    with rows_of_step(StepRows(lengths=[1] * 11)):
+        together = module(x)
+    assert seen == [11, BLOCK_ROWS, BLOCK_ROWS]
+    assert torch.allclose(together, inner(x))
+    assert torch.allclose(module(x[:3]), inner(x[:3])), "outside of a step the rows stay as they come"
