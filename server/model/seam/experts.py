@@ -90,7 +90,7 @@ class ExpertsLayer:
 
     def _is_batched(self, inputs: Tensor, num_tokens: int) -> bool:
         """By the kind of step, not by its wave or its rows, so that results depend on neither."""
-        if num_tokens > 1 and not is_decode():
+        if not is_decode(num_tokens):
             return False
         small = self._cache.pools[self._layer].slot_bytes <= BATCHED_CPU_BYTES
         return inputs.is_cuda or (small and inputs.dtype != torch.float32)
@@ -172,7 +172,7 @@ def _linear(x: Tensor, at: int, weight: Tensor, transposed: bool, out: Tensor, t
     matrix-vector product."""
     if transposed:
         torch.mm(x[at : at + count], weight, out=out[to : to + count])
-    elif count == 1 or (is_decode() and depends_on_rows(weight)):
+    elif count == 1 or (is_decode(count) and depends_on_rows(weight)):
         for row in range(count):
             torch.mv(weight, x[at + row], out=out[to + row])
     else:

@@ -60,10 +60,10 @@ def rows_of_step(rows: StepRows | None) -> Iterator[None]:
         _step.reset(token)
 
 
-def is_decode() -> bool:
-    """Whether the step under way gives each of its rows one token."""
+def is_decode(num_tokens: int) -> bool:
+    """Whether each of the step's tokens belongs to another row; outside of `rows_of_step`, whether there is but one."""
     rows = _step.get()
-    return rows is not None and bool(rows.lengths)
+    return num_tokens == 1 if rows is None else bool(rows.lengths)
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def _attention(
 def _by_blocks(
     base: _Base, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, start: int, options: Any
 ) -> Tensor:
-    """Attention of one row's queries from position `start` on, in blocks of equal shape wherever the chunk begins or ends:
+    """Attention of one row's queries from position `start` on, in blocks of equal shape wherever a chunk begins:
     a block has all its queries, the absent ones zero, and all keys up to its own end, those to come masked."""
     end, outputs = start + query.shape[2], []
     for first in range(start - start % QUERY_BLOCK, end, QUERY_BLOCK):
@@ -177,7 +177,7 @@ def _in_blocks(forward: Callable[..., Any], x: Tensor, *args: Any, **options: An
     if rows is None or x.shape[0] != len(rows.lengths):
         return forward(x, *args, **options)
     outputs = []
-    for block in x.split(BLOCK_ROWS):
+    for block in torch.split(x, BLOCK_ROWS):
         absent = BLOCK_ROWS - len(block)
         output = forward(functional.pad(block, (0, 0) * (x.dim() - 1) + (0, absent)), *args, **options)
         parts = output if isinstance(output, tuple) else (output,)
