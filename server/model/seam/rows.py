@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 QUERY_BLOCK = 64
 """Queries of a prompt that attend in one call: those at positions [64 n, 64 n + 64)."""
@@ -119,9 +119,9 @@ def _by_blocks(
 
 
 _NAMES = {"sdpa": "deepfew_sdpa", "eager": "deepfew_eager"}
-for _name, _registered in _NAMES.items():
-    AttentionInterface.register(_registered, partial(_attention, _name == "eager"))
-    AttentionMaskInterface.register(_registered, sdpa_mask)
+for _name, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
+    AttentionInterface.register(_NAMES[_name], partial(_attention, _name == "eager"))
+    AttentionMaskInterface.register(_NAMES[_name], _mask)
 
 
 def attention_implementation(model_class: type[PreTrainedModel]) -> str:
