@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from expert_store.store import Store
-from server.model.host.assembly import SelectiveModel, load_model
-from server.model.host.runner import Runner
+from server.model.host.assembly import HostModel, load_model
+from server.model.host.runner import HostRunner
+from server.model.runner import RowStep
 from server.model.seam.rows import BLOCK_ROWS, StepRows, depends_on_rows, fix_rows, rows_of_step
 
 TEXTS = Path(__file__).parents[4] / "benchmarks" / "data" / "selection" / "stories_synth.txt"
@@ -17,21 +18,21 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 @pytest.fixture(scope="module", params=DTYPES, ids=["bfloat16", "float16", "float32"])
-def model(tiny_store: Path, request: pytest.FixtureRequest) -> Iterator[SelectiveModel]:
+def model(tiny_store: Path, request: pytest.FixtureRequest) -> Iterator[HostModel]:
     found = load_model(Store.open(tiny_store), num_slots=16, device=torch.device("cpu"), dtype=request.param)
     yield found
     found.close()
 
 
-def prompts_of(model: SelectiveModel, count: int) -> list[list[int]]:
+def prompts_of(model: HostModel, count: int) -> list[list[int]]:
     """Beginnings of stories, each longer than the one before."""
     text = TEXTS.read_text()
     return [model.tokenizer(text[at * 900 : at * 900 + 20 + 12 * at]).input_ids for at in range(count)]
 
 
-def greedy_together(model: SelectiveModel, prompts: list[list[int]], num_tokens: int, chunk: int = 256) -> list[Tensor]:
+def greedy_together(model: HostModel, prompts: list[list[int]], num_tokens: int, chunk: int = 256) -> list[Tensor]:
     """The logits [num_tokens, V] that each prompt's greedy tokens were chosen from, all prompts in one batch."""
-    runner = Runner(model, max_rows=8, max_tokens=512)
+    runner = HostRunner(model, max_rows=8, max_tokens=512)
     rows, logits = [], []
     for prompt in prompts:
         rows.append(runner.allocate())
@@ -39,7 +40,9 @@ def greedy_together(model: SelectiveModel, prompts: list[list[int]], num_tokens:
             last = runner.prefill(rows[-1], prompt[start : start + chunk]).logits[0]
         logits.append([last])
     for _ in range(num_tokens - 1):
-        step = runner.decode(rows, [int(row[-1].argmax()) for row in logits]).logits
+        step = runner.decode(
+            [RowStep(row, int(told[-1].argmax())) for row, told in zip(rows, logits, strict=True)]
+        ).logits
         for row, told in zip(logits, step, strict=True):
             row.append(told.clone())
     for row in rows:
@@ -47,7 +50,7 @@ def greedy_together(model: SelectiveModel, prompts: list[list[int]], num_tokens:
     return [torch.stack(row) for row in logits]
 
 
-def assert_company_changes_nothing(model: SelectiveModel, num_prompts: int, num_tokens: int, sizes: list[int]) -> None:
+def assert_company_changes_nothing(model: HostModel, num_prompts: int, num_tokens: int, sizes: list[int]) -> None:
     prompts = prompts_of(model, num_prompts)
     alone = [greedy_together(model, [prompt], num_tokens)[0] for prompt in prompts]
     for size in sizes:
@@ -57,17 +60,17 @@ def assert_company_changes_nothing(model: SelectiveModel, num_prompts: int, num_
                 assert torch.equal(logits, alone[start + at]), f"prompt {start + at} beside {size - 1} others"
 
 
-def test_logits_do_not_depend_on_the_company(model: SelectiveModel) -> None:
+def test_logits_do_not_depend_on_the_company(model: HostModel) -> None:
     assert_company_changes_nothing(model, 8, 10, [3, 8])
 
 
 @pytest.mark.exhaustive
-def test_hundred_tokens_of_many_prompts_do_not_depend_on_the_company(model: SelectiveModel) -> None:
+def test_hundred_tokens_of_many_prompts_do_not_depend_on_the_company(model: HostModel) -> None:
     assert_company_changes_nothing(model, 32, 100, [1, 2, 3, 5, 8])
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_logits_do_not_depend_on_how_a_prompt_is_cut(model: SelectiveModel, chunk: int) -> None:
+def test_logits_do_not_depend_on_how_a_prompt_is_cut(model: HostModel, chunk: int) -> None:
     prompt = prompts_of(model, 12)[-1]
     whole, cut = (greedy_together(model, [prompt], 6, chunk=size)[0] for size in (256, chunk))
     products = [module.weight for module in model.model.modules() if isinstance(module, nn.Linear)]
@@ -78,11 +81,11 @@ def test_logits_do_not_depend_on_how_a_prompt_is_cut(model: SelectiveModel, chun
         assert torch.equal(whole, cut)
 
 
-def test_logits_do_not_depend_on_the_length_of_what_follows_in_the_prompt(model: SelectiveModel) -> None:
+def test_logits_do_not_depend_on_the_length_of_what_follows_in_the_prompt(model: HostModel) -> None:
     prompt = prompts_of(model, 12)[-1]
     if any(depends_on_rows(m.weight) for m in model.model.modules() if isinstance(m, nn.Linear)):
         pytest.skip("products of prompts depend on their number of tokens in this dtype on this processor")
-    runner = Runner(model, max_rows=2, max_tokens=512)
+    runner = HostRunner(model, max_rows=2, max_tokens=512)
     row = runner.allocate()
     every = runner.prefill(row, prompt, all_logits=True).logits
     runner.free(row)
