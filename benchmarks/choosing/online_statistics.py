@@ -37,7 +37,7 @@ from server.engine.statistics import MAX_SHARE, OnlineStatistics, collect_from, 
 from server.engine.statistics_file import StatisticsFile
 from server.model.host.assembly import load_model
 from server.model.host.runner import HostRunner
-from server.model.runner import Runner
+from server.model.runner import Runner, RunnerOptions
 
 TEXTS = ["Once upon a time there was a", "The capital of France is", "Der Hund ist groß und", "def main():"]
 WARMUP_PAIRS = 4
@@ -70,9 +70,7 @@ def main() -> None:
         prepare(Checkpoint.open(options.checkpoint), store, SelectionRequest()).run()
         model = load_model(
             Store.open(store),
-            device=torch.device("cpu"),
-            dtype=getattr(torch, options.dtype),
-            num_slots=options.slots,
+            RunnerOptions(device=torch.device("cpu"), dtype=getattr(torch, options.dtype), num_slots=options.slots),
         )
         for rows in options.rows:
             runner = HostRunner(model, max_rows=rows, max_tokens=MAX_TOKENS)

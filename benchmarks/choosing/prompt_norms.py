@@ -30,7 +30,7 @@ from extractor.planning.selection import SelectionRequest
 from extractor.writing.prepare import prepare
 from server.model.host.assembly import load_model
 from server.model.host.runner import HostRunner
-from server.model.runner import RowStep, Runner, StepOutput
+from server.model.runner import RowStep, Runner, RunnerOptions, StepOutput
 from server.model.seam.observation import observe_outputs
 
 TEXTS = REPOSITORY / "benchmarks" / "data" / "selection"
@@ -70,7 +70,9 @@ def main() -> None:
         prepare(Checkpoint.open(arguments.checkpoint), Path(folder) / "store", SelectionRequest()).run()
         store = Store.open(Path(folder) / "store")
         runner = HostRunner(
-            load_model(store, device=torch.device("cpu"), dtype=torch.float32), max_rows=1, max_tokens=256
+            load_model(store, RunnerOptions(device=torch.device("cpu"), dtype=torch.float32)),
+            max_rows=1,
+            max_tokens=256,
         )
         result = measure(runner, passages(runner, arguments.passages), arguments.least)
         runner.close()

@@ -33,7 +33,7 @@ from server.masks.pools import PoolOptions, PromptPool
 from server.masks.profiles import mask_of_plan
 from server.model.host.assembly import load_model, resolve_device
 from server.model.host.runner import HostRunner
-from server.model.runner import SelectiveModel
+from server.model.runner import RunnerOptions, SelectiveModel
 from server.quality.batches import token_sequences
 from server.quality.calibration import CalibrationOptions, calibrate
 from server.quality.comparison import Comparison, allow_best, masks_per_domain
@@ -133,7 +133,9 @@ def _model(setup: Setup) -> SelectiveModel:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(max(1, min(torch.get_num_threads(), 2)))
-    return load_model(Store.open(setup.folder / "store"), device=resolve_device(setup.device), dtype=torch.float32)
+    return load_model(
+        Store.open(setup.folder / "store"), RunnerOptions(device=resolve_device(setup.device), dtype=torch.float32)
+    )
 
 
 @lru_cache

@@ -102,10 +102,11 @@ def _deepfew(job: Job) -> dict[str, Any]:
     from server.engine.request import EngineStatus
     from server.model.host.assembly import load_model
     from server.model.host.sequence_runner import make_runner
+    from server.model.runner import RunnerOptions
 
     store = Store.open(job.path)
     device = torch.device(job.device)
-    model = load_model(store, device=device, dtype=getattr(torch, job.dtype), num_slots=job.num_slots)
+    model = load_model(store, RunnerOptions(device=device, dtype=getattr(torch, job.dtype), num_slots=job.num_slots))
     runner = make_runner(model, max_rows=1, max_tokens=job.prompt_tokens + job.new_tokens)
     engine = Engine(lambda progress: runner)
     engine.start()

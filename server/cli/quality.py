@@ -30,6 +30,7 @@ from server.quality.texts import HALVES, MIN_SEQUENCE_TOKENS, TextOptions, Texts
 
 if TYPE_CHECKING:
     from server.model.host.assembly import HostModel
+    from server.model.runner import RunnerOptions
 
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
 DtypeOption = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
@@ -187,9 +188,11 @@ def _opened(source: str, out: Path | None, slots_memory: str | None, device: str
         opened.begin_trunk_check()  # before the config is believed
         model = load_model(
             opened,
-            device=resolve_device(device),
-            dtype=resolve_dtype(dtype, opened),
-            slots_memory_bytes=None if slots_memory is None else parse_bytes(slots_memory),
+            RunnerOptions(
+                device=resolve_device(device),
+                dtype=resolve_dtype(dtype, opened),
+                slots_memory_bytes=None if slots_memory is None else parse_bytes(slots_memory),
+            ),
         )
         stack.callback(model.close)
         yield model

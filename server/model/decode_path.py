@@ -9,27 +9,20 @@ from __future__ import annotations
 import gc
 import importlib.util
 import logging
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 
-from expert_store.errors import SlotsError
 from expert_store.pinned import NotPinnableError
-from expert_store.policy import POLICIES
 from expert_store.store import Store
-from router.mask import ExpertMask
 from server.errors import ServerError
 from server.model.host.assembly import load_model
-from server.model.host.pinning import most_used_experts
 from server.model.host.sequence_runner import make_runner
 from server.model.load_progress import Progress
-from server.model.runner import Runner
+from server.model.runner import DecodePath, Runner, RunnerOptions
 
 log = logging.getLogger(__name__)
 
-DecodePath = Literal["auto", "device", "host"]
-CachePolicy = Literal["lru", "lfu"]
 UNPINNABLE_SHARE = 0.25
 """Of the experts' bytes: the host tier's size where the host refused to page-lock all of them."""
 
@@ -38,28 +31,10 @@ class DecodePathError(ServerError):
     """The settings ask for a way of decoding that this model, device or memory does not allow."""
 
 
-@dataclass(frozen=True)
-class RunnerOptions:
-    """How a store is run; see `server.settings.schema.ModelSettings` for what each means."""
-
-    path: DecodePath
-    max_rows: int
-    max_tokens: int
-    num_slots: int | None = None
-    slots_memory_bytes: int | None = None
-    host_memory_bytes: int | None = None
-    mask: ExpertMask | None = None
-    cache_policy: CachePolicy = "lru"
-    pinned_experts: int = 0
-    resident_bias: float = 0.0
-
-
 def load_runner(
     store: Store,
     options: RunnerOptions,
     *,
-    device: torch.device,
-    dtype: torch.dtype,
     progress: Progress = lambda phase, share: None,
 ) -> Runner:
     """The runner of a store; says in one log line which way is taken, and why if it is the slower one.
@@ -69,29 +44,15 @@ def load_runner(
         StoreError, TrunkError, MaskError: see `load_model`.
     """
     if options.path == "host":
-        return _host_runner(store, options, device, dtype, "it was asked for", progress)
-    reason = _why_not(device, options.path)
+        return _host_runner(store, options, "it was asked for", progress)
+    reason = _why_not(options.device, options.path)
     host_options = options
     if reason is None:
         from server.model.device.capture import NotCapturableError
         from server.model.device.running.assembly import load_device_runner
 
         try:
-            runner: Runner = load_device_runner(
-                store,
-                device=device,
-                dtype=dtype,
-                max_rows=options.max_rows,
-                max_tokens=options.max_tokens,
-                num_slots=options.num_slots,
-                slots_memory_bytes=options.slots_memory_bytes,
-                host_memory_bytes=options.host_memory_bytes,
-                mask=options.mask,
-                policy=options.cache_policy,
-                pinned=_pinned(store, options),
-                resident_bias=options.resident_bias,
-                progress=progress,
-            )
+            runner: Runner = load_device_runner(store, options, progress=progress)
             log.info("decoding on the device-driven path: captured graphs of up to %d rows", options.max_rows)
             return runner
         except (NotCapturableError, NotPinnableError) as error:
@@ -101,16 +62,14 @@ def load_runner(
     if options.path == "device":
         raise DecodePathError(f"decode_path is device, and that is not possible: {reason}. Set auto or host")
     gc.collect()
-    if device.type == "cuda":
+    if options.device.type == "cuda":
         torch.cuda.empty_cache()
-    return _host_runner(store, host_options, device, dtype, reason, progress)
+    return _host_runner(store, host_options, reason, progress)
 
 
 def _host_runner(
     store: Store,
     options: RunnerOptions,
-    device: torch.device,
-    dtype: torch.dtype,
     reason: str,
     progress: Progress,
 ) -> Runner:
@@ -119,23 +78,12 @@ def _host_runner(
             f"resident_bias is {options.resident_bias}, which only the device-driven path does, and the host drives "
             f"the experts here: {reason}. Set resident_bias to 0"
         )
-    model = load_model(
-        store,
-        device=device,
-        dtype=dtype,
-        num_slots=options.num_slots,
-        slots_memory_bytes=options.slots_memory_bytes,
-        host_memory_bytes=options.host_memory_bytes,
-        mask=options.mask,
-        policy=POLICIES[options.cache_policy],
-        pinned=_pinned(store, options),
-        progress=progress,
-    )
+    model = load_model(store, options, progress=progress)
     tier = model.cache.host_tier
     held = (
         "" if tier is None else f"; {tier.capacity_bytes} bytes of page-locked host memory stand between disk and slots"
     )
-    expected = options.path == "host" or device.type == "cpu"
+    expected = options.path == "host" or options.device.type == "cpu"
     log.log(logging.INFO if expected else logging.WARNING, "decoding on the host-driven path: %s%s", reason, held)
     return make_runner(model, max_rows=options.max_rows, max_tokens=options.max_tokens)
 
@@ -153,19 +101,6 @@ def _why_not(device: torch.device, path: DecodePath) -> str | None:
         if not knobs.runtime.interpret:
             return f"captured graphs need a CUDA device, and the model runs on {device.type}"
     return None
-
-
-def _pinned(store: Store, options: RunnerOptions) -> list[list[int]] | None:
-    if options.pinned_experts == 0:
-        return None
-    available = ExpertMask.of(store.available)
-    mask = available if options.mask is None else available & options.mask
-    fewest = int(mask.num_allowed.min())
-    if options.pinned_experts > fewest:
-        raise SlotsError(
-            f"pinned_experts is {options.pinned_experts}, and a layer serves only {fewest} experts: pin at most so many"
-        )
-    return most_used_experts(store, mask, options.pinned_experts)
 
 
 def _share_of_experts(store: Store, share: float) -> int:

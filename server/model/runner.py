@@ -27,6 +27,41 @@ from server.errors import ServerError
 from server.model.seam.observation import ExpertOutputs, OutputObserver
 from server.model.seam.routing import RowShare, StepRouting
 
+DecodePath = Literal["auto", "device", "host"]
+CachePolicy = Literal["lru", "lfu"]
+
+
+@dataclass(frozen=True)
+class RunnerOptions:
+    """How to load and run a store; see `server.settings.schema.ModelSettings` for the user's side of each.
+
+    Attributes:
+        device, dtype: of compute.
+        path: who drives the experts of a decode step, for `load_runner`.
+        max_rows, max_tokens: of KV memory.
+        num_slots: slots a layer; wins over `slots_memory_bytes`. With neither, every available expert gets a slot on
+            the host-driven path, and slots take the free memory of the device on the device-driven one.
+        slots_memory_bytes: for the slots of all layers.
+        host_memory_bytes: bound on the page-locked host tier of a GPU; None has none.
+        mask: narrows the experts that the store has.
+        cache_policy: of eviction.
+        kept_experts: most used experts a layer that keep their slots.
+        resident_bias: lambda of cache-aware routing, of the device-driven path alone; 0: off.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    path: DecodePath = "auto"
+    max_rows: int = 1
+    max_tokens: int = 256
+    num_slots: int | None = None
+    slots_memory_bytes: int | None = None
+    host_memory_bytes: int | None = None
+    mask: ExpertMask | None = None
+    cache_policy: CachePolicy = "lru"
+    kept_experts: int = 0
+    resident_bias: float = 0.0
+
 
 class Residency(Protocol):
     """What metrics and status read of the experts in slots; any thread may read it."""

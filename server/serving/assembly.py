@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from numpy.typing import NDArray
 
@@ -27,10 +27,10 @@ from server.engine.unreadable import exclude_damaged
 from server.engine.usage import UsageFile
 from server.errors import SettingsError
 from server.masks.pricing import KnownPrice, known_price, load_statistics, price_warnings
-from server.model.decode_path import DecodePathError, RunnerOptions, load_runner
+from server.model.decode_path import DecodePathError, load_runner
 from server.model.host.assembly import resolve_device, resolve_dtype
 from server.model.load_progress import DEVICE_PHASES, LoadProgress, Phase, Progress
-from server.model.runner import Runner
+from server.model.runner import Runner, RunnerOptions
 from server.model.seam.trunk import context_tokens
 from server.serving.masks_and_growth import MasksAndGrowth
 from server.serving.service import ExpertsSnapshot, LoadedModel, ShardInfo
@@ -72,9 +72,9 @@ def assemble(settings: Settings, trunk_check: TrunkCheck, progress: LoadProgress
             notify_engine(phase, share)
             progress(phase, share)
 
-        options = _options(settings, store, mask, _context_limit(settings, store))
+        options = _options(settings, store, mask, device, dtype)
         try:
-            runner = _load_runner(settings, store, options, device=device, dtype=dtype, progress=report)
+            runner = _load_runner(settings, store, options, report)
         except DecodePathError as error:
             raise SettingsError(str(error)) from error
         if not store.available.all():
@@ -104,12 +104,12 @@ def _engine(settings: Settings, store: Store, make_runner: Callable[[Progress], 
     )
 
 
-def _load_runner(settings: Settings, store: Store, options: RunnerOptions, **arguments: Any) -> Runner:
+def _load_runner(settings: Settings, store: Store, options: RunnerOptions, progress: Progress) -> Runner:
     """The runner; what of the store turns out to be damaged meanwhile is left out where the settings say so."""
 
     while True:
         try:
-            return load_runner(store, options, **arguments)
+            return load_runner(store, options, progress=progress)
         except ShardCorruptError as error:
             if settings.engine.corrupt_experts == "fail" or not exclude_damaged(store, error):
                 raise
@@ -132,19 +132,23 @@ def _context_limit(settings: Settings, store: Store) -> int:
     return limit
 
 
-def _options(settings: Settings, store: Store, mask: ExpertMask | None, max_tokens: int) -> RunnerOptions:
+def _options(
+    settings: Settings, store: Store, mask: ExpertMask | None, device: torch.device, dtype: torch.dtype
+) -> RunnerOptions:
 
     model, experts_bytes = settings.model, _experts_bytes(store)
     return RunnerOptions(
+        device=device,
+        dtype=dtype,
         path=model.decode_path,
         max_rows=settings.engine.max_batch_size,
-        max_tokens=max_tokens,
+        max_tokens=_context_limit(settings, store),
         num_slots=model.slots,
         slots_memory_bytes=None if model.slots_memory is None else model.slots_memory.resolve(experts_bytes),
         host_memory_bytes=None if model.host_memory is None else model.host_memory.resolve(experts_bytes),
         mask=mask,
         cache_policy=model.cache_policy,
-        pinned_experts=model.pinned_experts,
+        kept_experts=model.pinned_experts,
         resident_bias=model.resident_bias,
     )
 

@@ -10,6 +10,7 @@ from extractor.planning.selection import SelectionRequest
 from extractor.writing.prepare import prepare
 from server.masks.pools import PromptPool
 from server.model.host.assembly import load_model
+from server.model.runner import RunnerOptions
 from server.quality.batches import token_sequences
 from server.quality.texts import TextOptions, find_domains
 
@@ -18,7 +19,7 @@ STORIES = Path(__file__).parents[2] / "benchmarks" / "data" / "selection" / "sto
 
 def test_a_pool_of_all_experts_costs_nothing_and_a_small_one_something(tiny_checkpoint: Path, tmp_path: Path) -> None:
     prepare(Checkpoint.open(tiny_checkpoint), tmp_path / "store", SelectionRequest()).run()
-    model = load_model(Store.open(tmp_path / "store"), device=torch.device("cpu"), dtype=torch.float32)
+    model = load_model(Store.open(tmp_path / "store"), RunnerOptions(device=torch.device("cpu"), dtype=torch.float32))
     path = tmp_path / "stories.txt"
     path.write_text(STORIES.read_text()[:2400])
     texts = {"stories": token_sequences(model, find_domains([str(path)])[0], TextOptions(context=288))}

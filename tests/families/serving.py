@@ -18,7 +18,7 @@ from router.gating import RULES
 from router.mask import ExpertMask
 from server.model.host.assembly import HostModel, load_model
 from server.model.host.sequence_runner import make_runner
-from server.model.runner import RowStep
+from server.model.runner import RowStep, RunnerOptions
 from tests.families.checkpoints import FAMILIES, NUM_EXPERTS, is_installed
 
 SERVED = [name for name, family in FAMILIES.items() if family.causal and is_installed(name)]
@@ -55,7 +55,7 @@ def checkpoint_of(model: Any, directory: Path, repository: Path) -> Checkpoint:
 
 
 def assembled(store: Store, num_slots: int) -> HostModel:
-    return load_model(store, device=torch.device("cpu"), dtype=torch.float32, num_slots=num_slots)
+    return load_model(store, RunnerOptions(device=torch.device("cpu"), dtype=torch.float32, num_slots=num_slots))
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from extractor.planning.selection import SelectionRequest
 from extractor.writing.prepare import prepare
 from router.mask import ExpertMask
 from server.model.host.assembly import load_model
-from server.model.runner import SelectiveModel
+from server.model.runner import RunnerOptions, SelectiveModel
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +86,8 @@ def selective(tiny_store: Path) -> Iterator[Callable[..., SelectiveModel]]:
 
     def make(num_slots: int | None = None, mask: ExpertMask | None = None, dtype: torch.dtype = torch.float32):
         model = load_model(
-            Store.open(tiny_store), device=torch.device("cpu"), dtype=dtype, num_slots=num_slots, mask=mask
+            Store.open(tiny_store),
+            RunnerOptions(device=torch.device("cpu"), dtype=dtype, num_slots=num_slots, mask=mask),
         )
         models.append(model)
         return model

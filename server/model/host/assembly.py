@@ -7,7 +7,6 @@ same layer; `load_model` refuses anything else.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +17,13 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from expert_store.cache import ExpertCache
 from expert_store.errors import SlotsError
 from expert_store.host_tier import HostTier
-from expert_store.policy import LRU, EvictionPolicy
+from expert_store.policy import POLICIES
 from expert_store.slots import TORCH_DTYPES
 from expert_store.store import Store
 from router.mask import ExpertMask
+from server.model.host.kept import most_used_experts
 from server.model.load_progress import Phase, Progress
-from server.model.runner import SelectiveModel
+from server.model.runner import RunnerOptions, SelectiveModel
 from server.model.seam.experts import LAYER_ATTRIBUTE, ExpertsLayer
 from server.model.seam.routing import StepRouting
 from server.model.seam.rows import fix_rows
@@ -92,52 +92,39 @@ def slot_bytes(store: Store, layer: int, dtype: torch.dtype) -> int:
 
 
 @trunk_is_checked
-def load_model(
-    store: Store,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    num_slots: int | None = None,
-    slots_memory_bytes: int | None = None,
-    host_memory_bytes: int | None = None,
-    mask: ExpertMask | None = None,
-    policy: Callable[[], EvictionPolicy] = LRU,
-    pinned: Sequence[Sequence[int]] | None = None,
-    progress: Progress = lambda phase, share: None,
-) -> HostModel:
-    """Assemble the model of a store.
-
-    Args:
-        num_slots: slots a layer; wins over `slots_memory_bytes`; with neither, every available expert gets a slot.
-        slots_memory_bytes: for the slots of all layers.
-        host_memory_bytes: of the pinned host tier of a GPU; None holds every expert of the store.
-        mask: narrows what the store has.
-        policy: eviction policy of each layer.
-        pinned: for each layer the experts that keep their slots.
-        progress: told of each phase.
+def load_model(store: Store, options: RunnerOptions, *, progress: Progress = lambda phase, share: None) -> HostModel:
+    """Assemble the model of a store, with a slot for every available expert unless `options` say otherwise.
 
     Raises:
         ShardCorruptError: a file of the trunk is not what was extracted. StoreError, TrunkError, MaskError: see there.
-        SlotsError: memory that does not suffice.
+        SlotsError: memory does not suffice.
     """
+    device, dtype = options.device, options.dtype
     available = ExpertMask.of(store.available)
-    mask = available if mask is None else available & mask
+    mask = available if options.mask is None else available & options.mask
     progress(Phase.TRUNK, 0.0)
     model = load_trunk(
         store.trunk_path, device=device, dtype=dtype, progress=lambda share: progress(Phase.TRUNK, share)
     )
+    num_slots = options.num_slots
     if num_slots is None:
         num_slots = int(mask.num_allowed.max())
-        if slots_memory_bytes is not None:
-            num_slots = min(num_slots, slots_for_memory(store, slots_memory_bytes, dtype))
+        if options.slots_memory_bytes is not None:
+            num_slots = min(num_slots, slots_for_memory(store, options.slots_memory_bytes, dtype))
     progress(Phase.SLOTS, 0.0)
     host_tier = None
     if device.type == "cuda":
-        host_tier = _host_tier(store, host_memory_bytes)
+        host_tier = _host_tier(store, options.host_memory_bytes)
     cache = ExpertCache(
-        store, num_slots=num_slots, device=device, dtype=dtype, host_tier=host_tier, policy=policy, mask=mask.allowed,
-        kept=pinned,
-    )  # fmt: skip
+        store,
+        num_slots=num_slots,
+        device=device,
+        dtype=dtype,
+        host_tier=host_tier,
+        policy=POLICIES[options.cache_policy],
+        mask=mask.allowed,
+        kept=most_used_experts(store, mask, options.kept_experts),
+    )
     routing = StepRouting(store.manifest.model.family, len(store.manifest.layers), device, mask)
     _bind(model, store, cache, routing)
     fix_rows(model)

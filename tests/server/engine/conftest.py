@@ -20,7 +20,7 @@ from server.engine.usage import UsageFile
 from server.model.host.assembly import load_model
 from server.model.host.runner import HostRunner
 from server.model.host.sequence_runner import SequenceRunner
-from server.model.runner import Runner
+from server.model.runner import Runner, RunnerOptions
 from tests.server.engine.clients import WAIT_SECONDS
 
 
@@ -43,10 +43,7 @@ def make_engine(tiny_store: Path) -> Iterator[Callable[..., Engine]]:
         def loader(progress) -> Runner:
             model = load_model(
                 Store.open(store_path),
-                device=torch.device("cpu"),
-                dtype=torch.float32,
-                num_slots=num_slots,
-                mask=mask,
+                RunnerOptions(device=torch.device("cpu"), dtype=torch.float32, num_slots=num_slots, mask=mask),
                 progress=progress,
             )
             model.source_problem = attach_source(model.store)

@@ -25,7 +25,7 @@ from server.engine.request import ExpertMissingError, GenerationRequest, Invalid
 from server.masks.masking import FixedMasking
 from server.model.host.assembly import load_model
 from server.model.host.runner import HostRunner
-from server.model.runner import RowStep, SelectiveModel
+from server.model.runner import RowStep, RunnerOptions, SelectiveModel
 from tests.server.engine.clients import Client
 from tests.server.model.host.greedy import greedy, stock_greedy
 
@@ -48,7 +48,9 @@ def few(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def model_of(store: Path, num_slots: int = 12) -> SelectiveModel:
-    model = load_model(Store.open(store), device=torch.device("cpu"), dtype=torch.float32, num_slots=num_slots)
+    model = load_model(
+        Store.open(store), RunnerOptions(device=torch.device("cpu"), dtype=torch.float32, num_slots=num_slots)
+    )
     model.source_problem = attach_source(model.store)
     return model
 

@@ -31,7 +31,7 @@ from server.engine.statistics_file import FILE_NAME, StatisticsFile, served_stat
 from server.model.host.assembly import load_model
 from server.model.host.runner import HostRunner
 from server.model.host.sequence_runner import SequenceRunner
-from server.model.runner import StepOutput
+from server.model.runner import RunnerOptions, StepOutput
 from server.model.seam.observation import ExpertOutputs, OutputObserver, observe_outputs
 from server.model.seam.routing import RowShare
 from server.quality.batches import run_batch
@@ -50,7 +50,7 @@ def everything_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def reference(store: Path, sequences: list[list[int]]) -> dict[str, np.ndarray]:
     """Totals [L, E] of whole sequences, added up pick by pick."""
-    model = load_model(Store.open(store), device=torch.device("cpu"), dtype=torch.float32)
+    model = load_model(Store.open(store), RunnerOptions(device=torch.device("cpu"), dtype=torch.float32))
     names = ("picks", "gate_mass", "output_norm", "output_norm_squared", "gate_output_norm", "residual_change")
     totals = {name: np.zeros((8, 64)) for name in (*names, "demand", "demand_mass")}
     totals["coactivation"] = np.zeros((7, 64, 64))

@@ -18,7 +18,7 @@ from server.engine.request import GenerationError
 from server.model.host.assembly import load_model
 from server.model.host.runner import HostRunner
 from server.model.host.sequence_runner import SequenceRunner
-from server.model.runner import RowStep, Runner, StepFault, StepOutput
+from server.model.runner import RowStep, Runner, RunnerOptions, StepFault, StepOutput
 from server.model.seam.routing import StepRouting
 from tests.expert_store.damage import damage
 from tests.server.engine.clients import Client
@@ -37,7 +37,7 @@ def store(tiny_store: Path, tmp_path: Path) -> Path:
 
 def wanted_by(store: Path, texts: list[str], num_tokens: int) -> list[np.ndarray]:
     """For each text, bool [L, E]: the experts that its prompt and `num_tokens - 1` greedy tokens are given."""
-    model = load_model(Store.open(store), device=torch.device("cpu"), dtype=torch.float32)
+    model = load_model(Store.open(store), RunnerOptions(device=torch.device("cpu"), dtype=torch.float32))
     runner = HostRunner(model, max_rows=1, max_tokens=128)
     found = []
     for text in texts:
@@ -193,7 +193,9 @@ def broken_runner(
     """A runner over a store whose expert of one text alone is damaged, and that expert."""
     layer, expert = expert_of_one(uses, OWNER, not_in_prompt_of=prompts[OWNER])
     damage(store, layer, expert)
-    model = load_model(Store.open(store), device=torch.device("cpu"), dtype=torch.float32, num_slots=4, mask=None)
+    model = load_model(
+        Store.open(store), RunnerOptions(device=torch.device("cpu"), dtype=torch.float32, num_slots=4, mask=None)
+    )
     return kind(model, max_rows=5, max_tokens=128), (layer, expert)
 
 

@@ -19,6 +19,7 @@ from server.growth.status import GrowthError
 from server.growth.store import adopt, grow_store
 from server.model.host.assembly import load_model
 from server.model.host.runner import HostRunner
+from server.model.runner import RunnerOptions
 from tests.extractor.selection_statistics import make_statistics
 
 
@@ -71,7 +72,7 @@ def finished(events: queue.SimpleQueue[Event]) -> FinishedEvent:
 
 
 def start(store: Store) -> Engine:
-    model = load_model(store, device=torch.device("cpu"), dtype=torch.float32, num_slots=16)
+    model = load_model(store, RunnerOptions(device=torch.device("cpu"), dtype=torch.float32, num_slots=16))
     engine = Engine(lambda progress: HostRunner(model, max_rows=4, max_tokens=128))
     engine.start()
     while engine.status().state == "loading":

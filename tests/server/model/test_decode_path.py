@@ -18,12 +18,12 @@ from expert_store.store import Store
 from router.ledger import StepRecord, UsageLedger
 from router.mask import ExpertMask
 from server.model import decode_path
-from server.model.decode_path import DecodePathError, RunnerOptions, load_runner
-from server.model.host.pinning import most_used_experts
-from server.model.runner import RowStep
+from server.model.decode_path import DecodePathError, load_runner
+from server.model.host.kept import most_used_experts
+from server.model.runner import RowStep, RunnerOptions
 
 CPU = torch.device("cpu")
-AUTO = RunnerOptions(path="auto", max_rows=1, max_tokens=64, num_slots=12)
+AUTO = RunnerOptions(CPU, torch.float32, max_rows=1, max_tokens=64, num_slots=12)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def opened(tiny_store: Path) -> Iterator[Store]:
 
 
 def load(store: Store, **options: object):
-    return load_runner(store, replace(AUTO, **options), device=CPU, dtype=torch.float32)
+    return load_runner(store, replace(AUTO, **options))
 
 
 def test_on_a_cpu_the_host_drives_and_one_line_says_why(opened, caplog):
@@ -97,7 +97,7 @@ def test_pinned_experts_are_the_most_used_ones_and_keep_their_slots(used_store):
         assert most_used_experts(store, everything, 3) == [[10 + layer, 40, 20] for layer in range(8)]
         allowed = ExpertMask.same_in_every_layer([0, 1, 40], 8, 64)
         assert most_used_experts(store, allowed, 2) == [[40, 0]] * 8
-        runner = load(store, num_slots=12, pinned_experts=2, cache_policy="lfu")
+        runner = load(store, num_slots=12, kept_experts=2, cache_policy="lfu")
         row = runner.allocate()
         runner.prefill(row, [100])
         for token in range(300, 320):
@@ -110,6 +110,6 @@ def test_pinned_experts_are_the_most_used_ones_and_keep_their_slots(used_store):
 
 def test_more_pinned_experts_than_a_layer_serves_are_refused(opened):
     with pytest.raises(SlotsError, match=r"pinned_experts is 65.*only 64"):
-        load(opened, pinned_experts=65)
+        load(opened, kept_experts=65)
     with pytest.raises(SlotsError, match="13 pinned experts in 12 slots"):
-        load(opened, pinned_experts=13)
+        load(opened, kept_experts=13)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import subprocess
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +18,7 @@ from triton.runtime.driver import driver
 from triton.runtime.errors import OutOfResources
 
 from expert_store.errors import SlotsError
-from expert_store.paging.pages import DevicePages, Policy
+from expert_store.paging.pages import DevicePages
 from expert_store.store import Store
 from router.errors import MaskError
 from router.mask import ExpertMask
@@ -34,8 +33,9 @@ from server.model.device.running.runner import DeviceRunner
 from server.model.device.step.prefill import ExpertStream
 from server.model.device.step.weights import DecodeShape, TrunkWeights
 from server.model.host.assembly import eos_token_ids_of
+from server.model.host.kept import most_used_experts
 from server.model.load_progress import Phase, Progress
-from server.model.runner import SelectiveModel
+from server.model.runner import RunnerOptions, SelectiveModel
 from server.model.seam.experts import LAYER_ATTRIBUTE
 from server.model.seam.observation import OutputObserver
 from server.model.seam.routing import StepRouting
@@ -68,73 +68,57 @@ class StreamLayer:
 
 @trunk_is_checked
 def load_device_runner(
-    store: Store,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_rows: int,
-    max_tokens: int,
-    num_slots: int | None = None,
-    slots_memory_bytes: int | None = None,
-    host_memory_bytes: int | None = None,
-    mask: ExpertMask | None = None,
-    policy: Policy = "lru",
-    pinned: Sequence[Sequence[int]] | None = None,
-    resident_bias: float = 0.0,
-    proof: bool = True,
-    progress: Progress = lambda phase, share: None,
+    store: Store, options: RunnerOptions, *, proof: bool = True, progress: Progress = lambda phase, share: None
 ) -> DeviceRunner:
-    """Proves that the model can be captured, loads, pins, fills slots, captures and warms up.
+    """Prove the captured step, load, page-lock, fill slots, capture, and warm up.
 
-    An expert that cannot be read is logged and left out of reach; it is read again when a token needs it.
+    Experts that cannot be read are left out of reach, and logged: they are read again when a token needs one. Without
+    `host_memory_bytes`, requests may read experts beside the store's up to `FETCHED_SHARE` of those.
 
     Args:
-        max_rows, max_tokens: of KV memory, which is allocated for all of them.
-        num_slots: slots a layer; wins over `slots_memory_bytes`; with neither, slots take what is free on the device.
-        host_memory_bytes: bound on page-locked memory; None has none for what the store holds, and for what requests
-            fetch beside it `FETCHED_SHARE`. Not needed where every expert has a slot.
-        mask: narrows what the store has.
-        pinned: for each layer the experts that keep their slots, equally many.
-        resident_bias: lambda of cache-aware routing of decode steps.
-        proof: whether to prove first that the captured step computes what transformers' forward does.
+        proof: whether to compare the step with transformers' forward first.
 
     Raises:
-        NotCapturableError: the model, or host memory too small to pin every expert, needs the host-driven path.
+        NotCapturableError: the model, or host memory too small to page-lock every expert, needs the host-driven path.
         NotPinnableError: the host page-locks less memory than that.
-        SlotsError: device memory that does not suffice; names what would.
+        SlotsError: the device's memory does not suffice; names what would.
         ShardCorruptError: a file of the trunk is not what was extracted. StoreError: no expert of a layer can be read.
     """
+    device, dtype = options.device, options.dtype
     available = ExpertMask.of(store.available)
-    mask = available if mask is None else available & mask
+    mask = available if options.mask is None else available & options.mask
+    kept = most_used_experts(store, mask, options.kept_experts)
     reader = SpanReader(store, dtype)
     _check_gpu(device)
     skeleton = trunk_skeleton(store.trunk_path)
     intermediate = _intermediate(store)
-    shape = decode_shape(skeleton, intermediate=intermediate, max_rows=max_rows, max_tokens=max_tokens)
+    shape = decode_shape(skeleton, intermediate=intermediate, max_rows=options.max_rows, max_tokens=options.max_tokens)
     shape = replace(shape, dtype=dtype)
     _check_layers(store, shape)
     if proof:
         progress(Phase.PROVING, 0.0)
         distance = prove(skeleton, shape, device)
         log.info("the captured step agrees with transformers' forward within %.2g of the logits' norm", distance)
-    memory = DeviceMemory(shape, device, num_kept=len(pinned[0]) if pinned else 0)
+    memory = DeviceMemory(shape, device, num_kept=options.kept_experts)
     progress(Phase.TRUNK, 0.0)
     model = load_trunk(
         store.trunk_path, device=device, dtype=dtype, progress=lambda share: progress(Phase.TRUNK, share)
     )
     weights = pack_trunk(model, shape)
-    slots = memory.num_slots(int(mask.num_allowed.max()), num_slots, slots_memory_bytes)
+    slots = memory.num_slots(int(mask.num_allowed.max()), options.num_slots, options.slots_memory_bytes)
     pages_shape = memory.pages_shape(slots)
     needed = int(mask.num_allowed.sum()) * reader.span_bytes
-    if pages_shape.paged and host_memory_bytes is not None and host_memory_bytes < needed:
-        raise NotCapturableError(f"host memory of {host_memory_bytes} bytes cannot pin all {needed} bytes of experts")
+    if pages_shape.paged and options.host_memory_bytes is not None and options.host_memory_bytes < needed:
+        raise NotCapturableError(
+            f"host memory of {options.host_memory_bytes} bytes cannot pin all {needed} bytes of experts"
+        )
     pages, unread = filled_pages(
-        store, reader, mask, pages_shape, device=device, policy=policy, kept=pinned, progress=progress
+        store, reader, mask, pages_shape, device=device, policy=options.cache_policy, kept=kept, progress=progress
     )
     log_failures(unread)
-    growth = SpanGrowth(reader, pages, host_memory_bytes, unread)
-    needed_spans = NeededSpans(reader, pages, _most_fetched(pages, reader.span_bytes, host_memory_bytes))
-    runner = _runner(store, model, shape, weights, pages, mask, growth, needed_spans, resident_bias)
+    growth = SpanGrowth(reader, pages, options.host_memory_bytes, unread)
+    needed_spans = NeededSpans(reader, pages, _most_fetched(pages, reader.span_bytes, options.host_memory_bytes))
+    runner = _runner(store, model, shape, weights, pages, mask, growth, needed_spans, options.resident_bias)
     _capture(runner, progress)
     if device.type == "cuda":
         warm_up(runner, progress)

@@ -22,7 +22,7 @@ from server.model.device.running.assembly import load_device_runner
 from server.model.device.step import graphs as device_graphs
 from server.model.host.assembly import load_model
 from server.model.host.runner import HostRunner
-from server.model.runner import RowStep, Runner, StepFault
+from server.model.runner import RowStep, Runner, RunnerOptions, StepFault
 from tests.expert_store.damage import damage
 from tests.server.model.device.small import DEVICE, EXPERTS, LAYERS, TOP_K, TUNING
 
@@ -41,9 +41,9 @@ def runners(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
         attach_source(store)
         common: dict[str, Any] = {"device": DEVICE, "dtype": torch.float32, "num_slots": 3} | options
         if kind == "device":
-            made.append(load_device_runner(store, max_rows=2, max_tokens=64, proof=False, **common))
+            made.append(load_device_runner(store, RunnerOptions(max_rows=2, max_tokens=64, **common), proof=False))
         else:
-            made.append(HostRunner(load_model(store, **common), max_rows=2, max_tokens=64))
+            made.append(HostRunner(load_model(store, RunnerOptions(**common)), max_rows=2, max_tokens=64))
         return made[-1]
 
     yield make

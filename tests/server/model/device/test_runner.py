@@ -22,7 +22,7 @@ from server.model.device.running.runner import DeviceRunner
 from server.model.device.step import graphs as device_graphs
 from server.model.host.assembly import load_model
 from server.model.host.runner import HostRunner
-from server.model.runner import RowStep, Runner
+from server.model.runner import RowStep, Runner, RunnerOptions
 from server.model.seam.observation import observe_outputs
 from tests.server.model.device.small import DEVICE, EXPERTS, LAYERS, TOP_K, TUNING
 
@@ -35,8 +35,8 @@ def runners(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Dev
 
     def make(path: Path, num_slots: int, mask: ExpertMask | None = None) -> tuple[DeviceRunner, Runner]:
         options = {"device": DEVICE, "dtype": torch.float32, "num_slots": num_slots, "mask": mask}
-        device = load_device_runner(Store.open(path), max_rows=2, max_tokens=384, proof=False, **options)
-        host = HostRunner(load_model(Store.open(path), **options), max_rows=2, max_tokens=384)
+        device = load_device_runner(Store.open(path), RunnerOptions(max_rows=2, max_tokens=384, **options), proof=False)
+        host = HostRunner(load_model(Store.open(path), RunnerOptions(**options)), max_rows=2, max_tokens=384)
         made.extend([device, host])
         return device, host
 
@@ -147,10 +147,18 @@ def test_experts_past_the_host_budget_stay_masked_and_the_log_says_so(small_stor
     spans = 5 * LAYERS
     span_bytes = Store.open(small_store).manifest.layers[0].span_bytes
     runner = load_device_runner(
-        Store.open(small_store), device=DEVICE, dtype=torch.float32, max_rows=1, max_tokens=64, num_slots=4,
-        proof=False, mask=ExpertMask.same_in_every_layer(range(5), LAYERS, EXPERTS),
-        host_memory_bytes=(spans + 1) * span_bytes,
-    )  # fmt: skip
+        Store.open(small_store),
+        RunnerOptions(
+            device=DEVICE,
+            dtype=torch.float32,
+            max_rows=1,
+            max_tokens=64,
+            num_slots=4,
+            mask=ExpertMask.same_in_every_layer(range(5), LAYERS, EXPERTS),
+            host_memory_bytes=(spans + 1) * span_bytes,
+        ),
+        proof=False,
+    )
     runner.model.routing.set_mask(ExpertMask.same_in_every_layer(range(EXPERTS), LAYERS, EXPERTS))
     runner.adopt()
     assert "stay masked" in caplog.text
@@ -202,9 +210,12 @@ def test_a_step_without_masks_runs_in_a_graph_that_reads_them_rather_than_wait_f
 def test_host_memory_that_cannot_pin_everything_is_left_to_the_host_driven_path(small_store):
     with pytest.raises(NotCapturableError, match="cannot pin all"):
         load_device_runner(
-            Store.open(small_store), device=DEVICE, dtype=torch.float32, max_rows=1, max_tokens=64,
-            num_slots=4, host_memory_bytes=1000, proof=False,
-        )  # fmt: skip
+            Store.open(small_store),
+            RunnerOptions(
+                device=DEVICE, dtype=torch.float32, max_rows=1, max_tokens=64, num_slots=4, host_memory_bytes=1000
+            ),
+            proof=False,
+        )
 
 
 @pytest.mark.gpu

@@ -24,7 +24,7 @@ from server.model.device.running.assembly import load_device_runner
 from server.model.device.step import graphs
 from server.model.host.assembly import load_model
 from server.model.host.runner import HostRunner
-from server.model.runner import RowStep
+from server.model.runner import RowStep, RunnerOptions
 from tests.server.model.device.captured import TUNING
 from tests.server.model.device.families import everyday, model_of
 
@@ -52,10 +52,14 @@ def test_a_captured_family_is_served_as_the_host_driven_path_serves_it(
         monkeypatch.setattr(graphs, "Tuning", lambda: TUNING)
     path = store_of(name, tmp_path, repository)
     device = load_device_runner(
-        Store.open(path), device=DEVICE, dtype=torch.float32, num_slots=4, max_rows=2, max_tokens=32, proof=False
+        Store.open(path),
+        RunnerOptions(device=DEVICE, dtype=torch.float32, num_slots=4, max_rows=2, max_tokens=32),
+        proof=False,
     )
     host = HostRunner(
-        load_model(Store.open(path), device=DEVICE, dtype=torch.float32, num_slots=4), max_rows=2, max_tokens=32
+        load_model(Store.open(path), RunnerOptions(device=DEVICE, dtype=torch.float32, num_slots=4)),
+        max_rows=2,
+        max_tokens=32,
     )
     shape = device.pages.shape
     allowed = np.ones((shape.num_layers, shape.num_experts), dtype=np.bool_)

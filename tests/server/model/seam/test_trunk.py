@@ -13,6 +13,7 @@ from expert_store.errors import ShardCorruptError
 from expert_store.manifest import TrunkFile
 from expert_store.store import Store
 from server.model.host.assembly import load_model
+from server.model.runner import RunnerOptions
 from server.model.seam.trunk import load_trunk
 
 
@@ -69,7 +70,7 @@ def test_weights_of_which_one_bit_was_flipped_are_not_served(
         Store.open(path) as store,
         pytest.raises(ShardCorruptError, match=rf"trunk/{weights.name}: sha256 is .* the manifest says"),
     ):
-        load_model(store, device=torch.device("cpu"), dtype=torch.float32, progress=progress)
+        load_model(store, RunnerOptions(device=torch.device("cpu"), dtype=torch.float32), progress=progress)
     if when == "at its end":
         assert len(phases) > 1
     else:

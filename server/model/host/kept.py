@@ -1,4 +1,4 @@
-"""Which experts keep their slots: those that the store's usage ledger has seen served most, layer by layer."""
+"""The experts that keep their slots: the most served ones of each layer, by the store's usage ledger."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import numpy as np
 import numpy.typing as npt
 
+from expert_store.errors import SlotsError
 from expert_store.store import Store
 from router.errors import LedgerError
 from router.ledger import UsageLedger
@@ -15,13 +16,20 @@ from router.mask import ExpertMask
 log = logging.getLogger(__name__)
 
 
-def most_used_experts(store: Store, mask: ExpertMask, count: int) -> list[list[int]]:
-    """For each layer the `count` allowed experts with the most uses in the store's usage.json, most used first. Equals,
-    and all where there is no usage of this checkpoint, come in the order of the store's deep experts.
+def most_used_experts(store: Store, mask: ExpertMask, count: int) -> list[list[int]] | None:
+    """For each layer the `count` allowed experts with the most uses in the store's usage.json, most used first.
 
-    Args:
-        count: at most what the mask allows in any layer.
+    Equals, and all where there is no usage of this checkpoint, come in the order of the store's deep experts. None
+    where `count` is 0.
+
+    Raises:
+        SlotsError: `count` is more than the mask allows in some layer.
     """
+    fewest = int(mask.num_allowed.min())
+    if count > fewest:
+        raise SlotsError(f"pinned_experts is {count}, and a layer serves only {fewest} experts: pin at most so many")
+    if count == 0:
+        return None
     uses: npt.NDArray[np.int64] = np.zeros(mask.allowed.shape, dtype=np.int64)
     try:
         ledger = UsageLedger.load(store.path / "usage.json")
