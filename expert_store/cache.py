@@ -229,9 +229,9 @@ class ExpertCache:
             self.host_tier.check_integrity()
 
     def _fetch(self, layer: int, experts: Sequence[int]) -> None:
-        readable = self._store.readable[layer]
+        available = self._store.available[layer]
         for expert in experts:
-            if not readable[expert]:
+            if not (available[expert] or self._store.has_source):
                 error = ExpertUnavailableError(
                     f"expert {expert} of layer {layer} is not in the store {self._store.path}; routing must be masked "
                     "to the experts that are available"

@@ -1,4 +1,4 @@
-"""What can go wrong with a store, as one tree.
+"""The errors of a store, as one tree.
 
     StoreError
     ├── ManifestError            the manifest is missing, malformed, of an unknown version or contradicts itself

@@ -1,4 +1,4 @@
-"""Which resident expert leaves when a slot is needed: one small object a layer.
+"""Eviction policies: the order in which resident experts leave their slots, one small object a layer.
 
 Invariant: a policy knows exactly the experts that are resident in its layer; `ExpertCache.check_integrity` compares.
 Adding a policy means writing one class with these four methods and naming it in `POLICIES`.

@@ -4,6 +4,15 @@ Owns the manifest in force. Invariants: it opens nothing that the manifest does 
 caller's memory with exactly the bytes that were extracted or raises; `reload` adds and removes whole deep experts and
 never changes one, so reads in flight stay valid. All methods may be called from any thread.
 With a source attached, experts that the store lacks are read from there, and nothing of them is kept here.
+
+The sets of experts that the project speaks of, each bool [L, E]:
+
+    available   in the store, with bytes that are trusted               `Store.available`
+    excluded    in a shard, but damaged: not available any more         `Store.excluded`
+    allowed     may be chosen by the routing of a request or a server   `router.mask.ExpertMask.allowed`
+    servable    in a slot or in host memory: a captured step can use    `expert_store.paging.pages.DevicePages.servable`
+    pending     available or from the source, on the way to servable    server/model/device/memory
+    resident    in a slot now                                           `expert_store.cache.ExpertCache.resident`
 """
 
 from __future__ import annotations
@@ -145,19 +154,12 @@ class Store:
 
     @property
     def available(self) -> npt.NDArray[np.bool_]:
-        """Which experts the store holds, [L, E], read-only; `reload` makes a new array rather than change this one."""
+        """The experts that the store holds, bool [L, E], read-only; `reload` makes a new array and keeps this one."""
         return self._view.available
 
     @property
-    def readable(self) -> npt.NDArray[np.bool_]:
-        """Which experts `read_expert` can give, [L, E], read-only: those held, or all where a source is attached."""
-        if self._source is None:
-            return self._view.available
-        return np.broadcast_to(np.True_, self._view.available.shape)
-
-    @property
     def has_source(self) -> bool:
-        """Whether experts that the store lacks can be read from its source."""
+        """Whether `read_expert` can read every expert of the model, those that the store lacks from its source."""
         return self._source is not None
 
     def attach_source(self, source: SourceReader) -> None:
@@ -176,7 +178,7 @@ class Store:
 
     @property
     def excluded(self) -> npt.NDArray[np.bool_]:
-        """Which experts a shard has and `exclude` took away, [L, E]; the caller may keep it."""
+        """The experts that a shard has and `exclude` took away, bool [L, E], a copy."""
         found = np.zeros(self._view.available.shape, dtype=np.bool_)
         for deep in self._view.manifest.deep_experts:
             for layer, expert in enumerate(deep.experts):

@@ -1,4 +1,4 @@
-"""What can go wrong while extracting, as one tree.
+"""The errors of extraction, as one tree.
 
     ExtractError
     ├── CheckpointError          the input is missing, damaged, or not a checkpoint that this program reads

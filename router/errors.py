@@ -1,4 +1,4 @@
-"""What can go wrong in routing, as one tree.
+"""The errors of routing, as one tree.
 
     RouterError
     ├── MaskError                a mask that cannot be: unreadable, of experts that do not exist, or with an empty layer

@@ -29,7 +29,7 @@ _ARRAYS = ("served_count", "served_mass", "demand_count", "demand_mass")
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step's routing did, over T tokens.
+    """The routing of one step, over T tokens.
 
     Attributes:
         served_index: int64 [L, T, K]; ids ≥ E (the sentinel) are picks that do not exist.

@@ -1,4 +1,4 @@
-"""Which experts routing may choose: a boolean per (layer, expert).
+"""Masks: the experts that routing may choose, a boolean per (layer, expert).
 
 Invariant: an `ExpertMask` is immutable and every layer has at least one available expert. Masks combine by
 intersection. Words: *available* is in the store, a *mask* is what a request or a server narrows that down to.
@@ -65,7 +65,7 @@ class ExpertMask:
         return counts
 
     def __and__(self, other: ExpertMask) -> ExpertMask:
-        """What both allow. Raises `MaskError` when a layer is left empty."""
+        """The experts that both allow. Raises `MaskError` when a layer is left empty."""
         return ExpertMask(self.allowed & other.allowed)
 
 

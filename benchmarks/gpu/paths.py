@@ -214,7 +214,7 @@ class _MemoryStore:
         self.manifest = SimpleNamespace(
             layers=specs, model=SimpleNamespace(num_experts=shape.num_experts, num_layers=layers), deep_experts=()
         )
-        self.available = self.readable = np.ones((layers, shape.num_experts), dtype=bool)
+        self.available = np.ones((layers, shape.num_experts), dtype=bool)
         self.path = "memory"
         self._span = (torch.randn(shape.span_elements) * 0.03).to(DTYPE).view(torch.uint8)
 

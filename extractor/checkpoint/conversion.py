@@ -1,5 +1,4 @@
-"""How transformers would turn a checkpoint's tensors into the experts' parameters; the one module that knows its
-internals.
+"""The conversion of a checkpoint's tensors into the experts' parameters, as transformers does it.
 
 The model is built on the meta device from its config alone; transformers' own conversion mapping then says, for every
 checkpoint key, which parameter it becomes part of and by which operations. Source: `conversion_mapping.py` and
@@ -45,7 +44,7 @@ TOP_K_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one parameter of an experts module comes about.
+    """The making of one parameter of an experts module.
 
     `keys[pattern]` are the checkpoint tensors that a source pattern of the converter collects, in transformers' order:
     either one per expert, or a single fused one whose first axis is the experts.
@@ -97,7 +96,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Trace:
-    """What `trace` found. `experts[module]` holds the recipes of an experts module in parameter order."""
+    """The result of `trace`. `experts[module]` holds the recipes of an experts module in parameter order."""
 
     architecture: str
     top_k: int
@@ -242,7 +241,7 @@ def _recipe(
 
 
 def _top_k(config: Any, directory: Path) -> int:
-    """How many experts a token has; families call it by different names."""
+    """The number of experts of a token, which families call by different names."""
     text = config.get_text_config()
     found = [getattr(text, name, None) for name in TOP_K_KEYS]
     top_k = next((value for value in found if isinstance(value, int) and value > 0), None)

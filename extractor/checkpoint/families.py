@@ -1,4 +1,4 @@
-"""Which checkpoints are taken, and the reason given for those that are not.
+"""The decision whether a checkpoint is taken, with the reason where it is not.
 
 No list of families: a checkpoint is taken when transformers has a causal language model of it whose routed experts go
 through its experts registry, and when the gating rule of each of its routers is known (`router.gating`), since a model

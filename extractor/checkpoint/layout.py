@@ -1,4 +1,4 @@
-"""Which bytes of a checkpoint form which expert's span.
+"""The bytes of a checkpoint that form each expert's span.
 
 Owns the map from (MoE layer, expert) to the pieces of its span. A piece is a byte range of a checkpoint file wherever
 the in-memory layout is a concatenation of what is on disk (per-expert linears, rows of fused tensors), else a

@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from extractor.checkpoint.text_model import read_config
 from extractor.errors import CheckpointError
@@ -52,6 +53,14 @@ def check_text(directory: Path, name: str) -> None:
         )
     if tokenizer.chat_template:
         _check_template(tokenizer, name)
+    if (directory / GENERATION_CONFIG_NAME).exists():
+        try:
+            GenerationConfig.from_pretrained(directory, local_files_only=True)
+        except Exception as error:  # the file can make transformers raise anything
+            raise CheckpointError(
+                f"{name}: transformers cannot load its {GENERATION_CONFIG_NAME} ({_first_line(error)}); put the "
+                "model's own beside the weights, or remove it"
+            ) from error
 
 
 def _ordinary_ids(tokenizer: Any) -> list[int]:

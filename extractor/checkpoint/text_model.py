@@ -1,4 +1,4 @@
-"""Which model of transformers answers text with text for a checkpoint's config.
+"""The model of transformers that answers text with text, for a checkpoint's config.
 
 A causal language model where transformers has one; else the image-text model, which is given text alone (its towers
 are part of the trunk); of an omni model the thinker. Invariant: extraction and serving ask here, so they build the same

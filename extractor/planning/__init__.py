@@ -1,1 +1,1 @@
-"""Which deep experts to extract."""
+"""The choice of deep experts to extract."""

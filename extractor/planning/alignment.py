@@ -1,4 +1,4 @@
-"""Which expert of each layer forms deep expert c: alignments of the layers, and how well one serves.
+"""Alignments: tables of the expert of each layer that forms deep expert c, and the quality of such a table.
 
 An expert's index means nothing across layers, so a column is formed of experts that serve the same text. Invariant: a
 table of columns, int64 [C, L], holds distinct expert ids in each layer. The steps are assignment problems
@@ -157,7 +157,7 @@ def _kept_mass(
     weights: npt.NDArray[np.floating],
     shares: Sequence[float],
 ) -> float:
-    """What `coverage_alignment` ascends."""
+    """The objective of `coverage_alignment`, which raises it step by step."""
     mass = column_mass(columns, groups / np.maximum(groups.sum(axis=(1, 2), keepdims=True), 1e-300))
     ranked = np.sort(mass, axis=1)[:, ::-1]
     kept = [ranked[:, : max(1, round(share * len(columns)))].sum(axis=1) for share in shares]

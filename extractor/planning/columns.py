@@ -30,12 +30,12 @@ from extractor.statistics.statistics import ExpertStatistics
 Float = npt.NDArray[np.float64]
 
 ALIGNMENTS = ("free", "index", "rank", "chain", "profile", "tiers", "coverage")
-"""How deep experts are formed; "free" chooses per layer first."""
+"""The ways to form deep experts; "free" chooses per layer first."""
 MAX_GROUP_WINDOWS = 512
 START_EXPERTS, MANY_EXPERTS = 24 * 64, 160
 """The coverage alignment starts so many times as experts of all its starts make that number, up to so many a layer."""
 SHARE_WEIGHTS = (1.0, 2.0, 2.0)
-"""What `COVERAGE_SHARES` weigh."""
+"""The weights of `COVERAGE_SHARES`."""
 SENSITIVITY_RANGE = (0.1, 10.0)
 """A domain weighs no less and no more than so many times the mean one."""
 
@@ -84,7 +84,7 @@ def align(statistics: ExpertStatistics, kind: str, saliency: Float, domains: Seq
 
 
 def sensitivities(statistics: ExpertStatistics, domains: Sequence[str]) -> Float:
-    """What a missing share costs each domain beside the mean one, float64 [D], from the price at a quarter kept.
+    """The cost of a missing share for each domain beside the mean one, float64 [D], from the price at a quarter kept.
 
     Ones where calibration measured no price.
     """

@@ -1,4 +1,4 @@
-"""How much each expert of a layer is worth, from calibration statistics: the published criteria and two controls.
+"""The worth of each expert of a layer, from calibration statistics: the published criteria and two controls.
 
 Invariant: a larger score is always the better expert, scores are finite, and the same statistics give the same scores.
 Sources: REAP (Cerebras, 2025), EASY-EP (2504.06792), AIMER (2603.18492; there a *higher* ratio is pruned first). An

@@ -1,4 +1,4 @@
-"""What a choice of experts is expected to serve, and to cost, in each domain of the statistics.
+"""The demand that a choice of experts is expected to serve, and its cost, in each domain of the statistics.
 
 The served share is measured on the calibration text; the cost follows from the price curves, where calibration measured
 masks. A cost above what the user bears must be said loudly: there, paging serves better than masking.
@@ -22,7 +22,7 @@ ADVICE = "keep more experts, or serve a whole store with experts paged in, which
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a choice of experts should serve of one domain.
+    """The share of one domain that a choice of experts should serve.
 
     Attributes:
         domain: name.
@@ -61,7 +61,7 @@ class Expectation:
 
     @classmethod
     def from_json(cls, item: Any) -> Expectation:
-        """What `to_json` gave. Raises `StatisticsError` for anything else."""
+        """Read the output of `to_json`. Raises `StatisticsError` for anything else."""
         try:
             loss = item["loss_change"]
             measured = bool(item.get("is_measured", True))
@@ -75,7 +75,7 @@ class Expectation:
 def expect(
     statistics: ExpertStatistics, allowed: npt.NDArray[np.bool_], domains: Sequence[str] | None = None
 ) -> list[Expectation]:
-    """What the experts `allowed` [L, E] are expected to serve of each domain (all by default)."""
+    """The share of each domain (all by default) that the experts `allowed` [L, E] are expected to serve."""
     price = Price.of(statistics.price)
     expectations = []
     for name in domains or statistics.domains:
@@ -99,7 +99,7 @@ def costly(expectations: Sequence[Expectation], warn_ratio: float = WARN_PERPLEX
 
 
 def cost_warning(expectations: Sequence[Expectation], warn_ratio: float, masked_to: str) -> str | None:
-    """What a user must know before serving masked to what `masked_to` names; None where nothing is bad."""
+    """The warning for serving with the mask that `masked_to` names; None where no domain costs much."""
     bad = costly(expectations, warn_ratio)
     if not bad:
         return None

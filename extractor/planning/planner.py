@@ -28,7 +28,7 @@ Float = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What a plan is for.
+    """The purpose of a plan.
 
     Attributes:
         count: deep experts to choose.
@@ -87,7 +87,7 @@ def make_plan(statistics: ExpertStatistics, request: PlanRequest) -> Plan:
 def choose_per_layer(
     scores: Mapping[str, Float], together: Float, quotas: Mapping[str, float], count: int
 ) -> npt.NDArray[np.bool_]:
-    """Which experts to take, bool [L, E] with `count` in every layer.
+    """The experts to take, bool [L, E] with `count` in every layer.
 
     Domains with a quota take turns, each its best expert that is not taken yet, until the quotas are used up; the rest
     are the best for all domains together.
@@ -105,7 +105,7 @@ def choose_per_layer(
 
 
 def count_for(statistics: ExpertStatistics, count: int | None, keep: float | None, budget_bytes: int | None) -> int:
-    """How many deep experts were asked for: by number, share, or bytes of the whole store.
+    """The number of deep experts that was asked for by number, share, or bytes of the whole store.
 
     Raises:
         SelectionError: none or several were given, or the number is outside 1 to E.

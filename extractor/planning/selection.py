@@ -131,7 +131,7 @@ def _count(
     trunk_bytes: int,
     columns: Sequence[tuple[int, ...]],
 ) -> int:
-    """How many of `columns` to take."""
+    """The number of `columns` to take."""
     if request.count is not None:
         if not 1 <= request.count <= len(columns):
             raise SelectionError(f"--count is {request.count}, wanted 1 to {len(columns)}")

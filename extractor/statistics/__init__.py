@@ -1,1 +1,1 @@
-"""What experts did on known texts, and the price of a mask."""
+"""Statistics of the experts on known texts, and the price of a mask."""

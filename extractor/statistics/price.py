@@ -32,7 +32,7 @@ MAX_RATIO_LOG = 50.0
 
 @dataclass(frozen=True)
 class ExpectedLoss:
-    """What a deficit is expected to cost.
+    """The expected cost of a deficit.
 
     Attributes:
         nats: change of loss, nats a token; never negative.
@@ -89,7 +89,7 @@ class PriceCurve:
 
 @dataclass(frozen=True)
 class PriceFit:
-    """How well curves predict text that they were not fitted on.
+    """The quality with which curves predict text that they were not fitted on.
 
     Attributes:
         r_squared: share of the variance of the measured changes that they explain.
@@ -127,7 +127,7 @@ class Price:
         domain: str | None = None,
         likeness: Mapping[str, float] | None = None,
     ) -> ExpectedLoss:
-        """What a deficit is expected to cost.
+        """The expected cost of a deficit.
 
         Args:
             deficit: missing share of the router mass, 0 to 1: overall, or of each layer.
@@ -163,7 +163,7 @@ class Price:
 
     @classmethod
     def from_json(cls, document: Any) -> Price:
-        """What `to_json` gave. Raises `StatisticsError` for anything else."""
+        """Read the output of `to_json`. Raises `StatisticsError` for anything else."""
         try:
             curves = {str(name): _checked_curve(points) for name, points in document["curves"].items()}
             overall = _checked_curve(document["overall"])

@@ -55,7 +55,7 @@ class KeyedSample:
             self.arrays[name] = np.concatenate([mine, arrays[name].astype(mine.dtype)])[kept]
 
     def of(self, domains: list[int]) -> npt.NDArray[np.bool_]:
-        """Which items belong to one of the domains, bool [N]."""
+        """Whether each item belongs to one of the domains, bool [N]."""
         return np.isin(self.domains, domains)
 
 

@@ -1,4 +1,4 @@
-"""What experts did on known texts: additive statistics per domain, layer and expert, and what a missing share costs.
+"""Statistics of the experts on known texts, additive per domain, layer and expert, and the cost of a missing share.
 
 Invariant: every total is a sum over tokens and every sample is a bottom-k sample, so the statistics of two runs merge
 into those of one run over both texts. A *domain* is a named group of texts. Totals are taken unmasked: under a mask
@@ -44,7 +44,7 @@ class StatisticsError(ExtractError):
 
 @dataclass
 class PricePoint:
-    """What a mask cost on known text.
+    """The measured cost of a mask on known text.
 
     Attributes:
         domain: name; deficit: missing share of the router mass; loss_change: nats a token above the unmasked loss.

@@ -36,7 +36,7 @@ from extractor.writing.pipeline import FileDigest, partial_path, stream
 
 @dataclass(frozen=True)
 class Extraction:
-    """What is to be done. `outputs` are all files of the finished store, `done` those that are there already."""
+    """The work to do. `outputs` are all files of the finished store, `done` those that are there already."""
 
     checkpoint: Checkpoint
     target: Path
@@ -180,7 +180,7 @@ class Extraction:
             partial.unlink(missing_ok=True)
 
     def _disk_full_message(self, free: int, finished: set[str]) -> str:
-        """What is needed, what is free, and a `--keep` that fits."""
+        """The bytes that are needed and free, and a `--keep` that fits."""
         missing = sum(output.file_bytes for output in self.outputs if output.name not in finished)
         head = (
             f"the disk of {self.target} is too small: {format_bytes(missing + DISK_MARGIN_BYTES)} are still needed, "

@@ -1,4 +1,4 @@
-"""What a store holds, for people and for programs.
+"""A summary of a store, for people and for programs.
 
 Invariant: reads the manifest and the sizes of the files it names, nothing else; needs neither torch nor transformers.
 """

@@ -95,7 +95,7 @@ def read_journal(directory: Path) -> tuple[dict[str, Any], dict[str, FileDigest]
 
 
 def journal_head(fingerprint: str, columns: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-    """What identifies an extraction: the checkpoint and every deep expert of the finished store."""
+    """The identity of an extraction: the checkpoint and every deep expert of the finished store."""
     return {
         "format": FORMAT,
         "version": VERSION,

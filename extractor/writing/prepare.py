@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def prepare(checkpoint: Checkpoint, target: str | os.PathLike[str], request: SelectionRequest) -> Extraction:
-    """What extracting `request` from `checkpoint` into the directory `target` has to do.
+    """The work of extracting `request` from `checkpoint` into the directory `target`.
 
     Raises UnsupportedFamilyError, CheckpointError, SelectionError, TargetError, or ManifestError for a store that
     cannot be read.
@@ -140,7 +140,7 @@ def _intact(target: Path, manifest: Manifest) -> dict[str, FileDigest]:
 def _journaled(
     target: Path, checkpoint: Checkpoint, selection: Selection, existing: Manifest | None
 ) -> dict[str, FileDigest]:
-    """What a killed run finished; nothing for a journal that a finished run could not remove any more."""
+    """The files that a killed run finished; none where the journal is of a run that wrote its manifest."""
     found: tuple[dict[str, Any], dict[str, FileDigest]] | None = read_journal(target)
     if found is None:
         return {}

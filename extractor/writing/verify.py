@@ -55,7 +55,7 @@ class Comparison:
     outputs: list[OutputFile]
 
     def run(self, on_bytes: Callable[[int], None] | None = None) -> int:
-        """What `verify_against` does once both are open."""
+        """Compare; see `verify_against`."""
         problems, total = [], 0
         for digest in stream(self.outputs, None, on_bytes):
             total += digest.file_bytes
@@ -73,7 +73,7 @@ class Comparison:
 
 
 def open_comparison(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Comparison:
-    """What can be told before any weight is read. Raises MismatchError for a checkpoint of another model."""
+    """Prepare a comparison without reading weights. Raises MismatchError for a checkpoint of another model."""
     from extractor.checkpoint.layout import (
         ExpertsLayout,  # imports transformers, which hashing a store need not wait for
     )

@@ -1,4 +1,4 @@
-"""What a gating rule is given and what it gives: a call of a router, and the router's output with other picks.
+"""The input and output of a gating rule: a call of a router, and the router's output with other picks.
 
 Invariant: the output keeps its shapes, its dtypes and the order of its parts, which differs between families. Source:
 the router modules of transformers 5.17 to 5.23.
@@ -77,7 +77,7 @@ class RouterCall:
 
     @property
     def hidden_states(self) -> Tensor:
-        """What the router scored, [T, H]."""
+        """The hidden states that the router scored, [T, H]."""
         hidden: Tensor = self.argument(0, "hidden_states")
         return hidden.reshape(-1, hidden.shape[-1])
 

@@ -1,4 +1,4 @@
-"""Which gating rule each model family of transformers has: one small record a family.
+"""The gating rule of each model family of transformers: one small record a family.
 
 A rule is looked up by the model folder that defines the router's class. A family that is not in the table has the rule
 of a known one if its router's forward is the same code. Invariant: a router whose rule is not known is refused, never
@@ -214,7 +214,7 @@ def _rule_of_same_code(module: nn.Module) -> GatingRule | None:
 
 
 def _instructions(function: Any) -> object:
-    """What a function does, without its name, docstring and place in the file; unique where it is no plain function."""
+    """A function's code without its name, docstring and place in the file; unique where it is no plain function."""
     code = getattr(function, "__code__", None)
     if not isinstance(code, CodeType):
         return object()

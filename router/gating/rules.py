@@ -1,4 +1,4 @@
-"""How a router's logits become top-k picks and weights when only some experts are available.
+"""Gating rules: from a router's logits to top-k picks and weights when only some experts are available.
 
 One `TopKRule` record says what a family's router does: score, add a selection bias, limit the groups, choose, weigh.
 Its invariant: the result equals what the same router gives on a checkpoint from which the unavailable experts' rows

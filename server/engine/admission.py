@@ -87,7 +87,7 @@ def check_ability(request: GenerationRequest, runner: Runner) -> None:
         if refusal is not None:
             raise InvalidRequestError(f'on_missing "fetch" is not possible: {refusal}; or use "mask"')
         store = runner.model.store
-        if not store.readable.all():
+        if not (store.has_source or store.available.all()):
             raise InvalidRequestError(
                 f'on_missing "fetch" needs the checkpoint that the store was extracted from: '
                 f'{runner.model.source_problem}; use "mask"'

@@ -1,4 +1,4 @@
-"""What was wanted lately: the demand that everything that changes a store goes by, whoever asked for the change.
+"""Recent demand, by which every change of a store is ranked, whoever asked for it.
 
 Time is cut into intervals. What was wanted in the running one counts whole, in the one before half, and so on; what
 earlier runs wanted counts as the interval before the start. Invariant: an interval in which nothing was wanted ages
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from server.growth.ranking import Float
 
 DECAY = 0.5
-"""What an interval counts, against the one after it."""
+"""The weight of an interval, relative to the next one."""
 
 
 class RecentDemand:

@@ -75,7 +75,7 @@ class Grower:
         find_source: sees to it that experts which the store is about to lose can be fetched, where they can at all.
 
     Attributes:
-        error: what went wrong with the last growth, by its name; None if nothing did.
+        error: the name of the error of the last growth; None if it succeeded.
         stopping: set by `stop`.
     """
 
@@ -125,7 +125,7 @@ class Grower:
         )
 
     def candidates(self) -> list[Candidate]:
-        """What to extract next, best first, as far as the budget allows."""
+        """The deep experts to extract next, best first, as far as the budget allows."""
         return within_budget(self._missing(self._demand_mass()), self._store.manifest, self._budget_bytes)
 
     def replacements(self) -> tuple[Candidate, list[DeepExpert]] | None:

@@ -1,4 +1,4 @@
-"""What a store should have next, and what it could do without: deep experts ranked by what was wanted.
+"""The deep experts that a store should have next, and those that it needs least, ranked by demand.
 
 The router sees every expert's score, so demand for experts that the store lacks is known exactly; only their output
 norm is not, and the layer's median stands in for it unless statistics say. Invariant: a candidate is one deep expert,
@@ -128,7 +128,7 @@ def deep_expert_bytes(manifest: Manifest) -> int:
 
 
 def usage_of(manifest: Manifest, usage: Path) -> UsageLedger:
-    """What a usage file says was wanted of the checkpoint of a store.
+    """The demand that a usage file recorded for the checkpoint of a store.
 
     Raises:
         GrowthError: there is none, or it is of another checkpoint. LedgerError, OSError: no usage file.

@@ -59,7 +59,7 @@ def _source(checkpoint: str) -> Checkpoint:
 
 
 def unfinished_growth(store: Path) -> list[tuple[int, ...]]:
-    """What a growth that was broken off was adding: it has to be finished before another one begins."""
+    """The deep experts that an interrupted growth was adding; it must be finished before another one begins."""
     left = read_journal(store)
     if left is None:
         return []

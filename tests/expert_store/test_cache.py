@@ -34,9 +34,7 @@ class MemoryStore:
         self.num_reads = 0
         self.broken: set[tuple[int, int]] = set()
 
-    @property
-    def readable(self) -> np.ndarray:
-        return self.available
+    has_source = False
 
     def layer_spec(self, layer: int) -> LayerSpec:
         return self.manifest.layers[layer]

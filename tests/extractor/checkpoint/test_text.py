@@ -60,6 +60,13 @@ def test_a_tokenizer_that_makes_no_tokens_is_refused(checkpoint: Path) -> None:
         check(checkpoint)
 
 
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_generation_config_that_cannot_be_read_is_refused(checkpoint: Path, content: str) -> None:
+    (checkpoint / "generation_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"cannot load its generation_config\.json .*or remove it"):
+        check(checkpoint)
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(checkpoint: Path) -> None:
     write_tokenizer(checkpoint, num_tokens=65)
     with pytest.raises(CheckpointError, match=r"tokens up to 64, config\.json gives the model 64"):

@@ -250,7 +250,7 @@ def test_a_store_of_a_hub_checkpoint_finds_its_snapshot_in_the_cache(
     prepare(opened, store, SelectionRequest(count=4)).run()
     with Store.open(store) as found:
         assert attach_source(found) == ""
-        assert found.readable.all()
+        assert found.has_source
     shutil.rmtree(tmp_path / "hub")
     with Store.open(store) as found:
         assert "not in the hub's cache" in attach_source(found)
