@@ -147,7 +147,7 @@ def _generate(model: LoadedModel, request: GenerationRequest, *, as_json: bool) 
             raise event.error
         if isinstance(event, FinishedEvent):
             break
-        if not as_json and not event.special:
+        if not as_json:
             sys.stdout.write(event.text)
             sys.stdout.flush()
     print(json.dumps(_summary(event, model, request), ensure_ascii=False) if as_json else "")

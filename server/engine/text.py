@@ -8,6 +8,7 @@ join to the generated text, cut at the stop string if one was met, and nothing i
 from __future__ import annotations
 
 import codecs
+import copy
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -104,8 +105,8 @@ class Detokenizer:
         for token_id in prompt_ids[-LONGEST_CHARACTER_BYTES:]:
             self._decoder.decode(vocabulary.bytes_of(token_id), final=vocabulary.is_special(token_id))
         self._is_at_start = all(map(vocabulary.is_special, prompt_ids))
-        # the text with special tokens and the text without them are both searched
-        self._windows = [_StopWindow(sampling.stop) for _ in range(1 + self._skips_special)] if sampling.stop else []
+        # of the text with special tokens, and of the text without them as soon as the two differ
+        self._windows = [_StopWindow(sampling.stop)] if sampling.stop else []
         self._num_tokens = 0
         self._length = 0
         self._held: deque[_HeldToken] = deque()
@@ -169,6 +170,8 @@ class Detokenizer:
         token.piece += piece
         if is_shown:
             token.shown.append((start, piece))
+        if not is_shown and len(self._windows) == 1:
+            self._windows.append(copy.deepcopy(self._windows[0]))
         windows = self._windows if is_shown else self._windows[:1]
         found = [match for window in windows for match in window.add(piece, start)]
         if found and self._cut is None and self._num_tokens > self._min_tokens:
@@ -234,7 +237,12 @@ class _StopWindow:
 
     def possible_beginning(self, otherwise: int) -> int:
         """The first place at which a stop string may have begun; `otherwise` where there is none."""
-        for at, place in enumerate(self._places):
-            if any(stop.startswith(self._text[at:]) for stop in self._stops):
-                return place
-        return otherwise
+        text, first = self._text, len(self._text)
+        for stop in self._stops:
+            at = text.find(stop[0])
+            while 0 <= at < first:
+                if stop.startswith(text[at:]):
+                    first = at
+                else:
+                    at = text.find(stop[0], at + 1)
+        return self._places[first] if first < len(text) else otherwise
