@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -28,7 +29,7 @@ from tests.server.cli.processes import Server, deepfew
 def store(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled checkpoint, a quarter of it."""
     found = tmp_path_factory.mktemp("store") / "tiny"
-    assert deepfew("extract", str(tiny_checkpoint), str(found), "--experts", "0-15").returncode == 0
+    assert main(["extract", str(tiny_checkpoint), str(found), "--experts", "0-15"]) == 0
     return found
 
 
@@ -116,29 +117,35 @@ def test_holder_of_a_port_is_named() -> None:
     assert holder_of(port, proc=Path("/does/not/exist")) == ""
 
 
-def test_generate_prints_the_text_or_one_json_object(store: Path) -> None:
-    arguments = ("generate", str(store), "The capital of France is", "--max-new-tokens", "5", "--slots", "8")
-    plain = deepfew(*arguments)
+PARIS = ("The capital of France is", "--max-new-tokens", "5", "--slots", "8")
+
+
+def generated(store: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    """The JSON object of `deepfew generate`, run in this process."""
+    assert main(["generate", str(store), *PARIS, "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_generate_prints_the_text_or_one_json_object(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = deepfew("generate", str(store), *PARIS)
     assert plain.returncode == 0, plain.stderr
-    found = deepfew(*arguments, "--json")
-    summary = json.loads(found.stdout)
+    summary = generated(store, capsys)
     assert plain.stdout == summary["generated_text"] + "\n"
     assert 0 < summary["deficit"]["overall"] < 1
     assert summary["generated_tokens"] <= 5
     assert plain.stderr == ""
 
 
-def test_generate_takes_masks_for_its_prompt(store: Path) -> None:
-    arguments = ("generate", str(store), "The capital of France is", "--max-new-tokens", "5", "--slots", "8", "--json")
-    plain, pool = (json.loads(deepfew(*arguments, *more).stdout)["deficit"] for more in ((), ("--pool", "8")))
+def test_generate_takes_masks_for_its_prompt(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain, pool = (generated(store, capsys, *more)["deficit"] for more in ((), ("--pool", "8")))
     assert 0 < plain["overall"] < pool["overall"]
     assert pool["top1_missing_tokens"] > 0
     for more, message in (
         (("--pool", "many"), "no number of experts"),
         (("--router-temperature", "0"), "--router-temperature is 0.0"),
     ):
-        refused = deepfew(*arguments, *more)
-        assert (refused.returncode, message in refused.stderr) == (2, True), refused.stderr
+        assert main(["generate", str(store), *PARIS, *more]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -267,37 +274,30 @@ def test_sigterm_while_loading_exits_0(store: Path, tmp_path: Path) -> None:
         found.kill()
 
 
-def test_trunk_that_was_altered_ends_the_server_with_one_message(store: Path, tmp_path: Path) -> None:
-    path = shutil.copytree(store, tmp_path / "altered")
-    (weights,) = (path / "trunk").glob("*.safetensors")
+def test_store_that_cannot_be_loaded_ends_the_server_with_one_message(store: Path, tmp_path: Path) -> None:
+    """One process serves in vain several times."""
+    altered = shutil.copytree(store, tmp_path / "altered")
+    (weights,) = (altered / "trunk").glob("*.safetensors")
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    found = deepfew("serve", str(path), "--port", "0", "--log-level", "error")
-    assert found.returncode == 2
-    (record,) = [json.loads(line) for line in found.stderr.splitlines()]
-    assert f"{weights}: sha256 is" in record["message"]
-    assert "extract into an empty directory" in record["message"]
-    assert "exception" not in record
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--experts", "60-63"], "expert"),  # the mask, before the engine's thread begins
-        (["--slots-memory", "1KiB"], "at least"),  # the memory, on the engine's thread
-        (["--max-context-tokens", "1000000"], "max_context_tokens is 1000000"),
-    ],
-)
-def test_store_that_cannot_be_loaded_ends_the_server_with_one_message(
-    store: Path, flags: list[str], message: str
-) -> None:
-    found = deepfew("serve", str(store), "--port", "0", "--log-level", "error", *flags)
-    assert found.returncode == 2
-    (record,) = [json.loads(line) for line in found.stderr.splitlines()]
-    assert record["level"] == "error"
-    assert message in record["message"]
-    assert "exception" not in record
+    cases = [
+        (store, ["--experts", "60-63"], "expert"),  # the mask, before the engine's thread begins
+        (store, ["--slots-memory", "1KiB"], "at least"),  # the memory, on the engine's thread
+        (store, ["--max-context-tokens", "1000000"], "max_context_tokens is 1000000"),
+        (altered, [], f"{weights}: sha256 is"),
+        (altered, [], "extract into an empty directory"),
+    ]
+    code = "import json, sys\nfrom server.cli.main import main\nprint([main(line) for line in json.loads(sys.argv[1])])"
+    lines = [["serve", str(path), "--port", "0", "--log-level", "error", *flags] for path, flags, _ in cases]
+    found = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(lines)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert found.stdout.splitlines()[-1] == str([2] * len(cases)), found.stderr
+    for record, (_, _, message) in zip(map(json.loads, found.stderr.splitlines()), cases, strict=True):
+        assert record["level"] == "error"
+        assert message in record["message"]
+        assert "exception" not in record
 
 
 @pytest.mark.parametrize(

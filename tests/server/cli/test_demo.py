@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,7 +28,7 @@ def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_demo_makes_a_store_streams_an_answer_and_serves_until_ctrl_c(tmp_path: Path) -> None:
+def test_demo_makes_a_store_and_streams_an_answer(tmp_path: Path) -> None:
     store = tmp_path / "tiny-moe"
     first = run_demo("--store", str(store), "--once", "--port", "0")
     assert first.returncode == 0, first.stdout + first.stderr
@@ -36,6 +37,10 @@ def test_demo_makes_a_store_streams_an_answer_and_serves_until_ctrl_c(tmp_path: 
         assert path in first.stdout.replace("\n", " \n")
     Store.open(store).close()
 
+
+@pytest.mark.exhaustive
+def test_demo_of_a_store_that_is_there_serves_until_ctrl_c(tiny_store: Path, tmp_path: Path) -> None:
+    store = shutil.copytree(tiny_store, tmp_path / "store")
     second = subprocess.Popen(
         [sys.executable, "-m", "server.cli.demo", "--store", str(store), "--port", "0"],
         stdout=subprocess.PIPE,
@@ -50,7 +55,7 @@ def test_demo_makes_a_store_streams_an_answer_and_serves_until_ctrl_c(tmp_path: 
         shown += second.stdout.readline()
     assert "nothing to do" in shown
     second.send_signal(signal.SIGINT)
-    rest, _ = second.communicate(timeout=20)
+    rest, _ = second.communicate(timeout=60)
     assert second.returncode == 0, rest
     assert "Traceback" not in shown + rest
 
