@@ -152,8 +152,7 @@ class Bench:
             whole = self._time(QWEN, trunk, pages, state, batch, options)
             parts = {}
             for stage in STAGES:
-                if batch > 1 or stage != "combine":
-                    parts[stage] = whole - self._time(QWEN, trunk, pages, state, batch, options, without=[stage])
+                parts[stage] = whole - self._time(QWEN, trunk, pages, state, batch, options, without=[stage])
             split[f"batch {batch}"] = {"whole": whole, **parts}
         return split
 

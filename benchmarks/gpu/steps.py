@@ -24,7 +24,7 @@ CONTEXT = 1024
 """Tokens in KV memory when a measurement begins."""
 STAGES = {
     "embed": "embed", "qkv": "qkv_product", "attention": "attend", "output": "output_product", "route": "route",
-    "gate_up": "gate_up", "down": "down", "combine": "combine", "head": "head", "greedy": "finish",
+    "gate_up": "gate_up", "down": "down", "head": "head", "greedy": "finish",
 }  # fmt: skip
 """Stages of a model of MoE layers without shared experts: the name in results, the method of `DecodeStep`."""
 SURE = 1e4

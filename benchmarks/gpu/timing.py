@@ -63,9 +63,9 @@ def read_rate() -> float:
     out = torch.empty(rows, device="cuda")
     best = min(
         median_ms(
-            lambda tile=tile, warps=warps: trunk.gemv[(rows // tile,)](
-                x, x, matrix, x, x, out, 1e-6, rows, K=width, KP=width, BN=tile, NORM=False, BIAS=False, RESIDUAL=False,
-                PDL=False, num_warps=warps,
+            lambda tile=tile, warps=warps: trunk.product[(rows // tile,)](
+                x, x, matrix, x, x, out, 1e-6, rows, B=1, K=width, KP=width, BN=tile, NORM=False, BIAS=False,
+                RESIDUAL=False, PDL=False, num_warps=warps,
             ),
             repeats=10,
         )

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from server.model.device.capture import NotCapturableError, need
 from server.model.device.step.router_kind import RouterKind, RouterRefusedError, router_kind, selection_bias
-from server.model.device.step.tuning import divisor
 from server.model.device.step.weights import DecodeShape, LayerWeights, MlpWeights, TrunkWeights, rotary_tables
 from server.model.seam.attention_mask import layer_windows
 
@@ -95,8 +94,8 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
         router=kind,
         dtype=model.lm_head.weight.dtype,
     )
-    sizes = (shape.hidden, intermediate, shape.dense_intermediate or 16, shared or 16)
-    need(max_rows == 1 or min(divisor(size, 16) for size in sizes) == 16, f"sizes {sizes} are no multiples of 16")
+    sizes = (shape.hidden, intermediate)
+    need(all(size % 16 == 0 for size in sizes), f"experts of {sizes} elements: wanted multiples of 16")
     return shape
 
 

@@ -1,10 +1,10 @@
-"""The routed experts of one layer, read through the work list that the router planned; fetches overlap with compute.
+"""The routed experts of one layer, read through the work list that the router made; fetches overlap with compute.
 
-`gate_up*`: the first FETCHERS programs fetch the missing experts from pinned host memory, tile by tile, and compute
-each tile as it arrives, then fetch their down projections; all other programs compute the experts that are already
-there. So PCIe and HBM work at the same time, and a kernel's end means that everything the layer needs is in its slot.
-A span is gate_up [2I, H] then down [H, I]. Sums are fp32 and in pick order, whatever was resident: a cache's state
-never shows in the results.
+`gate_up`: the first FETCHERS programs fetch the missing experts from pinned host memory, tile by tile, and compute each
+tile as it arrives, then fetch their down projections; all other programs compute the experts that are already there.
+So PCIe and HBM work at the same time, and a kernel's end means that everything the layer needs is in its slot. A span
+is gate_up [2I, H] then down [H, I]. Sums are fp32 and in pick order. Invariant: a token's sums are the same
+instructions in the same order whatever was resident and whatever the batch size is.
 """
 
 # ruff: noqa: E741 (I is the experts' intermediate size everywhere)
@@ -15,63 +15,53 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expert_store.paging.kernels import FETCHED, copy_span
-from server.model.device.kernels.trunk import normalise, silu_mul
+from server.model.device.kernels.trunk import silu_mul
 
 
 @triton.jit
-def _gate_up_one(
-    normed, anchor, weight_at, act, pair, tile, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr, BI: tl.constexpr
+def _gate_up_token(
+    w_gate, w_up, normed, act, pair, rows, K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr
 ):
-    """act [pair, tile rows] of the one token; a tile is BI gate rows and the BI up rows that belong to them."""
+    """act [pair, rows] of one token with weights [rows, H] that are in registers."""
     cols = tl.arange(0, HP)
-    rows = tile * BI + tl.arange(0, BI)
-    mask = (rows < I)[:, None] & (cols < H)[None, :]
-    at = anchor + weight_at + rows[:, None] * H + cols[None, :]
-    w_gate = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
-    w_up = tl.load(at + I * H, mask=mask, other=0.0, cache_modifier=".cg")
-    x = tl.load(normed + cols, mask=cols < H, other=0.0).to(tl.float32)[None, :]
+    x = tl.load(normed + pair // K * H + cols, mask=cols < H, other=0.0).to(tl.float32)[None, :]
     gate = tl.sum(w_gate.to(tl.float32) * x, axis=1)
     up = tl.sum(w_up.to(tl.float32) * x, axis=1)
     tl.store(act + pair * I + rows, silu_mul(gate, up, act.dtype.element_ty), mask=rows < I)
 
 
 @triton.jit
-def _gate_up_many(
+def _gate_up_tile(
     normed, anchor, weight_at, act, count, pairs, expert, tile,
-    K: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BP: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr,
+    ONE: tl.constexpr, K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr, BI: tl.constexpr,
     STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """act [pair, tile rows] for every token of one expert."""
-    lane = tl.arange(0, BP)
-    num_tokens = tl.load(count + expert)
-    pair = tl.load(pairs + expert * STRIDE + lane, mask=lane < num_tokens, other=0)
+    """act [pair, tile rows] for every token of one expert; a tile is BI gate rows and the BI up rows that belong to
+    them."""
+    cols = tl.arange(0, HP)
     rows = tile * BI + tl.arange(0, BI)
-    cols = tl.arange(0, BK)
-    w_at = anchor + weight_at + rows[:, None] * H + cols[None, :]
-    x_at = normed + (pair // K)[None, :] * H + cols[:, None]
-    w_mask = (rows < I)[:, None]
-    x_mask = (lane < num_tokens)[None, :]
-    gate = tl.zeros([BI, BP], tl.float32)
-    up = tl.zeros([BI, BP], tl.float32)
-    for start in range(0, H, BK):
-        x = tl.load(x_at + start, mask=x_mask, other=0.0)
-        gate = tl.dot(tl.load(w_at + start, mask=w_mask, other=0.0), x, gate, input_precision="ieee")
-        up = tl.dot(tl.load(w_at + I * H + start, mask=w_mask, other=0.0), x, up, input_precision="ieee")
-    out = silu_mul(gate, up, act.dtype.element_ty)
-    tl.store(act + pair[None, :] * I + rows[:, None], out, mask=w_mask & x_mask)
+    mask = (rows < I)[:, None] & (cols < H)[None, :]
+    at = anchor + weight_at + rows[:, None] * H + cols[None, :]
+    w_gate = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+    w_up = tl.load(at + I * H, mask=mask, other=0.0, cache_modifier=".cg")
+    if ONE:
+        _gate_up_token(w_gate, w_up, normed, act, tl.load(pairs + expert * STRIDE), rows, K, H, HP, I)
+    else:
+        for token in range(tl.load(count + expert)):
+            _gate_up_token(w_gate, w_up, normed, act, tl.load(pairs + expert * STRIDE + token), rows, K, H, HP, I)
 
 
 @triton.jit
 def gate_up(
     normed, anchor, header, target, source, count, pairs, act,
-    K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr, BP: tl.constexpr, BI: tl.constexpr,
-    BK: tl.constexpr, STRIDE: tl.constexpr, FETCHERS: tl.constexpr, COPY: tl.constexpr, ONE: tl.constexpr,
+    K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr, BI: tl.constexpr,
+    STRIDE: tl.constexpr, FETCHERS: tl.constexpr, COPY: tl.constexpr, ONE: tl.constexpr,
     DOWN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """act [B * K, I] = silu(gate) * up of each pick; missing spans are copied to their slots on the way.
 
-    Grid (FETCHERS + distinct experts at most * ceil(I / BI),). ONE: a single token, products without tensor cores;
-    DOWN: fetch the down projections too (else `down_one` does).
+    Grid (FETCHERS + distinct experts at most * ceil(I / BI),). ONE: a batch of one token; DOWN: fetch the down
+    projections too (else `down` does).
     """
     if PDL:
         gdc_wait()
@@ -91,10 +81,7 @@ def gate_up(
             copy_span(anchor, origin + first, slot + first, num_rows * H, COPY)
             copy_span(anchor, origin + first + I * H, slot + first + I * H, num_rows * H, COPY)
             tl.debug_barrier()
-            if ONE:
-                _gate_up_one(normed, anchor, slot, act, tl.load(pairs + expert * STRIDE), tile, H, HP, I, BI)
-            else:
-                _gate_up_many(normed, anchor, slot, act, count, pairs, expert, tile, K, H, I, BP, BI, BK, STRIDE)
+            _gate_up_tile(normed, anchor, slot, act, count, pairs, expert, tile, ONE, K, H, HP, I, BI, STRIDE)
         for unit in range(program, num_miss * TILES if DOWN else 0, FETCHERS):
             expert = unit // TILES
             share = (H * I) // TILES // 8 * 8
@@ -108,10 +95,7 @@ def gate_up(
         tile = (program - FETCHERS) % TILES
         if expert < num_distinct:
             slot = tl.multiple_of(tl.load(target + expert), 8)
-            if ONE:
-                _gate_up_one(normed, anchor, slot, act, tl.load(pairs + expert * STRIDE), tile, H, HP, I, BI)
-            else:
-                _gate_up_many(normed, anchor, slot, act, count, pairs, expert, tile, K, H, I, BP, BI, BK, STRIDE)
+            _gate_up_tile(normed, anchor, slot, act, count, pairs, expert, tile, ONE, K, H, HP, I, BI, STRIDE)
 
 
 @triton.jit
@@ -126,15 +110,15 @@ def _switched(shared, switch, normed, rows, inside, H: tl.constexpr, HP: tl.cons
 
 
 @triton.jit
-def down_one(
+def down(
     act, anchor, pair_target, pair_source, weights, residual, shared, switch, normed, out,
     K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
     SHARED: tl.constexpr, PAGED: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [H] = residual + sum over the K picks of weight * (down · act) + what SHARED says; one token. Grid (ceil(H /
-    BH),).
+    """out [B, H] = residual + sum over a token's K picks of weight * (down · act) + what SHARED says. Grid (B, ceil(H /
+    BH)): programs of neighbouring tokens read the same rows of experts that they share.
 
-    SHARED: 0 nothing, 1 shared [H], 2 shared [H] * sigmoid(switch [H] · normed [H]).
+    SHARED: 0 nothing, 1 shared [B, H], 2 shared [B, H] * sigmoid(switch [H] · normed [B, H]).
 
     The picks' down rows are read side by side as one row of K * I columns, before the wait: see the package's note.
     FETCH: rows of missing experts come from host memory and are stored in their slots on the way, so that PCIe goes
@@ -142,18 +126,20 @@ def down_one(
     """
     if PDL:
         gdc_launch_dependents()
-    rows = tl.program_id(0) * BH + tl.arange(0, BH)
+    batch = tl.program_id(0)
+    rows = tl.program_id(1) * BH + tl.arange(0, BH)
+    first = batch * K
     STEPS: tl.constexpr = (K * I + BC - 1) // BC
     tiles = ()
     for s in tl.static_range(STEPS):
         flat = s * BC + tl.arange(0, BC)
-        slot = tl.max_constancy(tl.load(pair_target + flat // I, mask=flat < K * I, other=-1), 8)
+        slot = tl.max_constancy(tl.load(pair_target + first + flat // I, mask=flat < K * I, other=-1), 8)
         mask = (rows < H)[:, None] & (slot >= 0)[None, :]
         within = (2 * I * H + flat % I)[None, :] + rows[:, None] * I
         if PAGED:
             missing = slot >= FETCHED
             if FETCH:
-                home = tl.max_constancy(tl.load(pair_source + flat // I, mask=missing, other=0), 8)
+                home = tl.max_constancy(tl.load(pair_source + first + flat // I, mask=missing, other=0), 8)
                 origin = tl.multiple_of(tl.where(missing, home, slot), 8)
                 tile = tl.load(anchor + origin[None, :] + within, mask=mask, other=0.0, cache_modifier=".cg")
                 place = tl.multiple_of(tl.where(missing, slot - FETCHED, 0), 8)
@@ -174,7 +160,7 @@ def down_one(
         live = flat < K * I
         tile = tiles[s]
         if PAGED and not FETCH:
-            slot = tl.max_constancy(tl.load(pair_target + flat // I, mask=live, other=-1), 8)
+            slot = tl.max_constancy(tl.load(pair_target + first + flat // I, mask=live, other=-1), 8)
             missing = slot >= FETCHED
             place = tl.multiple_of(tl.where(missing, slot - FETCHED, 0), 8)
             within = (2 * I * H + flat % I)[None, :] + rows[:, None] * I
@@ -183,84 +169,17 @@ def down_one(
                 cache_modifier=".cg",
             )  # fmt: skip
             tile = tl.where(missing[None, :], late, tile)
-        value = tl.load(act + flat, mask=live, other=0.0).to(tl.float32)
-        weight = tl.load(weights + flat // I, mask=live, other=0.0)
+        value = tl.load(act + first * I + flat, mask=live, other=0.0).to(tl.float32)
+        weight = tl.load(weights + first + flat // I, mask=live, other=0.0)
         value = tl.where(weight == 0.0, 0.0, value * weight)
         acc += tl.sum(tile.to(tl.float32) * value[None, :], axis=1)
     dtype: tl.constexpr = out.dtype.element_ty
-    before = tl.load(residual + rows, mask=rows < H, other=0.0).to(tl.float32)
+    at = batch * H + rows
+    before = tl.load(residual + at, mask=rows < H, other=0.0).to(tl.float32)
     routed = acc.to(dtype).to(tl.float32)
     if SHARED == 1:
-        routed = (routed + tl.load(shared + rows, mask=rows < H, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+        routed = (routed + tl.load(shared + at, mask=rows < H, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
     if SHARED == 2:
-        routed = (routed + _switched(shared, switch, normed, rows, rows < H, H, HP, dtype)).to(dtype).to(tl.float32)
-    tl.store(out + rows, (before + routed).to(dtype), mask=rows < H)
-
-
-@triton.jit
-def down_many(
-    act, anchor, header, target, count, pairs, out,
-    H: tl.constexpr, I: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
-    STRIDE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """out [B * K, H] fp32 = down · act of each pick, unweighted; I % BK == 0. Grid (distinct at most * ceil(H /
-    BH),).
-    """
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    TILES: tl.constexpr = (H + BH - 1) // BH
-    expert = tl.program_id(0) // TILES
-    tile = tl.program_id(0) % TILES
-    if expert < tl.load(header):
-        lane = tl.arange(0, BP)
-        num_tokens = tl.load(count + expert)
-        pair = tl.load(pairs + expert * STRIDE + lane, mask=lane < num_tokens, other=0)
-        rows = tile * BH + tl.arange(0, BH)
-        cols = tl.arange(0, BK)
-        slot = tl.multiple_of(tl.load(target + expert), 8)
-        w_at = anchor + slot + 2 * I * H + rows[:, None] * I + cols[None, :]
-        a_at = act + pair[None, :] * I + cols[:, None]
-        w_mask = (rows < H)[:, None]
-        a_mask = (lane < num_tokens)[None, :]
-        acc = tl.zeros([BH, BP], tl.float32)
-        for start in range(0, I, BK):
-            w = tl.load(w_at + start, mask=w_mask, other=0.0)
-            a = tl.load(a_at + start, mask=a_mask, other=0.0)
-            acc = tl.dot(w, a, acc, input_precision="ieee")
-        tl.store(out + pair[None, :] * H + rows[:, None], acc, mask=w_mask & a_mask)
-
-
-@triton.jit
-def combine(
-    parts, weights, residual, shared, switch, norm, x, normed, eps,
-    K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, SHARED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """x [B, H] = residual + sum over picks, in pick order, of weight * part + what SHARED says (see `down_one`; normed
-    is then what the layer's experts read); with NORM also normed [B, H] of the result. Grid (B,).
-    """
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    batch = tl.program_id(0)
-    cols = tl.arange(0, HP)
-    inside = cols < H
-    dtype: tl.constexpr = x.dtype.element_ty
-    acc = tl.zeros([HP], tl.float32)
-    for k in tl.static_range(K):
-        weight = tl.load(weights + batch * K + k)
-        part = tl.load(parts + (batch * K + k) * H + cols, mask=inside, other=0.0)
-        acc += tl.where(weight == 0.0, 0.0, part * weight)
-    before = tl.load(residual + batch * H + cols, mask=inside, other=0.0).to(tl.float32)
-    routed = acc.to(dtype).to(tl.float32)
-    if SHARED == 1:
-        beside = tl.load(shared + batch * H + cols, mask=inside, other=0.0).to(tl.float32)
+        beside = _switched(shared + batch * H, switch, normed + batch * H, rows, rows < H, H, HP, dtype)
         routed = (routed + beside).to(dtype).to(tl.float32)
-    if SHARED == 2:
-        beside = _switched(shared + batch * H, switch, normed + batch * H, cols, inside, H, HP, dtype)
-        routed = (routed + beside).to(dtype).to(tl.float32)
-    value = (before + routed).to(dtype)
-    tl.store(x + batch * H + cols, value, mask=inside)
-    if NORM:
-        scale = tl.load(norm + cols, mask=inside, other=0.0)
-        tl.store(normed + batch * H + cols, normalise(value.to(tl.float32), scale, eps, H, dtype), mask=inside)
+    tl.store(out + at, (before + routed).to(dtype), mask=rows < H)

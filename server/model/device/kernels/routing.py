@@ -1,7 +1,8 @@
 """Router of one layer in one kernel: norm, gate, top-k under each row's mask, and the layer's work list.
 
-Programs compute gate logits for a few experts of one row; the last to finish chooses for all rows and lists the work
-(`expert_store.paging.kernels.list_work`). The choice is exact under a mask: hidden experts get -inf before they are
+Programs compute gate logits for a few experts of one row. The last of a row to finish chooses for it, and the last of
+all lists the work (`expert_store.paging.kernels.list_work`), so a row's choice and weights are the same instructions
+whatever the batch size is. The choice is exact under a mask: hidden experts get -inf before they are
 scored, so weights equal those of a checkpoint without them; where fewer than K are available the rest of the picks
 carry the sentinel id E and weight 0 and reach neither the work list nor the experts. Where a family's router
 differs, there is a switch from `server.model.device.step.router_kind`; the scores are in `kernels.scores`.
@@ -17,14 +18,15 @@ from expert_store.paging.kernels import list_work
 from server.model.device.kernels.scores import top_k, weights_of, within_groups
 from server.model.device.kernels.trunk import normalise
 
-# In a row's mask: the row may have the expert, which is nowhere in reach yet. The log tells the host, which brings it
-# and runs the step again.
+# In a row's mask: the row may have the expert, which is not in reach yet. The log tells the host, which reads the
+# expert and runs the step again.
 ABSENT = tl.constexpr(2)
 
 
 @triton.jit(do_not_specialize=["layer"])
 def route(
-    x, norm, gate, gate_bias, selection_bias, normed, logits, arrived, rows, masks, temperatures, bias_range,
+    x, norm, gate, gate_bias, selection_bias, normed, logits, arrived, choices, ranges, rows, masks, temperatures,
+    bias_range,
     log_ids, log_weights, log_demand, log_mass, layer, step_at,
     page_table, slot_owner, last_use, use_count, kept, host_offset, pool_offset, stats,
     header, target, source, count, pairs, pair_target, pair_source, weights, scratch, span, eps, resident_bias,
@@ -42,7 +44,7 @@ def route(
     masks [rows, L, E] int8 (0: hidden, 1: available, ABSENT: chosen and logged as if it were there, then left out of
     work list and experts) and temperatures [rows] fp32, which divide the logits, are a row's own (MASKED); bias_range
     [L] fp32 is the running range of what the choice is made by, logits or scores (BIASED; mutated). gate_bias and
-    selection_bias [E] fp32.
+    selection_bias [E] fp32. choices [B, E] int8 and ranges [B] fp32 carry the rows' choices to the last program.
     NARROW: the choice is made by values that bf16 holds. Grid (E / BE, B); the last program lists the work.
     """
     if PDL:
@@ -57,9 +59,9 @@ def route(
     mine = part * BE + tl.arange(0, BE)
     w = tl.load(gate + mine[:, None] * H + cols[None, :], mask=(mine < E)[:, None] & inside[None, :], other=0.0)
     scale = tl.load(norm + cols, mask=inside, other=0.0)
-    batches = tl.arange(0, BP)
+    one = batch + tl.arange(0, 1)
     experts = tl.arange(0, EP)
-    row = tl.load(rows + batches, mask=batches < B, other=-1)
+    row = tl.load(rows + one)
     slot = tl.load(page_table + layer * E + experts, mask=experts < E, other=-1)
     pool = tl.load(pool_offset + layer)
     spill = tl.load(pool_offset + L)
@@ -75,21 +77,21 @@ def route(
     gate_score = gate_score.to(logits_dtype).to(tl.float32)
     tl.store(logits + batch * E + mine, gate_score, mask=mine < E)
     tl.debug_barrier()
-    if tl.atomic_add(arrived, 1) == tl.num_programs(0) * tl.num_programs(1) - 1:
-        tl.store(arrived, 0)
+    if tl.atomic_add(arrived + 1 + batch, 1) == tl.num_programs(0) - 1:
+        tl.store(arrived + 1 + batch, 0)
         step = tl.load(step_at)
         picks = tl.arange(0, KP)
         known = (row >= 0)[:, None] & (experts < E)[None, :]
         score = tl.load(
-            logits + batches[:, None] * E + experts[None, :], mask=known, other=-float("inf"), cache_modifier=".cg"
+            logits + one[:, None] * E + experts[None, :], mask=known, other=-float("inf"), cache_modifier=".cg"
         )
-        log_at = (layer * B + batches[:, None]) * K + picks[None, :]
-        log_mask = (batches < B)[:, None] & (picks < K)[None, :]
+        log_at = (layer * B + one[:, None]) * K + picks[None, :]
+        log_mask = (picks < K)[None, :]
         allowed = known
         SAME: tl.constexpr = not SELECTION_BIAS
         if MASKED:
             heat = tl.load(temperatures + row, mask=row >= 0, other=1.0).to(logits_dtype).to(tl.float32)
-            score = tl.div_rn(score, tl.broadcast_to(heat[:, None], [BP, EP])).to(logits_dtype).to(tl.float32)
+            score = tl.div_rn(score, tl.broadcast_to(heat[:, None], [1, EP])).to(logits_dtype).to(tl.float32)
         if SIGMOID:
             score = (1.0 / (1.0 + tl.exp(-score))).to(scores_dtype).to(tl.float32)
         choice = score
@@ -98,40 +100,62 @@ def route(
         if MASKED:
             wanted = known
             if GROUPS > 1:
-                wanted = within_groups(choice, known, K, E, BP, EP, GROUPS, GP, KEPT, BEST)
-            _, _, demand_ids, demand_values = top_k(choice, score, wanted, K, KP, BP, EP, SAME, NARROW)
+                wanted = within_groups(choice, known, K, E, 1, EP, GROUPS, GP, KEPT, BEST)
+            _, _, demand_ids, demand_values = top_k(choice, score, wanted, K, KP, 1, EP, SAME, NARROW)
             tl.store(log_demand + log_at, tl.where(demand_ids < 0, E, demand_ids), mask=log_mask)
             mass = weights_of(demand_values, score, known, SIGMOID, RENORMALISE, EPS, SCALE, weights_dtype)
             tl.store(log_mass + log_at, mass, mask=log_mask)
             visible = tl.load(masks + (row[:, None] * L + layer) * E + experts[None, :], mask=known, other=0)
             allowed = known & (visible != 0)
         if BIASED:
-            peak = tl.max(tl.where(known, choice, -float("inf")), axis=1)
-            floor = tl.min(tl.where(known, choice, float("inf")), axis=1)
-            num_rows = tl.sum((row >= 0).to(tl.float32), axis=0)
-            spread = tl.sum(tl.where(row >= 0, peak - floor, 0.0), axis=0) / tl.maximum(num_rows, 1.0)
+            spread = tl.max(tl.where(known, choice, -float("inf")), axis=1)
+            spread -= tl.min(tl.where(known, choice, float("inf")), axis=1)
+            tl.store(ranges + one, tl.where(row >= 0, spread, -1.0))
             before = tl.load(bias_range + layer)
             spread = tl.where(before > 0.0, 0.9 * before + 0.1 * spread, spread)
-            tl.store(bias_range + layer, spread)
-            choice = choice + tl.where(slot >= 0, resident_bias * spread, 0.0)[None, :]
+            choice = choice + tl.where(slot >= 0, resident_bias * spread[:, None], 0.0)
         eligible = allowed
         if GROUPS > 1:
-            eligible = within_groups(choice, allowed, K, E, BP, EP, GROUPS, GP, KEPT, BEST)
+            eligible = within_groups(choice, allowed, K, E, 1, EP, GROUPS, GP, KEPT, BEST)
         chosen, order, ids, values = top_k(
-            choice, score, eligible, K, KP, BP, EP, SAME and not BIASED, NARROW and not BIASED
+            choice, score, eligible, K, KP, 1, EP, SAME and not BIASED, NARROW and not BIASED
         )  # fmt: skip
         weight = weights_of(values, score, allowed, SIGMOID, RENORMALISE, EPS, SCALE, weights_dtype)
-        pick_at = batches[:, None] * K + picks[None, :]
         tl.store(log_ids + log_at, tl.where(ids < 0, E, ids), mask=log_mask)
         tl.store(log_weights + log_at, weight, mask=log_mask)
         if MASKED:
             chosen = chosen & (visible != ABSENT)
             mark = tl.load(masks + (row[:, None] * L + layer) * E + ids, mask=(row >= 0)[:, None] & (ids >= 0), other=0)
             weight = tl.where(mark == ABSENT, 0.0, weight)
-        tl.store(weights + pick_at, weight, mask=log_mask)
-        list_work(
-            chosen, order, slot, pool, spill, layer, step,
-            page_table, slot_owner, last_use, use_count, kept, host_offset, stats,
-            header, target, source, count, pairs, pair_target, pair_source, scratch, span,
-            B, K, E, S, BP, EP, SP, PAIRS, STRIDE, POLICY, PAGED,
-        )  # fmt: skip
+        tl.store(weights + one[:, None] * K + picks[None, :], weight, mask=log_mask)
+        is_last = True
+        if B > 1:
+            taken = tl.where(chosen, order, -1).to(tl.int8)
+            tl.store(choices + one[:, None] * E + experts[None, :], taken, mask=(experts < E)[None, :])
+            tl.debug_barrier()
+            is_last = tl.atomic_add(arrived, 1) == B - 1
+        if is_last:
+            batches = tl.arange(0, BP)
+            orders = order
+            picked = chosen
+            if B > 1:
+                tl.store(arrived, 0)
+                orders = tl.load(
+                    choices + batches[:, None] * E + experts[None, :],
+                    mask=(batches < B)[:, None] & (experts < E)[None, :], other=-1, cache_modifier=".cg",
+                ).to(tl.int32)  # fmt: skip
+                picked = orders >= 0
+                orders = tl.maximum(orders, 0)
+            if BIASED:
+                tl.debug_barrier()
+                seen = tl.load(ranges + batches, mask=batches < B, other=-1.0, cache_modifier=".cg")
+                num_rows = tl.sum((seen >= 0.0).to(tl.float32), axis=0)
+                mean = tl.sum(tl.maximum(seen, 0.0), axis=0) / tl.maximum(num_rows, 1.0)
+                before = tl.load(bias_range + layer)
+                tl.store(bias_range + layer, tl.where(before > 0.0, 0.9 * before + 0.1 * mean, mean))
+            list_work(
+                picked, orders, slot, pool, spill, layer, step,
+                page_table, slot_owner, last_use, use_count, kept, host_offset, stats,
+                header, target, source, count, pairs, pair_target, pair_source, scratch, span,
+                B, K, E, S, BP, EP, SP, PAIRS, STRIDE, POLICY, PAGED,
+            )  # fmt: skip

@@ -1,8 +1,9 @@
 """Embedding, normalisation and dense products of one decode step.
 
-One token: `gemv` holds a few whole weight rows per program in registers, so the entire matrix is in flight at once.
-More tokens: `gemm` streams weight tiles through the tensor cores, rows of weights as M. Sums are fp32, in an order that
-does not depend on anything but shapes; results are rounded to the model's dtype where transformers rounds.
+A program of a product holds a few whole weight rows in registers, so the entire matrix is in flight at once, and goes
+through the batch with them. Sums are fp32. Invariant: a batch entry's sums are the same instructions in the same order
+whatever the batch size is, so its bits do not depend on who else is in the batch. Results are rounded to the model's
+dtype where transformers rounds.
 """
 
 from __future__ import annotations
@@ -28,34 +29,26 @@ def silu_mul(gate, up, dtype: tl.constexpr):
 
 
 @triton.jit
-def embed(
-    tokens, table, norm, x, normed, step, eps,
-    H: tl.constexpr, HP: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """x[b] = table[tokens[b]]; with NORM also normed[b]. Program 0 begins a new step. Grid (B,)."""
+def embed(tokens, table, x, step, H: tl.constexpr, HP: tl.constexpr, PDL: tl.constexpr):
+    """x[b] = table[tokens[b]]. Program 0 begins a new step. Grid (B,)."""
     row = tl.program_id(0)
     if PDL:  # in this order, so that whatever starts early in a step finds the step before it complete
         gdc_wait()
         gdc_launch_dependents()
     cols = tl.arange(0, HP)
     token = tl.load(tokens + row).to(tl.int64)
-    value = tl.load(table + token * H + cols, mask=cols < H, other=0.0)
-    tl.store(x + row * H + cols, value, mask=cols < H)
-    if NORM:
-        weight = tl.load(norm + cols, mask=cols < H, other=0.0)
-        out = normalise(value.to(tl.float32), weight, eps, H, x.dtype.element_ty)
-        tl.store(normed + row * H + cols, out, mask=cols < H)
+    tl.store(x + row * H + cols, tl.load(table + token * H + cols, mask=cols < H, other=0.0), mask=cols < H)
     if row == 0:
         tl.store(step, tl.load(step) + 1)
 
 
 @triton.jit
-def gemv(
+def product(
     x, norm, weight, bias, residual, out, eps, N,
-    K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr,
+    B: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [N] = weight [N, K] · norm?(x [K]) + bias? + residual?. Grid (ceil(N / BN),)."""
+    """out [B, N] = norm?(x [B, K]) · weight [N, K]ᵀ + bias? + residual?. Grid (ceil(N / BN),)."""
     if PDL:
         gdc_launch_dependents()
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -69,68 +62,27 @@ def gemv(
         scale = tl.load(norm + cols, mask=cols < K, other=0.0)
     if PDL:
         gdc_wait()
-    value = tl.load(x + cols, mask=cols < K, other=0.0)
-    if NORM:
-        value = normalise(value.to(tl.float32), scale, eps, K, x.dtype.element_ty)
-    acc = tl.sum(w.to(tl.float32) * value.to(tl.float32)[None, :], axis=1)
-    if BIAS:
-        acc += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
-    if RESIDUAL:
-        acc = acc.to(x.dtype.element_ty).to(tl.float32)
-        acc += tl.load(residual + rows, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + rows, acc.to(out.dtype.element_ty), mask=inside)
+    for batch in range(B):
+        value = tl.load(x + batch * K + cols, mask=cols < K, other=0.0)
+        if NORM:
+            value = normalise(value.to(tl.float32), scale, eps, K, x.dtype.element_ty)
+        acc = tl.sum(w.to(tl.float32) * value.to(tl.float32)[None, :], axis=1)
+        if BIAS:
+            acc += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
+        if RESIDUAL:
+            acc = acc.to(x.dtype.element_ty).to(tl.float32)
+            acc += tl.load(residual + batch * N + rows, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + batch * N + rows, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def gemm(
-    x, weight, bias, residual, out, N,
-    B: tl.constexpr, BP: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+def gated_product(
+    x, norm, weight, out, eps, N,
+    B: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [B, N] = x [B, K] · weight [N, K]ᵀ + bias? + residual?; K % BK == 0. Grid (ceil(N / BN),)."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    batch = tl.arange(0, BP)
-    cols = tl.arange(0, BK)
-    inside = rows < N
-    w_at = weight + rows.to(tl.int64)[:, None] * K + cols[None, :]
-    x_at = x + batch[None, :] * K + cols[:, None]
-    acc = tl.zeros([BN, BP], tl.float32)
-    for start in range(0, K, BK):
-        w = tl.load(w_at + start, mask=inside[:, None], other=0.0)
-        value = tl.load(x_at + start, mask=(batch < B)[None, :], other=0.0)
-        acc = tl.dot(w, value, acc, input_precision="ieee")
-    at = batch[None, :] * N + rows[:, None]
-    mask = inside[:, None] & (batch < B)[None, :]
-    if BIAS:
-        acc += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
-    if RESIDUAL:
-        acc = acc.to(x.dtype.element_ty).to(tl.float32)
-        acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def norm_rows(x, norm, normed, eps, H: tl.constexpr, HP: tl.constexpr, PDL: tl.constexpr):
-    """normed [B, H] = norm(x [B, H]). Grid (B,)."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    row = tl.program_id(0)
-    cols = tl.arange(0, HP)
-    value = tl.load(x + row * H + cols, mask=cols < H, other=0.0).to(tl.float32)
-    weight = tl.load(norm + cols, mask=cols < H, other=0.0)
-    tl.store(normed + row * H + cols, normalise(value, weight, eps, H, x.dtype.element_ty), mask=cols < H)
-
-
-@triton.jit
-def gated_gemv(
-    x, norm, weight, out, eps, N, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """out [N] = silu(gate · y) * (up · y), y = norm?(x [K]), weight [2N, K] is gate then up. Grid (ceil(N / BN),)."""
+    """out [B, N] = silu(gate · y) * (up · y), y = norm(x [B, K]), weight [2N, K] is gate then up. Grid (ceil(N /
+    BN),).
+    """
     if PDL:
         gdc_launch_dependents()
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -140,45 +92,15 @@ def gated_gemv(
     at = weight + rows.to(tl.int64)[:, None] * K + cols[None, :]
     w_gate = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
     w_up = tl.load(at + N.to(tl.int64) * K, mask=mask, other=0.0, cache_modifier=".cg")
-    if NORM:
-        scale = tl.load(norm + cols, mask=cols < K, other=0.0)
+    scale = tl.load(norm + cols, mask=cols < K, other=0.0)
     if PDL:
         gdc_wait()
-    value = tl.load(x + cols, mask=cols < K, other=0.0)
-    if NORM:
-        value = normalise(value.to(tl.float32), scale, eps, K, x.dtype.element_ty)
-    value = value.to(tl.float32)[None, :]
-    gate = tl.sum(w_gate.to(tl.float32) * value, axis=1)
-    up = tl.sum(w_up.to(tl.float32) * value, axis=1)
-    tl.store(out + rows, silu_mul(gate, up, out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def gated_gemm(
-    x, weight, out, N,
-    B: tl.constexpr, BP: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """out [B, N] = silu(gate · x) * (up · x) of x [B, K], weight [2N, K] is gate then up; K % BK == 0. Grid (ceil(N /
-    BN),).
-    """
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    batch = tl.arange(0, BP)
-    cols = tl.arange(0, BK)
-    inside = rows < N
-    w_at = weight + rows.to(tl.int64)[:, None] * K + cols[None, :]
-    up_at = w_at + N.to(tl.int64) * K
-    x_at = x + batch[None, :] * K + cols[:, None]
-    gate = tl.zeros([BN, BP], tl.float32)
-    up = tl.zeros([BN, BP], tl.float32)
-    for start in range(0, K, BK):
-        value = tl.load(x_at + start, mask=(batch < B)[None, :], other=0.0)
-        gate = tl.dot(tl.load(w_at + start, mask=inside[:, None], other=0.0), value, gate, input_precision="ieee")
-        up = tl.dot(tl.load(up_at + start, mask=inside[:, None], other=0.0), value, up, input_precision="ieee")
-    at = batch[None, :] * N + rows[:, None]
-    tl.store(out + at, silu_mul(gate, up, out.dtype.element_ty), mask=inside[:, None] & (batch < B)[None, :])
+    for batch in range(B):
+        value = tl.load(x + batch * K + cols, mask=cols < K, other=0.0)
+        value = normalise(value.to(tl.float32), scale, eps, K, x.dtype.element_ty).to(tl.float32)[None, :]
+        gate = tl.sum(w_gate.to(tl.float32) * value, axis=1)
+        up = tl.sum(w_up.to(tl.float32) * value, axis=1)
+        tl.store(out + batch * N + rows, silu_mul(gate, up, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Options and tile sizes of a captured step; every one of them changes the captured code.
 
-Tile sizes change how fast a step is and the order of its sums, nothing else.
+Tile sizes change how fast a step is and the order of its sums, nothing else. They do not depend on the batch size.
 Source: docs/performance.md, which says what was tried.
 """
 
@@ -30,16 +30,10 @@ class Tuning:
     up_rows: int = 4
     down_rows: int = 4
     down_columns: int = 2048
-    gemv_warps: int = 4
+    product_warps: int = 4
     up_warps: int = 4
     down_warps: int = 4
     route_warps: int = 2
-    gemm_rows: int = 32
-    gemm_columns: int = 128
-    gemm_stages: int = 4
-    expert_rows: int = 32
-    expert_columns: int = 128
-    expert_stages: int = 3
     attention_splits: int = 16
     attention_block: int = 64
     fetchers: int = 64

@@ -20,11 +20,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 # Few programs a kernel: the interpreter runs them one after the other.
 TUNING = Tuning(
-    qkv_rows=64, output_rows=32, head_rows=32, gate_rows=4, up_rows=8, down_rows=32, down_columns=32, gemm_rows=32,
-    gemm_columns=64, expert_rows=32, expert_columns=64, attention_splits=2,
-    attention_block=16 if DEVICE == "cuda" else 2, fetchers=2, copy_elements=256,
+    qkv_rows=64, output_rows=32, head_rows=32, gate_rows=4, up_rows=8, down_rows=32, down_columns=32,
+    attention_splits=2, attention_block=16 if DEVICE == "cuda" else 2, fetchers=2, copy_elements=256,
 )  # fmt: skip
-MAX_ROWS, MAX_TOKENS = 6, 64
+MAX_ROWS, MAX_TOKENS = 8, 64
 
 
 def spans_of(model: Any, dtype: torch.dtype) -> Tensor:

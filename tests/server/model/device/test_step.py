@@ -90,5 +90,30 @@ def test_entries_without_a_row_change_nothing(model):
     alone = build(model, torch.float32, batch=2, slots=6)
     got, _ = run(alone, tokens.expand(4, 2), [-1, 4])
     assert distance(got[:, 1:], Reference(model).logits(tokens)) < 1e-5
-    assert alone.state.lengths.tolist() == [0, 0, 0, 0, 4, 0]
+    assert alone.state.lengths.tolist() == [0, 0, 0, 0, 4, 0, 0, 0]
     assert alone.pages.stats[0, :2].sum() == 4 * TOP_K
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batches"),
+    [
+        (HALF, (1, 3)),
+        *(pytest.param(dtype, (1, 2, 3, 5, 8), marks=pytest.mark.exhaustive) for dtype in (HALF, torch.float32)),
+    ],
+)
+def test_a_rows_bits_do_not_depend_on_the_batch(model, dtype, batches):
+    """Alone or with others, before or after them, whatever is resident."""
+    num_steps, largest = 3, max(batches)
+    tokens = torch.randint(0, 96, (num_steps, largest), generator=torch.Generator().manual_seed(13))
+    seen: dict[int, list[torch.Tensor]] = {}
+    for batch in batches:
+        for first in range(0, largest, batch):
+            rows = list(range(first, min(first + batch, largest)))
+            entries = rows[::-1] + [-1] * (batch - len(rows))
+            step = build(model, dtype, batch=batch, slots=TOP_K + batch % 4, masked=True)
+            step.state.masks[::2, :, 5] = 0
+            logits, _ = run(step, tokens[:, entries], entries)
+            for at, row in enumerate(rows[::-1]):
+                seen.setdefault(row, []).append(logits[:, at])
+    assert len(seen) == largest
+    assert all(torch.equal(ones[0], other) for ones in seen.values() for other in ones[1:])
