@@ -182,7 +182,7 @@ class Bench:
         return rows
 
     def paging_variants(self) -> list[dict[str, Any]]:
-        """What the choices of the paging path are worth, on one trace with few and one with many misses."""
+        """Gains of the choices of the paging path, on one trace with few and one with many misses."""
         trunk, state = self._trunk("qwen", QWEN), RowState(QWEN, DEVICE)
         resident_ms = next(row["step_ms"] for row in self.result["resident"] if row["batch"] == 1)
         rows = []

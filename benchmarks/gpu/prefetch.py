@@ -80,7 +80,7 @@ class Machine:
         return total + self.rest * len(missed) / self.layers
 
     def bound(self, missed_bytes: float, layers: int) -> float:
-        """What the step's limit is a multiple of: the resident step, or the bytes at the copy engine's rate."""
+        """The unit of the step's limit: the time of the resident step, or of the bytes at the copy engine's rate."""
         resident = layers * (self.front + self.middle + self.down) + self.rest * layers / self.layers
         return max(resident, missed_bytes / 54.2e9)
 
@@ -115,7 +115,7 @@ class Cache:
 
 @dataclass
 class Hidden:
-    """What a text's tokens looked like: residual before and after each layer's experts [T, L, H], router logits."""
+    """The states of a text's tokens: residual before and after each layer's experts [T, L, H], router logits."""
 
     before: torch.Tensor
     after: torch.Tensor

@@ -1,4 +1,4 @@
-"""Which models can be captured, and why others cannot."""
+"""Decides whether a model can be captured, and says why others cannot."""
 
 from __future__ import annotations
 

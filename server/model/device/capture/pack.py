@@ -110,7 +110,7 @@ def _children(module: Any, where: str, needed: Sequence[str], optional: Sequence
 
 
 def _attention_norms(attention: Any, config: Any, head_dim: int, where: str) -> Literal["none", "head", "row"]:
-    """How a layer normalises queries and keys; refuses attention that is not of grouped queries."""
+    """The kind of a layer's norms of queries and keys; refuses attention that is not of grouped queries."""
     where = f"{where}: attention"
     _children(attention, where, _PROJECTIONS, _NORMS)
     projections = [getattr(attention, name) for name in _PROJECTIONS]
@@ -131,7 +131,7 @@ def _attention_norms(attention: Any, config: Any, head_dim: int, where: str) -> 
 
 
 def _rotary_elements(rotary: Any, head_dim: int) -> int:
-    """How many of a head's elements are rotated, its first ones."""
+    """The number of elements of a head that are rotated, its first ones."""
     need(
         head_dim & (head_dim - 1) == 0 and head_dim >= 32,
         f"heads of {head_dim} elements: wanted a power of two from 32",

@@ -33,7 +33,7 @@ def _pairs(D: tl.constexpr, ROTARY: tl.constexpr):
 
 @triton.jit
 def _row_scale(ptr, eps, N: tl.constexpr, NP: tl.constexpr):
-    """What a norm over all heads together multiplies with."""
+    """The factor of a norm over all heads together."""
     cols = tl.arange(0, NP)
     value = tl.load(ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
     return tl.rsqrt(tl.sum(value * value, axis=0) / N + eps)

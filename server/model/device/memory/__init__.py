@@ -1,1 +1,1 @@
-"""Where the experts lie: device slots and page-locked host memory."""
+"""Memory of the experts: device slots and page-locked host memory."""

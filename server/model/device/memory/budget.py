@@ -98,7 +98,7 @@ class DeviceMemory:
         return next((num for num in range(useful, 0, -1) if self.slots_bytes(num) <= limit), 0)
 
     def _free_bytes(self) -> int | None:
-        """What slots may take on the device; None where memory is not a device's own."""
+        """Bytes that slots may take on the device; None where memory is not a device's own."""
         if self._device.type != "cuda":
             return None
         torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
 """A store made into a model that decodes on the device: trunk by transformers, experts in pages.
 
-The counterpart of `host.assembly.load_model` for a GPU. Raises NotCapturableError, before anything large is
-allocated where it can be told by then, for models or memory budgets that the host-driven path serves instead.
+The counterpart of `host.assembly.load_model` for a GPU. Raises NotCapturableError, if possible before anything large
+is allocated, for models or memory budgets that the host-driven path serves instead.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class StreamLayer:
     """One MoE layer's experts in a prompt's chunk; bound to the experts module like the host-driven `ExpertsLayer`.
 
     Attributes:
-        observer: told of what the experts put out, while it is on.
+        observer: notified of the experts' outputs while it is on.
     """
 
     def __init__(self, layer: int, stream: ExpertStream) -> None:

@@ -74,13 +74,14 @@ class Rows:
     # -- what a row may choose from ------------------------------------------------------------------------------------
 
     def reach(self, in_reach: npt.NDArray[np.bool_], pending: npt.NDArray[np.bool_]) -> None:
-        """What steps can get at has changed; `pending` [L, E] is hidden from rows that do not fetch."""
+        """Takes a new [L, E] of experts in reach; `pending` [L, E] is hidden from rows that do not fetch."""
         self._in_reach, self._pending = in_reach, np.array(pending)
         self._asked = [None] * len(self._asked)
 
     def table(self, mask: ExpertMask, fetches: bool) -> Table:
-        """What a row with this mask may choose from. Pending experts are hidden, unless that left a layer with none,
-        also while they are in reach because somebody fetched them: who fetches shows in nobody else's answer."""
+        """The experts that a row with this mask may choose from. Pending experts are hidden, also while they are in
+        reach because another request fetched them, so that no answer depends on other requests; but a layer keeps them
+        where it has no others."""
         allowed = mask.allowed
         if not fetches:
             has_others = (allowed & ~self._pending).any(axis=1, keepdims=True)
@@ -102,16 +103,16 @@ class Rows:
             self._temperatures[row] = temperature
 
     def is_plain(self, row: int) -> bool:
-        """Whether the row has every expert at hand and its routers no temperature."""
+        """Whether the row has every expert in reach and its routers have no temperature."""
         return self._temperatures[row] == 1.0 and self._is_open[row]
 
     def hidden(self, rows: Sequence[int]) -> npt.NDArray[np.bool_]:
-        """What these rows may not choose, [L, B, E]."""
+        """The experts that these rows may not choose, [L, B, E]."""
         return np.stack([self._tables[row] == 0 for row in rows], axis=1)
 
     def absent(self, rows: Sequence[int], chosen: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_] | None:
-        """Which of the picks chosen [L, B, K] of these rows (ids ≥ E: none) a step went without because they are not in
-        reach; None where that cannot be."""
+        """bool [L, B, K]: those of the rows' picks chosen [L, B, K] (ids ≥ E: none) that a step left out because they
+        are not in reach; None where no row may have such an expert."""
         if not any(self._lacks[row] for row in rows):
             return None
         num_layers, num_experts = self._in_reach.shape

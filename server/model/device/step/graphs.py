@@ -155,7 +155,7 @@ class StepGraphs:
         return self._graphs[key]
 
     def draw(self, graph: StepGraph, choices: Sequence[Choice | None]) -> TokenDraw | None:
-        """What draws the tokens after a step of that graph; None where each takes the most likely one."""
+        """The graph that draws the tokens after a step; None where each row takes the most likely one."""
         if not any(choices):
             return None
         narrow = any(choice is not None and (choice.top_k is not None or choice.top_p < 1.0) for choice in choices)

@@ -1,4 +1,4 @@
-"""What the captured router does to a layer's gate logits: its kernel's switches, from the family's gating rule.
+"""The captured router's switches: from the family's gating rule to constants of the kernel.
 
 The rules in `router.gating` say what the host-driven path does; this module says which of them the kernel computes, and
 refuses the rest with the reason. Where roundings happen is asked of the router itself, in half precision on the meta
@@ -31,7 +31,7 @@ class RouterRefusedError(ServerError):
 
 @dataclass(frozen=True)
 class RouterKind:
-    """How top-k and weights follow from gate logits [B, E].
+    """The way from gate logits [B, E] to the top-k and their weights.
 
     Attributes:
         scores: softmax over what is available, chosen by logits; or sigmoid, each expert by itself.

@@ -56,7 +56,7 @@ class PrefillRow(Cache):
 
 @dataclass(frozen=True)
 class Report:
-    """What a step tells the host, views of one int32 tensor.
+    """The results of a step for the host, views of one int32 tensor.
 
     best_token [B] int32, best_logit and normaliser (logsumexp) [B] fp32 of the logits; ids [L, B, K] int32 and weights
     fp32 as served; demand and mass, the same as wanted, written by masked steps only.

@@ -43,7 +43,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How a step is captured.
+    """Options of a captured step.
 
     Attributes:
         pdl: kernels are launched while the ones before them still run (see `kernels`).

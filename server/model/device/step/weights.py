@@ -1,4 +1,4 @@
-"""What a decode step is made of: the model's shape and its trunk weights, packed the way the kernels read them.
+"""The model's shape and its trunk weights, packed the way the kernels of a decode step read them.
 
 The shape says everything that a family does otherwise than another, and each such field is a switch of a kernel; what
 no field can say is refused by whoever packs the model. Weights stay in the model's dtype; rotary tables are fp32
