@@ -18,7 +18,8 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from benchmarks.harness.reporting import REPOSITORY
+
 PAGE = REPOSITORY / "docs" / "families.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 TESTS = ("tests/families/test_whole_model.py", "tests/router/test_gating.py")
@@ -58,7 +59,7 @@ def read_results(results: Path) -> tuple[str, dict[str, list[ElementTree.Element
 
 
 def verdict(cases: Sequence[ElementTree.Element]) -> str:
-    """What the cases of one family say: yes, the reason of a refusal, or that a test failed."""
+    """The verdict over the cases of one family: yes, refused, failed, or not in this release."""
     if not cases:
         return "not in this release"
     if any(case.find("failure") is not None or case.find("error") is not None for case in cases):

@@ -1,6 +1,6 @@
-"""How far a mean ratio depends on which documents were held out: a bootstrap over the documents of every kind.
+"""The interval of a mean ratio over other held-out documents: a bootstrap over the documents of every kind.
 
-Documents, not tokens, are drawn: the tokens of one document stand or fall together.
+Documents, not tokens, are drawn, since the tokens of one document depend on each other.
 """
 
 from __future__ import annotations

@@ -25,11 +25,9 @@ from typing import Any
 
 import httpx
 
-from benchmarks.harness.reporting import REPOSITORY, environment, finish, table
-from benchmarks.harness.servers import CHECKPOINT, ours, running
-from extractor.checkpoint.checkpoint import Checkpoint
-from extractor.planning.selection import SelectionRequest
-from extractor.writing.prepare import prepare
+from benchmarks.harness.checkpoints import make_store
+from benchmarks.harness.reporting import BUNDLED, REPOSITORY, environment, finish, table
+from benchmarks.harness.servers import ours, running
 from server.quality.texts import documents, find_domains
 
 TEXTS = REPOSITORY / "benchmarks" / "data" / "selection"
@@ -50,8 +48,8 @@ def main() -> None:
     arguments = parser.parse_args()
     key = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="deepfew-growth-") as folder:
-        prepare(Checkpoint.open(CHECKPOINT), folder, SelectionRequest(count=arguments.start)).run()
-        command = (*ours(Path(folder), 64, NUM_PROMPTS).command, "--admin-key", key)
+        store = make_store(BUNDLED, Path(folder) / "store", arguments.start)
+        command = (*ours(store, 64, NUM_PROMPTS).command, "--admin-key", key)
         with running(command) as url, httpx.Client(base_url=url, timeout=300, headers={"X-API-Key": key}) as client:
             rounds = [_round(client, number, arguments) for number in range(arguments.rounds)]
             growth = client.get("/experts/growth").raise_for_status().json()

@@ -1,4 +1,4 @@
-"""What collecting statistics while serving costs: decode with and without it, in turns, in one process.
+"""The cost of collecting statistics while serving: decode with and without it, in turns, in one process.
 
     python -m benchmarks.choosing.online_statistics [--checkpoint models/tiny-moe] [--pairs 800] [--save]
 
@@ -24,11 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.harness.reporting import REPOSITORY, environment, finish, table
+from benchmarks.harness.checkpoints import make_store
+from benchmarks.harness.reporting import BUNDLED, environment, finish, table
 from expert_store.store import Store
-from extractor.checkpoint.checkpoint import Checkpoint
-from extractor.planning.selection import SelectionRequest
-from extractor.writing.prepare import prepare
 from router.ledger import UsageLedger
 from server.engine.batch import Batch
 from server.engine.request import GenerationRequest, SamplingParams
@@ -55,7 +53,7 @@ class Block:
 def main() -> None:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, default=REPOSITORY / "models" / "tiny-moe")
+    parser.add_argument("--checkpoint", type=Path, default=BUNDLED)
     parser.add_argument("--pairs", type=int, default=800, help="for each number of rows")
     parser.add_argument("--block", type=int, default=4, help="decode steps of a block")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4])
@@ -66,10 +64,8 @@ def main() -> None:
     torch.set_num_threads(1)
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        store = Path(folder) / "store"
-        prepare(Checkpoint.open(options.checkpoint), store, SelectionRequest()).run()
         model = load_model(
-            Store.open(store),
+            Store.open(make_store(options.checkpoint, Path(folder) / "store")),
             RunnerOptions(device=torch.device("cpu"), dtype=getattr(torch, options.dtype), num_slots=options.slots),
         )
         for rows in options.rows:

@@ -23,11 +23,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.harness.reporting import REPOSITORY, environment, finish, table
+from benchmarks.harness.checkpoints import make_store
+from benchmarks.harness.reporting import BUNDLED, REPOSITORY, environment, finish, table
 from expert_store.store import Store
-from extractor.checkpoint.checkpoint import Checkpoint
-from extractor.planning.selection import SelectionRequest
-from extractor.writing.prepare import prepare
 from server.model.host.assembly import load_model
 from server.model.host.runner import HostRunner
 from server.model.runner import RowStep, Runner, RunnerOptions, StepOutput
@@ -61,14 +59,13 @@ class Norms:
 def main() -> None:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, default=REPOSITORY / "models" / "tiny-moe")
+    parser.add_argument("--checkpoint", type=Path, default=BUNDLED)
     parser.add_argument("--passages", type=int, default=80)
     parser.add_argument("--least", type=int, default=20)
     parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Checkpoint.open(arguments.checkpoint), Path(folder) / "store", SelectionRequest()).run()
-        store = Store.open(Path(folder) / "store")
+        store = Store.open(make_store(arguments.checkpoint, Path(folder) / "store"))
         runner = HostRunner(
             load_model(store, RunnerOptions(device=torch.device("cpu"), dtype=torch.float32)),
             max_rows=1,

@@ -1,4 +1,4 @@
-"""How much quality is left of the experts that are kept: criteria, alignments, pools, and the price of a deficit.
+"""Quality under masks: criteria, alignments, pools, and the price of a deficit.
 
 What is measured, in words:
 - *ratio*: perplexity under a mask ÷ perplexity without one, on the same held-out tokens; *mean ratio* is the geometric
@@ -14,7 +14,7 @@ What is measured, in words:
   and sizes, for the criterion coverage.
 - *depth*: k experts of every layer against all experts of few layers (one of each other layer), at equal bytes.
 - *interval*: of the mean ratio under coverage, 95 % of bootstrap draws over the held-out documents.
-- *questions*: answered exactly, greedily, bare and after a prefix, `planned`: under the mask of the kind of the same
+- *questions*: answered exactly, greedily, bare and after a prefix; `planned`: under the mask of the kind of the same
   name, `pool`: under the pool that each prompt chooses with the prior; and the efficiency metrics.
 
 Each part is cut into jobs, of one checkpoint and one size or alignment each, which --workers processes share out.
@@ -37,12 +37,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.choosing.selection_jobs import PARTS, Setup, items_of, measure_domain, measure_item
-from benchmarks.harness.reporting import REPOSITORY, environment, finish, table, write_result
-from extractor.checkpoint.checkpoint import Checkpoint
-from extractor.planning.selection import SelectionRequest
+from benchmarks.harness.checkpoints import make_store
+from benchmarks.harness.reporting import BUNDLED, REPOSITORY, environment, finish, table, write_result
 from extractor.statistics.file import write_statistics
 from extractor.statistics.statistics import merge_all
-from extractor.writing.prepare import prepare
 
 DATA = REPOSITORY / "benchmarks" / "data" / "selection"
 COLUMNS = {
@@ -76,7 +74,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes, each with models of its own")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     arguments = parser.parse_args()
-    checkpoints = arguments.checkpoint or [REPOSITORY / "models" / "tiny-moe"]
+    checkpoints = arguments.checkpoint or [BUNDLED]
     result: dict[str, Any] = {"environment": environment(arguments.device), "checkpoints": {}}
     with tempfile.TemporaryDirectory(prefix="deepfew-selection-") as folder, _workers(arguments.workers) as submit:
         setups = [_setup(checkpoint, Path(folder) / str(at), arguments) for at, checkpoint in enumerate(checkpoints)]
@@ -106,7 +104,7 @@ def _workers(count: int) -> Iterator[Submit]:
 
 
 def _setup(checkpoint: Path, folder: Path, arguments: argparse.Namespace) -> Setup:
-    prepare(Checkpoint.open(checkpoint), folder / "store", SelectionRequest()).run()
+    make_store(checkpoint, folder / "store")
     return Setup(
         folder=folder,
         texts=tuple(arguments.texts),

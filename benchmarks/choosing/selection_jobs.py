@@ -217,7 +217,7 @@ class _Selection:
         return [row]
 
     def price(self, _: None) -> list[dict[str, Any]]:
-        """How well the expected loss predicts the measured one, over kinds and sizes."""
+        """R² of the expected loss against the measured one, over kinds and sizes."""
         counts = [self._count(share) for share in SHARES]
         measured = [self.comparison.measure("coverage", count, self._masks("coverage", count)) for count in counts]
         price = Price.of(self.statistics.price)

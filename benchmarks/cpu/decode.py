@@ -25,30 +25,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cpu.decode_worker import Job
+from benchmarks.harness.checkpoints import Shape, make_store, write_checkpoint
 from benchmarks.harness.reporting import REPOSITORY, environment, finish, table
 
 STOCK_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one process measures."""
-
-    kind: str  # "stock", "deepfew" or "imports"
-    path: str
-    device: str
-    dtype: str
-    num_threads: int
-    prompt_tokens: int
-    new_tokens: int
-    warmup_tokens: int
-    sample: bool
-    implementation: str = ""  # stock
-    num_slots: int = 0  # deepfew
 
 
 def main() -> None:
@@ -122,11 +107,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--sample", action=argparse.BooleanOptionalAction, help="default: sample random weights only")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/decode-….json")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.job:
-        print(json.dumps(_measure(Job(**json.loads(arguments.job)))))
-        sys.exit()
     if arguments.sample is None:
         # Random weights repeat one token when they are greedy, and with it one choice of experts.
         arguments.sample = arguments.checkpoint is None
@@ -157,18 +138,13 @@ def _jobs(arguments: argparse.Namespace, checkpoint: Path, store: Path, num_expe
 
 
 def _generated(work: Path) -> Path:
-    from benchmarks.harness.generated_checkpoint import Shape, write_checkpoint
-
     write_checkpoint(work / "checkpoint", Shape())
     return work / "checkpoint"
 
 
 def _extract(checkpoint: Path, work: Path) -> Path:
     store = work / f"store-{checkpoint.name}"
-    if not (store / "manifest.json").is_file():
-        command = [sys.executable, "-m", "server.cli", "extract", str(checkpoint), str(store)]
-        subprocess.run(command, cwd=REPOSITORY, check=True, stdout=sys.stderr)
-    return store
+    return store if (store / "manifest.json").is_file() else make_store(checkpoint, store)
 
 
 def _is_worth_repeating(at: int, jobs: list[Job], runs: list[list[dict[str, Any]]]) -> bool:
@@ -185,18 +161,12 @@ def _is_worth_repeating(at: int, jobs: list[Job], runs: list[list[dict[str, Any]
 
 def _run(job: Job) -> dict[str, Any]:
     variables = os.environ | {"OMP_NUM_THREADS": str(job.num_threads), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "benchmarks.cpu.decode", "--job", json.dumps(asdict(job))]
+    command = [sys.executable, "-m", "benchmarks.cpu.decode_worker", json.dumps(asdict(job))]
     done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{job} failed:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
-
-
-def _measure(job: Job) -> dict[str, Any]:
-    from benchmarks.cpu import decode_worker
-
-    return decode_worker.measure(job)
 
 
 def _summary(job: Job, results: list[dict[str, Any]], num_experts: int) -> dict[str, Any]:

@@ -1,24 +1,41 @@
-"""One process of `benchmarks/cpu/decode.py`: loads one side, warms up, generates once, and says what the OS saw.
+"""One process of `benchmarks.cpu.decode`: loads one side, warms up, generates once, prints its figures as JSON.
 
-Kept apart so that the process that starts the others never imports torch.
+Invariant: peak memory is that of the measured side alone, so each side imports what it needs in its own function.
 """
 
 from __future__ import annotations
 
+import json
 import queue
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
-if TYPE_CHECKING:
-    from benchmarks.cpu.decode import Job
-
 TEXT = "Once upon a time there was a little boy named Jack. He lived in a house by the sea with his mother. "
+
+
+@dataclass(frozen=True)
+class Job:
+    """The work of one process."""
+
+    kind: str  # "stock", "deepfew" or "imports"
+    path: str
+    device: str
+    dtype: str
+    num_threads: int
+    prompt_tokens: int
+    new_tokens: int
+    warmup_tokens: int
+    sample: bool
+    implementation: str = ""  # stock
+    num_slots: int = 0  # deepfew
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -33,7 +50,7 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def _imports(job: Job) -> dict[str, Any]:
-    """What a process weighs that has imported everything and loaded nothing."""
+    """Memory of a process that has imported everything and loaded nothing."""
     import server.engine.engine
     import server.model.host.assembly  # noqa: F401
 
@@ -100,13 +117,13 @@ def _deepfew(job: Job) -> dict[str, Any]:
     from expert_store.store import Store
     from server.engine.engine import Engine
     from server.engine.request import EngineStatus
-    from server.model.host.assembly import load_model
+    from server.model.host.assembly import load_model, resolve_device
     from server.model.host.sequence_runner import make_runner
     from server.model.runner import RunnerOptions
 
     store = Store.open(job.path)
-    device = torch.device(job.device)
-    model = load_model(store, RunnerOptions(device=device, dtype=getattr(torch, job.dtype), num_slots=job.num_slots))
+    options = RunnerOptions(resolve_device(job.device), getattr(torch, job.dtype), num_slots=job.num_slots)
+    model = load_model(store, options)
     runner = make_runner(model, max_rows=1, max_tokens=job.prompt_tokens + job.new_tokens)
     engine = Engine(lambda progress: runner)
     engine.start()
@@ -180,3 +197,7 @@ def _status(key: str) -> int:
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     raise KeyError(key)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Job(**json.loads(sys.argv[1])))))

@@ -1,9 +1,9 @@
-"""What OpenMP's threads do when they wait: spin, sleep, or spin for a moment, on a quiet machine and on a busy one.
+"""Three ways in which OpenMP's threads wait (spin, sleep, spin for a moment), on a quiet machine and on a busy one.
 
-Metric, in words: *tokens/s* is what `deepfew generate STORE PROMPT --json` says of its decode steps, one process for
+Metric, in words: *tokens/s* is the decode rate that `deepfew generate STORE PROMPT --json` reports, one process for
 each figure, `--tokens` greedy tokens. The ways to wait take turns, first with nothing beside them, then with `--busy`
-processes that want a core each; the median over the rounds is the result, and *loss* is what a way gives away against
-the best one of the same column.
+processes that want a core each. The median over the rounds is the result; *loss* compares it with the best way of the
+same column.
 
     python -m benchmarks.cpu.wait_policy [--rounds 5] [--busy 2] [--store DIR] [--save]
 """
@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.harness.reporting import environment, finish, table
-from benchmarks.harness.servers import extract_store
+from benchmarks.harness.checkpoints import make_store
+from benchmarks.harness.reporting import BUNDLED, environment, finish, table
 
 WAYS: dict[str, dict[str, str]] = {
     "OpenMP's default (spins)": {},
@@ -47,7 +47,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     found: dict[tuple[str, int], list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="wait-") as folder:
-        store = arguments.store or extract_store(Path(folder))
+        store = arguments.store or make_store(BUNDLED, Path(folder) / "store")
         for beside in (0, arguments.busy):
             with busy(beside):
                 for _ in range(arguments.rounds):

@@ -35,7 +35,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.generated_checkpoint import Shape, write_checkpoint
+from benchmarks.harness.checkpoints import Shape, write_checkpoint
 from benchmarks.harness.reporting import REPOSITORY, environment, finish, table
 
 PROMPTS = (

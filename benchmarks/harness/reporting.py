@@ -1,4 +1,4 @@
-"""What every benchmark prints: where it ran, a table, and one JSON line last on standard output.
+"""The output of every benchmark: where it ran, a table, and one JSON line last on standard output.
 
 Invariant: a result carries the commit, the device and the versions that it was measured with; the README's figures cite
 result files under `benchmarks/results/` that were written by `finish`.
@@ -17,6 +17,8 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results"
+BUNDLED = REPOSITORY / "models" / "tiny-moe"
+"""The bundled checkpoint."""
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:

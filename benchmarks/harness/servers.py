@@ -1,6 +1,6 @@
 """Servers that benchmarks start, wait for and end: ours over a store of the bundled checkpoint, and transformers' own.
 
-Invariant: a server that was started is ended with the block, whatever happened in it.
+Invariant: a server ends with the block that started it, whatever happened in the block.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.harness.reporting import REPOSITORY
+from benchmarks.harness.reporting import BUNDLED
 
-CHECKPOINT = REPOSITORY / "models" / "tiny-moe"
 START_SECONDS = 300
 PROMPTS = (
     "The capital of France is",
@@ -33,26 +32,18 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Served:
-    """One server to compare: its name in the table, its command without the port, and what it calls the model."""
+    """One server to compare: its name in the table, its command without the port, and its name for the model."""
 
     name: str
     command: tuple[str, ...]
     model: str
 
 
-def extract_store(folder: Path) -> Path:
-    """A store of the whole bundled checkpoint in `folder`."""
-    store = folder / "store"
-    command = [sys.executable, "-m", "server.cli", "extract", str(CHECKPOINT), str(store)]
-    subprocess.run(command, check=True, capture_output=True)
-    return store
-
-
 def ours(store: Path, slots: int, rows: int) -> Served:
     """`deepfew serve` in float32 with so many slots in every layer and at most `rows` requests at once."""
     serve = (sys.executable, "-m", "server.cli", "serve", str(store), "--dtype", "float32", "--log-level", "warning")
     flags = ("--slots", str(slots), "--max-batch-size", str(rows))
-    return Served(f"deepfew, {slots} of 64 slots", (*serve, *flags), CHECKPOINT.name)
+    return Served(f"deepfew, {slots} of 64 slots", (*serve, *flags), BUNDLED.name)
 
 
 def theirs(*, continuous_batching: bool) -> Served:
@@ -60,7 +51,7 @@ def theirs(*, continuous_batching: bool) -> Served:
     program = Path(sys.executable).parent / "transformers"
     flags = ("--dtype", "float32", "--device", "cpu", *(["--continuous-batching"] if continuous_batching else []))
     name = "transformers serve" + (", continuous batching" if continuous_batching else "")
-    return Served(name, (str(program), "serve", str(CHECKPOINT), *flags), str(CHECKPOINT))
+    return Served(name, (str(program), "serve", str(BUNDLED), *flags), str(BUNDLED))
 
 
 def require_transformers_serve() -> None:
@@ -71,12 +62,17 @@ def require_transformers_serve() -> None:
         raise SystemExit("transformers serve lacks what it needs: pip install 'transformers[serving]', then run again")
 
 
+def free_port() -> int:
+    """A port of the loopback address that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextmanager
 def running(command: tuple[str, ...]) -> Iterator[str]:
     """The address of a server that answers; it is ended with the block."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log)
         url = f"http://127.0.0.1:{port}"

@@ -39,8 +39,8 @@ from typing import Any
 
 import httpx
 
-from benchmarks.harness.reporting import RESULTS, environment, finish
-from benchmarks.harness.servers import CHECKPOINT
+from benchmarks.harness.checkpoints import make_store
+from benchmarks.harness.reporting import BUNDLED, RESULTS, environment, finish
 from benchmarks.service.churn_clients import Clients
 from benchmarks.service.churn_server import (
     ChurnServer,
@@ -71,7 +71,7 @@ class Churn:
         serve = [sys.executable, "-m", "server.cli", "serve", str(store)]
         self.server = ChurnServer([*serve, *limits, *others, *times], store / "usage.json", log)
         self.disk = Disk(store, arguments.seed)
-        self.clients = Clients(self.server, self.disk, CHECKPOINT.name, arguments.seed)
+        self.clients = Clients(self.server, self.disk, BUNDLED.name, arguments.seed)
         self._arguments = arguments
         self._can_fill = can_fill
         self._random = random.Random(arguments.seed + 1)
@@ -227,8 +227,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that server and disk are given back
     with tempfile.TemporaryDirectory(prefix="churn-") as folder:
         made, store = Path(folder) / "made", Path(folder) / "store"
-        extract = [sys.executable, "-m", "server.cli", "extract", str(CHECKPOINT), str(made)]
-        subprocess.run(extract, check=True, capture_output=True)
+        make_store(BUNDLED, made)
         store.mkdir()
         can_fill = mount_small_disk(store, sum(path.stat().st_size for path in made.rglob("*")))
         try:

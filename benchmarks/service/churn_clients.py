@@ -1,7 +1,7 @@
-"""The clients of the churn benchmark: what they send, and how what came back is judged.
+"""The clients of the churn benchmark: their requests, and the verdict on each answer.
 
-Invariant: whatever is not an answer, a refusal, an error event, or explained by what was done to the server at that
-moment, is in `lost`; an answer that is not the known one is in `wrong`.
+Invariant: a request ends in an answer, a refusal, an error event, or a failure that a fault of that time explains;
+every other end is in `lost`. An answer that is not the known one is in `wrong`.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ class Clients:
         return Sent(name, time.monotonic(), self.num_answered)
 
     def _options(self, sent: Sent, body: dict[str, Any] | bytes) -> dict[str, Any]:
-        """What httpx sends, with a request id of its own, and a note of the moment when all of it has been sent."""
+        """Arguments of an httpx request with an id of its own; they record the moment when all of it has been sent."""
 
         async def trace(event: str, _: object) -> None:
             if event == "http11.send_request_body.complete":

@@ -1,7 +1,7 @@
-"""The server of the churn benchmark from outside: its process, its disk, and what it holds of the machine over time.
+"""The server of the churn benchmark from outside: its process, its disk, and its memory, threads and files over time.
 
-Invariant: every outage and every fault of the disk is an `Interval` with both its ends, written down before it begins
-to act, so that what a client saw can be judged by what was done to the server meanwhile.
+Invariant: every outage and every fault of the disk is an `Interval` that is recorded before it begins, so that each
+result of a client can be compared with the faults of that time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 import random
 import signal
-import socket
 import statistics
 import subprocess
 import time
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+from benchmarks.harness.servers import free_port
 
 MIB = 2**20
 ENDED = ("length", "eos_token", "stop_sequence")
@@ -42,7 +43,7 @@ class Interval:
 
 @dataclass
 class Sample:
-    """What the process held and said at one moment; bytes and counts."""
+    """Memory, threads and files of the process at one moment, and its own metrics; bytes and counts."""
 
     at: float
     rss: int
@@ -75,9 +76,7 @@ class ChurnServer:
     """
 
     def __init__(self, command: list[str], usage: Path, log: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self._command = [*command, "--port", str(port)]
         self.url = f"http://127.0.0.1:{port}"
         self._usage = usage
@@ -163,7 +162,7 @@ class ChurnServer:
                         self.faults.append(f"unhealthy: no progress for {sample.idle_seconds:.0f} s")
 
     async def _sample(self, client: httpx.AsyncClient) -> Sample:
-        """What the process holds and says now; a KeyError while it loads and has no engine to speak of."""
+        """Memory and metrics now. Raises KeyError while the model loads: the engine has no metrics yet."""
         sample = self.held()
         values = metrics_of((await client.get("/metrics")).text)
         sample.idle_seconds = values["deepfew_engine_idle_seconds"]
@@ -173,7 +172,7 @@ class ChurnServer:
         return sample
 
     def held(self) -> Sample:
-        """What the process holds now."""
+        """Memory, threads and files of the process now."""
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         fields = dict(line.split(":", 1) for line in lines)
         kib = {name: int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon")}

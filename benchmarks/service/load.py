@@ -36,12 +36,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.reporting import environment, finish, table
+from benchmarks.harness.checkpoints import make_store
+from benchmarks.harness.reporting import BUNDLED, environment, finish, table
 from benchmarks.harness.servers import (
-    CHECKPOINT,
     PROMPTS,
     Served,
-    extract_store,
     ours,
     require_transformers_serve,
     running,
@@ -69,7 +68,7 @@ def main() -> None:
     _require_locust()
     rounds: Rounds = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="load-") as folder:
-        store = extract_store(Path(folder))
+        store = make_store(BUNDLED, Path(folder) / "store")
         servers = [ours(store, int(slots), max(levels)) for slots in arguments.slots.split(",")]
         servers += [theirs(continuous_batching=False), theirs(continuous_batching=True)]
         right = expected(arguments.max_tokens)
@@ -102,7 +101,7 @@ def measure(
 
 
 def users(url: str, model: str, level: int, requests: int, max_tokens: int) -> dict[str, Any]:
-    """What `benchmarks.service.load_users` printed."""
+    """The result of `benchmarks.service.load_users`, run in a process of its own."""
     counts = ["--users", str(level), "--requests", str(requests), "--max-tokens", str(max_tokens)]
     command = [sys.executable, "-m", "benchmarks.service.load_users", url, model, *counts]
     found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
@@ -114,8 +113,8 @@ def expected(max_tokens: int) -> dict[str, str]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
-    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
     found = {}
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -128,7 +127,7 @@ def figures(found: dict[str, Any], right: dict[str, str]) -> dict[str, Any]:
     """The figures of one round at one level."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     answers = found["answers"]
     tokens = sum(len(tokenizer(text)["input_ids"]) for _, text, _, _ in answers)
     asked = {prompt for prompt, _, _, _ in answers}

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.harness.servers import extract_store, running
+from benchmarks.harness.checkpoints import make_store
+from benchmarks.harness.reporting import BUNDLED
+from benchmarks.harness.servers import running
 
 CONFIG = """
 # A value can be of the right type and yet too much for this model or this server: 400 (OpenAI's) and 422 say so. What
@@ -43,7 +45,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         config = Path(folder) / "schemathesis.toml"
         config.write_text(CONFIG)
-        serve = (sys.executable, "-m", "server.cli", "serve", str(extract_store(Path(folder))), "--dtype", "float32")
+        store = make_store(BUNDLED, Path(folder) / "store")
+        serve = (sys.executable, "-m", "server.cli", "serve", str(store), "--dtype", "float32")
         limits = ("--max-context-tokens", str(arguments.context_tokens), "--receive-seconds", "5")
         key = ("--admin-key", ADMIN_KEY) if arguments.admin else ()
         with running((*serve, *limits, *key, "--log-level", "warning")) as url:

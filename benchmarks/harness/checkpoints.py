@@ -1,8 +1,9 @@
-"""Generated checkpoints: Qwen3-MoE layout, random weights, written one tensor at a time, most of their bytes experts.
+"""Checkpoints and stores that benchmarks run on: the bundled one, and generated ones that are mostly experts.
 
-Speed and memory do not depend on what the weights are, but for one thing: which experts a token wants. Embeddings are
-large beside what the layers add, so that different tokens look different to the routers, and these spread them over all
-experts: hard on a cache. The tokenizer is the bundled checkpoint's.
+Generated checkpoints have the Qwen3-MoE layout, random weights and the bundled tokenizer; one tensor at a time is
+written. Speed and memory do not depend on the weights, but for one thing: which experts a token demands. Embeddings are
+large beside the layers' output, so that different tokens look different to the routers, and these spread them over all
+experts: hard on a cache.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ from pathlib import Path
 
 import torch
 
-TOKENIZER = Path(__file__).resolve().parents[2] / "models" / "tiny-moe"
+from benchmarks.harness.reporting import BUNDLED
+from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.planning.selection import SelectionRequest
+from extractor.writing.prepare import prepare
+
 FILE_BYTES = 10**9
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a generated checkpoint; the default holds 2.4 GB in bf16, 98 % of it experts."""
+    """Sizes of a generated checkpoint; the default has 2.4 GB in bf16, 98 % of it experts."""
 
     num_layers: int = 16
     num_experts: int = 64
@@ -45,6 +50,12 @@ class Shape:
         return self.num_layers * self.num_experts * self.expert_bytes
 
 
+def make_store(checkpoint: Path, folder: Path, count: int | None = None) -> Path:
+    """Extract `count` deep experts of a checkpoint (None: all) into the new store `folder`, and return it."""
+    prepare(Checkpoint.open(checkpoint), folder, SelectionRequest(count=count)).run()
+    return folder
+
+
 def write_checkpoint(directory: Path, shape: Shape, *, seed: int = 0, device: str = "cpu") -> None:
     """Write a checkpoint of bf16 tensors into `directory`: standard deviation 0.02, embeddings 1, norms all ones.
 
@@ -58,7 +69,7 @@ def write_checkpoint(directory: Path, shape: Shape, *, seed: int = 0, device: st
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        shutil.copy(TOKENIZER / name, directory / name)
+        shutil.copy(BUNDLED / name, directory / name)
     (directory / "config.json").write_text(json.dumps(_config(shape), indent=1))
     generator = torch.Generator(device).manual_seed(seed)
     files = _files(shape)
@@ -73,7 +84,7 @@ def write_checkpoint(directory: Path, shape: Shape, *, seed: int = 0, device: st
 
 
 def _config(shape: Shape) -> dict[str, object]:
-    config: dict[str, object] = json.loads((TOKENIZER / "config.json").read_text())
+    config: dict[str, object] = json.loads((BUNDLED / "config.json").read_text())
     return config | {
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden,
