@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,12 @@ MAX_SIDECAR_BYTES = 256 * 2**20
 SAMPLES_PER_FILE = 16
 SAMPLE_BYTES = 64 * 2**10
 MAX_NAMED = 3
+
+
+def checkpoint_name(location: str, name: str) -> str:
+    """`name`, or the hub's name where `location` is a snapshot in the hub's cache: its folder is named by a hash."""
+    found = re.search(r"(?:^|[/\\])models--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?$", location)
+    return found[1].replace("--", "/") if found else name
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,8 @@ class Checkpoint:
         names, ignored = _weight_files(root, config)
         files = tuple(read_tensor_file(_inside(root, file)) for file in names)
         ignored += _overridden(files)
-        return cls(root, name or root.name, location or str(root), config, files, _sidecars(root), tuple(ignored))
+        name = name or checkpoint_name(str(root), root.name)
+        return cls(root, name, location or str(root), config, files, _sidecars(root), tuple(ignored))
 
     @cached_property
     def tensors(self) -> dict[str, TensorEntry]:

@@ -80,7 +80,6 @@ def create_app(
         has_key=key is not None,
         has_admin_key=admin_key is not None,
         open_paths=OPEN_PATHS,
-        model_name=lambda: None if service.loaded is None else service.loaded.name,
     )
     return app
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from expert_store.errors import ShardCorruptError
 from expert_store.integrity import TrunkCheck
 from expert_store.store import Store
+from extractor.checkpoint.checkpoint import checkpoint_name
 from extractor.checkpoint.source import attach_source
 from extractor.statistics.statistics import ExpertStatistics
 from router.mask import ExpertMask, parse_experts
@@ -32,6 +33,7 @@ from server.model.host.assembly import resolve_device, resolve_dtype
 from server.model.load_progress import DEVICE_PHASES, LoadProgress, Phase, Progress
 from server.model.runner import Runner, RunnerOptions
 from server.model.seam.trunk import context_tokens
+from server.serving.generation_defaults import read_generation_defaults
 from server.serving.masks_and_growth import MasksAndGrowth
 from server.serving.service import ExpertsSnapshot, LoadedModel, ShardInfo
 from server.settings.schema import Settings
@@ -85,7 +87,7 @@ def assemble(settings: Settings, trunk_check: TrunkCheck, progress: LoadProgress
     engine = _engine(settings, store, make_runner)
     engine.start()
     engine.loaded.result()
-    model, grower = _describe(engine, store, known), masks_and_growth.grower(engine, settings)
+    model, grower = _describe(settings, engine, store, known), masks_and_growth.grower(engine, settings)
     masks_and_growth.start_growing(grower, settings)
     return replace(model, growth=grower, masks=masks_and_growth.masks(engine))
 
@@ -153,11 +155,15 @@ def _options(
     )
 
 
-def _describe(engine: Engine, store: Store, known: KnownPrice) -> LoadedModel:
+def _describe(settings: Settings, engine: Engine, store: Store, known: KnownPrice) -> LoadedModel:
     runner = engine.runner
     model, spec = runner.model, store.manifest.model
+    source = store.manifest.source
+    name, *other_names = settings.model.served_names or (checkpoint_name(source.location, source.name),)
     return LoadedModel(
-        name=store.manifest.source.name,
+        name=name,
+        other_names=tuple(other_names),
+        generation_defaults=read_generation_defaults(store.trunk_path) if settings.model.use_generation_config else {},
         family=spec.family,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),

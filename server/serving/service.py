@@ -10,8 +10,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -91,7 +91,13 @@ class ExpertsSnapshot:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model whose engine runs."""
+    """A model whose engine runs.
+
+    Attributes:
+        name: as answers, `/info` and metrics tell it.
+        other_names: that `/v1/models` lists too.
+        generation_defaults: values of the checkpoint's generation config, for requests that say nothing of them.
+    """
 
     name: str
     family: str
@@ -113,6 +119,13 @@ class LoadedModel:
     """Changes the served store; None where nothing can."""
     masks: RequestMasks | None = None
     """Masks that requests may choose; None where they may not."""
+    other_names: tuple[str, ...] = ()
+    generation_defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, `name` first."""
+        return (self.name, *self.other_names)
 
 
 Loader = Callable[[LoadProgress], LoadedModel]

@@ -59,6 +59,18 @@ class ModelSettings(Section):
     warn_perplexity_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
         1.1, description="warn at start where the mask is expected to raise perplexity by more than this factor"
     )
+    served_model_name: str | None = Field(
+        None,
+        description="names of the model for clients, joined by commas, the first one told; default the checkpoint's",
+    )
+    use_generation_config: bool = Field(
+        True, description="take the checkpoint's generation_config.json where a request says nothing"
+    )
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        """The parts of `served_model_name`."""
+        return tuple(name.strip() for name in (self.served_model_name or "").split(",") if name.strip())
 
     @model_validator(mode="after")
     def _one_way_to_say_slots(self) -> ModelSettings:

@@ -45,7 +45,8 @@ class NotReadyResponse(ReadyResponse):
 class InfoResponse(BaseModel):
     """The served model and its limits; names are TGI's if TGI has the field.
 
-    `decode_path`: where the experts of a decode step are driven, `host` or `device`.
+    `decode_path`: where the experts of a decode step are driven, `host` or `device`. `generation_defaults`: of the
+    checkpoint, for requests that say nothing of these parameters.
     """
 
     model_config = ConfigDict(protected_namespaces=())
@@ -65,6 +66,7 @@ class InfoResponse(BaseModel):
     max_stop_sequences: int
     max_top_n_tokens: int
     max_body_bytes: int
+    generation_defaults: dict[str, float | int | bool]
     router: str
     version: str
 

@@ -92,6 +92,7 @@ async def info(request: Request) -> ModelResponse:
             max_stop_sequences=MAX_STOPS,
             max_top_n_tokens=MAX_TOP_TOKENS,
             max_body_bytes=context.http.max_body_bytes,
+            generation_defaults=dict(model.generation_defaults),
             router="deepfew",
             version=context.version,
         )

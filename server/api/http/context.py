@@ -30,6 +30,7 @@ MAX_WAITING_TEXTS = 256
 
 Body = TypeVar("Body", bound=BaseModel)
 Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 class TextEncoder:
@@ -48,7 +49,11 @@ class TextEncoder:
         """Token ids of `text`. The text of a special token becomes that token. Raises QueueFullError."""
         return await self.run(_encode, text)
 
-    async def run(self, work: Callable[[Any, Argument], list[int]], argument: Argument) -> list[int]:
+    async def decode(self, ids: list[int]) -> str:
+        """Text of `ids`, special tokens included. Raises QueueFullError."""
+        return await self.run(_decode, ids)
+
+    async def run(self, work: Callable[[Any, Argument], Result], argument: Argument) -> Result:
         """`work(tokenizer, argument)` on the thread.
 
         Raises:
@@ -66,6 +71,10 @@ class TextEncoder:
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
     return [int(token) for token in tokenizer(text, verbose=False)["input_ids"]]
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 @dataclass

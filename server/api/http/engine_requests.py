@@ -7,10 +7,12 @@ Each engine request has its own masking, because a masking follows the tokens of
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from server.api.http.errors import ValidationFailed
-from server.api.http.fields import MaskFields
+from server.api.http.fields import MaskFields, SamplingFields
 from server.engine.request import GenerationRequest, SamplingParams
 from server.masks.profiles import ProfileError
 from server.serving.service import LoadedModel
@@ -23,28 +25,77 @@ LEAST_LOGPROB = -9999.0
 
 def sampling_of(
     model: LoadedModel,
+    asked: SamplingFields,
     *,
-    max_new_tokens: int,
     temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    repetition_penalty: float | None,
+    do_sample: bool | None,
+    max_new_tokens: int,
     seed: int | None,
-    do_sample: bool,
-    stop: Sequence[str],
-    include_stop_str_in_output: bool,
+    keep_stop: bool,
+    path: str = "",
 ) -> SamplingParams:
-    """Sampling parameters within what the model can do."""
-    return SamplingParams(
-        max_new_tokens=max_new_tokens,
-        temperature=None if temperature is None else max(temperature, COLDEST),
-        top_k=None if top_k is None else min(top_k, model.vocab_size),
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
+    """Sampling parameters: the request's, and the model's generation config where the request says nothing.
+
+    Args:
+        temperature: the request's, in its dialect's range; 0 is greedy.
+        do_sample: the request's. A value that is for sampling turns sampling on too; where this is None, so does the
+            generation config.
+        keep_stop: whether the text keeps a stop string, where the request says nothing.
+        path: of the fields in the body, for messages.
+
+    Raises:
+        ValidationFailed: a value that the model cannot take.
+    """
+    defaults = model.generation_defaults
+    values = {name: getattr(asked, name) for name in ("top_k", "top_p", "min_p", "typical_p")}
+    values["temperature"] = temperature
+    if not _sampling_values(values, model).is_greedy or (do_sample is None and defaults.get("do_sample")):
+        do_sample = True
+    values = {name: defaults.get(name) if value is None else value for name, value in values.items()}
+    if values["temperature"] == 0 or not do_sample:
+        values, seed, do_sample = {}, None, False
+    repetition_penalty = asked.repetition_penalty
+    if repetition_penalty is None:
+        repetition_penalty = defaults.get("repetition_penalty")
+    logit_bias = {int(token): bias for token, bias in (asked.logit_bias or {}).items()}
+    if any(token >= model.vocab_size for token in logit_bias):
+        raise ValidationFailed(
+            f"`{path}logit_bias` names a token id that is not below {model.vocab_size}, the size of the vocabulary",
+            param=f"{path}logit_bias",
+        )
+    if (asked.min_tokens or 0) > max_new_tokens:
+        raise ValidationFailed(
+            f"`{path}min_tokens` is more than the {max_new_tokens} tokens that the answer may have",
+            param=f"{path}min_tokens",
+        )
+    return replace(
+        _sampling_values(values, model),
         do_sample=do_sample,
-        stop=tuple(stop),
-        include_stop_str_in_output=include_stop_str_in_output,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        min_tokens=asked.min_tokens or 0,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        logit_bias=logit_bias or None,
+        stop=tuple(asked.stop),
+        include_stop_str_in_output=keep_stop
+        if asked.include_stop_str_in_output is None
+        else asked.include_stop_str_in_output,
+        skip_special_tokens=asked.skip_special_tokens,
+        ignore_eos=bool(asked.ignore_eos),
+    )
+
+
+def _sampling_values(values: Mapping[str, Any], model: LoadedModel) -> SamplingParams:
+    """The values that decide whether tokens are drawn; those that change nothing are left out."""
+    temperature, top_k = values.get("temperature"), values.get("top_k")
+    return SamplingParams(
+        temperature=None if not temperature else max(temperature, COLDEST),
+        top_k=min(top_k, model.vocab_size) if top_k is not None and top_k > 0 else None,
+        top_p=values.get("top_p"),
+        min_p=values.get("min_p"),
+        typical_p=values.get("typical_p"),
     )
 
 

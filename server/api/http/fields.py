@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 MAX_TEXT = 2**22
@@ -38,22 +38,49 @@ Text = Annotated[str, Field(max_length=MAX_TEXT, json_schema_extra={"pattern": N
 PromptText = Annotated[
     str, Field(min_length=1, max_length=MAX_TEXT, json_schema_extra={"pattern": NO_NUL}), AfterValidator(_no_nul)
 ]
-StopText = Annotated[
-    str,
-    Field(min_length=1, max_length=MAX_STOP_LENGTH, json_schema_extra={"pattern": NO_NUL}),
-    AfterValidator(_no_nul),
+_STOP_SCHEMA = {"type": "string", "maxLength": MAX_STOP_LENGTH, "pattern": NO_NUL}
+
+
+def is_text(value: Any, longest: int = MAX_TEXT) -> bool:
+    """Whether `value` is a text of at most `longest` characters, without NUL and lone surrogates."""
+    if not isinstance(value, str) or len(value) > longest or "\0" in value:
+        return False
+    return not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def _stops(value: Any) -> list[str]:
+    stops = [value] if isinstance(value, str) else value
+    if stops is None:
+        return []
+    if isinstance(stops, list) and len(stops) <= MAX_STOPS and all(is_text(item, MAX_STOP_LENGTH) for item in stops):
+        return [stop for stop in stops if stop]
+    raise PydanticCustomError(
+        "stop", f"must be a text or a list of at most {MAX_STOPS} texts of at most {MAX_STOP_LENGTH} characters"
+    )
+
+
+StopTexts = Annotated[
+    list[str],
+    BeforeValidator(_stops),
+    WithJsonSchema(
+        {"anyOf": [{"type": "null"}, _STOP_SCHEMA, {"type": "array", "maxItems": MAX_STOPS, "items": _STOP_SCHEMA}]}
+    ),
 ]
-StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOPS)]
 TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+ModelName = Annotated[str, StringConstraints(max_length=MAX_STOP_LENGTH)]
+TokenId = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]
+Bookkeeping = Annotated[str, StringConstraints(max_length=MAX_STOP_LENGTH)]
+"""A text that cannot change the answer; it is taken and not kept."""
 
 
-def unsupported(*neutral: bool | int | float | str | None) -> Any:
+def unsupported(*neutral: Any) -> Any:
     """A parameter that is not supported: null and the `neutral` values are taken, all others are refused by name."""
 
     def validate(value: Any) -> Any:
         if value is None or any(value == item and type(value) is type(item) for item in neutral):
-            return value
+            return None
         raise PydanticCustomError("unsupported", "is not supported by this server; leave it out")
 
     allowed = [None, *neutral]
@@ -101,3 +128,56 @@ class MaskFields(Strict):
     router_temperature: Annotated[float, Field(ge=0.01, le=100)] | None = Field(
         None, description="divides the routers' logits; 1 is the model as it is"
     )
+
+
+class SamplingFields(MaskFields):
+    """How tokens are chosen, in both dialects. Null leaves the choice to the checkpoint's generation config.
+
+    The fields after `stop` are known from other servers and not supported; they are taken with neutral values.
+    """
+
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = Field(
+        None, description="sample from the k most likely tokens; 0 and -1 are off"
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="sample from the most likely tokens whose probability reaches this; 1 is off"
+    )
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="sample from tokens at least this share as likely as the most likely one; 0 is off"
+    )
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="sample from the tokens nearest to the entropy until they reach this probability; 1 is off"
+    )
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = Field(
+        None, description="divides positive and multiplies negative logits of tokens seen before; 1 is off"
+    )
+    presence_penalty: Penalty | None = Field(None, description="taken off the logits of generated tokens; 0 is off")
+    frequency_penalty: Penalty | None = Field(
+        None, description="taken off the logits of generated tokens, once for each time; 0 is off"
+    )
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = (
+        Field(None, description="token id → value added to its logit")
+    )
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = Field(
+        None, description="no end of sequence and no stop string before so many tokens"
+    )
+    ignore_eos: bool | None = Field(None, description="generate on past the end-of-sequence token")
+    skip_special_tokens: bool | None = Field(
+        None, description="leave special tokens out of the text; default true, unless the model's format needs them"
+    )
+    include_stop_str_in_output: bool | None = Field(
+        None, description="keep the stop string in the text; default true for /generate, false under /v1"
+    )
+    stop: StopTexts = Field(default_factory=list, description="generation ends at one of these")
+    stop_token_ids: unsupported([]) = None  # type: ignore[valid-type]
+    bad_words: unsupported([]) = None  # type: ignore[valid-type]
+    allowed_token_ids: unsupported() = None  # type: ignore[valid-type]
+    use_beam_search: unsupported(False) = None  # type: ignore[valid-type]
+    length_penalty: unsupported(1, 1.0) = None  # type: ignore[valid-type]
+    early_stopping: unsupported(False) = None  # type: ignore[valid-type]
+    spaces_between_special_tokens: unsupported(True) = None  # type: ignore[valid-type]
+    guided_json: unsupported() = None  # type: ignore[valid-type]
+    guided_regex: unsupported() = None  # type: ignore[valid-type]
+    guided_choice: unsupported() = None  # type: ignore[valid-type]
+    guided_grammar: unsupported() = None  # type: ignore[valid-type]
+    structured_outputs: unsupported() = None  # type: ignore[valid-type]

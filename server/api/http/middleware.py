@@ -51,6 +51,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        method, scope = scope["method"], _as_routed(scope)
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
@@ -95,7 +96,7 @@ class Gate:
                 "request",
                 extra={
                     "request_id": request_id,
-                    "method": scope["method"],
+                    "method": method,
                     "path": _path(scope),
                     "status": seen["status"],
                     "seconds": round(time.perf_counter() - started, 4),
@@ -128,6 +129,15 @@ async def require_admin(request: Request) -> None:
         "this route changes the server and needs the admin key (`http.admin_key`); the API key does not open it: send "
         "Authorization: Bearer ADMIN_KEY, or X-API-Key: ADMIN_KEY"
     )
+
+
+def _as_routed(scope: Scope) -> Scope:
+    """The request as the routes know it: without double and trailing slashes, and with GET for HEAD.
+
+    uvicorn keeps the scope of its own and sends no body for HEAD.
+    """
+    path = "/" + "/".join(part for part in scope["path"].split("/") if part)
+    return {**scope, "path": path, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
 
 
 def _is_among(digest: bytes, shown: list[bytes]) -> bool:

@@ -6,7 +6,6 @@ responses come from the table in `errors.py`. The tests compare the document wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -93,7 +92,6 @@ def install_openapi(
     has_admin_key: bool,
     optional_bodies: frozenset[str],
     open_paths: frozenset[str],
-    model_name: Callable[[], str | None],
 ) -> None:
     """Add to the document that FastAPI makes.
 
@@ -103,7 +101,6 @@ def install_openapi(
         has_key: whether a key guards the routes; has_admin_key: whether one opens those of `ADMIN_TAG`.
         optional_bodies: paths whose body may be left out.
         open_paths: routes that need no key.
-        model_name: of the model that is served, None while it loads.
     """
     build = app.openapi
 
@@ -121,10 +118,6 @@ def install_openapi(
         schemas.update(definitions["$defs"])
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
-        if (name := model_name()) is not None:
-            for body in inputs:
-                if "model" in body.model_fields:
-                    schemas[body.__name__]["properties"]["model"] = {"enum": [name]}
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
                 if "HTTPValidationError" in str(operation["responses"].get("422")):

@@ -37,8 +37,8 @@ class ModelResponse(Response):
 
 
 def event(payload: BaseModel) -> bytes:
-    """One `data:` event. JSON has no raw line breaks, so it is one line."""
-    return b"data: " + payload.model_dump_json(exclude_unset=True).encode() + b"\n\n"
+    """One `data:` event, in ASCII: some clients split lines at U+2028 and others, which JSON need not escape."""
+    return b"data: " + payload.model_dump_json(exclude_unset=True, ensure_ascii=True).encode() + b"\n\n"
 
 
 class EventStream(Response):

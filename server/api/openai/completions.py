@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel
@@ -34,7 +34,7 @@ from server.api.openai.responses import (
     EndReason,
     Usage,
 )
-from server.engine.request import EngineError, FinishedEvent, GenerationRequest, TokenEvent
+from server.engine.request import EngineError, FinishedEvent, GenerationRequest, TokenEvent, TokenLogprob
 from server.serving.deficit import deficit_details
 from server.serving.service import LoadedModel
 
@@ -49,6 +49,7 @@ class Piece:
         offset: characters of the choice's tokens before these.
         num_logprobs: alternatives a token; None where no log-probabilities are wanted.
         ending: `deficit` of the finished choice; empty before the end.
+        prefill: tokens of the prompt, whose text `text` begins with.
     """
 
     index: int
@@ -58,6 +59,7 @@ class Piece:
     num_logprobs: int | None
     finish_reason: EndReason | None
     ending: dict[str, Any]
+    prefill: Sequence[TokenLogprob] = ()
 
 
 def _completion_choice(piece: Piece) -> CompletionChoice:
@@ -65,14 +67,14 @@ def _completion_choice(piece: Piece) -> CompletionChoice:
     return CompletionChoice(
         index=piece.index,
         text=piece.text,
-        logprobs=None if number is None else CompletionLogprobs.of(piece.tokens, number, piece.offset),
+        logprobs=None if number is None else CompletionLogprobs.of(piece.tokens, number, piece.offset, piece.prefill),
         finish_reason=piece.finish_reason,
         **piece.ending,
     )
 
 
 def _chat_logprobs(piece: Piece) -> ChatLogprobs | None:
-    return None if piece.num_logprobs is None else ChatLogprobs.of(piece.tokens)
+    return ChatLogprobs.of(piece.tokens) if piece.num_logprobs is not None and piece.tokens else None
 
 
 def _chat_choice(piece: Piece) -> ChatChoice:
@@ -150,22 +152,30 @@ class Job:
 
     Attributes:
         requests: one for each choice, in their order.
+        told_name: name of the model in the answer.
         num_prompt_tokens: a prompt counts once, however many answers it gets.
         num_logprobs: alternatives a token; None where no log-probabilities are wanted.
+        echoes: text of each choice's prompt, which begins its text; empty where none is wanted.
+        hides_answer: the prompt alone is wanted, of which one generated token is the price.
     """
 
     format: Format
     model: LoadedModel
+    told_name: str
     requests: list[GenerationRequest]
     num_prompt_tokens: int
     num_logprobs: int | None
     stream: bool
     include_usage: bool
+    echoes: Sequence[str] = ()
+    hides_answer: bool = False
 
     def piece(
         self, index: int, text: str, tokens: Sequence[TokenEvent], end: FinishedEvent | None, offset: int = 0
     ) -> Piece:
         """Text and tokens of a choice, and its end if it is there."""
+        if self.hides_answer:
+            text, tokens = "", []
         if end is None:
             return Piece(index, text, tokens, offset, self.num_logprobs, None, {})
         reason: EndReason = "length" if end.reason == "length" else "stop"
@@ -175,6 +185,7 @@ class Job:
     def usage(self, num_new: int) -> Usage:
         """Token counts of the request."""
         num_prompt = self.num_prompt_tokens
+        num_new = 0 if self.hides_answer else num_new
         return Usage(prompt_tokens=num_prompt, completion_tokens=num_new, total_tokens=num_prompt + num_new)
 
 
@@ -189,7 +200,7 @@ async def respond(request: Request, context: ApiContext, job: Job) -> Response:
         "id": shown.id_prefix + uuid.uuid4().hex,
         "object": shown.chunk_object if job.stream else shown.object,
         "created": int(time.time()),
-        "model": job.model.name,
+        "model": job.told_name,
         "system_fingerprint": f"deepfew-{context.version}",
     }
     generations = Generations(context, job.model, job.requests)
@@ -199,9 +210,12 @@ async def respond(request: Request, context: ApiContext, job: Job) -> Response:
     with generations:
         finished = await unless_disconnected(request, generations.finished())
     context.log_text(request, "answer", [end.generated_text for _, end in finished])
-    choices = [
-        shown.choice(job.piece(index, end.generated_text, tokens, end)) for index, (tokens, end) in enumerate(finished)
-    ]
+    choices = []
+    for index, (tokens, end) in enumerate(finished):
+        piece = job.piece(index, end.generated_text, tokens, end)
+        if job.echoes:
+            piece = replace(piece, text=job.echoes[index] + piece.text, prefill=end.prefill or ())
+        choices.append(shown.choice(piece))
     usage = job.usage(sum(end.num_generated_tokens for _, end in finished))
     return ModelResponse(shown.response(**head, choices=choices, usage=usage))
 
@@ -213,6 +227,8 @@ async def _stream(
     base = {**head, "usage": None} if job.include_usage else head
     offsets = [0] * len(job.requests)
     num_new = 0
+    for index, echo in enumerate(job.echoes):
+        yield event(chunk(**base, choices=[shown.chunk_choice(replace(job.piece(index, "", [], None), text=echo))]))
     if shown.opening is not None:
         yield b"".join(event(chunk(**base, choices=[shown.opening(index)])) for index in range(len(job.requests)))
     try:
@@ -224,9 +240,12 @@ async def _stream(
             text = "".join(token.text for token in tokens)
             if end is not None:
                 num_new += end.num_generated_tokens
-            if text or end is not None or job.num_logprobs is not None:
-                piece = job.piece(index, text, tokens, end, offsets[index])
+            if text or (tokens and job.num_logprobs is not None):
+                piece = job.piece(index, text, tokens, None, offsets[index])
                 offsets[index] += len(text)
+                yield event(chunk(**base, choices=[shown.chunk_choice(piece)]))
+            if end is not None:  # the end has a chunk of its own, without text: clients expect that
+                piece = job.piece(index, "", [], end, offsets[index])
                 yield event(chunk(**base, choices=[shown.chunk_choice(piece)]))
         if job.include_usage:
             yield event(chunk(**{**base, "choices": [], "usage": job.usage(num_new)}))

@@ -5,6 +5,7 @@ Invariant: a minus infinite log-probability, which JSON does not have, is `LEAST
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -42,26 +43,33 @@ class Usage(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """Parallel lists, one entry a token; `text_offset` counts characters from the start of the answer's text."""
+    """Parallel lists, one entry a token; `text_offset` counts characters from the start of the answer's text.
+
+    The first token of an echoed prompt has no log-probability.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
     @classmethod
-    def of(cls, tokens: Sequence[TokenEvent], num_logprobs: int, offset: int) -> CompletionLogprobs:
-        """Of `tokens`, whose text begins at `offset`, with `num_logprobs` alternatives each."""
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token.text)
-        top = [{_name(each.token_bytes): _finite(each.logprob) for each in token.top} for token in tokens]
+    def of(
+        cls,
+        tokens: Sequence[TokenEvent],
+        num_logprobs: int,
+        offset: int,
+        prefill: Sequence[TokenLogprob] = (),
+    ) -> CompletionLogprobs:
+        """Of `prefill` and `tokens`, whose text begins at `offset`, with `num_logprobs` alternatives each."""
+        shown: list[TokenLogprob | TokenEvent] = [*prefill, *tokens]
+        top = [{_name(each.token_bytes): _finite(each.logprob) for each in token.top} or None for token in shown]
+        starts = itertools.accumulate((len(token.text) for token in shown), initial=offset)
         return cls(
-            tokens=[_name(token.token_bytes) for token in tokens],
-            token_logprobs=[_finite(token.logprob) for token in tokens],
+            tokens=[_name(token.token_bytes) for token in shown],
+            token_logprobs=[None if token.logprob is None else _finite(token.logprob) for token in shown],
             top_logprobs=top if num_logprobs else None,
-            text_offset=offsets,
+            text_offset=list(starts)[: len(shown)],
         )
 
 

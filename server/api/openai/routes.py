@@ -29,13 +29,14 @@ router = APIRouter(prefix="/v1")
 
 @router.get(
     "/models",
-    summary="The model that is served",
+    summary="The model that is served, by all of its names",
     response_model=ModelList,
     responses=refusals(NotReadyError, openai=True),
 )
 async def models(request: Request) -> ModelResponse:
-    """A list of one."""
-    return ModelResponse(ModelList(object="list", data=[_card(context_of(request))]))
+    """One entry for each name of the model."""
+    context = context_of(request)
+    return ModelResponse(ModelList(object="list", data=[_card(context, name) for name in context.loaded().names]))
 
 
 @router.get(
@@ -45,50 +46,113 @@ async def models(request: Request) -> ModelResponse:
     responses=refusals(ModelNotFoundError, NotReadyError, openai=True),
 )
 async def model(request: Request, name: str) -> ModelResponse:
-    """The model of that name, if it is the one."""
-    card = _card(context_of(request))
-    if name != card.id:
+    """The model, if this is one of its names."""
+    context = context_of(request)
+    if name not in context.loaded().names:
         raise ModelNotFoundError("this server has no such model; GET /v1/models lists what it has", param="model")
-    return ModelResponse(card)
+    return ModelResponse(_card(context, name))
 
 
 @router.post(
     "/completions",
     summary="Continue prompts",
-    responses=generation_responses(CompletionResponse, CompletionResponse, ModelNotFoundError, openai=True),
+    responses=generation_responses(CompletionResponse, CompletionResponse, openai=True),
 )
 async def completions(request: Request) -> Response:
     """Continue one prompt or several, as texts or token ids."""
     context = context_of(request)
     body = await context.read(request, CompletionRequest)
     served = _served(context, body, len(body.prompt))
+    _check_completion(body)
     context.log_text(request, "prompt", body.prompt)
     encoder = context.encoder(served)
     prompts = [prompt if isinstance(prompt, list) else await encoder.encode(prompt) for prompt in body.prompt]
     sampling = _sampling(body, served, prompts, body.max_tokens, DEFAULT_COMPLETION_TOKENS)
-    return await respond(request, context, _job(COMPLETION, body, served, prompts, sampling, body.logprobs))
+    job = _job(COMPLETION, body, served, prompts, sampling, body.logprobs)
+    if body.echo:
+        texts = [await encoder.decode(prompt) if isinstance(prompt, list) else prompt for prompt in body.prompt]
+        job = replace(
+            job, echoes=[text for text in texts for _ in range(body.n or 1)], hides_answer=not body.max_tokens
+        )
+    return await respond(request, context, job)
+
+
+def _check_completion(body: CompletionRequest) -> None:
+    """Raises ValidationFailed for values that exclude each other."""
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise ValidationFailed("`best_of` is not supported; leave it out, or give it the value of `n`", param="best_of")
+    if body.max_tokens == 0 and not body.echo:
+        raise ValidationFailed("`max_tokens` is 0, which only `echo` may have: ask for at least 1", param="max_tokens")
+    if body.echo and body.stream and body.logprobs is not None:
+        raise ValidationFailed(
+            "`echo` with `logprobs` is not supported with a stream; leave out one of the three", param="echo"
+        )
 
 
 @router.post(
     "/chat/completions",
     summary="Answer a chat",
-    responses=generation_responses(ChatResponse, ChatChunk, ModelNotFoundError, openai=True),
+    responses=generation_responses(ChatResponse, ChatChunk, openai=True),
 )
 async def chat(request: Request) -> Response:
     """Answer the last message, with the checkpoint's own chat template."""
     context = context_of(request)
     body = await context.read(request, ChatRequest)
     served = _served(context, body, 1)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise ValidationFailed("`top_logprobs` needs `logprobs` to be true", param="top_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise ValidationFailed("`max_tokens` and `max_completion_tokens` are one; give one", param="max_tokens")
     context.log_text(request, "prompt", [message.content for message in body.messages])
-    prompts = [await chat_ids(context.encoder(served), body.messages)]
+    prompts = [await context.encoder(served).run(chat_ids, body)]
     wanted = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     sampling = _sampling(body, served, prompts, wanted, served.max_context_tokens)
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return await respond(request, context, _job(CHAT, body, served, prompts, sampling, num_logprobs))
+
+
+def _served(context: ApiContext, body: Common, num_prompts: int) -> LoadedModel:
+    """The served model, whatever name the request has for it.
+
+    Raises:
+        NotReadyError: it takes no request now. ValidationFailed: the request asks for more answers than allowed.
+    """
+    served = context.service.model()
+    most = context.http.max_prompts
+    if num_prompts * (body.n or 1) > most:
+        raise ValidationFailed(
+            f"`n` times the number of prompts is more than {most}, the most for one request", param="n"
+        )
+    return served
+
+
+def _sampling(
+    body: Common, served: LoadedModel, prompts: Sequence[Sequence[int]], wanted: int | None, default: int
+) -> SamplingParams:
+    """Sampling unless the temperature is 0. `wanted` tokens are at most as many as the longest prompt leaves room for.
+
+    Raises:
+        ContextTooLongError: the longest prompt leaves no room.
+    """
+    longest = max(map(len, prompts))
+    room = served.max_context_tokens - longest
+    if room < 1:
+        raise ContextTooLongError(
+            f"the prompt has {longest} tokens; prompt and answer together may have {served.max_context_tokens}: "
+            f"shorten the prompt by at least {1 - room}"
+        )
+    if wanted is None:
+        wanted = served.generation_defaults.get("max_new_tokens", default)
+    temperature = served.generation_defaults.get("temperature", 1.0) if body.temperature is None else body.temperature
+    return sampling_of(
+        served,
+        body,
+        temperature=temperature,
+        do_sample=True,
+        max_new_tokens=max(1, min(wanted, room)),
+        seed=None if body.seed is None else body.seed % 2**64,
+        keep_stop=False,
+    )
 
 
 def _job(
@@ -101,9 +165,11 @@ def _job(
 ) -> Job:
     """`n` requests for every prompt; the same seed gives the same `n` answers, each of them its own."""
     seed = sampling.seed
+    is_echo_scored = bool(getattr(body, "echo", None)) and num_logprobs is not None
     return Job(
         format=format,
         model=served,
+        told_name=body.model if body.model in served.names else served.name,
         requests=[
             request_of(
                 served,
@@ -111,6 +177,7 @@ def _job(
                 sampling if seed is None else replace(sampling, seed=(seed + copy) % 2**64),
                 body,
                 num_logprobs=num_logprobs or 0,
+                prompt_logprobs=is_echo_scored,
             )
             for prompt in prompts
             for copy in range(body.n or 1)
@@ -122,53 +189,5 @@ def _job(
     )
 
 
-def _served(context: ApiContext, body: Common, num_prompts: int) -> LoadedModel:
-    """The served model, if the request names it and asks for no more answers than allowed."""
-    served = context.service.model()
-    if body.model != served.name:
-        raise ModelNotFoundError("this server has no such model; GET /v1/models lists what it has", param="model")
-    most = context.http.max_prompts
-    if num_prompts * (body.n or 1) > most:
-        raise ValidationFailed(
-            f"`n` times the number of prompts is more than {most}, the most for one request", param="n"
-        )
-    return served
-
-
-def _card(context: ApiContext) -> ModelCard:
-    return ModelCard(
-        id=context.loaded().name,
-        object="model",
-        created=int(context.service.started_at),
-        owned_by="deepfew",
-    )
-
-
-def _sampling(
-    body: Common, served: LoadedModel, prompts: Sequence[Sequence[int]], wanted: int | None, default: int
-) -> SamplingParams:
-    """OpenAI's defaults: temperature 1, so sampling, unless the temperature is 0.
-
-    Raises:
-        ContextTooLongError: the longest prompt leaves no room, or less than asked for.
-    """
-    longest = max(map(len, prompts))
-    room = served.max_context_tokens - longest
-    if room < 1 or (wanted or 1) > room:
-        raise ContextTooLongError(
-            f"this model's maximum context length is {served.max_context_tokens} tokens; the prompt has {longest}, "
-            "which together with the completion is too long: shorten one of them"
-        )
-    is_greedy = body.temperature == 0
-    return sampling_of(
-        served,
-        max_new_tokens=wanted if wanted is not None else min(default, room),
-        temperature=None if is_greedy else 1.0 if body.temperature is None else body.temperature,
-        top_k=None if is_greedy else body.top_k,
-        top_p=None if is_greedy or body.top_p == 1 else body.top_p,
-        repetition_penalty=body.repetition_penalty,
-        seed=None if is_greedy or body.seed is None else body.seed % 2**64,
-        do_sample=not is_greedy,
-        stop=body.stop,
-        include_stop_str_in_output=False,
-    )
+def _card(context: ApiContext, name: str) -> ModelCard:
+    return ModelCard(id=name, object="model", created=int(context.service.started_at), owned_by="deepfew")

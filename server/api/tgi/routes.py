@@ -126,17 +126,16 @@ async def _prepare(context: ApiContext, model: LoadedModel, body: GenerateReques
             f"`parameters.max_new_tokens`: the prompt has {len(ids)} tokens, which leaves room for {room} new ones "
             f"of {model.max_context_tokens} in all, got more: ask for at most {room}"
         )
+    default = model.generation_defaults.get("max_new_tokens", DEFAULT_NEW_TOKENS)
     sampling = sampling_of(
         model,
-        max_new_tokens=num_new if num_new is not None else min(DEFAULT_NEW_TOKENS, room),
+        parameters,
         temperature=parameters.temperature,
-        top_k=parameters.top_k,
-        top_p=parameters.top_p,
-        repetition_penalty=parameters.repetition_penalty,
+        do_sample=parameters.do_sample,
+        max_new_tokens=num_new if num_new is not None else min(default, room),
         seed=parameters.seed,
-        do_sample=bool(parameters.do_sample),
-        stop=parameters.stop or (),
-        include_stop_str_in_output=True,
+        keep_stop=True,
+        path="parameters.",
     )
     request = request_of(
         model,
@@ -153,22 +152,27 @@ async def _prepare(context: ApiContext, model: LoadedModel, body: GenerateReques
 async def _stream(
     generations: Generations, prompt: Prompt, keep_alive_seconds: float, path: str
 ) -> AsyncGenerator[bytes, None]:
+    held: list[TokenEvent] = []  # a stop string that is cut off may take every token after this one
+    may_cut = not prompt.request.sampling.include_stop_str_in_output
     try:
         async for _, batch in generations.batches(keep_alive_seconds):
             if not batch:
                 yield KEEP_ALIVE
                 continue
             tokens, end = split(batch)
-            last = len(tokens) - 1
-            yield b"".join(
-                event(_stream_event(token, prompt, end if place == last else None))
-                for place, token in enumerate(tokens)
-            )
+            tokens = held + tokens
+            held = [tokens.pop()] if may_cut and end is None and tokens else []
+            last = tokens.pop() if end is not None and tokens else None
+            chunks = [_stream_event(token, prompt, None) for token in tokens]
+            if end is not None:
+                chunks.append(_stream_event(last, prompt, end))
+            if chunks:
+                yield b"".join(map(event, chunks))
     except EngineError as error:
         yield event(error_body(error, path))
 
 
-def _stream_event(token: TokenEvent, prompt: Prompt, end: FinishedEvent | None) -> StreamResponse:
+def _stream_event(token: TokenEvent | None, prompt: Prompt, end: FinishedEvent | None) -> StreamResponse:
     details = None
     if end is not None and prompt.wants_details:
         details = StreamDetails(
@@ -178,10 +182,10 @@ def _stream_event(token: TokenEvent, prompt: Prompt, end: FinishedEvent | None) 
             input_length=end.num_prompt_tokens,
             deficit=deficit_details(end.deficit, prompt.model, prompt.request),
         )
-    top = {"top_tokens": _top_tokens(token)} if prompt.parameters.top_n_tokens else {}
+    top = {"top_tokens": _top_tokens(token)} if prompt.parameters.top_n_tokens and token is not None else {}
     return StreamResponse(
-        index=token.index,
-        token=_token(token),
+        index=0 if token is None else token.index,
+        token=None if token is None else _token(token),
         generated_text=None if end is None else _whole_text(prompt, end),
         details=details,
         **top,

@@ -12,10 +12,10 @@ from pydantic import BaseModel, Field
 
 from server.api.http.fields import (
     MAX_TOP_TOKENS,
-    MaskFields,
+    ModelName,
     PromptText,
+    SamplingFields,
     Seed,
-    StopTexts,
     Strict,
     TokenCount,
     unsupported,
@@ -26,23 +26,17 @@ DEFAULT_NEW_TOKENS = 100
 EndReason = Literal["length", "eos_token", "stop_sequence"]
 
 
-class GenerateParameters(MaskFields):
-    """How to generate. Any of temperature, top_k, top_p or do_sample turns sampling on; else decoding is greedy."""
+class GenerateParameters(SamplingFields):
+    """How to generate. Decoding is greedy unless a value turns sampling on, or the generation config does."""
 
     max_new_tokens: TokenCount | None = Field(
         None, description=f"tokens to generate; default {DEFAULT_NEW_TOKENS} or what the context has room for"
     )
-    temperature: Annotated[float, Field(gt=0, le=1000)] | None = Field(None, description="divides the logits")
-    top_k: TokenCount | None = Field(None, description="sample from the k most likely tokens")
-    top_p: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="sample from the most likely tokens whose probability reaches this"
-    )
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = Field(
-        None, description="divides positive and multiplies negative logits of tokens seen before; 1 is none"
+    temperature: Annotated[float, Field(ge=0, le=1000)] | None = Field(
+        None, description="divides the logits; 0 is greedy"
     )
     do_sample: bool | None = Field(None, description="sample, even with every other value left out")
     seed: Seed | None = Field(None, description="of the random draws; the same seed gives the same text")
-    stop: StopTexts | None = Field(None, description="generation ends after one of these; it stays in the text")
     truncate: TokenCount | None = Field(None, description="keep only so many of the prompt's last tokens")
     return_full_text: bool | None = Field(None, description="put the prompt before the generated text")
     details: bool | None = Field(None, description="return tokens, the reason of the end, and the deficit")
@@ -53,8 +47,6 @@ class GenerateParameters(MaskFields):
         None, description="with details: return so many of the most likely tokens at each place"
     )
     best_of: unsupported(1) = Field(None, description="only 1")  # type: ignore[valid-type]
-    frequency_penalty: unsupported(0, 0.0) = Field(None, description="not supported")  # type: ignore[valid-type]
-    typical_p: unsupported() = Field(None, description="not supported")  # type: ignore[valid-type]
     watermark: unsupported(False) = Field(None, description="not supported")  # type: ignore[valid-type]
     grammar: unsupported() = Field(None, description="not supported")  # type: ignore[valid-type]
     adapter_id: unsupported() = Field(None, description="not supported")  # type: ignore[valid-type]
@@ -66,6 +58,7 @@ class GenerateRequest(Strict):
     inputs: PromptText = Field(description="the prompt; text of special tokens in it stands for these tokens")
     parameters: GenerateParameters | None = None
     stream: bool | None = Field(None, description="answer with server-sent events, one for each token")
+    model: ModelName | None = Field(None, description="any name: one model is served")
 
 
 class Token(BaseModel):
@@ -115,10 +108,13 @@ class StreamDetails(BaseModel):
 
 
 class StreamResponse(BaseModel):
-    """One event of a stream; the last one has the whole text and, if asked for, details."""
+    """One event of a stream; the last one has the whole text and, if asked for, details.
+
+    `token` is null, and `index` 0, where a stop string at the very beginning was cut off.
+    """
 
     index: int
-    token: Token
+    token: Token | None
     top_tokens: list[Token] | None = None
     generated_text: str | None
     details: StreamDetails | None

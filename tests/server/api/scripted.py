@@ -6,9 +6,10 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from expert_store.manifest import DeepExpert
 from extractor.statistics.price import Price
@@ -43,16 +44,26 @@ class CharTokenizer:
     """One token a character; the id is the code point. `<|end|>` is token 0."""
 
     all_special_tokens = ("<|end|>",)
-    chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+    special_tokens_map: ClassVar = {"eos_token": "<|end|>"}
+    chat_template: str | dict[str, str] | None = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+    )
 
     def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [ord(char) for char in text]}
 
+    def decode(self, ids: list[int], **options: Any) -> str:
+        return "".join(map(chr, ids))
+
     def apply_chat_template(
-        self, messages: list[dict[str, str]], tokenize: bool = False, add_generation_prompt: bool = True
+        self,
+        messages: list[dict[str, Any]],
+        tokenize: bool = False,
+        add_generation_prompt: bool = True,
+        **variables: Any,
     ) -> str:
-        lines = [f"<{message['role']}>{message['content']}\n" for message in messages]
-        return "".join(lines) + "<assistant>"
+        template = self.chat_template["default"] if isinstance(self.chat_template, dict) else self.chat_template
+        return str(render_jinja_template([messages], chat_template=template, **variables)[0][0])
 
 
 class ScriptedVocabulary(Vocabulary):

@@ -93,24 +93,23 @@ PARAMETERS: list[tuple[str, Any]] = [
     ("max_new_tokens", 1.5),
     ("max_new_tokens", "1"),
     ("max_new_tokens", 200),
-    ("temperature", 0),
-    ("temperature", 0.0),
     ("temperature", -1),
     ("temperature", "1"),
     ("temperature", True),
     ("temperature", 1e300),
-    ("top_k", 0),
-    ("top_k", -1),
+    ("top_k", -2),
     ("top_k", 1.5),
     ("top_p", 0),
-    ("top_p", 1),
     ("top_p", 1.5),
+    ("min_p", -0.1),
+    ("min_p", 1.1),
+    ("typical_p", 0),
+    ("typical_p", 1.1),
     ("repetition_penalty", 0),
     ("seed", -1),
     ("seed", 2**64),
     ("seed", 1.5),
-    ("stop", "text"),
-    ("stop", [""]),
+    ("stop", {}),
     ("stop", [LEAK] * 17),
     ("stop", [LEAK * 100]),
     ("stop", [1]),
@@ -123,8 +122,17 @@ PARAMETERS: list[tuple[str, Any]] = [
     ("best_of", 2),
     ("best_of", 10**9),
     ("best_of", True),
-    ("frequency_penalty", 0.5),
-    ("typical_p", 0.9),
+    ("frequency_penalty", 2.5),
+    ("presence_penalty", -2.5),
+    ("logit_bias", {"a": 1}),
+    ("logit_bias", {"5": 101}),
+    ("logit_bias", {"99999999": 1}),
+    ("min_tokens", -1),
+    ("min_tokens", 150),
+    ("stop_token_ids", [5]),
+    ("bad_words", ["a"]),
+    ("use_beam_search", True),
+    ("guided_json", {}),
     ("watermark", True),
     ("grammar", {"type": "json", "value": LEAK}),
     ("adapter_id", LEAK),
@@ -145,14 +153,33 @@ def test_bad_parameter_is_refused_by_its_name(client: httpx.Client, name: str, v
     [
         ("best_of", 1),
         ("frequency_penalty", 0),
+        ("presence_penalty", 0.0),
         ("watermark", False),
         ("typical_p", None),
-        ("temperature", 1),
+        ("typical_p", 1),
+        ("typical_p", 1.0),
+        ("top_p", 1),
+        ("top_p", 1.0),
+        ("top_k", -1),
+        ("top_k", 0),
         ("top_k", 2.0),
+        ("min_p", 0),
+        ("min_tokens", 0),
+        ("repetition_penalty", 1.0),
+        ("logit_bias", {}),
+        ("temperature", 0),
+        ("temperature", 0.0),
+        ("temperature", 1),
+        ("stop", []),
+        ("stop", [""]),
+        ("stop", ""),
+        ("stop_token_ids", []),
+        ("do_sample", False),
+        ("top_n_tokens", 0),
         ("seed", 1e3),
     ],
 )
-def test_neutral_value_of_an_unsupported_parameter_is_taken(client: httpx.Client, name: str, value: Any) -> None:
+def test_neutral_value_is_taken(client: httpx.Client, name: str, value: Any) -> None:
     response = client.post("/generate", json={"inputs": "a", "parameters": {name: value, "max_new_tokens": 1}})
     assert response.status_code == 200
 
@@ -244,7 +271,7 @@ def test_long_headers_and_malformed_requests_are_refused(server: Running) -> Non
 
 def test_unknown_path_and_method_have_the_same_shape(client: httpx.Client) -> None:
     refused(client.get(f"/{LEAK}"), 404, "not_found")
-    refused(client.get("/generate/"), 404, "not_found")
+    refused(client.get("/generate/"), 405, "method_not_allowed")
     refused(client.post("/../etc/passwd"), 404, "not_found")
     refused(client.get("/generate"), 405, "method_not_allowed")
     response = client.request("DELETE", "/experts")
