@@ -1,4 +1,4 @@
-"""The README's tables say what the files under benchmarks/results say that they cite."""
+"""The tables of the README and of docs/performance.md have the figures of the result files that they cite."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
+PERFORMANCE = "docs/performance.md"
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -17,9 +18,9 @@ def _read(name: str) -> dict[str, Any]:
     return found
 
 
-def _rows(title: str) -> dict[str, list[str]]:
-    """Rows of the README's table below `title`, to its next bold row: first cell → the others, without commas."""
-    text = (REPOSITORY / "README.md").read_text().partition(title)[2]
+def _rows(title: str, page: str = PERFORMANCE) -> dict[str, list[str]]:
+    """Rows of the table below `title`, to its next bold row: first cell → the others, without commas."""
+    text = (REPOSITORY / page).read_text().partition(title)[2]
     lines = text[text.index("\n|") :].lstrip().split("\n\n")[0].split("\n| **")[0].splitlines()
     cells = [[cell.strip().replace(",", "") for cell in line.strip("|").split("|")] for line in lines]
     return {row[0]: row[1:] for row in cells if not row[0].startswith("-") and row[0] and any(row[1:])}
@@ -37,14 +38,15 @@ def _decode_row(result: str, stock: str, num_slots: int) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("block", "result", "stock"),
+    ("page", "block", "result", "stock"),
     [
-        ("**generated", "decode-generated-cpu", "transformers, grouped_mm"),
-        ("**bundled", "decode-tiny-moe-cpu", "transformers, batched_mm"),
+        ("README.md", "## Measured", "decode-generated-cpu", "transformers, grouped_mm"),
+        (PERFORMANCE, "**generated", "decode-generated-cpu", "transformers, grouped_mm"),
+        (PERFORMANCE, "**bundled", "decode-tiny-moe-cpu", "transformers, batched_mm"),
     ],
 )
-def test_decode_table_is_that_of_its_results(block: str, result: str, stock: str) -> None:
-    rows = _rows(block)
+def test_decode_table_is_that_of_its_results(page: str, block: str, result: str, stock: str) -> None:
+    rows = _rows(block, page)
     implementation = stock.partition(", ")[2]
     assert rows[f"transformers `{implementation}`"] == _decode_row(result, stock, 0)
     for num_slots in (64, 32, 16):
@@ -69,7 +71,7 @@ def test_load_table_is_that_of_its_results() -> None:
 
 
 def test_figures_in_sentences_are_those_of_their_results() -> None:
-    text = " ".join((REPOSITORY / "README.md").read_text().split())
+    text = " ".join((REPOSITORY / PERFORMANCE).read_text().split())
     extract, serving = _read("extract"), _read("serve_gpu")["servings"]
     assert f"at {extract['warm']['ratio']:.2f} of the rate of `cp -r`" in text
     assert f"{extract['peak_above_interpreter_mib']} MiB above the interpreter" in text
@@ -78,6 +80,6 @@ def test_figures_in_sentences_are_those_of_their_results() -> None:
     fast, slow = ([f"{rates[kind]:.0f}" for kind in kinds] for rates in (device, host))
     assert f"{fast[0]} tokens/s to a greedy request" in text
     assert f"{fast[1]} to a sampled one, and {fast[2]} to four greedy ones" in text
-    assert f"driven by the host it would be {slow[0]}, {slow[1]} and {slow[2]}" in text
+    assert f"With the host driving the experts it would be {slow[0]}, {slow[1]} and {slow[2]}" in text
     (alone,) = (row for row in _read("decode_gpu")["resident"] if row["batch"] == 1)
     assert f"takes {alone['step_ms']:.2f} ms, {alone['ratio']:.1f} times what its bytes need" in text
