@@ -20,6 +20,7 @@ from extractor.planning.columns import ALIGNMENTS, align, form_columns, ranked_c
 from extractor.planning.criteria import DEFAULT_CRITERION, normalised, ranking, score
 from extractor.planning.expectation import Expectation, expect
 from extractor.planning.plan import Plan, PlannedExpert
+from extractor.planning.selection import count_within
 from extractor.statistics.price import Price
 from extractor.statistics.statistics import ExpertStatistics
 
@@ -108,27 +109,20 @@ def count_for(statistics: ExpertStatistics, count: int | None, keep: float | Non
     """The number of deep experts that was asked for by number, share, or bytes of the whole store.
 
     Raises:
-        SelectionError: none or several were given, or the number is outside 1 to E.
+        SelectionError: no limit was given, or see `count_within`.
     """
-    if sum(value is not None for value in (count, keep, budget_bytes)) != 1:
+    if (count, keep, budget_bytes) == (None, None, None):
         raise SelectionError("give exactly one of --count, --keep and --budget")
-    if keep is not None:
-        count = int(keep * statistics.num_experts + 1e-9)
-    elif budget_bytes is not None:
-        if statistics.expert_bytes < 1:
-            raise SelectionError("the statistics do not say how large an expert is: use --count or --keep")
-        count = min((budget_bytes - statistics.trunk_bytes) // statistics.expert_bytes, statistics.num_experts)
-        if count < 1:
-            least = statistics.trunk_bytes + statistics.expert_bytes
-            raise SelectionError(
-                f"--budget of {budget_bytes} bytes does not hold the trunk and one deep expert, which take {least} "
-                "bytes; give at least that"
-            )
-    assert count is not None
-    if not 1 <= count <= statistics.num_experts:
-        flag = "--count" if keep is None else "--keep"
-        raise SelectionError(f"{flag} is {count} deep experts, wanted 1 to {statistics.num_experts}")
-    return count
+    if budget_bytes is not None and statistics.expert_bytes < 1:
+        raise SelectionError("the statistics do not say how large an expert is: use --count or --keep")
+    return count_within(
+        count,
+        keep,
+        budget_bytes,
+        num_experts=statistics.num_experts,
+        most=statistics.num_experts,
+        store_bytes=lambda number: statistics.trunk_bytes + number * statistics.expert_bytes,
+    )
 
 
 def _turns(quotas: Mapping[str, float], count: int) -> list[str | None]:

@@ -7,8 +7,10 @@ only), and no (layer, expert) is taken twice.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from expert_store.manifest import Alignment, LayerSpec, ModelSpec
 from expert_store.shard import ShardLayout
@@ -52,22 +54,22 @@ def select(
     Without a plan, deep expert i is expert i of every layer; with one, its first (best) deep experts are taken.
     `fingerprint` is compared with the plan's, where it has one. Raises SelectionError.
     """
-    limits = [
-        option
-        for option, value in (
-            ("--experts", request.experts),
-            ("--count", request.count),
-            ("--keep", request.keep),
-            ("--budget", request.budget_bytes),
-        )
-        if value is not None
-    ]
-    if len(limits) > 1:
-        raise SelectionError(f"{' and '.join(limits)} contradict each other; give one of them")
+    for option, value in (("--count", request.count), ("--keep", request.keep), ("--budget", request.budget_bytes)):
+        if request.experts is not None and value is not None:
+            raise SelectionError(f"--experts and {option} contradict each other; give one of them")
     if request.plan is not None and request.experts is not None:
         raise SelectionError("--plan and --experts contradict each other; give one of them")
     columns, alignment = _candidates(request, model, fingerprint)
-    count = _count(request, model, layers, trunk_bytes, columns)
+    shards = (ShardLayout(tuple(layers), index, experts).file_bytes for index, experts in enumerate(columns))
+    sizes = list(accumulate(shards, initial=trunk_bytes)) if request.budget_bytes is not None else []
+    count = count_within(
+        request.count,
+        request.keep,
+        request.budget_bytes,
+        num_experts=model.num_experts,
+        most=len(columns),
+        store_bytes=sizes.__getitem__,
+    )
     return Selection(columns[:count], alignment)
 
 
@@ -124,38 +126,50 @@ def _ids(text: str, model: ModelSpec) -> tuple[int, ...]:
     return ids
 
 
-def _count(
-    request: SelectionRequest,
-    model: ModelSpec,
-    layers: Sequence[LayerSpec],
-    trunk_bytes: int,
-    columns: Sequence[tuple[int, ...]],
+def count_within(
+    count: int | None,
+    keep: float | None,
+    budget_bytes: int | None,
+    *,
+    num_experts: int,
+    most: int,
+    store_bytes: Callable[[int], int],
 ) -> int:
-    """The number of `columns` to take."""
-    if request.count is not None:
-        if not 1 <= request.count <= len(columns):
-            raise SelectionError(f"--count is {request.count}, wanted 1 to {len(columns)}")
-        return request.count
-    if request.keep is not None:
-        if not 0 < request.keep <= 1:
-            raise SelectionError(f"--keep is {request.keep}, wanted a share of the experts such as 25% or 0.25")
-        count = int(request.keep * model.num_experts + 1e-9)
-        if not 1 <= count <= len(columns):
+    """The number of deep experts within the one limit that is given, `most` without one.
+
+    Args:
+        count, keep, budget_bytes: a number, a share of the experts from 0 to 1, bytes of the whole store.
+        num_experts: E, of which `keep` is a share.
+        most: deep experts that there are to choose from.
+        store_bytes: the size of a store with so many deep experts.
+
+    Raises:
+        SelectionError: several limits are given, or fewer than one or more than `most` deep experts are within it.
+    """
+    limits = {"--count": count, "--keep": keep, "--budget": budget_bytes}
+    given = [option for option, value in limits.items() if value is not None]
+    if len(given) > 1:
+        raise SelectionError(f"{' and '.join(given)} contradict each other; give one of them")
+    if count is not None:
+        if not 1 <= count <= most:
+            raise SelectionError(f"--count is {count}, wanted 1 to {most}")
+        return count
+    if keep is not None:
+        if not 0 < keep <= 1:
+            raise SelectionError(f"--keep is {keep}, wanted a share of the experts such as 25% or 0.25")
+        count = int(keep * num_experts + 1e-9)
+        if not 1 <= count <= most:
             raise SelectionError(
-                f"--keep {request.keep:.4g} of {model.num_experts} experts is {count} deep experts, wanted 1 to "
-                f"{len(columns)}; keep at least {100 / model.num_experts:.3g}%"
+                f"--keep {keep:.4g} of {num_experts} experts is {count} deep experts, wanted 1 to {most}; keep at "
+                f"least {100 / num_experts:.3g}%"
             )
         return count
-    if request.budget_bytes is not None:
-        left, count = request.budget_bytes - trunk_bytes, 0
-        for index, experts in enumerate(columns):
-            left -= ShardLayout(tuple(layers), index, experts).file_bytes
-            count += left >= 0
-        if count == 0:
-            least = trunk_bytes + ShardLayout(tuple(layers), 0, columns[0]).file_bytes
+    if budget_bytes is not None:
+        count = bisect_right(range(most + 1), budget_bytes, key=store_bytes) - 1
+        if count < 1:
             raise SelectionError(
-                f"--budget of {request.budget_bytes} bytes does not hold the trunk and one deep expert, which take "
-                f"{least} bytes; give at least that"
+                f"--budget of {budget_bytes} bytes does not hold the trunk and one deep expert, which take "
+                f"{store_bytes(1)} bytes; give at least that"
             )
         return count
-    return len(columns)
+    return most

@@ -1,8 +1,8 @@
 """Recent demand, by which every change of a store is ranked, whoever asked for it.
 
-Time is cut into intervals. What was wanted in the running one counts whole, in the one before half, and so on; what
-earlier runs wanted counts as the interval before the start. Invariant: an interval in which nothing was wanted ages
-nothing, so a server that was idle ranks as it did before.
+Time is cut into intervals. Demand of the running interval counts in full, that of the one before half, and so on; the
+demand of earlier runs counts as the interval before the start. Invariant: an interval without demand ages nothing, so a
+server that was idle ranks as it did before.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ DECAY = 0.5
 
 
 class RecentDemand:
-    """Demand with a memory that fades.
+    """Demand that counts less the older it is.
 
     Args:
-        demand_mass: a snapshot [L, E] of all that was wanted, earlier runs included; called on any thread.
+        demand_mass: a snapshot [L, E] of all demand, earlier runs included; called on any thread.
         interval_seconds: length of an interval.
     """
 
@@ -30,20 +30,20 @@ class RecentDemand:
         self._faded_and_seen = (DECAY * seen, seen)  # one object, so that any thread reads both of one moment
 
     def snapshot(self) -> Float:
-        """Wanted mass [L, E] as it counts now; the caller's own. Any thread."""
+        """Demanded mass [L, E] as it counts now, a copy. Any thread."""
         faded, seen = self._faded_and_seen
         recent: Float = faded + (self._demand_mass() - seen)
         return recent
 
     def end_interval(self) -> None:
-        """The running interval ends, and another begins; one thread alone calls it."""
+        """End the running interval and begin the next; only one thread calls it."""
         faded, seen = self._faded_and_seen
         now = self._demand_mass()
         if (now != seen).any():
             self._faded_and_seen = (DECAY * (faded + (now - seen)), now)
 
     def start(self, stopping: threading.Event) -> None:
-        """Let intervals pass, on a thread of their own, until `stopping` is set."""
+        """End intervals on a thread of their own, until `stopping` is set."""
 
         def run() -> None:
             while not stopping.wait(self._interval_seconds):

@@ -1,7 +1,7 @@
-"""Changing the store of a running server: growing it in the background, shrinking it, taking over what others did.
+"""Changing the store of a running server: growing it in the background, shrinking it, reloading changes of others.
 
 Invariant: one change at a time; a running model takes a change between two steps, so that every token is computed under
-one mask, before or after; and files go only after nobody needs them.
+one mask; files are deleted only when no reader needs them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from router.mask import ExpertMask
 from server.engine.request import EngineStoppedError
 from server.errors import ServerError
 from server.growth.ranking import (
+    NOTHING_LEFT,
     Float,
     check_masks,
     deep_expert_bytes,
@@ -52,11 +53,11 @@ NICENESS = 10
 """Priority of the thread that extracts, in the OS's terms; serving goes first."""
 
 REPLACE_FACTOR = 2.0
-"""Something held goes for something missing only where that is wanted more than so many times as much."""
+"""A deep expert is removed for a missing one only where the demand for that is more than so many times as large."""
 
 
 class _StoppedError(ServerError):
-    """The server ends; what the growth finished stays for the next one."""
+    """The server stops; the files that the growth finished stay for the next one."""
 
 
 class Grower:
@@ -65,14 +66,14 @@ class Grower:
     Args:
         store: that is being served.
         checkpoint: directory or hub name of its source.
-        demand_mass: a snapshot [L, E] of what was wanted, by which it ranks; called on any thread.
+        demand_mass: a snapshot [L, E] of the demand by which it ranks; called on any thread.
         between_steps: runs a function on the engine's thread between two steps and waits for it, as
             `Engine.between_steps(…).result` does.
         adopt_change: see `adopt`, bound to the running model.
         budget_bytes: of all shards; None has no bound.
         served: the mask that the server was started with; None is all of the store.
         profiles: masks that requests may name, none of which may lose its last expert of a layer.
-        find_source: sees to it that experts which the store is about to lose can be fetched, where they can at all.
+        find_source: attaches the source, if it is there, so that experts about to be removed can be fetched.
 
     Attributes:
         error: the name of the error of the last growth; None if it succeeded.
@@ -129,9 +130,9 @@ class Grower:
         return within_budget(self._missing(self._demand_mass()), self._store.manifest, self._budget_bytes)
 
     def replacements(self) -> tuple[Candidate, list[DeepExpert]] | None:
-        """The best missing deep expert, budget aside, and what could go for it; None where that is nothing.
+        """The best missing deep expert, and those that could be removed for it, lowest demand first.
 
-        What could go is wanted less than `1 / REPLACE_FACTOR` as much, least wanted first.
+        Those are in less than `1 / REPLACE_FACTOR` of its demand. None where there are none.
         """
         demand_mass = self._demand_mass()
         missing = self._missing(demand_mass)
@@ -142,15 +143,15 @@ class Grower:
         return (missing[0], worse) if worse else None
 
     def grow(self, count: int) -> list[Candidate]:
-        """Start extracting the `count` best candidates and return them; `error` says later if it failed.
+        """Start extracting the `count` best candidates and return them; a later failure is in `error`.
 
-        A growth that was broken off earlier is finished instead.
+        A growth that was interrupted earlier is finished instead.
 
         Raises:
             GrowthError: a change is under way, the count is below 1, nothing is left to grow by, or no source.
         """
         if count < 1:
-            raise GrowthError(f"growing by {count} deep experts, wanted at least 1")
+            raise GrowthError(f"growing by {count} deep experts, wanted at least 1: name a larger number")
         if Path(self._checkpoint).is_absolute() and not Path(self._checkpoint).is_dir():
             raise GrowthSourceError(
                 "the checkpoint that the store was extracted from is not where it was; say where it is with "
@@ -164,7 +165,7 @@ class Grower:
             chosen = [known.get(experts) or Candidate(experts, 0.0, 0.0, num_bytes) for experts in begun]
             chosen = chosen or ranked[:count]
             if not chosen:
-                raise NothingToGrowError("the store has every expert, or its byte budget holds no more")
+                raise NothingToGrowError(NOTHING_LEFT)
             self.error, self._done_bytes = None, 0
             self._total_bytes = num_bytes * len(chosen)
             self._thread = threading.Thread(target=self._run, args=(chosen,), name="grow", daemon=True)
@@ -175,10 +176,10 @@ class Grower:
         return chosen
 
     def shrink(self, indices: Collection[int] | None = None, *, count: int | None = None) -> Shrunk:
-        """Give deep experts up: those of these indices, or the `count` least wanted. Waits until the model did.
+        """Remove the deep experts of these indices, or the `count` in least demand. Waits until the model did.
 
         Raises:
-            GrowthError: a change is under way, what would be left does not suffice, or the store cannot be written.
+            GrowthError: a change is under way, too little would be left, or the store cannot be written.
         """
         self._take_turn("shrinking")
         try:
@@ -193,9 +194,9 @@ class Grower:
                 raise GrowthError(str(error)) from error
             try:
                 shrink_store(self._store.path, indices)
-            except (ManifestError, TargetError) as error:  # its text names paths of the server
+            except (ManifestError, TargetError) as error:  # its message names paths of the server
                 raise GrowthBusyError(
-                    "somebody else is changing the store, or did not finish: let that end, and reload"
+                    "another process is changing the store, or did not finish: wait for it, or finish it, and reload"
                 ) from error
             except OSError as error:
                 raise GrowthError(f"the store cannot be written: {error.strerror}") from error
@@ -210,10 +211,10 @@ class Grower:
             self._end_turn()
 
     def reload(self) -> Reloaded:
-        """Take over what somebody else did to the store's directory. Waits until the model did.
+        """Take changes that somebody else made to the store's directory. Waits until the model did.
 
         Raises:
-            GrowthError: a change is under way, or the store on disk cannot be used, and the old one stays.
+            GrowthError: a change is under way, or the store on disk cannot be used; the old one stays in use.
         """
         self._take_turn("reloading")
         try:
@@ -239,7 +240,7 @@ class Grower:
             self._thread.join(seconds)
 
     def stop(self) -> None:
-        """Break the growth under way off, soon; the next one finishes it."""
+        """Interrupt the growth under way soon; the next one finishes it."""
         self.stopping.set()
 
     def _missing(self, wanted: Float) -> list[Candidate]:
@@ -275,7 +276,7 @@ class Grower:
                 self._grown_bytes += num_bytes
             log.info("the store grew", extra={"num_added": len(added), "num_bytes": num_bytes})
         except _StoppedError:
-            log.info("a growth was broken off; the next one finishes it")
+            log.info("a growth was interrupted; the next one finishes it")
         except EngineStoppedError:
             log.info("the store grew while the server ended; the next one has it from the start")
         except Exception as error:
@@ -301,5 +302,5 @@ def _lower_priority() -> None:
     if hasattr(os, "setpriority"):
         try:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-        except OSError:  # a container may forbid it; extracting is then merely not polite
+        except OSError:  # a container may forbid it; extraction then has the priority of serving
             log.debug("the priority of the growing thread cannot be lowered", exc_info=True)

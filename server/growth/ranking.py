@@ -1,8 +1,8 @@
 """The deep experts that a store should have next, and those that it needs least, ranked by demand.
 
-The router sees every expert's score, so demand for experts that the store lacks is known exactly; only their output
-norm is not, and the layer's median stands in for it unless statistics say. Invariant: a candidate is one deep expert,
-the best missing expert of every layer, since a store holds whole deep experts alone.
+The router scores every expert, so the demand for experts that the store lacks is known exactly. Their output norm is
+not known without statistics; the layer's median is used instead. Invariant: a candidate is one deep expert, the best
+missing expert of every layer, since a store holds only whole deep experts.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ from router.mask import ExpertMask
 from server.growth.status import Candidate, GrowthError, NothingToGrowError
 
 Float = npt.NDArray[np.float64]
+
+NOTHING_LEFT = (
+    "there is no deep expert to add: the store has every expert, or its byte budget holds no more; raise the budget, "
+    "or remove deep experts first"
+)
 
 
 def expected_norms(statistics: ExpertStatistics | None, available: npt.NDArray[np.bool_]) -> Float:
@@ -43,7 +48,7 @@ def rank_missing(
     """Deep experts that the store lacks, best first; none when it has all.
 
     Args:
-        available, demand_mass: [L, E], what the store has and what the unmasked router wanted.
+        available, demand_mass: [L, E], the experts of the store, and the mass that the unmasked router demanded.
         num_bytes: of a deep expert.
     """
     missing = np.where(available, 0.0, demand_mass)
@@ -68,7 +73,7 @@ def rank_missing(
 def score_held(
     manifest: Manifest, demand_mass: Float, statistics: ExpertStatistics | None = None
 ) -> list[tuple[float, DeepExpert]]:
-    """The deep experts of a store with their scores, least wanted first: what a candidate's score would be."""
+    """The deep experts of a store with the score that each would have as a candidate, lowest first."""
     worth = demand_mass * expected_norms(statistics, demand_mass > 0)
     layers, num_bytes = np.arange(len(worth)), max(deep_expert_bytes(manifest), 1)
     scored = [(float(worth[layers, list(deep.experts)].sum()) / num_bytes, deep) for deep in manifest.deep_experts]
@@ -76,7 +81,7 @@ def score_held(
 
 
 def rank_held(manifest: Manifest, demand_mass: Float, statistics: ExpertStatistics | None = None) -> list[DeepExpert]:
-    """The deep experts of a store, least wanted first, by demanded mass × expected output norm."""
+    """The deep experts of a store, lowest demanded mass × expected output norm first."""
     return [deep for _, deep in score_held(manifest, demand_mass, statistics)]
 
 
@@ -86,11 +91,11 @@ def check_masks(
     served: ExpertMask | None,
     profiles: Mapping[str, ExpertMask],
 ) -> None:
-    """Whether what is left of a store still does for the masks over it.
+    """Check that the masks over a store still have enough experts after it has shrunk.
 
     Args:
         left: the store after it has shrunk.
-        available: [L, E], what it has now.
+        available: [L, E], the experts that it has now.
         served: the mask of the server; None is all of the store.
         profiles: masks that requests may name.
 
@@ -106,16 +111,18 @@ def check_masks(
         if fewest < min(model.top_k, before):
             raise GrowthError(
                 f"the server's mask would be left with {fewest} experts of a layer, and every token wants "
-                f"{model.top_k}: give up others"
+                f"{model.top_k}: remove others"
             )
     for name, profile in profiles.items():
         empty = np.flatnonzero(~(kept & profile.allowed).any(axis=1))
         if empty.size:
-            raise GrowthError(f"the profile {name} would be left with no expert of layer {empty[0]}: give up others")
+            raise GrowthError(
+                f"the profile {name} would be left with no expert of layer {empty[0]}, wanted at least 1: remove others"
+            )
 
 
 def within_budget(ranked: list[Candidate], manifest: Manifest, budget_bytes: int | None) -> list[Candidate]:
-    """The first of the candidates, as far as a budget for the bytes of all shards lets the store grow."""
+    """The first candidates that fit, with the shards of the store, into the budget."""
     if budget_bytes is None or not ranked:
         return ranked
     held = sum(deep.bytes for deep in manifest.deep_experts)
@@ -137,11 +144,13 @@ def usage_of(manifest: Manifest, usage: Path) -> UsageLedger:
         ledger = UsageLedger.load(usage)
     except FileNotFoundError:
         raise GrowthError(
-            f"{usage} does not exist, so nothing is known of what was wanted: serve the store, which writes it, or "
-            "name a usage file"
+            f"{usage} does not exist, so no demand is known: serve the store, which writes it, or name a usage file"
         ) from None
     if ledger.fingerprint != manifest.source.fingerprint:
-        raise GrowthError(f"{usage} is of checkpoint {ledger.fingerprint}, the store of {manifest.source.fingerprint}")
+        raise GrowthError(
+            f"{usage} is of checkpoint {ledger.fingerprint}, the store of {manifest.source.fingerprint}: name "
+            "the usage file of this store"
+        )
     return ledger
 
 
@@ -162,5 +171,5 @@ def wanted_growth(
     ranked = rank_missing(available, ledger.demand_mass, deep_expert_bytes(manifest), statistics)
     chosen = within_budget(ranked, manifest, budget_bytes)[:count]
     if not chosen:
-        raise NothingToGrowError("the store has every expert, or its byte budget holds no more")
+        raise NothingToGrowError(NOTHING_LEFT)
     return chosen, manifest.source.location

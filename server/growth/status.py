@@ -13,7 +13,7 @@ GrowthState = Literal["idle", "growing", "adopting", "shrinking", "reloading"]
 
 
 class GrowthError(ServerError):
-    """A store that cannot grow or shrink as asked.
+    """A store cannot grow or shrink as asked.
 
     GrowthError
       GrowthBusyError       it is growing, shrinking or reloading already
@@ -40,8 +40,8 @@ class Candidate:
 
     Attributes:
         experts: of each layer.
-        score: wanted and missing mass × expected output norm ÷ byte.
-        missing_share: of all demanded mass, that these experts would serve.
+        score: demanded mass × expected output norm ÷ byte.
+        missing_share: share of all demanded mass that these experts would serve.
         num_bytes: that it would take.
     """
 
@@ -52,7 +52,7 @@ class Candidate:
 
     @property
     def reason(self) -> str:
-        """Why, in words."""
+        """The reason to add it, in words."""
         return f"{self.missing_share:.2%} of the router mass asked for its experts and could not have them"
 
 

@@ -1,7 +1,7 @@
 """Growing a store on disk, and taking a changed one into a running model.
 
-Invariant: a store only grows by whole deep experts; what a growth that was broken off began is finished before anything
-else is; a running model takes a change between two steps.
+Invariant: a store only grows by whole deep experts; an interrupted growth is finished before another one begins; a
+running model takes a change between two steps.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def grow_store(
         GrowthError: nothing to add. ExtractError: see `extractor.writing.prepare`. StoreError: no store.
     """
     if not added:
-        raise NothingToGrowError("there is nothing to grow by: the store has every expert that was asked for")
+        raise NothingToGrowError("no deep expert to add was named: the store has every one that was asked for")
     manifest = read_manifest(store)
     held = [deep.experts for deep in manifest.deep_experts]
     plan = Plan(
@@ -69,7 +69,8 @@ def unfinished_growth(store: Path) -> list[tuple[int, ...]]:
 
 
 def adopt(runner: Runner, served: ExpertMask | None) -> bool:
-    """Take what a store has gained or lost into use; call between two steps. Returns whether there was anything.
+    """Use the deep experts that a store gained and drop those that it lost; call between two steps. Returns whether it
+    changed.
 
     Args:
         served: the mask that the server was started with; None is all of the store.

@@ -69,7 +69,7 @@ def test_mistakes_are_one_message_and_status_2(tmp_path: Path) -> None:
         (["--count", "2", "--criterion", "magic"], "criterion 'magic' does not exist"),
         ([], "exactly one of --count, --keep and --budget"),
         (["--count", "2", "--domains", "poems"], "domain 'poems' is not in the statistics"),
-        (["--count", "0"], "--count is 0 deep experts, wanted 1 to 8"),
+        (["--count", "0"], "--count is 0, wanted 1 to 8"),
         (["--budget", "1kB"], "--budget of 1000 bytes does not hold the trunk and one deep expert, which take"),
         (["--count", "2", "--plot", tmp_path / "plan.xyz"], "wanted a name that ends in .png, .svg or .pdf"),
         (["--count", "2", "--out", tmp_path], f"--out {tmp_path} is a directory"),

@@ -93,8 +93,10 @@ def test_the_count_comes_from_a_number_a_share_or_bytes() -> None:
     assert count_for(statistics, None, 0.25, None) == 2
     assert count_for(statistics, None, None, 1000 + 3000 * 5 + 1) == 5
     assert count_for(statistics, None, None, 10**9) == NUM_EXPERTS
-    with pytest.raises(SelectionError, match="exactly one of"):
+    with pytest.raises(SelectionError, match="--count and --keep contradict each other"):
         count_for(statistics, 3, 0.5, None)
+    with pytest.raises(SelectionError, match="give exactly one of --count, --keep and --budget"):
+        count_for(statistics, None, None, None)
     with pytest.raises(SelectionError, match="does not hold the trunk and one deep expert, which take 4000 bytes"):
         count_for(statistics, None, None, 1000)
 

@@ -80,7 +80,7 @@ def test_grow_finishes_what_was_broken_off(
         (["--count", "1", "--deep", "1"], "contradict"),
         (["--deep", "1,x"], "--deep is '1,x'"),
         (["--deep", "12"], "no deep expert 12"),
-        (["--count", "1", "--usage", "/does/not/exist"], "nothing is known of what was wanted"),
+        (["--count", "1", "--usage", "/does/not/exist"], "no demand is known"),
     ],
 )
 def test_mistakes_are_one_message_and_change_nothing(
