@@ -88,7 +88,7 @@ class StepRecord:
 
     def demand_mass_of(self, tokens: slice, num_experts: int) -> npt.NDArray[np.float64]:
         """Router mass [L, E] that some of the tokens wanted of each expert."""
-        return _sums(*self.demand_of(tokens), num_experts)
+        return sum_by_expert(*self.demand_of(tokens), num_experts)
 
 
 class UsageLedger:
@@ -222,12 +222,17 @@ def _accumulate(
 ) -> None:
     """Add picks index [L, T, K] with gate weights [L, T, K] to count and mass [L, E]; sentinel picks fall away."""
     num_experts = count.shape[1]
-    count += _sums(index, None, num_experts)
-    mass += _sums(index, weight, num_experts)
+    count += sum_by_expert(index, None, num_experts)
+    mass += sum_by_expert(index, weight, num_experts)
 
 
-def _sums(index: npt.NDArray[np.int64], weight: npt.NDArray[np.float32] | None, num_experts: int) -> npt.NDArray[Any]:
-    """[L, E]: the sum over picks index [L, T, K] of their weights, float64, or without weights their number, int64."""
+def sum_by_expert(
+    index: npt.NDArray[np.integer], weight: npt.NDArray[np.floating] | None, num_experts: int
+) -> npt.NDArray[Any]:
+    """[L, E]: the sum over picks index [L, T, K] of their weights, float64, or without weights their number, int64.
+
+    Ids ≥ E are picks that do not exist.
+    """
     num_layers, stride = index.shape[0], num_experts + 1
     offsets = (np.arange(num_layers, dtype=np.int64) * stride)[:, None, None]
     flat = (np.minimum(index, num_experts) + offsets).ravel()

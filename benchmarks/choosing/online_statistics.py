@@ -31,8 +31,8 @@ from router.ledger import UsageLedger
 from server.engine.batch import Batch
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.sequence import Sequence
+from server.engine.snapshots import StatisticsFile
 from server.engine.statistics import MAX_SHARE, OnlineStatistics, collect_from, empty_statistics
-from server.engine.statistics_file import StatisticsFile
 from server.model.host.assembly import load_model
 from server.model.host.runner import HostRunner
 from server.model.runner import Runner, RunnerOptions

@@ -120,7 +120,7 @@ def _indices(text: str) -> list[int]:
 
 def _statistics(path: Path | None, store: Path) -> ExpertStatistics | None:
     if path is None:
-        from server.engine.statistics_file import served_statistics
+        from server.engine.snapshots import served_statistics
 
         return served_statistics(store, read_manifest(store).source.fingerprint)
     from extractor.statistics.file import read_statistics

@@ -34,10 +34,9 @@ from server.engine.request import (
     QueueFullError,
 )
 from server.engine.sequence import Sequence
+from server.engine.snapshots import StatisticsFile, UsageFile
 from server.engine.statistics import OnlineStatistics, collect_from, empty_statistics
-from server.engine.statistics_file import StatisticsFile
 from server.engine.unreadable import CorruptExperts
-from server.engine.usage import UsageFile
 from server.model.load_progress import Phase, Progress
 from server.model.runner import Runner
 

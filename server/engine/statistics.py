@@ -21,7 +21,7 @@ from expert_store.manifest import Manifest
 from extractor.statistics.statistics import WINDOW_TOKENS, ExpertStatistics
 from router.ledger import StepRecord
 from server.engine.sequence import Sequence
-from server.engine.statistics_file import StatisticsFile
+from server.engine.snapshots import StatisticsFile
 from server.engine.token_statistics import add_tokens, window_masses
 from server.model.runner import Runner, StepOutput
 from server.model.seam.observation import ExpertOutputs, OutputObserver, observe_outputs

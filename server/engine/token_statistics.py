@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from extractor.statistics.statistics import WINDOW_TOKENS, ExpertStatistics
-from router.ledger import StepRecord
+from router.ledger import StepRecord, sum_by_expert
 from server.model.seam.observation import ExpertOutputs
 
 Index = npt.NDArray[np.int64]
@@ -83,18 +83,14 @@ def window_masses(index: Index, weights: npt.NDArray[np.floating], num_experts: 
 
 
 class _Places:
-    """Where picks [L, T, K] stand in a table [L, E]; ids ≥ E fall away."""
+    """Picks [L, T, K] of E experts; ids ≥ E do not exist."""
 
     def __init__(self, index: Index, num_experts: int) -> None:
-        self.index = np.minimum(index, num_experts)
-        self._shape = (len(index), num_experts + 1)
-        self._flat = (self.index + (np.arange(len(index)) * (num_experts + 1))[:, None, None]).ravel()
+        self.index, self._num_experts = np.minimum(index, num_experts), num_experts
 
     def sums(self, values: Float | None) -> Float:
         """Sums of values [L, T, K] (None: of ones) by layer and expert, [L, E]."""
-        weights = None if values is None else values.ravel()
-        size = self._shape[0] * self._shape[1]
-        return np.asarray(np.bincount(self._flat, weights, minlength=size).reshape(self._shape)[:, :-1], np.float64)
+        return np.asarray(sum_by_expert(self.index, values, self._num_experts), np.float64)
 
 
 def _add_coactivation(statistics: ExpertStatistics, wanted: _Places) -> None:

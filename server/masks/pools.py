@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from router.ledger import sum_by_expert
 from router.mask import ExpertMask
 from server.masks.domain_prior import DomainPrior
 from server.masks.profiles import ProfileError
@@ -73,15 +74,11 @@ class PromptPool:
 
     def see(self, index: npt.NDArray[np.integer], weight: npt.NDArray[np.floating]) -> None:
         """Add the demand of tokens: the unmasked choice [L, T, K], in order; ids ≥ E are left out."""
-        num_layers, num_tokens, _ = index.shape
-        num_experts = self._mass.shape[1]
+        num_tokens = index.shape[1]
         age = np.arange(num_tokens - 1, -1, -1)
         decay = 0.5 ** (age / self.options.half_life_tokens)
-        flat = np.minimum(index, num_experts) + (np.arange(num_layers) * (num_experts + 1))[:, None, None]
-        values = (weight * decay[None, :, None]).astype(np.float64)
-        added = np.bincount(flat.ravel(), weights=values.ravel(), minlength=num_layers * (num_experts + 1))
         self._mass *= 0.5 ** (num_tokens / self.options.half_life_tokens)
-        self._mass += added.reshape(num_layers, num_experts + 1)[:, :num_experts]
+        self._mass += sum_by_expert(index, weight * decay[None, :, None], self._mass.shape[1])
         self._unchosen_tokens += num_tokens
 
     def choose(self, available: ExpertMask | None = None) -> ExpertMask:

@@ -23,9 +23,8 @@ from extractor.statistics.statistics import ExpertStatistics
 from router.mask import ExpertMask, parse_experts
 from server.engine.admission import EngineLimits
 from server.engine.engine import Engine
-from server.engine.statistics_file import FILE_NAME, StatisticsFile
+from server.engine.snapshots import STATISTICS_FILE, USAGE_FILE, StatisticsFile, UsageFile
 from server.engine.unreadable import exclude_damaged
-from server.engine.usage import UsageFile
 from server.errors import SettingsError
 from server.masks.pricing import KnownPrice, known_price, load_statistics, price_warnings
 from server.model.decode_path import DecodePathError, load_runner
@@ -100,7 +99,7 @@ def _engine(settings: Settings, store: Store, make_runner: Callable[[Progress], 
             max_waiting_tokens=settings.engine.max_queue_tokens,
             prefill_chunk_tokens=settings.engine.prefill_chunk_tokens,
         ),
-        usage=lambda ledger: UsageFile(store.path / "usage.json", ledger, settings.usage.usage_save_seconds),
+        usage=lambda ledger: UsageFile(store.path / USAGE_FILE, ledger, settings.usage.usage_save_seconds),
         corrupt_experts=settings.engine.corrupt_experts,
         statistics=_statistics_file(settings, store) if settings.usage.collect_statistics else None,
     )
@@ -119,7 +118,7 @@ def _load_runner(settings: Settings, store: Store, options: RunnerOptions, progr
 
 def _statistics_file(settings: Settings, store: Store) -> Callable[[ExpertStatistics], StatisticsFile]:
 
-    return lambda empty: StatisticsFile(store.path / FILE_NAME, empty, settings.usage.usage_save_seconds)
+    return lambda empty: StatisticsFile(store.path / STATISTICS_FILE, empty, settings.usage.usage_save_seconds)
 
 
 def _context_limit(settings: Settings, store: Store) -> int:

@@ -113,7 +113,7 @@ def _sizes_of_outputs(calibrated: ExpertStatistics | None, store: Store) -> Expe
     """Statistics of the experts' outputs: from calibration, else from what was served before this start."""
     if calibrated is not None:
         return calibrated
-    from server.engine.statistics_file import served_statistics
+    from server.engine.snapshots import served_statistics
 
     try:
         return served_statistics(store.path, store.manifest.source.fingerprint)

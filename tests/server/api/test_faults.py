@@ -209,7 +209,7 @@ def test_read_only_store_is_served_and_costs_only_the_usage_file(
     def refuse(*arguments: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("server.engine.usage.UsageFile.write", refuse)
+    monkeypatch.setattr("server.engine.snapshots.UsageFile.write", refuse)
     with running(load=loader(store, slots=64)) as server:
         wait_until(lambda: server.service.loaded is not None, seconds=120)
         assert ask(server, PROMPTS[0], tokens=3).status_code == 200

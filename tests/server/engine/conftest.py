@@ -14,9 +14,8 @@ from router.ledger import UsageLedger
 from router.mask import ExpertMask
 from server.engine.admission import EngineLimits
 from server.engine.engine import Engine
-from server.engine.statistics_file import StatisticsFile
+from server.engine.snapshots import StatisticsFile, UsageFile
 from server.engine.unreadable import CorruptExperts
-from server.engine.usage import UsageFile
 from server.model.host.assembly import load_model
 from server.model.host.runner import HostRunner
 from server.model.host.sequence_runner import SequenceRunner

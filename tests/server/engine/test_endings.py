@@ -13,7 +13,7 @@ from router.ledger import UsageLedger
 from server.engine.engine import Engine
 from server.engine.request import Event, FailedEvent, FinishedEvent, GenerationRequest, SamplingParams, TokenEvent
 from server.engine.sequence import Sequence
-from server.engine.usage import UsageFile
+from server.engine.snapshots import UsageFile
 from server.model.host.runner import HostRunner
 from tests.server.engine.clients import WAIT_SECONDS, Client, held_until_stopped
 

@@ -26,8 +26,8 @@ from server.engine import statistics as collecting
 from server.engine.engine import Engine
 from server.engine.request import GenerationRequest
 from server.engine.sequence import Sequence
+from server.engine.snapshots import STATISTICS_FILE, StatisticsFile, served_statistics
 from server.engine.statistics import DOMAIN, MAX_SHARE, OnlineStatistics
-from server.engine.statistics_file import FILE_NAME, StatisticsFile, served_statistics
 from server.model.host.assembly import load_model
 from server.model.host.runner import HostRunner
 from server.model.host.sequence_runner import SequenceRunner
@@ -160,7 +160,7 @@ def test_statistics_of_another_checkpoint_are_set_aside(make_engine: Callable[..
 
 def test_what_servers_of_a_store_collected_is_found_unless_it_is_of_another_checkpoint(tmp_path: Path) -> None:
     assert served_statistics(tmp_path, "f") is None
-    write_statistics(tmp_path / FILE_NAME, ExpertStatistics("f", 2, 4, 2))
+    write_statistics(tmp_path / STATISTICS_FILE, ExpertStatistics("f", 2, 4, 2))
     found = served_statistics(tmp_path, "f")
     assert found is not None
     assert found.num_experts == 4
@@ -173,7 +173,7 @@ def test_growing_goes_by_the_sizes_of_outputs_that_servers_saw(
     """Experts of one layer are made to look large: the growth of that layer follows them, not demand alone."""
     store = tmp_path / "store"
     prepare(Checkpoint.open(tiny_checkpoint), store, SelectionRequest(count=16)).run()
-    engine = make_engine(store_path=store, usage_path=store / "usage.json", statistics_path=store / FILE_NAME)
+    engine = make_engine(store_path=store, usage_path=store / "usage.json", statistics_path=store / STATISTICS_FILE)
     for text in TEXTS:
         Client(engine, text, **OPTIONS).result()
     engine.stop(5)
@@ -183,13 +183,13 @@ def test_growing_goes_by_the_sizes_of_outputs_that_servers_saw(
         return list(json.loads(capsys.readouterr().out)["added"][0]["experts"])
 
     before = next_experts()
-    collected = read_statistics(store / FILE_NAME)
+    collected = read_statistics(store / STATISTICS_FILE)
     ledger = UsageLedger.load(store / "usage.json")
     wanted = np.where(np.arange(64) >= 16, ledger.demand_mass[3], 0.0)
     second = int(np.argsort(-wanted)[1])
     collected.totals["picks"][0, 3, second] = 1
     collected.totals["output_norm"][0, 3, second] = 1e6
-    write_statistics(store / FILE_NAME, collected)
+    write_statistics(store / STATISTICS_FILE, collected)
     after = next_experts()
     assert after[3] == second != before[3]
     assert after[:3] + after[4:] == before[:3] + before[4:]

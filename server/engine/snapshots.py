@@ -1,12 +1,14 @@
-"""A file that keeps what an engine counts: read at start, written now and then and at the end, by a thread of its own.
+"""The files that keep what an engine counts: usage.json and the statistics that are collected while serving.
 
-Invariant: what was on disk at start is part of what is written. A file that cannot be read is set aside, never
-overwritten; one that cannot be written costs a warning, not the service. No step of the engine waits for the disk.
+They are read at start, and written now and then and at the end by a thread of its own. Invariant: what was on disk at
+start is part of what is written. A file that cannot be read is set aside, never overwritten; one that cannot be written
+costs a warning, not the service. No step of the engine waits for the disk.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import threading
 import time
@@ -14,7 +16,16 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar, Generic, Protocol, Self, TypeVar
 
+from expert_store.files import replacing
+from extractor.statistics.file import read_statistics, write_statistics
+from extractor.statistics.statistics import ExpertStatistics, StatisticsError
+from router.errors import LedgerError
+from router.ledger import UsageLedger
+
 log = logging.getLogger(__name__)
+
+USAGE_FILE = "usage.json"
+STATISTICS_FILE = "statistics.safetensors"
 
 
 class Mergeable(Protocol):
@@ -112,3 +123,64 @@ class SnapshotFile(ABC, Generic[Value]):
             self._path.rename(aside)
         except OSError as error:
             log.warning("%s could not be renamed: %s", self._path, error)
+
+
+class UsageFile(SnapshotFile[UsageLedger]):
+    """Keeps a ledger in a file."""
+
+    what = "usage"
+    unreadable = (LedgerError,)
+
+    def read(self, path: Path) -> UsageLedger:
+        """See `UsageLedger.load`."""
+        return UsageLedger.load(path)
+
+    def write(self, path: Path, value: UsageLedger) -> None:
+        """See `SnapshotFile.write`."""
+        with replacing(path) as file:
+            file.write(json.dumps(value.to_json()).encode())
+
+    def count(self, value: UsageLedger) -> int:
+        """Tokens routed."""
+        return value.num_tokens
+
+
+def served_statistics(store: Path, fingerprint: str) -> ExpertStatistics | None:
+    """What servers of the store at `store` collected; None where nothing was, or of another checkpoint.
+
+    Raises:
+        StatisticsError, OSError: the file cannot be read.
+    """
+    try:
+        found = read_statistics(store / STATISTICS_FILE)
+    except FileNotFoundError:
+        return None
+    return found if found.fingerprint == fingerprint else None
+
+
+class StatisticsFile(SnapshotFile[ExpertStatistics]):
+    """Keeps statistics in a file.
+
+    Attributes:
+        statistics: what to add to; holds earlier runs' statistics already.
+    """
+
+    what = "what was observed of the experts"
+    unreadable = (StatisticsError,)
+
+    @property
+    def statistics(self) -> ExpertStatistics:
+        """The value that is kept."""
+        return self._value
+
+    def read(self, path: Path) -> ExpertStatistics:
+        """See `read_statistics`."""
+        return read_statistics(path)
+
+    def write(self, path: Path, value: ExpertStatistics) -> None:
+        """See `write_statistics`."""
+        write_statistics(path, value)
+
+    def count(self, value: ExpertStatistics) -> int:
+        """Tokens observed, in all domains."""
+        return int(value.num_tokens.sum())
