@@ -117,6 +117,13 @@ def test_files_that_the_readme_and_the_pages_link_to_exist() -> None:
     assert broken == []
 
 
+def test_modules_and_rooms_that_the_pages_name_exist() -> None:
+    pages = {name: text for name, text in _texts().items() if name.startswith(("docs/", "README", "CONTRIBUTING"))}
+    named = re.compile(r"`((?:expert_store|router|extractor|server|benchmarks|tests)/[\w./-]*)`")
+    found = [(name, path) for name, text in pages.items() for path in named.findall(text)]
+    assert [(name, path) for name, path in found if not (REPOSITORY / path).exists()] == []
+
+
 def test_figures_in_the_readme_cite_results_that_exist() -> None:
     cited = re.findall(r"benchmarks/results/[\w./-]+\.json", _readme())
     assert [name for name in cited if not (REPOSITORY / name).is_file()] == []
