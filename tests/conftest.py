@@ -13,6 +13,8 @@ if not os.path.exists("/dev/nvidia0"):
 for _name in [name for name in os.environ if name.startswith("DEEPFEW_")]:
     del os.environ[_name]  # a developer's own settings must not decide what the tests see
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,19 @@ settings.register_profile(
     "deepfew", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("deepfew")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: a collection of garbage need not walk it."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_garbage() -> Iterator[None]:
+    """What a module's tests leave open is told (warnings are errors) at its own end, not in a neighbour's tests."""
+    yield
+    gc.collect()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

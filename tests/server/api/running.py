@@ -32,13 +32,15 @@ class Running:
     engine: ScriptedEngine
     listener: Listener
     thread: threading.Thread
+    connections: contextlib.ExitStack
 
     def client(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, **{"timeout": 30, **options})
 
     def raw(self, timeout: float = 5.0) -> socket.socket:
-        """A plain connection."""
-        return socket.create_connection(("127.0.0.1", self.port), timeout=timeout)
+        """A plain connection, closed with the server at the latest: also where a test fails, which keeps its frames."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=timeout)
+        return self.connections.enter_context(connection)
 
     def post_raw(self, path: str, body: bytes, *, read: int = 0) -> socket.socket:
         """Send a POST by hand and read `read` bytes of the answer; the socket stays open."""
@@ -75,10 +77,12 @@ def running(
     thread = threading.Thread(target=listener.run, kwargs={"sockets": [bound]}, daemon=True)
     service.start()
     thread.start()
+    connections = contextlib.ExitStack()
     try:
         wait_until(lambda: listener.started and (load is not None or service.loaded is not None))
-        yield Running(f"http://127.0.0.1:{port}", port, service, metrics, engine, listener, thread)
+        yield Running(f"http://127.0.0.1:{port}", port, service, metrics, engine, listener, thread, connections)
     finally:
+        connections.close()
         engine.may_run.set()
         listener.stop()
         thread.join(10)
