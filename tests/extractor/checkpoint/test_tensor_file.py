@@ -75,11 +75,11 @@ def test_a_file_that_is_missing_or_no_safetensors_file_is_named(tmp_path: Path) 
         read_tensor_file(tmp_path / "x.safetensors")
 
 
-def test_thirty_thousand_tensors_are_read_in_a_moment(tmp_path: Path) -> None:
-    entries = {f"layers.{number}": entry("U8", [1], number, number + 1) for number in range(30_000)}
-    path = write_tensor_file(tmp_path / "x.safetensors", entries, bytes(30_000))
+def test_a_hundred_thousand_tensors_are_read_in_a_moment(tmp_path: Path) -> None:
+    entries = {f"layers.{number}": entry("U8", [1], number, number + 1) for number in range(100_000)}
+    path = write_tensor_file(tmp_path / "x.safetensors", entries, bytes(100_000))
     begin = time.process_time()
-    assert len(read_tensor_file(path).tensors) == 30_000
+    assert len(read_tensor_file(path).tensors) == 100_000
     assert time.process_time() - begin < 10
 
 
