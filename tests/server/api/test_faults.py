@@ -129,7 +129,7 @@ def test_prompt_at_the_context_limit_is_answered_and_one_more_token_is_refused(s
     limit = model.max_context_tokens
     with server.client(timeout=120) as client:
         for extra, status in ((0, 200), (1, 400)):
-            prompt = [500] * (limit - 2 + extra)
+            prompt = [500] * (limit - 1 + extra)  # the longest leaves room for one of the two tokens
             body = {"model": model.name, "prompt": prompt, "max_tokens": 2, "temperature": 0}
             response = client.post("/v1/completions", json=body)
             assert response.status_code == status
