@@ -46,6 +46,7 @@ class RunnerOptions:
         mask: narrows the experts that the store has.
         cache_policy: of eviction.
         kept_experts: most used experts a layer that keep their slots.
+        batch_invariant: give products of the host-driven path a fixed number of rows where their bits depend on it.
         resident_bias: lambda of cache-aware routing, of the device-driven path alone; 0: off.
     """
 
@@ -60,6 +61,7 @@ class RunnerOptions:
     mask: ExpertMask | None = None
     cache_policy: CachePolicy = "lru"
     kept_experts: int = 0
+    batch_invariant: bool = True
     resident_bias: float = 0.0
 
 

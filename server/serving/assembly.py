@@ -151,6 +151,7 @@ def _options(
         cache_policy=model.cache_policy,
         kept_experts=model.pinned_experts,
         resident_bias=model.resident_bias,
+        batch_invariant=model.batch_invariant,
     )
 
 
@@ -167,6 +168,7 @@ def _describe(settings: Settings, engine: Engine, store: Store, known: KnownPric
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         decode_path=runner.decode_path,
+        batch_invariant=settings.model.batch_invariant or runner.decode_path == "device",
         num_layers=spec.num_layers,
         num_experts=spec.num_experts,
         top_k=spec.top_k,

@@ -113,6 +113,8 @@ class LoadedModel:
     experts: Callable[[], ExpertsSnapshot]
     decode_path: str = "host"
     """Where the experts of a decode step are driven: "host" or "device"."""
+    batch_invariant: bool = True
+    """Whether a request's tokens are promised not to depend on what else is in the batch."""
     price: Price | None = None
     """Gives the expected loss of a deficit: `price.expected_loss(deficit)`. None where nothing was calibrated."""
     growth: GrowthLike | None = None

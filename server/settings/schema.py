@@ -49,6 +49,11 @@ class ModelSettings(Section):
     pinned_experts: Annotated[int, Field(ge=0)] = Field(
         0, description="slots of every layer kept for the experts that usage.json has seen served most"
     )
+    batch_invariant: bool = Field(
+        True,
+        description="a request's tokens do not depend on what else is in the batch; off is faster for several requests "
+        "in float32 on a CPU, where their last bits then do",
+    )
     resident_bias: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = Field(
         0.0, description="cache-aware routing: bonus of experts in slots, in ranges of the logits; device path only"
     )

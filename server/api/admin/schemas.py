@@ -46,7 +46,8 @@ class InfoResponse(BaseModel):
     """The served model and its limits; names are TGI's if TGI has the field.
 
     `decode_path`: where the experts of a decode step are driven, `host` or `device`. `generation_defaults`: of the
-    checkpoint, for requests that say nothing of these parameters.
+    checkpoint, for requests that say nothing of these parameters. `batch_invariant`: whether a request's tokens are
+    promised not to depend on what else is in the batch.
     """
 
     model_config = ConfigDict(protected_namespaces=())
@@ -57,6 +58,7 @@ class InfoResponse(BaseModel):
     model_device_type: str
     model_pipeline_tag: str
     decode_path: str
+    batch_invariant: bool
     num_layers: int
     num_experts: int
     top_k: int

@@ -83,6 +83,7 @@ async def info(request: Request) -> ModelResponse:
             model_device_type=model.device,
             model_pipeline_tag="text-generation",
             decode_path=model.decode_path,
+            batch_invariant=model.batch_invariant,
             num_layers=model.num_layers,
             num_experts=model.num_experts,
             top_k=model.top_k,

@@ -126,8 +126,9 @@ def load_model(store: Store, options: RunnerOptions, *, progress: Progress = lam
         kept=most_used_experts(store, mask, options.kept_experts),
     )
     routing = StepRouting(store.manifest.model.family, len(store.manifest.layers), device, mask)
-    _bind(model, store, cache, routing)
-    fix_rows(model)
+    _bind(model, store, cache, routing, options.batch_invariant)
+    if options.batch_invariant:
+        fix_rows(model)
     cache.preload(lambda done, total: progress(Phase.SLOTS, done / max(1, total)))
     tokenizer = AutoTokenizer.from_pretrained(store.trunk_path, trust_remote_code=False, local_files_only=True)
     return HostModel(
@@ -148,7 +149,9 @@ def _host_tier(store: Store, budget_bytes: int | None) -> HostTier:
     return HostTier(store, budget_bytes=everything if budget_bytes is None else budget_bytes, pinned=True)
 
 
-def _bind(model: PreTrainedModel, store: Store, cache: ExpertCache, routing: StepRouting) -> None:
+def _bind(
+    model: PreTrainedModel, store: Store, cache: ExpertCache, routing: StepRouting, batch_invariant: bool
+) -> None:
     """Give each experts module its MoE layer, and hook the router beside it."""
     found = {name: module for name, module in model.named_modules() if is_experts_module(module)}
     by_layer = {_model_layer(name): (name, module) for name, module in found.items()}
@@ -160,7 +163,7 @@ def _bind(model: PreTrainedModel, store: Store, cache: ExpertCache, routing: Ste
         )
     for model_layer, layer in wanted.items():
         name, experts = by_layer[model_layer]
-        object.__setattr__(experts, LAYER_ATTRIBUTE, ExpertsLayer(layer, cache))
+        object.__setattr__(experts, LAYER_ATTRIBUTE, ExpertsLayer(layer, cache, batch_invariant))
         routing.install(layer, _router_beside(model, name))
 
 

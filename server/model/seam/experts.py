@@ -42,12 +42,14 @@ class ExpertsLayer:
     Args:
         layer: MoE layer.
         cache: whose slots hold the weights; leased and released within each call.
+        batch_invariant: compute the pairs of decode steps apart where a product's bits depend on its rows.
 
     Attributes:
         observer: told of what the experts put out, while it is on.
     """
 
-    def __init__(self, layer: int, cache: ExpertCache) -> None:
+    def __init__(self, layer: int, cache: ExpertCache, batch_invariant: bool = True) -> None:
+        self._batch_invariant = batch_invariant
         self._layer = layer
         self._cache = cache
         self.observer: OutputObserver | None = None
@@ -72,9 +74,9 @@ class ExpertsLayer:
         tokens = None if order is None else order.div(num_picks, rounding_mode="floor")
         inputs = hidden.expand(num_picks, -1) if tokens is None else hidden[tokens]  # [T·K, H]
         outputs = hidden.new_empty(inputs.shape) if _covers(groups, len(sorted_ids)) else torch.zeros_like(inputs)
-        batched = self._is_batched(inputs, num_tokens)
+        decodes = is_decode(num_tokens)
         for wave in _waves(groups, self._cache.num_slots, self._resident):
-            self._run_wave(module, inputs, outputs, wave, batched)
+            self._run_wave(module, inputs, outputs, wave, decodes)
         if order is not None:
             unsorted = torch.empty_like(outputs)
             unsorted[order] = outputs
@@ -88,22 +90,20 @@ class ExpertsLayer:
     def _resident(self, expert: int) -> bool:
         return bool(self._cache.page_table[self._layer, expert] >= 0)
 
-    def _is_batched(self, inputs: Tensor, num_tokens: int) -> bool:
+    def _is_batched(self, inputs: Tensor) -> bool:
         """By the kind of step, not by its wave or its rows, so that results depend on neither."""
-        if not is_decode(num_tokens):
-            return False
         small = self._cache.pools[self._layer].slot_bytes <= BATCHED_CPU_BYTES
         return inputs.is_cuda or (small and inputs.dtype != torch.float32)
 
-    def _run_wave(self, module: Any, inputs: Tensor, outputs: Tensor, wave: Sequence[_Group], batched: bool) -> None:
+    def _run_wave(self, module: Any, inputs: Tensor, outputs: Tensor, wave: Sequence[_Group], decodes: bool) -> None:
         experts = [expert for expert, _, _ in wave]
         slots = self._cache.acquire(self._layer, experts)
         try:
             pool = self._cache.pools[self._layer]
-            if batched:
+            if decodes and self._is_batched(inputs):
                 _run_batched(module, pool, inputs, outputs, wave, slots)
             else:
-                _run_grouped(module, pool.rows, inputs, outputs, wave, slots)
+                _run_grouped(module, pool.rows, inputs, outputs, wave, slots, decodes and self._batch_invariant)
         finally:
             self._cache.release(self._layer, experts)
 
@@ -143,22 +143,29 @@ def _run_grouped(
     outputs: Tensor,
     wave: Sequence[_Group],
     slots: list[int],
+    apart: bool,
 ) -> None:
-    """Expert by expert, each weight read once and copied never; writes `outputs` at the wave's pairs."""
+    """Expert by expert, no weight copied; writes `outputs` at the wave's pairs.
+
+    apart: pair by pair where a product's bits depend on how many pairs an expert has; else each weight is read once.
+    """
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
     up_rows, down_rows = rows[up_name], rows["down_proj"]
     transposed, has_bias = module.is_transposed, module.has_bias
-    pairs, position = [], 0  # where an expert's pairs stand among all pairs, among the wave's, and how many they are
-    for _, start, end in wave:
-        pairs.append((start, position, end - start))
+    weights = [named[slots[0]].t() if transposed else named[slots[0]] for named in (up_rows, down_rows)]
+    apart = apart and any(map(depends_on_rows, weights))
+    runs, position = [], 0  # pairs computed together: where they stand among all, among the wave's, number, slot
+    for (_, start, end), slot in zip(wave, slots, strict=True):
+        size = 1 if apart else end - start
+        runs += [(at, position + at - start, size, slot) for at in range(start, end, size)]
         position += end - start
     up = inputs.new_empty((position, up_rows[slots[0]].shape[1 if transposed else 0]))
-    for (start, at, count), slot in zip(pairs, slots, strict=True):
+    for start, at, count, slot in runs:
         _linear(inputs, start, up_rows[slot], transposed, up, at, count)
         if has_bias:
             up[at : at + count] += rows[up_name + "_bias"][slot]
     activated = module._apply_gate(up) if module.has_gate else module.act_fn(up)
-    for (start, at, count), slot in zip(pairs, slots, strict=True):
+    for start, at, count, slot in runs:
         _linear(activated, at, down_rows[slot], transposed, outputs, start, count)
         if has_bias:
             outputs[start : start + count] += rows["down_proj_bias"][slot]
@@ -172,9 +179,8 @@ def _linear(x: Tensor, at: int, weight: Tensor, transposed: bool, out: Tensor, t
     matrix-vector product."""
     if transposed:
         torch.mm(x[at : at + count], weight, out=out[to : to + count])
-    elif count == 1 or (is_decode(count) and depends_on_rows(weight)):
-        for row in range(count):
-            torch.mv(weight, x[at + row], out=out[to + row])
+    elif count == 1:
+        torch.mv(weight, x[at], out=out[to])
     else:
         torch.mm(x[at : at + count], weight.t(), out=out[to : to + count])
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from expert_store.store import Store
 from server.model.host.assembly import HostModel, load_model
 from server.model.host.runner import HostRunner
-from server.model.runner import RowStep
+from server.model.runner import RowStep, RunnerOptions
 from server.model.seam.rows import BLOCK_ROWS, StepRows, depends_on_rows, fix_rows, rows_of_step
 
 TEXTS = Path(__file__).parents[4] / "benchmarks" / "data" / "selection" / "stories_synth.txt"
@@ -19,7 +19,8 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 @pytest.fixture(scope="module", params=DTYPES, ids=["bfloat16", "float16", "float32"])
 def model(tiny_store: Path, request: pytest.FixtureRequest) -> Iterator[HostModel]:
-    found = load_model(Store.open(tiny_store), num_slots=16, device=torch.device("cpu"), dtype=request.param)
+    options = RunnerOptions(device=torch.device("cpu"), dtype=request.param, num_slots=16)
+    found = load_model(Store.open(tiny_store), options)
     yield found
     found.close()
 
@@ -110,6 +111,17 @@ def test_products_get_a_fixed_number_of_rows_only_where_their_bits_depend_on_it(
     x = torch.randn(11, 1, 4)
     with rows_of_step(StepRows(lengths=[1] * 11)):
         together = module(x)
-    assert seen == [11, BLOCK_ROWS, BLOCK_ROWS]
+    assert seen == [11, *[BLOCK_ROWS["cpu"]] * 11]
     assert torch.allclose(together, inner(x))
     assert torch.allclose(module(x[:3]), inner(x[:3])), "outside of a step the rows stay as they come"
+
+
+def test_without_the_promise_rows_share_their_products(tiny_store: Path) -> None:
+    options = RunnerOptions(device=torch.device("cpu"), dtype=torch.float32, num_slots=16, batch_invariant=False)
+    model = load_model(Store.open(tiny_store), options)
+    assert not any("forward" in vars(module) for module in model.model.modules())
+    prompts = prompts_of(model, 4)
+    alone = [greedy_together(model, [prompt], 4)[0] for prompt in prompts]
+    for one, other in zip(alone, greedy_together(model, prompts, 4), strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+    model.close()
