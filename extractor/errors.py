@@ -12,13 +12,6 @@ Every message says what is wrong, what was found, what was wanted and what to do
 """
 
 
-def message_of(error: Exception) -> str:
-    """An error for people: ours as it is, the operating system's with its file and without its number."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}; check the path, its permissions and the room on its disk"
-    return str(error)
-
-
 class ExtractError(Exception):
     """Base of everything that this package raises on purpose."""
 

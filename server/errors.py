@@ -15,6 +15,12 @@ ServerError
 └── StepMemoryError    a step for which the device has no memory
 """
 
+from __future__ import annotations
+
+from expert_store.errors import StoreError
+from extractor.errors import ExtractError
+from router.errors import RouterError
+
 
 class ServerError(Exception):
     """Base of everything that this package raises on purpose."""
@@ -26,3 +32,14 @@ class SettingsError(ServerError):
 
 class UsageError(ServerError):
     """A command that cannot be carried out as it was typed; the message says what to change."""
+
+
+def message_of(error: BaseException) -> str | None:
+    """The text of an error that a user can put right: of ours, or of the operating system. None for a bug of ours."""
+    if isinstance(error, (StoreError, RouterError, ExtractError, ServerError)):
+        return str(error)
+    if isinstance(error, OSError):
+        if error.filename is None or not error.strerror:
+            return str(error)
+        return f"{error.filename}: {error.strerror}; check the path, its permissions and the room on its disk"
+    return None

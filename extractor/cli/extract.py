@@ -1,7 +1,7 @@
 """The commands `extract`, `inspect` and `verify`, as functions that a typer application mounts.
 
-Invariant: what went wrong on purpose (an ExtractError or StoreError) is one message on standard error and the exit
-status 2, never a traceback; standard output carries the result alone, as text or, with --json, as one JSON object.
+Invariant: standard output carries the result alone, as text or, with --json, as one JSON object; progress and warnings
+go to standard error; an ExtractError or StoreError is raised, for the application to print.
 """
 
 from __future__ import annotations
@@ -9,98 +9,92 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from expert_store.errors import StoreError
 from expert_store.manifest import read_manifest
 from extractor.checkpoint.checkpoint import resolve_checkpoint
-from extractor.cli.progress import byte_progress
-from extractor.errors import ExtractError
+from extractor.cli.options import BudgetOption, CountOption, DryRunOption, JsonOption, KeepOption, StoreArgument
+from extractor.cli.progress import progress_bar
 from extractor.planning.plan import read_plan
-from extractor.planning.selection import SelectionRequest, parse_bytes, parse_keep
-from extractor.writing.disk import format_bytes
+from extractor.planning.selection import SelectionRequest
+from extractor.planning.sizes import format_size
 from extractor.writing.inspection import print_summary, store_summary
 from extractor.writing.prepare import prepare
 from extractor.writing.verify import compared_bytes, open_comparison, verify_store
 
-EXIT_DOMAIN_ERROR = 2
-EXIT_INTERRUPTED = 130
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-StoreArgument = Annotated[Path, typer.Argument(help="Directory of the store.")]
-
 
 def extract(
     checkpoint: Annotated[
-        str, typer.Argument(help="Directory in the Hugging Face layout, or a hub name (owner/name).")
+        str,
+        typer.Argument(metavar="CHECKPOINT", help="Directory in the Hugging Face layout, or a hub name (owner/name)."),
     ],
-    store: Annotated[Path, typer.Argument(help="Directory of the store: new, empty, half-made, or one to grow.")],
-    experts: Annotated[str | None, typer.Option(help="Expert ids to take in every layer, such as 0-7,12.")] = None,
-    count: Annotated[int | None, typer.Option(help="How many deep experts to take.")] = None,
-    keep: Annotated[str | None, typer.Option(help="Share of the experts to take, such as 25%.")] = None,
-    budget: Annotated[str | None, typer.Option(help="Size of the whole store, such as 12GiB.")] = None,
-    plan: Annotated[
-        Path | None, typer.Option(help="Plan file: for each deep expert the expert of every layer.")
+    store: Annotated[
+        Path, typer.Argument(metavar="STORE", help="Directory of the store: new, empty, half-made, or one to grow.")
+    ],
+    experts: Annotated[
+        str | None, typer.Option(metavar="EXPERTS", help="Expert ids to take in every layer, such as 0-7,12.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
+    count: CountOption = None,
+    keep: KeepOption = None,
+    budget: BudgetOption = None,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Plan file: for each deep expert the expert of every layer.")
+    ] = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Slice a checkpoint into a store of deep experts. Takes everything unless told otherwise; always all layers.
 
     Killed at any moment, the same command continues. On a finished store a larger selection adds to it.
     """
-    with _one_message("the same command continues where this one stopped"):
+    started = time.monotonic()
+    request = SelectionRequest(
+        experts=experts,
+        count=count,
+        keep=keep,
+        budget_bytes=budget,
+        plan=read_plan(plan) if plan is not None else None,
+    )
+    opened = resolve_checkpoint(checkpoint)
+    for ignored in opened.ignored:
+        print(f"WARNING: ignored {ignored}", file=sys.stderr)
+    work = prepare(opened, store, request)
+    if not work.is_finished:
+        work.check_text()
+    result: dict[str, Any] = {
+        "store": str(work.target),
+        "family": work.model.family,
+        "num_layers": work.model.num_layers,
+        "num_experts": work.model.num_experts,
+        "num_deep_experts": len(work.selection.columns),
+        "num_deep_experts_before": work.num_existing,
+        "alignment": work.selection.alignment.kind,
+        "trunk_bytes": work.trunk_bytes,
+        "total_bytes": work.total_bytes,
+        "written_bytes": work.remaining_bytes,
+        "prepare_seconds": time.monotonic() - started,
+    }
+    if dry_run:
+        result["status"] = "dry run"
+        work.check_disk()
+    elif work.is_finished:
+        result["status"] = "nothing to do"
+        work.run()
+    else:
         started = time.monotonic()
-        request = SelectionRequest(
-            experts=experts,
-            count=count,
-            keep=parse_keep(keep) if keep is not None else None,
-            budget_bytes=parse_bytes(budget) if budget is not None else None,
-            plan=read_plan(plan) if plan is not None else None,
-        )
-        opened = resolve_checkpoint(checkpoint)
-        for ignored in opened.ignored:
-            print(f"WARNING: ignored {ignored}", file=sys.stderr)
-        work = prepare(opened, store, request)
-        if not work.is_finished:
-            work.check_text()
-        result: dict[str, Any] = {
-            "store": str(work.target),
-            "family": work.model.family,
-            "num_layers": work.model.num_layers,
-            "num_experts": work.model.num_experts,
-            "num_deep_experts": len(work.selection.columns),
-            "num_deep_experts_before": work.num_existing,
-            "alignment": work.selection.alignment.kind,
-            "trunk_bytes": work.trunk_bytes,
-            "total_bytes": work.total_bytes,
-            "written_bytes": work.remaining_bytes,
-            "prepare_seconds": time.monotonic() - started,
-        }
-        if dry_run:
-            result["status"] = "dry run"
-            work.check_disk()
-        elif work.is_finished:
-            result["status"] = "nothing to do"
-            work.run()
-        else:
-            started = time.monotonic()
-            with byte_progress("extracting", work.remaining_bytes, quiet=as_json) as on_bytes:
-                work.run(on_bytes)
-            result["status"] = "extracted"
-            result["write_seconds"] = time.monotonic() - started
+        with progress_bar("extracting", work.remaining_bytes, quiet=as_json) as bar:
+            work.run(bar.advance)
+        result["status"] = "extracted"
+        result["write_seconds"] = time.monotonic() - started
     print(json.dumps(result) if as_json else _sentence(result))
 
 
 def inspect(store: StoreArgument, as_json: JsonOption = False) -> None:
     """Show what a store holds."""
-    with _one_message():
-        summary = store_summary(store)
+    summary = store_summary(store)
     if as_json:
         print(json.dumps(summary))
     else:
@@ -109,56 +103,45 @@ def inspect(store: StoreArgument, as_json: JsonOption = False) -> None:
 
 def verify(
     store: StoreArgument,
-    against: Annotated[str | None, typer.Option(help="Checkpoint to compare with, bit for bit.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="CHECKPOINT", help="Checkpoint to compare with, bit for bit.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Hash every file of a store; with --against, compare it with its checkpoint bit for bit."""
-    with _one_message():
-        total = compared_bytes(read_manifest(store))
-        comparison = None if against is None else open_comparison(store, resolve_checkpoint(against))
-        with byte_progress("verifying", total, quiet=as_json) as on_bytes:
-            verified = verify_store(store, on_bytes)
-        result: dict[str, Any] = {
-            "store": str(store),
-            "status": "intact",
-            "verified_bytes": verified,
-            "against": against,
-        }
-        text = f"{store} is intact: {format_bytes(verified)} verified"
-        if comparison is not None:
-            with byte_progress("comparing", total, quiet=as_json) as on_bytes:
-                result["compared_bytes"] = comparison.run(on_bytes)
-            text += f", and equal to {against} bit for bit"
+    total = compared_bytes(read_manifest(store))
+    comparison = None if against is None else open_comparison(store, resolve_checkpoint(against))
+    with progress_bar("verifying", total, quiet=as_json) as bar:
+        verified = verify_store(store, bar.advance)
+    result: dict[str, Any] = {
+        "store": str(store),
+        "status": "intact",
+        "verified_bytes": verified,
+        "against": against,
+    }
+    text = f"{store} is intact: {format_size(verified)} verified"
+    if comparison is not None:
+        with progress_bar("comparing", total, quiet=as_json) as bar:
+            result["compared_bytes"] = comparison.run(bar.advance)
+        text += f", and equal to {against} bit for bit"
     print(json.dumps(result) if as_json else text)
 
 
 def _sentence(result: dict[str, Any]) -> str:
     holds = (
         f"{result['num_deep_experts']} of {result['num_experts']} deep experts of {result['num_layers']} layers, "
-        f"{format_bytes(result['total_bytes'])}"
+        f"{format_size(result['total_bytes'])}"
     )
     match result["status"]:
         case "nothing to do":
             return f"nothing to do: {result['store']} holds {holds}"
         case "dry run":
             return (
-                f"would write {format_bytes(result['written_bytes'])} to {result['store']}, which would hold {holds} "
-                f"({format_bytes(result['trunk_bytes'])} of it the trunk); nothing was written"
+                f"would write {format_size(result['written_bytes'])} to {result['store']}, which would hold {holds} "
+                f"({format_size(result['trunk_bytes'])} of it the trunk); nothing was written"
             )
-    rate = format_bytes(result["written_bytes"] / max(result["write_seconds"], 1e-9))
+    rate = format_size(result["written_bytes"] / max(result["write_seconds"], 1e-9))
     return (
-        f"wrote {format_bytes(result['written_bytes'])} in {result['write_seconds']:.1f} s ({rate}/s): "
+        f"wrote {format_size(result['written_bytes'])} in {result['write_seconds']:.1f} s ({rate}/s): "
         f"{result['store']} holds {holds}"
     )
-
-
-@contextmanager
-def _one_message(interrupted: str = "nothing was changed") -> Iterator[None]:
-    try:
-        yield
-    except (ExtractError, StoreError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(EXIT_DOMAIN_ERROR) from None
-    except KeyboardInterrupt:
-        print(f"interrupted; {interrupted}", file=sys.stderr)
-        raise typer.Exit(EXIT_INTERRUPTED) from None

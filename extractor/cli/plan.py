@@ -1,7 +1,8 @@
 """The command `plan`, as a function that a typer application mounts.
 
-Invariant: what went wrong on purpose is one message on standard error and the exit status 2; standard output carries
-the result alone, as text or, with --json, as one JSON object. A plan that is expected to cost a lot is said to, loudly.
+Invariant: standard output carries the result alone, as text or, with --json, as one JSON object; an ExtractError,
+StoreError, RouterError or OSError is raised, for the application to print. A plan that is expected to cost a lot is
+warned of on standard error.
 """
 
 from __future__ import annotations
@@ -14,75 +15,81 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from expert_store.errors import StoreError
-from extractor.errors import ExtractError, SelectionError, message_of
+from extractor.cli.options import BudgetOption, CountOption, JsonOption, KeepOption
+from extractor.errors import SelectionError
 from extractor.planning.columns import ALIGNMENTS
 from extractor.planning.criteria import CRITERIA, DEFAULT_CRITERION, normalised, score
 from extractor.planning.expectation import Expectation, cost_warning
 from extractor.planning.plan import Plan, write_plan
 from extractor.planning.planner import PlanRequest, count_for, make_plan
 from extractor.planning.plots import require_picture
-from extractor.planning.selection import parse_bytes, parse_keep
+from extractor.planning.sizes import format_size
 from extractor.statistics.file import read_statistics
 from extractor.statistics.price import WARN_PERPLEXITY_RATIO, Price
 from extractor.statistics.statistics import ExpertStatistics, merge_all
-from extractor.writing.disk import format_bytes, require_writable
-from router.errors import LedgerError
+from extractor.writing.disk import require_writable
 from router.ledger import UsageLedger
 
 
 def plan(
-    stats: Annotated[list[Path], typer.Option(help="Statistics from `deepfew calibrate`; several are added up.")],
-    out: Annotated[Path, typer.Option(help="Plan file to write, for `deepfew extract --plan`.")] = Path("plan.json"),
-    usage: Annotated[Path | None, typer.Option(help="usage.json of a server, as a domain of its own.")] = None,
-    count: Annotated[int | None, typer.Option(help="How many deep experts to choose.")] = None,
-    keep: Annotated[str | None, typer.Option(help="Share of the experts to choose, such as 25%.")] = None,
-    budget: Annotated[str | None, typer.Option(help="Size of the whole store, such as 12GiB.")] = None,
+    stats: Annotated[
+        list[Path], typer.Option(metavar="FILE", help="Statistics from `deepfew calibrate`; several are added up.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Plan file to write, for `deepfew extract --plan`.")] = Path(
+        "plan.json"
+    ),
+    usage: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="usage.json of a server, as a domain of its own.")
+    ] = None,
+    count: CountOption = None,
+    keep: KeepOption = None,
+    budget: BudgetOption = None,
     criterion: Annotated[
-        str, typer.Option(help=f"What an expert is worth: {', '.join(CRITERIA)}.")
+        str, typer.Option(metavar="CRITERION", help=f"What an expert is worth: {', '.join(CRITERIA)}.")
     ] = DEFAULT_CRITERION,
     alignment: Annotated[
-        str, typer.Option(help=f"How deep experts are formed: {', '.join(ALIGNMENTS)}. free chooses per layer first.")
+        str,
+        typer.Option(
+            metavar="ALIGNMENT",
+            help=f"How deep experts are formed: {', '.join(ALIGNMENTS)}. free chooses per layer first.",
+        ),
     ] = "free",
-    domains: Annotated[str | None, typer.Option(help="Domains to serve, such as code,chat; all by default.")] = None,
-    quota: Annotated[
-        list[str] | None, typer.Option(help="Share of the places chosen for one domain alone, such as code=0.5.")
+    domains: Annotated[
+        str | None, typer.Option(metavar="DOMAINS", help="Domains to serve, such as code,chat; all by default.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the criterion random.")] = 0,
+    quota: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DOMAIN=SHARE", help="Share of the places chosen for one domain alone, such as code=0.5."),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the criterion random.")] = 0,
     warn_perplexity_ratio: Annotated[
-        float, typer.Option(min=1.0, help="Warn of domains whose perplexity is expected to grow by more than this.")
+        float,
+        typer.Option(
+            metavar="N", min=1.0, help="Warn of domains whose perplexity is expected to grow by more than this."
+        ),
     ] = WARN_PERPLEXITY_RATIO,
-    plot: Annotated[Path | None, typer.Option(help="Picture to draw (png, svg or pdf).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture to draw (png, svg or pdf).")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Choose which experts a store should have, from calibration statistics, and say what they will serve."""
-    try:
-        require_writable(out, "--out")
-        if plot is not None:
-            require_picture(plot)
-            require_writable(plot, "--plot")
-        statistics = merge_all(read_statistics(path) for path in stats)
-        request = PlanRequest(
-            count=count_for(
-                statistics,
-                count,
-                None if keep is None else parse_keep(keep),
-                None if budget is None else parse_bytes(budget),
-            ),
-            criterion=criterion,
-            alignment=alignment,
-            domains=None if domains is None else tuple(name.strip() for name in domains.split(",")),
-            quotas=dict(_quota(text) for text in quota or ()),
-            usage=None if usage is None else UsageLedger.load(usage).demand_mass,
-            seed=seed,
-        )
-        made = make_plan(statistics, request)
-        write_plan(out, made)
-        if plot is not None:
-            _draw(plot, statistics, made, request)
-    except (ExtractError, StoreError, LedgerError, OSError) as error:
-        print(f"error: {message_of(error)}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    require_writable(out, "--out")
+    if plot is not None:
+        require_picture(plot)
+        require_writable(plot, "--plot")
+    statistics = merge_all(read_statistics(path) for path in stats)
+    request = PlanRequest(
+        count=count_for(statistics, count, keep, budget),
+        criterion=criterion,
+        alignment=alignment,
+        domains=None if domains is None else tuple(name.strip() for name in domains.split(",")),
+        quotas=dict(_quota(text) for text in quota or ()),
+        usage=None if usage is None else UsageLedger.load(usage).demand_mass,
+        seed=seed,
+    )
+    made = make_plan(statistics, request)
+    write_plan(out, made)
+    if plot is not None:
+        _draw(plot, statistics, made, request)
     if as_json:
         print(json.dumps({"plan": str(out), "num_deep_experts": len(made.deep_experts), **made.extra}))
     else:
@@ -126,7 +133,7 @@ def _quota(text: str) -> tuple[str, float]:
 def _text(out: Path, statistics: ExpertStatistics, made: Plan) -> str:
     size = ""
     if statistics.expert_bytes:
-        size = f", {format_bytes(len(made.deep_experts) * statistics.expert_bytes)} of experts"
+        size = f", {format_size(len(made.deep_experts) * statistics.expert_bytes)} of experts"
     head = (
         f"{out}: {len(made.deep_experts)} of {made.num_experts} deep experts of {made.num_layers} layers{size}, "
         f"chosen by {made.extra['criterion']}, alignment {made.alignment['kind']}"

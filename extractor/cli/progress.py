@@ -1,6 +1,6 @@
-"""Progress of long copies on standard error: a bar on a terminal, plain lines elsewhere.
+"""Progress of commands on standard error: a bar on a terminal; elsewhere lines for bytes, and nothing for the rest.
 
-Invariant: `advance` may be called from any thread and is cheap; nothing is written to standard output.
+Invariant: a `Bar` may be told of progress from any thread and is cheap; nothing is written to standard output.
 """
 
 from __future__ import annotations
@@ -8,58 +8,81 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-from extractor.writing.disk import format_bytes
+from extractor.planning.sizes import format_size
 
 LINE_SECONDS = 5.0
 
 
 @contextmanager
-def byte_progress(title: str, total_bytes: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """Gives a function that is told of every few bytes done; shows bytes, rate and time left while the block runs."""
-    if quiet:
-        yield lambda count: None
-    elif not sys.stderr.isatty():
-        yield _Lines(title, total_bytes).advance
-    else:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task(title, total=total_bytes)
-            yield lambda count: progress.advance(task, count)
+def progress_bar(title: str, total_bytes: int | None = None, *, quiet: bool = False) -> Iterator[Bar]:
+    """A bar while the block runs.
+
+    Args:
+        title: of the work.
+        total_bytes: of a copy, which is told by `Bar.advance`; other work is told by `Bar.show`.
+        quiet: show nothing.
+    """
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield Bar(title, None if quiet else total_bytes)
+        return
+    rate = (DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn())
+    with Progress(*columns, *((TimeElapsedColumn(),) if total_bytes is None else rate), console=console) as drawn:
+        drawn.add_task(title, total=total_bytes)
+        yield Bar(title, total_bytes, drawn)
 
 
-class _Lines:
-    """A line every few seconds, and one at the end."""
+class Bar:
+    """Of one piece of work. Without `drawn`, a line every few seconds tells of `total_bytes`, where it is given."""
 
-    def __init__(self, title: str, total_bytes: int) -> None:
+    def __init__(self, title: str, total_bytes: int | None, drawn: Progress | None = None) -> None:
         self._title = title
         self._total = total_bytes
+        self._drawn = drawn
         self._done = 0
         self._start = self._last = time.monotonic()
         self._lock = threading.Lock()
 
-    def advance(self, count: int) -> None:
+    def show(self, doing: str, done: float, total: float | None) -> None:
+        """So much of `total` is done of what is under way; without a total nobody knows."""
+        if self._drawn is not None:
+            (task,) = self._drawn.task_ids
+            self._drawn.update(task, description=doing, completed=done, total=total)
+
+    def advance(self, num_bytes: int) -> None:
+        """So many more bytes are done."""
+        if self._drawn is not None:
+            (task,) = self._drawn.task_ids
+            self._drawn.advance(task, num_bytes)
+        elif self._total is not None:
+            self._write_line(num_bytes, self._total)
+
+    def _write_line(self, num_bytes: int, total: int) -> None:
         with self._lock:
-            self._done += count
+            self._done += num_bytes
             now = time.monotonic()
-            if now - self._last < LINE_SECONDS and self._done < self._total:
+            if now - self._last < LINE_SECONDS and self._done < total:
                 return
             self._last = now
             rate = self._done / max(now - self._start, 1e-9)
-            left = (self._total - self._done) / max(rate, 1.0)
+            left = (total - self._done) / max(rate, 1.0)
             line = (
-                f"{self._title}: {format_bytes(self._done)} of {format_bytes(self._total)}, "
-                f"{format_bytes(rate)}/s, {left:.0f} s left"
+                f"{self._title}: {format_size(self._done)} of {format_size(total)}, "
+                f"{format_size(rate)}/s, {left:.0f} s left"
             )
         print(line, file=sys.stderr, flush=True)

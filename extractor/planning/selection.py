@@ -6,7 +6,6 @@ only), and no (layer, expert) is taken twice.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +17,6 @@ from extractor.errors import SelectionError
 from extractor.planning.plan import Plan
 from router.errors import MaskError
 from router.mask import parse_experts
-
-_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
-_UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 @dataclass(frozen=True)
@@ -71,24 +67,6 @@ def select(
         store_bytes=sizes.__getitem__,
     )
     return Selection(columns[:count], alignment)
-
-
-def parse_keep(text: str) -> float:
-    """A share of the experts from text: "25%" or "0.25". Raises SelectionError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
-    share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
-    if not 0 < share <= 1:
-        raise SelectionError(f"--keep is {text!r}, wanted a share of the experts such as 25% or 0.25")
-    return share
-
-
-def parse_bytes(text: str) -> int:
-    """A number of bytes from text: "12GiB", "500MB", "1.5 TB", "4096". Raises SelectionError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper())
-    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
-    if size < 1:
-        raise SelectionError(f"{text!r} is no size; write for instance 12GiB or 500MB")
-    return size
 
 
 def _candidates(

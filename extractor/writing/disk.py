@@ -48,12 +48,3 @@ def keep_that_fits(room_bytes: int, trunk_bytes: int, shard_bytes: int, num_expe
     if count < max(at_least, 1):
         return None
     return f"{math.ceil(10000 * count / num_experts) / 100:g}%"
-
-
-def format_bytes(size: float) -> str:
-    """A size for people: 4096 is "4.0 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

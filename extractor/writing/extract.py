@@ -28,7 +28,8 @@ from expert_store.shard import ShardLayout, shard_name
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.errors import DiskFullError, TargetError
 from extractor.planning.selection import Selection
-from extractor.writing.disk import DISK_MARGIN_BYTES, format_bytes, free_bytes, keep_that_fits
+from extractor.planning.sizes import format_size
+from extractor.writing.disk import DISK_MARGIN_BYTES, free_bytes, keep_that_fits
 from extractor.writing.journal import JOURNAL_NAME, Journal, journal_head, read_journal
 from extractor.writing.outputs import OutputFile, shard_indices
 from extractor.writing.pipeline import FileDigest, partial_path, stream
@@ -183,8 +184,8 @@ class Extraction:
         """The bytes that are needed and free, and a `--keep` that fits."""
         missing = sum(output.file_bytes for output in self.outputs if output.name not in finished)
         head = (
-            f"the disk of {self.target} is too small: {format_bytes(missing + DISK_MARGIN_BYTES)} are still needed, "
-            f"{format_bytes(free)} are free; "
+            f"the disk of {self.target} is too small: {format_size(missing + DISK_MARGIN_BYTES)} are still needed, "
+            f"{format_size(free)} are free; "
         )
         room = free + self.total_bytes - missing
         shard = max(output.file_bytes for output in self.outputs if output.cuts)

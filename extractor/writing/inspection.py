@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from expert_store.manifest import Manifest, format_ids, read_manifest
-from extractor.writing.disk import format_bytes
+from extractor.planning.sizes import format_size
 
 
 def store_summary(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -65,11 +65,11 @@ def print_summary(summary: dict[str, Any]) -> None:
         ("store", summary["store"]),
         ("checkpoint", f"{summary['source']['name']} ({summary['source']['fingerprint'][:12]})"),
         ("model", f"{summary['architecture']}, {layers} MoE layers of {every} experts, top-{summary['top_k']}"),
-        ("one expert", f"{format_bytes(span)} a layer: {tensors}"),
-        ("deep experts", f"{held} of {every}, {format_bytes(summary['shard_bytes'] / held)} each"),
+        ("one expert", f"{format_size(span)} a layer: {tensors}"),
+        ("deep experts", f"{held} of {every}, {format_size(summary['shard_bytes'] / held)} each"),
         ("alignment", summary["alignment"]),
         ("experts", _per_layer(summary)),
-        ("on disk", f"{format_bytes(summary['total_bytes'])}, of it {format_bytes(summary['trunk_bytes'])} trunk"),
+        ("on disk", f"{format_size(summary['total_bytes'])}, of it {format_size(summary['trunk_bytes'])} trunk"),
         ("files", _files(summary["damaged_files"])),
     ]
     console = Console(highlight=False, soft_wrap=True)

@@ -6,7 +6,6 @@ slots than experts, and the text comes from a `POST /generate` over HTTP. A seco
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
 import shutil
@@ -16,16 +15,19 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 
 from expert_store.errors import StoreError
 from expert_store.manifest import read_manifest
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.writing.journal import JOURNAL_NAME
-from server.cli.main import UsageError, is_domain_error
 from server.cli.main import main as deepfew
+from server.cli.main import run
 from server.cli.port import holder_of
+from server.errors import UsageError
 from server.serving.service import Service
 from server.settings.load import load_settings
 
@@ -43,22 +45,22 @@ console = Console(highlight=False, soft_wrap=True)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo until Ctrl-C; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m server.cli.demo", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--port", type=int, help=f"port to listen on (default: the first free one from {FIRST_PORT})")
-    parser.add_argument("--slots", type=int, default=SLOTS, help=f"expert slots a layer of 64 (default {SLOTS})")
-    parser.add_argument("--store", type=Path, default=STORE, help="where the store is, or is made")
-    parser.add_argument("--once", action="store_true", help="end after the first answer")
-    arguments = parser.parse_args(argv)
-    try:
-        status = make_store(arguments.store)
-        return status or run(arguments.store, arguments.port or free_port(), arguments.slots, once=arguments.once)
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        if not is_domain_error(error):
-            raise
-        console.print(f"error: {error}", style="red", markup=False)
-        return 2
+    application = typer.Typer(add_completion=False)
+    application.command()(demo)
+    return run(application, sys.argv[1:] if argv is None else argv, "python -m server.cli.demo")
+
+
+def demo(
+    port: Annotated[
+        int | None,
+        typer.Option(metavar="N", help=f"Port to listen on; by default the first free one from {FIRST_PORT}."),
+    ] = None,
+    slots: Annotated[int, typer.Option(metavar="N", help="Expert slots of a layer of 64.")] = SLOTS,
+    store: Annotated[Path, typer.Option(metavar="STORE", help="Where the store is, or is made.")] = STORE,
+    once: Annotated[bool, typer.Option("--once", metavar="", help="End after the first answer.")] = False,
+) -> int:
+    """Turn the bundled checkpoint into a store, a server and streamed text."""
+    return make_store(store) or show_server(store, port or free_port(), slots, once=once)
 
 
 def make_store(store: Path) -> int:
@@ -102,9 +104,9 @@ def free_port() -> int:
     raise UsageError(f"ports {FIRST_PORT} to {FIRST_PORT + NUM_PORTS - 1} are all in use; name one with --port")
 
 
-def run(store: Path, port: int, slots: int, *, once: bool) -> int:
+def show_server(store: Path, port: int, slots: int, *, once: bool) -> int:
     """Serve the store, show one answer, print what to try, and go on serving (or not, with `once`)."""
-    from server.cli.serve import serve
+    from server.cli.serve import serve_settings
 
     flags = {"store": str(store), "port": port, "slots": slots, "log_level": "warning"}
     _heading(f"2  a server on {HOST}:{port}, with {slots} expert slots in each layer")
@@ -123,7 +125,7 @@ def run(store: Path, port: int, slots: int, *, once: bool) -> int:
     def in_background(service: Service, url: str, stop: Callable[[], None]) -> None:
         threading.Thread(target=show, args=(service, stop), daemon=True).start()
 
-    status = serve(load_settings(flags, environ={}), on_listening=in_background)
+    status = serve_settings(load_settings(flags, environ={}), on_listening=in_background)
     if failures:
         raise failures[0]
     console.print("\nstopped")

@@ -2,53 +2,81 @@
 
 from __future__ import annotations
 
-import argparse
+import inspect
 import typing
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any
 
-from server.cli.main import UsageError
-from server.settings.load import Leaf, Resolved, leaves, load_settings
+import typer
 
+from server.settings.load import Leaf, leaves, load_settings
+from server.settings.schema import Settings
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, where argparse would put all flags in front of it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UsageError."""
-        raise UsageError(f"{message}; `{self.prog} --help` says more")
+SECTIONS = tuple(name for name in Settings.model_fields if name != "store")
 
 
-def add_settings_flags(parser: argparse.ArgumentParser, *, sections: tuple[str, ...], store: bool = True) -> None:
-    """Add a flag for each key of `sections`, and the store as a positional argument."""
-    if store:
-        parser.add_argument("store", nargs="?", metavar="STORE", help="directory of the store")
-    for section in sections:
-        group = parser.add_argument_group(section)
-        for leaf in leaves():
-            if leaf.path.startswith(section + "."):
-                group.add_argument(leaf.flag, dest=leaf.name, **_shape(leaf))
-    parser.add_argument("--config", type=Path, metavar="FILE", help="settings file (TOML), also DEEPFEW_CONFIG")
+def with_settings(*sections: str, store_required: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a typer function an option for each key of `sections`, and the store as its first argument.
 
-
-def settings_from(arguments: argparse.Namespace) -> Resolved:
-    """Settings where the flags in `arguments` come first.
-
-    Raises:
-        SettingsError: see `load_settings`.
+    The function takes `resolved`, the `Resolved` settings in which those options come first, and its own parameters
+    beside it. `load_settings` says what is raised.
     """
-    names = {leaf.name for leaf in leaves()}
-    flags = {name: value for name, value in vars(arguments).items() if name in names}
-    return load_settings(flags, config=arguments.config)
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        own = inspect.signature(function, eval_str=True).parameters
+        annotations: dict[str, Any] = {"store": _store_argument(store_required)}
+        annotations |= {name: parameter.annotation for name, parameter in own.items() if name != "resolved"}
+        chosen = [leaf for leaf in leaves() if leaf.path.partition(".")[0] in sections]
+        annotations |= {leaf.name: _option(leaf) for leaf in chosen}
+        annotations["config"] = Annotated[
+            Path | None, typer.Option(metavar="FILE", help="settings file (TOML), also DEEPFEW_CONFIG")
+        ]
+        defaults = dict.fromkeys([*(leaf.name for leaf in chosen), "config"])
+        defaults |= {name: parameter.default for name, parameter in own.items()}
+        defaults["store"] = inspect.Parameter.empty if store_required else None
+
+        @wraps(function)
+        def command(**values: Any) -> Any:
+            config = values.pop("config")
+            flags = {name: values.pop(name) for name in ["store", *(leaf.name for leaf in chosen)]}
+            return function(load_settings(flags, config=config), **values)
+
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters = [
+            inspect.Parameter(name, keyword, default=defaults[name], annotation=kind)
+            for name, kind in annotations.items()
+        ]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = annotations
+        return command
+
+    return decorate
 
 
-def _shape(leaf: Leaf) -> dict[str, Any]:
-    default = leaf.info.default
-    text = (leaf.info.description or "").replace("%", "%%")
-    if default is not None:
-        text += f" (default {default})"
+def _store_argument(required: bool) -> Any:
+    return Annotated[str if required else str | None, typer.Argument(metavar="STORE", help="directory of the store")]
+
+
+def _option(leaf: Leaf) -> Any:
+    """The annotation of a key's option; settings validate the text, so that a mistake is said with the key's path."""
+    kind: Any = str
+    metavar: str | None
+    flag, metavar = leaf.flag, leaf.name.rpartition("_")[2].upper()
     if leaf.info.annotation is bool:
-        return {"help": text, "action": argparse.BooleanOptionalAction, "default": None}
-    if typing.get_origin(leaf.info.annotation) is typing.Literal:
-        return {"help": text, "choices": typing.get_args(leaf.info.annotation)}
-    return {"help": text, "metavar": leaf.name.rpartition("_")[2].upper()}
+        kind, flag, metavar = bool, f"{flag}/--no-{flag.removeprefix('--')}", ""
+    elif typing.get_origin(leaf.info.annotation) is typing.Literal:
+        kind, metavar = leaf.info.annotation, None
+    default = "" if leaf.info.default is None else f" (default {leaf.info.default})"
+    panel = leaf.path.partition(".")[0]
+    return Annotated[
+        kind | None,
+        typer.Option(
+            flag,
+            metavar=metavar,
+            help=(leaf.info.description or "") + default,
+            show_default=False,
+            rich_help_panel=panel,
+        ),
+    ]

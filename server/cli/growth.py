@@ -1,7 +1,7 @@
 """The commands `grow` and `shrink`, as functions that a typer application mounts.
 
-Invariant: standard output carries the result alone, as text or, with --json, as one JSON object; what went wrong on
-purpose is raised, and `server.cli.main` makes one message and the exit status 2 of it.
+Invariant: standard output carries the result alone, as text or, with --json, as one JSON object; a GrowthError and its
+like are raised, for the application to print.
 """
 
 from __future__ import annotations
@@ -13,37 +13,50 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from expert_store.manifest import read_manifest
-from extractor.planning.selection import parse_bytes
+from extractor.cli.options import DryRunOption, JsonOption
+from extractor.planning.sizes import parse_size
 from server.growth.status import GrowthError
 
 if TYPE_CHECKING:
     from extractor.statistics.statistics import ExpertStatistics
 
 
+GrownStore = Annotated[Path, typer.Argument(metavar="STORE", help="Store to change; it may be being served.")]
+UsageOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="What was wanted; by default the store's usage.json.")
+]
+NormsOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Statistics, for the size of outputs; by default those that servers collected."),
+]
+
+
 def grow(
-    store: Annotated[Path, typer.Argument(help="Store to grow; it may be being served.")],
-    source: Annotated[str | None, typer.Option("--from", help="Its checkpoint; by default where it lay.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="How many deep experts to add.")] = 1,
-    budget: Annotated[str | None, typer.Option(help="Most bytes of all shards together, such as 12GiB.")] = None,
-    usage: Annotated[Path | None, typer.Option(help="What was wanted; by default the store's usage.json.")] = None,
-    stats: Annotated[
-        Path | None, typer.Option(help="For the size of outputs; by default what servers collected.")
+    store: GrownStore,
+    source: Annotated[
+        str | None, typer.Option("--from", metavar="CHECKPOINT", help="Its checkpoint; by default where it lay.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be added, and write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    count: Annotated[int, typer.Option(metavar="N", min=1, help="How many deep experts to add.")] = 1,
+    budget: Annotated[
+        int | None,
+        typer.Option(parser=parse_size, metavar="SIZE", help="Most bytes of all shards together, such as 12GiB."),
+    ] = None,
+    usage: UsageOption = None,
+    stats: NormsOption = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Add the deep experts that were wanted most and missing. A server takes them up when told, or when it starts."""
     from server.growth.ranking import wanted_growth
     from server.growth.store import grow_store, unfinished_growth
 
     path = store / "usage.json" if usage is None else usage
-    limit = None if budget is None else parse_bytes(budget)
     begun = unfinished_growth(store)
     if begun:  # another growth has to wait for it, whatever was wanted since
         added, location = begun, read_manifest(store).source.location
         reasons = ["a growth that was broken off is finished first"] * len(begun)
     else:
-        chosen, location = wanted_growth(store, path, _statistics(stats, store), limit, count)
+        chosen, location = wanted_growth(store, path, _statistics(stats, store), budget, count)
         added, reasons = [one.experts for one in chosen], [one.reason for one in chosen]
     if not dry_run:
         grow_store(store, source or location, added)
@@ -57,19 +70,19 @@ def grow(
 
 
 def shrink(
-    store: Annotated[Path, typer.Argument(help="Store to shrink; it may be being served.")],
-    count: Annotated[int | None, typer.Option(help="Give up so many deep experts, the least wanted ones.")] = None,
-    deep: Annotated[str | None, typer.Option(help="Give up these, by index, such as 3,7.")] = None,
-    usage: Annotated[Path | None, typer.Option(help="What was wanted; by default the store's usage.json.")] = None,
-    stats: Annotated[
-        Path | None, typer.Option(help="For the size of outputs; by default what servers collected.")
+    store: GrownStore,
+    count: Annotated[
+        int | None, typer.Option(metavar="N", help="Remove so many deep experts, the least wanted ones.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be given up, and write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    deep: Annotated[str | None, typer.Option(metavar="INDICES", help="Remove these, by index, such as 3,7.")] = None,
+    usage: UsageOption = None,
+    stats: NormsOption = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Give up deep experts. A server that has the store takes the change up when told, or when it starts.
+    """Remove deep experts. A server that has the store takes the change up when told, or when it starts.
 
-    Without --count and --deep, files that an earlier shrinking had to leave are removed.
+    Without --count and --deep, remove the files that an earlier shrinking had to leave.
     """
     from expert_store.shrink import without
     from extractor.writing.shrink import shrink_store, tidy

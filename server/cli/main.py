@@ -1,41 +1,88 @@
-"""The `deepfew` command: its subcommands and where they live; errors that we know become one line and status 2.
+"""The `deepfew` command: its subcommands, where they live, and the one place that prints an error.
 
-Invariant: nothing heavy is imported before the subcommand is known, so `deepfew --help` answers at once. torch and
-transformers are imported only by the commands that use them.
+Invariant: only the subcommand that was typed is imported, so `deepfew --help` answers without torch. An error that a
+user can put right is one line on standard error and the exit status 2; any other is a bug, and keeps its traceback.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any, NamedTuple
 
+import typer
+
+from server.errors import message_of
 from server.settings.openmp import spin_briefly
 
-COMMANDS = {  # name: (module with `main(arguments)`, or else with a typer function of that name; what it does)
-    "extract": ("extractor.cli.extract", "slice a checkpoint into a store of deep experts"),
-    "inspect": ("extractor.cli.extract", "say what a store holds"),
-    "verify": ("extractor.cli.extract", "check a store's files, and its bits against the checkpoint"),
-    "calibrate": ("server.cli.quality", "see which experts texts want, and what they are worth"),
-    "plan": ("extractor.cli.plan", "choose from that which experts a store should have"),
-    "evaluate": ("server.cli.quality", "measure what serving a part of the experts costs"),
-    "grow": ("server.cli.growth", "add the deep experts that were wanted and missing"),
-    "shrink": ("server.cli.growth", "give up the deep experts that were wanted least"),
-    "serve": ("server.cli.serve", "serve a store over HTTP"),
-    "generate": ("server.cli.generate", "continue a prompt without a server"),
-    "config": ("server.cli.config", "show every setting, its value and where it came from"),
-}
-TITLES = {
-    "A store": ("extract", "inspect", "verify"),
-    "The right few": ("calibrate", "plan", "evaluate", "grow", "shrink"),
-    "Text from it": ("serve", "generate", "config"),
-}
+
+class Command(NamedTuple):
+    """A subcommand: the module that has a function of its name, a line of help, and whether a second run continues."""
+
+    module: str
+    panel: str
+    help: str
+    continues: bool = False
 
 
-class UsageError(Exception):
-    """The command line cannot be carried out as it stands; the message says what to change."""
+STORE, CHOICE, TEXT = "A store", "The right few", "Text from it"
+COMMANDS = {
+    "extract": Command("extractor.cli.extract", STORE, "Slice a checkpoint into a store of deep experts.", True),
+    "inspect": Command("extractor.cli.extract", STORE, "Show what a store holds."),
+    "verify": Command("extractor.cli.extract", STORE, "Check a store's files, and its bits against the checkpoint."),
+    "calibrate": Command(
+        "server.cli.quality", CHOICE, "Measure which experts texts want, and what they are worth.", True
+    ),
+    "plan": Command("extractor.cli.plan", CHOICE, "Choose from that which experts a store should have."),
+    "evaluate": Command("server.cli.quality", CHOICE, "Measure what serving a part of the experts costs."),
+    "grow": Command("server.cli.growth", CHOICE, "Add the deep experts that were wanted and missing.", True),
+    "shrink": Command("server.cli.growth", CHOICE, "Remove the deep experts that were wanted least."),
+    "serve": Command("server.cli.serve", TEXT, "Serve a store over HTTP."),
+    "generate": Command("server.cli.generate", TEXT, "Continue a prompt without a server."),
+    "config": Command("server.cli.config", TEXT, "Show every setting, its value and where it came from."),
+}
+DESCRIPTION = "Serve a Mixture-of-Experts model from less memory than it needs: the right few experts, fully deep."
+FIRST_STEPS = (
+    "To begin, where CHECKPOINT is a directory of safetensors, or a model of the hub:",
+    "deepfew extract CHECKPOINT STORE",
+    'deepfew generate STORE "The capital of France is"',
+    "deepfew serve STORE",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status: 0 done, 2 something to put right, 130 interrupted, 141 pipe closed."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments in ([], ["help"]):
+        arguments = ["--help"]
+    spin_briefly()
+    name = next((word for word in arguments if not word.startswith("-")), "")
+    status = run(_application(name), arguments, "deepfew")
+    if status == 130:
+        continues = name in COMMANDS and COMMANDS[name].continues
+        print(
+            "interrupted" + ("; the same command continues where this one stopped" if continues else ""),
+            file=sys.stderr,
+        )
+    return status
+
+
+def run(application: typer.Typer, arguments: Sequence[str], name: str) -> int:
+    """Run a typer application; returns the exit status. Prints the message of an error that a user can put right."""
+    command = typer.main.get_command(application)
+    try:
+        return int(command.main(list(arguments), prog_name=name, standalone_mode=False) or 0)
+    except SystemExit:  # typer's answer to a closed pipe
+        return 141
+    except typer.TyperException as error:
+        return _print_error(_usage_message(error))
+    except Exception as error:
+        message = message_of(error)
+        if message is None:
+            raise
+        return _print_error(message)
 
 
 def package_version() -> str:
@@ -46,92 +93,46 @@ def package_version() -> str:
         return "0+unknown"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status: 0 done, 1 an unexpected failure, 2 something to put right."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_overview())
-        return 0
-    if arguments[0] == "--version":
+def _application(chosen: str) -> typer.Typer:
+    """All commands by name and help; only the function of the `chosen` one is imported."""
+    application = typer.Typer(
+        add_completion=False,
+        help=DESCRIPTION,
+        epilog="\n\n".join(FIRST_STEPS),
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    application.callback(invoke_without_command=True)(_root)
+    for name, command in COMMANDS.items():
+        function: Callable[..., Any] = _root
+        if name == chosen:
+            function = getattr(importlib.import_module(command.module), name)
+        application.command(name, short_help=command.help, help=function.__doc__, rich_help_panel=command.panel)(
+            function
+        )
+    return application
+
+
+def _root(
+    show_version: Annotated[bool, typer.Option("--version", metavar="", help="Show the version and exit.")] = False,
+) -> None:
+    if show_version:
         print(f"deepfew {package_version()}")
-        return 0
-    name = arguments[0]
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f" Did you mean `deepfew {near[0]}`?" if near else ""
-        return _complain(f"there is no command {name!r}.{hint} `deepfew --help` lists all.")
-    spin_briefly()
-    try:
-        module = importlib.import_module(COMMANDS[name][0])
-        if not hasattr(module, "main"):
-            return _run_typer(getattr(module, name), name, arguments[1:])
-        return int(module.main(arguments[1:]) or 0)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        sys.stdout = None  # the reader of our output is gone; the interpreter must not flush into it
-        return 141
-    except Exception as error:
-        if is_domain_error(error):
-            from extractor.errors import message_of
-
-            return _complain(message_of(error))
-        raise
+        raise typer.Exit
 
 
-def _run_typer(function: Callable[..., None], name: str, arguments: list[str]) -> int:
-    """Run a command that is a typer function of its own name, as the extractor's are."""
-    import typer
-
-    from server.cli.help_words import in_plain_words
-
-    application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    application.command(name)(function)
-    command = typer.main.get_command(application)
-    in_plain_words(command, function)
-    try:
-        command(arguments, prog_name=f"deepfew {name}")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    return 0
+def _usage_message(error: typer.TyperException) -> str:
+    """Typer's message on one line, with the command whose help says more."""
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    context = getattr(error, "ctx", None)
+    return f"{message}; `{'deepfew' if context is None else context.command_path} --help` says more"
 
 
-def is_domain_error(error: BaseException) -> bool:
-    """Whether the error's text was written for the user: ours, by its base class, whichever package raised it."""
-    ours = ("expert_store.", "router.", "extractor.", "server.")
-    if any(kind.__module__.startswith(ours) for kind in type(error).__mro__):
-        return True
-    return isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError))
-
-
-def _complain(message: str) -> int:
+def _print_error(message: str) -> int:
     from rich.console import Console
     from rich.text import Text
 
     Console(stderr=True, soft_wrap=True).print(Text("error: ", style="bold red") + Text(message, style="default"))
     return 2
-
-
-def _overview() -> str:
-    width = max(len(name) for name in COMMANDS)
-    lines = []
-    for title, names in TITLES.items():
-        lines += [f"{title}:", *(f"  {name:<{width}}  {COMMANDS[name][1]}" for name in names), ""]
-    return "\n".join(
-        [
-            "usage: deepfew [--version] COMMAND …",
-            "",
-            "The right few experts, fully deep: serve a Mixture-of-Experts model from less memory than it needs.",
-            "",
-            *lines,
-            "To begin with, where CHECKPOINT is a directory of safetensors, or a model of the hub:",
-            "  deepfew extract CHECKPOINT STORE",
-            '  deepfew generate STORE "The capital of France is"',
-            "  deepfew serve STORE",
-            "",
-            "`deepfew COMMAND --help` says more.",
-        ]
-    )
 
 
 if __name__ == "__main__":

@@ -1,70 +1,83 @@
 """The commands `calibrate` and `evaluate`, as functions that a typer application mounts.
 
-Invariant: what went wrong on purpose is one message on standard error and the exit status 2; standard output carries
-the result alone, as text or, with --json, as one JSON object; progress goes to standard error.
+Invariant: standard output carries the result alone, as text or, with --json, as one JSON object; progress goes to
+standard error; errors are raised, for the application to print.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from expert_store.errors import StoreError
 from expert_store.manifest import MANIFEST_NAME
-from extractor.errors import ExtractError, message_of
+from extractor.cli.options import JsonOption
+from extractor.cli.progress import progress_bar
 from extractor.planning.criteria import CRITERIA
 from extractor.planning.plots import require_picture
-from extractor.planning.selection import parse_bytes, parse_keep
+from extractor.planning.sizes import parse_share
 from extractor.writing.disk import require_writable
-from router.errors import MaskError
-from server.masks.profiles import ProfileError
-from server.quality.texts import HALVES, MIN_SEQUENCE_TOKENS, TextOptions, TextsError, find_domains
+from server.errors import UsageError
+from server.quality.texts import MIN_SEQUENCE_TOKENS, Half, TextOptions, TextsError, find_domains
+from server.settings.values import Dtype, MemoryAmount, parse_device
 
 if TYPE_CHECKING:
     from server.model.host.assembly import HostModel
-    from server.model.runner import RunnerOptions
 
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
-DtypeOption = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
-SlotsOption = Annotated[str | None, typer.Option(help="Memory for experts on the device, such as 4GiB.")]
-HalfOption = Annotated[str, typer.Option(help="Documents to take: all, or even or odd ones, to keep two runs apart.")]
-ContextOption = Annotated[int, typer.Option(help="Tokens of a sequence.")]
-TokensOption = Annotated[int, typer.Option(min=1, help="Most tokens of a domain, rounded up to whole sequences.")]
+DeviceOption = Annotated[
+    str, typer.Option(parser=parse_device, metavar="DEVICE", help="auto (a GPU if any), cpu, cuda, or cuda:1.")
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Of the computation; auto is the checkpoint's.")]
+SlotsOption = Annotated[
+    MemoryAmount | None,
+    typer.Option(
+        parser=MemoryAmount.parse, metavar="SIZE", help="Memory for slots, such as 4GiB, or 25% of the store's experts."
+    ),
+]
+HalfOption = Annotated[Half, typer.Option(help="Documents to take: even and odd ones keep two runs apart.")]
+ContextOption = Annotated[int, typer.Option(metavar="N", help="Tokens of a sequence.")]
+TokensOption = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Most tokens of a domain, rounded up to whole sequences.")
+]
 
 
 def calibrate(
-    source: Annotated[str, typer.Argument(help="A store, or a checkpoint (a store is made of it for the time being).")],
-    texts: Annotated[list[str], typer.Argument(help="A file or folder for each domain; NAME=PATH gives it a name.")],
-    out: Annotated[Path, typer.Option(help="Statistics file to write.")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="A store, or a checkpoint (a store is made of it for the time being)."),
+    ],
+    texts: Annotated[
+        list[str], typer.Argument(metavar="TEXTS", help="A file or folder for each domain; NAME=PATH gives it a name.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Statistics file to write.")],
     half: HalfOption = "all",
     context: ContextOption = 512,
     max_tokens: TokensOption = 65536,
     price_tokens: Annotated[
-        int, typer.Option("--price", min=0, help="Tokens of a domain to measure masks on; 0: none.")
+        int, typer.Option("--price", metavar="N", min=0, help="Tokens of a domain to measure masks on; 0: none.")
     ] = 16384,
-    weights: Annotated[bool, typer.Option(help="Read all weights once, for the criterion aimer.")] = True,
+    weights: Annotated[bool, typer.Option(metavar="", help="Read all weights once, for the criterion aimer.")] = True,
     slots_memory: SlotsOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Run texts through the whole model, experts paged in, and write what its experts did.
 
     Interrupted, the same command continues. Statistics of several runs can be added up by `deepfew plan`.
     """
-    with _one_message(), ExitStack() as stack:
+    with ExitStack() as stack:
         from server.quality.calibration import CalibrationOptions
         from server.quality.calibration import calibrate as run
+        from server.quality.texts import find_domains
 
-        _check(half, context)
+        _check(context)
         require_writable(out, "--out")
         from extractor.statistics.file import write_statistics
 
@@ -77,7 +90,7 @@ def calibrate(
                 f"{source} holds only a part of its checkpoint's experts, and calibration sees what texts want of all: "
                 "name the checkpoint, or a store of all of it"
             )
-        progress = stack.enter_context(_progress("calibrating"))
+        progress = stack.enter_context(progress_bar("calibrating")).show
         statistics = run(model, domains, options, out.with_name(out.name + ".resume"), progress)
         write_statistics(out, statistics)
     counts = dict(zip(statistics.domains, (int(count) for count in statistics.num_tokens), strict=True))
@@ -90,35 +103,50 @@ def calibrate(
 
 
 def evaluate(
-    store: Annotated[str, typer.Argument(help="A store, or a checkpoint.")],
-    texts: Annotated[list[str] | None, typer.Option(help="Held-out text of a domain: PATH or NAME=PATH.")] = None,
-    questions: Annotated[list[Path] | None, typer.Option(help='jsonl of "prompt" and "answer".')] = None,
+    store: Annotated[str, typer.Argument(metavar="STORE", help="A store, or a checkpoint.")],
+    texts: Annotated[
+        list[str] | None, typer.Option(metavar="TEXTS", help="Held-out text of a domain: PATH or NAME=PATH.")
+    ] = None,
+    questions: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help='jsonl of "prompt" and "answer".')
+    ] = None,
     prefix: Annotated[
-        str, typer.Option(help="Text before every question, such as '<|endoftext|>' where documents begin with it.")
+        str,
+        typer.Option(
+            metavar="TEXT", help="Text before every question, such as '<|endoftext|>' where documents begin with it."
+        ),
     ] = "",
-    reference: Annotated[str | None, typer.Option(help="Whole store or checkpoint to compare with.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="Plan file to mask to.")] = None,
-    stats: Annotated[Path | None, typer.Option(help="Statistics: compare criteria at the sizes of --keep.")] = None,
-    keep: Annotated[str, typer.Option(help="Shares of the experts to compare criteria at.")] = "50%,25%,12.5%",
+    reference: Annotated[
+        str | None, typer.Option(metavar="STORE", help="Whole store or checkpoint to compare with.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Plan file to mask to.")] = None,
+    stats: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Statistics: compare criteria at the sizes of --keep.")
+    ] = None,
+    keep: Annotated[
+        str, typer.Option(metavar="SHARES", help="Shares of the experts to compare criteria at.")
+    ] = "50%,25%,12.5%",
     criteria: Annotated[
-        str, typer.Option(help=f"Criteria to compare, of {', '.join(CRITERIA)}.")
+        str, typer.Option(metavar="CRITERIA", help=f"Criteria to compare, of {', '.join(CRITERIA)}.")
     ] = "reap-sum,coverage",
-    seeds: Annotated[int, typer.Option(min=0, help="Random controls.")] = 3,
+    seeds: Annotated[int, typer.Option(metavar="N", min=0, help="Random controls.")] = 3,
     max_tokens: TokensOption = 16384,
     half: HalfOption = "all",
     context: ContextOption = 512,
     slots_memory: SlotsOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    plot: Annotated[Path | None, typer.Option(help="Picture of quality over kept share (with --stats).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Picture of quality over kept share (with --stats).")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure what a store or a plan costs: perplexity of texts, answers to questions, deficit, efficiency."""
-    with _one_message(), ExitStack() as stack:
+    with ExitStack() as stack:
         from server.quality.evaluation import EvaluationRequest
         from server.quality.evaluation import evaluate as run
 
-        _check(half, context)
+        _check(context)
         if not texts and not questions:
             raise TextsError("there is nothing to measure: give --texts or --questions")
         if prefix and not questions:
@@ -137,7 +165,7 @@ def evaluate(
             text=TextOptions(context, max_tokens, half),
             plan=plan,
             statistics=stats,
-            shares=[parse_keep(part) for part in keep.split(",")],
+            shares=_shares(keep),
             criteria=names,
             seeds=range(seeds),
             prefix=prefix,
@@ -147,16 +175,21 @@ def evaluate(
         whole = None
         if reference is not None:
             whole = stack.enter_context(_opened(reference, None, slots_memory, device, dtype))
-        progress = stack.enter_context(_progress("evaluating"))
+        progress = stack.enter_context(progress_bar("evaluating")).show
         report = run(model, whole, request, progress)
         if plot is not None:
             report.draw(plot)
     print(json.dumps(report.to_json()) if as_json else report.to_text())
 
 
-def _check(half: str, context: int) -> None:
-    if half not in HALVES:
-        raise TextsError(f"--half is {half!r}, wanted one of {', '.join(HALVES)}")
+def _shares(text: str) -> list[float]:
+    try:
+        return [parse_share(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--keep: {error}") from None
+
+
+def _check(context: int) -> None:
     if context < MIN_SEQUENCE_TOKENS:
         raise TextsError(f"--context is {context}, wanted at least {MIN_SEQUENCE_TOKENS} tokens")
 
@@ -167,7 +200,9 @@ def _check_context(context: int, model: HostModel) -> None:
 
 
 @contextmanager
-def _opened(source: str, out: Path | None, slots_memory: str | None, device: str, dtype: str) -> Iterator[HostModel]:
+def _opened(
+    source: str, out: Path | None, slots_memory: MemoryAmount | None, device: str, dtype: str
+) -> Iterator[HostModel]:
     """The model of a store; a checkpoint becomes a store first, for as long as it is needed.
 
     With `out`, the file that the command writes, that store lies beside it and outlives an interruption, so that the
@@ -177,6 +212,8 @@ def _opened(source: str, out: Path | None, slots_memory: str | None, device: str
 
     from expert_store.store import Store
     from server.model.host.assembly import load_model, resolve_device, resolve_dtype
+    from server.model.runner import RunnerOptions
+    from server.serving.assembly import experts_bytes
 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -191,7 +228,7 @@ def _opened(source: str, out: Path | None, slots_memory: str | None, device: str
             RunnerOptions(
                 device=resolve_device(device),
                 dtype=resolve_dtype(dtype, opened),
-                slots_memory_bytes=None if slots_memory is None else parse_bytes(slots_memory),
+                slots_memory_bytes=None if slots_memory is None else slots_memory.resolve(experts_bytes(opened)),
             ),
         )
         stack.callback(model.close)
@@ -201,7 +238,6 @@ def _opened(source: str, out: Path | None, slots_memory: str | None, device: str
 @contextmanager
 def _extracted(source: str, out: Path | None) -> Iterator[Path]:
     from extractor.checkpoint.checkpoint import resolve_checkpoint
-    from extractor.cli.progress import byte_progress
     from extractor.planning.selection import SelectionRequest
     from extractor.writing.prepare import prepare
 
@@ -214,38 +250,8 @@ def _extracted(source: str, out: Path | None) -> Iterator[Path]:
             folder.parent.mkdir(parents=True, exist_ok=True)
         work = prepare(checkpoint, folder, SelectionRequest())
         work.check_disk()
-        with byte_progress("extracting", work.remaining_bytes) as on_bytes:
-            work.run(on_bytes)
+        with progress_bar("extracting", work.remaining_bytes) as bar:
+            work.run(bar.advance)
         yield folder
     if out is not None:
         shutil.rmtree(folder)
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Any]:
-    """A callback (doing, done, total) that draws a bar on a terminal and says nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda doing, done, total: bar.update(task, description=doing, completed=done, total=total)
-
-
-@contextmanager
-def _one_message() -> Iterator[None]:
-    try:
-        yield
-    except (ExtractError, StoreError, MaskError, ProfileError, TextsError, OSError) as error:
-        print(f"error: {message_of(error)}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues a calibration where it stopped", file=sys.stderr)
-        raise typer.Exit(130) from None

@@ -6,16 +6,16 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NoReturn
 
 from server.api.app import create_app
 from server.api.http.listener import Listener, PortTakenError, bind_socket
-from server.cli.config import section_names
-from server.cli.flags import Parser, add_settings_flags, settings_from
+from server.cli.flags import SECTIONS, with_settings
 from server.cli.logging_setup import configure_logging
-from server.cli.main import UsageError, is_domain_error, package_version
+from server.cli.main import package_version
 from server.cli.port import holder_of
+from server.errors import UsageError, message_of
 from server.serving.loading import check_store, load
 from server.serving.metrics import Metrics
 from server.serving.service import Service
@@ -25,11 +25,10 @@ from server.settings.schema import Settings
 log = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Serve until a signal; returns the exit status."""
-    parser = Parser(prog="deepfew serve", description="Serve a store over HTTP.", allow_abbrev=False)
-    add_settings_flags(parser, sections=section_names())
-    status = serve(settings_from(parser.parse_args(argv)))
+@with_settings(*SECTIONS)
+def serve(resolved: Resolved) -> int:
+    """Serve a store over HTTP until a signal."""
+    status = serve_settings(resolved)
     if status == 0:
         # All is saved. An interpreter that frees a model object by object takes seconds, a minute on a busy machine.
         _leave(0)
@@ -46,7 +45,7 @@ def _leave(status: int) -> NoReturn:
 OnListening = Callable[[Service, str, Callable[[], None]], None]
 
 
-def serve(resolved: Resolved, *, on_listening: OnListening | None = None) -> int:
+def serve_settings(resolved: Resolved, *, on_listening: OnListening | None = None) -> int:
     """Serve a store.
 
     Args:
@@ -87,9 +86,10 @@ def serve(resolved: Resolved, *, on_listening: OnListening | None = None) -> int
         on_listening(service, url, server.stop)
     server.run(sockets=[listener])
     if service.error is not None:
-        if not is_domain_error(service.error):
+        message = message_of(service.error)
+        if message is None:
             raise service.error
-        log.error(str(service.error))
+        log.error(message)
         return 2
     log.info("stopped")
     if service.loaded is not None and service.loaded.engine.status().is_wedged:

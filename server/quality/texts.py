@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from server.errors import ServerError
 
@@ -21,8 +22,8 @@ MIN_SEQUENCE_TOKENS = 32
 MAX_DOCUMENT_CHARS = 1 << 22
 """Longer documents are cut into several."""
 
-HALVES = ("all", "even", "odd")
-"""The documents to take: all, or the even or odd ones, to keep calibration and evaluation apart."""
+Half = Literal["all", "even", "odd"]
+"""Which documents to take: "all", or "even" or "odd" ones, to keep calibration and evaluation apart."""
 
 
 class TextsError(ServerError):
@@ -36,12 +37,12 @@ class TextOptions:
     Attributes:
         context: tokens of a sequence.
         max_tokens: most tokens of a domain.
-        half: one of `HALVES`.
+        half: of the documents, to keep calibration and evaluation apart.
     """
 
     context: int = 512
     max_tokens: int = 65536
-    half: str = "all"
+    half: Half = "all"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def find_domains(arguments: Sequence[str]) -> list[Domain]:
     return list(domains.values())
 
 
-def documents(domain: Domain, half: str = "all") -> Iterator[str]:
+def documents(domain: Domain, half: Half = "all") -> Iterator[str]:
     """The documents of a domain in order, without empty ones.
 
     Raises:

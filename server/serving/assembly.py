@@ -73,6 +73,8 @@ def assemble(settings: Settings, trunk_check: TrunkCheck, progress: LoadProgress
             notify_engine(phase, share)
             progress(phase, share)
 
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of the engine's thread, which launches kernels and captures graphs
         options = _options(settings, store, mask, device, dtype)
         try:
             runner = _load_runner(settings, store, options, report)
@@ -137,7 +139,7 @@ def _options(
     settings: Settings, store: Store, mask: ExpertMask | None, device: torch.device, dtype: torch.dtype
 ) -> RunnerOptions:
 
-    model, experts_bytes = settings.model, _experts_bytes(store)
+    model, of_bytes = settings.model, experts_bytes(store)
     return RunnerOptions(
         device=device,
         dtype=dtype,
@@ -145,8 +147,8 @@ def _options(
         max_rows=settings.engine.max_batch_size,
         max_tokens=_context_limit(settings, store),
         num_slots=model.slots,
-        slots_memory_bytes=None if model.slots_memory is None else model.slots_memory.resolve(experts_bytes),
-        host_memory_bytes=None if model.host_memory is None else model.host_memory.resolve(experts_bytes),
+        slots_memory_bytes=None if model.slots_memory is None else model.slots_memory.resolve(of_bytes),
+        host_memory_bytes=None if model.host_memory is None else model.host_memory.resolve(of_bytes),
         mask=mask,
         cache_policy=model.cache_policy,
         kept_experts=model.pinned_experts,
@@ -237,6 +239,6 @@ def _span_bytes(store: Store) -> NDArray[np.int64]:
     return np.array([spec.span_bytes for spec in store.manifest.layers], dtype=np.int64)
 
 
-def _experts_bytes(store: Store) -> int:
+def experts_bytes(store: Store) -> int:
     """Bytes of all experts of the store: what a share of memory is a share of."""
     return int((store.available.sum(axis=1) * _span_bytes(store)).sum())

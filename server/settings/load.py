@@ -17,9 +17,9 @@ from typing import Any
 from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
+from extractor.planning.sizes import parse_size
 from server.errors import SettingsError
 from server.settings.schema import Section, Settings
-from server.settings.values import parse_size
 
 ENV_PREFIX = "DEEPFEW_"
 CONFIG_VARIABLE = "DEEPFEW_CONFIG"

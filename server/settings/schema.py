@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from server.errors import SettingsError
-from server.settings.values import MemoryAmount
+from server.settings.values import Device, Dtype, MemoryAmount
 
 Bytes = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -26,10 +26,8 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """What is loaded, where to, and how much of it stays close."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs; auto takes a GPU if any")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype of the computation; auto keeps the store's"
-    )
+    device: Device = Field("auto", description="where the model runs: auto (a GPU if any), cpu, cuda, or cuda:1")
+    dtype: Dtype = Field("auto", description="dtype of the computation; auto keeps the store's")
     experts: str | None = Field(
         None, description="mask: serve only these experts of every layer, for instance 0-7,12; default all in the store"
     )

@@ -1,4 +1,4 @@
-"""Values that people write in settings: sizes such as 8GiB, and amounts of memory such as 8GiB or 25%.
+"""Values that people write in settings: devices, dtypes, and amounts of memory such as 8GiB or 25%.
 
 Invariant: a parsed value prints as a text that parses to the same value.
 """
@@ -7,33 +7,29 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import GetCoreSchemaHandler
+from pydantic import AfterValidator, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-_UNITS = {"": 1, "B": 1} | {
-    prefix + suffix: base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for suffix, base in (("iB", 1024), ("B", 1000), ("", 1024))
-}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+from extractor.planning.sizes import parse_share, parse_size
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?", re.ASCII)
 
 
-def parse_size(text: str) -> int:
-    """Bytes of `8GiB`, `1.5 GB`, `512MiB`, `4096`; a lone K, M, G or T is binary.
+def parse_device(text: str) -> str:
+    """`auto` (a GPU where there is one), `cpu`, `cuda`, or a GPU by its number such as `cuda:1`.
 
     Raises:
-        ValueError: not a size, or less than one byte.
+        ValueError: none of these. Whether the machine has the device is known only to `resolve_device`.
     """
-    match = _SIZE.fullmatch(text.strip())
-    units = {name.lower(): size for name, size in _UNITS.items()}
-    if match is None or match.group(2).lower() not in units:
-        raise ValueError(f"{text[:40]!r} is not a size; write it like 8GiB, 512MiB or 4096")
-    num_bytes = int(float(match.group(1)) * units[match.group(2).lower()])
-    if num_bytes < 1:
-        raise ValueError(f"{text[:40]!r} is less than one byte")
-    return num_bytes
+    if _DEVICE.fullmatch(text) is None:
+        raise ValueError(f"{text[:40]!r} is no device; write auto, cpu, cuda, or a GPU by its number such as cuda:1")
+    return text
+
+
+Device = Annotated[str, AfterValidator(parse_device)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +44,12 @@ class MemoryAmount:
         """`8GiB`, `25%`, or a number of bytes.
 
         Raises:
-            ValueError: neither a size nor a percentage in (0, 100].
+            ValueError: neither a size nor a percentage above 0 and at most 100.
         """
         if isinstance(text, int):
             text = str(text)
         if text.strip().endswith("%"):
-            try:
-                percent = float(text.strip()[:-1])
-            except ValueError:
-                percent = 0.0
-            if not 0 < percent <= 100:
-                raise ValueError(f"{text[:40]!r} is not a percentage above 0 and at most 100")
-            return cls(share=percent / 100)
+            return cls(share=parse_share(text))
         return cls(num_bytes=parse_size(text))
 
     def resolve(self, total_bytes: int) -> int:

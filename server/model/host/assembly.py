@@ -46,28 +46,22 @@ def resolve_device(name: str) -> torch.device:
     """``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:1``.
 
     Raises:
-        SlotsError: no such device, or a GPU was asked for and there is none.
+        SlotsError: this machine has no such GPU.
     """
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise SlotsError(f"--device is {name!r}, wanted auto, cpu, cuda, or a GPU by its number such as cuda:1")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SlotsError(f"--device {name}: torch {torch.__version__} sees no GPU here; use --device cpu or auto")
-    return torch.device("cuda:0") if str(device) == "cuda" else device
+    device = torch.device("cuda:0" if name == "cuda" else name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SlotsError(
+            f"device is {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here; "
+            "name one of them, or use cpu or auto"
+        )
+    return device
 
 
 def resolve_dtype(name: str, store: Store) -> torch.dtype:
-    """``auto`` is the checkpoint's own dtype; else float32, bfloat16 or float16. Raises SlotsError for another name."""
-    if name == "auto":
-        return TORCH_DTYPES[store.manifest.model.dtype]
-    if name not in COMPUTE_DTYPES:
-        raise SlotsError(f"--dtype is {name!r}, wanted auto, {', '.join(COMPUTE_DTYPES)}")
-    return COMPUTE_DTYPES[name]
+    """``auto`` is the checkpoint's own dtype; else float32, bfloat16 or float16."""
+    return TORCH_DTYPES[store.manifest.model.dtype] if name == "auto" else COMPUTE_DTYPES[name]
 
 
 def slots_for_memory(store: Store, budget_bytes: int, dtype: torch.dtype) -> int:

@@ -8,23 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from extractor.cli.extract import extract, inspect, verify
+from tests.command_line import run
 from tests.extractor.checkpoints import save_checkpoint
-
-application = typer.Typer()
-for command in (extract, inspect, verify):
-    application.command()(command)
-
-
-def run(*arguments: str | Path) -> tuple[int, str, str]:
-    """Exit status, standard output, standard error."""
-    result = CliRunner().invoke(application, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 def test_extract_inspect_and_verify(qwen_checkpoint: Path, tmp_path: Path) -> None:
@@ -72,11 +58,12 @@ def test_a_dry_run_says_sizes_and_writes_nothing(qwen_checkpoint: Path, tmp_path
     ("options", "message"),
     [
         (["--experts", "9"], "expert 9 does not exist"),
-        (["--keep", "no"], "wanted a share of the experts"),
+        (["--keep", "no"], "is not a share"),
         (["--budget", "1KiB"], "does not hold the trunk and one deep expert"),
-        (["--budget", "much"], "is no size"),
+        (["--budget", "much"], "is not a size"),
         (["--plan", "absent.json"], "cannot be read"),
         (["--count", "1", "--keep", "50%"], "contradict each other"),
+        (["--budget", "1" * 400], "is not a size"),
     ],
 )
 def test_a_mistake_is_one_message_and_status_2(
@@ -164,7 +151,7 @@ def test_an_interrupt_says_that_the_same_command_continues(
 
 @pytest.mark.exhaustive
 def test_the_module_is_the_command(repository: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "extractor", str(tiny_checkpoint), str(tmp_path / "store"), "--count", "1"]
+    command = [sys.executable, "-m", "server.cli", "extract", tiny_checkpoint, tmp_path / "store", "--count", "1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=repository, check=False)
     assert done.returncode == 0, done.stderr
     assert "holds 1 of 64 deep experts of 8 layers" in done.stdout

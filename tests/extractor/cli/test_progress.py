@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from extractor.cli import progress
-from extractor.cli.progress import byte_progress
+from extractor.cli.progress import progress_bar
 
 
 def test_lines_have_bytes_rate_and_time_left(
@@ -13,10 +13,10 @@ def test_lines_have_bytes_rate_and_time_left(
 ) -> None:
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    with byte_progress("copying", 4 * 2**20) as advance:
+    with progress_bar("copying", 4 * 2**20) as bar:
         for _ in range(4):
             now += 2.5
-            advance(2**20)
+            bar.advance(2**20)
     found = capsys.readouterr()
     assert found.out == ""
     assert found.err.splitlines() == [
@@ -26,16 +26,16 @@ def test_lines_have_bytes_rate_and_time_left(
 
 
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with byte_progress("copying", 10, quiet=True) as advance:
-        advance(10)
+    with progress_bar("copying", 10, quiet=True) as bar:
+        bar.advance(10)
     found = capsys.readouterr()
     assert found.out == found.err == ""
 
 
 def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with byte_progress("copying", 2**20) as advance:
-        advance(2**20)
+    with progress_bar("copying", 2**20) as bar:
+        bar.advance(2**20)
     found = capsys.readouterr()
     assert found.out == ""
     assert "copying" in found.err

@@ -8,7 +8,7 @@ import pytest
 from extractor.cli import extract as cli
 from extractor.errors import SelectionError
 from extractor.planning.plan import Plan, parse_plan
-from extractor.planning.selection import Selection, SelectionRequest, parse_bytes, parse_keep, select
+from extractor.planning.selection import Selection, SelectionRequest, select
 from tests.expert_store.hand_made import LAYERS, MODEL
 
 SHARD_BYTES, TRUNK_BYTES = 4168, 1000
@@ -90,16 +90,3 @@ def test_impossible_requests_say_what_is_possible(request_: dict[str, object], m
 def test_no_option_asks_for_some_layers_only() -> None:
     assert not [name for name in inspect.signature(cli.extract).parameters if "layer" in name]
     assert not [field.name for field in dataclasses.fields(SelectionRequest) if "layer" in field.name]
-
-
-def test_shares_and_sizes_are_read_from_text() -> None:
-    assert parse_keep("25%") == parse_keep(" 0.25 ") == 0.25
-    assert parse_bytes("12GiB") == 12 * 2**30
-    assert parse_bytes("1.5 MB") == 1_500_000
-    assert parse_bytes("4096") == parse_bytes("4k") + 96 == 4096
-    for text in ("0%", "101%", "-1", "half", ""):
-        with pytest.raises(SelectionError, match="wanted a share"):
-            parse_keep(text)
-    for text in ("12Gib/s", "-1", "", "0", "GiB"):
-        with pytest.raises(SelectionError, match="is no size"):
-            parse_bytes(text)

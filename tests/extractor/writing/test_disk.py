@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extractor.planning.selection import parse_keep
-from extractor.writing.disk import DISK_MARGIN_BYTES, format_bytes, free_bytes, keep_that_fits
+from extractor.planning.sizes import parse_share
+from extractor.writing.disk import DISK_MARGIN_BYTES, free_bytes, keep_that_fits
 
 
 @given(
@@ -28,7 +28,7 @@ def test_a_recommended_keep_fits_and_is_the_largest(
     if keep is None:
         assert needed(max(at_least, 1)) > room or num_experts < at_least
         return
-    count = int(parse_keep(keep) * num_experts + 1e-9)
+    count = int(parse_share(keep) * num_experts + 1e-9)
     assert max(at_least, 1) <= count <= num_experts
     assert needed(count) <= room
     assert count == num_experts or needed(count + 1) > room
@@ -36,13 +36,3 @@ def test_a_recommended_keep_fits_and_is_the_largest(
 
 def test_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:
     assert free_bytes(tmp_path / "not" / "yet") == pytest.approx(free_bytes(tmp_path), rel=0.05)
-
-
-def test_sizes_are_written_for_people() -> None:
-    assert [format_bytes(size) for size in (0, 1023, 4096, 12.5 * 2**30, 3 * 2**40)] == [
-        "0 B",
-        "1023 B",
-        "4.0 KiB",
-        "12.5 GiB",
-        "3.0 TiB",
-    ]

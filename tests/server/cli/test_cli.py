@@ -34,13 +34,13 @@ def store(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
-    heavy = ("torch", "pydantic", "fastapi")
+    heavy = ("torch", "numpy", "pydantic", "fastapi")
     loaded = f"print([name for name in {heavy} if name in sys.modules])"
     code = f"import sys; from server.cli.main import main; main(['--help']); {loaded}"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert all(f"  {name} " in found for name in COMMANDS)
+    assert all(f" {name} " in found for name in COMMANDS)
     assert found.rstrip().endswith("[]")
-    assert "To begin with" in found
+    assert "To begin" in found
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["srve"], "Did you mean `deepfew serve`?"),
+        (["srve"], "No such command 'srve'. Did you mean 'serve'?; `deepfew --help` says more"),
         (["serve"], "no store is named"),
         (["serve", "/does/not/exist"], "/does/not/exist"),
         (["serve", "x", "--port", "http"], "http.port from flag --port"),
@@ -70,11 +70,18 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "x", "--config", "/does/not/exist.toml"], "cannot read the settings file"),
         (["generate", "/does/not/exist", "a"], "/does/not/exist"),
         (["generate", "x", ""], "the prompt is empty"),
-        (["generate", "x", "a", "--temperature", "nan"], "--temperature is nan"),
-        (["generate", "x", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0; wanted: from 1 to 2147483647"),
-        (["generate", "x", "a", "--device", "tpu"], "invalid choice: 'tpu'"),
-        (["generate", "x", "a", "--no-such-flag"], "--no-such-flag; `deepfew generate --help` says more"),
-        (["serve", "x", "--dtype", "int4"], "invalid choice: 'int4'"),
+        (["generate", "x", "a", "--temperature", "nan"], "temperature is nan"),
+        (["generate", "x", "a", "--max-new-tokens", "0"], "max_new_tokens is 0; at least 1 is needed"),
+        (
+            ["generate", "x", "a", "--device", "tpu"],
+            "model.device from flag --device: 'tpu' is no device",
+        ),
+        (["serve", "x", "--slots-memory", "8 apples"], "model.slots_memory from flag --slots-memory: '8 apples'"),
+        (
+            ["generate", "x", "a", "--no-such-flag"],
+            "--no-such-flag; `deepfew generate --help` says more",
+        ),
+        (["serve", "x", "--dtype", "int4"], "'int4' is not one of 'auto', 'float32'"),
         (["serve", "x", "--api-key", ""], "the API key from flag --api-key must be at least 8"),
         (["serve", "x", "--admin-key-file", ""], "cannot read the admin key file"),
         (["config", "--por", "1"], "--por"),
@@ -141,7 +148,7 @@ def test_generate_takes_masks_for_its_prompt(store: Path, capsys: pytest.Capture
     assert 0 < plain["overall"] < pool["overall"]
     assert pool["top1_missing_tokens"] > 0
     for more, message in (
-        (("--pool", "many"), "no number of experts"),
+        (("--pool", "many"), "is no number of experts"),
         (("--router-temperature", "0"), "--router-temperature is 0.0"),
     ):
         assert main(["generate", str(store), *PARIS, *more]) == 2
@@ -303,9 +310,11 @@ def test_store_that_cannot_be_loaded_ends_the_server_with_one_message(store: Pat
 @pytest.mark.parametrize(
     ("command", "usage", "words"),
     [
-        ("extract", "deepfew extract [OPTIONS] CHECKPOINT STORE", ["--plan FILE", "--count N", "--json Print"]),
-        ("calibrate", "deepfew calibrate [OPTIONS] SOURCE TEXTS...", ["--out FILE", "--price N", "--no-weights"]),
-        ("plan", "deepfew plan [OPTIONS]", ["--stats FILE", "--quota QUOTA", "--help Show"]),
+        ("extract", "deepfew extract [OPTIONS] {CHECKPOINT} {STORE}", ["--plan FILE", "--count N", "--json Print"]),
+        ("calibrate", "deepfew calibrate [OPTIONS] {SOURCE} {TEXTS}...", ["--out FILE", "--price N", "--no-weights"]),
+        ("plan", "deepfew plan [OPTIONS]", ["--stats FILE", "--quota DOMAIN=SHARE", "--budget SIZE"]),
+        ("serve", "deepfew serve [OPTIONS] [STORE]", ["--port PORT", "--no-log-prompts", "--slots-memory MEMORY"]),
+        ("generate", "deepfew generate [OPTIONS] {STORE} {PROMPT}", ["--seed N", "--device DEVICE", "--config FILE"]),
     ],
 )
 def test_help_names_values_in_plain_words(
@@ -317,4 +326,5 @@ def test_help_names_values_in_plain_words(
     plain = " ".join(shown.replace("│", " ").split())
     assert usage in plain
     assert [word for word in words if word not in plain] == []
-    assert not any(mark in shown for mark in ("<str>", "<path>", "<bool>", "<int", "list[", "{"))
+    options = plain.partition("Options")[2].replace("--help -h <bool>", "")  # which typer writes itself
+    assert not re.search(r"<(str|path|bool|int|float|list)", options)

@@ -88,7 +88,7 @@ def test_grow_adds_what_was_wanted_and_missing(
     [
         (["calibrate", "missing", "missing.txt", "--out", "stats"], "missing.txt: no text is there"),
         (["evaluate", "missing"], "nothing to measure"),
-        (["evaluate", "missing", "--texts", "x", "--half", "third"], "--half is 'third'"),
+        (["evaluate", "missing", "--texts", "x", "--half", "third"], "'third' is not one of 'all', 'even', 'odd'"),
         (["evaluate", "missing", "--texts", "x", "--prefix", "y"], "--prefix stands before questions"),
         (["evaluate", "missing", "--texts", __file__, "--plot", "x.png"], "--plot draws what --stats compares"),
         (["evaluate", "missing", "--texts", __file__, "--criteria", "magic"], "--criteria: there is no 'magic'"),
@@ -110,9 +110,9 @@ def test_mistakes_are_one_message_and_status_2(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--device", "tpu"], "--device is 'tpu', wanted auto, cpu, cuda"),
-        (["--device", "meta"], "--device is 'meta', wanted auto, cpu, cuda"),
-        (["--dtype", "int4"], "--dtype is 'int4', wanted auto, float32, bfloat16, float16"),
+        (["--device", "tpu"], "'tpu' is no device; write auto, cpu, cuda"),
+        (["--device", "meta"], "'meta' is no device; write auto, cpu, cuda"),
+        (["--dtype", "int4"], "'int4' is not one of 'auto', 'float32', 'bfloat16', 'float16'"),
         (["--context", "1000000"], "--context is 1000000, wanted at most the model's"),
         ([], "holds only a part of its checkpoint's experts"),
     ],

@@ -1,0 +1,23 @@
+"""Options that several commands have, each with one name, one parser and one line of help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from extractor.planning.sizes import parse_share, parse_size
+
+CountOption = Annotated[int | None, typer.Option(metavar="N", help="How many deep experts.")]
+KeepOption = Annotated[
+    float | None, typer.Option(parser=parse_share, metavar="SHARE", help="Share of the experts, such as 25%.")
+]
+BudgetOption = Annotated[
+    int | None, typer.Option(parser=parse_size, metavar="SIZE", help="Size of the whole store, such as 12GiB.")
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", metavar="", help="Say what would be changed, and change nothing.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object instead of text.")]
+StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Directory of the store.")]
