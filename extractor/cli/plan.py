@@ -30,44 +30,50 @@ from extractor.statistics.statistics import ExpertStatistics, merge_all
 from extractor.writing.disk import require_writable
 from router.ledger import UsageLedger
 
+CriterionOption = Annotated[
+    str, typer.Option(metavar="CRITERION", help=f"What an expert is worth: {', '.join(CRITERIA)}.")
+]
+AlignmentOption = Annotated[
+    str,
+    typer.Option(
+        metavar="ALIGNMENT",
+        help=f"How deep experts are formed: {', '.join(ALIGNMENTS)}. free chooses per layer first.",
+    ),
+]
+DomainsOption = Annotated[
+    str | None, typer.Option(metavar="DOMAINS", help="Domains to serve, such as code,chat; all by default.")
+]
+QuotaOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="DOMAIN=SHARE", help="Share of the places chosen for one domain alone, such as code=0.5."),
+]
+WarnOption = Annotated[
+    float,
+    typer.Option(metavar="N", min=1.0, help="Warn of domains whose perplexity is expected to grow by more than this."),
+]
+StatsOption = Annotated[
+    list[Path], typer.Option(metavar="FILE", help="Statistics from `deepfew calibrate`; several are added up.")
+]
+UsageOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="usage.json of a server, as a domain of its own.")
+]
+
 
 def plan(
-    stats: Annotated[
-        list[Path], typer.Option(metavar="FILE", help="Statistics from `deepfew calibrate`; several are added up.")
-    ],
+    stats: StatsOption,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Plan file to write, for `deepfew extract --plan`.")] = Path(
         "plan.json"
     ),
-    usage: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="usage.json of a server, as a domain of its own.")
-    ] = None,
+    usage: UsageOption = None,
     count: CountOption = None,
     keep: KeepOption = None,
     budget: BudgetOption = None,
-    criterion: Annotated[
-        str, typer.Option(metavar="CRITERION", help=f"What an expert is worth: {', '.join(CRITERIA)}.")
-    ] = DEFAULT_CRITERION,
-    alignment: Annotated[
-        str,
-        typer.Option(
-            metavar="ALIGNMENT",
-            help=f"How deep experts are formed: {', '.join(ALIGNMENTS)}. free chooses per layer first.",
-        ),
-    ] = "free",
-    domains: Annotated[
-        str | None, typer.Option(metavar="DOMAINS", help="Domains to serve, such as code,chat; all by default.")
-    ] = None,
-    quota: Annotated[
-        list[str] | None,
-        typer.Option(metavar="DOMAIN=SHARE", help="Share of the places chosen for one domain alone, such as code=0.5."),
-    ] = None,
+    criterion: CriterionOption = DEFAULT_CRITERION,
+    alignment: AlignmentOption = "free",
+    domains: DomainsOption = None,
+    quota: QuotaOption = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the criterion random.")] = 0,
-    warn_perplexity_ratio: Annotated[
-        float,
-        typer.Option(
-            metavar="N", min=1.0, help="Warn of domains whose perplexity is expected to grow by more than this."
-        ),
-    ] = WARN_PERPLEXITY_RATIO,
+    warn_perplexity_ratio: WarnOption = WARN_PERPLEXITY_RATIO,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture to draw (png, svg or pdf).")] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -44,6 +44,30 @@ def _number(help: str, panel: str = "sampling") -> Any:
 
 
 EXPERTS_PANEL = "experts of this prompt"
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="End after this; may be repeated.", rich_help_panel="sampling"),
+]
+ProfileOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Mask to this plan of --profiles.", rich_help_panel=EXPERTS_PANEL),
+]
+PoolOption = Annotated[
+    Any,
+    typer.Option(
+        parser=_pool,
+        metavar="N",
+        help="Experts of every layer, or a share such as 25%.",
+        rich_help_panel=EXPERTS_PANEL,
+    ),
+]
+OnMissingOption = Annotated[
+    OnMissing,
+    typer.Option(
+        help="Where an expert is not available: do without, read it from the checkpoint, or fail.",
+        rich_help_panel=EXPERTS_PANEL,
+    ),
+]
 
 
 @with_settings("model", "engine", "masks", "log", store_required=True)
@@ -57,30 +81,10 @@ def generate(
     top_p: Annotated[float | None, _number("Sample from the most likely tokens up to this mass.")] = None,
     repetition_penalty: Annotated[float | None, _number("Above 1 repeats less.")] = None,
     seed: Annotated[int | None, _number("The same seed gives the same text.")] = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TEXT", help="End after this; may be repeated.", rich_help_panel="sampling"),
-    ] = None,
-    profile: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Mask to this plan of --profiles.", rich_help_panel=EXPERTS_PANEL),
-    ] = None,
-    pool: Annotated[
-        Any,
-        typer.Option(
-            parser=_pool,
-            metavar="N",
-            help="Experts of every layer, or a share such as 25%.",
-            rich_help_panel=EXPERTS_PANEL,
-        ),
-    ] = None,
-    on_missing: Annotated[
-        OnMissing,
-        typer.Option(
-            help="Where an expert is not available: do without, read it from the checkpoint, or fail.",
-            rich_help_panel=EXPERTS_PANEL,
-        ),
-    ] = "mask",
+    stop: StopOption = None,
+    profile: ProfileOption = None,
+    pool: PoolOption = None,
+    on_missing: OnMissingOption = "mask",
     router_temperature: Annotated[float, _number("Divides the routers' logits.", EXPERTS_PANEL)] = 1.0,
     chat: Annotated[bool, typer.Option("--chat", metavar="", help="Use the checkpoint's chat template.")] = False,
     as_json: JsonOption = False,
@@ -108,8 +112,8 @@ def generate(
             settings, LoadProgress(on_change=lambda progress: bar.show(str(progress.phase), progress.share, 1.0))
         )
     try:
-        assert model.masks is not None, "a store on disk always offers masks"
         ids = _encode(model, text, chat=chat)
+        assert model.masks is not None, "a store on disk always offers masks"
         masking = model.masks.masking(len(ids), profile=profile, pool=pool, may_fetch=on_missing == "fetch")
         request = GenerationRequest(
             uuid.uuid4().hex,
