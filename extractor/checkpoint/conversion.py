@@ -139,7 +139,8 @@ def trace(directory: Path, tensors: Mapping[str, TensorEntry]) -> Trace:
         raise
     except Exception as error:  # a config can make transformers raise anything, its own validation errors included
         raise CheckpointError(
-            f"transformers cannot build the model that {directory / 'config.json'} describes ({error}); "
+            f"transformers cannot build the model that {directory / 'config.json'} describes "
+            f"({' '.join(str(error).split())}); "
             "check the file, or use another release of transformers"
         ) from error
     modules = {
@@ -219,15 +220,17 @@ def _recipe(
     found = collected[parameter]
     if not found:
         raise CheckpointError(
-            f"no tensor of the checkpoint becomes {parameter} {list(shape)}; it is incomplete, or transformers changed "
-            "how it loads this family: download the checkpoint again, or use another release of transformers"
+            f"no tensor of the checkpoint becomes {parameter} {list(shape)}; it is incomplete, its "
+            "config.json is of another model, or transformers changed how it loads this family: get the missing "
+            "tensors, the config.json that belongs to the weights, or another release of transformers"
         )
     converter = converters.get(next(iter(found)))
     patterns = tuple(converter.source_patterns) if converter is not None else tuple(found)
     missing = [pattern for pattern in patterns if pattern not in found]
     if missing or set(found) - set(patterns):
         raise CheckpointError(
-            f"{parameter}: the checkpoint has no tensors named like {missing or patterns}; download it again"
+            f"{parameter}: the checkpoint has no tensors named like {missing or patterns}: get those that are "
+            "missing, or the config.json that belongs to the weights"
         )
     return Recipe(
         parameter=parameter,

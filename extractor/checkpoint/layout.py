@@ -57,7 +57,7 @@ class ExpertsLayout:
         if found.top_k > min(counts):
             raise CheckpointError(
                 f"{checkpoint.path / 'config.json'} gives every token {found.top_k} experts of {min(counts)}; "
-                "the file is damaged or of another checkpoint: download it again"
+                "use the config.json that belongs to the weights"
             )
         layers, recipes = [], []
         for layer, (module, parts) in enumerate(found.experts.items()):
@@ -116,7 +116,7 @@ def _check_sources(checkpoint: Checkpoint, recipe: Recipe) -> str:
         if len(found) != num_experts and not fused:
             raise CheckpointError(
                 f"{checkpoint.path}: {recipe.parameter} needs {num_experts} tensors like {pattern!r}, the checkpoint "
-                f"has {len(found)}; it is incomplete or its config.json is of another one: download it again"
+                f"has {len(found)}: get those that are missing, or the config.json that belongs to the weights"
             )
         entries += found
     dtypes = {entry.dtype for entry in entries}

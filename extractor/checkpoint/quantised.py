@@ -49,6 +49,11 @@ def quantisation_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def check_quantisation(config: Mapping[str, Any], where: str) -> None:
     """Refuse a quantisation that cannot be undone from the tensors alone. Raises UnsupportedFamilyError."""
+    for key in CONFIG_KEYS:
+        if not isinstance(config.get(key), dict | None):
+            raise UnsupportedFamilyError(
+                f"{where}: {key} in config.json is {config[key]!r}, wanted an object: use the model's own config.json"
+            )
     quantisation = quantisation_of(config) or {}
     method = quantisation.get("quant_method", METHODS[0])
     beside = next((key for key in ("transform_config", "sparsity_config") if quantisation.get(key)), None)

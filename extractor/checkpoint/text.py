@@ -36,8 +36,8 @@ def check_text(directory: Path, name: str) -> None:
         ids = tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
     except Exception as error:  # tokenizer files can make transformers and its libraries raise anything
         raise CheckpointError(
-            f"{name}: transformers cannot load its tokenizer ({_first_line(error)}); put the tokenizer's files of the "
-            "model beside the weights, as its save_pretrained writes them"
+            f"{name}: transformers cannot load its tokenizer ({_reason(error, directory)}); put the tokenizer's files "
+            "of the model beside the weights, as its save_pretrained writes them"
         ) from error
     if not ids:
         raise CheckpointError(
@@ -52,13 +52,13 @@ def check_text(directory: Path, name: str) -> None:
             "different models: put the tokenizer's files of this model beside the weights"
         )
     if tokenizer.chat_template:
-        _check_template(tokenizer, name)
+        _check_template(tokenizer, directory, name)
     if (directory / GENERATION_CONFIG_NAME).exists():
         try:
             GenerationConfig.from_pretrained(directory, local_files_only=True)
         except Exception as error:  # the file can make transformers raise anything
             raise CheckpointError(
-                f"{name}: transformers cannot load its {GENERATION_CONFIG_NAME} ({_first_line(error)}); put the "
+                f"{name}: transformers cannot load its {GENERATION_CONFIG_NAME} ({_reason(error, directory)}); put the "
                 "model's own beside the weights, or remove it"
             ) from error
 
@@ -69,14 +69,14 @@ def _ordinary_ids(tokenizer: Any) -> list[int]:
     return [number for number in tokenizer.get_vocab().values() if number not in added] or [0]
 
 
-def _check_template(tokenizer: Any, name: str) -> None:
+def _check_template(tokenizer: Any, directory: Path, name: str) -> None:
     problems = []
     for content in (_TEXT, [{"type": "text", "text": _TEXT}]):
         try:
             chat = [{"role": "user", "content": content}]
             prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template can raise anything
-            problems.append(f"it fails with {_first_line(error)}")
+            problems.append(f"it fails with {_reason(error, directory)}")
             continue
         if _TEXT in prompt:
             return
@@ -88,5 +88,7 @@ def _check_template(tokenizer: Any, name: str) -> None:
     )
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
+def _reason(error: Exception, directory: Path) -> str:
+    """The error in one line, without the name of the folder that only this check knows."""
+    lines = str(error).replace(f"{directory}/", "").strip().splitlines()
+    return f"{type(error).__name__}: {(lines or ['no reason given'])[0]}"

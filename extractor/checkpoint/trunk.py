@@ -31,6 +31,8 @@ _OTHER_PARTS = re.compile(
     r"|eagle|medusa)(_\w+)?(\.|$)"
 )
 """Parts that are not used to answer text with text: towers, and heads that predict further tokens."""
+_OF_CACHES = ("k_scale", "v_scale", "q_scale")
+"""Scales of a quantised KV cache, which stays in 16 bits here."""
 _EXTRA_LAYERS = re.compile(r"nextn|mtp")
 MAX_NAMED = 3
 
@@ -84,14 +86,14 @@ def check_trunk(
     for key, name in trunk.items():
         sources.setdefault(name, []).append(key)
     wrong = [
-        f"{' and '.join(sources.get(name, [name])[:MAX_NAMED])} {list(got)} becomes {name}, which is {list(wanted)}"
+        f"{name} is {list(got)}{_made_of(sources.get(name, []), name)} and config.json wants {list(wanted)}"
         for name, got, wanted in sorted(report.mismatched_keys)
     ]
     wrong += [f"{name} cannot be made ({' '.join(text.split())})" for name, text in report.conversion_errors.items()]
     if wrong:
         raise CheckpointError(
-            f"{directory}: {_some(wrong)} by config.json; config.json and weights are of different models: use those "
-            "that belong together"
+            f"{directory}: {_some(wrong)}; config.json and weights are of different models: use those that belong "
+            "together"
         )
     missing = sorted(report.missing_keys - experts)
     if missing:
@@ -110,7 +112,7 @@ def check_trunk(
 
 def _matters(model: Any, name: str) -> bool:
     """Whether a tensor that the model has no place for stands in a part that answers text."""
-    if _OTHER_PARTS.search(name):
+    if _OTHER_PARTS.search(name) or name.rpartition(".")[2] in _OF_CACHES:
         return False
     layer = next(iter(re.findall(r"\.layers\.(\d+)\.", f".{name}")), None)
     config = model.config.get_text_config()
@@ -124,6 +126,11 @@ def _matters(model: Any, name: str) -> bool:
 def _is_computed(model: nn.Module, name: str) -> bool:
     """Whether the model computes a buffer of this name itself."""
     return name in {buffer for buffer, _ in model.named_buffers()}
+
+
+def _made_of(sources: list[str], name: str) -> str:
+    """The tensors that become a parameter, in words, where they are not one of the same name."""
+    return "" if sources in ([], [name]) else f" (from {_some(sources)})"
 
 
 def _some(items: list[str]) -> str:

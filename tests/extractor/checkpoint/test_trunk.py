@@ -62,18 +62,18 @@ REFUSED: dict[str, tuple[Callable[[Tensors], object], dict[str, Any], str]] = {
     "more rows than the vocabulary": (
         lambda t: t.update({"model.embed_tokens.weight": bf16(72, 32)}),
         {},
-        r"model.embed_tokens.weight \[72, 32\] becomes model.embed_tokens.weight, which is \[64, 32\] by config.json",
+        r"model.embed_tokens.weight is \[72, 32\] and config.json wants \[64, 32\]; config.json and weights are",
     ),
     "a router of more experts": (
         lambda t: t.update({f"{LAYER}.mlp.gate.weight": bf16(8, 32)}),
         {},
-        r"mlp.gate.weight \[8, 32\] becomes .*, which is \[6, 32\] by config.json",
+        r"mlp.gate.weight is \[8, 32\] and config.json wants \[6, 32\]",
     ),
-    "a wider attention": (lambda t: None, {"head_dim": 16}, r"self_attn.* by config.json; config.json and weights are"),
+    "a wider attention": (lambda t: None, {"head_dim": 16}, r"self_attn.* and config.json wants"),
     "a vector for a matrix": (
         lambda t: t.update({f"{LAYER}.self_attn.o_proj.weight": bf16(1024)}),
         {},
-        r"o_proj.weight \[1024\] becomes .*, which is \[32, 32\]",
+        r"o_proj.weight is \[1024\] and config.json wants \[32, 32\]",
     ),
     "integers for a norm": (
         lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int32)}),
@@ -140,6 +140,7 @@ TAKEN: dict[str, tuple[Callable[[Tensors], object], dict[str, Any]]] = {
         lambda t: t.update({f"{LAYER}.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
         {},
     ),
+    "scales of a quantised KV cache": (lambda t: t.update({f"{LAYER}.self_attn.k_scale": torch.ones(1)}), {}),
     "norms in float32": (lambda t: t.update({"model.norm.weight": torch.ones(32)}), {}),
     "a vision tower": (lambda t: t.update({"visual.blocks.0.norm1.weight": bf16(8)}), {}),
     "a head that predicts further tokens": (lambda t: t.update({"mtp.layers.0.norm.weight": bf16(8)}), {}),
