@@ -20,8 +20,8 @@ import transformers
 from benchmarks.choosing.bootstrap import changes_by_document, interval
 from benchmarks.choosing.pools import evaluate_pools
 from expert_store.store import Store
-from extractor.planning.columns import align, ranked_columns
 from extractor.planning.criteria import normalised, score
+from extractor.planning.forming import align, ranked_deep_experts
 from extractor.planning.planner import PlanRequest, allowed_by, make_plan
 from extractor.statistics.file import read_statistics
 from extractor.statistics.price import Price
@@ -191,7 +191,7 @@ class _Selection:
         """For each count, each domain's best deep experts of one alignment."""
         parts = [normalised(score(self.statistics, "gate-mass", [name])) for name in self.names]
         columns = align(self.statistics, kind, np.mean(parts, axis=0), self.names)
-        ranked = {name: ranked_columns(self.statistics, columns, [name]) for name in self.names}
+        ranked = {name: ranked_deep_experts(self.statistics, columns, [name]) for name in self.names}
         num_experts = self.statistics.num_experts
         return [
             {name: ExpertMask(allowed_by(columns[order[:count]], num_experts)) for name, order in ranked.items()}

@@ -69,7 +69,7 @@ def extract(
         "family": work.model.family,
         "num_layers": work.model.num_layers,
         "num_experts": work.model.num_experts,
-        "num_deep_experts": len(work.selection.columns),
+        "num_deep_experts": len(work.selection.deep_experts),
         "num_deep_experts_before": work.num_existing,
         "alignment": work.selection.alignment.kind,
         "trunk_bytes": work.trunk_bytes,

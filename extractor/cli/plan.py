@@ -17,9 +17,9 @@ import typer
 
 from extractor.cli.options import BudgetOption, CountOption, JsonOption, KeepOption
 from extractor.errors import SelectionError
-from extractor.planning.columns import ALIGNMENTS
 from extractor.planning.criteria import CRITERIA, DEFAULT_CRITERION, normalised, score
 from extractor.planning.expectation import Expectation, cost_warning
+from extractor.planning.forming import ALIGNMENTS
 from extractor.planning.plan import Plan, write_plan
 from extractor.planning.planner import PlanRequest, count_for, make_plan
 from extractor.planning.plots import require_picture

@@ -1,10 +1,10 @@
 """Alignments: tables of the expert of each layer that forms deep expert c, and the quality of such a table.
 
-An expert's index means nothing across layers, so a column is formed of experts that serve the same text. Invariant: a
-table of columns, int64 [C, L], holds distinct expert ids in each layer. The steps are assignment problems
-(`scipy.optimize.linear_sum_assignment`), one layer at a time against what the others already are. `profile` follows the
+An expert's index means nothing across layers, so a deep expert is formed of experts that serve the same text.
+Invariant: a table of deep experts, int64 [C, L], holds distinct expert ids in each layer. Each step is an assignment
+problem (`scipy.optimize.linear_sum_assignment`) of one layer against the others as they are. `profile` follows the
 windows' usage, `tiers` first cuts the layers by saliency, `coverage` improves either by the measure that counts: the
-mass that each kind of text keeps when it takes its own best columns.
+mass that each kind of text keeps when it takes its own best deep experts.
 """
 
 from __future__ import annotations
@@ -19,68 +19,70 @@ from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from extractor.errors import ExtractError
 
 Float = npt.NDArray[np.float64]
-Columns = npt.NDArray[np.int64]
+DeepExperts = npt.NDArray[np.int64]
 
 ROUNDS = 10
 """Sweeps over the layers at most; a sweep that moves nothing ends them."""
 NUM_TIERS = 4
 COVERAGE_SHARES = (0.125, 0.25, 0.5)
-"""Shares of the columns at which `coverage` measures."""
+"""Shares of the deep experts at which `coverage` measures."""
 
 
 class AlignmentError(ExtractError):
-    """Columns that no store can hold, or inputs that do not fit together."""
+    """Deep experts that no store can hold, or inputs that do not fit together."""
 
 
-def index_alignment(num_layers: int, num_experts: int) -> Columns:
+def index_alignment(num_layers: int, num_experts: int) -> DeepExperts:
     """The same expert id in every layer, int64 [E, L]: simple, needs no calibration, and means nothing."""
     return np.tile(np.arange(num_experts, dtype=np.int64)[:, None], (1, num_layers))
 
 
-def rank_alignment(saliency: Float) -> Columns:
-    """The c-th best expert of each layer by saliency [L, E] forms column c, int64 [E, L]."""
+def rank_alignment(saliency: Float) -> DeepExperts:
+    """The c-th best expert of each layer by saliency [L, E] forms deep expert c, int64 [E, L]."""
     return np.argsort(-saliency, axis=1, kind="stable").T.astype(np.int64)
 
 
-def chain_alignment(saliency: Float, coactivation: Float) -> Columns:
+def chain_alignment(saliency: Float, coactivation: Float) -> DeepExperts:
     """Each layer matched to the one before by co-activation [L-1, E, E], from layer 0 by saliency, int64 [E, L]."""
-    columns = rank_alignment(saliency)
-    for layer in range(1, columns.shape[1]):
-        _, follower = linear_sum_assignment(coactivation[layer - 1][columns[:, layer - 1]], maximize=True)
-        columns[:, layer] = follower
-    return columns
+    deep_experts = rank_alignment(saliency)
+    for layer in range(1, deep_experts.shape[1]):
+        _, follower = linear_sum_assignment(coactivation[layer - 1][deep_experts[:, layer - 1]], maximize=True)
+        deep_experts[:, layer] = follower
+    return deep_experts
 
 
-def profile_alignment(columns: Columns, windows: npt.NDArray[np.floating], rounds: int = ROUNDS) -> Columns:
-    """Columns whose experts are used in the same windows, int64 [C, L], from a first table that is not changed.
+def profile_alignment(
+    deep_experts: DeepExperts, windows: npt.NDArray[np.floating], rounds: int = ROUNDS
+) -> DeepExperts:
+    """Deep experts whose experts are used in the same windows, int64 [C, L], from a first table that is not changed.
 
-    Repeats: for each layer, match its experts to the summed profiles of the columns' other layers.
+    Repeats: for each layer, match its experts to the summed profiles of the deep experts' other layers.
 
     Args:
-        columns: int64 [C, L], which experts take part and a first order (for instance `rank_alignment`).
+        deep_experts: int64 [C, L], which experts take part and a first order (for instance `rank_alignment`).
         windows: usage [W, L, E] of windows of text (gate mass).
     """
-    columns = columns.copy()
+    deep_experts = deep_experts.copy()
     profiles = np.sqrt(windows.astype(np.float64))
     length = np.sqrt(np.square(profiles).sum(axis=0, keepdims=True))
     profiles = np.divide(profiles, length, out=np.zeros_like(profiles), where=length > 0)
-    num_layers = columns.shape[1]
-    summed = sum((profiles[:, layer, columns[:, layer]] for layer in range(num_layers)), np.zeros(()))  # [W, C]
+    num_layers = deep_experts.shape[1]
+    summed = sum((profiles[:, layer, deep_experts[:, layer]] for layer in range(num_layers)), np.zeros(()))  # [W, C]
     for _ in range(rounds):
-        before = columns.copy()
+        before = deep_experts.copy()
         for layer in range(num_layers):
-            own = profiles[:, layer, columns[:, layer]]  # [W, C]
+            own = profiles[:, layer, deep_experts[:, layer]]  # [W, C]
             _, chosen = linear_sum_assignment((summed - own).T @ own, maximize=True)
-            columns[:, layer] = columns[chosen, layer]
+            deep_experts[:, layer] = deep_experts[chosen, layer]
             summed = summed - own + own[:, chosen]
-        if np.array_equal(before, columns):
+        if np.array_equal(before, deep_experts):
             break
-    return columns
+    return deep_experts
 
 
 def tiered_alignment(
     saliency: Float, windows: npt.NDArray[np.floating], num_tiers: int = NUM_TIERS, rounds: int = ROUNDS
-) -> Columns:
+) -> DeepExperts:
     """Layers cut into tiers of saliency [L, E], the profile alignment within each; best tier first, int64 [E, L]."""
     ranked = rank_alignment(saliency)
     bounds = np.linspace(0, len(ranked), num_tiers + 1).astype(int)
@@ -89,41 +91,41 @@ def tiered_alignment(
 
 
 def coverage_alignment(
-    columns: Columns,
+    deep_experts: DeepExperts,
     groups: npt.NDArray[np.floating],
     weights: npt.NDArray[np.floating],
     shares: Sequence[float] = COVERAGE_SHARES,
     rounds: int = 2 * ROUNDS,
-) -> Columns:
-    """Columns improved for what groups of text keep when each takes its own best columns, int64 [C, L].
+) -> DeepExperts:
+    """Deep experts improved for what groups of text keep when each takes its own best deep experts, int64 [C, L].
 
-    Coordinate ascent of Σ_groups Σ_shares weight × (mass of the group in its own best share of the columns): with the
-    groups' choices of columns fixed, placing the experts of one layer is an assignment problem.
+    Coordinate ascent of Σ_groups Σ_shares weight × (mass of the group in its own best share of the deep experts):
+    with the groups' choices of deep experts fixed, placing the experts of one layer is an assignment problem.
 
     Args:
-        columns: int64 [C, L], which experts take part and where the ascent starts; not changed.
+        deep_experts: int64 [C, L], which experts take part and where the ascent starts; not changed.
         groups: mass [G, L, E] of each group of text (domains, windows, all of it).
         weights: [G, S], of each group at each of the S shares.
-        shares: of the columns, rising.
+        shares: of the deep experts, rising.
     """
-    columns = columns.copy()
+    deep_experts = deep_experts.copy()
     groups = groups / np.maximum(groups.sum(axis=(1, 2), keepdims=True), np.finfo(np.float64).tiny)
-    num_columns, num_layers = columns.shape
-    keeps = [max(1, round(share * num_columns)) for share in shares]
-    mass = column_mass(columns, groups)  # [G, C]
+    num_deep_experts, num_layers = deep_experts.shape
+    keeps = [max(1, round(share * num_deep_experts)) for share in shares]
+    mass = deep_expert_mass(deep_experts, groups)  # [G, C]
     for _ in range(rounds):
-        before = columns.copy()
+        before = deep_experts.copy()
         for layer in range(num_layers):
-            place = np.argsort(np.argsort(-mass, axis=1, kind="stable"), axis=1)  # rank of each column in its group
+            place = np.argsort(np.argsort(-mass, axis=1, kind="stable"), axis=1)  # rank of each in its group
             chosen_at = [(place < keep) * weights[:, at, None] for at, keep in enumerate(keeps)]
             wanted = sum(chosen_at, np.zeros(()))  # [G, C]
-            own = groups[:, layer, columns[:, layer]]  # [G, C]
+            own = groups[:, layer, deep_experts[:, layer]]  # [G, C]
             _, chosen = linear_sum_assignment(wanted.T @ own, maximize=True)
-            columns[:, layer] = columns[chosen, layer]
+            deep_experts[:, layer] = deep_experts[chosen, layer]
             mass = mass - own + own[:, chosen]
-        if np.array_equal(before, columns):
+        if np.array_equal(before, deep_experts):
             break
-    return columns
+    return deep_experts
 
 
 def restarted_coverage_alignment(
@@ -133,7 +135,7 @@ def restarted_coverage_alignment(
     weights: npt.NDArray[np.floating],
     num_starts: int,
     shares: Sequence[float] = COVERAGE_SHARES,
-) -> Columns:
+) -> DeepExperts:
     """The best of `num_starts` coverage alignments of all experts, int64 [E, L]; the starts are always the same ones.
 
     The first starts from the profile alignment of the ranks, the others from that of shuffled layers: the ascent ends
@@ -144,45 +146,45 @@ def restarted_coverage_alignment(
     best, best_value = ranked, -np.inf
     for number in range(num_starts):
         start = ranked if number == 0 else rng.permuted(ranked, axis=0)
-        columns = coverage_alignment(profile_alignment(start, windows), groups, weights, shares)
-        value = _kept_mass(columns, groups, weights, shares)
+        deep_experts = coverage_alignment(profile_alignment(start, windows), groups, weights, shares)
+        value = _kept_mass(deep_experts, groups, weights, shares)
         if value > best_value:
-            best, best_value = columns, value
+            best, best_value = deep_experts, value
     return best
 
 
 def _kept_mass(
-    columns: Columns,
+    deep_experts: DeepExperts,
     groups: npt.NDArray[np.floating],
     weights: npt.NDArray[np.floating],
     shares: Sequence[float],
 ) -> float:
     """The objective of `coverage_alignment`, which raises it step by step."""
-    mass = column_mass(columns, groups / np.maximum(groups.sum(axis=(1, 2), keepdims=True), 1e-300))
+    mass = deep_expert_mass(deep_experts, groups / np.maximum(groups.sum(axis=(1, 2), keepdims=True), 1e-300))
     ranked = np.sort(mass, axis=1)[:, ::-1]
-    kept = [ranked[:, : max(1, round(share * len(columns)))].sum(axis=1) for share in shares]
+    kept = [ranked[:, : max(1, round(share * len(deep_experts)))].sum(axis=1) for share in shares]
     return float((weights * np.stack(kept, axis=1)).sum())
 
 
-def column_mass(columns: Columns, mass: npt.NDArray[np.floating]) -> Float:
-    """Mass of each column, float64 [..., C], from mass of the experts [..., L, E]."""
-    layers = np.arange(columns.shape[1])
-    return np.asarray(mass[..., layers[None, :], columns].sum(axis=-1), dtype=np.float64)
+def deep_expert_mass(deep_experts: DeepExperts, mass: npt.NDArray[np.floating]) -> Float:
+    """Mass of each deep expert, float64 [..., C], from mass of the experts [..., L, E]."""
+    layers = np.arange(deep_experts.shape[1])
+    return np.asarray(mass[..., layers[None, :], deep_experts].sum(axis=-1), dtype=np.float64)
 
 
-def served_share(columns: Columns, mass: npt.NDArray[np.floating]) -> float:
-    """Share of the mass [L, E] that lies in the columns."""
+def served_share(deep_experts: DeepExperts, mass: npt.NDArray[np.floating]) -> float:
+    """Share of the mass [L, E] that lies in the deep experts."""
     total = float(mass.sum())
-    return float(column_mass(columns, mass).sum()) / total if total > 0 else 0.0
+    return float(deep_expert_mass(deep_experts, mass).sum()) / total if total > 0 else 0.0
 
 
-def check_columns(columns: Columns, num_layers: int, num_experts: int) -> None:
-    """Raises `AlignmentError` unless the columns are distinct existing experts in every layer."""
-    if columns.ndim != 2 or columns.shape[1] != num_layers:
-        raise AlignmentError(f"columns have shape {columns.shape}, wanted [C, {num_layers}]")
-    if columns.size and not 0 <= int(columns.min()) <= int(columns.max()) < num_experts:
-        raise AlignmentError(f"a column names an expert outside 0 to {num_experts - 1}")
+def check_deep_experts(deep_experts: DeepExperts, num_layers: int, num_experts: int) -> None:
+    """Raises `AlignmentError` unless the deep experts are distinct existing experts in every layer."""
+    if deep_experts.ndim != 2 or deep_experts.shape[1] != num_layers:
+        raise AlignmentError(f"deep experts have shape {deep_experts.shape}, wanted [C, {num_layers}]")
+    if deep_experts.size and not 0 <= int(deep_experts.min()) <= int(deep_experts.max()) < num_experts:
+        raise AlignmentError(f"a deep expert names an expert outside 0 to {num_experts - 1}")
     for layer in range(num_layers):
-        ids, counts = np.unique(columns[:, layer], return_counts=True)
+        ids, counts = np.unique(deep_experts[:, layer], return_counts=True)
         if counts.size and counts.max() > 1:
-            raise AlignmentError(f"expert {ids[counts.argmax()]} of layer {layer} stands in two columns")
+            raise AlignmentError(f"expert {ids[counts.argmax()]} of layer {layer} stands in two deep experts")

@@ -24,7 +24,7 @@ SHRINKAGE_PICKS = 32.0
 """Picks' worth of the layer's mean that a per-pick mean is mixed with: a mean over a handful of picks is noise."""
 
 MAX_COVERED = 1 << 26
-"""Most values (token, layer, column) that a choice of columns looks at; beyond it, every n-th token."""
+"""Most values (token, layer, deep expert) that a choice of deep experts looks at; beyond it, every n-th token."""
 
 
 class CriterionError(ExtractError):
@@ -74,21 +74,22 @@ def _coverage(statistics: ExpertStatistics, domains: Sequence[str] | None) -> Fl
     return scores
 
 
-def cover_columns(
-    statistics: ExpertStatistics, columns: npt.NDArray[np.int64], domains: Sequence[str] | None = None
+def cover_deep_experts(
+    statistics: ExpertStatistics, deep_experts: npt.NDArray[np.int64], domains: Sequence[str] | None = None
 ) -> Float:
-    """The criterion `coverage` for whole columns, int64 [C, L]: scores [C], larger is better.
+    """The criterion `coverage` for whole deep experts, int64 [C, L]: scores [C], larger is better.
 
-    A choice of columns is judged by what each token keeps in each layer, all layers together.
+    A choice of deep experts is judged by what each token keeps in each layer, all layers together.
 
     Raises:
         CriterionError: no tokens were sampled. StatisticsError: an unknown domain.
     """
     experts, shares, weights = _sampled_shares(statistics, domains)
-    step = max(1, math.ceil(len(experts) * columns.size / MAX_COVERED))
+    step = max(1, math.ceil(len(experts) * deep_experts.size / MAX_COVERED))
     experts, shares, weights = experts[::step], shares[::step], weights[::step]
     parts = [
-        _held(experts, shares, layer, statistics.num_experts)[:, columns[:, layer]] for layer in range(columns.shape[1])
+        _held(experts, shares, layer, statistics.num_experts)[:, deep_experts[:, layer]]
+        for layer in range(deep_experts.shape[1])
     ]
     return _greedy_cover(np.concatenate(parts), np.tile(weights, len(parts)))
 

@@ -120,10 +120,10 @@ def parse_plan(document: Any) -> Plan:
     return Plan(num_layers, num_experts, alignment, deep_experts, extra)
 
 
-def check_distinct(columns: list[tuple[int, ...]]) -> None:
+def check_distinct(deep_experts: list[tuple[int, ...]]) -> None:
     """Raise SelectionError when two deep experts share an expert of a layer."""
     seen: dict[tuple[int, int], int] = {}
-    for position, experts in enumerate(columns):
+    for position, experts in enumerate(deep_experts):
         for layer, expert in enumerate(experts):
             other = seen.setdefault((layer, expert), position)
             if other != position:

@@ -2,7 +2,7 @@
 
 A plan chooses freely in every layer and forms its deep experts from what it chose, so nothing is lost by every shard
 being all layers deep. Invariant: the same number of experts is chosen in every layer, and each is in exactly one deep
-expert. The other alignments fix the columns first and choose whole columns.
+expert. The other alignments fix the deep experts first and choose whole deep experts.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from extractor.errors import SelectionError
-from extractor.planning.alignment import Columns, check_columns, column_mass
-from extractor.planning.columns import ALIGNMENTS, align, form_columns, ranked_columns
+from extractor.planning.alignment import DeepExperts, check_deep_experts, deep_expert_mass
 from extractor.planning.criteria import DEFAULT_CRITERION, normalised, ranking, score
 from extractor.planning.expectation import Expectation, expect
+from extractor.planning.forming import ALIGNMENTS, align, form_deep_experts, ranked_deep_experts
 from extractor.planning.plan import Plan, PlannedExpert
 from extractor.planning.selection import count_within
 from extractor.statistics.price import Price
@@ -64,22 +64,22 @@ def make_plan(statistics: ExpertStatistics, request: PlanRequest) -> Plan:
     together: Float = np.mean(list(scores.values()), axis=0)
     if request.alignment == "free":
         chosen = choose_per_layer(scores, together, request.quotas, request.count)
-        columns = form_columns(statistics, chosen, together, names)
+        deep_experts = form_deep_experts(statistics, chosen, together, names)
     else:
         aligned = align(statistics, request.alignment, together, names)
         orders = {name: _order(statistics, request, aligned, own, [name]) for name, own in scores.items()}
         order_together = _order(statistics, request, aligned, together, names)
-        columns = aligned[_choose_columns(orders, order_together, request.quotas, request.count)]
-    check_columns(columns, statistics.num_layers, statistics.num_experts)
-    value = column_mass(columns, together) / statistics.num_layers
+        deep_experts = aligned[_choose_deep_experts(orders, order_together, request.quotas, request.count)]
+    check_deep_experts(deep_experts, statistics.num_layers, statistics.num_experts)
+    value = deep_expert_mass(deep_experts, together) / statistics.num_layers
     order = np.argsort(-value, kind="stable")
-    expectations = expect(statistics, allowed_by(columns, statistics.num_experts), names)
+    expectations = expect(statistics, allowed_by(deep_experts, statistics.num_experts), names)
     return Plan(
         num_layers=statistics.num_layers,
         num_experts=statistics.num_experts,
         alignment=_alignment(statistics, request, names, expectations),
         deep_experts=tuple(
-            PlannedExpert(tuple(int(expert) for expert in columns[at]), round(float(value[at]), 6)) for at in order
+            PlannedExpert(tuple(int(expert) for expert in deep_experts[at]), round(float(value[at]), 6)) for at in order
         ),
         extra=_description(statistics, request, expectations),
     )
@@ -138,15 +138,15 @@ def _turns(quotas: Mapping[str, float], count: int) -> list[str | None]:
 
 
 def _order(
-    statistics: ExpertStatistics, request: PlanRequest, columns: Columns, scores: Float, domains: Sequence[str]
+    statistics: ExpertStatistics, request: PlanRequest, deep_experts: DeepExperts, scores: Float, domains: Sequence[str]
 ) -> npt.NDArray[np.int64]:
-    """Columns best first, [C]: what the criterion `coverage` says of whole columns, else by the sum of their scores."""
+    """Deep experts best first, [C]: by the criterion `coverage` of whole ones, else by the sum of their scores."""
     if request.criterion == "coverage" and set(domains) <= set(statistics.domains) and request.usage is None:
-        return ranked_columns(statistics, columns, domains)
-    return np.argsort(-column_mass(columns, scores), kind="stable")
+        return ranked_deep_experts(statistics, deep_experts, domains)
+    return np.argsort(-deep_expert_mass(deep_experts, scores), kind="stable")
 
 
-def _choose_columns(
+def _choose_deep_experts(
     orders: Mapping[str, npt.NDArray[np.int64]],
     order_together: npt.NDArray[np.int64],
     quotas: Mapping[str, float],
@@ -155,7 +155,7 @@ def _choose_columns(
     taken: list[int] = []
     for name in _turns(quotas, count):
         candidates = order_together if name is None else orders[name]
-        taken.append(next(int(column) for column in candidates if column not in taken))
+        taken.append(next(int(deep_expert) for deep_expert in candidates if deep_expert not in taken))
     return taken
 
 
@@ -182,10 +182,10 @@ def _check(statistics: ExpertStatistics, request: PlanRequest) -> None:
         )
 
 
-def allowed_by(columns: Columns, num_experts: int) -> npt.NDArray[np.bool_]:
+def allowed_by(deep_experts: DeepExperts, num_experts: int) -> npt.NDArray[np.bool_]:
     """The experts that deep experts [C, L] consist of, bool [L, E]."""
-    allowed = np.zeros((columns.shape[1], num_experts), dtype=np.bool_)
-    allowed[np.arange(columns.shape[1])[None, :], columns] = True
+    allowed = np.zeros((deep_experts.shape[1], num_experts), dtype=np.bool_)
+    allowed[np.arange(deep_experts.shape[1])[None, :], deep_experts] = True
     return allowed
 
 

@@ -61,10 +61,12 @@ def draw_plan(path: Path, statistics: ExpertStatistics, plan: Plan, scores: Floa
 def _draw_experts(axes: Axes, statistics: ExpertStatistics, plan: Plan, domains: Sequence[str]) -> None:
     shares = np.mean([statistics.demand_shares(name) for name in domains], axis=0) * statistics.num_experts
     image = axes.imshow(np.log2(np.maximum(shares, 1 / 16)), aspect="auto", cmap="viridis", interpolation="nearest")
-    columns = np.array([deep.experts for deep in plan.deep_experts])  # [C, L]
-    layers = np.tile(np.arange(plan.num_layers), (len(columns), 1))
-    axes.scatter(columns.ravel(), layers.ravel(), s=9, c="white", edgecolors="black", linewidths=0.4)
-    axes.set(xlabel="expert", ylabel="MoE layer", title=f"{len(columns)} of {plan.num_experts} deep experts (dots)")
+    deep_experts = np.array([deep.experts for deep in plan.deep_experts])  # [C, L]
+    layers = np.tile(np.arange(plan.num_layers), (len(deep_experts), 1))
+    axes.scatter(deep_experts.ravel(), layers.ravel(), s=9, c="white", edgecolors="black", linewidths=0.4)
+    axes.set(
+        xlabel="expert", ylabel="MoE layer", title=f"{len(deep_experts)} of {plan.num_experts} deep experts (dots)"
+    )
     axes.figure.colorbar(image, ax=axes, label="log2 of demanded mass ÷ an even share")
 
 

@@ -32,9 +32,9 @@ class SelectionRequest:
 
 @dataclass(frozen=True)
 class Selection:
-    """`columns[i][layer]` is the expert that deep expert i has in that MoE layer."""
+    """`deep_experts[i][layer]` is the expert that deep expert i has in that MoE layer."""
 
-    columns: tuple[tuple[int, ...], ...]
+    deep_experts: tuple[tuple[int, ...], ...]
     alignment: Alignment
 
 
@@ -55,18 +55,18 @@ def select(
             raise SelectionError(f"--experts and {option} contradict each other; give one of them")
     if request.plan is not None and request.experts is not None:
         raise SelectionError("--plan and --experts contradict each other; give one of them")
-    columns, alignment = _candidates(request, model, fingerprint)
-    shards = (ShardLayout(tuple(layers), index, experts).file_bytes for index, experts in enumerate(columns))
+    deep_experts, alignment = _candidates(request, model, fingerprint)
+    shards = (ShardLayout(tuple(layers), index, experts).file_bytes for index, experts in enumerate(deep_experts))
     sizes = list(accumulate(shards, initial=trunk_bytes)) if request.budget_bytes is not None else []
     count = count_within(
         request.count,
         request.keep,
         request.budget_bytes,
         num_experts=model.num_experts,
-        most=len(columns),
+        most=len(deep_experts),
         store_bytes=sizes.__getitem__,
     )
-    return Selection(columns[:count], alignment)
+    return Selection(deep_experts[:count], alignment)
 
 
 def _candidates(

@@ -76,7 +76,7 @@ class Extraction:
     @property
     def is_finished(self) -> bool:
         """Whether there is nothing to do."""
-        return not self.remaining and self.num_existing == len(self.selection.columns)
+        return not self.remaining and self.num_existing == len(self.selection.deep_experts)
 
     def check_disk(self) -> None:
         """Raise DiskFullError, naming a `--keep` that fits, when the disk has no room for what remains."""
@@ -122,7 +122,7 @@ class Extraction:
         for folder in ("trunk", "experts"):
             (self.target / folder).mkdir(parents=True, exist_ok=True)
         held = [deep.experts for deep in self.existing.deep_experts] if self.existing is not None else []
-        head, stale = journal_head(fingerprint, self.selection.columns), journal_head(fingerprint, held)
+        head, stale = journal_head(fingerprint, self.selection.deep_experts), journal_head(fingerprint, held)
         journal = Journal.open(self.target, head, stale)
         try:
             self._check_unchanged()
@@ -146,7 +146,7 @@ class Extraction:
 
     def _tidy(self) -> None:
         """Remove the journal that a run left which was killed after it had written the manifest."""
-        head = journal_head(self.checkpoint.fingerprint, self.selection.columns)
+        head = journal_head(self.checkpoint.fingerprint, self.selection.deep_experts)
         left = read_journal(self.target)
         if left is not None and left[0] == head:
             Journal.open(self.target, head).remove()
@@ -154,7 +154,7 @@ class Extraction:
     def _manifest(self, digests: dict[str, FileDigest]) -> Manifest:
         deep_experts = []
         for index, experts in zip(
-            shard_indices(self.existing, len(self.selection.columns)), self.selection.columns, strict=True
+            shard_indices(self.existing, len(self.selection.deep_experts)), self.selection.deep_experts, strict=True
         ):
             digest, shard = digests[shard_name(index)], ShardLayout(self.layers, index, experts)
             deep_experts.append(

@@ -94,13 +94,13 @@ def read_journal(directory: Path) -> tuple[dict[str, Any], dict[str, FileDigest]
     return head, done
 
 
-def journal_head(fingerprint: str, columns: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+def journal_head(fingerprint: str, deep_experts: Sequence[tuple[int, ...]]) -> dict[str, Any]:
     """The identity of an extraction: the checkpoint and every deep expert of the finished store."""
     return {
         "format": FORMAT,
         "version": VERSION,
         "fingerprint": fingerprint,
-        "columns": [list(experts) for experts in columns],
+        "columns": [list(experts) for experts in deep_experts],
     }
 
 

@@ -41,11 +41,11 @@ class OutputFile:
         return not self.cuts and self.file_bytes == len(self.head)
 
 
-def shard_indices(existing: Manifest | None, num_columns: int) -> list[int]:
+def shard_indices(existing: Manifest | None, num_deep_experts: int) -> list[int]:
     """The index of each deep expert of a store: those that it has keep theirs, and new ones follow all that it had."""
     held = [] if existing is None else [deep.index for deep in existing.deep_experts]
     first = 0 if existing is None else existing.next_index
-    return held + list(range(first, first + num_columns - len(held)))
+    return held + list(range(first, first + num_deep_experts - len(held)))
 
 
 def shard_output(layout: ExpertsLayout, index: int, experts: tuple[int, ...]) -> OutputFile:

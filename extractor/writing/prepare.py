@@ -37,7 +37,7 @@ def prepare(checkpoint: Checkpoint, target: str | os.PathLike[str], request: Sel
     wanted = select(request, existing.model, existing.layers, trunk_bytes, checkpoint.fingerprint)
     selection = _grown(existing, wanted, target)
     intact = _intact(target, existing)
-    if len(selection.columns) == len(existing.deep_experts) and len(intact) == len(selection.columns) + len(
+    if len(selection.deep_experts) == len(existing.deep_experts) and len(intact) == len(selection.deep_experts) + len(
         existing.trunk
     ):
         outputs = tuple(_finished(digest) for digest in intact.values())
@@ -110,8 +110,8 @@ def _is_hollow(path: Path) -> bool:
 def _grown(existing: Manifest, selection: Selection, target: Path) -> Selection:
     """The deep experts that `existing` has, in its order, and after them those that `selection` adds."""
     held = [deep.experts for deep in existing.deep_experts]
-    missing = set(held) - set(selection.columns)
-    added = [experts for experts in selection.columns if experts not in set(held)]
+    missing = set(held) - set(selection.deep_experts)
+    added = [experts for experts in selection.deep_experts if experts not in set(held)]
     if not added:
         return Selection(tuple(held), existing.alignment)
     if missing:
@@ -125,8 +125,8 @@ def _grown(existing: Manifest, selection: Selection, target: Path) -> Selection:
 
 
 def _outputs(layout: ExpertsLayout, selection: Selection, existing: Manifest | None) -> tuple[OutputFile, ...]:
-    indices = shard_indices(existing, len(selection.columns))
-    shards = [shard_output(layout, *numbered) for numbered in zip(indices, selection.columns, strict=True)]
+    indices = shard_indices(existing, len(selection.deep_experts))
+    shards = [shard_output(layout, *numbered) for numbered in zip(indices, selection.deep_experts, strict=True)]
     return (*trunk_outputs(layout.checkpoint, layout.trunk), *shards)
 
 
@@ -145,7 +145,7 @@ def _journaled(
     if found is None:
         return {}
     head, done = found
-    if head == journal_head(checkpoint.fingerprint, selection.columns):
+    if head == journal_head(checkpoint.fingerprint, selection.deep_experts):
         return done
     held = [deep.experts for deep in existing.deep_experts] if existing is not None else []
     if held and head == journal_head(checkpoint.fingerprint, held):

@@ -64,8 +64,8 @@ def unfinished_growth(store: Path) -> list[tuple[int, ...]]:
     if left is None:
         return []
     held = [deep.experts for deep in read_manifest(store).deep_experts]
-    columns = [tuple(column) for column in left[0].get("columns", [])]
-    return columns[len(held) :] if columns[: len(held)] == held else []
+    deep_experts = [tuple(deep_expert) for deep_expert in left[0].get("columns", [])]
+    return deep_experts[len(held) :] if deep_experts[: len(held)] == held else []
 
 
 def adopt(runner: Runner, served: ExpertMask | None) -> bool:

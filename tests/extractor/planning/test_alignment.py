@@ -8,18 +8,18 @@ import pytest
 
 from extractor.planning.alignment import (
     AlignmentError,
-    Columns,
+    DeepExperts,
     chain_alignment,
-    check_columns,
-    column_mass,
+    check_deep_experts,
     coverage_alignment,
+    deep_expert_mass,
     index_alignment,
     profile_alignment,
     rank_alignment,
     served_share,
     tiered_alignment,
 )
-from extractor.planning.columns import SHARE_WEIGHTS
+from extractor.planning.forming import SHARE_WEIGHTS
 
 RECORDED = Path(__file__).parents[2] / "data" / "routing-windows.npz"
 
@@ -29,18 +29,18 @@ def recorded(half: str) -> list[np.ndarray]:
         return [file[f"{task}_{half}"].astype(np.float64) for task in ("intent", "summary")]
 
 
-def kept_per_task(columns: Columns, share: float) -> float:
-    """Mass of the unseen half in the columns that are best for each task's first half."""
-    num_columns = int(len(columns) * share)
+def kept_per_task(deep_experts: DeepExperts, share: float) -> float:
+    """Mass of the unseen half in the deep experts that are best for each task's first half."""
+    num_deep_experts = int(len(deep_experts) * share)
     kept = []
     for fit, test in zip(recorded("fit"), recorded("test"), strict=True):
-        best = np.argsort(-column_mass(columns, fit.sum(axis=0)))[:num_columns]
-        kept.append(served_share(columns[best], test.sum(axis=0)))
+        best = np.argsort(-deep_expert_mass(deep_experts, fit.sum(axis=0)))[:num_deep_experts]
+        kept.append(served_share(deep_experts[best], test.sum(axis=0)))
     return float(np.mean(kept))
 
 
 @pytest.fixture(scope="module")
-def alignments() -> dict[str, Columns]:
+def alignments() -> dict[str, DeepExperts]:
     tasks = recorded("fit")
     windows = np.concatenate(tasks)
     saliency = windows.sum(axis=(0))
@@ -59,17 +59,17 @@ def alignments() -> dict[str, Columns]:
 
 
 @pytest.mark.parametrize("kind", ["index", "rank", "chain", "profile", "tiers", "coverage"])
-def test_every_alignment_places_every_expert_once(alignments: dict[str, Columns], kind: str) -> None:
-    columns = alignments[kind]
-    assert columns.shape == (64, 26)
-    check_columns(columns, 26, 64)
+def test_every_alignment_places_every_expert_once(alignments: dict[str, DeepExperts], kind: str) -> None:
+    deep_experts = alignments[kind]
+    assert deep_experts.shape == (64, 26)
+    check_deep_experts(deep_experts, 26, 64)
 
 
 def test_on_recorded_routing_the_better_alignments_keep_more_of_the_unseen_half(
-    alignments: dict[str, Columns],
+    alignments: dict[str, DeepExperts],
 ) -> None:
-    quarter = {kind: kept_per_task(columns, 0.25) for kind, columns in alignments.items()}
-    half = {kind: kept_per_task(columns, 0.5) for kind, columns in alignments.items()}
+    quarter = {kind: kept_per_task(deep_experts, 0.25) for kind, deep_experts in alignments.items()}
+    half = {kind: kept_per_task(deep_experts, 0.5) for kind, deep_experts in alignments.items()}
     assert quarter["index"] + 0.1 < quarter["rank"] < quarter["tiers"] < quarter["coverage"]
     assert half["index"] + 0.1 < half["rank"] < half["tiers"] < half["coverage"]
     # at least what the reference method (tiers and profile) reached on four such tasks
@@ -79,30 +79,30 @@ def test_on_recorded_routing_the_better_alignments_keep_more_of_the_unseen_half(
 
 def test_profile_alignment_joins_experts_that_serve_the_same_text() -> None:
     rng = np.random.default_rng(0)
-    hidden = np.stack([rng.permutation(6) for _ in range(4)])  # [L, C]: who belongs to column c
+    hidden = np.stack([rng.permutation(6) for _ in range(4)])  # [L, C]: who belongs to deep expert c
     usage = rng.random((40, 6)) ** 4
     windows = np.zeros((40, 4, 6))
     for layer in range(4):
         windows[:, layer, hidden[layer]] = usage
     found = profile_alignment(np.tile(np.arange(6)[:, None], (1, 4)), windows, rounds=30)
-    assert {tuple(column) for column in found} == {tuple(column) for column in hidden.T}
+    assert {tuple(deep_expert) for deep_expert in found} == {tuple(deep_expert) for deep_expert in hidden.T}
 
 
 def test_inputs_are_not_changed() -> None:
     rng = np.random.default_rng(0)
-    columns = index_alignment(3, 5)
+    deep_experts = index_alignment(3, 5)
     windows = rng.random((8, 3, 5))
-    before = (columns.copy(), windows.copy())
-    profile_alignment(columns, windows)
-    coverage_alignment(columns, windows, np.ones((8, 3)))
-    assert np.array_equal(columns, before[0])
+    before = (deep_experts.copy(), windows.copy())
+    profile_alignment(deep_experts, windows)
+    coverage_alignment(deep_experts, windows, np.ones((8, 3)))
+    assert np.array_equal(deep_experts, before[0])
     assert np.array_equal(windows, before[1])
 
 
-def test_columns_that_no_store_can_hold_are_refused() -> None:
-    with pytest.raises(AlignmentError, match="expert 1 of layer 0 stands in two columns"):
-        check_columns(np.array([[1, 0], [1, 1]]), 2, 4)
+def test_deep_experts_that_no_store_can_hold_are_refused() -> None:
+    with pytest.raises(AlignmentError, match="expert 1 of layer 0 stands in two deep experts"):
+        check_deep_experts(np.array([[1, 0], [1, 1]]), 2, 4)
     with pytest.raises(AlignmentError, match="outside 0 to 3"):
-        check_columns(np.array([[1, 4]]), 2, 4)
+        check_deep_experts(np.array([[1, 4]]), 2, 4)
     with pytest.raises(AlignmentError, match="wanted"):
-        check_columns(np.array([[1]]), 2, 4)
+        check_deep_experts(np.array([[1]]), 2, 4)

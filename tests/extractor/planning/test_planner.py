@@ -2,15 +2,15 @@ import numpy as np
 import pytest
 
 from extractor.errors import SelectionError
-from extractor.planning.columns import ALIGNMENTS, groups_of_text, ranked_columns, sensitivities
 from extractor.planning.expectation import expect
+from extractor.planning.forming import ALIGNMENTS, groups_of_text, ranked_deep_experts, sensitivities
 from extractor.planning.plan import parse_plan, plan_document
 from extractor.planning.planner import PlanRequest, allowed_by, choose_per_layer, count_for, make_plan
 from extractor.statistics.statistics import ExpertStatistics
 from tests.extractor.selection_statistics import NUM_EXPERTS, NUM_LAYERS, expert_of, make_statistics
 
 
-def columns_of(plan: object) -> np.ndarray:
+def deep_experts_of(plan: object) -> np.ndarray:
     return np.array([deep.experts for deep in plan.deep_experts])  # type: ignore[attr-defined]
 
 
@@ -26,22 +26,22 @@ def test_every_alignment_makes_a_plan_that_can_be_written(alignment: str) -> Non
 
 def test_a_plan_for_one_domain_loses_nothing_by_forming_deep_experts() -> None:
     statistics = make_statistics()
-    columns = columns_of(make_plan(statistics, PlanRequest(count=4, domains=("code",))))
+    deep_experts = deep_experts_of(make_plan(statistics, PlanRequest(count=4, domains=("code",))))
     for layer in range(NUM_LAYERS):
-        assert set(columns[:, layer]) == {expert_of("code", layer, rank) for rank in range(4)}
+        assert set(deep_experts[:, layer]) == {expert_of("code", layer, rank) for rank in range(4)}
 
 
 def test_every_chosen_expert_is_in_exactly_one_deep_expert_when_all_are_kept() -> None:
-    columns = columns_of(make_plan(make_statistics(), PlanRequest(count=NUM_EXPERTS)))
+    deep_experts = deep_experts_of(make_plan(make_statistics(), PlanRequest(count=NUM_EXPERTS)))
     for layer in range(NUM_LAYERS):
-        assert sorted(columns[:, layer]) == list(range(NUM_EXPERTS))
+        assert sorted(deep_experts[:, layer]) == list(range(NUM_EXPERTS))
 
 
 def test_deep_experts_follow_the_kind_of_text() -> None:
     statistics = make_statistics()
-    columns = columns_of(make_plan(statistics, PlanRequest(count=NUM_EXPERTS)))
+    deep_experts = deep_experts_of(make_plan(statistics, PlanRequest(count=NUM_EXPERTS)))
     for domain in ("code", "chat"):
-        best = columns[ranked_columns(statistics, columns, [domain])[:4]]
+        best = deep_experts[ranked_deep_experts(statistics, deep_experts, [domain])[:4]]
         (expectation,) = expect(statistics, allowed_by(best, NUM_EXPERTS), [domain])
         assert expectation.served_share > 0.9
 
@@ -59,8 +59,8 @@ def test_a_quota_gives_a_domain_its_share_of_the_places() -> None:
 def test_usage_of_a_server_counts_as_a_domain() -> None:
     usage = np.zeros((NUM_LAYERS, NUM_EXPERTS))
     usage[:, 7] = 1e6
-    columns = columns_of(make_plan(make_statistics(), PlanRequest(count=2, usage=usage)))
-    assert all(7 in columns[:, layer] for layer in range(NUM_LAYERS))
+    deep_experts = deep_experts_of(make_plan(make_statistics(), PlanRequest(count=2, usage=usage)))
+    assert all(7 in deep_experts[:, layer] for layer in range(NUM_LAYERS))
     with pytest.raises(SelectionError, match="the usage has shape"):
         make_plan(make_statistics(), PlanRequest(count=2, usage=np.zeros((1, 1))))
 
@@ -113,19 +113,21 @@ def test_a_domain_weighs_what_a_missing_share_costs_it() -> None:
     assert sensitivities(statistics, ["code", "chat"]).tolist() == [1.0, 1.0]
 
 
-def test_columns_are_ranked_by_what_they_leave_of_tokens_and_without_tokens_by_mass() -> None:
+def test_deep_experts_are_ranked_by_what_they_leave_of_tokens_and_without_tokens_by_mass() -> None:
     statistics = make_statistics()
-    columns = columns_of(make_plan(statistics, PlanRequest(count=NUM_EXPERTS, alignment="rank")))
-    with_tokens = ranked_columns(statistics, columns, ["chat"])
+    deep_experts = deep_experts_of(make_plan(statistics, PlanRequest(count=NUM_EXPERTS, alignment="rank")))
+    with_tokens = ranked_deep_experts(statistics, deep_experts, ["chat"])
     statistics.tokens = ExpertStatistics("sha", NUM_LAYERS, NUM_EXPERTS, 2).tokens
-    without = ranked_columns(statistics, columns, ["chat"])
+    without = ranked_deep_experts(statistics, deep_experts, ["chat"])
     assert set(with_tokens[:4]) == set(without[:4])
     assert sorted(with_tokens) == sorted(without) == list(range(NUM_EXPERTS))
 
 
-def test_a_plan_of_fixed_columns_by_coverage_takes_the_best_ranked() -> None:
+def test_a_plan_of_fixed_deep_experts_by_coverage_takes_the_best_ranked() -> None:
     statistics = make_statistics()
-    aligned = columns_of(make_plan(statistics, PlanRequest(count=NUM_EXPERTS, criterion="coverage", alignment="rank")))
-    chosen = columns_of(make_plan(statistics, PlanRequest(count=3, criterion="coverage", alignment="rank")))
-    best = aligned[ranked_columns(statistics, aligned, ["code", "chat"])[:3]]
-    assert {tuple(column) for column in chosen} == {tuple(column) for column in best}
+    aligned = deep_experts_of(
+        make_plan(statistics, PlanRequest(count=NUM_EXPERTS, criterion="coverage", alignment="rank"))
+    )
+    chosen = deep_experts_of(make_plan(statistics, PlanRequest(count=3, criterion="coverage", alignment="rank")))
+    best = aligned[ranked_deep_experts(statistics, aligned, ["code", "chat"])[:3]]
+    assert {tuple(deep_expert) for deep_expert in chosen} == {tuple(deep_expert) for deep_expert in best}

@@ -19,17 +19,17 @@ def chosen(fingerprint: str | None = None, **request: object) -> Selection:
 
 
 def first_experts(selection: Selection) -> list[int]:
-    return [experts[0] for experts in selection.columns]
+    return [experts[0] for experts in selection.deep_experts]
 
 
-def plan_of(columns: list[list[int]], **extra: object) -> Plan:
+def plan_of(deep_experts: list[list[int]], **extra: object) -> Plan:
     document = {
         "format": "deepfew-plan",
         "version": 1,
         "alignment": {"kind": "profile", "rounds": 3},
         "num_layers": 2,
         "num_experts": 4,
-        "deep_experts": [{"experts": experts, "score": 1.0} for experts in columns],
+        "deep_experts": [{"experts": experts, "score": 1.0} for experts in deep_experts],
         **extra,
     }
     return parse_plan(document)
@@ -37,7 +37,7 @@ def plan_of(columns: list[list[int]], **extra: object) -> Plan:
 
 def test_everything_is_the_default() -> None:
     selection = chosen()
-    assert selection.columns == ((0, 0), (1, 1), (2, 2), (3, 3))
+    assert selection.deep_experts == ((0, 0), (1, 1), (2, 2), (3, 3))
     assert (selection.alignment.kind, selection.alignment.statistics) == ("index", {})
 
 
@@ -52,15 +52,15 @@ def test_experts_count_keep_and_budget_take_a_part() -> None:
 
 def test_a_plan_gives_the_expert_of_every_layer_best_first() -> None:
     plan = plan_of([[3, 1], [0, 2], [2, 0]])
-    assert chosen(plan=plan).columns == ((3, 1), (0, 2), (2, 0))
-    assert chosen(plan=plan, count=2).columns == ((3, 1), (0, 2))
-    assert chosen(plan=plan, keep=0.25).columns == ((3, 1),)
+    assert chosen(plan=plan).deep_experts == ((3, 1), (0, 2), (2, 0))
+    assert chosen(plan=plan, count=2).deep_experts == ((3, 1), (0, 2))
+    assert chosen(plan=plan, keep=0.25).deep_experts == ((3, 1),)
     assert chosen(plan=plan).alignment.statistics == {"rounds": 3}
 
 
 def test_a_plan_for_another_model_is_refused() -> None:
     plan = plan_of([[3, 1]], fingerprint="aa")
-    assert chosen(plan=plan, fingerprint="aa").columns == ((3, 1),)
+    assert chosen(plan=plan, fingerprint="aa").deep_experts == ((3, 1),)
     with pytest.raises(SelectionError, match="was made for the checkpoint aa"):
         chosen(plan=plan, fingerprint="bb")
     plan = plan_of([[3, 1]], num_experts=8)

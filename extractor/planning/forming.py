@@ -1,6 +1,6 @@
-"""Columns from statistics: which alignments there are, the groups of text that they should suit, and the best of them.
+"""Deep experts from statistics: the alignments, the groups of text that they should suit, and the best of them.
 
-Invariant: what is chosen depends on the statistics alone, so the same file gives the same columns.
+Invariant: what is chosen depends on the statistics alone, so the same file gives the same deep experts.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import numpy.typing as npt
 
 from extractor.errors import SelectionError
 from extractor.planning.alignment import (
-    Columns,
+    DeepExperts,
     chain_alignment,
-    column_mass,
     coverage_alignment,
+    deep_expert_mass,
     index_alignment,
     profile_alignment,
     rank_alignment,
     restarted_coverage_alignment,
     tiered_alignment,
 )
-from extractor.planning.criteria import cover_columns, ranking
+from extractor.planning.criteria import cover_deep_experts, ranking
 from extractor.statistics.price import Price
 from extractor.statistics.statistics import ExpertStatistics
 
@@ -40,21 +40,21 @@ SENSITIVITY_RANGE = (0.1, 10.0)
 """A domain weighs no less and no more than so many times the mean one."""
 
 
-def form_columns(
+def form_deep_experts(
     statistics: ExpertStatistics, chosen: npt.NDArray[np.bool_], together: Float, domains: Sequence[str]
-) -> Columns:
+) -> DeepExperts:
     """Deep experts, int64 [C, L], of every chosen expert [L, E]: those that serve the same text stand together."""
     count = int(chosen.sum(axis=1)[0])
     ranked = ranking(np.where(chosen, together, -np.inf))[:, :count]
     groups, weights = groups_of_text(statistics, domains)
-    columns = np.ascontiguousarray(ranked.T)
+    deep_experts = np.ascontiguousarray(ranked.T)
     if len(groups) == 0 or count == 1:
-        return columns
-    return coverage_alignment(profile_alignment(columns, groups), groups, weights)
+        return deep_experts
+    return coverage_alignment(profile_alignment(deep_experts, groups), groups, weights)
 
 
-def align(statistics: ExpertStatistics, kind: str, saliency: Float, domains: Sequence[str]) -> Columns:
-    """Columns of all experts, int64 [E, L], by one of `ALIGNMENTS` other than "free"; saliency [L, E].
+def align(statistics: ExpertStatistics, kind: str, saliency: Float, domains: Sequence[str]) -> DeepExperts:
+    """Deep experts of all experts, int64 [E, L], by one of `ALIGNMENTS` other than "free"; saliency [L, E].
 
     Raises:
         SelectionError: the kind does not exist, or needs windows that the statistics do not have.
@@ -99,18 +99,18 @@ def sensitivities(statistics: ExpertStatistics, domains: Sequence[str]) -> Float
     return np.clip(slopes / slopes.mean(), *SENSITIVITY_RANGE) if slopes.any() else np.ones(len(domains))
 
 
-def ranked_columns(
-    statistics: ExpertStatistics, columns: Columns, domains: Sequence[str] | None = None
+def ranked_deep_experts(
+    statistics: ExpertStatistics, deep_experts: DeepExperts, domains: Sequence[str] | None = None
 ) -> npt.NDArray[np.int64]:
-    """Columns [C, L] best first for the domains, int64 [C]: by coverage of the tokens, without tokens by mass."""
+    """Deep experts [C, L] best first for the domains, int64 [C]: by coverage of the tokens, without tokens by mass."""
     if statistics.tokens.of(statistics.indices(domains)).any():
-        return np.argsort(-cover_columns(statistics, columns, domains), kind="stable").astype(np.int64)
-    mass = column_mass(columns, statistics.total("demand_mass", domains))
+        return np.argsort(-cover_deep_experts(statistics, deep_experts, domains), kind="stable").astype(np.int64)
+    mass = deep_expert_mass(deep_experts, statistics.total("demand_mass", domains))
     return np.argsort(-mass, kind="stable").astype(np.int64)
 
 
 def groups_of_text(statistics: ExpertStatistics, domains: Sequence[str]) -> tuple[Float, Float]:
-    """Groups of text that columns should suit, mass [G, L, E], and weights [G, S] at `COVERAGE_SHARES`.
+    """Groups of text that deep experts should suit, mass [G, L, E], and weights [G, S] at `COVERAGE_SHARES`.
 
     Each domain weighs 1, and at the largest share what a missing share costs it: there, most domains lose nothing yet.
     The windows stand for kinds that have no name: together they weigh the more the fewer have one (8 ÷ D), and all of
