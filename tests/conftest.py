@@ -66,3 +66,11 @@ def repository() -> Path:
 def tiny_checkpoint() -> Path:
     """The bundled checkpoint: Qwen3-MoE layout, 8 layers of 64 experts, top-8, bf16."""
     return REPOSITORY / "models" / "tiny-moe"
+
+
+@pytest.fixture
+def stories(tmp_path: Path) -> Path:
+    """A file of some stories, as the bundled checkpoint was trained on."""
+    path = tmp_path / "stories.txt"
+    path.write_text((REPOSITORY / "benchmarks" / "data" / "selection" / "stories_synth.txt").read_text()[:2400])
+    return path

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from extractor.planning.plan import Plan, read_plan
+from extractor.planning.planner import allowed_by
 from router.errors import MaskError
 from router.mask import ExpertMask
 from server.errors import ServerError
@@ -35,10 +36,7 @@ def mask_of_plan(plan: Plan, num_layers: int, num_experts: int) -> ExpertMask:
             f"the plan is for {plan.num_layers} layers of {plan.num_experts} experts, the model has {num_layers} of "
             f"{num_experts}: make a plan for this checkpoint"
         )
-    columns = np.array([deep.experts for deep in plan.deep_experts])
-    allowed = np.zeros((num_layers, num_experts), dtype=np.bool_)
-    allowed[np.arange(num_layers)[None, :], columns] = True
-    return ExpertMask(allowed)
+    return ExpertMask(allowed_by(np.array([deep.experts for deep in plan.deep_experts]), num_experts))
 
 
 def profile_files(text: str) -> list[Path]:

@@ -15,10 +15,10 @@ from typing import Any
 import httpx
 
 
-def deepfew(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own."""
+def deepfew(*arguments: str, module: str = "server.cli", **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run the command, or another module, in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "server.cli", *arguments],
+        [sys.executable, "-m", module, *arguments],
         capture_output=True,
         text=True,
         timeout=150,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import socket
@@ -15,17 +14,11 @@ import pytest
 
 from expert_store.store import Store
 from server.cli import demo
+from tests.server.cli.processes import deepfew
 
 
 def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "server.cli.demo", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-        env={**os.environ, "DEEPFEW_PORT": "not a number"},
-    )
+    return deepfew(*arguments, module="server.cli.demo", DEEPFEW_PORT="not a number")
 
 
 def test_demo_makes_a_store_and_streams_an_answer(tmp_path: Path) -> None:

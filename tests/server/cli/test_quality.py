@@ -13,13 +13,6 @@ from server.cli.main import main
 TEXTS = Path(__file__).parents[3] / "benchmarks" / "data" / "selection"
 
 
-@pytest.fixture
-def stories(tmp_path: Path) -> Path:
-    path = tmp_path / "stories.txt"
-    path.write_text((TEXTS / "stories_synth.txt").read_text()[:2400])
-    return path
-
-
 def test_from_texts_to_a_plan_to_a_store_that_serves_them(
     tiny_checkpoint: Path, stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

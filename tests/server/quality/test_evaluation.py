@@ -25,20 +25,13 @@ from server.quality.texts import TextOptions, TextsError, find_domains
 TEXTS = Path(__file__).parents[3] / "benchmarks" / "data" / "selection"
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "stories.txt"
-    path.write_text((TEXTS / "stories_synth.txt").read_text()[:2400])
-    return path
-
-
 def index_mask(count: int) -> ExpertMask:
     return ExpertMask.same_in_every_layer(range(count), 8, 64)
 
 
-def test_a_mask_costs_and_the_deficit_says_so(selective: Callable[..., SelectiveModel], text: Path) -> None:
+def test_a_mask_costs_and_the_deficit_says_so(selective: Callable[..., SelectiveModel], stories: Path) -> None:
     model = selective()
-    tokens = token_sequences(model, find_domains([str(text)])[0], TextOptions(context=96))
+    tokens = token_sequences(model, find_domains([str(stories)])[0], TextOptions(context=96))
     plain, masked = evaluate_text(model, tokens), evaluate_text(model, tokens, index_mask(8))
     assert plain.deficit == plain.top1_missing == 0.0
     assert masked.loss > plain.loss + 0.5
@@ -76,10 +69,10 @@ def test_questions_side_by_side_and_under_pools_are_answered_as_alone(
 
 
 def test_a_criterion_beats_a_random_choice_on_text_of_the_domain(
-    selective: Callable[..., SelectiveModel], text: Path
+    selective: Callable[..., SelectiveModel], stories: Path
 ) -> None:
     model = selective()
-    domains = find_domains([str(text)])
+    domains = find_domains([str(stories)])
     options = CalibrationOptions(TextOptions(context=96), price_tokens=96, with_weights=False)
     statistics = calibrate(model, domains, options)
     texts = {"stories": token_sequences(model, domains[0], options.text)}
@@ -97,17 +90,17 @@ def test_a_criterion_beats_a_random_choice_on_text_of_the_domain(
 
 
 def test_the_report_has_tables_json_and_a_picture(
-    selective: Callable[..., SelectiveModel], text: Path, tmp_path: Path
+    selective: Callable[..., SelectiveModel], stories: Path, tmp_path: Path
 ) -> None:
     model = selective()
     options = CalibrationOptions(TextOptions(context=96, max_tokens=96), price_tokens=96, with_weights=False)
     stats, plan, questions = tmp_path / "stats.safetensors", tmp_path / "plan.json", tmp_path / "geography.jsonl"
-    write_statistics(stats, calibrate(model, find_domains([str(text)]), options))
+    write_statistics(stats, calibrate(model, find_domains([str(stories)]), options))
     deep = tuple(PlannedExpert((expert,) * 8) for expert in range(32))
     write_plan(plan, Plan(8, 64, {"kind": "index"}, deep))
     questions.write_text(json.dumps({"prompt": "The capital of France is", "answer": " Paris."}))
     request = EvaluationRequest(
-        find_domains([str(text)]), [questions], options.text, plan, stats, [0.25], ["coverage"], [0, 1]
+        find_domains([str(stories)]), [questions], options.text, plan, stats, [0.25], ["coverage"], [0, 1]
     )
     report = evaluate(model, None, request, lambda doing, done, total: None)
     answer = json.loads(json.dumps(report.to_json()))
@@ -123,11 +116,11 @@ def test_the_report_has_tables_json_and_a_picture(
 
 
 def test_criteria_that_cannot_be_compared_on_a_part_of_the_experts_are_said_to_be_left_out(
-    selective: Callable[..., SelectiveModel], text: Path, tmp_path: Path
+    selective: Callable[..., SelectiveModel], stories: Path, tmp_path: Path
 ) -> None:
     model = selective(mask=index_mask(32))
     options = CalibrationOptions(TextOptions(context=96, max_tokens=96), price_tokens=0, with_weights=False)
-    stats, domains = tmp_path / "stats.safetensors", find_domains([str(text)])
+    stats, domains = tmp_path / "stats.safetensors", find_domains([str(stories)])
     write_statistics(stats, calibrate(selective(), domains, options))
     request = EvaluationRequest(domains, [], options.text, None, stats, [0.5, 0.25], ["coverage"], [])
     report = evaluate(model, None, request, lambda doing, done, total: None)
