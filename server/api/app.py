@@ -21,7 +21,7 @@ from server.api.openai import routes as openai
 from server.api.openai.responses import ChatChunk, ChatResponse, CompletionResponse
 from server.api.openai.schemas import ChatRequest, CompletionRequest
 from server.api.tgi import routes as tgi
-from server.api.tgi.schemas import GenerateRequest, GenerateResponse, StreamResponse
+from server.api.tgi.schemas import GenerateRequest, GenerateResponse, GenerateResponses, StreamResponse
 from server.engine.request import EngineError
 from server.growth.status import GrowthError
 from server.serving.metrics import Metrics
@@ -71,6 +71,7 @@ def create_app(
         optional_bodies=frozenset({"/experts/grow", "/experts/reload"}),
         models=[
             GenerateResponse,
+            GenerateResponses,
             StreamResponse,
             NotReadyResponse,
             CompletionResponse,

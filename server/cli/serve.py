@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from server.api.app import create_app
 from server.api.http.listener import Listener, PortTakenError, bind_socket
+from server.api.readiness import checked
 from server.cli.flags import SECTIONS, with_settings
 from server.cli.logging_setup import configure_logging
 from server.cli.main import package_version
@@ -72,7 +73,7 @@ def serve_settings(resolved: Resolved, *, on_listening: OnListening | None = Non
     changed = {path: value for path, value, origin in resolved.rows() if origin != "default"}
     log.info("listening", extra={"url": url, "settings": changed})
     service = Service(
-        lambda progress: load(settings, progress),
+        lambda progress: checked(load(settings, progress)),
         stall_seconds=settings.engine.stall_seconds,
         on_failure=lambda: server.stop(),
     )

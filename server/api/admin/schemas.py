@@ -68,6 +68,7 @@ class InfoResponse(BaseModel):
     max_stop_sequences: int
     max_top_n_tokens: int
     max_body_bytes: int
+    has_chat_template: bool
     generation_defaults: dict[str, float | int | bool]
     router: str
     version: str

@@ -20,6 +20,7 @@ from server.api.http.errors import ErrorResponse
 from server.api.http.fields import MAX_STOPS, MAX_TOP_TOKENS
 from server.api.http.openapi import REF, Responses, refusals
 from server.api.http.responses import ModelResponse
+from server.api.openai.chat import has_chat_template
 from server.serving.metrics import CONTENT_TYPE
 from server.serving.metrics_vllm import render_vllm
 from server.serving.service import NotReadyError
@@ -93,6 +94,7 @@ async def info(request: Request) -> ModelResponse:
             max_stop_sequences=MAX_STOPS,
             max_top_n_tokens=MAX_TOP_TOKENS,
             max_body_bytes=context.http.max_body_bytes,
+            has_chat_template=has_chat_template(model.tokenizer),
             generation_defaults=dict(model.generation_defaults),
             router="deepfew",
             version=context.version,

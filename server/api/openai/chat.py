@@ -52,13 +52,23 @@ def special_texts(tokenizer: Any) -> frozenset[str]:
     return frozenset(text for text in special | set(tokenizer.all_special_tokens) if text)
 
 
-def _template_of(tokenizer: Any) -> str:
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether the checkpoint has a chat template; without one it completes text alone."""
+    return bool(_default_template(tokenizer))
+
+
+def _default_template(tokenizer: Any) -> str:
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):  # several by name
         template = template.get("default")
+    return template or ""
+
+
+def _template_of(tokenizer: Any) -> str:
+    template = _default_template(tokenizer)
     if not template:
         raise ValidationFailed("this checkpoint has no chat template; use /v1/completions", param="messages")
-    return str(template)
+    return template
 
 
 def _for_template(message: Message, place: int, template: str) -> RenderedMessage:

@@ -26,6 +26,7 @@ from server.api.tgi.schemas import (
     GenerateParameters,
     GenerateRequest,
     GenerateResponse,
+    GenerateResponses,
     PrefillToken,
     StreamDetails,
     StreamResponse,
@@ -75,13 +76,20 @@ async def generate_stream(request: Request) -> Response:
     return await _answer(request, context, await context.read(request, GenerateRequest), stream=True)
 
 
-@router.post("/", summary="Generate tokens", responses=generation_responses(GenerateResponse, StreamResponse))
+@router.post("/", summary="Generate tokens", responses=generation_responses(GenerateResponses, StreamResponse))
 async def generate_at_root(request: Request) -> Response:
-    """The same as `/generate`, at the place where `InferenceClient` posts when it is given the server's address."""
-    return await generate(request)
+    """As `/generate`, but without a stream the answer is a list of one.
+
+    `InferenceClient` posts here when it is given the server's address. As in TGI, the list is for its older versions.
+    """
+    context = context_of(request)
+    body = await context.read(request, GenerateRequest)
+    return await _answer(request, context, body, stream=bool(body.stream), as_list=True)
 
 
-async def _answer(request: Request, context: ApiContext, body: GenerateRequest, *, stream: bool) -> Response:
+async def _answer(
+    request: Request, context: ApiContext, body: GenerateRequest, *, stream: bool, as_list: bool = False
+) -> Response:
     started = time.perf_counter()
     model = context.service.model()
     prompt = await _prepare(context, model, body, stream=stream)
@@ -96,7 +104,8 @@ async def _answer(request: Request, context: ApiContext, body: GenerateRequest, 
     context.log_text(request, "answer", end.generated_text)
     details = {"details": _details(prompt, tokens, end)} if prompt.wants_details else {}
     response = GenerateResponse(generated_text=_whole_text(prompt, end), **details)
-    return ModelResponse(response, headers=_timing_headers(end, time.perf_counter() - started))
+    answer = GenerateResponses([response]) if as_list else response
+    return ModelResponse(answer, headers=_timing_headers(end, time.perf_counter() - started))
 
 
 async def _prepare(context: ApiContext, model: LoadedModel, body: GenerateRequest, *, stream: bool) -> Prompt:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, RootModel
 
 from server.api.http.fields import (
     MAX_TOP_TOKENS,
@@ -95,6 +95,10 @@ class GenerateResponse(BaseModel):
 
     generated_text: str
     details: Details | None = None
+
+
+class GenerateResponses(RootModel[list[GenerateResponse]]):
+    """The answer to `/` without a stream: a list of one."""
 
 
 class StreamDetails(BaseModel):

@@ -322,18 +322,19 @@ def request_masks() -> RequestMasks:
 
 def loaded(engine: Any, experts: Callable[[], ExpertsSnapshot] = experts_snapshot, **more: Any) -> LoadedModel:
     """A model around a scripted engine."""
-    return LoadedModel(
-        name="scripted",
-        family="qwen3_moe",
-        dtype="float32",
-        device="cpu",
-        num_layers=LAYERS,
-        num_experts=EXPERTS,
-        top_k=2,
-        vocab_size=0x110000,
-        max_context_tokens=200,
-        tokenizer=CharTokenizer(),
-        engine=engine,
-        experts=experts,
-        **{"growth": ScriptedGrowth(), "masks": request_masks(), "price": PRICE, **more},
-    )
+    plain: dict[str, Any] = {
+        "name": "scripted",
+        "family": "qwen3_moe",
+        "dtype": "float32",
+        "device": "cpu",
+        "num_layers": LAYERS,
+        "num_experts": EXPERTS,
+        "top_k": 2,
+        "vocab_size": 0x110000,
+        "max_context_tokens": 200,
+        "tokenizer": CharTokenizer(),
+        "growth": ScriptedGrowth(),
+        "masks": request_masks(),
+        "price": PRICE,
+    }
+    return LoadedModel(engine=engine, experts=experts, **{**plain, **more})

@@ -31,6 +31,12 @@ def test_generate_answers_with_the_text_alone(server: Running) -> None:
         assert response.headers[name]
 
 
+def test_root_answers_with_a_list_as_tgi_does(server: Running) -> None:
+    with server.client() as client:
+        response = client.post("/", json={"inputs": PROMPT, "parameters": {"max_new_tokens": 3}})
+    assert response.json() == [{"generated_text": " Paris, the"}]
+
+
 def test_details_follow_the_contract_and_add_the_deficit(server: Running) -> None:
     parameters = {"max_new_tokens": 2, "details": True, "decoder_input_details": True, "top_n_tokens": 2}
     with server.client() as client:

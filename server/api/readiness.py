@@ -1,0 +1,64 @@
+"""The proof that a loaded model can answer a completion and a chat, made before the server says that it is ready.
+
+Invariant: a model that passes makes tokens of a text, and its chat template, if it has one, shows a message's text in a
+prompt that leaves room for an answer. The computation itself is not tried: that would count as use of the experts.
+"""
+
+from __future__ import annotations
+
+from server.api.http.errors import ValidationFailed
+from server.api.openai.chat import chat_ids, has_chat_template
+from server.api.openai.schemas import ChatRequest, Message
+from server.errors import ServerError, SettingsError
+from server.serving.service import LoadedModel
+
+TEXT = "Hello"
+
+
+class UnservableModelError(ServerError):
+    """A model whose files let it answer nobody."""
+
+
+def checked(model: LoadedModel) -> LoadedModel:
+    """The same model. If it cannot serve, its engine is stopped.
+
+    Raises:
+        UnservableModelError: its tokenizer makes no tokens, or tokens that the model does not have, or its chat
+            template cannot show a message.
+        SettingsError: the context has no room for a short prompt and an answer.
+    """
+    try:
+        _check(model)
+    except BaseException:
+        model.engine.stop(0.0)
+        raise
+    return model
+
+
+def _check(model: LoadedModel) -> None:
+    prompts = [[int(token) for token in model.tokenizer(TEXT, verbose=False)["input_ids"]]]
+    if has_chat_template(model.tokenizer):
+        try:
+            prompts.append(chat_ids(model.tokenizer, ChatRequest(messages=[Message(role="user", content=TEXT)])))
+        except ValidationFailed as error:
+            raise UnservableModelError(
+                f"no chat could be served: {error}. Put the model's own chat_template.jinja beside the checkpoint's "
+                "weights, or remove it to serve completions alone, and extract the checkpoint again"
+            ) from error
+    if not all(prompts):
+        raise UnservableModelError(
+            f"the tokenizer makes no tokens of {TEXT!r}: put the tokenizer's files of the model beside the "
+            "checkpoint's weights and extract the checkpoint again"
+        )
+    largest = max(map(max, prompts))
+    if largest >= model.vocab_size:
+        raise UnservableModelError(
+            f"the tokenizer makes token {largest} of {TEXT!r}, and the model has {model.vocab_size}: put the "
+            "tokenizer's files of this model beside the checkpoint's weights and extract the checkpoint again"
+        )
+    longest = max(map(len, prompts))
+    if longest >= model.max_context_tokens:
+        raise SettingsError(
+            f"max_context_tokens is {model.max_context_tokens}, and the prompt of a chat of one word has {longest} "
+            f"tokens: set at least {longest + 1} (--max-context-tokens)"
+        )
