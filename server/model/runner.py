@@ -46,7 +46,7 @@ class RunnerOptions:
         mask: narrows the experts that the store has.
         cache_policy: of eviction.
         kept_experts: most used experts a layer that keep their slots.
-        batch_invariant: give products of the host-driven path a fixed number of rows where their bits depend on it.
+        batch_invariant: a row's bits do not depend on who else is in the batch, at the price of some speed.
         resident_bias: lambda of cache-aware routing, of the device-driven path alone; 0: off.
     """
 

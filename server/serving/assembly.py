@@ -170,7 +170,7 @@ def _describe(settings: Settings, engine: Engine, store: Store, known: KnownPric
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         decode_path=runner.decode_path,
-        batch_invariant=settings.model.batch_invariant or runner.decode_path == "device",
+        batch_invariant=settings.model.batch_invariant and settings.model.resident_bias == 0.0,
         num_layers=spec.num_layers,
         num_experts=spec.num_experts,
         top_k=spec.top_k,

@@ -50,7 +50,7 @@ class ModelSettings(Section):
     batch_invariant: bool = Field(
         True,
         description="a request's tokens do not depend on what else is in the batch; off is faster for several requests "
-        "in float32 on a CPU, where their last bits then do",
+        "in float32 on a CPU and for eight and more on a GPU, where their last bits then do",
     )
     resident_bias: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = Field(
         0.0, description="cache-aware routing: bonus of experts in slots, in ranges of the logits; device path only"

@@ -31,6 +31,7 @@ from server.model.device.memory.needed import NeededSpans
 from server.model.device.memory.reading import SpanGrowth, SpanReader, filled_pages, log_failures
 from server.model.device.running.runner import DeviceRunner
 from server.model.device.step.prefill import ExpertStream
+from server.model.device.step.tuning import StepOptions
 from server.model.device.step.weights import DecodeShape, TrunkWeights
 from server.model.host.assembly import eos_token_ids_of
 from server.model.host.kept import most_used_experts
@@ -118,7 +119,8 @@ def load_device_runner(
     log_failures(unread)
     growth = SpanGrowth(reader, pages, options.host_memory_bytes, unread)
     needed_spans = NeededSpans(reader, pages, _most_fetched(pages, reader.span_bytes, options.host_memory_bytes))
-    runner = _runner(store, model, shape, weights, pages, mask, growth, needed_spans, options.resident_bias)
+    step_options = StepOptions(resident_bias=options.resident_bias, batch_invariant=options.batch_invariant)
+    runner = _runner(store, model, shape, weights, pages, mask, growth, needed_spans, step_options)
     _capture(runner, progress)
     if device.type == "cuda":
         warm_up(runner, progress)
@@ -155,7 +157,7 @@ def _runner(
     mask: ExpertMask,
     growth: SpanGrowth,
     needed: NeededSpans,
-    resident_bias: float,
+    options: StepOptions,
 ) -> DeviceRunner:
     """The model's experts and routers bound to the pages, and the runner over all of it."""
     stream = ExpertStream(pages, shape.hidden, shape.intermediate)
@@ -176,9 +178,7 @@ def _runner(
         eos_token_ids=eos_token_ids_of(model, tokenizer),
         context_tokens=context_tokens(store.trunk_path),
     )
-    return DeviceRunner(
-        selective, shape, weights, pages, stream, growth=growth, needed=needed, resident_bias=resident_bias
-    )
+    return DeviceRunner(selective, shape, weights, pages, stream, growth=growth, needed=needed, options=options)
 
 
 def _most_fetched(pages: DevicePages, span_bytes: int, host_memory_bytes: int | None) -> int:

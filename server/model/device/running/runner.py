@@ -24,6 +24,7 @@ from server.model.device.running.rows import Rows
 from server.model.device.step.graphs import StepGraphs
 from server.model.device.step.prefill import ExpertStream
 from server.model.device.step.state import PrefillRow, Report, RowState
+from server.model.device.step.tuning import StepOptions
 from server.model.device.step.weights import DecodeShape, TrunkWeights
 from server.model.load_progress import Progress
 from server.model.runner import RowStep, SelectiveModel, StepFault, StepOutput
@@ -39,7 +40,7 @@ class DeviceRunner:
         pages, stream: of the experts.
         growth: reads experts that come into use later; None reads none.
         needed: reads experts that a token needs and that are not in reach; None where all are.
-        resident_bias: lambda of cache-aware routing of decode steps, 0: off.
+        options: of every captured step; `pdl` and `masked` are set for each.
     """
 
     decode_path: Literal["device"] = "device"
@@ -54,15 +55,16 @@ class DeviceRunner:
         *,
         growth: SpanGrowth | None = None,
         needed: NeededSpans | None = None,
-        resident_bias: float = 0.0,
+        options: StepOptions | None = None,
     ) -> None:
         self.model, self.shape, self.pages = model, shape, pages
         self.max_rows, self.max_tokens = shape.max_rows, shape.max_tokens
-        self._stream, self._bias = stream, resident_bias
+        options = options or StepOptions()
+        self._stream, self._bias = stream, options.resident_bias
         self._growth, self._needed = growth, needed
         self._state = RowState(shape, model.device)
         self.rows = Rows(self._state, shape, pages.servable.numpy())
-        self.graphs = StepGraphs(shape, weights, pages, self._state, resident_bias)
+        self.graphs = StepGraphs(shape, weights, pages, self._state, options)
         self._seen = (0, 0)
 
     def capture(self, progress: Progress = lambda phase, share: None) -> None:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -106,14 +107,14 @@ class StepGraphs:
     """Graphs over `state`, `weights` and `pages`.
 
     Args:
-        resident_bias: lambda of cache-aware routing, 0: off.
+        options: of every step; `pdl`, `masked` and tile sizes are set for each.
     """
 
     def __init__(
-        self, shape: DecodeShape, weights: TrunkWeights, pages: DevicePages, state: RowState, resident_bias: float
+        self, shape: DecodeShape, weights: TrunkWeights, pages: DevicePages, state: RowState, options: StepOptions
     ) -> None:
         self._shape, self._weights, self._pages, self._state = shape, weights, pages, state
-        self._bias = resident_bias
+        self._options = options
         self._device = pages.device
         self._graphs: dict[tuple[int, bool], StepGraph] = {}
         self._draws: dict[tuple[StepGraph, bool], TokenDraw] = {}
@@ -146,7 +147,7 @@ class StepGraphs:
 
     def step(self, num_rows: int, masked: bool) -> StepGraph:
         """The graph that takes a step of so many rows; one that reads masks does for those without any."""
-        key = (pow2(num_rows), masked or self._bias != 0.0)
+        key = (pow2(num_rows), masked or self._options.resident_bias != 0.0)
         if key not in self._graphs and (key[0], True) in self._graphs:
             key = (key[0], True)
         if key not in self._graphs:
@@ -179,12 +180,8 @@ class StepGraphs:
         return self._draws[key]
 
     def _new(self, batch: int, masked: bool) -> StepGraph:
-        options = StepOptions(
-            pdl=batch == 1 and _launches_dependents(self._device),
-            masked=masked,
-            resident_bias=self._bias,
-            tuning=Tuning(),
-        )
+        pdl = batch == 1 and _launches_dependents(self._device)
+        options = replace(self._options, pdl=pdl, masked=masked, tuning=Tuning())
         step = DecodeStep(self._shape, self._weights, self._pages, self._state, batch, options)
         return StepGraph(step)
 

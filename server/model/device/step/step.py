@@ -4,9 +4,9 @@
 batch size and replayed (`step.graphs`). All inputs are device tensors that the owner fills before a step: `inputs`
 [2, B], that is `rows` (KV row of each batch entry, -1: none) and `tokens`; the step itself advances `lengths`. All that
 the host reads of a step lies in one tensor, `report`, so that one copy is enough. Invariants: batch entries without a
-row reach no expert, no KV memory and no statistics; an entry's bits do not depend on the others or on how many there
-are, since every batch size runs the same kernels with the same tiles; compiling makes the same calls as launching, so
-the kernels that were compiled are those that run.
+row reach no expert, no KV memory and no statistics; where the step is `batch_invariant`, an entry's bits do not depend
+on the others or on how many there are, since every batch size runs the same kernels with the same tiles; compiling
+makes the same calls as launching, so the kernels that were compiled are those that run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from expert_store.paging.pages import DevicePages
 from server.model.device.kernels import attention, experts, routing, trunk
 from server.model.device.step.router_kind import switches
 from server.model.device.step.state import Report, RowState
-from server.model.device.step.tuning import StepOptions, pow2
+from server.model.device.step.tuning import StepOptions, divisor, pow2
 from server.model.device.step.weights import DecodeShape, LayerWeights, MlpWeights, TrunkWeights
 
 FINISH_PARTS = 128
@@ -263,12 +263,34 @@ class DecodeStep:
     ) -> None:  # fmt: skip
         """out = norm(x) · weightᵀ + bias + residual, `rows` of the weight in each program."""
         num_rows, width = weight.shape
+        if self.batch > 1 and not self.options.batch_invariant:
+            self._tiled_product(x, norm, weight, bias, residual, out)
+            return
         rows = max(1, min(rows, MOST_ROW_ELEMENTS // pow2(width)))
         self._run(
             trunk.product, (triton.cdiv(num_rows, rows),),
             x, x if norm is None else norm, weight, x if bias is None else bias, x if residual is None else residual,
             out, self.shape.eps, num_rows, B=self.batch, K=width, KP=pow2(width), BN=rows, NORM=norm is not None,
             BIAS=bias is not None, RESIDUAL=residual is not None, num_warps=self.options.tuning.product_warps,
+        )  # fmt: skip
+
+    def _tiled_product(
+        self, x: Tensor, norm: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor
+    ) -> None:
+        """`_product` in tiles of weights and all rows of the batch."""
+        num_rows, width = weight.shape
+        tuning = self.options.tuning
+        if norm is not None:
+            sizes = {"K": width, "KP": pow2(width)}
+            self._run(trunk.norm_rows, (self.batch,), x, norm, self.normed, self.shape.eps, **sizes, num_warps=8)
+            x = self.normed
+        tile = tuning.tiled_rows if num_rows >= 132 * tuning.tiled_rows else 16
+        self._run(
+            trunk.tiled_product, (triton.cdiv(num_rows, tile),),
+            x, weight, x if bias is None else bias, x if residual is None else residual, out, num_rows,
+            B=self.batch, BP=max(16, pow2(self.batch)), K=width, BN=tile, BK=divisor(width, tuning.tiled_columns),
+            BIAS=bias is not None, RESIDUAL=residual is not None,
+            num_warps=4 if tile >= 32 else 2, num_stages=tuning.tiled_stages,
         )  # fmt: skip
 
     def _gated(self, layer: int, mlp: MlpWeights) -> Tensor:

@@ -31,6 +31,9 @@ class Tuning:
     down_rows: int = 4
     down_columns: int = 2048
     product_warps: int = 4
+    tiled_rows: int = 32
+    tiled_columns: int = 128
+    tiled_stages: int = 4
     up_warps: int = 4
     down_warps: int = 4
     route_warps: int = 2
@@ -49,9 +52,11 @@ class StepOptions:
         pdl: kernels are launched while the ones before them still run (see `kernels`).
         masked: each row's mask and temperature are read.
         resident_bias: lambda of cache-aware routing, 0: off.
+        batch_invariant: a row's bits do not depend on the batch; otherwise products of several rows use tensor cores.
     """
 
     pdl: bool = False
     masked: bool = False
     resident_bias: float = 0.0
+    batch_invariant: bool = True
     tuning: Tuning = field(default_factory=Tuning)

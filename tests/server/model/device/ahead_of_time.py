@@ -150,7 +150,7 @@ def steps(case: Case, pdl: bool) -> Iterator[tuple[str, DecodeStep]]:
             shape.dtype,
         )  # fmt: skip
         pages = DevicePages(size, None, device="meta", policy=policy)  # type: ignore[arg-type]
-        options = StepOptions(pdl=pdl and batch == 1, masked=masked, resident_bias=bias)
+        options = StepOptions(pdl=pdl and batch == 1, masked=masked, resident_bias=bias, batch_invariant=not masked)
         step = DecodeStep(shape, trunk(shape), pages, RowState(shape, "meta"), batch, options)
         yield f"batch {batch}, masked {masked}, bias {bias}, {policy}", step
 

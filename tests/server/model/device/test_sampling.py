@@ -29,7 +29,7 @@ def test_every_way_to_draw_gives_the_samplers_tokens_whatever_the_batch():
     alone = [Sampler(params, (0,)) for params in WAYS]
     batched = [Sampler(params, (0,)) for params in WAYS]
     for now in logits:
-        wanted = [sampler.choose(row) for sampler, row in zip(alone, now, strict=True)]
+        wanted = [sampler.choose(row, sampler.choice()) for sampler, row in zip(alone, now, strict=True)]
         choices = [sampler.choice() for sampler in batched]
         given = torch.tensor(
             [[c.temperature, c.top_k or VOCAB, c.top_p, c.draw] for c in choices], dtype=torch.float64, device=DEVICE

@@ -51,6 +51,12 @@ def test_results_do_not_depend_on_what_was_resident(model):
     assert torch.equal(results[0], results[1])
 
 
+def test_products_by_tensor_cores_agree_with_float64(model):
+    tokens = torch.randint(0, 96, (3, 2), generator=torch.Generator().manual_seed(5))
+    got, _ = run(build(model, torch.float32, batch=2, slots=6, batch_invariant=False), tokens, [1, 0])
+    assert distance(got, Reference(model).logits(tokens)) < 1e-5
+
+
 @pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_half_precision_step_agrees_with_float64_within_its_rounding(model, batch):
     """Where two experts nearly tie, half precision may take the other one, as transformers' own does; so the float64
