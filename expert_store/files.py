@@ -64,7 +64,8 @@ def resolve_inside(root: Path, name: str) -> Path:
         ) from None
     if not path.is_relative_to(root):
         raise ShardCorruptError(
-            f"{root / name} is a link to {path}, outside the store; put the file itself there, or extract again"
+            f"{root / name} is a link to {path}, outside the store; put the file itself there, or extract into an "
+            "empty directory"
         )
     return path
 
@@ -97,7 +98,8 @@ def read_fully(descriptor: int, memory: memoryview, offset: int, where: str) -> 
             count = os.preadv(descriptor, [memory[done : done + MAX_READ_CALL_BYTES]], offset + done)
         except OSError as error:
             raise ShardCorruptError(
-                f"{where} cannot be read: {error.strerror}; check the disk, restore the file, or extract again"
+                f"{where} cannot be read: {error.strerror}; check the disk, restore the file, or extract into an "
+                "empty directory"
             ) from error
         if count == 0:
             raise ShardCorruptError(

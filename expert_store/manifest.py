@@ -27,7 +27,7 @@ FORMAT = "deepfew-store"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 512 * 2**20
-REMEDY = "; the manifest was damaged or written by another program: extract the store again"
+REMEDY = "; the manifest was damaged or written by another program: extract into an empty directory"
 
 DTYPE_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -195,7 +195,9 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     except OSError as error:
         raise ManifestError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from error
     if len(content) > MAX_MANIFEST_BYTES:
-        raise ManifestError(f"{path} has more than {MAX_MANIFEST_BYTES} bytes; that is no manifest: extract again")
+        raise ManifestError(
+            f"{path} has more than {MAX_MANIFEST_BYTES} bytes; that is no manifest: extract into an empty directory"
+        )
     try:
         return parse_manifest(content)
     except ManifestError as error:
@@ -266,7 +268,7 @@ def _refusal(error: ValidationError) -> str:
         if one["loc"] == ("version",) and one["type"] != "missing":
             return (
                 f"version is {one['input']!r}, this program reads version {VERSION}; "
-                "use the deepfew that wrote the store, or extract it again"
+                "use the deepfew that wrote the store, or extract into an empty directory"
             )
     return _fault(details[0]) + REMEDY
 

@@ -55,7 +55,8 @@ class ShardLayout:
         if (deep.data_offset, deep.bytes) != (layout.data_offset, layout.file_bytes):
             raise ManifestError(
                 f"deep_experts[{deep.index}]: data_offset {deep.data_offset} and bytes {deep.bytes}, wanted "
-                f"{layout.data_offset} and {layout.file_bytes}; the manifest was damaged: extract the store again"
+                f"{layout.data_offset} and {layout.file_bytes}; the manifest was damaged: extract into "
+                "an empty directory"
             )
         return layout
 
@@ -112,7 +113,8 @@ def open_shard(root: Path, deep: DeepExpert, layout: ShardLayout) -> int:
     except OSError as error:
         os.close(descriptor)
         raise ShardCorruptError(
-            f"{root / deep.file} cannot be read: {error.strerror}; check the disk, restore the file, or extract again"
+            f"{root / deep.file} cannot be read: {error.strerror}; check the disk, restore the file, or extract "
+            "into an empty directory"
         ) from error
     if found != layout.header:
         os.close(descriptor)

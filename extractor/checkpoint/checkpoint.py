@@ -180,7 +180,9 @@ def _overridden(files: tuple[TensorFile, ...]) -> list[str]:
 def _weight_map(root: Path, index: str) -> dict[str, str]:
     weight_map = _read_json(root, index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{root / index} has no weight_map; download it again")
+        raise CheckpointError(
+            f"{root / index} has no weight_map, so it is no index of weights; copy or download it again"
+        )
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise CheckpointError(
@@ -214,9 +216,9 @@ def _read_json(root: Path, name: str) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); download it again") from None
+        raise CheckpointError(f"{path} is not JSON ({error}); correct it, or copy or download it again") from None
     if not isinstance(document, dict):
-        raise CheckpointError(f"{path} is no JSON object; download it again")
+        raise CheckpointError(f"{path} is no JSON object; correct it, or copy or download it again")
     return document
 
 
@@ -225,13 +227,16 @@ def _inside(root: Path, name: str) -> Path:
     path = root / name
     try:
         real = path.resolve(strict=True)
-    except (OSError, RuntimeError):
-        raise CheckpointError(f"{path} is missing; download the whole checkpoint") from None
+    except FileNotFoundError:
+        what = "is a link to a file that is not there" if path.is_symlink() else "is missing"
+        raise CheckpointError(f"{path} {what}; copy or download the whole checkpoint") from None
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be reached ({error}); check its permissions and links") from None
     allowed = [root]
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
     if not any(real.is_relative_to(place) for place in allowed):
         raise CheckpointError(f"{path} is a link to {real}, outside the checkpoint; put the file itself there")
     if not real.is_file():
-        raise CheckpointError(f"{path} is not a file; download it again")
+        raise CheckpointError(f"{path} is not a regular file; put the file itself there")
     return path

@@ -80,7 +80,10 @@ def attach_source(store: Store, location: str | None = None) -> str:
             )
         layout = ExpertsLayout.of(checkpoint)
         if layout.layers != manifest.layers:
-            return f"this release of transformers lays the experts of {checkpoint.path} out differently: extract again"
+            return (
+                f"this release of transformers lays the experts of {checkpoint.path} out differently: extract into an "
+                "empty directory"
+            )
         store.attach_source(CheckpointSource(layout))
     except (ExtractError, OSError) as error:
         return str(error)

@@ -64,6 +64,9 @@ class ConvertedPiece:
 Piece = CopiedPiece | ConvertedPiece
 
 
+REMEDY = "copy or download the file again, or have the program that wrote it write it again"
+
+
 def read_tensor_file(path: Path) -> TensorFile:
     """Read and check the header of `path`. Raises CheckpointError, naming the file."""
     try:
@@ -74,16 +77,18 @@ def read_tensor_file(path: Path) -> TensorFile:
             if len(prefix) < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
                 raise CheckpointError(
                     f"{path} has {size} bytes and claims a header of {length}; it is truncated or no safetensors file: "
-                    "download it again"
+                    + REMEDY
                 )
             header = file.read(length)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; copy or download the whole checkpoint") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; download the missing file") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; check the disk and its permissions") from error
     tensors = _parse(path, header, 8 + length)
     end = max((tensor.offset + tensor.bytes for tensor in tensors), default=8 + length)
     if end != size:
         what = "truncated" if end > size else "longer than its header says"
-        raise CheckpointError(f"{path} is {what}: it has {size} bytes, its header needs {end}; download it again")
+        raise CheckpointError(f"{path} is {what}: it has {size} bytes, its header needs {end}; {REMEDY}")
     return TensorFile(path, size, prefix + header, tensors)
 
 
@@ -96,7 +101,9 @@ def read_bytes(entry: TensorEntry, offset: int, num_bytes: int) -> bytearray:
         while done < num_bytes:
             count = os.preadv(descriptor, [memoryview(memory)[done:]], offset + done)
             if count == 0:
-                raise CheckpointError(f"{entry.path} became shorter while it was read; download it again")
+                raise CheckpointError(
+                    f"{entry.path} became shorter while it was read; run again when nothing writes to it"
+                )
             done += count
     finally:
         os.close(descriptor)
@@ -107,9 +114,9 @@ def _parse(path: Path, header: bytes, data_offset: int) -> tuple[TensorEntry, ..
     try:
         document = json.loads(header)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the header is not JSON ({error}); download the file again") from None
+        raise CheckpointError(f"{path}: the header is not JSON ({error}); {REMEDY}") from None
     if not isinstance(document, dict):
-        raise CheckpointError(f"{path}: the header is no JSON object; download the file again")
+        raise CheckpointError(f"{path}: the header is no JSON object; {REMEDY}")
     tensors = [_entry(path, name, fields, data_offset) for name, fields in document.items() if name != "__metadata__"]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.bytes))
     end = data_offset
@@ -117,7 +124,7 @@ def _parse(path: Path, header: bytes, data_offset: int) -> tuple[TensorEntry, ..
         if tensor.offset != end:
             raise CheckpointError(
                 f"{path}: {tensor.name} begins at byte {tensor.offset}, wanted {end}; its tensors overlap or leave "
-                "holes: download the file again"
+                f"holes: {REMEDY}"
             )
         end += tensor.bytes
     return tuple(tensors)
@@ -127,9 +134,7 @@ def _entry(path: Path, name: str, fields: Any, data_offset: int) -> TensorEntry:
     try:
         dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise CheckpointError(
-            f"{path}: the header's entry for {name!r} is malformed; download the file again"
-        ) from None
+        raise CheckpointError(f"{path}: the header's entry for {name!r} is malformed; {REMEDY}") from None
     if dtype not in DTYPE_BYTES:
         raise CheckpointError(
             f"{path}: {name} has the dtype {dtype!r}, wanted one of {', '.join(DTYPE_BYTES)}; "
@@ -137,10 +142,10 @@ def _entry(path: Path, name: str, fields: Any, data_offset: int) -> TensorEntry:
         )
     numbers = (*shape, begin, end)
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise CheckpointError(f"{path}: {name} has impossible sizes {numbers}; download the file again")
+        raise CheckpointError(f"{path}: {name} has impossible sizes {numbers}; {REMEDY}")
     if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise CheckpointError(
             f"{path}: {name} takes {end - begin} bytes, its shape {list(shape)} and dtype {dtype} need "
-            f"{math.prod(shape) * DTYPE_BYTES[dtype]}; download the file again"
+            f"{math.prod(shape) * DTYPE_BYTES[dtype]}; {REMEDY}"
         )
     return TensorEntry(name, path, dtype, shape, data_offset + begin, end - begin)

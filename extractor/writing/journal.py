@@ -136,7 +136,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, FileDigest], int]:
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise TargetError(
             f"{path} is damaged ({error!r}); delete it (and, where there is no manifest.json, the whole directory), "
-            "then extract again"
+            "then run the same command again"
         ) from None
     return head, {digest.name: digest for digest in digests}, whole
 

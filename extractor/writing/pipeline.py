@@ -123,7 +123,9 @@ def _produce(
             if on_bytes is not None:
                 on_bytes(len(data))
         if offset != file.file_bytes:
-            raise CheckpointError(f"{file.name} came to {offset} bytes instead of {file.file_bytes}; download again")
+            raise CheckpointError(
+                f"{file.name} came to {offset} bytes instead of {file.file_bytes}; please report this fault of deepfew"
+            )
         if descriptor >= 0:
             os.fsync(descriptor)
     finally:
@@ -221,8 +223,10 @@ class _Sources:
             count = os.preadv(descriptor, [memory], offset)
         except OSError as error:
             raise CheckpointError(
-                f"{path} cannot be read: {error.strerror}; check the disk, or download it again"
+                f"{path} cannot be read: {error.strerror}; check the disk and the file's permissions"
             ) from error
         if count == 0:
-            raise CheckpointError(f"{path} became shorter while it was read; leave it alone, or download it again")
+            raise CheckpointError(
+                f"{path} became shorter while it was read; run again when nothing writes to it any more"
+            )
         return count

@@ -43,18 +43,18 @@ def _check(model: LoadedModel) -> None:
         except ValidationFailed as error:
             raise UnservableModelError(
                 f"no chat could be served: {error}. Put the model's own chat_template.jinja beside the checkpoint's "
-                "weights, or remove it to serve completions alone, and extract the checkpoint again"
+                "weights, or remove it to serve completions alone, and extract into an empty directory"
             ) from error
     if not all(prompts):
         raise UnservableModelError(
             f"the tokenizer makes no tokens of {TEXT!r}: put the tokenizer's files of the model beside the "
-            "checkpoint's weights and extract the checkpoint again"
+            "checkpoint's weights and extract into an empty directory"
         )
     largest = max(map(max, prompts))
     if largest >= model.vocab_size:
         raise UnservableModelError(
             f"the tokenizer makes token {largest} of {TEXT!r}, and the model has {model.vocab_size}: put the "
-            "tokenizer's files of this model beside the checkpoint's weights and extract the checkpoint again"
+            "tokenizer's files of this model beside the checkpoint's weights and extract into an empty directory"
         )
     longest = max(map(len, prompts))
     if longest >= model.max_context_tokens:

@@ -22,7 +22,9 @@ def read_generation_defaults(trunk_path: Path) -> dict[str, Any]:
         SettingsError: the file is no JSON object, or a value is none that the engine takes.
     """
     path = trunk_path / "generation_config.json"
-    remedy = "serve with --use-generation-config false, or correct the checkpoint's file and extract it again"
+    remedy = (
+        "serve with --no-use-generation-config, or correct the checkpoint's file and extract into an empty directory"
+    )
     if not path.is_file():
         return {}
     try:

@@ -75,7 +75,7 @@ def load_trunk(
     if missing:
         raise TrunkError(
             f"{path} lacks {len(missing)} tensors that {model_class.__name__} needs, the first {missing[0]}: "
-            "extract the checkpoint again"
+            "extract into an empty directory with this release of transformers, or take a checkpoint that has them"
         )
     trunk: PreTrainedModel = model.to(device).eval()
     return trunk

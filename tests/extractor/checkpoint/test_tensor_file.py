@@ -65,7 +65,7 @@ def test_a_file_is_refused_that_has(name: str, tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_missing_or_no_safetensors_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"absent.safetensors cannot be read"):
+    with pytest.raises(CheckpointError, match=r"absent.safetensors is missing; copy or download the whole checkpoint"):
         read_tensor_file(tmp_path / "absent.safetensors")
     (tmp_path / "x.safetensors").write_bytes(b"PK\x03\x04 not a tensor in sight")
     with pytest.raises(CheckpointError, match="truncated or no safetensors file"):
@@ -100,3 +100,8 @@ def test_garbled_files_are_refused_or_consistent(
         assert tensor.offset == end
         end += tensor.bytes
     assert end == size
+
+
+def test_a_file_that_cannot_be_opened_is_not_called_missing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read: Is a directory; check the disk and its permissions"):
+        read_tensor_file(tmp_path)
