@@ -1,6 +1,6 @@
-"""What the engine lets in: the bounds on requests and the checks of one against them.
+"""Admission: the bounds on requests, and the checks of one request against them.
 
-Everything that can be known to be impossible is refused before it is queued, with the value that would work.
+Invariant: a request that can never be served is refused before it is queued; the error names a value that would work.
 """
 
 from __future__ import annotations

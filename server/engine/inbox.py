@@ -1,6 +1,6 @@
-"""What other threads hand over to the engine's: requests that wait, cancellations, actions between two steps.
+"""The inbox of the engine's thread: waiting requests, cancellations and actions that other threads hand over.
 
-All of it is behind one lock. Invariant: no two requests with one id are waiting or running, the queue keeps to its
+One lock guards all of it. Invariant: no two requests with one id are waiting or running, the queue keeps to its
 bounds, and after `close` nothing gets in: whatever was taken is fetched before, comes out of it, or is told there.
 """
 

@@ -1,6 +1,7 @@
-"""Which experts each running sequence may have, and what becomes of those that want others.
+"""The mask of each running sequence, and the check of those that refuse to do without an expert.
 
-A request may narrow what the server serves (`Masking`), have what the store lacks fetched, or refuse to do without.
+A request may narrow the server's mask (`Masking`), have experts that the store lacks read from the source, or refuse to
+do without an expert that it demands.
 Invariant: a sequence's mask changes only between two of its steps.
 """
 

@@ -1,4 +1,4 @@
-"""What a client asks of the engine and what the engine answers: plain frozen dataclasses and the engine's errors.
+"""Requests to the engine, its events and its errors: plain frozen dataclasses.
 
 Invariant: for every accepted request `on_event` sees zero or more `TokenEvent`s with index 1, 2, …, then exactly one
 `FinishedEvent` or `FailedEvent`, all on the engine thread.

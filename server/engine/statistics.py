@@ -1,9 +1,9 @@
-"""What calibration measures, collected while serving: norms of outputs, co-activation, windows, for a sample of steps.
+"""Statistics of calibration, collected while serving from a sample of steps: norms of outputs, co-activation, windows.
 
-Invariant: collecting takes at most `MAX_SHARE` of the time that steps take: what it took is measured, and a step is
-observed only while the account is even. Everything is added to one domain, `DOMAIN`. Tokens of requests with a router
-temperature are left out. Under a mask, what was served is collected, and demand is that of drifted hidden states. Steps
-in captured graphs do not show what experts put out: there it is known of prompts, and of what follows what was wanted.
+Invariant: collecting takes at most `MAX_SHARE` of the time of steps. Its time is measured, and a step is observed only
+while the share is kept. Everything is added to one domain, `DOMAIN`. Tokens of requests with a router temperature are
+left out. Under a mask the served experts are collected, and demand is that of hidden states that have drifted. Captured
+steps do not show the experts' outputs: norms come from prompts there, co-activation and windows from demand.
 """
 
 from __future__ import annotations

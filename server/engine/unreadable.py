@@ -1,8 +1,8 @@
-"""What is done about an expert whose bytes cannot be read, by the operator's choice.
+"""The handling of an expert whose bytes cannot be read, as the operator chooses.
 
-"fail": the requests whose tokens need it fail, and the next that needs it tries to read it again, so a restored file
-heals. "mask": the expert is given up for everyone until a restart. Invariant: no token is ever computed from bytes that
-did not prove right, and every expert given up was allowed by the mask and leaves its layer with another.
+"fail": the requests whose tokens need it fail. The next request that needs it reads it again, so a restored file works
+at once. "mask": the expert is masked for everyone until a restart. Invariant: no token is computed from bytes whose
+hash is wrong, and masking an expert leaves its layer with another one.
 """
 
 from __future__ import annotations

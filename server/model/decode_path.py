@@ -1,7 +1,7 @@
-"""Who drives the experts of a decode step: the device, in captured graphs, or the host. Chosen here, once, at start.
+"""The choice, once at start, of who drives the experts of a decode step: the device, in captured graphs, or the host.
 
-Both ways have one interface (`runner.Runner`) and, up to rounding, the same results. Whatever an option
-cannot do on the way that is taken is an error that names it: no option is without effect.
+Both ways have one interface (`runner.Runner`) and, up to rounding, the same results. Invariant: an option that has no
+effect on the chosen way is an error that names it.
 """
 
 from __future__ import annotations
