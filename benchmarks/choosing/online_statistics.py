@@ -119,7 +119,9 @@ def _measure(runner: Runner, collector: OnlineStatistics, rows: int, num_pairs: 
 
 def _prompted(runner: Runner, rows: int) -> Batch:
     """A batch whose rows have their prompts behind them and room for all the blocks."""
-    batch = Batch(runner, UsageLedger(runner.model.num_layers, runner.model.cache.num_experts, "benchmark"), 256)
+    batch = Batch(
+        runner, UsageLedger(runner.model.num_layers, runner.model.store.manifest.model.num_experts, "benchmark"), 256
+    )
     for row in range(rows):
         ids = tuple(runner.model.tokenizer(TEXTS[row % len(TEXTS)]).input_ids)
         params = SamplingParams(max_new_tokens=MAX_TOKENS - len(ids), ignore_eos=True)

@@ -31,9 +31,9 @@ from server.masks.domain_prior import DomainPrior
 from server.masks.masking import FixedMasking, PoolMasking
 from server.masks.pools import PoolOptions, PromptPool
 from server.masks.profiles import mask_of_plan
-from server.model.host.assembly import load_model, resolve_device
+from server.model.host.assembly import HostModel, load_model, resolve_device
 from server.model.host.runner import HostRunner
-from server.model.runner import RunnerOptions, SelectiveModel
+from server.model.runner import RunnerOptions
 from server.quality.batches import token_sequences
 from server.quality.calibration import CalibrationOptions, calibrate
 from server.quality.comparison import Comparison, allow_best, masks_per_domain
@@ -129,9 +129,9 @@ def measure_item(setup: Setup, part: str, item: Any) -> list[dict[str, Any]]:
 
 
 @lru_cache
-def _model(setup: Setup) -> SelectiveModel:
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+def _model(setup: Setup) -> HostModel:
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(max(1, min(torch.get_num_threads(), 2)))
     return load_model(
         Store.open(setup.folder / "store"), RunnerOptions(device=resolve_device(setup.device), dtype=torch.float32)
@@ -190,11 +190,11 @@ class _Selection:
     def _aligned(self, kind: str, counts: Sequence[int]) -> list[dict[str, ExpertMask]]:
         """For each count, each domain's best deep experts of one alignment."""
         parts = [normalised(score(self.statistics, "gate-mass", [name])) for name in self.names]
-        columns = align(self.statistics, kind, np.mean(parts, axis=0), self.names)
-        ranked = {name: ranked_deep_experts(self.statistics, columns, [name]) for name in self.names}
+        deep_experts = align(self.statistics, kind, np.mean(parts, axis=0), self.names)
+        ranked = {name: ranked_deep_experts(self.statistics, deep_experts, [name]) for name in self.names}
         num_experts = self.statistics.num_experts
         return [
-            {name: ExpertMask(allowed_by(columns[order[:count]], num_experts)) for name, order in ranked.items()}
+            {name: ExpertMask(allowed_by(deep_experts[order[:count]], num_experts)) for name, order in ranked.items()}
             for count in counts
         ]
 

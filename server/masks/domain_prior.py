@@ -44,7 +44,7 @@ class DomainPrior:
         return np.asarray(np.tensordot(self.likeness(seen, sharpness), self._shares, axes=1))
 
     def likeness(self, seen: Float, sharpness: float) -> Float:
-        """How well a text whose mass is `seen` [L, E] fits each domain, float64 [D] that add up to 1."""
+        """Weights of the domains, float64 [D] with sum 1: high where a text of mass `seen` [L, E] fits well."""
         sums = seen.sum(axis=1, keepdims=True)
         own = np.divide(seen, sums, out=np.zeros_like(seen), where=sums > 0)
         fit = sharpness * np.tensordot(self._logs, own, axes=2)  # [D]
@@ -52,5 +52,5 @@ class DomainPrior:
         return np.asarray(weights / weights.sum())
 
     def kinds(self, seen: Float) -> dict[str, float]:
-        """How much a text whose mass is `seen` [L, E] is like each domain: weights for `Price.expected_loss`."""
+        """Weights of the domains by name, for `Price.expected_loss`, for a text whose mass is `seen` [L, E]."""
         return dict(zip(self._domains, self.likeness(seen, KIND_SHARPNESS).tolist(), strict=True))

@@ -21,7 +21,7 @@ from server.masks.profiles import ProfileError
 
 @dataclass(frozen=True)
 class PoolOptions:
-    """How pools are chosen.
+    """Options of the choice of pools.
 
     Attributes:
         refresh_tokens: tokens between two choices.

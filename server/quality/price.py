@@ -80,7 +80,7 @@ def measure_price(
 
 @dataclass(frozen=True)
 class PriceCheck:
-    """How well the expected change of loss predicted the measured one.
+    """R² of the expected change of loss against the measured one.
 
     Attributes:
         r_squared: over domains and sizes, where the domain is known.
