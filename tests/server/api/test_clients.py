@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from tests.server.api.running import Running, events_of, running
+from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.planning.selection import SelectionRequest
+from extractor.writing.prepare import prepare
+from server.api.readiness import checked
+from server.serving.loading import load
+from server.settings.load import load_settings
+from tests.server.api.running import Running, events_of, running, wait_until
 from tests.server.api.scripted import ScriptedEngine, loaded
 
 CHAT: list[Any] = [{"role": "user", "content": "Where?"}]
@@ -128,8 +136,7 @@ def test_a_model_of_several_names_tells_the_one_that_was_asked_for() -> None:
     engine = ScriptedEngine()
     with running(engine, load=lambda progress: loaded(engine, other_names=("org/short",))) as server:
         with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
-            while server.service.loaded is None:
-                pass
+            wait_until(lambda: server.service.loaded is not None)
             assert [model.id for model in client.models.list()] == ["scripted", "org/short"]
             assert client.models.retrieve("org/short").id == "org/short"
             for asked, told in (("org/short", "org/short"), ("scripted", "scripted"), ("other", "scripted")):
@@ -200,8 +207,7 @@ def test_generation_config_counts_where_a_request_says_nothing() -> None:
     defaults = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05, "do_sample": True}
     with running(engine, load=lambda progress: loaded(engine, generation_defaults=defaults)) as server:
         with server.client() as client:
-            while server.service.loaded is None:
-                pass
+            wait_until(lambda: server.service.loaded is not None)
             assert client.get("/info").json()["generation_defaults"] == defaults
             for path, body in (
                 ("/v1/chat/completions", {"messages": CHAT}),
@@ -318,3 +324,53 @@ def test_part_of_another_kind_is_refused_with_that_reason(client: httpx.Client) 
     assert "part 1 has an unknown key" in client.post("/v1/chat/completions", json=body).json()["error"]["message"]
     parts[1] = {"type": "text", "text": "b", "cache_control": {"type": "ephemeral"}}
     assert json.loads(client.post("/v1/chat/completions", json=body).text)["choices"]
+
+
+@pytest.fixture(scope="module")
+def real(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A few experts of the bundled checkpoint, as a snapshot in the hub's cache with a generation config of its own."""
+    folder = tmp_path_factory.mktemp("hub")
+    snapshot = folder / "models--org--tiny" / "snapshots" / ("0a" * 20)
+    shutil.copytree(tiny_checkpoint, snapshot)
+    config = {"eos_token_id": [0, 4], "do_sample": True, "temperature": 0.7, "top_k": 20}
+    (snapshot / "generation_config.json").write_text(json.dumps(config))
+    prepare(Checkpoint.open(snapshot), folder / "store", SelectionRequest(experts="0-15")).run()
+    flags = {"store": str(folder / "store"), "device": "cpu", "dtype": "float32", "max_context_tokens": 128}
+    settings = load_settings(flags, environ={}).settings
+    with running(load=lambda progress: checked(load(settings, progress))) as found:
+        wait_until(lambda: found.service.loaded is not None or found.service.error is not None, seconds=120)
+        yield found
+
+
+def test_a_real_model_has_the_hubs_name_and_the_defaults_of_its_generation_config(real: Running) -> None:
+    with real.client() as client:
+        info = client.get("/info").json()
+    assert info["model_id"] == "org/tiny"
+    assert info["generation_defaults"] == {"do_sample": True, "temperature": 0.7, "top_k": 20}
+    assert info["has_chat_template"]
+
+
+def test_a_real_template_keeps_what_the_developer_says(real: Running) -> None:
+    with real.client() as client:
+        counts = []
+        for role in ("developer", "system"):
+            messages = [{"role": role, "content": "Answer in one word, please."}, *CHAT]
+            counts.append(taken(client, "/v1/chat/completions", {"messages": messages, "max_tokens": 1})["usage"])
+        alone = taken(client, "/v1/chat/completions", {"messages": CHAT, "max_tokens": 1})["usage"]
+    assert counts[0] == counts[1]
+    assert counts[0]["prompt_tokens"] > alone["prompt_tokens"]
+
+
+def test_a_real_prompt_is_scored_alike_in_both_dialects(real: Running) -> None:
+    with real.client() as client:
+        prompt = "Once upon a time"
+        body = {"prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 1}
+        scored = taken(client, "/v1/completions", body)["choices"][0]
+        parameters = {"max_new_tokens": 1, "details": True, "decoder_input_details": True}
+        details = taken(client, "/generate", {"inputs": prompt, "parameters": parameters})["details"]
+    assert scored["text"] == "".join(scored["logprobs"]["tokens"]) == prompt
+    assert scored["logprobs"]["token_logprobs"] == [token["logprob"] for token in details["prefill"]]
+    tops = scored["logprobs"]["top_logprobs"]
+    assert tops[0] is None
+    for top, logprob in zip(tops[1:], scored["logprobs"]["token_logprobs"][1:], strict=True):
+        assert next(iter(top.values())) >= logprob
