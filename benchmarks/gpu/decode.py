@@ -240,9 +240,7 @@ class Bench:
     ) -> dict[str, Any]:  # fmt: skip
         num_slots = int(share * shape.num_experts)
         pages = self._pages(shape, num_slots)
-        options = replace(options or StepOptions(pdl=True), forced=self._forced(trace))
-        _, replay = self._graph(shape, trunk, pages, state, 1, options)
-        pages.step.fill_(-1)
+        replay = Replay(shape, trunk, pages, state, 1, options or StepOptions(pdl=True), trace=trace)
         for _ in range(warmup):
             replay()
         torch.cuda.synchronize()
