@@ -14,7 +14,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("expert_store", "router", "extractor", "server")
 FUNCTION_LINES = 60
-TO_SHORTEN = {"server/serving/loading.py:load", "server/cli/quality.py:evaluate"}
+TO_SHORTEN = {"server/serving/loading.py:load"}
 
 
 def _tracked() -> list[Path]:

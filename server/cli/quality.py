@@ -46,6 +46,30 @@ TokensOption = Annotated[
     int, typer.Option(metavar="N", min=1, help="Most tokens of a domain, rounded up to whole sequences.")
 ]
 
+PrefixOption = Annotated[
+    str,
+    typer.Option(
+        metavar="TEXT", help="Text before every question, such as '<|endoftext|>' where documents begin with it."
+    ),
+]
+CriteriaOption = Annotated[
+    str, typer.Option(metavar="CRITERIA", help=f"Criteria to compare, of {', '.join(CRITERIA)}.")
+]
+TextsOption = Annotated[
+    list[str] | None, typer.Option(metavar="TEXTS", help="Held-out text of a domain: PATH or NAME=PATH.")
+]
+QuestionsOption = Annotated[list[Path] | None, typer.Option(metavar="FILE", help='jsonl of "prompt" and "answer".')]
+ReferenceOption = Annotated[
+    str | None, typer.Option(metavar="STORE", help="Whole store or checkpoint to compare with.")
+]
+StatsOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Statistics: compare criteria at the sizes of --keep.")
+]
+SharesOption = Annotated[str, typer.Option(metavar="SHARES", help="Shares of the experts to compare criteria at.")]
+PlotOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Picture of quality over kept share (with --stats).")
+]
+
 
 def calibrate(
     source: Annotated[
@@ -104,31 +128,14 @@ def calibrate(
 
 def evaluate(
     store: Annotated[str, typer.Argument(metavar="STORE", help="A store, or a checkpoint.")],
-    texts: Annotated[
-        list[str] | None, typer.Option(metavar="TEXTS", help="Held-out text of a domain: PATH or NAME=PATH.")
-    ] = None,
-    questions: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help='jsonl of "prompt" and "answer".')
-    ] = None,
-    prefix: Annotated[
-        str,
-        typer.Option(
-            metavar="TEXT", help="Text before every question, such as '<|endoftext|>' where documents begin with it."
-        ),
-    ] = "",
-    reference: Annotated[
-        str | None, typer.Option(metavar="STORE", help="Whole store or checkpoint to compare with.")
-    ] = None,
+    texts: TextsOption = None,
+    questions: QuestionsOption = None,
+    prefix: PrefixOption = "",
+    reference: ReferenceOption = None,
     plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Plan file to mask to.")] = None,
-    stats: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Statistics: compare criteria at the sizes of --keep.")
-    ] = None,
-    keep: Annotated[
-        str, typer.Option(metavar="SHARES", help="Shares of the experts to compare criteria at.")
-    ] = "50%,25%,12.5%",
-    criteria: Annotated[
-        str, typer.Option(metavar="CRITERIA", help=f"Criteria to compare, of {', '.join(CRITERIA)}.")
-    ] = "reap-sum,coverage",
+    stats: StatsOption = None,
+    keep: SharesOption = "50%,25%,12.5%",
+    criteria: CriteriaOption = "reap-sum,coverage",
     seeds: Annotated[int, typer.Option(metavar="N", min=0, help="Random controls.")] = 3,
     max_tokens: TokensOption = 16384,
     half: HalfOption = "all",
@@ -136,9 +143,7 @@ def evaluate(
     slots_memory: SlotsOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Picture of quality over kept share (with --stats).")
-    ] = None,
+    plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure what a store or a plan costs: perplexity of texts, answers to questions, deficit, efficiency."""
