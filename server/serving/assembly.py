@@ -226,7 +226,7 @@ def _mask(settings: Settings, store: Store) -> ExpertMask | None:
 def _known_price(
     settings: Settings, store: Store, mask: ExpertMask | None, statistics: ExpertStatistics | None
 ) -> KnownPrice:
-    """What is known of the mask's price; warns where it is high, or unknown."""
+    """The known price of the mask; warns where it is high, or unknown."""
 
     served = ExpertMask.of(store.available) if mask is None else mask
     known = known_price(store.manifest, served, statistics)

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MasksAndGrowth:
-    """What the settings say of masks and growth.
+    """The masks and the statistics that the settings name.
 
     Attributes:
         profiles: masks by name.

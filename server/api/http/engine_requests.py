@@ -57,12 +57,6 @@ def sampling_of(
     repetition_penalty = asked.repetition_penalty
     if repetition_penalty is None:
         repetition_penalty = defaults.get("repetition_penalty")
-    logit_bias = {int(token): bias for token, bias in (asked.logit_bias or {}).items()}
-    if any(token >= model.vocab_size for token in logit_bias):
-        raise ValidationFailed(
-            f"`{path}logit_bias` names a token id that is not below {model.vocab_size}, the size of the vocabulary",
-            param=f"{path}logit_bias",
-        )
     if (asked.min_tokens or 0) > max_new_tokens:
         raise ValidationFailed(
             f"`{path}min_tokens` is more than the {max_new_tokens} tokens that the answer may have",
@@ -77,7 +71,7 @@ def sampling_of(
         repetition_penalty=repetition_penalty,
         presence_penalty=asked.presence_penalty,
         frequency_penalty=asked.frequency_penalty,
-        logit_bias=logit_bias or None,
+        logit_bias=_logit_bias(model, asked, path),
         stop=tuple(asked.stop),
         include_stop_str_in_output=keep_stop
         if asked.include_stop_str_in_output is None
@@ -85,6 +79,16 @@ def sampling_of(
         skip_special_tokens=asked.skip_special_tokens,
         ignore_eos=bool(asked.ignore_eos),
     )
+
+
+def _logit_bias(model: LoadedModel, asked: SamplingFields, path: str) -> dict[int, float] | None:
+    bias = {int(token): value for token, value in (asked.logit_bias or {}).items()}
+    if any(token >= model.vocab_size for token in bias):
+        raise ValidationFailed(
+            f"`{path}logit_bias` names a token id that is not below {model.vocab_size}, the size of the vocabulary",
+            param=f"{path}logit_bias",
+        )
+    return bias or None
 
 
 def _sampling_values(values: Mapping[str, Any], model: LoadedModel) -> SamplingParams:

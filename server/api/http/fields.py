@@ -131,7 +131,7 @@ class MaskFields(Strict):
 
 
 class SamplingFields(MaskFields):
-    """How tokens are chosen, in both dialects. Null leaves the choice to the checkpoint's generation config.
+    """Parameters that decide which tokens are chosen, in both dialects. Null leaves it to the generation config.
 
     The fields after `stop` are known from other servers and not supported; they are taken with neutral values.
     """

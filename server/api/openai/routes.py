@@ -67,6 +67,10 @@ async def completions(request: Request) -> Response:
     context.log_text(request, "prompt", body.prompt)
     encoder = context.encoder(served)
     prompts = [prompt if isinstance(prompt, list) else await encoder.encode(prompt) for prompt in body.prompt]
+    if any(token >= served.vocab_size for prompt in prompts for token in prompt):
+        raise ValidationFailed(
+            f"`prompt` has a token id that is not below {served.vocab_size}, the size of the vocabulary", param="prompt"
+        )
     sampling = _sampling(body, served, prompts, body.max_tokens, DEFAULT_COMPLETION_TOKENS)
     job = _job(COMPLETION, body, served, prompts, sampling, body.logprobs)
     if body.echo:

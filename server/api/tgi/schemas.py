@@ -27,7 +27,7 @@ EndReason = Literal["length", "eos_token", "stop_sequence"]
 
 
 class GenerateParameters(SamplingFields):
-    """How to generate. Decoding is greedy unless a value turns sampling on, or the generation config does."""
+    """Parameters of a generation. It is greedy unless a value or the generation config turns sampling on."""
 
     max_new_tokens: TokenCount | None = Field(
         None, description=f"tokens to generate; default {DEFAULT_NEW_TOKENS} or what the context has room for"

@@ -250,7 +250,24 @@ def test_bad_parameter_is_refused_by_its_name_in_openais_shape(
 
 
 @pytest.mark.parametrize(
-    "prompt", ["", [], [""], [[]], [1, "a"], [[1], "a"], [True], [-1], [1.5], None, {}, "\0", [["a"]]]
+    "prompt",
+    [
+        "",
+        [],
+        [""],
+        [[]],
+        [0x110000],
+        [[1], [2**31 - 1]],
+        [1, "a"],
+        [[1], "a"],
+        [True],
+        [-1],
+        [1.5],
+        None,
+        {},
+        "\0",
+        [["a"]],
+    ],
 )
 def test_bad_prompt_is_refused(server: Running, prompt: Any) -> None:
     with server.client() as client:
