@@ -105,12 +105,12 @@ def plan(
 
 
 def expectations(made: Plan) -> list[Expectation]:
-    """What a plan file says that it is expected to serve; none if it does not say."""
+    """The expectations that a plan file records; an empty list if it records none."""
     return [Expectation.from_json(item) for item in made.extra.get("expected", ())]
 
 
 def plan_warnings(made: Plan, warn_ratio: float = WARN_PERPLEXITY_RATIO) -> list[str]:
-    """What a user must know before serving from this plan."""
+    """The warnings that a user needs before serving from this plan."""
     expected = expectations(made)
     if expected and all(one.loss_change is None for one in expected):
         return ["what this plan costs is unknown: calibrate with --price to measure it"]
@@ -148,7 +148,7 @@ def _text(out: Path, statistics: ExpertStatistics, made: Plan) -> str:
 
 
 def _fit_line(made: Plan) -> list[str]:
-    """How far the expected losses can be trusted."""
+    """One line about the accuracy of the expected losses; empty if the plan has no fit."""
     fit = Price.from_json(made.alignment["price"]).fit if "price" in made.alignment else None
     if fit is None:
         return []

@@ -1,4 +1,4 @@
-"""Who holds a port, for the message of a server that cannot have it. Linux tells in /proc; elsewhere nothing does."""
+"""The process that holds a port, for the error of a server that cannot bind it. It is found in Linux's /proc only."""
 
 from __future__ import annotations
 

@@ -23,10 +23,10 @@ from server.model.runner import Runner
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """Bounds on what clients can make grow.
+    """Bounds on the memory and the queue that clients can use.
 
     Attributes:
-        max_waiting_requests, max_waiting_tokens: of the queue; more is refused at once.
+        max_waiting_requests, max_waiting_tokens: bounds of the queue; a request beyond them is refused at once.
         prefill_chunk_tokens: prompt tokens processed in one step.
         max_logprobs: alternatives reported with a token.
     """
@@ -38,11 +38,11 @@ class EngineLimits:
 
 
 def check_request(request: GenerationRequest, limits: EngineLimits, *, vocab_size: int, max_tokens: int) -> None:
-    """Refuse what no state of the engine could serve.
+    """Refuse a request that no state of the engine could serve.
 
     Args:
-        vocab_size: V; prompt ids are below.
-        max_tokens: that a row holds.
+        vocab_size: V; prompt ids must be below it.
+        max_tokens: most tokens of a row.
 
     Raises:
         InvalidRequestError, ContextTooLongError.
@@ -73,7 +73,7 @@ def check_request(request: GenerationRequest, limits: EngineLimits, *, vocab_siz
 
 
 def check_ability(request: GenerationRequest, runner: Runner) -> None:
-    """Refuse what this model, or the way in which it is run, cannot do.
+    """Refuse a request that this model or its decode path cannot serve.
 
     Raises:
         InvalidRequestError.
@@ -105,7 +105,7 @@ def check_queue(request: GenerationRequest, limits: EngineLimits, waiting: Seque
     """Refuse when the queue is full.
 
     Args:
-        waiting: prompt tokens of each waiting request. One request alone is let in whatever its length.
+        waiting: prompt tokens of each waiting request. An empty queue accepts one request of any length.
 
     Raises:
         QueueFullError.

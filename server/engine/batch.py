@@ -1,8 +1,8 @@
 """The sequences that hold rows, and one step over them: a chunk of one prompt, a token of every running sequence.
 
-Owned by the engine thread. Invariant: every sequence that was admitted is told exactly one final event and then holds
-nothing; where an expert cannot be read, only the sequences whose tokens need it fail, and the step is run again without
-them; where memory ends, only those that could not be given it.
+Owned by the engine thread. Invariant: every admitted sequence gets exactly one final event and then holds no row. If an
+expert cannot be read, only the sequences whose tokens need it fail; if memory does not suffice, only those that could
+not get it fail. The step is then run again without them.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ class Batch:
 
     Args:
         runner: the model.
-        ledger: told of every step's routing.
+        ledger: every step's routing is added to it.
         prefill_chunk_tokens: prompt tokens processed in one step.
-        collector: told of every step's routing and outputs; None collects nothing but the ledger.
+        collector: gets every step's routing and outputs; None: only the ledger is kept.
         corrupt_experts: whether requests that need an expert with damaged bytes fail, or are masked from it.
 
     Attributes:
         prompt_tokens, generated_tokens, num_steps: counters since start.
         finished: sequences by finish reason; num_failed: those that failed.
         collector: as given; may be changed between two steps.
-        unreadable: what was done about experts that could not be read.
+        unreadable: handles experts that could not be read.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Batch:
         self.num_failed = 0
 
     def totals(self) -> EngineTotals:
-        """The counters; any thread."""
+        """The counters; any thread may read them."""
         return EngineTotals(
             num_finished=dict(self.finished),
             num_failed=self.num_failed,
@@ -107,7 +107,7 @@ class Batch:
             self.finish(sequence, "cancelled")
 
     def fail_all(self, error: EngineError) -> None:
-        """End every sequence with an error, also where the device is lost and rows cannot be freed any more."""
+        """End every sequence with an error, also if the device is lost and rows can no longer be freed."""
         for sequence in (*self._running, *self._prefilling):
             try:
                 self.fail(sequence, error)
@@ -130,7 +130,7 @@ class Batch:
     # -- run -----------------------------------------------------------------------------------------------------------
 
     def _prefill(self, sequence: Sequence) -> None:
-        """One chunk of one prompt; sequences that still prefill take turns, so a long prompt delays no short one."""
+        """Run one chunk of one prompt; sequences in prefill take turns, so a long prompt does not delay a short one."""
         request = sequence.request
         assert sequence.row is not None
         self._prefilling.rotate(-1)
@@ -188,7 +188,7 @@ class Batch:
     # -- postprocess ---------------------------------------------------------------------------------------------------
 
     def _record(self, output: StepOutput, sequences: list[Sequence]) -> list[Sequence]:
-        """Enter a step into ledger, deficits and masks; ends and returns those that refuse to do without experts."""
+        """Add a step to ledger, deficits and masks; fail and return the sequences that refuse a missing expert."""
         record = output.record
         self._ledger.add(record)
         if self.collector is not None:
@@ -210,7 +210,7 @@ class Batch:
         return refused
 
     def _masks_of(self, sequences: list[Sequence]) -> dict[Sequence, ExpertMask | None]:
-        """The mask of each sequence; those that are left with no expert of a layer fail and are left out."""
+        """The mask of each sequence. A sequence whose mask leaves a layer without experts fails and is left out."""
         masks: dict[Sequence, ExpertMask | None] = {}
         for sequence in sequences:
             try:
@@ -222,11 +222,9 @@ class Batch:
     def _take_token(
         self, sequence: Sequence, logits: Tensor, choice: Choice | None, chosen: Chosen | None = None, at: int = 0
     ) -> None:
-        """Choose the next token from logits [V], tell the client what is certain, end the sequence if it is
-        complete.
+        """Choose the next token from logits [V], send its text when it is final, and end a complete sequence.
 
-        Where the runner has `chosen` the tokens of the step's rows, this sequence's the `at`-th, the logits are not
-        read.
+        If the runner has `chosen` the tokens of the step's rows, take the `at`-th and do not read the logits.
         """
         if chosen is not None and sequence.sampler.leaves_choice:
             token = int(chosen.token[at])
@@ -263,7 +261,7 @@ class Batch:
             sequence.tell(FailedEvent(error))
 
     def _fail_those_in_need(self, sequences: list[Sequence], error: StoreError | StepMemoryError) -> list[Sequence]:
-        """After a step that lacked an expert or memory: fail and return those who cannot run it again."""
+        """After a step that lacked an expert or memory: fail and return the sequences that cannot run it again."""
         cause: StoreError | StepMemoryError = error
         if isinstance(error, StepMemoryError):
             needing = [sequences[at] for at in error.positions]
@@ -294,7 +292,7 @@ class Batch:
 
 
 def _step(sequence: Sequence, mask: ExpertMask | None, choice: Choice | None) -> RowStep:
-    """The sequence's part of a decode step."""
+    """The input of one sequence to a decode step."""
     request = sequence.request
     assert sequence.row is not None
     return RowStep(

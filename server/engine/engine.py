@@ -1,8 +1,8 @@
 """The engine: one thread that owns sequences, rows, slots and the usage ledger.
 
-Other threads only `submit`, `cancel` and read `status`; what they hand over waits in the inbox. A step is: drop what
-was cancelled, give rows to waiting requests, one step of the batch. Invariant: every accepted request gets exactly one
-final event, whatever happens to it or to the engine.
+Other threads only `submit`, `cancel` and read `status`; their requests wait in the inbox. One turn of the thread drops
+cancelled requests, gives rows to waiting ones, and runs one step of the batch. Invariant: every accepted request gets
+exactly one final event, also if it or the engine fails.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.5
 STOP_MARGIN_SECONDS = 8.0
-"""After the drain: for the step under way, and for saving."""
+"""Time after the drain, for the running step and for saving."""
 
 
 class Engine:
     """Generates for many requests at once.
 
     Args:
-        loader: makes the runner, on the engine thread; it is given a callback for progress.
-        limits: bounds on what clients can make grow.
-        usage: opens the file that keeps the ledger across restarts; None keeps it in memory alone.
-        statistics: opens the file of what is collected beside usage; None collects nothing.
-        corrupt_experts: what happens to requests that need an expert whose bytes are damaged: see `unreadable.py`.
+        loader: makes the runner, on the engine thread; its argument is a callback for progress.
+        limits: bounds on memory and queue.
+        usage: opens the file that keeps the ledger across restarts; None keeps the ledger in memory alone.
+        statistics: opens the file of the collected statistics; None collects nothing.
+        corrupt_experts: the handling of requests that need an expert whose bytes are damaged: see `unreadable.py`.
 
     Attributes:
-        loaded: done when the model is loaded; holds what the loader raised.
+        loaded: a future that is done when the model is loaded; it holds the error that the loader raised.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Engine:
         self._batch: Batch | None = None
         self._ledger: UsageLedger | None = None
         self._inbox = Inbox(self.limits)
-        self._lock = threading.RLock()  # of what follows
+        self._lock = threading.RLock()  # guards the fields below
         self._progress = 0.0
         self._is_wedged = False
         self._drain_until: float | None = None
@@ -137,11 +137,11 @@ class Engine:
             self._num_requests += 1
 
     def cancel(self, request_id: str) -> None:
-        """Drop a request wherever it is, before the next step; an unknown or finished one is no error."""
+        """Drop a waiting or running request before the next step; ignores an unknown or finished one."""
         self._inbox.cancel(request_id)
 
     def between_steps(self, action: Callable[[], None]) -> Future[None]:
-        """Run `action` on the engine thread before its next step; what it raises is the future's, not the engine's.
+        """Run `action` on the engine thread before its next step. An error of `action` goes to the future only.
 
         Raises:
             EngineStoppedError: the engine has no model, or no longer.
@@ -149,10 +149,10 @@ class Engine:
         return self._inbox.put_action(action)
 
     def stop(self, drain_seconds: float) -> None:
-        """Take no more requests, let what was accepted finish for at most `drain_seconds`, end the thread.
+        """Refuse new requests, let accepted ones finish for at most `drain_seconds`, then end the thread.
 
-        Returns after the drain and `STOP_MARGIN_SECONDS` at the latest. A thread that has not ended by then is wedged:
-        the status says so, the log says where it is stuck, and it is left behind.
+        Returns at the latest after the drain and `STOP_MARGIN_SECONDS`. If the thread has not ended by then, the status
+        reports it as wedged, the log shows its stack, and the method returns without it.
         """
         with self._lock:
             until = time.monotonic() + drain_seconds
@@ -178,7 +178,7 @@ class Engine:
         log.error("%s\n%s", reason, stack)
 
     def status(self) -> EngineStatus:
-        """A snapshot."""
+        """A snapshot; any thread may call it."""
         num_waiting, num_waiting_tokens = self._inbox.waiting
         with self._lock:
             runner, batch = self._runner, self._batch
@@ -198,7 +198,7 @@ class Engine:
             )
 
     def _become(self, state: EngineState, reason: str) -> None:
-        """Enter a state, and let in what it takes."""
+        """Enter a state and open or close the inbox accordingly."""
         with self._lock:
             self._state, self._reason = state, reason
             refusal = f"the engine is {state}" + (f": {reason}" if reason else "")
@@ -212,7 +212,7 @@ class Engine:
     def _run(self) -> None:
         try:
             batch = self._load()
-        except BaseException as error:  # logged once, by whoever waits for `loaded`
+        except BaseException as error:  # logged once, by the thread that waits for `loaded`
             self._end("failed", f"{type(error).__name__}: {error}")
             self.loaded.set_exception(error)
             return
@@ -257,7 +257,7 @@ class Engine:
         return ledger, batch
 
     def _wait_for_work(self, batch: Batch) -> bool:
-        """Sleep until there is something to do; False when the engine is to end."""
+        """Sleep until there is work; return False when the engine must end."""
         while True:
             with self._lock:
                 self._last_progress = time.monotonic()
@@ -287,7 +287,7 @@ class Engine:
             self._usage.save_if_due()
 
     def _end(self, state: EngineState, reason: str) -> None:
-        """Refuse from now on, fail what is left, save usage, give memory back."""
+        """Refuse new requests, fail the remaining ones, save usage, free memory."""
         self._become(state, reason)
         error = EngineStoppedError(f"the engine {state}: {reason}")
         left = self._inbox.close(error)
@@ -296,7 +296,7 @@ class Engine:
             for sequence in left:
                 self._batch.fail(sequence, error)
         try:
-            with ExitStack() as closing:  # closes the others also where one cannot be, on a lost device for instance
+            with ExitStack() as closing:  # closes the others also if one raises, for instance on a lost device
                 for part in (self._runner, self._collector, self._usage):  # the last one first
                     if part is not None:
                         closing.callback(part.close)

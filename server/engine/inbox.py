@@ -1,7 +1,7 @@
 """The inbox of the engine's thread: waiting requests, cancellations and actions that other threads hand over.
 
-One lock guards all of it. Invariant: no two requests with one id are waiting or running, the queue keeps to its
-bounds, and after `close` nothing gets in: whatever was taken is fetched before, comes out of it, or is told there.
+One lock guards all of it. Invariant: no two requests with one id are waiting or running; the queue stays within its
+bounds; after `close` nothing is accepted, and each accepted request was taken out before or is returned by `close`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Action = Callable[[], None]
 
 
 class Inbox:
-    """The one place where the engine's thread and all others meet.
+    """The queue between the engine's thread and all other threads.
 
     Args:
-        limits: of the queue.
+        limits: the bounds of the queue.
     """
 
     def __init__(self, limits: EngineLimits) -> None:
@@ -39,13 +39,13 @@ class Inbox:
     # -- any thread ----------------------------------------------------------------------------------------------------
 
     def gate(self, *, requests: bool, actions: bool, refusal: str) -> None:
-        """Say what is taken from now on; what is not is refused with `refusal`."""
+        """Set whether requests and actions are accepted; others are refused with the message `refusal`."""
         with self._changed:
             self._takes_requests, self._takes_actions, self._refusal = requests, actions, refusal
             self.wake()
 
     def check_takes_requests(self) -> None:
-        """Raises EngineStoppedError while no request is taken."""
+        """Raise EngineStoppedError while no requests are accepted."""
         with self._changed:
             if not self._takes_requests:
                 raise EngineStoppedError(self._refusal)
@@ -54,7 +54,7 @@ class Inbox:
         """Queue a sequence.
 
         Raises:
-            EngineStoppedError: no requests are taken. InvalidRequestError: its id is in use. QueueFullError.
+            EngineStoppedError: no requests are accepted. InvalidRequestError: its id is in use. QueueFullError.
         """
         request = sequence.request
         with self._changed:
@@ -67,14 +67,14 @@ class Inbox:
             self.wake()
 
     def cancel(self, request_id: str) -> None:
-        """Note that a request is to be dropped; one that is not here is no error."""
+        """Mark a request as cancelled; ignores an unknown id."""
         with self._changed:
             if request_id in self._ids:
                 self._cancelled.add(request_id)
                 self.wake()
 
     def put_action(self, action: Action) -> Future[None]:
-        """Queue an action; the future is of its end. Raises EngineStoppedError while no actions are taken."""
+        """Queue an action; return the future of its result. Raises EngineStoppedError while no actions are accepted."""
         future: Future[None] = Future()
         with self._changed:
             if not self._takes_actions:
@@ -84,14 +84,14 @@ class Inbox:
         return future
 
     def wake(self) -> None:
-        """End the `wait` under way, or else the next one."""
+        """Make the current or the next `wait` return."""
         with self._changed:
             self._is_woken = True
             self._changed.notify()
 
     @property
     def waiting(self) -> tuple[int, int]:
-        """Requests that wait, and the tokens of their prompts."""
+        """The number of waiting requests, and of their prompt tokens."""
         with self._changed:
             return len(self._waiting), sum(sequence.num_prompt_tokens for sequence in self._waiting)
 
@@ -99,24 +99,24 @@ class Inbox:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to fetch."""
+        """Whether no request, cancellation or action waits."""
         with self._changed:
             return not (self._waiting or self._cancelled or self._actions)
 
     def wait(self, seconds: float) -> None:
-        """Sleep until something came in since the last `wait`, for at most `seconds`."""
+        """Sleep until something was queued since the last `wait`, for at most `seconds`."""
         with self._changed:
             if not self._is_woken:
                 self._changed.wait(seconds)
             self._is_woken = False
 
     def next(self) -> Sequence | None:
-        """The sequence that waits longest; it no longer does."""
+        """Remove and return the sequence that has waited longest."""
         with self._changed:
             return self._waiting.popleft() if self._waiting else None
 
     def take_cancelled(self) -> tuple[list[Sequence], set[str]]:
-        """The waiting sequences that were cancelled, which no longer wait, and the ids of all that were."""
+        """Remove and return the cancelled sequences of the queue, and the ids of all cancelled requests."""
         with self._changed:
             if not self._cancelled:
                 return [], set()
@@ -126,7 +126,7 @@ class Inbox:
         return dropped, cancelled
 
     def run_actions(self) -> None:
-        """Run the actions that were queued; what one raises is its future's."""
+        """Run the queued actions; an error of an action goes to its future."""
         with self._changed:
             actions, self._actions = self._actions, deque()
         for action, future in actions:
@@ -140,13 +140,13 @@ class Inbox:
                 future.set_result(None)
 
     def forget(self, sequence: Sequence) -> None:
-        """A sequence has ended: its id is free."""
+        """Free the id of a sequence that has ended."""
         with self._changed:
             self._ids.discard(sequence.request.request_id)
             self._cancelled.discard(sequence.request.request_id)
 
     def close(self, error: EngineStoppedError) -> list[Sequence]:
-        """Take nothing any more, fail the actions that did not run, and give out the sequences that wait."""
+        """Accept nothing any more, fail the actions that did not run, and return the waiting sequences."""
         with self._changed:
             self.gate(requests=False, actions=False, refusal=str(error))
             left, actions = list(self._waiting), list(self._actions)

@@ -12,7 +12,7 @@ from server.engine.text import Vocabulary
 
 
 def token_logprob(logits: Tensor, token: int, normaliser: float | None = None) -> float:
-    """Of one token, from logits [V] float32; `normaliser` is their logsumexp where it is known."""
+    """The log-probability of one token, from logits [V] float32; `normaliser` is their logsumexp, if known."""
     if normaliser is not None:
         return float(logits[token]) - normaliser
     return float(logits[token] - torch.logsumexp(logits, dim=-1))
@@ -32,7 +32,7 @@ def top_logprobs(logits: Tensor, count: int, vocabulary: Vocabulary) -> list[tup
 def prompt_logprobs(
     logits: Tensor, following: Sequence[int], num_top: int, vocabulary: Vocabulary
 ) -> list[TokenLogprob]:
-    """Of the prompt's tokens that follow, from logits [T, V]; `following` may be one shorter (the prompt's end)."""
+    """Log-probabilities of the prompt tokens `following`, from logits [T, V]; `following` may be one shorter than T."""
     if not following:
         return []
     logits = logits[: len(following)]

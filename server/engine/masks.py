@@ -1,7 +1,7 @@
 """The mask of each running sequence, and the check of those that refuse to do without an expert.
 
-A request may narrow the server's mask (`Masking`), have experts that the store lacks read from the source, or refuse to
-do without an expert that it demands.
+A request may narrow the server's mask (`Masking`), read experts that the store lacks from the source
+(`on_missing="fetch"`), or fail when an expert that it demands is missing (`on_missing="refuse"`).
 Invariant: a sequence's mask changes only between two of its steps.
 """
 
@@ -27,7 +27,7 @@ class SequenceMasks:
     """Masks of the sequences of one runner.
 
     Args:
-        runner: whose routing has the server's mask; told of what a sequence is going to need.
+        runner: its routing has the server's mask; its `prefetch` is called with each new mask.
     """
 
     def __init__(self, runner: Runner) -> None:
@@ -36,9 +36,9 @@ class SequenceMasks:
         self._narrowed: WeakKeyDictionary[Sequence, tuple[ExpertMask, ExpertMask, ExpertMask]] = WeakKeyDictionary()
 
     def of(self, sequence: Sequence) -> ExpertMask | None:
-        """The request's own mask within what it may have, or None where that is what the server serves.
+        """The request's mask within the experts that it may use, or None if that is the server's mask.
 
-        A request that fetches may have every expert, so its own mask alone narrows it.
+        A request that fetches may use every expert, so only its own mask narrows it.
 
         Raises:
             MaskError: a layer is left without an expert.
@@ -51,21 +51,21 @@ class SequenceMasks:
         return None if own is None else self._narrow(sequence, own, served)
 
     def _narrow(self, sequence: Sequence, own: ExpertMask, served: ExpertMask) -> ExpertMask:
-        """`own & served`: the same object for as long as neither changes, so that it costs and means nothing new."""
+        """`own & served`; returns the same object while neither changes, so that runners see no new mask."""
         known = self._narrowed.get(sequence)
         if known is None or known[0] is not own or known[1] is not served:
             known = self._narrowed[sequence] = (own, served, own & served)
         return known[2]
 
     def observe(self, sequence: Sequence, record: StepRecord, tokens: slice, missed: npt.NDArray[np.float64]) -> None:
-        """Tell the request's masking what its tokens of a step wanted; it may choose anew.
+        """Notify the request's masking of the demand of its tokens of a step; it may change its mask.
 
         Args:
             tokens: the sequence's in `record`.
-            missed: mass [L] that they wanted and that was not available.
+            missed: mass [L] that they demanded and that was not available.
 
         Raises:
-            ExpertMissingError: the request refuses to do without what was missed.
+            ExpertMissingError: the request has `on_missing="refuse"` and a demanded expert was missing.
         """
         request = sequence.request
         if request.on_missing == "refuse" and missed.any():
@@ -78,20 +78,20 @@ class SequenceMasks:
         if chosen is not None and chosen is not before:
             try:
                 self._runner.prefetch(chosen)
-            except StoreError as error:  # whoever comes to need the expert is told then
+            except StoreError as error:  # the step that needs the expert fails then, with the reason
                 log.warning("experts could not be fetched ahead: %s", error)
 
 
 def check_nothing_missing(
     demand_index: npt.NDArray[np.int64], demand_weight: npt.NDArray[np.float32], mask: ExpertMask
 ) -> None:
-    """Raise where a token wanted an expert outside `mask`.
+    """Raise if a token demanded an expert outside `mask`.
 
     Args:
         demand_index, demand_weight: [L, T, K] of the unmasked choice; ids ≥ E are picks that do not exist.
 
     Raises:
-        ExpertMissingError: of the first such token, its first layer, the expert wanted most.
+        ExpertMissingError: names the first such token's first such layer, and its most demanded missing expert.
     """
     num_layers, num_experts = mask.allowed.shape
     exists = demand_index < num_experts

@@ -23,7 +23,7 @@ OnMissing = Literal["mask", "fetch", "refuse"]
 
 
 class EngineError(ServerError):
-    """Base of everything the engine refuses or fails with.
+    """Base of all errors with which the engine refuses or fails a request.
 
     EngineError
       QueueFullError          the queue is at its bound of requests or tokens; retry later
@@ -70,11 +70,11 @@ class MemoryExhaustedError(GenerationError):
 
 
 class ExpertMissingError(GenerationError):
-    """A request with `on_missing="refuse"` wanted an expert that is not available to it.
+    """A request with `on_missing="refuse"` demanded an expert that is not available to it.
 
     Attributes:
-        layer, expert: MoE layer and the most wanted of the missing experts there.
-        share: of the router mass that the token wanted in that layer, for this expert.
+        layer, expert: MoE layer and the most demanded of the missing experts there.
+        share: this expert's share of the router mass that the token demanded in that layer.
     """
 
     def __init__(self, layer: int, expert: int, share: float) -> None:
@@ -88,7 +88,7 @@ class ExpertMissingError(GenerationError):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen. A field that is None, or has the neutral value named with it, changes nothing.
+    """Sampling parameters. A field that is None or has its neutral value changes nothing.
 
     Attributes:
         max_new_tokens: most tokens to generate, at least 1.
@@ -105,12 +105,12 @@ class SamplingParams:
         frequency_penalty: taken off them once for each time that they were generated; 0 is neutral.
         logit_bias: token id → added to its logit, -100 to 100.
         seed: of this request's random draws, 64 bits; None takes a fresh one (reported in `FinishedEvent`).
-        do_sample: sample even with every other value left out.
+        do_sample: sample, even if every other value is left out.
         stop: generation ends when the text ends with one of these.
         include_stop_str_in_output: whether the text keeps the stop string that ended it.
         skip_special_tokens: whether the text leaves out special tokens; None leaves them out unless the checkpoint's
-            format needs them (`server.engine.text.FORMAT_MARKERS`). An end-of-sequence token that ends is never text.
-        ignore_eos: generate on past the end-of-sequence token.
+            format needs them (`server.engine.text.FORMAT_MARKERS`). The text never has the final end-of-sequence token.
+        ignore_eos: continue after an end-of-sequence token.
 
     Raises:
         InvalidRequestError: a value that is outside its range.
@@ -184,14 +184,14 @@ def _shown(least: float) -> str:
 
 
 class Masking(Protocol):
-    """Which experts one request may use, decided step by step; called on the engine thread alone."""
+    """The mask of one request, decided step by step; called on the engine thread alone."""
 
     @property
     def mask(self) -> ExpertMask | None:
-        """For the next step, narrowing the server's mask; None leaves it as it is. A new object means a new choice."""
+        """The mask of the next step, within the server's mask; None is that mask. A change needs a new object."""
 
     def observe(self, demand_index: npt.NDArray[np.int64], demand_weight: npt.NDArray[np.float32]) -> None:
-        """What the unmasked router wanted for the request's tokens of a step, [L, T, K] each; may change `mask`."""
+        """Receive the demand of the request's tokens of a step, index and weight [L, T, K]; may change `mask`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,13 +201,13 @@ class GenerationRequest:
     Attributes:
         request_id: unique among the requests that are waiting or running.
         prompt_ids: at least one token id.
-        sampling: how tokens are chosen.
+        sampling: the sampling parameters.
         num_logprobs: most likely alternatives to report with every token.
         prompt_logprobs: also report the prompt's tokens with their log-probabilities and `num_logprobs` alternatives.
         masking: narrows the experts of this request alone.
-        on_missing: what happens where a token wants an expert that is not available. "mask": the router chooses among
-            those that are. "fetch": what the store lacks comes from the source checkpoint. "refuse": the request ends
-            with `ExpertMissingError`.
+        on_missing: the handling of a token that demands an expert that is not available. "mask": the router chooses
+            among the available ones. "fetch": experts that the store lacks are read from the source checkpoint.
+            "refuse": the request fails with `ExpertMissingError`.
         router_temperature: > 0, divides the router's logits for choice and weights; 1 leaves the model as it is.
     """
 
@@ -223,7 +223,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Where a request's time went, in seconds; `ttft_seconds` runs from submission to the first token."""
+    """The times of a request's phases, in seconds; `ttft_seconds` runs from submission to the first token."""
 
     queue_seconds: float
     prefill_seconds: float
@@ -238,9 +238,9 @@ class Deficit:
     Attributes:
         overall, per_layer: that share.
         num_tokens: tokens routed, prompt included.
-        top1_missing_tokens: tokens that did without the expert they wanted most in any layer.
-        top1_missing_per_layer: tokens that did so in each layer.
-        demand: float64 [L, E], router mass that its tokens wanted of each expert; None where nothing was masked.
+        top1_missing_tokens: tokens whose most demanded expert was not available in at least one layer.
+        top1_missing_per_layer: tokens whose most demanded expert of the layer was not available.
+        demand: float64 [L, E], router mass that its tokens demanded of each expert; None if nothing was masked.
     """
 
     overall: float
@@ -258,7 +258,7 @@ class TokenLogprob:
     Attributes:
         token_bytes: UTF-8 of the token, maybe a part of a character; of a special token its name.
         logprob: natural, under the model's unmodified distribution; None for the first token of a prompt.
-        top: the most likely tokens in its place, of a prompt's token where they were asked for.
+        top: the most likely tokens at its position; for prompt tokens only if the request asked for them.
     """
 
     token_id: int
@@ -275,10 +275,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One generated token, told once its text is certain to stay: the texts of all join to the generated text.
+    """One generated token, sent when its text can no longer change: the texts of all events join to the generated text.
 
-    Tokens that a stop string cut off are not told, but counted in `FinishedEvent.num_generated_tokens`. Of a token that
-    is cut in part, text and bytes are those of the part that stays; the log-probability is the whole token's.
+    Tokens that a stop string cut off are not sent, but counted in `FinishedEvent.num_generated_tokens`. If a token is
+    cut in part, text and bytes are those of the part that remains; the log-probability is the whole token's.
 
     Attributes:
         index: 1, 2, ….
@@ -286,8 +286,8 @@ class TokenEvent:
         token_bytes: UTF-8 of the token, maybe a part of a character; of a special token its name.
         logprob: natural, under the model's unmodified distribution.
         special: a marker, or an end-of-sequence token.
-        top: the most likely tokens in its place, as many as the request asks for.
-        is_last: the request ends with it, and its `FinishedEvent` follows at once.
+        top: the most likely tokens at its position, as many as the request asks for.
+        is_last: the request ends with this token, and its `FinishedEvent` follows at once.
     """
 
     index: int
@@ -307,11 +307,11 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True)
 class FinishedEvent:
-    """The end of a request; after it nothing of the request is held by the engine.
+    """The end of a request; after it the engine holds no resource of the request.
 
     Attributes:
         num_generated_tokens: all that were generated, also those that a stop string cut off.
-        prefill: the prompt's tokens where they were asked for.
+        prefill: the prompt's tokens, if the request asked for them.
         stop_text: the stop string that ended the request, if one did.
     """
 
@@ -358,13 +358,13 @@ class EngineStatus:
     Attributes:
         state: loading, ready, draining, stopped or failed.
         reason: why it is not ready, else empty.
-        progress: share of loading done in [0, 1], as the loader tells it, 1 when loaded.
+        progress: share of loading done in [0, 1], as the loader reports it, 1 when loaded.
         num_running, num_waiting: requests.
         num_waiting_tokens: prompt tokens of the waiting requests.
         seconds_since_progress: since the loop last completed a step or found nothing to do.
         kv_tokens, kv_capacity_tokens: KV memory in use and in all.
         totals: counters since start.
-        is_wedged: the thread was told to end and has not; it may never.
+        is_wedged: the thread was asked to end and did not end in time.
     """
 
     state: EngineState

@@ -1,11 +1,11 @@
 """Choose a token from logits, by transformers' logits processors and one uniform draw a token.
 
-The adjustments that also change a greedy choice come first (bias, repetition, presence and frequency, no end yet), then
-temperature and what narrows the choice, in transformers' order. Presence and frequency are vLLM's: over
-generated tokens.
+The processors that also change a greedy choice run first (bias, repetition, presence, frequency, minimum length), then
+temperature and the filters (top-k, top-p, …), in transformers' order. Presence and frequency count generated tokens
+only, as in vLLM.
 
-Each sequence has its own counter-based random stream (Philox keyed by its seed), so its draws do not depend on what
-else is in the batch, nor on when it joined. The token is the first whose cumulative probability exceeds the draw.
+Invariant: each sequence has its own counter-based random stream (Philox keyed by its seed), so its draws do not depend
+on the other sequences of the batch. The chosen token is the first whose cumulative probability exceeds the draw.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Sampler:
     """Chooses the tokens of one sequence.
 
     Args:
-        params: how to choose.
+        params: the request's sampling parameters.
         prompt_ids: seen by the repetition penalty.
         eos_token_ids: not chosen as one of the first `params.min_tokens`.
 
     Attributes:
-        seed: in force: the request's, or a fresh one; None when nothing is drawn.
+        seed: the request's seed, or a fresh one; None if the choice is greedy.
     """
 
     def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], eos_token_ids: Collection[int] = ()) -> None:
@@ -65,8 +65,7 @@ class Sampler:
 
     @property
     def leaves_choice(self) -> bool:
-        """Whether a runner may draw the next token by `choice` instead of `choose`: it needs no more than temperature,
-        top-k and top-p."""
+        """Whether a runner may draw the next token by `choice`: the request uses only temperature, top-k and top-p."""
         params = self._params
         return not (
             self._repetition
@@ -78,7 +77,7 @@ class Sampler:
         )
 
     def choice(self) -> Choice | None:
-        """How to draw the next token, None for the most likely one; advances the random stream by one draw."""
+        """The parameters for the next draw, None for the most likely token; advances the random stream by one draw."""
         if self.seed is None:
             return None
         params = self._params
@@ -90,8 +89,8 @@ class Sampler:
         )
 
     def choose(self, logits: Tensor, choice: Choice | None) -> int:
-        """The next token from logits [V] float32, which are not changed, by a `choice` of this sampler. Waits for the
-        device once."""
+        """Choose the next token from logits [V] float32, by a `choice` of this sampler. The logits are not changed.
+        Waits for the device once."""
         scores = self._warpers(_NO_IDS, cast(FloatTensor, self._adjusted(logits)))[0]
         if choice is None:
             token = int(scores.argmax())
@@ -108,7 +107,7 @@ class Sampler:
         return token
 
     def _adjusted(self, logits: Tensor) -> Tensor:
-        """The scores [1, V] after everything that also matters to a greedy choice."""
+        """The scores [1, V] after the processors that also change a greedy choice."""
         scores = logits[None]
         if self._bias is not None:
             scores = self._bias(_NO_IDS, cast(FloatTensor, scores))
@@ -126,7 +125,7 @@ class Sampler:
 
 
 _NO_IDS = cast(LongTensor, torch.zeros((1, 0), dtype=torch.long))
-"""For processors that look at the scores alone."""
+"""Token ids for processors that read only the scores."""
 
 
 def _bias(params: SamplingParams) -> SequenceBiasLogitsProcessor | None:
@@ -137,7 +136,7 @@ def _bias(params: SamplingParams) -> SequenceBiasLogitsProcessor | None:
 
 
 def _warpers(params: SamplingParams) -> LogitsProcessorList:
-    """In transformers' order."""
+    """The processors that narrow the choice, in transformers' order."""
     warpers = LogitsProcessorList()
     if params.is_greedy:
         return warpers

@@ -38,10 +38,10 @@ class Sequence:
         num_prefilled: prompt tokens already in the row.
         generated: token ids so far.
         demanded, missed: router mass over its tokens, float64 [L].
-        demand: router mass that its tokens wanted of each expert, float64 [L, E]; None while nothing was masked.
-        top1_missing: tokens that did without their most wanted expert, int64 [L]; top1_missing_tokens: in any layer.
+        demand: router mass that its tokens demanded of each expert, float64 [L, E]; None while nothing was masked.
+        top1_missing: tokens whose most demanded expert was not available, int64 [L]; top1_missing_tokens: in any layer.
         num_routed: tokens whose routing these sums hold.
-        is_heard: whether the client still takes events; one whose `on_event` raised is told nothing more.
+        is_heard: whether the client still gets events; false after its `on_event` raised.
     """
 
     request: GenerationRequest
@@ -63,7 +63,7 @@ class Sequence:
     is_heard: bool = True
 
     def tell(self, event: Event) -> None:
-        """Pass an event to the client. What it raises is logged and ends its hearing: it is no fault of the engine."""
+        """Send an event to the client. If the callback raises, log the error and send no more events."""
         if not self.is_heard:
             return
         try:
@@ -85,7 +85,7 @@ class Sequence:
     def take(
         self, token: int, logprob: float, top: tuple[TokenLogprob, ...]
     ) -> tuple[list[TokenEvent], FinishReason | None]:
-        """Append a generated token; returns the tokens that can be told now and why it is the last, if it is."""
+        """Append a generated token; return the tokens whose text is now final, and the reason if it is the last."""
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
         self.generated.append(token)
@@ -167,7 +167,7 @@ class Sequence:
         )
 
     def timing(self) -> Timing:
-        """Where its time went until now; what it never reached took none."""
+        """The times of its phases until now, in seconds; 0 for a phase that it did not reach."""
         now = time.monotonic()
         admitted = self.admitted_at if self.admitted_at is not None else now
         first = self.first_token_at if self.first_token_at is not None else now
@@ -179,7 +179,7 @@ class Sequence:
         )
 
     def finished_event(self, reason: FinishReason, vocabulary: Vocabulary) -> FinishedEvent:
-        """What is told at the end, whether the sequence was admitted or not."""
+        """The final event, also of a sequence that was never admitted."""
         is_admitted = self.admitted_at is not None
         prefill = None
         if self.request.prompt_logprobs:

@@ -1,8 +1,8 @@
-"""The files that keep what an engine counts: usage.json and the statistics that are collected while serving.
+"""The files that hold an engine's counters: usage.json and the statistics that are collected while serving.
 
-They are read at start, and written now and then and at the end by a thread of its own. Invariant: what was on disk at
-start is part of what is written. A file that cannot be read is set aside, never overwritten; one that cannot be written
-costs a warning, not the service. No step of the engine waits for the disk.
+They are read at the start; a thread of their own writes them at intervals and at the end. Invariant: a saved file
+includes the content that was on disk at the start. A file that cannot be read is renamed, never overwritten; one that
+cannot be written causes a warning, and serving goes on. No step of the engine waits for the disk.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ STATISTICS_FILE = "statistics.safetensors"
 
 
 class Mergeable(Protocol):
-    """A value that adds up."""
+    """A value to which another one can be added."""
 
     def merge(self, other: Self) -> None:
-        """Add another one; raises one of the file's `unreadable` where the two do not fit together."""
+        """Add another value; raises one of the file's `unreadable` if the two do not fit together."""
 
 
 Value = TypeVar("Value", bound=Mergeable)
@@ -43,12 +43,12 @@ class SnapshotFile(ABC, Generic[Value]):
 
     Args:
         path: of the file.
-        value: with nothing in it yet, to add to; what the file holds is added first.
+        value: an empty value; the file's content is added to it first.
         interval_seconds: between two saves.
 
     Attributes:
-        what: it keeps, in words.
-        unreadable: what `read` and merging raise on a file that is no such file, or of another model.
+        what: the name of the content, for messages.
+        unreadable: errors that `read` and merging raise for a file of another kind or of another model.
     """
 
     what: ClassVar[str]
@@ -69,7 +69,7 @@ class SnapshotFile(ABC, Generic[Value]):
 
     @abstractmethod
     def read(self, path: Path) -> Value:
-        """What the file holds. Raises FileNotFoundError, OSError, or one of `unreadable`."""
+        """Read the file. Raises FileNotFoundError, OSError, or one of `unreadable`."""
 
     @abstractmethod
     def write(self, path: Path, value: Value) -> None:
@@ -77,7 +77,7 @@ class SnapshotFile(ABC, Generic[Value]):
 
     @abstractmethod
     def count(self, value: Value) -> int:
-        """Grows with whatever is added to a value."""
+        """A count that rises with every addition to the value."""
 
     @property
     def is_due(self) -> bool:
@@ -86,7 +86,7 @@ class SnapshotFile(ABC, Generic[Value]):
         return not is_writing and time.monotonic() - self._saved_at >= self._interval
 
     def save(self) -> None:
-        """Begin to save what is there now, if anything is new; what is added meanwhile goes into the next save."""
+        """Begin to save the value as it is now, if it has changed; later additions go into the next save."""
         self._saved_at = time.monotonic()
         count = self.count(self._value)
         if count == self._saved_count:
@@ -97,12 +97,12 @@ class SnapshotFile(ABC, Generic[Value]):
         self._writer.start()
 
     def save_if_due(self) -> None:
-        """`save` where the interval has passed."""
+        """Call `save` if the interval has passed."""
         if self.is_due:
             self.save()
 
     def close(self) -> None:
-        """Save what is new and wait until it is on disk."""
+        """Save the value, if it has changed, and wait until it is on disk."""
         if self._writer is not None:
             self._writer.join()
         self.save()
@@ -146,7 +146,7 @@ class UsageFile(SnapshotFile[UsageLedger]):
 
 
 def served_statistics(store: Path, fingerprint: str) -> ExpertStatistics | None:
-    """What servers of the store at `store` collected; None where nothing was, or of another checkpoint.
+    """Read the statistics that servers of `store` collected; None if there are none, or they are of another checkpoint.
 
     Raises:
         StatisticsError, OSError: the file cannot be read.
@@ -162,7 +162,7 @@ class StatisticsFile(SnapshotFile[ExpertStatistics]):
     """Keeps statistics in a file.
 
     Attributes:
-        statistics: what to add to; holds earlier runs' statistics already.
+        statistics: the value to add to; it includes the statistics of earlier runs.
     """
 
     what = "what was observed of the experts"

@@ -1,9 +1,10 @@
 """Statistics of calibration, collected while serving from a sample of steps: norms of outputs, co-activation, windows.
 
-Invariant: collecting takes at most `MAX_SHARE` of the time of steps. Its time is measured, and a step is observed only
-while the share is kept. Everything is added to one domain, `DOMAIN`. Tokens of requests with a router temperature are
-left out. Under a mask the served experts are collected, and demand is that of hidden states that have drifted. Captured
-steps do not show the experts' outputs: norms come from prompts there, co-activation and windows from demand.
+Invariant: collecting takes at most `MAX_SHARE` of the time of steps. The time is measured, and a step is observed only
+while the share is below that. All tokens are added to one domain, `DOMAIN`, except those of requests with a router
+temperature. Under a mask the served experts are counted, and demand is computed from hidden states that the mask has
+changed. Captured steps do not give the experts' outputs: there, norms come from prompts, co-activation and windows from
+demand.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ log = logging.getLogger(__name__)
 
 DOMAIN = "served"
 MAX_SHARE = 0.0075
-"""Of the time that steps take, for collecting, as far as it can be timed where it happens. With what cannot, such as
-caches that are colder afterwards, the whole cost stays below 2 %: `benchmarks/choosing/online_statistics.py`."""
+"""Share of the steps' time that collecting may take, as measured on the engine thread. With the costs that cannot be
+measured there, such as colder caches, the total stays below 2 %: `benchmarks/choosing/online_statistics.py`."""
 FLUSH_TOKENS = 256
-"""Tokens that are added to the totals together: one by one would cost many times as much."""
+"""Tokens that are added to the totals together; adding them one by one would take many times as long."""
 FLUSH_WINDOWS = 8
 
 Window = list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]
@@ -52,11 +53,11 @@ class OnlineStatistics:
 
     Args:
         file: keeps the statistics that are added to.
-        observer: notes outputs; None where they cannot be seen, and only what was wanted is collected.
+        observer: records the norms of outputs; None if the runner does not give outputs; then only demand is collected.
 
     Attributes:
         spent_seconds, served_seconds: on collecting and on steps, since start.
-        num_observed_tokens: in the totals or about to be.
+        num_observed_tokens: tokens in the totals or pending.
     """
 
     def __init__(self, file: StatisticsFile, observer: OutputObserver | None) -> None:
@@ -66,7 +67,7 @@ class OnlineStatistics:
         self._pending: list[_Tokens] = []
         self._num_pending = 0
         self._windows: list[npt.NDArray[np.float32]] = []
-        self._watched: weakref.ref[Sequence] | None = None  # a sequence that ended is not kept for it
+        self._watched: weakref.ref[Sequence] | None = None  # weak: an ended sequence must be freed
         self._window: Window = []
         self._random = np.random.default_rng()
         self._is_due = False
@@ -86,14 +87,14 @@ class OnlineStatistics:
             self._observer.is_on = self._is_due
 
     def end_step(self, seconds: float) -> None:
-        """The step took `seconds`, with what was spent on collecting in it. Saves now and then."""
+        """Count a step that took `seconds`, collecting included. Saves at intervals."""
         self.served_seconds += seconds
         if self._observer is not None:
             self._observer.is_on = False
         self.save_if_due()
 
     def save_if_due(self) -> None:
-        """Begin to save when the file's interval has passed and there is something new."""
+        """Begin to save if the file's interval has passed and the statistics have changed."""
         if self._file.is_due:
             self.flush()
             started = time.perf_counter()
@@ -101,12 +102,12 @@ class OnlineStatistics:
             self._own_seconds += time.perf_counter() - started
 
     def close(self) -> None:
-        """Save what was collected."""
+        """Save the collected statistics."""
         self.flush()
         self._file.close()
 
     def add(self, output: StepOutput, sequences: Items[Sequence]) -> None:
-        """Take in a step over as many tokens of each of the sequences."""
+        """Add a step over the same number of tokens of each sequence."""
         started = time.perf_counter()
         if self._is_due:
             self._observe(output, sequences)
@@ -117,7 +118,7 @@ class OnlineStatistics:
         self._own_seconds += time.perf_counter() - started
 
     def flush(self) -> ExpertStatistics:
-        """Add what is pending to the totals; returns the statistics, which further calls change."""
+        """Add the pending tokens to the totals; returns the statistics, which later calls change."""
         started = time.perf_counter()
         kinds: dict[tuple[bool, bool], list[_Tokens]] = {}
         for part in self._pending:
@@ -140,7 +141,7 @@ class OnlineStatistics:
             record = record.select(chosen)
             outputs = None if outputs is None else outputs.select(chosen)
         if record.missed_mass is not None and not record.missed_mass.any():
-            record = StepRecord(record.served_index, record.served_weight)  # masks that hid nothing that was wanted
+            record = StepRecord(record.served_index, record.served_weight)  # the masks hid no demanded expert
         self._pending.append(_Tokens(record, outputs))
         num_tokens = record.served_index.shape[1]
         self._num_pending += num_tokens
@@ -155,13 +156,13 @@ class OnlineStatistics:
         add_tokens(self._statistics, DOMAIN, record, outputs, self._keys(record.served_index.shape[1]))
 
     def _keys(self, count: int) -> npt.NDArray[np.uint64]:
-        """Fresh ones: samples keep the smallest keys, so random keys make them even over all time."""
+        """Random keys: a sample keeps the smallest keys, so it is uniform over the whole time of serving."""
         return self._random.integers(0, 1 << 63, size=count).astype(np.uint64)
 
     # -- windows -------------------------------------------------------------------------------------------------------
 
     def _watch(self, record: StepRecord, sequences: Items[Sequence]) -> None:
-        """Follow one sequence for a window of tokens, then the next."""
+        """Collect one window of tokens from one sequence, then from the next."""
         watched = None if self._watched is None else self._watched()
         at = next((at for at, sequence in enumerate(sequences) if sequence is watched), None)
         if at is None:
@@ -177,13 +178,13 @@ class OnlineStatistics:
             self._watched = None
 
     def _cut_windows(self, record: StepRecord, sequences: Items[Sequence]) -> None:
-        """The windows of a chunk of one prompt, in observed steps alone."""
+        """Add the windows of a chunk of one prompt; called only for observed steps."""
         num_windows = record.served_index.shape[1] // WINDOW_TOKENS
         if self._is_due and num_windows and sequences[0].request.router_temperature == 1.0:
             self._add_windows(*record.demand_of(slice(0, num_windows * WINDOW_TOKENS)))
 
     def _add_windows(self, index: npt.NDArray[np.int64], weight: npt.NDArray[np.float32]) -> None:
-        """Windows of wanted mass from index and weight [L, W · WINDOW_TOKENS, K]."""
+        """Add windows of demanded mass from index and weight [L, W · WINDOW_TOKENS, K]."""
         self._windows += list(window_masses(index, weight, self._statistics.num_experts))
         if len(self._windows) >= FLUSH_WINDOWS:
             self._offer_windows()
@@ -197,7 +198,7 @@ class OnlineStatistics:
 
 
 def collect_from(runner: Runner, file: StatisticsFile) -> OnlineStatistics:
-    """A collector of what a runner does; of what is wanted alone, where no experts show what they put out."""
+    """Make the collector for a runner; it collects demand alone if the experts do not give their outputs."""
     model = runner.model
     model.observer = observe_outputs(model.model, model.num_layers)
     if model.observer is None:
@@ -209,7 +210,7 @@ def collect_from(runner: Runner, file: StatisticsFile) -> OnlineStatistics:
 
 
 def empty_statistics(manifest: Manifest) -> ExpertStatistics:
-    """Statistics of a store's checkpoint with nothing in them."""
+    """Empty statistics for a store's checkpoint."""
     model = manifest.model
     return ExpertStatistics(
         manifest.source.fingerprint,

@@ -1,8 +1,8 @@
-"""Token by token to text: the bytes of tokens, incremental decoding, special tokens, and stop strings.
+"""Incremental decoding of tokens to text: the bytes of tokens, special tokens, and stop strings.
 
-A token adds bytes, and a character may be spread over several tokens: text is given out only when it can no longer
-change. A special token ends the character before it. Invariant: the texts that `Detokenizer` gives out for the tokens
-join to the generated text, cut at the stop string if one was met, and nothing is given out that is cut later.
+A token adds bytes, and a character may span several tokens, so text is returned only when it can no longer change. A
+special token ends the character before it. Invariant: the texts that `Detokenizer` returns for the tokens join to the
+generated text, cut at the stop string if there is one, and no returned text is cut later.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().i
 FORMAT_MARKERS = frozenset(
     ["<|channel|>", "[TOOL_CALLS]", "[THINK]", "<|tool_calls_section_begin|>", "<|python_start|>"]
 )
-"""Special tokens that a model writes within an answer, to tell its parts apart: of gpt-oss (harmony), Mistral, Kimi K2
-and Llama 4. Where a checkpoint has one of them, the text keeps special tokens unless the request says otherwise."""
+"""Special tokens that separate the parts of an answer: of gpt-oss (harmony), Mistral, Kimi K2 and Llama 4. If a
+checkpoint has one of them, the text keeps special tokens unless the request says otherwise."""
 LONGEST_CHARACTER_BYTES = 4
 
 
 class Vocabulary:
-    """The bytes that each token stands for, and which tokens are special.
+    """The bytes of each token, and the set of special tokens.
 
     Attributes:
-        keeps_special_tokens: whether text keeps special tokens where the request does not say.
+        keeps_special_tokens: whether text keeps special tokens if the request does not say.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -46,7 +46,7 @@ class Vocabulary:
         self._bytes: dict[int, bytes] = {}
 
     def is_special(self, token_id: int) -> bool:
-        """Whether it is a marker and no text."""
+        """Whether a token is a marker, not text."""
         return token_id in self._special
 
     def bytes_of(self, token_id: int) -> bytes:
@@ -58,7 +58,7 @@ class Vocabulary:
         return spelled
 
     def bytes_at_start(self, token_id: int) -> bytes:
-        """The same, of a token before which there is no text: some tokenizers drop its leading space."""
+        """The bytes of a token at the start of a text: some tokenizers drop its leading space."""
         spelled = self.bytes_of(token_id)
         starts_with_space = self._decode([token_id]).startswith(" ")
         return spelled[1:] if spelled.startswith(b" ") and not starts_with_space else spelled
@@ -87,12 +87,12 @@ class Detokenizer:
 
     Args:
         vocabulary: of the checkpoint.
-        prompt_ids: a character that they leave open is finished by the first generated tokens.
+        prompt_ids: the first generated tokens complete a character that the prompt left incomplete.
         sampling: says which strings end the text, and whether it keeps them and special tokens.
 
     Attributes:
-        text: given out so far.
-        stop_string: the one that was met, else None.
+        text: the text returned so far.
+        stop_string: the stop string that ended the text, else None.
     """
 
     def __init__(self, vocabulary: Vocabulary, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
@@ -117,11 +117,11 @@ class Detokenizer:
 
     @property
     def text(self) -> str:
-        """The text given out so far."""
+        """The text returned so far."""
         return "".join(self._given)
 
     def add(self, token_id: int, *, is_end: bool = False) -> None:
-        """Take one token; one that `is_end`, an end-of-sequence token, is no part of the text."""
+        """Add one token; with `is_end` it is an end-of-sequence token, which is no part of the text."""
         self._num_tokens += 1
         spelled = self._vocabulary.bytes_of(token_id)
         is_special = self._vocabulary.is_special(token_id)
@@ -139,15 +139,15 @@ class Detokenizer:
             token.num_open_bytes = len(self._decoder.getstate()[0])
 
     def finish(self) -> None:
-        """The last token was added: `give` may give all of the text, up to the stop string. To be called before it."""
+        """Mark the end of the text, so that the next `give` returns all of it, up to the stop string."""
         if self._cut is None and self._held:
             self._held[-1].shown.append((self._length, self._decoder.decode(b"", final=True)))
         self._has_ended = True
 
     def give(self) -> Iterator[tuple[str, bytes]]:
-        """For each token that can be told now, in turn, the text that it adds and its bytes.
+        """Return, for each token whose text is now final, in order, the text that it adds and its bytes.
 
-        Both are cut where the stop string cuts into the token; a token that lies wholly behind the cut is never given.
+        A stop string may cut both; a token that lies wholly behind the cut is never returned.
         """
         certain = self._certain()
         while self._held and self._held[0].end <= certain:
@@ -158,7 +158,7 @@ class Detokenizer:
                 yield text, spelled
 
     def _certain(self) -> int:
-        """The place up to which the text stays, whatever follows."""
+        """The position up to which later tokens cannot change the text."""
         if self._has_ended or self._keeps_stop or not self._windows:
             return self._length + 1  # also a character that is incomplete
         return min(window.possible_beginning(self._length) for window in self._windows)
@@ -181,14 +181,14 @@ class Detokenizer:
 
 @dataclass
 class _HeldToken:
-    """A token that was not told yet.
+    """A token that was not returned yet.
 
     Attributes:
         spelled: its bytes.
         start: its place in the whole text, special tokens included, in characters.
-        piece: text that was decided with it, from `start` on.
-        shown: (place, text) of the parts that are given out.
-        num_open_bytes: at its end, of a character that was incomplete after it.
+        piece: text that became final with it, from `start` on.
+        shown: (place, text) of the parts that are returned.
+        num_open_bytes: bytes at its end of a character that was still incomplete.
     """
 
     spelled: bytes
@@ -199,11 +199,11 @@ class _HeldToken:
 
     @property
     def end(self) -> int:
-        """The place behind its text, a character that it only begins included."""
+        """The position after its text, including a character that it only begins."""
         return self.start + len(self.piece) + (self.num_open_bytes > 0)
 
     def up_to(self, cut: int | None) -> tuple[str, bytes]:
-        """The text that is given out and the bytes, of what lies before the place `cut` (None: all)."""
+        """The returned text and the bytes before the position `cut` (None: all)."""
         if cut is None or cut > self.start + len(self.piece):
             return "".join(text for _, text in self.shown), self.spelled
         num_cut = len(self.piece[cut - self.start :].encode()) + self.num_open_bytes
@@ -212,7 +212,7 @@ class _HeldToken:
 
 
 class _StopWindow:
-    """The end of a text that grows, searched for stop strings."""
+    """The end of a growing text, for the search of stop strings."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
@@ -221,7 +221,7 @@ class _StopWindow:
         self._places: list[int] = []
 
     def add(self, piece: str, start: int) -> list[tuple[int, int, str]]:
-        """(end, begin, stop string) of those that end in the piece, which stands at the place `start`."""
+        """(end, begin, stop string) of the stop strings that end in the piece, whose position is `start`."""
         searched = len(self._text)
         self._text += piece
         self._places.extend(range(start, start + len(piece)))
@@ -236,7 +236,7 @@ class _StopWindow:
         return found
 
     def possible_beginning(self, otherwise: int) -> int:
-        """The first place at which a stop string may have begun; `otherwise` where there is none."""
+        """The first position at which a stop string may have begun; `otherwise` if there is none."""
         text, first = self._text, len(self._text)
         for stop in self._stops:
             at = text.find(stop[0])

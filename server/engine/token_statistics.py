@@ -1,7 +1,7 @@
 """Adding tokens to statistics: totals, co-activation, the sample of tokens, and the masses of windows.
 
-Invariant: serving and calibration add the same for the same tokens; they differ in where tokens come from and in the
-keys by which samples keep them.
+Invariant: serving and calibration add the same values for the same tokens. They differ only in the source of the tokens
+and in the keys of the samples.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def add_tokens(
     """Add T tokens to one domain.
 
     Args:
-        record: their routing; with demand of its own only where something wanted was missing.
-        outputs: of their experts; None adds what was wanted and nothing of what was served.
+        record: their routing; its demand is None if every demanded expert was served.
+        outputs: norms of their experts' outputs; None adds demand alone.
         keys: uint64 [T], of the tokens in the sample.
     """
     at = statistics.domain_index(domain)
@@ -72,8 +72,8 @@ def gate_shares(weights: npt.NDArray[np.floating]) -> Float:
 
 
 def window_masses(index: Index, weights: npt.NDArray[np.floating], num_experts: int) -> npt.NDArray[np.float32]:
-    """Wanted mass of each window of `WINDOW_TOKENS` tokens, float32 [W, L, E], from picks [L, T, K]; a rest is left
-    out."""
+    """Demanded mass of each window of `WINDOW_TOKENS` tokens, float32 [W, L, E], from picks [L, T, K]; tokens after the
+    last full window are left out."""
     shares = gate_shares(weights)
     masses = []
     for start in range(0, index.shape[1] - WINDOW_TOKENS + 1, WINDOW_TOKENS):

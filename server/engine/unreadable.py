@@ -1,8 +1,8 @@
 """The handling of an expert whose bytes cannot be read, as the operator chooses.
 
-"fail": the requests whose tokens need it fail. The next request that needs it reads it again, so a restored file works
-at once. "mask": the expert is masked for everyone until a restart. Invariant: no token is computed from bytes whose
-hash is wrong, and masking an expert leaves its layer with another one.
+"fail": the requests whose tokens need it fail. The next request that needs it reads it again, so a repaired file works
+at once. "mask": the expert is masked for all requests until a restart. Invariant: no token is computed from bytes whose
+hash is wrong, and the last expert of a layer is never masked.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class UnreadableExperts:
     """Decides about the experts that a step could not read; called on the engine thread between two steps.
 
     Args:
-        runner: of the steps; giving an expert up changes its store and its routing.
-        corrupt_experts: "mask" gives corrupt experts up.
+        runner: runs the steps; masking an expert changes its store and its routing.
+        corrupt_experts: "mask" masks corrupt experts, "fail" does not.
 
     Attributes:
         num_faults: reads that failed a step.
@@ -41,7 +41,7 @@ class UnreadableExperts:
         self.num_faults = 0
 
     def those_in_need(self, sequences: list[Sequence], error: StoreError) -> tuple[list[Sequence], StoreError]:
-        """Which of a step's sequences cannot run it again, and the fault of reading that stands behind `error`."""
+        """Return the sequences that cannot run the step again, and the read error that caused `error`."""
         fault = error if isinstance(error, StepFault) else StepFault(error, (), is_repeatable=False)
         needing = [sequences[at] for at in fault.positions] or sequences
         if self._give_up(fault.cause):
@@ -52,7 +52,9 @@ class UnreadableExperts:
         return needing, fault.cause
 
     def _give_up(self, cause: StoreError) -> bool:
-        """Mask the expert that could not be read, where that is wanted and possible; returns whether it was."""
+        """Mask the expert that could not be read, if `corrupt_experts` is "mask" and its layer keeps another one.
+
+        Returns whether it was masked."""
         self.num_faults += 1
         if not self._gives_up or not isinstance(cause, ShardCorruptError) or cause.expert is None:
             return False
@@ -73,9 +75,9 @@ class UnreadableExperts:
 
 
 def exclude_damaged(store: Store, cause: StoreError) -> bool:
-    """While loading: take the experts of the shard that `cause` is about out of use, as far as they cannot be read.
+    """While loading: remove from the store the unreadable experts of the shard that `cause` names.
 
-    Blocks while it reads the shard. Returns whether there was any.
+    Blocks while it reads the shard. Returns whether it removed any.
     """
     if cause.expert is None or not store.available[cause.expert]:
         return False

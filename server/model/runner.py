@@ -33,11 +33,11 @@ CachePolicy = Literal["lru", "lfu"]
 
 @dataclass(frozen=True)
 class RunnerOptions:
-    """How to load and run a store; see `server.settings.schema.ModelSettings` for the user's side of each.
+    """Options for loading and running a store; `server.settings.schema.ModelSettings` describes them to users.
 
     Attributes:
         device, dtype: of compute.
-        path: who drives the experts of a decode step, for `load_runner`.
+        path: the decode path, for `load_runner`: the device or the host looks up and fetches the experts.
         max_rows, max_tokens: of KV memory.
         num_slots: slots a layer; wins over `slots_memory_bytes`. With neither, every available expert gets a slot on
             the host-driven path, and slots take the free memory of the device on the device-driven one.
@@ -46,7 +46,7 @@ class RunnerOptions:
         mask: narrows the experts that the store has.
         cache_policy: of eviction.
         kept_experts: most used experts a layer that keep their slots.
-        batch_invariant: a row's bits do not depend on who else is in the batch, at the price of some speed.
+        batch_invariant: a row's bits do not depend on the other rows of the batch; this costs some speed.
         resident_bias: lambda of cache-aware routing, of the device-driven path alone; 0: off.
     """
 
@@ -66,7 +66,7 @@ class RunnerOptions:
 
 
 class Residency(Protocol):
-    """What metrics and status read of the experts in slots; any thread may read it."""
+    """The state of the expert slots, for metrics and status; any thread may read it."""
 
     @property
     def page_table(self) -> npt.NDArray[np.int32]:
@@ -76,10 +76,10 @@ class Residency(Protocol):
         """A copy of the counters since start."""
 
     def check_integrity(self) -> None:
-        """Raise where page table and slot owners disagree."""
+        """Raise SlotsError if the page table and the slots' owners disagree."""
 
     def close(self) -> None:
-        """Stop reading; the slots' memory goes with the object."""
+        """Stop the reading threads. The slots' memory is freed with the object."""
 
 
 @dataclass
@@ -89,12 +89,12 @@ class SelectiveModel:
     Attributes:
         model: transformers' model; its experts and routers are ours.
         tokenizer: of the checkpoint.
-        store: where experts come from; cache: where they are held; routing: how they are chosen.
+        store: holds the experts on disk; cache: holds those in slots; routing: chooses among them.
         device, dtype: of compute.
         eos_token_ids: tokens that end a generation.
         context_tokens: most tokens that the model was made for.
-        observer: notes the outputs of the experts; None while nobody collects them.
-        source_problem: why the store has no source attached, where it has none.
+        observer: records the norms of the experts' outputs; None while nothing collects them.
+        source_problem: the reason why the store has no source attached; None if it has one.
     """
 
     model: PreTrainedModel
@@ -127,8 +127,9 @@ class SelectiveModel:
 
 @dataclass(frozen=True)
 class Choice:
-    """How to draw a row's next token: divide the logits by `temperature`, keep the `top_k` most likely tokens (None:
-    all), and of them the most likely that reach `top_p` (1: all); `draw`, uniform in [0, 1), decides among the rest."""
+    """Parameters for drawing a row's next token: divide the logits by `temperature`, keep the `top_k` most likely
+    tokens (None: all), and of them the most likely that reach `top_p` (1: all). `draw`, uniform in [0, 1), selects
+    one."""
 
     temperature: float
     top_k: int | None
@@ -145,8 +146,8 @@ class RowStep:
         token: to append.
         mask: experts that the row may have; None: the server's mask.
         temperature: divides the logits of its routers.
-        fetches: whether its request has experts that the store lacks read from the source.
-        choice: how to draw the row's next token; None: take the most likely one.
+        fetches: whether experts that the store lacks are read from the source for this row's request.
+        choice: parameters for drawing the row's next token; None: take the most likely one.
     """
 
     row: int
@@ -177,11 +178,11 @@ class StepOutput:
     """The results of a step.
 
     Attributes:
-        logits: float32 [B, V], of the last token of each row (prefill: B = 1); [T, V], of all tokens, where asked.
+        logits: float32 [B, V], of the last token of each row (prefill: B = 1); with `all_logits` [T, V], of all tokens.
         record: its routing, for the usage ledger.
         share: demanded and missed router mass of each row.
-        outputs: norms of the experts' outputs over the record's tokens, where they were observed.
-        chosen: the next token of each row, where the runner chose it in the step; the logits need no look then.
+        outputs: norms of the experts' outputs over the record's tokens; None if they were not observed.
+        chosen: the next token of each row, if the runner chose it in the step; then the caller need not read logits.
     """
 
     logits: Tensor
@@ -204,7 +205,7 @@ class StepOutput:
 
     @staticmethod
     def concat(parts: Sequence[StepOutput]) -> StepOutput:
-        """Steps over different rows as one step over all of them; what one part lacks, the whole lacks."""
+        """Join steps over different rows into one step; a field that is None in a part is None in the result."""
         if len(parts) == 1:
             return parts[0]
         outputs = [part.outputs for part in parts if part.outputs is not None]
@@ -233,7 +234,7 @@ class StepFault(StoreError):
     Attributes:
         cause: the error of reading.
         positions: rows, among those given, whose tokens need the expert; empty where that is unknown.
-        is_repeatable: whether the rows that need it may run the step again, once they no longer do.
+        is_repeatable: whether the rows that need it may run the step again after the expert was masked.
     """
 
     def __init__(self, cause: StoreError, positions: Sequence[int], is_repeatable: bool = True) -> None:
@@ -247,10 +248,10 @@ class StepFault(StoreError):
 class StepMemoryError(ServerError):
     """A step failed because memory does not suffice. No row was advanced.
 
-    It has neither cause nor context: their frames would keep the step's tensors alive.
+    It has no cause and no context, because their frames would keep the step's tensors in memory.
 
     Attributes:
-        positions: rows, among those given, that have to go so that the others can run the step again.
+        positions: rows, among those given, that must leave before the others can run the step again.
     """
 
     def __init__(self, message: str, positions: Sequence[int]) -> None:
@@ -275,7 +276,7 @@ class Runner(Protocol):
 
     @property
     def decode_path(self) -> Literal["host", "device"]:
-        """Who drives the experts of a decode step."""
+        """Whether the host or the device looks up and fetches the experts of a decode step."""
 
     @property
     def num_free_rows(self) -> int:
@@ -320,8 +321,8 @@ class Runner(Protocol):
         """
 
     def fetch_refusal(self) -> str | None:
-        """Why a request cannot have experts that the store lacks read from its source in the middle of a step; None
-        where it can, provided that the store has a source."""
+        """The reason why this runner cannot read experts that the store lacks from the source during a step; None if it
+        can, provided that the store has a source."""
 
     def prefetch(self, mask: ExpertMask) -> None:
         """Fetch the experts that a mask allows into slots ahead of their use, as far as there are slots."""

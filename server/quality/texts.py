@@ -23,7 +23,7 @@ MAX_DOCUMENT_CHARS = 1 << 22
 """Longer documents are cut into several."""
 
 Half = Literal["all", "even", "odd"]
-"""Which documents to take: "all", or "even" or "odd" ones, to keep calibration and evaluation apart."""
+"""The documents to take: "all", or the "even" or "odd" ones, so that calibration and evaluation use different ones."""
 
 
 class TextsError(ServerError):

@@ -1,8 +1,8 @@
-"""How the threads of OpenMP wait for each other; to be decided before torch is imported, which reads it once.
+"""The wait policy of OpenMP's threads. It must be set before torch is imported, because torch reads it once.
 
-By default they spin for milliseconds: fast on an idle machine, and several times slower as soon as anything else wants
-the cores. Asleep at once (`OMP_WAIT_POLICY=PASSIVE`), they cost a model of small experts up to a quarter of its speed.
-Spinning for some 10 µs keeps the first and bounds the second: `benchmarks/cpu/wait_policy.py`.
+By default waiting threads spin for milliseconds: this is fast on an idle machine, and several times slower when another
+process needs the cores. Threads that sleep at once (`OMP_WAIT_POLICY=PASSIVE`) make a model of small experts up to a
+quarter slower. Spinning for some 10 µs avoids most of both costs: `benchmarks/cpu/wait_policy.py`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Section(BaseModel):
 
 
 class ModelSettings(Section):
-    """What is loaded, where to, and how much of it stays close."""
+    """Settings of loading: the device, the mask, and the memory for experts."""
 
     device: Device = Field("auto", description="where the model runs: auto (a GPU if any), cpu, cuda, or cuda:1")
     dtype: Dtype = Field("auto", description="dtype of the computation; auto keeps the store's")
@@ -83,7 +83,7 @@ class ModelSettings(Section):
 
 
 class EngineSettings(Section):
-    """How many requests run and wait, and how long they may be."""
+    """Limits on running and waiting requests and on their length."""
 
     max_batch_size: Annotated[int, Field(ge=1, le=1024)] = Field(8, description="requests decoded together")
     max_context_tokens: Annotated[int, Field(ge=2)] | None = Field(
@@ -144,7 +144,7 @@ class UsageSettings(Section):
 
 
 class MasksSettings(Section):
-    """What requests may narrow their experts to."""
+    """Settings of the masks that requests may use."""
 
     profiles: str | None = Field(
         None, description="masks that requests may name: plan files, or folders of them, joined by commas"
@@ -175,7 +175,7 @@ class GrowthSettings(Section):
 
 
 class LogSettings(Section):
-    """What is logged and how."""
+    """Settings of the log."""
 
     log_format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, else JSON lines")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level to log")

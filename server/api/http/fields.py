@@ -133,7 +133,7 @@ class MaskFields(Strict):
 class SamplingFields(MaskFields):
     """Parameters that decide which tokens are chosen, in both dialects. Null leaves it to the generation config.
 
-    The fields after `stop` are known from other servers and not supported; they are taken with neutral values.
+    The fields after `stop` exist in other servers and are not supported here; only their neutral values are accepted.
     """
 
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = Field(

@@ -1,7 +1,8 @@
-"""The norms of what experts put out, noted while a model serves: what calibration measures, for a sample of steps.
+"""The norms of the experts' outputs, recorded while a model serves: calibration's measurements, for a sample of steps.
 
-The experts' forward has the unweighted outputs in hand, so noting them costs a few small operations a layer and
-changes nothing. Invariant: what is taken was noted by the forward that just ended; one that fails is noted over.
+The experts' forward computes the unweighted outputs anyway, so recording their norms costs a few small operations a
+layer and changes no result. Invariant: `take` returns the norms of the last forward alone; the next forward overwrites
+the norms of one that failed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ExpertOutputs:
-    """What the experts put out over T tokens.
+    """The norms of the experts' outputs over T tokens.
 
     Attributes:
         norms: float32 [L, T, K], ‖E(h)‖ of each pick; 0 where it does not exist.
@@ -35,27 +36,27 @@ class ExpertOutputs:
 
     @staticmethod
     def concat(parts: Sequence[ExpertOutputs]) -> ExpertOutputs:
-        """The outputs of several forwards as those of one over all their tokens."""
+        """Join the norms of several forwards, as if one forward had run over all their tokens."""
         norms, changes = ([getattr(part, name) for part in parts] for name in ("norms", "changes"))
         return ExpertOutputs(np.concatenate(norms, axis=1), np.concatenate(changes, axis=1))
 
 
 @runtime_checkable
 class ShowsOutputs(Protocol):
-    """One MoE layer's experts that tell an observer of every forward, while it is on."""
+    """One MoE layer's experts. They pass the outputs of every forward to an observer while it is on."""
 
     observer: OutputObserver | None
 
 
 class OutputObserver:
-    """Notes the outputs of the forward under way, where it is on.
+    """Records the norms of the outputs of each forward while it is on.
 
     Args:
         num_layers: L.
 
     Attributes:
-        is_on: whether the next forward is noted; the engine thread sets it between two steps.
-        seconds: that noting took since start, on the thread that runs the model.
+        is_on: whether the next forward is recorded; the engine thread sets it between two steps.
+        seconds: time spent on recording since the start, on the thread that runs the model.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -65,7 +66,7 @@ class OutputObserver:
         self._changes: list[Tensor | None] = [None] * num_layers
 
     def note(self, layer: int, hidden: Tensor, outputs: Tensor, result: Tensor) -> None:
-        """Note one layer: its input [T, H], every pick's output [T·K, H] in order of tokens, and their sum [T, H]."""
+        """Record one layer: its input [T, H], every pick's output [T·K, H] in order of tokens, and their sum [T, H]."""
         started = time.perf_counter()
         norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32)
         self._norms[layer] = norms.view(len(hidden), -1)
@@ -74,7 +75,7 @@ class OutputObserver:
         self.seconds += time.perf_counter() - started
 
     def take(self) -> ExpertOutputs | None:
-        """What the forward that just ended noted, and forget it; None where it was not noted."""
+        """Return the norms of the forward that just ended, and forget them; None if it was not recorded."""
         if not self.is_on:
             return None
         started = time.perf_counter()
@@ -89,7 +90,7 @@ class OutputObserver:
 
 
 def observe_outputs(model: Any, num_layers: int) -> OutputObserver | None:
-    """An observer of what the experts of a transformers model put out; None where they do not show it."""
+    """An observer of the experts' outputs; None if the experts of this model do not give them."""
     from server.model.seam.experts import LAYER_ATTRIBUTE
 
     layers = [getattr(module, LAYER_ATTRIBUTE, None) for module in model.modules()]
