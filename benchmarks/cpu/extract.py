@@ -114,7 +114,7 @@ def timed_copy(checkpoint: Path, copy: Path, mode: str) -> float:
 def timed_extract(checkpoint: Path, store: Path, mode: str) -> tuple[float, float, int]:
     """Bytes per second, seconds before the first byte, and peak KiB of one extraction."""
     settle(checkpoint, store, mode)
-    output, kib = measured([sys.executable, "-m", "extractor", str(checkpoint), str(store), "--json"])
+    output, kib = measured([sys.executable, "-m", "server.cli", "extract", str(checkpoint), str(store), "--json"])
     done = json.loads(output)
     start = time.perf_counter()
     os.sync()
