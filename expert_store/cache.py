@@ -88,7 +88,7 @@ class ExpertCache:
         self._kept = [list(experts) for experts in kept or [[]] * len(store.manifest.layers)]
         most_kept = max(map(len, self._kept))
         if most_kept > num_slots:
-            raise SlotsError(f"{most_kept} pinned experts in {num_slots} slots a layer: pin fewer, or have more slots")
+            raise SlotsError(f"{most_kept} kept experts in {num_slots} slots a layer: keep fewer, or have more slots")
         self._store = store
         self.num_layers = len(store.manifest.layers)
         self.num_experts = store.manifest.model.num_experts

@@ -151,7 +151,7 @@ def _options(
         host_memory_bytes=None if model.host_memory is None else model.host_memory.resolve(of_bytes),
         mask=mask,
         cache_policy=model.cache_policy,
-        kept_experts=model.pinned_experts,
+        kept_experts=model.kept_experts,
         resident_bias=model.resident_bias,
         batch_invariant=model.batch_invariant,
     )

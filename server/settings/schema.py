@@ -44,7 +44,7 @@ class ModelSettings(Section):
     cache_policy: Literal["lru", "lfu"] = Field(
         "lru", description="which expert leaves a slot: the least recently or the least frequently used"
     )
-    pinned_experts: Annotated[int, Field(ge=0)] = Field(
+    kept_experts: Annotated[int, Field(ge=0)] = Field(
         0, description="slots of every layer kept for the experts that usage.json has seen served most"
     )
     batch_invariant: bool = Field(

@@ -34,7 +34,7 @@ def test_lfu_evicts_the_least_often_used_and_remembers_counts_after_eviction() -
     assert policy.evict(never) == 3, "2 was used more often in all, before and after it left"
 
 
-def test_pinned_experts_leave_only_when_every_other_is_leased() -> None:
+def test_kept_experts_leave_only_when_every_other_is_leased() -> None:
     policy = KeepSome(LRU(), (1, 2))
     for expert in (1, 2, 3, 4):
         policy.admit(expert)

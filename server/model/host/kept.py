@@ -27,7 +27,7 @@ def most_used_experts(store: Store, mask: ExpertMask, count: int) -> list[list[i
     """
     fewest = int(mask.num_allowed.min())
     if count > fewest:
-        raise SlotsError(f"pinned_experts is {count}, and a layer serves only {fewest} experts: pin at most so many")
+        raise SlotsError(f"kept_experts is {count}, and a layer serves only {fewest} experts: keep at most so many")
     if count == 0:
         return None
     uses: npt.NDArray[np.int64] = np.zeros(mask.allowed.shape, dtype=np.int64)

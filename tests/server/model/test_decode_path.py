@@ -91,7 +91,7 @@ def test_what_only_the_device_does_is_refused_on_the_host(opened):
         load(opened, resident_bias=0.1)
 
 
-def test_pinned_experts_are_the_most_used_ones_and_keep_their_slots(used_store):
+def test_kept_experts_are_the_most_used_ones_and_keep_their_slots(used_store):
     with Store.open(used_store) as store:
         everything = ExpertMask.of(store.available)
         assert most_used_experts(store, everything, 3) == [[10 + layer, 40, 20] for layer in range(8)]
@@ -108,8 +108,8 @@ def test_pinned_experts_are_the_most_used_ones_and_keep_their_slots(used_store):
         runner.close()
 
 
-def test_more_pinned_experts_than_a_layer_serves_are_refused(opened):
-    with pytest.raises(SlotsError, match=r"pinned_experts is 65.*only 64"):
+def test_more_kept_experts_than_a_layer_serves_are_refused(opened):
+    with pytest.raises(SlotsError, match=r"kept_experts is 65.*only 64"):
         load(opened, kept_experts=65)
-    with pytest.raises(SlotsError, match="13 pinned experts in 12 slots"):
+    with pytest.raises(SlotsError, match="13 kept experts in 12 slots"):
         load(opened, kept_experts=13)

@@ -45,7 +45,7 @@ def loaded(small_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
 
 
 def test_both_paths_give_the_same_text_and_the_same_account_of_it(loaded):
-    made = {path: loaded(path, slots=5, cache_policy="lfu", pinned_experts=1) for path in ("device", "host")}
+    made = {path: loaded(path, slots=5, cache_policy="lfu", kept_experts=1) for path in ("device", "host")}
     texts = {}
     for path, model in made.items():
         assert model.decode_path == path
