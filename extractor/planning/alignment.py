@@ -1,10 +1,10 @@
-"""Alignments: tables of the expert of each layer that forms deep expert c, and the quality of such a table.
+"""Alignments: tables with the expert of each layer that belongs to deep expert c, and the quality of such a table.
 
-An expert's index means nothing across layers, so a deep expert is formed of experts that serve the same text.
+An expert's index means nothing across layers, so a deep expert is made of experts that serve the same text.
 Invariant: a table of deep experts, int64 [C, L], holds distinct expert ids in each layer. Each step is an assignment
-problem (`scipy.optimize.linear_sum_assignment`) of one layer against the others as they are. `profile` follows the
-windows' usage, `tiers` first cuts the layers by saliency, `coverage` improves either by the measure that counts: the
-mass that each kind of text keeps when it takes its own best deep experts.
+problem (`scipy.optimize.linear_sum_assignment`) of one layer, with the other layers fixed. `profile` matches experts by
+their use in windows of text; `tiers` first divides each layer by saliency; `coverage` improves either table by the mass
+that each kind of text keeps with its own best deep experts.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ Float = npt.NDArray[np.float64]
 DeepExperts = npt.NDArray[np.int64]
 
 ROUNDS = 10
-"""Sweeps over the layers at most; a sweep that moves nothing ends them."""
+"""Most sweeps over the layers; a sweep that changes nothing is the last."""
 NUM_TIERS = 4
 COVERAGE_SHARES = (0.125, 0.25, 0.5)
-"""Shares of the deep experts at which `coverage` measures."""
+"""Shares of the deep experts at which `coverage` measures the kept mass."""
 
 
 class AlignmentError(ExtractError):
-    """Deep experts that no store can hold, or inputs that do not fit together."""
+    """The deep experts cannot form a store, or the inputs do not fit together."""
 
 
 def index_alignment(num_layers: int, num_experts: int) -> DeepExperts:
-    """The same expert id in every layer, int64 [E, L]: simple, needs no calibration, and means nothing."""
+    """The same expert id in every layer, int64 [E, L]: it needs no calibration, and the grouping is arbitrary."""
     return np.tile(np.arange(num_experts, dtype=np.int64)[:, None], (1, num_layers))
 
 
@@ -43,7 +43,7 @@ def rank_alignment(saliency: Float) -> DeepExperts:
 
 
 def chain_alignment(saliency: Float, coactivation: Float) -> DeepExperts:
-    """Each layer matched to the one before by co-activation [L-1, E, E], from layer 0 by saliency, int64 [E, L]."""
+    """Match each layer to the one before by co-activation [L-1, E, E], from layer 0 by saliency; int64 [E, L]."""
     deep_experts = rank_alignment(saliency)
     for layer in range(1, deep_experts.shape[1]):
         _, follower = linear_sum_assignment(coactivation[layer - 1][deep_experts[:, layer - 1]], maximize=True)
@@ -54,12 +54,12 @@ def chain_alignment(saliency: Float, coactivation: Float) -> DeepExperts:
 def profile_alignment(
     deep_experts: DeepExperts, windows: npt.NDArray[np.floating], rounds: int = ROUNDS
 ) -> DeepExperts:
-    """Deep experts whose experts are used in the same windows, int64 [C, L], from a first table that is not changed.
+    """Deep experts whose experts are used in the same windows, int64 [C, L]; starts from a table, which is not changed.
 
-    Repeats: for each layer, match its experts to the summed profiles of the deep experts' other layers.
+    Repeat: for each layer, match its experts to the summed profiles of the deep experts' other layers.
 
     Args:
-        deep_experts: int64 [C, L], which experts take part and a first order (for instance `rank_alignment`).
+        deep_experts: int64 [C, L], the experts to align, in a first order (for instance `rank_alignment`).
         windows: usage [W, L, E] of windows of text (gate mass).
     """
     deep_experts = deep_experts.copy()
@@ -83,7 +83,7 @@ def profile_alignment(
 def tiered_alignment(
     saliency: Float, windows: npt.NDArray[np.floating], num_tiers: int = NUM_TIERS, rounds: int = ROUNDS
 ) -> DeepExperts:
-    """Layers cut into tiers of saliency [L, E], the profile alignment within each; best tier first, int64 [E, L]."""
+    """Divide the layers into tiers of saliency [L, E] and align each by profile; best tier first, int64 [E, L]."""
     ranked = rank_alignment(saliency)
     bounds = np.linspace(0, len(ranked), num_tiers + 1).astype(int)
     parts = [profile_alignment(ranked[low:high], windows, rounds) for low, high in pairwise(bounds) if high > low]
@@ -97,13 +97,13 @@ def coverage_alignment(
     shares: Sequence[float] = COVERAGE_SHARES,
     rounds: int = 2 * ROUNDS,
 ) -> DeepExperts:
-    """Deep experts improved for what groups of text keep when each takes its own best deep experts, int64 [C, L].
+    """Improve deep experts by the mass that each group of text keeps with its own best deep experts, int64 [C, L].
 
     Coordinate ascent of Σ_groups Σ_shares weight × (mass of the group in its own best share of the deep experts):
     with the groups' choices of deep experts fixed, placing the experts of one layer is an assignment problem.
 
     Args:
-        deep_experts: int64 [C, L], which experts take part and where the ascent starts; not changed.
+        deep_experts: int64 [C, L], the experts to align and the start of the ascent; not changed.
         groups: mass [G, L, E] of each group of text (domains, windows, all of it).
         weights: [G, S], of each group at each of the S shares.
         shares: of the deep experts, rising.
@@ -138,8 +138,8 @@ def restarted_coverage_alignment(
 ) -> DeepExperts:
     """The best of `num_starts` coverage alignments of all experts, int64 [E, L]; the starts are always the same ones.
 
-    The first starts from the profile alignment of the ranks, the others from that of shuffled layers: the ascent ends
-    in one of many local optima, and what it ascends says which is best.
+    The first start is the profile alignment of the ranks, the others are those of shuffled layers. Each ascent ends in
+    a local optimum; the one with the largest objective is returned.
     """
     rng = np.random.default_rng(0)
     ranked = rank_alignment(saliency)
@@ -159,7 +159,7 @@ def _kept_mass(
     weights: npt.NDArray[np.floating],
     shares: Sequence[float],
 ) -> float:
-    """The objective of `coverage_alignment`, which raises it step by step."""
+    """The objective that `coverage_alignment` maximises."""
     mass = deep_expert_mass(deep_experts, groups / np.maximum(groups.sum(axis=(1, 2), keepdims=True), 1e-300))
     ranked = np.sort(mass, axis=1)[:, ::-1]
     kept = [ranked[:, : max(1, round(share * len(deep_experts)))].sum(axis=1) for share in shares]
@@ -173,13 +173,13 @@ def deep_expert_mass(deep_experts: DeepExperts, mass: npt.NDArray[np.floating]) 
 
 
 def served_share(deep_experts: DeepExperts, mass: npt.NDArray[np.floating]) -> float:
-    """Share of the mass [L, E] that lies in the deep experts."""
+    """The share of the mass [L, E] that belongs to the deep experts."""
     total = float(mass.sum())
     return float(deep_expert_mass(deep_experts, mass).sum()) / total if total > 0 else 0.0
 
 
 def check_deep_experts(deep_experts: DeepExperts, num_layers: int, num_experts: int) -> None:
-    """Raises `AlignmentError` unless the deep experts are distinct existing experts in every layer."""
+    """Raise `AlignmentError` unless the deep experts are distinct existing experts in every layer."""
     if deep_experts.ndim != 2 or deep_experts.shape[1] != num_layers:
         raise AlignmentError(f"deep experts have shape {deep_experts.shape}, wanted [C, {num_layers}]")
     if deep_experts.size and not 0 <= int(deep_experts.min()) <= int(deep_experts.max()) < num_experts:

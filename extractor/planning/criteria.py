@@ -1,9 +1,9 @@
-"""The worth of each expert of a layer, from calibration statistics: the published criteria and two controls.
+"""The score of each expert of a layer, from calibration statistics: the published criteria and two controls.
 
-Invariant: a larger score is always the better expert, scores are finite, and the same statistics give the same scores.
+Invariant: a larger score means a better expert, scores are finite, and the same statistics give the same scores.
 Sources: REAP (Cerebras, 2025), EASY-EP (2504.06792), AIMER (2603.18492; there a *higher* ratio is pruned first). An
-audit (2606.10703) found that none of them predicts causal importance, so random and index are always run beside them.
-`coverage` is our own: it looks at whole tokens, so that few are left with little.
+audit (2606.10703) found that none of them predicts causal importance, so compare them with random and index.
+`coverage` is our own: it counts the covered share of each token, so that few tokens lose much.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ Float = npt.NDArray[np.float64]
 
 DEFAULT_CRITERION = "reap-sum"
 SHRINKAGE_PICKS = 32.0
-"""Picks' worth of the layer's mean that a per-pick mean is mixed with: a mean over a handful of picks is noise."""
+"""A mean per pick is mixed with this many picks of the layer's mean, since a mean over few picks is noise."""
 
 MAX_COVERED = 1 << 26
-"""Most values (token, layer, deep expert) that a choice of deep experts looks at; beyond it, every n-th token."""
+"""Most values (token, layer, deep expert) that a choice of deep experts reads; beyond it, it reads every n-th token."""
 
 
 class CriterionError(ExtractError):
-    """A criterion that does not exist, or whose statistics are missing."""
+    """The criterion does not exist, or its statistics are missing."""
 
 
 def _mean_per_pick(total: Float, picks: Float, shrinkage: float) -> Float:
-    """total / picks [L, E], pulled to the layer's mean by `shrinkage` picks' worth of it."""
+    """total / picks [L, E], mixed with `shrinkage` picks of the layer's mean."""
     layer_picks = picks.sum(axis=1, keepdims=True)
     layer_mean = np.divide(
         total.sum(axis=1, keepdims=True), layer_picks, out=np.zeros_like(layer_picks), where=layer_picks > 0
@@ -66,7 +66,7 @@ def _index(statistics: ExpertStatistics) -> Float:
 
 
 def _coverage(statistics: ExpertStatistics, domains: Sequence[str] | None) -> Float:
-    """Greedy choice that leaves the least squared missing share over the sampled tokens; earlier picks score higher."""
+    """Greedy choice with the least squared missing share over the sampled tokens; earlier picks score higher."""
     experts, shares, weights = _sampled_shares(statistics, domains)
     scores = np.empty((statistics.num_layers, statistics.num_experts))
     for layer in range(statistics.num_layers):
@@ -79,7 +79,7 @@ def cover_deep_experts(
 ) -> Float:
     """The criterion `coverage` for whole deep experts, int64 [C, L]: scores [C], larger is better.
 
-    A choice of deep experts is judged by what each token keeps in each layer, all layers together.
+    A choice of deep experts is scored by the share that each token keeps in each layer, over all layers together.
 
     Raises:
         CriterionError: no tokens were sampled. StatisticsError: an unknown domain.
@@ -97,7 +97,7 @@ def cover_deep_experts(
 def _sampled_shares(
     statistics: ExpertStatistics, domains: Sequence[str] | None
 ) -> tuple[npt.NDArray[np.int64], Float, Float]:
-    """Experts [N, L, K] of the sampled tokens, each one's share of what the token got [N, L, K], and weights [N]."""
+    """Experts [N, L, K] of the sampled tokens, their shares of the token's contributions [N, L, K], weights [N]."""
     sample = statistics.tokens
     chosen = sample.of(statistics.indices(domains))
     if not chosen.any():
@@ -111,14 +111,14 @@ def _sampled_shares(
 
 
 def _held(experts: npt.NDArray[np.int64], shares: Float, layer: int, num_experts: int) -> Float:
-    """Shares of one layer by expert, float64 [N, E]; the sentinel falls away."""
+    """Shares of one layer by expert, float64 [N, E]; sentinel ids are dropped."""
     held = np.zeros((len(experts), num_experts + 1))
     np.put_along_axis(held, np.minimum(experts[:, layer], num_experts), shares[:, layer], axis=1)
     return held[:, :num_experts]
 
 
 def _greedy_cover(held: Float, weights: Float) -> Float:
-    """Scores [M] of what tokens hold [N, M], from M for the first pick; each leaves the least Σ w (1 − covered)²."""
+    """Scores [M] from the tokens' shares [N, M], M for the first pick; each pick minimises Σ w (1 − covered)²."""
     own = weights @ np.square(held)
     missing = np.ones(len(held))
     scores = np.zeros(held.shape[1])
@@ -151,11 +151,11 @@ def score(
     """Scores of all experts on the given domains (all by default), float64 [L, E]; larger is better.
 
     Args:
-        shrinkage: for the means per pick, picks' worth of the layer's mean to mix in; 0 takes the bare mean.
+        shrinkage: for the means per pick, the number of picks of the layer's mean to mix in; 0 takes the plain mean.
         seed: of the criterion "random".
 
     Raises:
-        CriterionError: an unknown criterion, or "aimer" without the weights' figures.
+        CriterionError: an unknown criterion, or "aimer" without `weight_flatness`.
         StatisticsError: an unknown domain.
     """
     statistics.indices(domains)
@@ -184,5 +184,5 @@ def normalised(scores: Float) -> Float:
 
 
 def ranking(scores: Float) -> npt.NDArray[np.int64]:
-    """Expert ids of each layer, best first, int64 [L, E]; equal scores in the order of the ids."""
+    """Expert ids of each layer, best first, int64 [L, E]; equal scores are in the order of the ids."""
     return np.argsort(-scores, axis=1, kind="stable").astype(np.int64)

@@ -1,7 +1,7 @@
 """The demand that a choice of experts is expected to serve, and its cost, in each domain of the statistics.
 
-The served share is measured on the calibration text; the cost follows from the price curves, where calibration measured
-masks. A cost above what the user bears must be said loudly: there, paging serves better than masking.
+The served share is measured on the calibration text; the cost follows from the price curves, if calibration measured
+masks. Commands warn of a cost above the user's limit, since paging then serves better than masking.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Expectation:
     Attributes:
         domain: name.
         served_share: of the router mass, 0 to 1; 1 minus it is the expected deficit.
-        loss_change: expected nats a token; None where calibration measured no masks.
-        is_measured: whether it measured masks that leave as little; if not, the cost is a guess, and mostly too low.
+        loss_change: expected nats a token; None if calibration measured no masks.
+        is_measured: whether calibration measured deficits this large; if not, the cost is a guess, mostly too low.
     """
 
     domain: str
@@ -42,7 +42,7 @@ class Expectation:
         return None if self.loss_change is None else math.exp(self.loss_change)
 
     def describe(self) -> str:
-        """One line of text."""
+        """The expectation as one line of text."""
         text = f"{self.domain}: {self.served_share:.1%} of router mass served"
         if self.loss_change is None:
             return text + ", cost unknown (calibrate with --price)"
@@ -90,16 +90,16 @@ def expect(
 
 
 def costly(expectations: Sequence[Expectation], warn_ratio: float = WARN_PERPLEXITY_RATIO) -> list[Expectation]:
-    """Those whose perplexity may grow by more than `warn_ratio` times, the dearest first.
+    """The expectations whose perplexity may grow by more than `warn_ratio` times, the most expensive first.
 
-    Where less is left than was ever measured, it may.
+    This includes every expectation with a deficit larger than calibration measured.
     """
     found = [one for one in expectations if one.ratio is not None and (one.ratio > warn_ratio or not one.is_measured)]
     return sorted(found, key=lambda one: one.ratio or 0.0, reverse=True)
 
 
 def cost_warning(expectations: Sequence[Expectation], warn_ratio: float, masked_to: str) -> str | None:
-    """The warning for serving with the mask that `masked_to` names; None where no domain costs much."""
+    """The warning for serving with the mask that `masked_to` names; None if no domain costs much."""
     bad = costly(expectations, warn_ratio)
     if not bad:
         return None

@@ -1,6 +1,6 @@
-"""Deep experts from statistics: the alignments, the groups of text that they should suit, and the best of them.
+"""Forms deep experts from statistics: the alignments, the groups of text that weigh in them, and the ranking.
 
-Invariant: what is chosen depends on the statistics alone, so the same file gives the same deep experts.
+Invariant: the result depends on the statistics alone, so the same file gives the same deep experts.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ ALIGNMENTS = ("free", "index", "rank", "chain", "profile", "tiers", "coverage")
 """The ways to form deep experts; "free" chooses per layer first."""
 MAX_GROUP_WINDOWS = 512
 START_EXPERTS, MANY_EXPERTS = 24 * 64, 160
-"""The coverage alignment starts so many times as experts of all its starts make that number, up to so many a layer."""
+"""The coverage alignment has START_EXPERTS ÷ E starts, and one start if E is above MANY_EXPERTS."""
 SHARE_WEIGHTS = (1.0, 2.0, 2.0)
 """The weights of `COVERAGE_SHARES`."""
 SENSITIVITY_RANGE = (0.1, 10.0)
-"""A domain weighs no less and no more than so many times the mean one."""
+"""Least and most weight of a domain, relative to the mean domain."""
 
 
 def form_deep_experts(
     statistics: ExpertStatistics, chosen: npt.NDArray[np.bool_], together: Float, domains: Sequence[str]
 ) -> DeepExperts:
-    """Deep experts, int64 [C, L], of every chosen expert [L, E]: those that serve the same text stand together."""
+    """Deep experts, int64 [C, L], made of all chosen experts [L, E]: experts that serve the same text are grouped."""
     count = int(chosen.sum(axis=1)[0])
     ranked = ranking(np.where(chosen, together, -np.inf))[:, :count]
     groups, weights = groups_of_text(statistics, domains)
@@ -57,7 +57,7 @@ def align(statistics: ExpertStatistics, kind: str, saliency: Float, domains: Seq
     """Deep experts of all experts, int64 [E, L], by one of `ALIGNMENTS` other than "free"; saliency [L, E].
 
     Raises:
-        SelectionError: the kind does not exist, or needs windows that the statistics do not have.
+        SelectionError: the kind does not exist, or needs windows, and the statistics have none.
     """
     if kind == "index":
         return index_alignment(*saliency.shape)
@@ -84,9 +84,9 @@ def align(statistics: ExpertStatistics, kind: str, saliency: Float, domains: Seq
 
 
 def sensitivities(statistics: ExpertStatistics, domains: Sequence[str]) -> Float:
-    """The cost of a missing share for each domain beside the mean one, float64 [D], from the price at a quarter kept.
+    """The cost of a deficit for each domain, relative to the mean domain, float64 [D], with a quarter of experts kept.
 
-    Ones where calibration measured no price.
+    All ones if calibration measured no price.
     """
     price = Price.of(statistics.price)
     if price is None:
@@ -102,7 +102,7 @@ def sensitivities(statistics: ExpertStatistics, domains: Sequence[str]) -> Float
 def ranked_deep_experts(
     statistics: ExpertStatistics, deep_experts: DeepExperts, domains: Sequence[str] | None = None
 ) -> npt.NDArray[np.int64]:
-    """Deep experts [C, L] best first for the domains, int64 [C]: by coverage of the tokens, without tokens by mass."""
+    """The order of deep experts [C, L] for the domains, best first, int64 [C]: by coverage of tokens, else by mass."""
     if statistics.tokens.of(statistics.indices(domains)).any():
         return np.argsort(-cover_deep_experts(statistics, deep_experts, domains), kind="stable").astype(np.int64)
     mass = deep_expert_mass(deep_experts, statistics.total("demand_mass", domains))
@@ -110,11 +110,11 @@ def ranked_deep_experts(
 
 
 def groups_of_text(statistics: ExpertStatistics, domains: Sequence[str]) -> tuple[Float, Float]:
-    """Groups of text that deep experts should suit, mass [G, L, E], and weights [G, S] at `COVERAGE_SHARES`.
+    """The groups of text for `coverage_alignment`, mass [G, L, E], and weights [G, S] at `COVERAGE_SHARES`.
 
-    Each domain weighs 1, and at the largest share what a missing share costs it: there, most domains lose nothing yet.
-    The windows stand for kinds that have no name: together they weigh the more the fewer have one (8 ÷ D), and all of
-    the text a quarter of that.
+    Each domain weighs 1; at the largest share this is multiplied by its sensitivity, since most domains lose almost
+    nothing there. The windows represent kinds of text without a name: together they weigh 8 ÷ D, so less if more
+    domains are named. The whole text weighs a quarter of that.
     """
     shares = np.stack([statistics.demand_shares(name) for name in domains])
     sample = statistics.windows

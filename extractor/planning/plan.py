@@ -1,11 +1,11 @@
-"""The plan file: which expert of every layer forms which deep expert, best first.
+"""The plan file: the deep experts to extract, best first, with the expert of every layer.
 
     {"format": "deepfew-plan", "version": 1, "alignment": {"kind": "profile", …}, "num_layers": L, "num_experts": E,
      "deep_experts": [{"experts": [id of layer 0, …], "score": …}, …], …}
 
-Invariant of a `Plan`: every deep expert has one existing expert of every layer, and no expert is in two of them. Keys
-that this version does not know are kept in `extra` and written back; an unknown version is refused. A plan that carries
-`fingerprint` is for that checkpoint alone.
+Invariant of a `Plan`: every deep expert has one existing expert of every layer, and no expert is in two deep experts.
+Unknown keys are kept in `extra` and written back; an unknown version is refused. A plan with a `fingerprint` is valid
+for that checkpoint alone.
 """
 
 from __future__ import annotations

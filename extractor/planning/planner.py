@@ -1,8 +1,8 @@
-"""Plans: which experts a store should have, decided from calibration, and what they are expected to serve.
+"""Plans: the experts that a store should have, chosen by calibration, and the demand that they are expected to serve.
 
-A plan chooses freely in every layer and forms its deep experts from what it chose, so nothing is lost by every shard
-being all layers deep. Invariant: the same number of experts is chosen in every layer, and each is in exactly one deep
-expert. The other alignments fix the deep experts first and choose whole deep experts.
+The alignment "free" chooses the best experts of every layer and forms deep experts from them, so whole deep experts
+cost no quality. The other alignments form deep experts first and choose among those. Invariant: the same number of
+experts is chosen in every layer, and each is in exactly one deep expert.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Float = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """The purpose of a plan.
+    """The parameters of a plan.
 
     Attributes:
         count: deep experts to choose.
         criterion, seed: see `extractor.planning.criteria.score`.
         alignment: one of `ALIGNMENTS`.
-        domains: that the plan serves; None is all of the statistics.
-        quotas: domain → share of the places that is chosen for it alone; what is left is chosen for all together.
+        domains: domains that the plan serves; None is all domains of the statistics.
+        quotas: domain → share of the deep experts that is chosen for it alone; the rest is chosen for all domains.
         usage: demanded mass [L, E] of a served model, added as a domain of its own.
     """
 
@@ -53,7 +53,7 @@ def make_plan(statistics: ExpertStatistics, request: PlanRequest) -> Plan:
     """Choose deep experts, best first.
 
     Raises:
-        SelectionError: a count, alignment or quota that cannot be.
+        SelectionError: the count, alignment or quota is not possible.
         CriterionError, StatisticsError: see there.
     """
     _check(statistics, request)
@@ -88,10 +88,10 @@ def make_plan(statistics: ExpertStatistics, request: PlanRequest) -> Plan:
 def choose_per_layer(
     scores: Mapping[str, Float], together: Float, quotas: Mapping[str, float], count: int
 ) -> npt.NDArray[np.bool_]:
-    """The experts to take, bool [L, E] with `count` in every layer.
+    """The chosen experts, bool [L, E] with `count` in every layer.
 
-    Domains with a quota take turns, each its best expert that is not taken yet, until the quotas are used up; the rest
-    are the best for all domains together.
+    The domains with a quota choose in turn, each time their best remaining expert, until the quotas are used up. The
+    rest are the best experts for all domains together.
     """
     num_layers, num_experts = together.shape
     chosen = np.zeros((num_layers, num_experts), dtype=np.bool_)
@@ -106,7 +106,7 @@ def choose_per_layer(
 
 
 def count_for(statistics: ExpertStatistics, count: int | None, keep: float | None, budget_bytes: int | None) -> int:
-    """The number of deep experts that was asked for by number, share, or bytes of the whole store.
+    """The number of deep experts within a limit: a number, a share, or bytes of the whole store.
 
     Raises:
         SelectionError: no limit was given, or see `count_within`.
@@ -126,7 +126,7 @@ def count_for(statistics: ExpertStatistics, count: int | None, keep: float | Non
 
 
 def _turns(quotas: Mapping[str, float], count: int) -> list[str | None]:
-    """Whose turn each place is, `None` for all domains together, spread evenly."""
+    """The domain that chooses at each turn, spread evenly; `None`, at the end, is all domains together."""
     left = {name: int(share * count + 1e-9) for name, share in quotas.items()}
     given = dict.fromkeys(left, 0)
     turns: list[str | None] = []
@@ -140,7 +140,7 @@ def _turns(quotas: Mapping[str, float], count: int) -> list[str | None]:
 def _order(
     statistics: ExpertStatistics, request: PlanRequest, deep_experts: DeepExperts, scores: Float, domains: Sequence[str]
 ) -> npt.NDArray[np.int64]:
-    """Deep experts best first, [C]: by the criterion `coverage` of whole ones, else by the sum of their scores."""
+    """The order of the deep experts, best first, [C]: by `coverage` of whole deep experts, else by summed scores."""
     if request.criterion == "coverage" and set(domains) <= set(statistics.domains) and request.usage is None:
         return ranked_deep_experts(statistics, deep_experts, domains)
     return np.argsort(-deep_expert_mass(deep_experts, scores), kind="stable")
@@ -192,7 +192,7 @@ def allowed_by(deep_experts: DeepExperts, num_experts: int) -> npt.NDArray[np.bo
 def _alignment(
     statistics: ExpertStatistics, request: PlanRequest, domains: Sequence[str], expectations: Sequence[Expectation]
 ) -> dict[str, Any]:
-    """The kind, and what a store keeps of its plan so that its server knows what it costs to do without the others."""
+    """The alignment's kind, and the price, which a store keeps so that its server knows the cost of its mask."""
     price = Price.of([point for point in statistics.price if point.domain in domains])
     kept = {"num_planned": request.count, "expected": [one.to_json() for one in expectations]}
     return {"kind": request.alignment} | kept | ({} if price is None else {"price": price.to_json()})

@@ -1,6 +1,6 @@
-"""Pictures of a plan: which experts of which layers it takes, and the mass that is kept over the bytes that are kept.
+"""Pictures of a plan: the chosen experts of each layer, and the kept mass over the kept bytes.
 
-Drawn with matplotlib's Agg canvas: no display, no global state.
+They are drawn with matplotlib's Agg canvas, which needs no display and no global state.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FORMATS = (".png", ".svg", ".pdf")
 
 
 def require_picture(path: Path) -> None:
-    """Refuse a name whose suffix is no format that can be drawn. Raises TargetError."""
+    """Raise TargetError if the name's suffix is no known picture format."""
     if path.suffix not in FORMATS:
         raise TargetError(f"--plot {path}: wanted a name that ends in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
 
@@ -42,8 +42,8 @@ def draw_plan(path: Path, statistics: ExpertStatistics, plan: Plan, scores: Floa
     """Write a picture of the plan to `path`; the suffix chooses the format (png, svg, pdf).
 
     Args:
-        scores: float64 [L, E], what the plan ranked by, over all its domains.
-        domains: whose curves are drawn (the first `MAX_CURVES`).
+        scores: float64 [L, E], the scores of the plan's criterion, over all its domains.
+        domains: domains to draw curves for (the first `MAX_CURVES`).
 
     Raises:
         OSError: the file cannot be written.

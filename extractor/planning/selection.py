@@ -1,7 +1,7 @@
 """The choice of deep experts to extract from a checkpoint, best first.
 
-Invariant of a `Selection`: every deep expert has one expert of every MoE layer (there is no way to take some layers
-only), and no (layer, expert) is taken twice.
+Invariant of a `Selection`: every deep expert has one expert of every MoE layer, never of some layers only, and no
+(layer, expert) is in it twice.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from router.mask import parse_experts
 
 @dataclass(frozen=True)
 class SelectionRequest:
-    """The user's choice; at most one of the first four. `experts` is text as "0-7,12", `keep` a share of 1."""
+    """The user's choice; at most one of the first four is set. `experts` is text as "0-7,12", `keep` a share of 1."""
 
     experts: str | None = None
     count: int | None = None
@@ -47,8 +47,8 @@ def select(
 ) -> Selection:
     """Turn a request into deep experts of `model`.
 
-    Without a plan, deep expert i is expert i of every layer; with one, its first (best) deep experts are taken.
-    `fingerprint` is compared with the plan's, where it has one. Raises SelectionError.
+    Without a plan, deep expert i is expert i of every layer; with a plan, its first (best) deep experts are taken.
+    `fingerprint` must equal the plan's, if it has one. Raises SelectionError.
     """
     for option, value in (("--count", request.count), ("--keep", request.keep), ("--budget", request.budget_bytes)):
         if request.experts is not None and value is not None:
@@ -113,16 +113,16 @@ def count_within(
     most: int,
     store_bytes: Callable[[int], int],
 ) -> int:
-    """The number of deep experts within the one limit that is given, `most` without one.
+    """The number of deep experts within the given limit; `most` without a limit.
 
     Args:
         count, keep, budget_bytes: a number, a share of the experts from 0 to 1, bytes of the whole store.
         num_experts: E, of which `keep` is a share.
-        most: deep experts that there are to choose from.
-        store_bytes: the size of a store with so many deep experts.
+        most: number of deep experts to choose from.
+        store_bytes: returns the size of a store with a given number of deep experts.
 
     Raises:
-        SelectionError: several limits are given, or fewer than one or more than `most` deep experts are within it.
+        SelectionError: several limits are given, or the number is less than 1 or more than `most`.
     """
     limits = {"--count": count, "--keep": keep, "--budget": budget_bytes}
     given = [option for option, value in limits.items() if value is not None]

@@ -1,7 +1,7 @@
-"""Sizes and shares as people write and read them.
+"""Parsing and formatting of sizes and shares.
 
-Invariant: every command and every setting reads a size by `parse_size` and a share by `parse_share`, so that one text
-means one number everywhere. GiB is 2^30 bytes and GB is 10^9; a letter alone is binary, so 8G is 8GiB.
+Invariant: every command and every setting reads a size by `parse_size` and a share by `parse_share`, so that a text
+means the same number everywhere. GiB is 2^30 bytes and GB is 10^9; a letter alone is binary, so 8G is 8GiB.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _SHARE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*(%?)", re.ASCII)
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `8GiB`, `1.5 GB`, `512M` or `4096`, in capitals or not.
+    """Parse a size such as `8GiB`, `1.5 GB`, `512M` or `4096` to bytes; upper or lower case.
 
     Raises:
         ValueError: not a size, or less than one byte.
@@ -27,7 +27,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_share(text: str) -> float:
-    """A share of a whole, above 0 and at most 1, of `25%` or `0.25`.
+    """Parse a share such as `25%` or `0.25`; it is above 0 and at most 1.
 
     Raises:
         ValueError: not a share.
@@ -40,7 +40,7 @@ def parse_share(text: str) -> float:
 
 
 def format_size(size: float) -> str:
-    """A size for people: 4096 is "4.0 KiB"."""
+    """Format a size: 4096 is "4.0 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"

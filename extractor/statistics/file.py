@@ -1,7 +1,7 @@
-"""The statistics file: one safetensors file whose metadata says what it holds; versioned, written atomically.
+"""The statistics file: one safetensors file with a versioned description in its metadata, written atomically.
 
-Invariant: what `write_statistics` wrote, `read_statistics` gives back bit for bit; anything else is refused with what
-is wrong. Totals are float64, samples float16 and uint16.
+Invariant: `read_statistics` returns bit for bit what `write_statistics` wrote, and refuses any other file with the
+reason. Totals are float64, samples float16 and uint16.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def write_statistics(path: Path, statistics: ExpertStatistics) -> None:
     if statistics.weight_flatness is not None:
         arrays["weight_flatness"] = statistics.weight_flatness
     contents = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    with replacing(path) as file:  # not written by the library, whose files nobody but their owner may read
+    with replacing(path) as file:  # not with the library, whose files only their owner may read
         file.write(save(contents, {"deepfew": json.dumps(header)}))
 
 
@@ -63,10 +63,10 @@ def read_statistics(path: Path) -> ExpertStatistics:
     """Read a statistics file.
 
     Raises:
-        StatisticsError: it is none, of an unknown version, or its arrays do not fit together.
+        StatisticsError: it is no statistics file, has an unknown version, or its arrays do not fit together.
         OSError: it cannot be read.
     """
-    if path.is_dir():  # else told as a missing device by the library
+    if path.is_dir():  # the library would report a missing device
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.stat().st_size > MAX_FILE_BYTES:
         raise StatisticsError(f"{path} is larger than {MAX_FILE_BYTES} bytes: no statistics file")
@@ -122,7 +122,7 @@ def _statistics(header: dict[str, Any], arrays: Arrays) -> ExpertStatistics:
 
 
 def _price_point(item: dict[str, Any]) -> PricePoint:
-    """`part`, `per_layer` and `is_wrong` came later than the rest: files of before read as they were."""
+    """Price points; `part`, `per_layer` and `is_wrong` were added later, and get defaults in older files."""
     return PricePoint(
         domain=str(item["domain"]),
         deficit=float(item["deficit"]),

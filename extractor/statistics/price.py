@@ -1,13 +1,13 @@
-"""The price of a mask: the change of loss that a deficit is expected to bring, measured by calibration.
+"""The price of a mask: the change of loss that a deficit is expected to cause, measured by calibration.
 
     price = Price.of(statistics.price)
     price.expected_loss(0.18, "code").ratio      # of perplexity
     price.expected_loss(response.deficit)        # of text whose kind is unknown, with its range over the known kinds
 
-The same deficit costs very different amounts on different kinds of text (reciting facts survives what prose does not),
-so there is one curve a domain. Invariant: a curve starts at no cost for no deficit and never falls. Of text whose
-domain is unknown the expectation is one curve through all measurements, and the range over the domains says how little
-that is worth; where its routing is known, the curves of the domains that route alike are worth more.
+The cost of one deficit differs strongly between kinds of text, so each domain has a curve of its own. Invariant: a
+curve starts at cost 0 for deficit 0 and never falls. For text of an unknown domain, the expectation is one curve
+through all measurements, with the range over the domains as its uncertainty. If the text's routing is known, the mean
+of the curves of the domains with similar routing is more accurate.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from extractor.statistics.statistics import PricePoint, StatisticsError
 Float = npt.NDArray[np.float64]
 
 WARN_PERPLEXITY_RATIO = 1.1
-"""Expected perplexity ÷ unmasked perplexity from which commands warn, where nothing else is set."""
+"""Expected perplexity ÷ unmasked perplexity from which commands warn, by default."""
 MAX_RATIO_LOG = 50.0
-"""A ratio of perplexity is never given as more than e to this."""
+"""A ratio of perplexity is reported as at most e to this power."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class ExpectedLoss:
 
     Attributes:
         nats: change of loss, nats a token; never negative.
-        low, high: of the cheapest and the dearest domain that it may be; equal to `nats` where the domain is known.
-        is_measured: whether calibration measured deficits as large; past them a cost is a guess, and mostly too low.
-        basis: by what it goes: the curve of the text's own "domain", those of the domains that its "routing" is like,
-            or the one through "all" measurements.
+        low, high: costs in the cheapest and the most expensive possible domain; both are `nats` if the domain is known.
+        is_measured: whether calibration measured deficits this large; beyond them a cost is a guess, mostly too low.
+        basis: the source of the cost: the curve of the text's own "domain", the curves of domains with similar
+            "routing", or the curve through "all" measurements.
     """
 
     nats: float
@@ -54,7 +54,7 @@ class ExpectedLoss:
         return math.exp(min(self.nats, MAX_RATIO_LOG))
 
     def describe(self) -> str:
-        """As text: nats and the ratio of perplexity, with the range where there is one."""
+        """As text: nats and the ratio of perplexity, with the range if there is one."""
         text = f"{self.nats:+.3f} nats a token (perplexity × {self.ratio:.3f})"
         return text if self.low == self.high else f"{text}, {self.low:+.3f} to {self.high:+.3f} by kind of text"
 
@@ -72,7 +72,7 @@ class PriceCurve:
 
     @property
     def last_deficit(self) -> float:
-        """The largest that was measured."""
+        """The largest measured deficit."""
         return float(self.deficits[-1])
 
     def __call__(self, deficit: float) -> float:
@@ -89,10 +89,10 @@ class PriceCurve:
 
 @dataclass(frozen=True)
 class PriceFit:
-    """The quality with which curves predict text that they were not fitted on.
+    """The accuracy of the curves on text that they were not fitted on.
 
     Attributes:
-        r_squared: share of the variance of the measured changes that they explain.
+        r_squared: share of the variance of the measured changes that the curves explain.
         mean_error: mean absolute difference, nats a token.
         num_points: measurements compared.
     """
@@ -107,9 +107,9 @@ class Price:
     """The curves of one checkpoint.
 
     Attributes:
-        curves: of each domain, at least one.
-        overall: through the measurements of all domains together.
-        fit: how well they predict; None where calibration measured each mask on one text alone.
+        curves: one for each domain; at least one.
+        overall: the curve through the measurements of all domains together.
+        fit: accuracy of the curves; None if calibration measured each mask on one part of the text alone.
     """
 
     curves: Mapping[str, PriceCurve]
@@ -118,7 +118,7 @@ class Price:
 
     @classmethod
     def of(cls, points: Sequence[PricePoint]) -> Price | None:
-        """The curves through measurements; None where there are none."""
+        """Fit the curves to measurements; None if there are none."""
         return cls(_curves(points), _curve(points), _fit(points)) if points else None
 
     def expected_loss(
@@ -131,10 +131,10 @@ class Price:
 
         Args:
             deficit: missing share of the router mass, 0 to 1: overall, or of each layer.
-            domain: kind of text; None, or one that was not calibrated, is any of them.
-            likeness: how much the text is like each domain, by its routing for instance: of a kind that is not known
-                the expectation is then the mean of their curves with these weights. None, or weights that are all 0
-                for calibrated domains, takes the one curve through all measurements.
+            domain: kind of text; None, or a domain that was not calibrated, stands for any domain.
+            likeness: domain → weight, its similarity to the text (of their routing, for instance). For an unknown
+                domain, the expectation is the mean of the curves with these weights. None, or only weights of 0 for
+                calibrated domains, takes the one curve through all measurements.
         """
         share = float(np.mean(deficit))
         own = None if domain is None else self.curves.get(domain)
@@ -150,7 +150,7 @@ class Price:
         return ExpectedLoss(nats, min(values), max(values), share <= self.overall.last_deficit, basis)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON-ready data, rounded; plans and manifests carry it."""
+        """As JSON-ready data, rounded; plans and manifests contain it."""
         curves = {name: one.to_json() for name, one in self.curves.items()}
         fit = None
         if self.fit is not None:
@@ -179,7 +179,7 @@ class Price:
 
 
 def determination(actual: Sequence[float], predicted: Sequence[float]) -> float:
-    """R²: the share of the actual values' variance that the predictions explain; 1 is perfect, 0 is the mean's."""
+    """R²: the share of the actual values' variance that the predictions explain; 1 is exact, the mean gives 0."""
     y, p = np.asarray(actual, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
     spread = float(np.square(y - y.mean()).sum())
     return 1.0 - float(np.square(y - p).sum()) / spread if spread > 0 else float("nan")
@@ -193,8 +193,10 @@ def _curves(points: Sequence[PricePoint]) -> dict[str, PriceCurve]:
 
 
 def _curve(points: Sequence[PricePoint]) -> PriceCurve:
-    """Isotonic regression through no cost at no deficit; past the largest deficit of right masks on to what wrong ones
-    cost, quadratically until the first of them: so exchanging more and more experts was seen to cost.
+    """Isotonic regression through cost 0 at deficit 0.
+
+    Beyond the largest deficit of the right masks, the curve continues through the costs of the wrong ones. It rises
+    quadratically up to the first of them, as the measured cost does when more and more experts are exchanged.
     """
     right = _isotonic([point for point in points if not point.is_wrong])
     last, cost = right.last_deficit, float(right.loss_changes[-1])
@@ -211,7 +213,7 @@ def _curve(points: Sequence[PricePoint]) -> PriceCurve:
 
 
 def _isotonic(points: Sequence[PricePoint]) -> PriceCurve:
-    from scipy.optimize import isotonic_regression  # type: ignore[import-untyped]  # slow; a server reads made curves
+    from scipy.optimize import isotonic_regression  # type: ignore[import-untyped]  # slow; a server reads finished curves
 
     chosen = sorted(points, key=lambda point: point.deficit)
     deficits = np.array([0.0, *(point.deficit for point in chosen)])
@@ -222,7 +224,7 @@ def _isotonic(points: Sequence[PricePoint]) -> PriceCurve:
 
 
 def _fit(points: Sequence[PricePoint]) -> PriceFit | None:
-    """Every part of the text predicted by the curves through the other parts."""
+    """Cross-validate: predict the points of each part of the text by curves fitted to the other parts."""
     points = [point for point in points if not point.is_wrong]
     actual: list[float] = []
     predicted: list[float] = []

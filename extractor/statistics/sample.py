@@ -1,8 +1,8 @@
-"""A bounded sample of windows or tokens that merges exactly, in any order.
+"""A bounded sample of windows or tokens; two samples merge exactly, in any order.
 
-Every item has a key, a hash of where it stands in which text. Invariant (bottom-k sampling): of each domain the items
-with the smallest keys are kept, so the sample of two runs together is the sample of one run over both texts; an item
-that is offered twice is kept once.
+Every item has a key, a hash of its text and its position. Invariant (bottom-k sampling): the sample keeps the items
+with the smallest keys of each domain, so merging the samples of two runs gives the sample of one run over both texts.
+An item that is added twice is kept once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class KeyedSample:
     """Items of N arrays that share their first axis.
 
     Args:
-        limit: items kept of each domain.
+        limit: most items of each domain.
         arrays: name → (shape of one item, dtype).
 
     Attributes:
@@ -40,7 +40,7 @@ class KeyedSample:
     def offer(
         self, keys: npt.NDArray[np.uint64], domains: npt.NDArray[np.integer], arrays: Mapping[str, AnyArray]
     ) -> None:
-        """Take what belongs to the sample: keys [N], domains [N] and every array [N, …], cast to our dtypes."""
+        """Add items: keys [N], domains [N] and every array [N, …], cast to our dtypes; keep the smallest keys."""
         all_keys = np.concatenate([self.keys, keys])
         all_domains = np.concatenate([self.domains, domains.astype(np.int32)])
         order = np.lexsort((all_keys, all_domains))

@@ -1,8 +1,8 @@
 """Statistics of the experts on known texts, additive per domain, layer and expert, and the cost of a missing share.
 
 Invariant: every total is a sum over tokens and every sample is a bottom-k sample, so the statistics of two runs merge
-into those of one run over both texts. A *domain* is a named group of texts. Totals are taken unmasked: under a mask
-hidden states drift and demand is biased. What is counted follows REAP (router-weighted expert activation).
+into those of one run over both texts. A *domain* is a named group of texts. Totals are measured without a mask, since a
+mask changes hidden states and so biases demand. The totals follow REAP (router-weighted expert activation pruning).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TOTALS = (
     "residual_change",  # Σ g ‖E(h)‖ (1 − cos(h, h + out)): EASY-EP
     "demand",  # times among the unmasked top-k
     "demand_mass",  # Σ g of those
-    "missing",  # times wanted and unavailable
+    "missing",  # times demanded and unavailable
     "missing_mass",  # Σ g of those
 )
 
@@ -39,7 +39,7 @@ Float = npt.NDArray[np.float64]
 
 
 class StatisticsError(ExtractError):
-    """Statistics that cannot be read, or that belong to another checkpoint or shape."""
+    """The statistics cannot be read, or belong to another checkpoint or shape."""
 
 
 @dataclass
@@ -48,11 +48,11 @@ class PricePoint:
 
     Attributes:
         domain: name; deficit: missing share of the router mass; loss_change: nats a token above the unmasked loss.
-        num_tokens: measured on; kept_share: of the experts.
-        part: of the domain's text that it was measured on (every second sequence), so that one part can be predicted
-            from the other; 0 in files of before that.
-        per_layer: deficit of each layer; empty in files of before that.
-        is_wrong: the mask had wrong experts among the domain's own best.
+        num_tokens: number of measured tokens; kept_share: share of the experts that the mask allows.
+        part: the measured part of the domain's text (every second sequence), so that one part can be predicted from
+            the other; 0 in older files.
+        per_layer: deficit of each layer; empty in older files.
+        is_wrong: the mask replaced some of the domain's best experts by wrong ones.
     """
 
     domain: str
@@ -70,10 +70,10 @@ class ExpertStatistics:
     """Statistics of one checkpoint.
 
     Attributes:
-        fingerprint: of the source checkpoint; statistics of different checkpoints do not merge.
+        fingerprint: identifies the source checkpoint; statistics of different checkpoints cannot be merged.
         num_layers, num_experts, top_k: L, E and K.
-        expert_bytes: of a deep expert (one expert of every layer); 0 if unknown.
-        trunk_bytes: of everything else in a store; 0 if unknown.
+        expert_bytes: size of a deep expert (one expert of every layer); 0 if unknown.
+        trunk_bytes: size of everything else in a store; 0 if unknown.
         domains: names, in the order of the first axis of the totals.
         num_tokens: int64 [D].
         totals: each of `TOTALS`, float64 [D, L, E].
@@ -112,7 +112,7 @@ class ExpertStatistics:
         )
 
     def domain_index(self, name: str) -> int:
-        """The index of a domain, which is added when it is new (mutates the arrays' first axis).
+        """The index of a domain; a new domain is added (this lengthens the first axis of the arrays).
 
         Raises:
             StatisticsError: more domains than `MAX_DOMAINS`.
@@ -147,7 +147,7 @@ class ExpertStatistics:
         return np.asarray(np.divide(mass, sums, out=np.zeros_like(mass), where=sums > 0))
 
     def merge(self, other: ExpertStatistics) -> None:
-        """Add other statistics of the same checkpoint to these; domains of one name become one.
+        """Add other statistics of the same checkpoint to these; domains with the same name are merged.
 
         Raises:
             StatisticsError: they are of another checkpoint or shape.
@@ -175,7 +175,7 @@ class ExpertStatistics:
 
 
 def merge_all(parts: Iterable[ExpertStatistics]) -> ExpertStatistics:
-    """The sum of several statistics of one checkpoint; the parts stay as they are. Raises `StatisticsError`."""
+    """The sum of several statistics of one checkpoint; does not change the parts. Raises `StatisticsError`."""
     merged: ExpertStatistics | None = None
     for part in parts:
         if merged is None:

@@ -63,7 +63,7 @@ class Picks:
 
 @dataclass(frozen=True)
 class RouterCall:
-    """One call of a router module: what it was given and what it returned."""
+    """One call of a router module: its arguments and its output."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -82,23 +82,23 @@ class RouterCall:
         return hidden.reshape(-1, hidden.shape[-1])
 
     def argument(self, position: int, name: str) -> Any:
-        """The forward argument given by keyword or at `position`; None where absent."""
+        """The forward argument given by keyword or at `position`; None if absent."""
         return self.kwargs[name] if name in self.kwargs else self.args[position] if position < len(self.args) else None
 
 
 class GatingRule(Protocol):
-    """The masked counterpart of one family's router. `takes_temperature`: whether its logits may be divided."""
+    """The gating rule of one family under a mask. `takes_temperature`: whether its logits may be divided."""
 
     @property
     def takes_temperature(self) -> bool: ...
 
     def masked(self, call: RouterCall, mask: Tensor, temperature: Tensor | None = None) -> Output:
-        """The router's output as a checkpoint without the masked experts would give it.
+        """The output that the router would give in a checkpoint without the masked experts.
 
         `mask` is bool [T, E] on the call's device, True = available, one row per token. Returns the output of the call
         with weights and index replaced, in the same shapes and dtypes; nothing is mutated. A pick that does not exist
         carries index E and weight 0. Rows whose mask is all True keep the stock values bit for bit.
 
         `temperature` [T] > 0 divides the logits before they are scored; None, or 1 for a row, leaves them as they are.
-        Only rules with `takes_temperature` look at it.
+        Only rules with `takes_temperature` read it.
         """

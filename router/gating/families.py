@@ -1,8 +1,8 @@
-"""The gating rule of each model family of transformers: one small record a family.
+"""The gating rule of each model family of transformers: one small record for each family.
 
-A rule is looked up by the model folder that defines the router's class. A family that is not in the table has the rule
-of a known one if its router's forward is the same code. Invariant: a router whose rule is not known is refused, never
-guessed. Source: the routers' forwards in transformers 5.17 to 5.23.
+A rule is looked up by the model folder that defines the router's class. A family outside the table gets the rule of a
+known family whose router has the same forward code. Invariant: a router without a known rule is refused, never guessed.
+Source: the routers' forwards in transformers 5.17 to 5.23.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _CONFIGURED_SCORE = TopKRule(
 )
 
 RULES: dict[str, GatingRule] = {
-    # Softmax over all experts, top-k, weights renormalised as the config says, always, or never.
+    # Softmax over all experts, then top-k; weights are renormalised by the config, always, or never.
     "qwen2_moe": _SOFTMAX,
     "qwen3_moe": _SOFTMAX,
     "qwen3_next": _SOFTMAX,
@@ -71,7 +71,7 @@ RULES: dict[str, GatingRule] = {
     "ernie4_5_vl_moe": _ERNIE,
     "gemma4": _GEMMA,
     "diffusion_gemma": _GEMMA,
-    # Softmax with a choice of groups first.
+    # Softmax, after a choice of groups.
     "deepseek_v2": _GROUPED_SOFTMAX,
     "deepseek_ocr2": _GROUPED_SOFTMAX,
     "unlimited_ocr": _GROUPED_SOFTMAX,
@@ -84,7 +84,7 @@ RULES: dict[str, GatingRule] = {
     "mistral_large4": TopKRule(
         groups=GroupLimit("top2"), weights=Renormalised(eps=1e-20), scale="routed_scaling_factor"
     ),
-    # Sigmoid, chosen with a correction bias and by groups, weighed without the bias.
+    # Sigmoid; a correction bias and groups affect the choice, the weights exclude the bias.
     **dict.fromkeys(
         ["deepseek_v3", "deepseek_v32", "axk1", "bailing_hybrid", "dots1", "dots3_note", "exaone_moe", "glm4_moe"],
         _GROUPED_SIGMOID,
@@ -116,7 +116,7 @@ RULES: dict[str, GatingRule] = {
         groups=GroupLimit("top2"),
         weights=Renormalised(eps=1e-20, when="norm_topk_prob"),
     ),
-    # Sigmoid with a selection bias, no groups.
+    # Sigmoid with a selection bias, without groups.
     "afmoe": TopKRule(
         scores=rules.sigmoid,
         bias=BiasArgument("expert_bias"),
@@ -149,7 +149,7 @@ RULES: dict[str, GatingRule] = {
     "flint": TopKRule(scores=rules.sigmoid, weights=Renormalised(when="norm_topk_prob")),
     "deepseek_v4": _CONFIGURED_SCORE,
     "inkling2": _CONFIGURED_SCORE,
-    # Top-k of the logits, weighed afterwards.
+    # Top-k of the logits; weights are computed afterwards.
     "aria": _SOFTMAX_OF_CHOSEN,
     "gpt_oss": _SOFTMAX_OF_CHOSEN,
     "granitemoe": _SOFTMAX_OF_CHOSEN,
@@ -160,20 +160,20 @@ RULES: dict[str, GatingRule] = {
     "kolibri1": TopKRule(
         scores=rules.logits_as_scores, bias=rules.correction_bias, weights=rules.renormalised_sigmoid_of_chosen
     ),
-    # One of a kind.
+    # Rules of single families.
     "phimoe": SparseMixerRule(),
     "inkling": SharedSoftmaxRule(),
     "zaya": SkipClassRule(),
 }
 
-# Routers that no mask can restrict, by class name, with the reason.
+# Routers that cannot be masked, by class name, with the reason.
 REFUSED: dict[str, str] = {
     "DeepseekV4HashRouter": "its picks come from a table by token id, not from scores",
 }
 
 
 def family_of(module: nn.Module) -> str | None:
-    """The model folder of transformers that defines the module's class; None where it comes from elsewhere."""
+    """The model folder of transformers that defines the module's class; None if transformers does not define it."""
     parts = type(module).__module__.split(".")
     return parts[2] if parts[:2] == ["transformers", "models"] and len(parts) > 2 else None
 
@@ -200,7 +200,7 @@ def find_gating_rule(model_type: str, module: nn.Module) -> GatingRule:
 
 
 def _rule_of_same_code(module: nn.Module) -> GatingRule | None:
-    """The rule of a known family whose router has the same forward, compiled to the same instructions."""
+    """The rule of a known family whose router's forward compiles to the same instructions."""
     wanted = _instructions(type(module).forward)
     for family, rule in {id(rule): (family, rule) for family, rule in RULES.items()}.values():
         try:
@@ -214,7 +214,7 @@ def _rule_of_same_code(module: nn.Module) -> GatingRule | None:
 
 
 def _instructions(function: Any) -> object:
-    """A function's code without its name, docstring and place in the file; unique where it is no plain function."""
+    """A function's code without its name, docstring and line numbers; a unique object if it is no plain function."""
     code = getattr(function, "__code__", None)
     if not isinstance(code, CodeType):
         return object()

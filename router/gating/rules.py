@@ -1,9 +1,9 @@
-"""Gating rules: from a router's logits to top-k picks and weights when only some experts are available.
+"""Gating rules: top-k picks and weights from a router's logits when only some experts are available.
 
-One `TopKRule` record says what a family's router does: score, add a selection bias, limit the groups, choose, weigh.
-Its invariant: the result equals what the same router gives on a checkpoint from which the unavailable experts' rows
-and biases were deleted, with k' = min(k, available) picks. Tensor operations only, no host synchronisation: safe on a
-GPU and inside graph capture. Source: the router modules of transformers 5.17 to 5.23.
+One `TopKRule` lists the steps of a family's router: score, add a selection bias, limit the groups, choose, weigh.
+Invariant: the result equals the output of the same router in a checkpoint without the unavailable experts' rows and
+biases, with k' = min(k, available) picks. The rules use tensor operations only and never synchronise with the host, so
+they may run inside graph capture. Source: the router modules of transformers 5.17 to 5.23.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def softmax(call: RouterCall, logits: Tensor) -> Tensor:
 
 
 def softmax_in_logits_dtype(call: RouterCall, logits: Tensor) -> Tensor:
-    """Softmax over the available experts in the dtype of the logits (a bfloat16 router rounds here, and so do we)."""
+    """Softmax over the available experts in the dtype of the logits; rounds as a bfloat16 router does."""
     return torch.softmax(logits, dim=-1)
 
 
@@ -47,7 +47,7 @@ def configured_score(call: RouterCall, logits: Tensor) -> Tensor:
 
 
 def logits_as_scores(call: RouterCall, logits: Tensor) -> Tensor:
-    """The logits themselves (choose first, weigh the chosen logits afterwards)."""
+    """The logits themselves; the weights are computed from the chosen logits."""
     return logits
 
 
@@ -55,7 +55,7 @@ def logits_as_scores(call: RouterCall, logits: Tensor) -> Tensor:
 
 
 def no_bias(call: RouterCall) -> Tensor | None:
-    """The choice is made on the scores."""
+    """No bias: the scores decide the choice."""
     return None
 
 
@@ -84,13 +84,13 @@ class BiasArgument:
 
 
 def kept(call: RouterCall, chosen: Tensor, exists: Tensor) -> Tensor:
-    """The scores as they are."""
+    """The chosen scores, unchanged."""
     return chosen
 
 
 @dataclass(frozen=True)
 class Renormalised:
-    """Divided by their sum, to which the family adds `eps` or which it keeps above the router's attribute `floor`.
+    """The scores divided by their sum. A family adds `eps` to the sum, or clamps it at the router's attribute `floor`.
 
     `when` names the router's switch.
     """
@@ -114,13 +114,13 @@ def softmax_of_chosen(call: RouterCall, chosen: Tensor, exists: Tensor) -> Tenso
 
 
 def renormalised_sigmoid_of_chosen(call: RouterCall, chosen: Tensor, exists: Tensor) -> Tensor:
-    """Sigmoid of the chosen logits, divided by their sum where the router's `norm_topk_prob` says so."""
+    """Sigmoid of the chosen logits, divided by their sum if the router's `norm_topk_prob` is set."""
     weights = torch.sigmoid(chosen.masked_fill(~exists, -torch.inf))
     return weights / weights.sum(dim=-1, keepdim=True) if call.module.norm_topk_prob else weights
 
 
 def configured_weights_of_chosen(call: RouterCall, chosen: Tensor, exists: Tensor) -> Tensor:
-    """Softmax in float32 or sigmoid over the chosen logits, as the router's `expert_selection_fn` says."""
+    """Softmax in float32 or sigmoid over the chosen logits, by the router's `expert_selection_fn`."""
     if call.module.expert_selection_fn == "softmax":
         return softmax_of_chosen(call, chosen.float(), exists)
     return renormalised_sigmoid_of_chosen(call, chosen, exists)
@@ -134,8 +134,8 @@ class GroupLimit:
     """Choose `topk_group` of `num_group` groups of experts first (attributes of the router).
 
     `score` is a group's score: the sum of its best two members or its best one. `outside` replaces the choice scores of
-    experts in the other groups. A pruned group is scored by the members it still has, an empty one is never chosen, and
-    the choice widens by the next best groups while the chosen ones hold fewer than k' available experts.
+    experts in the other groups. A group is scored by its available members, and an empty group is never chosen. While
+    the chosen groups hold fewer than k' available experts, the next best group is chosen too.
     """
 
     score: Literal["top2", "max"] = "top2"
@@ -161,10 +161,10 @@ class GroupLimit:
 
 @dataclass(frozen=True)
 class TopKRule:
-    """A router that scores every expert, chooses the top k and weighs them.
+    """The rule of a router that scores every expert, chooses the top k and weighs them.
 
     Each field is a step; the defaults are the softmax routers'. `scale` and `expert_scale` (by expert, [E]) name the
-    router's attributes that multiply the weights. `logits` recomputes the logits where the router does not return them.
+    router's attributes that multiply the weights. `logits` recomputes the logits if the router does not return them.
     """
 
     scores: Callable[[RouterCall, Tensor], Tensor] = softmax

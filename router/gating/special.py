@@ -1,7 +1,7 @@
-"""Gating rules that are no plain scored top-k: SparseMixer, shared experts inside the softmax, a class that skips.
+"""Gating rules that are no plain scored top-k: SparseMixer, shared experts in the normalisation, a class "skip".
 
-The invariant is that of `rules.py`: equal to the router of a checkpoint from which the unavailable experts were
-deleted. Source: transformers' `phimoe`, `inkling` and `zaya`; SparseMixer is arXiv 2409.12136.
+Invariant, as in `rules.py`: the result equals the output of the router in a checkpoint without the unavailable experts.
+Source: transformers' `phimoe`, `inkling` and `zaya`; SparseMixer is arXiv 2409.12136.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from router.gating.call import Output, RouterCall
 
 @dataclass(frozen=True)
 class SparseMixerRule:
-    """Phi-3.5-MoE: experts are picked one after the other by the highest logit.
+    """Phi-3.5-MoE: the router picks experts one after the other by the highest logit.
 
-    A pick's weight is its softmax among the experts not picked yet whose logit is close enough to it. With one expert
-    available the first pick alone exists.
+    A pick's weight is its softmax among the experts that are not picked yet and whose logits are close enough to its
+    own. With one expert available, only the first pick exists.
     """
 
     takes_temperature: ClassVar[bool] = False
@@ -49,7 +49,7 @@ class SparseMixerRule:
 class SharedSoftmaxRule:
     """Inkling: the chosen experts' weights and the shared experts' gammas share one normalisation.
 
-    The choice is by sigmoid plus correction bias; the router's fourth output are the gammas, so it changes as well.
+    The router chooses by sigmoid plus correction bias. Its fourth output, the gammas, changes under a mask too.
     """
 
     takes_temperature: ClassVar[bool] = False
@@ -59,7 +59,7 @@ class SharedSoftmaxRule:
         picks, router = call.picks, cast(Any, call.module)
         k, num_shared = picks.index.shape[-1], int(router.n_shared_experts)
         hidden, gate = call.hidden_states, router.weight
-        # The router returns no logits of the shared experts. They are scored in the precision of those that it returns.
+        # The router does not return the shared experts' logits: compute them in the precision of the returned logits.
         shared = functional.linear(hidden.to(picks.logits.dtype), gate[-num_shared:].to(picks.logits.dtype))
         choice = (picks.logits.sigmoid() + router.e_score_correction_bias).masked_fill(~mask, -torch.inf)
         index = choice.topk(k, dim=-1).indices  # [T, K]
@@ -73,9 +73,9 @@ class SharedSoftmaxRule:
 
 @dataclass(frozen=True)
 class SkipClassRule:
-    """Zaya: the last router class is no expert but "skip", which is always available.
+    """Zaya: the last router class is "skip" instead of an expert; it is always available.
 
-    The probabilities of the chosen classes are the weights; a chosen skip counts as a pick that does not exist.
+    The weights are the probabilities of the chosen classes; a chosen "skip" is a pick that does not exist.
     """
 
     takes_temperature: ClassVar[bool] = False

@@ -1,8 +1,8 @@
-"""Automatic growth: at intervals, extract the best candidates of the grower if enough demand missed them.
+"""Automatic growth: at intervals, extract the grower's best candidates if their share of the demand is large enough.
 
-Invariants: the store never exceeds the grower's byte budget; no deep expert is added for less than a given share of the
-router mass; none is removed for one in hardly more demand. After a failure the interval doubles, so that a full disk
-costs neither the service nor the log.
+Invariants: the store never exceeds the grower's byte budget; a deep expert is added only if its share of the router
+mass reaches the given minimum, and replaced only by one in much higher demand. After a failure the interval doubles, so
+that a full disk disturbs neither serving nor the log.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class AutoGrower:
     """Grows the store at intervals, on its own thread, until the grower stops.
 
     Args:
-        grower: does what is found to be worth it.
-        interval_seconds: between two looks.
-        min_share: least share of the router mass that missed a deep expert for it to be added.
+        grower: grows and shrinks the store.
+        interval_seconds: time between two checks.
+        min_share: a missing deep expert is added if its share of the demanded router mass is at least this.
         step: most deep experts added at a time.
-        replace: when the budget is full, remove deep experts in little demand for ones in much more.
+        replace: when the budget is full, replace deep experts in low demand by missing ones in much higher demand.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class AutoGrower:
         threading.Thread(target=self._run, name="automatic-growth", daemon=True).start()
 
     def look(self) -> int:
-        """Start a growth if it is worth it; returns the number of deep experts that it adds.
+        """Start a growth if a candidate has enough demand; return the number of deep experts that it adds.
 
         Raises:
-            GrowthError: a growth is worth it but not possible.
+            GrowthError: a candidate has enough demand, but the growth is not possible.
         """
         candidates = self._grower.candidates()
         worth = [one for one in candidates if one.missing_share >= self._min_share]
@@ -62,7 +62,7 @@ class AutoGrower:
         return len(chosen)
 
     def _make_room(self) -> bool:
-        """Remove the deep expert in least demand that may be removed, if a missing one is worth it; returns whether."""
+        """Remove the removable deep expert in least demand if a missing one may replace it; return whether it did."""
         found = self._grower.replacements()
         if found is None or found[0].missing_share < self._min_share:
             return False
@@ -73,7 +73,7 @@ class AutoGrower:
                 self._grower.shrink([deep.index])
             except GrowthBusyError:
                 raise
-            except GrowthError as error:  # a profile may need this one, and not the next
+            except GrowthError as error:  # a profile may need this one; try the next
                 refusal = error
                 continue
             log.info("removed a deep expert for one in more demand", extra={"index": deep.index})

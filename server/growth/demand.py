@@ -1,8 +1,8 @@
-"""Recent demand, by which every change of a store is ranked, whoever asked for it.
+"""Recent demand, which ranks the deep experts for every change of a store, manual or automatic.
 
-Time is cut into intervals. Demand of the running interval counts in full, that of the one before half, and so on; the
-demand of earlier runs counts as the interval before the start. Invariant: an interval without demand ages nothing, so a
-server that was idle ranks as it did before.
+Time is divided into intervals. Demand of the running interval counts in full, that of the interval before half, and so
+on; the demand of earlier runs counts as the interval before the start. Invariant: an interval without demand changes no
+weight, so an idle server keeps its ranking.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DECAY = 0.5
 
 
 class RecentDemand:
-    """Demand that counts less the older it is.
+    """Demand whose weight falls with its age.
 
     Args:
         demand_mass: a snapshot [L, E] of all demand, earlier runs included; called on any thread.
@@ -27,10 +27,10 @@ class RecentDemand:
     def __init__(self, demand_mass: Callable[[], Float], interval_seconds: float) -> None:
         self._demand_mass, self._interval_seconds = demand_mass, interval_seconds
         seen = demand_mass()
-        self._faded_and_seen = (DECAY * seen, seen)  # one object, so that any thread reads both of one moment
+        self._faded_and_seen = (DECAY * seen, seen)  # one object, so that a thread reads values of the same moment
 
     def snapshot(self) -> Float:
-        """Demanded mass [L, E] as it counts now, a copy. Any thread."""
+        """The weighted demanded mass [L, E], a copy; any thread may call it."""
         faded, seen = self._faded_and_seen
         recent: Float = faded + (self._demand_mass() - seen)
         return recent

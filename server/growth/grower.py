@@ -53,27 +53,27 @@ NICENESS = 10
 """Priority of the thread that extracts, in the OS's terms; serving goes first."""
 
 REPLACE_FACTOR = 2.0
-"""A deep expert is removed for a missing one only where the demand for that is more than so many times as large."""
+"""A missing deep expert replaces another one only if its demand is more than this many times as large."""
 
 
 class _StoppedError(ServerError):
-    """The server stops; the files that the growth finished stay for the next one."""
+    """The server stops; the next growth uses the files that this one finished."""
 
 
 class Grower:
     """Grows and shrinks the store of a running server, one change at a time.
 
     Args:
-        store: that is being served.
+        store: the store that is served.
         checkpoint: directory or hub name of its source.
-        demand_mass: a snapshot [L, E] of the demand by which it ranks; called on any thread.
+        demand_mass: returns a snapshot [L, E] of the demand that ranks deep experts; called on any thread.
         between_steps: runs a function on the engine's thread between two steps and waits for it, as
             `Engine.between_steps(…).result` does.
-        adopt_change: see `adopt`, bound to the running model.
-        budget_bytes: of all shards; None has no bound.
+        adopt_change: `server.growth.store.adopt`, bound to the running model.
+        budget_bytes: bound on the size of all shards; None has no bound.
         served: the mask that the server was started with; None is all of the store.
-        profiles: masks that requests may name, none of which may lose its last expert of a layer.
-        find_source: attaches the source, if it is there, so that experts about to be removed can be fetched.
+        profiles: masks that requests may name; each keeps at least one expert of every layer.
+        find_source: attaches the source checkpoint, if it exists, so that removed experts can be read from it.
 
     Attributes:
         error: the name of the error of the last growth; None if it succeeded.
@@ -99,7 +99,7 @@ class Grower:
         self._budget_bytes, self._statistics = budget_bytes, statistics
         self._served, self._profiles = served, profiles or {}
         self._find_source = find_source
-        self._turn = threading.Lock()  # held for as long as a change is under way
+        self._turn = threading.Lock()  # held while a change runs
         self._counting = threading.Lock()
         self.stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -109,7 +109,7 @@ class Grower:
         self.error: str | None = None
 
     def status(self) -> GrowthStatus:
-        """A snapshot; any thread."""
+        """A snapshot; any thread may call it."""
         manifest = self._store.manifest
         return GrowthStatus(
             state=self._state,
@@ -126,13 +126,13 @@ class Grower:
         )
 
     def candidates(self) -> list[Candidate]:
-        """The deep experts to extract next, best first, as far as the budget allows."""
+        """The deep experts to extract next, best first, within the budget."""
         return within_budget(self._missing(self._demand_mass()), self._store.manifest, self._budget_bytes)
 
     def replacements(self) -> tuple[Candidate, list[DeepExpert]] | None:
-        """The best missing deep expert, and those that could be removed for it, lowest demand first.
+        """The best missing deep expert and the ones that it may replace, lowest demand first; None if there are none.
 
-        Those are in less than `1 / REPLACE_FACTOR` of its demand. None where there are none.
+        It may replace those whose demand is less than `1 / REPLACE_FACTOR` of its own.
         """
         demand_mass = self._demand_mass()
         missing = self._missing(demand_mass)
@@ -143,12 +143,12 @@ class Grower:
         return (missing[0], worse) if worse else None
 
     def grow(self, count: int) -> list[Candidate]:
-        """Start extracting the `count` best candidates and return them; a later failure is in `error`.
+        """Start to extract the `count` best candidates and return them; `error` names a later failure.
 
-        A growth that was interrupted earlier is finished instead.
+        If an earlier growth was interrupted, finish that one instead.
 
         Raises:
-            GrowthError: a change is under way, the count is below 1, nothing is left to grow by, or no source.
+            GrowthError: another change runs, the count is below 1, no candidate is left, or the source is missing.
         """
         if count < 1:
             raise GrowthError(f"growing by {count} deep experts, wanted at least 1: name a larger number")
@@ -176,10 +176,10 @@ class Grower:
         return chosen
 
     def shrink(self, indices: Collection[int] | None = None, *, count: int | None = None) -> Shrunk:
-        """Remove the deep experts of these indices, or the `count` in least demand. Waits until the model did.
+        """Remove the deep experts of these indices, or the `count` in least demand. Waits until the model has done so.
 
         Raises:
-            GrowthError: a change is under way, too little would be left, or the store cannot be written.
+            GrowthError: another change runs, too few experts would remain, or the store cannot be written.
         """
         self._take_turn("shrinking")
         try:
@@ -211,10 +211,10 @@ class Grower:
             self._end_turn()
 
     def reload(self) -> Reloaded:
-        """Take changes that somebody else made to the store's directory. Waits until the model did.
+        """Adopt changes that another process made to the store's directory. Waits until the model has done so.
 
         Raises:
-            GrowthError: a change is under way, or the store on disk cannot be used; the old one stays in use.
+            GrowthError: another change runs, or the store on disk cannot be used; the old one stays in use.
         """
         self._take_turn("reloading")
         try:
@@ -235,12 +235,12 @@ class Grower:
             self._end_turn()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Wait for the growth under way, if there is one."""
+        """Wait for the running growth, if there is one."""
         if self._thread is not None:
             self._thread.join(seconds)
 
     def stop(self) -> None:
-        """Interrupt the growth under way soon; the next one finishes it."""
+        """Interrupt the running growth soon; the next growth finishes it."""
         self.stopping.set()
 
     def _missing(self, wanted: Float) -> list[Candidate]:
@@ -302,5 +302,5 @@ def _lower_priority() -> None:
     if hasattr(os, "setpriority"):
         try:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-        except OSError:  # a container may forbid it; extraction then has the priority of serving
+        except OSError:  # a container may forbid it; then extraction has the same priority as serving
             log.debug("the priority of the growing thread cannot be lowered", exc_info=True)

@@ -1,8 +1,8 @@
-"""The deep experts that a store should have next, and those that it needs least, ranked by demand.
+"""The deep experts that a store should get next, and those that it needs least, ranked by demand.
 
-The router scores every expert, so the demand for experts that the store lacks is known exactly. Their output norm is
-not known without statistics; the layer's median is used instead. Invariant: a candidate is one deep expert, the best
-missing expert of every layer, since a store holds only whole deep experts.
+The router scores every expert, so the demand for experts that the store lacks is known exactly. Without statistics
+their output norm is unknown; the layer's median replaces it. Invariant: a candidate is one deep expert, made of the
+best missing expert of every layer, since a store holds only whole deep experts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NOTHING_LEFT = (
 
 
 def expected_norms(statistics: ExpertStatistics | None, available: npt.NDArray[np.bool_]) -> Float:
-    """Mean output norm of each expert, float64 [L, E]: measured, or the layer's median, or 1 where nothing is known."""
+    """Mean output norm of each expert, float64 [L, E]: the measured one, else the layer's median, else 1."""
     if statistics is None:
         return np.ones(available.shape)
     picks, norms = statistics.total("picks"), statistics.total("output_norm")
@@ -45,11 +45,11 @@ def rank_missing(
     num_bytes: int,
     statistics: ExpertStatistics | None = None,
 ) -> list[Candidate]:
-    """Deep experts that the store lacks, best first; none when it has all.
+    """Deep experts that the store lacks, best first; an empty list if it has all.
 
     Args:
         available, demand_mass: [L, E], the experts of the store, and the mass that the unmasked router demanded.
-        num_bytes: of a deep expert.
+        num_bytes: size of a deep expert.
     """
     missing = np.where(available, 0.0, demand_mass)
     worth = np.where(available, -np.inf, missing * expected_norms(statistics, available))
@@ -73,7 +73,7 @@ def rank_missing(
 def score_held(
     manifest: Manifest, demand_mass: Float, statistics: ExpertStatistics | None = None
 ) -> list[tuple[float, DeepExpert]]:
-    """The deep experts of a store with the score that each would have as a candidate, lowest first."""
+    """The deep experts of a store, each with its score as if it were a candidate, lowest first."""
     worth = demand_mass * expected_norms(statistics, demand_mass > 0)
     layers, num_bytes = np.arange(len(worth)), max(deep_expert_bytes(manifest), 1)
     scored = [(float(worth[layers, list(deep.experts)].sum()) / num_bytes, deep) for deep in manifest.deep_experts]
@@ -81,7 +81,7 @@ def score_held(
 
 
 def rank_held(manifest: Manifest, demand_mass: Float, statistics: ExpertStatistics | None = None) -> list[DeepExpert]:
-    """The deep experts of a store, lowest demanded mass × expected output norm first."""
+    """The deep experts of a store by demanded mass × expected output norm, lowest first."""
     return [deep for _, deep in score_held(manifest, demand_mass, statistics)]
 
 
@@ -94,13 +94,13 @@ def check_masks(
     """Check that the masks over a store still have enough experts after it has shrunk.
 
     Args:
-        left: the store after it has shrunk.
-        available: [L, E], the experts that it has now.
+        left: the manifest after it has shrunk.
+        available: [L, E], the experts that the store has now.
         served: the mask of the server; None is all of the store.
         profiles: masks that requests may name.
 
     Raises:
-        GrowthError: a token would find fewer than top-k experts within `served`, or a profile none of a layer.
+        GrowthError: a layer would have fewer than top-k experts within `served`, or none within a profile.
     """
     model = left.model
     kept = np.zeros(available.shape, dtype=np.bool_)
@@ -122,7 +122,7 @@ def check_masks(
 
 
 def within_budget(ranked: list[Candidate], manifest: Manifest, budget_bytes: int | None) -> list[Candidate]:
-    """The first candidates that fit, with the shards of the store, into the budget."""
+    """The first candidates that fit into the budget beside the store's shards."""
     if budget_bytes is None or not ranked:
         return ranked
     held = sum(deep.bytes for deep in manifest.deep_experts)
@@ -138,7 +138,7 @@ def usage_of(manifest: Manifest, usage: Path) -> UsageLedger:
     """The demand that a usage file recorded for the checkpoint of a store.
 
     Raises:
-        GrowthError: there is none, or it is of another checkpoint. LedgerError, OSError: no usage file.
+        GrowthError: it records no demand, or is of another checkpoint. LedgerError, OSError: no usage file.
     """
     try:
         ledger = UsageLedger.load(usage)
@@ -157,10 +157,10 @@ def usage_of(manifest: Manifest, usage: Path) -> UsageLedger:
 def wanted_growth(
     store: Path, usage: Path, statistics: ExpertStatistics | None, budget_bytes: int | None, count: int
 ) -> tuple[list[Candidate], str]:
-    """The `count` best candidates of a store on disk from its usage file, and where its checkpoint lay.
+    """The `count` best candidates of a store on disk by its usage file, and the location of its checkpoint.
 
     Raises:
-        GrowthError: nothing to grow by, or usage of another checkpoint.
+        GrowthError: there is no candidate, or the usage is of another checkpoint.
         LedgerError: no usage file. StoreError: no store.
     """
     manifest = read_manifest(store)

@@ -13,36 +13,36 @@ GrowthState = Literal["idle", "growing", "adopting", "shrinking", "reloading"]
 
 
 class GrowthError(ServerError):
-    """A store cannot grow or shrink as asked.
+    """A store cannot grow or shrink as requested.
 
     GrowthError
-      GrowthBusyError       it is growing, shrinking or reloading already
+      GrowthBusyError       it already grows, shrinks or reloads
       NothingToGrowError    it has every expert, or its byte budget holds no more
-      GrowthSourceError     the checkpoint that it came from is not where it was
+      GrowthSourceError     its source checkpoint is no longer at its location
     """
 
 
 class GrowthBusyError(GrowthError):
-    """One change of a store at a time."""
+    """Another change of the store runs."""
 
 
 class NothingToGrowError(GrowthError):
-    """No expert is missing that may be added."""
+    """There is no missing expert that may be added."""
 
 
 class GrowthSourceError(GrowthError):
-    """The source checkpoint is not there."""
+    """The source checkpoint does not exist."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A deep expert that the store could have.
+    """A deep expert that the store lacks and could add.
 
     Attributes:
-        experts: of each layer.
-        score: demanded mass × expected output norm ÷ byte.
+        experts: the expert id of each layer.
+        score: demanded mass × expected output norm ÷ bytes.
         missing_share: share of all demanded mass that these experts would serve.
-        num_bytes: that it would take.
+        num_bytes: size of its shard.
     """
 
     experts: tuple[int, ...]
@@ -52,20 +52,20 @@ class Candidate:
 
     @property
     def reason(self) -> str:
-        """The reason to add it, in words."""
+        """The reason to add it, as text."""
         return f"{self.missing_share:.2%} of the router mass asked for its experts and could not have them"
 
 
 @dataclass(frozen=True)
 class GrowthStatus:
-    """The change of the store under way, and counts since the server started.
+    """The running change of the store, and counts since the server started.
 
     Attributes:
         state: idle; growing (files are written); adopting (the running model takes them); shrinking, reloading.
-        done_bytes, total_bytes: of the growth under way, or the last one.
-        error: why the last growth failed, as the name of what went wrong; None if it did not.
-        num_growths, num_failures, num_shrinks: since the server started; grown_bytes: written by growths.
-        num_deep_experts, held_bytes: of the store now; budget_bytes: that the shards may take, None is without bound.
+        done_bytes, total_bytes: progress of the running growth, or of the last one.
+        error: name of the error of the last growth; None if it succeeded.
+        num_growths, num_failures, num_shrinks: counts since the server started; grown_bytes: written by growths.
+        num_deep_experts, held_bytes: of the store now; budget_bytes: bound on the shards' size, None has no bound.
     """
 
     state: GrowthState
@@ -83,7 +83,7 @@ class GrowthStatus:
 
 @dataclass(frozen=True)
 class Shrunk:
-    """The deep experts that a store gave up; `freed_bytes` is None while another reader keeps the files."""
+    """The deep experts that a store removed; `freed_bytes` is None while another reader keeps the files."""
 
     removed: tuple[DeepExpert, ...]
     freed_bytes: int | None
@@ -91,7 +91,7 @@ class Shrunk:
 
 @dataclass(frozen=True)
 class Reloaded:
-    """The difference of the store on disk to the one that was served."""
+    """The difference between the store on disk and the store that was served."""
 
     num_added: int
     num_removed: int
@@ -99,7 +99,7 @@ class Reloaded:
 
 
 class GrowthLike(Protocol):
-    """The part of `server.growth.grower.Grower` that routes and metrics use; any thread."""
+    """The part of `server.growth.grower.Grower` that routes and metrics use; any thread may call it."""
 
     def status(self) -> GrowthStatus: ...
     def candidates(self) -> list[Candidate]: ...

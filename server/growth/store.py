@@ -1,7 +1,7 @@
-"""Growing a store on disk, and taking a changed one into a running model.
+"""Growing a store on disk, and adopting a changed store in a running model.
 
-Invariant: a store only grows by whole deep experts; an interrupted growth is finished before another one begins; a
-running model takes a change between two steps.
+Invariant: a store grows only by whole deep experts; an interrupted growth is finished before another one begins; a
+running model adopts a change between two steps.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from server.model.runner import Runner
 def grow_store(
     store: Path, checkpoint: str, added: list[tuple[int, ...]], on_bytes: Callable[[int], None] = lambda count: None
 ) -> int:
-    """Extract deep experts into a finished store; returns how many bytes were written. A reader may have it open.
+    """Extract deep experts into a finished store; return the bytes written. Readers may have the store open.
 
     Args:
         checkpoint: directory or hub name of the store's source.
-        added: for each new deep expert the expert of every layer.
+        added: for each new deep expert, its expert id of every layer.
 
     Raises:
-        GrowthError: nothing to add. ExtractError: see `extractor.writing.prepare`. StoreError: no store.
+        GrowthError: `added` is empty. ExtractError: see `extractor.writing.prepare`. StoreError: no store.
     """
     if not added:
         raise NothingToGrowError("no deep expert to add was named: the store has every one that was asked for")
@@ -59,7 +59,7 @@ def _source(checkpoint: str) -> Checkpoint:
 
 
 def unfinished_growth(store: Path) -> list[tuple[int, ...]]:
-    """The deep experts that an interrupted growth was adding; it must be finished before another one begins."""
+    """The deep experts of an interrupted growth, which must be finished before another one begins."""
     left = read_journal(store)
     if left is None:
         return []
@@ -69,8 +69,9 @@ def unfinished_growth(store: Path) -> list[tuple[int, ...]]:
 
 
 def adopt(runner: Runner, served: ExpertMask | None) -> bool:
-    """Use the deep experts that a store gained and drop those that it lost; call between two steps. Returns whether it
-    changed.
+    """Add the store's new deep experts to the running model and drop the removed ones; call it between two steps.
+
+    Returns whether the store has changed.
 
     Args:
         served: the mask that the server was started with; None is all of the store.
