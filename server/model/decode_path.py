@@ -1,7 +1,7 @@
-"""The choice, once at start, of who drives the experts of a decode step: the device, in captured graphs, or the host.
+"""Chooses the decode path, once at the start: the device drives the experts in captured graphs, or the host does.
 
-Both ways have one interface (`runner.Runner`) and, up to rounding, the same results. Invariant: an option that has no
-effect on the chosen way is an error that names it.
+Both paths have one interface (`runner.Runner`) and, up to rounding, the same results. Invariant: an option without
+effect on the chosen path is an error that names the option.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from server.model.runner import DecodePath, Runner, RunnerOptions
 log = logging.getLogger(__name__)
 
 UNPINNABLE_SHARE = 0.25
-"""Of the experts' bytes: the host tier's size where the host refused to page-lock all of them."""
+"""The host tier's size, as a share of the experts' bytes, after the host refused to page-lock all of them."""
 
 
 class DecodePathError(ServerError):
-    """The settings ask for a way of decoding that this model, device or memory does not allow."""
+    """The settings ask for a decode path that this model, device or memory does not allow."""
 
 
 def load_runner(
@@ -37,10 +37,10 @@ def load_runner(
     *,
     progress: Progress = lambda phase, share: None,
 ) -> Runner:
-    """The runner of a store; says in one log line which way is taken, and why if it is the slower one.
+    """Load the runner of a store; logs the chosen path in one line, with the reason if it is the slower one.
 
     Raises:
-        DecodePathError: the device-driven path, or what only it does, was asked for and is not possible.
+        DecodePathError: the settings need the device-driven path, and it is not possible.
         StoreError, TrunkError, MaskError: see `load_model`.
     """
     if options.path == "host":
@@ -89,8 +89,8 @@ def _host_runner(
 
 
 def _why_not(device: torch.device, path: DecodePath) -> str | None:
-    """Why the kernels cannot run here at all; None where they can. Triton's interpreter runs them on a CPU, slowly, for
-    who asks."""
+    """The reason why the kernels cannot run on this machine; None if they can. Triton's interpreter runs them on a CPU,
+    slowly, if the settings ask for the device-driven path."""
     if device.type != "cuda" and path == "auto":
         return f"captured graphs need a CUDA device, and the model runs on {device.type}"
     if importlib.util.find_spec("triton") is None:

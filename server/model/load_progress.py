@@ -1,9 +1,9 @@
 """The phases of loading a model, and the share of all loading that is done, which never falls.
 
-A phase weighs the seconds that it is likely to take: the bytes that it moves at a plausible rate, or seconds that were
-measured where it moves none. When a phase begins, it gets its part by weight of what is left, among the phases that may
-still come. So a phase that is left out, or loading that begins anew on another path, makes the share jump or slow down.
-Imports nothing heavy: it is used before torch is imported.
+A phase's weight is its expected time in seconds: its bytes at a typical rate, or a measured time if it moves no bytes.
+When a phase begins, it gets its part, by weight, of the remaining share. So a skipped phase, or a second load on
+another path, makes the share rise faster or slower, never fall. This module is used before torch is imported, so it
+imports nothing slow.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ DEVICE_PHASES = frozenset(
 READ_BYTES_PER_SECOND = 1e9
 PIN_BYTES_PER_SECOND = 4e9
 UNKNOWN_SECONDS = 0.1
-"""Of a phase that has no weight."""
+"""The weight of a phase that has none of its own."""
 
 
 def load_weights(manifest: Manifest, num_slots: int | None = None) -> dict[Phase, float]:
-    """Likely seconds of each phase, in order.
+    """The expected seconds of each phase, in order.
 
     Args:
-        num_slots: a layer; None is one for every expert of the store.
+        num_slots: slots of each layer; None is one for every expert of the store.
     """
     trunk_bytes = sum(file.bytes for file in manifest.trunk)
     experts_bytes = sum(deep.bytes for deep in manifest.deep_experts)
@@ -70,15 +70,15 @@ def load_weights(manifest: Manifest, num_slots: int | None = None) -> dict[Phase
 
 
 class LoadProgress:
-    """A `Progress` that makes one share of all phases. One thread at a time reports; any thread reads.
+    """A `Progress` that combines all phases into one share. One thread at a time reports; any thread reads.
 
     Args:
-        weights: seconds of the phases that are to come, in their order; see `expect`.
+        weights: seconds of the expected phases, in order; see `expect`.
         on_change: called after every report.
 
     Attributes:
-        share: done of everything, in [0, 1].
-        phase: the one under way; None before the first.
+        share: the done share of all loading, in [0, 1].
+        phase: the current phase; None before the first.
     """
 
     def __init__(
@@ -93,17 +93,17 @@ class LoadProgress:
         self.expect(weights or {})
 
     def expect(self, weights: Mapping[Phase, float]) -> None:
-        """These phases are to come, in this order and of so many seconds; before the first report."""
+        """Set the expected phases, in order, with their seconds; call it before the first report."""
         self._weights = dict(weights)
         self._order = {phase: place for place, phase in enumerate(weights)}
 
     def leave_out(self, phases: Collection[Phase]) -> None:
-        """These phases are not going to come."""
+        """Remove these phases from the expected ones."""
         for phase in phases:
             self._weights.pop(phase, None)
 
     def __call__(self, phase: Phase, share: float) -> None:
-        """`share` of `phase`, in [0, 1], is done."""
+        """Report that `share` of `phase`, in [0, 1], is done."""
         if phase != self.phase:
             self._begin(phase)
         done = self._start + (self._end - self._start) * min(max(share, 0.0), 1.0)
@@ -114,7 +114,7 @@ class LoadProgress:
         before = -1 if self.phase is None else self._order.get(self.phase, -1)
         place = self._order.get(phase, before)
         if place >= before:
-            self.share = self._end  # the phase before is done, whether it reported so or not
+            self.share = self._end  # the phase before is done, even if it did not report it
         weight = self._weights.get(phase, UNKNOWN_SECONDS)
         later = sum(weight for other, weight in self._weights.items() if self._order[other] > place)
         self.phase, self._start = phase, self.share

@@ -1,4 +1,4 @@
-"""A store made into a model that generates: trunk, expert cache, masked routing and tokenizer put together.
+"""Assembles a model from a store: trunk, expert cache, masked routing and tokenizer.
 
 Invariant: every experts module of the model is bound to one MoE layer of the store, and the router beside it to the
 same layer; `load_model` refuses anything else.
@@ -43,7 +43,7 @@ COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:1``.
+    """The device of the name ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
 
     Raises:
         SlotsError: this machine has no such GPU.
@@ -60,12 +60,12 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, store: Store) -> torch.dtype:
-    """``auto`` is the checkpoint's own dtype; else float32, bfloat16 or float16."""
+    """The dtype of a name: ``auto`` is the checkpoint's own dtype; else float32, bfloat16 or float16."""
     return TORCH_DTYPES[store.manifest.model.dtype] if name == "auto" else COMPUTE_DTYPES[name]
 
 
 def slots_for_memory(store: Store, budget_bytes: int, dtype: torch.dtype) -> int:
-    """Slots a layer that fit into a budget for all layers.
+    """The number of slots for each layer that fit into a budget for all layers.
 
     Raises:
         SlotsError: not even one fits.
@@ -90,7 +90,7 @@ def load_model(store: Store, options: RunnerOptions, *, progress: Progress = lam
     """Assemble the model of a store, with a slot for every available expert unless `options` say otherwise.
 
     Raises:
-        ShardCorruptError: a file of the trunk is not what was extracted. StoreError, TrunkError, MaskError: see there.
+        ShardCorruptError: a file of the trunk is damaged. StoreError, TrunkError, MaskError: see there.
         SlotsError: memory does not suffice.
     """
     device, dtype = options.device, options.dtype

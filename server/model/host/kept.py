@@ -1,4 +1,4 @@
-"""The experts that keep their slots: the most served ones of each layer, by the store's usage ledger."""
+"""The experts that are never evicted from their slots: the most used ones of each layer, by the store's usage."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 def most_used_experts(store: Store, mask: ExpertMask, count: int) -> list[list[int]] | None:
     """For each layer the `count` allowed experts with the most uses in the store's usage.json, most used first.
 
-    Equals, and all where there is no usage of this checkpoint, come in the order of the store's deep experts. None
-    where `count` is 0.
+    Experts with equal uses are in the order of the store's deep experts, as all are if there is no usage of this
+    checkpoint. None if `count` is 0.
 
     Raises:
         SlotsError: `count` is more than the mask allows in some layer.

@@ -1,9 +1,9 @@
-"""KV memory with fixed rows and a length per row, handed to transformers' attention as its cache.
+"""KV memory with fixed rows and a length for each row; transformers' attention uses it as its cache.
 
-A row belongs to one sequence. Rows in use are kept dense (0 … n−1), so that a decode step over all of them reads plain
+A row belongs to one sequence. Rows in use are dense (0 … n−1), so that a decode step over all of them reads plain
 slices; when a row is freed the last one moves into its place. Memory grows by doubling, in rows and in tokens, and is
-given back when no row is in use. Invariants: of row r exactly the first `lengths[r]` positions are valid; every layer
-has memory for at least `_num_rows` rows of `_num_tokens`, also where growing ended in the middle.
+freed when no row is in use. Invariants: of row r exactly the first `lengths[r]` positions are valid; every layer has
+memory for at least `_num_rows` rows of `_num_tokens`, also after a growth that failed in the middle.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class RowCache(Cache):
     Args:
         max_rows: most sequences at once.
         max_tokens: most tokens of a row.
-        device: where KV memory lives.
+        device: device of the KV memory.
     """
 
     def __init__(self, *, max_rows: int, max_tokens: int, device: torch.device) -> None:
@@ -61,7 +61,7 @@ class RowCache(Cache):
         return sum(t.nbytes for t in (*self._keys.values(), *self._values.values()))
 
     def allocate(self) -> int:
-        """Take a row; returns a handle that stays valid until `free`. The caller keeps to `max_rows`."""
+        """Take a row; return a handle that is valid until `free`. The caller must not exceed `max_rows`."""
         assert len(self.lengths) < self.max_rows, f"all {self.max_rows} rows are in use"
         handle = self._next_handle
         self._next_handle += 1
@@ -72,7 +72,7 @@ class RowCache(Cache):
 
     @torch.inference_mode()
     def free(self, handle: int) -> None:
-        """Give a row back; the last row moves into its place."""
+        """Free a row; the last row moves into its place."""
         row = self._row_of.pop(handle)
         last = len(self.lengths) - 1
         if row != last:
@@ -101,7 +101,7 @@ class RowCache(Cache):
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def begin_prefill(self, handle: int, num_tokens: int) -> int:
-        """Start a step that appends `num_tokens` to one row; returns the first's position. Raises StepMemoryError."""
+        """Start a step that appends `num_tokens` to one row; return the first position. Raises StepMemoryError."""
         row = self._row_of[handle]
         self._step_rows = [row]
         self._start = self.lengths[row]
@@ -114,7 +114,7 @@ class RowCache(Cache):
     def begin_decode(self, handles: Sequence[int]) -> Tensor:
         """Start a step that appends one token to each row; returns their positions, int64 [B] on the device.
 
-        Raises StepMemoryError with the positions in `handles` of the rows that are too long for the memory there is.
+        Raises StepMemoryError with the positions in `handles` of the rows that are too long for the free memory.
         """
         self._step_rows = [self._row_of[handle] for handle in handles]
         positions = [self.lengths[row] for row in self._step_rows]
@@ -129,23 +129,23 @@ class RowCache(Cache):
 
     @property
     def step_end(self) -> int:
-        """KV length of the step begun: the longest row's, with what the step appends."""
+        """KV length of the current step: that of the longest row, including the appended tokens."""
         return self._end
 
     @property
     def step_lengths(self) -> list[int]:
-        """Keys of each row of a decode step begun, with the one that the step appends."""
+        """Number of keys of each row of the current decode step, including the appended one."""
         return [self.lengths[row] + 1 for row in self._step_rows]
 
     def commit(self) -> None:
-        """End the step: what it wrote becomes valid. A step that is not committed leaves no trace."""
+        """End the step: the positions that it wrote become valid. A step without `commit` changes no length."""
         if self._write_rows is None:
             self.lengths[self._step_rows[0]] = self._end
         else:
             for row in self._step_rows:
                 self.lengths[row] += 1
 
-    # -- what transformers calls ---------------------------------------------------------------------------------------
+    # -- called by transformers ----------------------------------------------------------------------------------------
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -179,7 +179,7 @@ class RowCache(Cache):
     # -- memory --------------------------------------------------------------------------------------------------------
 
     def _reserve(self, num_rows: int, num_tokens: int) -> bool:
-        """Make room for so many rows of so many tokens, twice what there is if possible; returns whether there is."""
+        """Grow to at least this many rows of this many tokens, if possible by doubling; return whether it succeeded."""
         held = (self._num_rows, self._num_tokens)
         least = (max(num_rows, held[0]), max(num_tokens, held[1]))
         if least == held:
@@ -193,7 +193,7 @@ class RowCache(Cache):
         return False
 
     def _grow(self, num_rows: int, num_tokens: int) -> bool:
-        """Layer by layer, so that no more than one is there twice; False where the allocator has no more to give."""
+        """Grow layer by layer, so that only one layer is in memory twice; return False if an allocation fails."""
         for memory in (self._keys, self._values):
             for layer_idx, old in memory.items():
                 if old.shape[0] >= num_rows and old.shape[2] >= num_tokens:

@@ -1,4 +1,4 @@
-"""Runs the model with its experts driven by the host: transformers' forward, experts looked up and fetched on the way.
+"""Runs the model on the host-driven path: transformers' forward, in which the host looks up and fetches experts.
 
 `HostRunner` keeps keys and values of all sequences in the rows of one `RowCache` and decodes them in one batch.
 Invariant: see `server.model.runner`.
@@ -24,7 +24,7 @@ class HostDriven:
     """The part of `Runner` that both host-driven runners share.
 
     Args:
-        model: to run.
+        model: the model to run.
         max_rows: most sequences at once.
         max_tokens: most tokens of a row.
     """
@@ -35,7 +35,7 @@ class HostDriven:
         self.model, self.max_rows, self.max_tokens = model, max_rows, max_tokens
 
     def fetch_refusal(self) -> str | None:
-        """None: a miss reads the expert from wherever it is."""
+        """None: a miss reads the expert from the store or its source."""
         return None
 
     def prefetch(self, mask: ExpertMask) -> None:
@@ -44,7 +44,7 @@ class HostDriven:
             self.model.cache.prefetch(layer, np.flatnonzero(allowed).tolist())
 
     def adopt(self) -> None:
-        """See `Runner.adopt`. Nothing to do: the store is asked at every miss."""
+        """See `Runner.adopt`. Does nothing, because every miss reads from the store as it is then."""
 
     def close(self) -> None:
         """Free what the model holds."""
@@ -52,7 +52,7 @@ class HostDriven:
 
 
 class HostRunner(HostDriven):
-    """`Runner` over rows of one KV memory. `RowStep.fetches` adds nothing to a row's mask."""
+    """`Runner` over rows of one KV memory. `RowStep.fetches` has no effect on a row's mask."""
 
     def __init__(self, model: HostModel, *, max_rows: int, max_tokens: int) -> None:
         super().__init__(model, max_rows=max_rows, max_tokens=max_tokens)
@@ -63,7 +63,7 @@ class HostRunner(HostDriven):
         return self.cache.allocate()
 
     def free(self, row: int) -> None:
-        """Give a row back."""
+        """Free a row."""
         self.cache.free(row)
 
     @property
@@ -92,7 +92,7 @@ class HostRunner(HostDriven):
         ids = torch.tensor([list(tokens)], device=self.model.device)
         positions = torch.arange(start, start + len(tokens), device=self.model.device)[None]
         self.model.routing.begin(1, len(tokens), [mask], [temperature])
-        # a GPU's chunks begin and end where they always do, and many small calls cost it more than they do a CPU
+        # on a GPU, chunks have fixed bounds, and many small calls are slower than on a CPU
         rows = StepRows(start=start) if self.model.device.type == "cpu" else None
         return self._forward(ids, positions, rows, all_logits=all_logits)
 

@@ -1,9 +1,9 @@
-"""Runs models whose memory of a sequence is more than keys and values: one transformers cache a sequence, row by row.
+"""Runs models that keep more state of a sequence than keys and values: one transformers cache for each sequence.
 
-Linear attention, short convolutions and sparse-attention indexers keep states that `RowCache` has no rows for. Here
-each sequence owns the cache that its model makes for itself, and a decode step runs its rows one after the other. So
-every family that transformers can run is served: slower in a batch, equally exact. Invariant: rows share nothing but
-weights. A row whose step raised can only be freed.
+Linear attention, short convolutions and sparse-attention indexers have states that `RowCache` cannot hold. Here each
+sequence owns a cache made by its model, and a decode step runs its rows one after the other. So every family that
+transformers can run is served: slower in a batch, equally exact. Invariant: rows share only weights. A row whose step
+raised can only be freed.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from server.model.seam.routing import RowShare
 
 _PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 _CONTINUED_BY_ONE = frozenset({"jamba"})
-"""Model types whose scan starts anew when several tokens follow the first ones (transformers 5.17 to 5.23)."""
+"""Model types whose scan restarts when several tokens follow the first chunk (transformers 5.17 to 5.23)."""
 
 
 def make_runner(model: HostModel, *, max_rows: int, max_tokens: int) -> Runner:
-    """The runner that fits the model: rows of KV memory where that is all it keeps, else a cache a sequence."""
+    """The runner for the model: with rows of KV memory if it keeps only keys and values, else one cache a sequence."""
     kind = HostRunner if has_plain_memory(model.model) else SequenceRunner
     return kind(model, max_rows=max_rows, max_tokens=max_tokens)
 
 
 def has_plain_memory(model: Any) -> bool:
-    """Whether every layer keeps keys and values alone, in the cache that transformers makes by default."""
+    """Whether every layer keeps only keys and values, in the cache that transformers makes by default."""
     if not model._supports_default_dynamic_cache():
         return False
     return all(type(layer) in _PLAIN_LAYERS for layer in DynamicCache(config=model.config).layers)
@@ -47,13 +47,13 @@ class _Row:
 
 
 class SequenceRunner(HostDriven):
-    """`Runner` over caches that belong to one sequence each. `RowStep.fetches` adds nothing to a row's mask."""
+    """`Runner` with one cache for each sequence. `RowStep.fetches` has no effect on a row's mask."""
 
     def __init__(self, model: HostModel, *, max_rows: int, max_tokens: int) -> None:
         super().__init__(model, max_rows=max_rows, max_tokens=max_tokens)
         self._rows: dict[int, _Row] = {}
         self._next_row = 0
-        self._ahead: dict[int, StepOutput] = {}  # rows that ran a decode step which another row could not finish
+        self._ahead: dict[int, StepOutput] = {}  # outputs of rows whose decode step failed in another row
 
     def allocate(self) -> int:
         """Take a row for a sequence; returns its handle."""
@@ -64,7 +64,7 @@ class SequenceRunner(HostDriven):
         return handle
 
     def free(self, row: int) -> None:
-        """Give a row back, and its cache's memory."""
+        """Free a row and its cache."""
         del self._rows[row]
         self._ahead.pop(row, None)
 
@@ -76,7 +76,7 @@ class SequenceRunner(HostDriven):
     @property
     def num_cached_tokens(self) -> int:
         """Tokens held in rows."""
-        return sum(row.length for row in list(self._rows.values()))  # any thread asks, while rows come and go
+        return sum(row.length for row in list(self._rows.values()))  # any thread may read it while rows change
 
     @torch.inference_mode()
     def prefill(
@@ -101,7 +101,7 @@ class SequenceRunner(HostDriven):
     def decode(self, steps: Sequence[RowStep]) -> StepOutput:
         """See `Runner.decode`; rows run one after the other.
 
-        Where one fails, the output of those before it is kept, and returned when they are decoded again.
+        If a row fails, the outputs of the rows before it are kept, and returned when those are decoded again.
         """
         for at, step in enumerate(steps):
             if step.row in self._ahead:

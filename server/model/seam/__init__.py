@@ -1,1 +1,1 @@
-"""The seam in transformers' model: experts, routing and masks put in its place."""
+"""The parts that replace transformers' own in its model: experts, routing, attention and its masks."""

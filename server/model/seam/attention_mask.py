@@ -1,8 +1,8 @@
-"""Attention masks of a step, given to transformers ready-made because rows of one batch have different lengths.
+"""Attention masks of a step. We compute them, not transformers, because rows of one batch have different lengths.
 
-Additive masks [B, 1, Q, KV]: 0 where a query may look, the dtype's lowest value where not. One per kind of layer, as
-the model's config names them (full attention, sliding window). Source: `transformers/masking_utils.py`, which passes
-four-dimensional masks and dicts of them through.
+Masks are additive, [B, 1, Q, KV]: 0 where a query attends to a key, else the dtype's lowest value. There is one mask
+for each kind of layer that the model's config names (full attention, sliding window). Source:
+`transformers/masking_utils.py`, which uses four-dimensional masks, and dicts of them, unchanged.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ def attention_masks(config: Any, positions: Tensor, kv_tokens: int, dtype: torch
     """Masks for queries at `positions` over the first `kv_tokens` positions of their rows.
 
     Args:
-        config: the model's.
+        config: the model's config.
         positions: int64 [B, Q], each query's position in its row.
-        kv_tokens: KV.
-        dtype: of the scores.
+        kv_tokens: KV, the number of key positions.
+        dtype: dtype of the scores.
 
     Returns:
-        One mask, or where the model mixes kinds of attention layers a dict from kind to mask.
+        One mask; a dict from kind to mask if the model has several kinds of attention layers.
     """
     kinds, window = _kinds(config)
     if len(kinds) > 1 and "sliding_attention" in kinds:
@@ -37,7 +37,8 @@ def attention_masks(config: Any, positions: Tensor, kv_tokens: int, dtype: torch
 
 
 def layer_windows(config: Any, num_layers: int) -> tuple[int, ...]:
-    """Tokens that each layer's attention sees, the new one included, 0 for all; empty where every layer sees all."""
+    """The number of tokens that each layer attends to, the new one included, 0 for all; empty if every layer attends to
+    all."""
     _, window = _kinds(config)
     types = getattr(config.get_text_config(), "layer_types", None) or ["sliding_attention"] * num_layers
     windows = tuple(int(window or 0) if kind == "sliding_attention" else 0 for kind in types[:num_layers])
@@ -45,7 +46,7 @@ def layer_windows(config: Any, num_layers: int) -> tuple[int, ...]:
 
 
 def _kinds(config: Any) -> tuple[set[str], int | None]:
-    """The kinds of attention layers that the config names, and how many tokens a sliding one sees."""
+    """The kinds of attention layers that the config names, and the window of the sliding ones in tokens."""
     config = config.get_text_config()
     window = getattr(config, "sliding_window", None)
     if not window or getattr(config, "use_sliding_window", True) is False:

@@ -22,9 +22,9 @@ from server.model.seam.rows import depends_on_rows, is_decode
 IMPLEMENTATION = "deepfew"
 LAYER_ATTRIBUTE = "_deepfew_experts"
 BATCHED_CPU_BYTES = 1 << 16
-"""In a decode step the pairs of each token gather their experts' weights into two batched products: few launches and a
-copy of the weights. On a CPU the copy pays only for experts up to this size, in dtypes whose small products are slow to
-start. Other steps compute expert by expert, which copies nothing."""
+"""A decode step may gather the weights of its pairs for two batched products, which takes few launches but copies the
+weights. On a CPU this is faster only for experts up to this size, in dtypes whose small products start slowly. All
+other steps compute expert by expert, without a copy."""
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -41,11 +41,11 @@ class ExpertsLayer:
 
     Args:
         layer: MoE layer.
-        cache: whose slots hold the weights; leased and released within each call.
-        batch_invariant: compute the pairs of decode steps apart where a product's bits depend on its rows.
+        cache: its slots hold the weights; each call leases and releases them.
+        batch_invariant: in decode steps, compute pair by pair if a product's bits depend on its number of rows.
 
     Attributes:
-        observer: told of what the experts put out, while it is on.
+        observer: records the experts' outputs while it is on.
     """
 
     def __init__(self, layer: int, cache: ExpertCache, batch_invariant: bool = True) -> None:
@@ -91,7 +91,7 @@ class ExpertsLayer:
         return bool(self._cache.page_table[self._layer, expert] >= 0)
 
     def _is_batched(self, inputs: Tensor) -> bool:
-        """By the kind of step, not by its wave or its rows, so that results depend on neither."""
+        """Choose the method by the kind of step alone, so that results depend neither on waves nor on rows."""
         small = self._cache.pools[self._layer].slot_bytes <= BATCHED_CPU_BYTES
         return inputs.is_cuda or (small and inputs.dtype != torch.float32)
 
@@ -113,7 +113,7 @@ _Group = tuple[int, int, int]
 
 
 def _groups(sorted_ids: list[int], num_experts: int) -> list[_Group]:
-    """Runs of equal ids, in order; sentinel ids fall away. One token's picks are distinct, so need no order."""
+    """Runs of equal ids, in order, without sentinel ids. The picks of one token are distinct and need no sorting."""
     groups: list[_Group] = []
     start = 0
     for position in range(1, len(sorted_ids) + 1):
@@ -129,7 +129,7 @@ def _covers(groups: list[_Group], num_pairs: int) -> bool:
 
 
 def _waves(groups: list[_Group], num_slots: int, is_resident: Any) -> list[list[_Group]]:
-    """Cut into waves of at most `num_slots` experts, resident ones first: they are used before they may leave."""
+    """Divide into waves of at most `num_slots` experts, resident ones first, before they can be evicted."""
     if len(groups) <= num_slots:
         return [groups] if groups else []
     ordered = sorted(groups, key=lambda group: not is_resident(group[0]))
@@ -145,16 +145,16 @@ def _run_grouped(
     slots: list[int],
     apart: bool,
 ) -> None:
-    """Expert by expert, no weight copied; writes `outputs` at the wave's pairs.
+    """Compute expert by expert without copying weights; writes `outputs` at the wave's pairs.
 
-    apart: pair by pair where a product's bits depend on how many pairs an expert has; else each weight is read once.
+    apart: compute pair by pair if a product's bits depend on its number of rows; else read each weight once.
     """
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
     up_rows, down_rows = rows[up_name], rows["down_proj"]
     transposed, has_bias = module.is_transposed, module.has_bias
     weights = [named[slots[0]].t() if transposed else named[slots[0]] for named in (up_rows, down_rows)]
     apart = apart and any(map(depends_on_rows, weights))
-    runs, position = [], 0  # pairs computed together: where they stand among all, among the wave's, number, slot
+    runs, position = [], 0  # pairs computed together: position among all, among the wave's, number, slot
     for (_, start, end), slot in zip(wave, slots, strict=True):
         size = 1 if apart else end - start
         runs += [(at, position + at - start, size, slot) for at in range(start, end, size)]
@@ -193,7 +193,7 @@ def _run_batched(
     wave: Sequence[_Group],
     slots: list[int],
 ) -> None:
-    """All pairs of the wave in two batched products over gathered weights: few launches, for small steps on a GPU."""
+    """Compute all pairs of the wave in two batched products over gathered weights: few launches for small steps."""
     pairs = [pair for _, start, end in wave for pair in range(start, end)]
     pair_slots = [slot for (_, start, end), slot in zip(wave, slots, strict=True) for _ in range(start, end)]
     params = pool.gather(torch.tensor(pair_slots, device=inputs.device))

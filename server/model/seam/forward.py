@@ -1,7 +1,7 @@
-"""One call of transformers' forward as a step: its logits, its routing, and the two ways in which it may fail.
+"""One call of transformers' forward as a step: its logits, its routing, and its two expected errors.
 
-All runners share it. An expert that cannot be read becomes a `StepFault`; an allocator with no more to give, of host or
-device, becomes a `StepMemoryError`, so that it costs one request alone. Everything else is raised as it is.
+All runners share it. An unreadable expert raises `StepFault`; a failed allocation in host or device memory raises
+`StepMemoryError`, so that only one request fails. Any other error is raised unchanged.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def run_forward(
     Args:
         ids, positions: int64 [B, T].
         past: transformers' cache of the rows, which the forward writes; None makes a new one.
-        kv_tokens: KV length of the step, for the attention mask; None leaves the mask to the model.
-        all_logits: return the logits of all T tokens of the one row.
-        longest: position of the row that has to go where memory ends.
+        kv_tokens: KV length of the step, for the attention mask; with None the model makes its own mask.
+        all_logits: return the logits of all T tokens of the single row.
+        longest: position of the row that must leave if memory does not suffice.
         is_repeatable: whether a step that lacked an expert may be run again.
 
     Returns:
@@ -68,11 +68,11 @@ def run_forward(
     else:
         logits = result.logits[0] if all_logits else result.logits[:, -1]
         return StepOutput(logits.float(), record, share, outputs), result.past_key_values
-    raise problem  # outside of the handler, so that it has no context
+    raise problem  # raised outside the handler, so that it has no context
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether `error` is an allocator's, of host or device memory."""
+    """Whether `error` is a failed allocation of host or device memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)

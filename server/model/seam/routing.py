@@ -1,9 +1,9 @@
-"""Masked routing at the model's routers, and the record of what each step wanted and got.
+"""Masked routing at the model's routers, and the record of each step's demanded and served experts.
 
-A forward hook on every router module sees transformers' own result. Without a mask that result passes through
-untouched, so unmasked routing is exact by construction; with one, the family's gating rule makes the choice as if the
-masked experts did not exist. Invariant: between `begin` and `finish` each MoE layer's router ran exactly once over the
-step's tokens. A row's choice depends on its own tokens, mask and temperature alone.
+A forward hook on every router module receives transformers' own result. Without a mask the hook does not change it, so
+unmasked routing is exact; with a mask, the family's gating rule chooses as if the masked experts did not exist.
+Invariant: between `begin` and `finish` each MoE layer's router runs exactly once over the step's tokens. A row's choice
+depends on its own tokens, mask and temperature alone.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class StepRouting:
     Args:
         model_type: transformers' name of the family, for its gating rule.
         num_layers: L.
-        device: where routers run.
-        mask: what may be chosen by every sequence that brings no mask of its own.
+        device: device of the routers.
+        mask: the mask of every sequence that has no mask of its own.
     """
 
     def __init__(self, model_type: str, num_layers: int, device: torch.device, mask: ExpertMask) -> None:
@@ -68,17 +68,17 @@ class StepRouting:
         self.set_mask(mask)
 
     def set_mask(self, mask: ExpertMask) -> None:
-        """Take another default mask, from the next step on."""
+        """Set the default mask, from the next step on."""
         self.mask = mask
         self._default = None if mask.is_full else torch.from_numpy(np.array(mask.allowed)).to(self._device)
 
     def install(self, layer: int, router: nn.Module) -> None:
-        """Hook the router of MoE layer `layer`; called once a layer while the model is assembled."""
+        """Hook the router of MoE layer `layer`; called once for each layer while the model is assembled."""
         self._routers[layer] = router
         router.register_forward_hook(lambda *call: self._choose(layer, *call), with_kwargs=True)
 
     def temperature_refusal(self) -> str | None:
-        """Why the routers' logits cannot be divided by a temperature; None where they can."""
+        """The reason why the routers' logits cannot be divided by a temperature; None if they can."""
         for layer, router in enumerate(self._routers):
             assert router is not None, f"no router was installed for layer {layer}"
             try:
@@ -99,9 +99,9 @@ class StepRouting:
         """Start a step over `num_rows` × `tokens_per_row` tokens.
 
         Args:
-            masks: one a row, intersected with the default by the caller; None (or None for a row) is the default.
-            temperatures: one a row, dividing the router's logits; None is 1 for all. What a row wanted (demand) is
-                the unmasked choice at its temperature.
+            masks: one for each row, which the caller has intersected with the default; None is the default.
+            temperatures: one for each row, which divides the router's logits; None is 1 for all. A row's demand is the
+                unmasked choice at its temperature.
         """
         self._num_rows, self._tokens_per_row = num_rows, tokens_per_row
         self._steps = [None] * self._num_layers
@@ -115,7 +115,7 @@ class StepRouting:
             self._token_masks = torch.from_numpy(table).to(self._device).repeat_interleave(tokens_per_row, dim=1)
 
     def finish(self) -> tuple[StepRecord, RowShare]:
-        """End the step and return what it did; the one place that waits for the device."""
+        """End the step and return its record; the only method that waits for the device."""
         steps = [step for step in self._steps if step is not None]
         assert len(steps) == self._num_layers, f"{len(steps)} of {self._num_layers} routers ran in the step"
         served_index = torch.stack([step.served_index for step in steps]).cpu().numpy()
@@ -134,7 +134,7 @@ class StepRouting:
         return record, RowShare(demanded.T, per_row.T)
 
     def rows_served_by(self, layer: int, expert: int) -> list[int]:
-        """Rows of the step whose tokens were given (layer, expert); none where that layer's router has not run."""
+        """Rows of the step whose tokens chose (layer, expert); empty if that layer's router has not run."""
         step = self._steps[layer]
         if step is None:
             return []
@@ -142,7 +142,7 @@ class StepRouting:
         return [row for row, is_served in enumerate(served.tolist()) if is_served]
 
     def abandon(self) -> None:
-        """Forget a step that failed."""
+        """Discard a step that failed."""
         self._steps = [None] * self._num_layers
 
     def _choose(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

@@ -1,10 +1,9 @@
-"""Arithmetic that does not depend on who else is in the batch.
+"""Arithmetic whose results for a row do not depend on the other rows of the batch.
 
-A row's bits must be those of the row alone. Kernels of attention sum over keys in an order that depends on how many
-keys the longest row has, and kernels of matrix products may choose another order for another number of rows. So
-attention runs row by row over the row's own keys, prompts in blocks of queries at fixed positions, and products get a
-fixed number of rows where the kernels at hand are found to need it. Attention is registered with transformers
-(`AttentionInterface`), the seam that it offers for this.
+Invariant: a row's bits equal those of the row alone. Attention kernels sum over keys in an order that depends on the
+longest row, and matrix products may choose another order for another number of rows. So attention runs row by row over
+the row's own keys; prompts attend in blocks of queries at fixed positions; products get a fixed number of rows if the
+kernels of this device need it. Attention is registered with transformers (`AttentionInterface`).
 """
 
 from __future__ import annotations
@@ -29,18 +28,18 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 QUERY_BLOCK = 64
 """Queries of a prompt that attend in one call: those at positions [64 n, 64 n + 64)."""
 BLOCK_ROWS = {"cpu": 1, "cuda": 8}
-"""Rows of a product of a decode step where its bits depend on their number; a GPU takes eight as fast as one."""
+"""Fixed number of rows of a decode step's product whose bits depend on it; on a GPU eight rows take as long as one."""
 PROBED_ROWS = (2, 3, 5, 8)
 """Numbers of rows for which a product's bits are compared with those of one row."""
 
 
 @dataclass(frozen=True)
 class StepRows:
-    """The rows of the step under way.
+    """The rows of the current step.
 
     Attributes:
-        lengths: keys of each row, that of the step's own token included; empty for a chunk of one prompt.
-        start: position of a chunk's first token.
+        lengths: number of keys of each row, including the step's own token; empty for a chunk of one prompt.
+        start: position of the chunk's first token.
     """
 
     lengths: Sequence[int] = ()
@@ -52,7 +51,7 @@ _step: ContextVar[StepRows | None] = ContextVar("step_rows", default=None)
 
 @contextmanager
 def rows_of_step(rows: StepRows | None) -> Iterator[None]:
-    """Run the model's forward inside; attention, products and experts take the rows from here. None: as they come."""
+    """Set the rows for a forward inside, which attention, products and experts read. None: attention is unchanged."""
     token = _step.set(rows)
     try:
         yield
@@ -61,7 +60,7 @@ def rows_of_step(rows: StepRows | None) -> Iterator[None]:
 
 
 def is_decode(num_tokens: int) -> bool:
-    """Whether each of the step's tokens belongs to another row; outside of `rows_of_step`, whether there is but one."""
+    """Whether each of the step's tokens belongs to another row; outside `rows_of_step`, whether there is only one."""
     rows = _step.get()
     return num_tokens == 1 if rows is None else bool(rows.lengths)
 
@@ -98,8 +97,8 @@ def _attention(
 def _by_blocks(
     base: _Base, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, start: int, options: Any
 ) -> Tensor:
-    """Attention of one row's queries from position `start` on, in blocks of equal shape wherever a chunk begins:
-    a block has all its queries, the absent ones zero, and all keys up to its own end, those to come masked."""
+    """Attention of one row's queries from position `start` on, in blocks whose shape does not depend on the chunk: a
+    block has all its queries, with zeros for absent ones, and all keys up to its end, with later ones masked."""
     end, outputs = start + query.shape[2], []
     for first in range(start - start % QUERY_BLOCK, end, QUERY_BLOCK):
         last = first + QUERY_BLOCK
@@ -125,8 +124,8 @@ for _name, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
 
 
 def attention_implementation(model_class: type[PreTrainedModel]) -> str:
-    """The name under which a model's attention runs row by row; transformers' own where the family has no seam for it,
-    or does something else for names that it does not know."""
+    """The name under which a model's attention runs row by row; transformers' own name if the family does not use the
+    interface, or changes its behaviour for unknown names."""
     name = "sdpa" if model_class._supports_sdpa else "eager"
     family = inspect.getsource(sys.modules[model_class.__module__])
     has_seam = model_class._supports_attention_backend and not re.search(r"_attn_implementation (in|==) ", family)
@@ -139,9 +138,9 @@ _depends: dict[Hashable, bool] = {}
 
 
 def depends_on_rows(weight: Tensor) -> bool:
-    """Whether a row of x [M, in] · weight [out, in] has other bits for M > 1 than alone, by this device's kernels.
+    """Whether this device's kernels give a row of x [M, in] · weight [out, in] other bits for M > 1 than for M = 1.
 
-    Found by trying, once for a shape, dtype and device.
+    Measured once for each shape, dtype and device.
     """
     kind = (tuple(weight.shape), weight.dtype, weight.device)
     if kind not in _depends:
@@ -155,10 +154,10 @@ def depends_on_rows(weight: Tensor) -> bool:
 
 @torch.inference_mode()
 def fix_rows(model: nn.Module) -> int:
-    """Give the products of decode steps a fixed number of rows, the absent ones zero, where their kernels depend on it.
+    """Give products of decode steps a fixed number of rows, padded with zeros, if their kernels depend on the number.
 
     Mutates the model: the forward of such linear layers and routers takes its rows in blocks of `BLOCK_ROWS`. On a CPU
-    their weights are then read once a row.
+    their weights are then read once for each row.
 
     Returns:
         The modules that were changed.

@@ -1,9 +1,9 @@
-"""The trunk by transformers, with the experts never materialised.
+"""Loads the trunk with transformers, without any memory for the experts.
 
-The model class is subclassed so that, right after its constructor (on the meta device), every experts module gives up
-its parameters; `from_pretrained` then reads only the trunk's tensors. Source: `transformers/modeling_utils.py`,
-`integrations/moe.py`. A checkpoint's own code is never run. Invariant: what `trunk_is_checked` loads is served only if
-every file of the trunk is what was extracted.
+A subclass of the model class removes the parameters of every experts module right after the constructor (on the meta
+device); `from_pretrained` then reads only the trunk's tensors. Source: `transformers/modeling_utils.py`,
+`integrations/moe.py`. A checkpoint's own code is never run. Invariant: a trunk loaded within `trunk_is_checked` is
+served only if every file of it has the hash in the manifest.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from server.model.seam.rows import attention_implementation
 
 Arguments = ParamSpec("Arguments")
 Loaded = TypeVar("Loaded")
-LOADING_BAR = "Loading weights"  # how transformers' loop over the tensors calls its bar
+LOADING_BAR = "Loading weights"  # the name of transformers' progress bar over the tensors
 
 
 class TrunkError(ServerError):
@@ -47,11 +47,11 @@ def load_trunk(
 
     Args:
         path: directory in the Hugging Face layout that holds the trunk's tensors.
-        device, dtype: of the trunk.
-        progress: told the share of the tensors that are loaded, tensor by tensor.
+        device, dtype: device and dtype of the trunk.
+        progress: called after each tensor with the share of loaded tensors.
 
     Returns:
-        The model in eval mode, its experts dispatched to our implementation.
+        The model in eval mode; its experts modules use our implementation.
 
     Raises:
         TrunkError: tensors of the trunk are missing.
@@ -84,10 +84,10 @@ def load_trunk(
 def trunk_is_checked(
     load: Callable[Concatenate[Store, Arguments], Loaded],
 ) -> Callable[Concatenate[Store, Arguments], Loaded]:
-    """`load` with the files of its store's trunk compared with the manifest meanwhile, by threads beside it.
+    """Run `load` while other threads compare the files of the store's trunk with the manifest.
 
-    What is found bad is raised as a ShardCorruptError when `load` next tells its `progress`, at its end at the latest,
-    and in the place of what `load` raised.
+    For a damaged file, raise ShardCorruptError at the next progress report of `load`, or at its end. That error
+    replaces an error of `load`.
     """
 
     @wraps(load)
@@ -96,7 +96,7 @@ def trunk_is_checked(
             tell: Any = kwargs.get("progress")
 
             def report(phase: str, share: float) -> None:
-                check.poll()  # bad weights are told before all experts are read
+                check.poll()  # fail for damaged weights before all experts are read
                 if tell is not None:
                     tell(phase, share)
 
@@ -107,20 +107,20 @@ def trunk_is_checked(
 
 
 def trunk_skeleton(path: Path) -> PreTrainedModel:
-    """The model of `load_trunk` on the meta device: modules and shapes, all float32, no memory. Raises TrunkError."""
+    """The model of `load_trunk` on the meta device: float32 modules and shapes without memory. Raises TrunkError."""
     model_class, config = _model_of(path)
     with torch.device("meta"):
         return _without_experts(model_class)(config)
 
 
 def context_tokens(path: Path) -> int:
-    """Most tokens that the model at `path` was made for, from its config alone; 2^20 where that sets no bound."""
+    """The context length of the model at `path` in tokens, from its config alone; 2^20 if the config sets no bound."""
     _, config = _model_of(path)
     return int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
 
 
 def _model_of(path: Path) -> tuple[type[PreTrainedModel], Any]:
-    """The class that answers text with text for the config at `path`, and the part of the config that it takes."""
+    """The class for text generation for the config at `path`, and the part of the config that it takes."""
     config = read_config(path)
     found = text_model(config)
     if found is None:
@@ -130,7 +130,7 @@ def _model_of(path: Path) -> tuple[type[PreTrainedModel], Any]:
 
 @contextmanager
 def _reported(progress: Callable[[float], None]) -> Iterator[None]:
-    """transformers' bar over the trunk's tensors is not drawn: what it would show goes to `progress`."""
+    """Hide transformers' progress bar over the trunk's tensors and report its share to `progress` instead."""
 
     def watched(factory: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if options.get("desc") != LOADING_BAR or not arguments:
@@ -155,7 +155,7 @@ def _counted(tensors: Collection[Any], progress: Callable[[float], None]) -> Ite
 
 
 def _without_experts(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A subclass that strips experts modules of parameters; it keeps name and module, which transformers reads."""
+    """A subclass that removes the parameters of experts modules; it keeps name and module, which transformers reads."""
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
