@@ -1,4 +1,4 @@
-"""Decides whether a model can be captured, and says why others cannot."""
+"""Decides whether a model can be captured; a refusal gives the reason."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from server.errors import ServerError
 
 
 class NotCapturableError(ServerError):
-    """The model needs something that the captured decode step does not do; the message says what."""
+    """The captured decode step does not support this model; the message gives the reason."""
 
 
 def need(condition: bool, reason: str) -> None:

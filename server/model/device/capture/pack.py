@@ -1,8 +1,8 @@
-"""From a transformers model in memory to the shape and the tensors of the captured decode step.
+"""Packs a transformers model in memory into the shape and the tensors of the captured decode step.
 
-Accepts decoders of grouped-query attention and gated products whose routers the kernel computes. Families are not
-named: names and shapes of modules decide, and gating rules come from `router.gating`. A module that is not known here
-is a reason to refuse the model. Names do not tell all that a forward computes: `capture.proof` compares its results.
+Accepts decoders with grouped-query attention and gated products whose routers the kernel computes. The names and shapes
+of modules decide, not the family's name; gating rules come from `router.gating`. Invariant: a model with an unknown
+module is refused. Names do not describe everything that a forward computes, so `capture.proof` compares the results.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from server.model.device.step.weights import DecodeShape, LayerWeights, MlpWeigh
 from server.model.seam.attention_mask import layer_windows
 
 MOST_ROWS = 32
-"""The largest batch that the kernels have been run with."""
+"""The largest batch with which the kernels were tested."""
 
 _MODEL = ("model", "lm_head")
 _BODY = ("embed_tokens", "layers", "norm", "rotary_emb")
@@ -48,7 +48,7 @@ def moe_blocks(model: Any) -> list[tuple[int, Any, Any]]:
 def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: int) -> DecodeShape:
     """The step's sizes for a transformers `*ForCausalLM`; `intermediate` is I of its experts.
 
-    Raises NotCapturableError where the model is built otherwise.
+    Raises NotCapturableError for a model with another structure.
     """
     need(max_rows <= MOST_ROWS, f"batches of {max_rows} rows: wanted at most {MOST_ROWS}, by max_batch_size")
     config = model.config
@@ -100,7 +100,7 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
 
 
 def _children(module: Any, where: str, needed: Sequence[str], optional: Sequence[str] = ()) -> None:
-    """The module has every needed child, and none that the step does not know."""
+    """Raises NotCapturableError unless the module has every needed child and no unknown one."""
     absent = [name for name in needed if getattr(module, name, None) is None]
     need(not absent, f"{where} has no {', '.join(absent)}")
     no_weights = (name for name, child in module.named_children() if next(child.parameters(), None) is None)
@@ -110,7 +110,7 @@ def _children(module: Any, where: str, needed: Sequence[str], optional: Sequence
 
 
 def _attention_norms(attention: Any, config: Any, head_dim: int, where: str) -> Literal["none", "head", "row"]:
-    """The kind of a layer's norms of queries and keys; refuses attention that is not of grouped queries."""
+    """The kind of a layer's norms of queries and keys; refuses attention without grouped queries."""
     where = f"{where}: attention"
     _children(attention, where, _PROJECTIONS, _NORMS)
     projections = [getattr(attention, name) for name in _PROJECTIONS]
@@ -131,7 +131,7 @@ def _attention_norms(attention: Any, config: Any, head_dim: int, where: str) -> 
 
 
 def _rotary_elements(rotary: Any, head_dim: int) -> int:
-    """The number of elements of a head that are rotated, its first ones."""
+    """The number of rotated elements of a head; they are its first ones."""
     need(
         head_dim & (head_dim - 1) == 0 and head_dim >= 32,
         f"heads of {head_dim} elements: wanted a power of two from 32",
@@ -168,7 +168,7 @@ def _block_kind(config: Any, block: Any, router: Any, where: str) -> tuple[Route
 
 
 def _mlp_size(mlp: Any, where: str) -> int:
-    """I of a gated product that every token passes."""
+    """I of a gated product that every token uses."""
     where = f"{where}: {type(mlp).__name__}"
     _children(mlp, where, _MLP)
     parts = [getattr(mlp, name) for name in _MLP]
@@ -224,7 +224,7 @@ def rotary_tables_of(model: Any, shape: DecodeShape) -> tuple[Tensor, Tensor]:
 
 
 def _mlp_weights(owner: Any, shape: DecodeShape, is_block: bool) -> MlpWeights | None:
-    """Of a dense layer's product, or of the shared expert in a MoE block; None where it has none."""
+    """The gated product of a dense layer, or the shared expert of a MoE block; None if it has none."""
     if is_block and not shape.shared_intermediate:
         return None
     mlp = owner

@@ -1,10 +1,10 @@
 """The proof at start: the captured step computes what transformers' own forward of this model computes.
 
-A few of the model's layers, each distinct kind among them, get random float32 weights. A few tokens go through the
-family's own forward and through the step's kernels, with a mask of experts and without; float32 leaves no room but
-rounding, so a scale, a norm, an activation, a bias or a window that the step does not have is seen. Weights are random
-so that nothing that a trained model leaves at zero hides, and so that nothing has to be loaded first. Experts keep few
-of their inner elements, the vocabulary few of its tokens, and windows shrink below the number of tokens.
+A few of the model's layers, at least one of each kind, get random float32 weights. A few tokens run through the
+family's own forward and through the step's kernels, with a mask of experts and without. In float32 the results differ
+only by rounding, so a scale, norm, activation, bias or window that the step lacks is detected. Random weights need no
+loading, and none is zero, as trained biases may be. Experts get few inner elements and the vocabulary few tokens;
+windows are shorter than the number of tokens.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from server.model.seam.attention_mask import layer_windows
 from server.model.seam.routing import StepRouting
 
 LIMIT = 1e-4
-"""Of the distance between logits, relative to their norm; rounding alone makes some 1e-6."""
+"""Largest accepted distance between logits, relative to their norm; rounding alone causes about 1e-6."""
 NUM_TOKENS, WINDOW, VOCABULARY, INTERMEDIATE = 5, 3, 64, 16
 MOST_LAYERS = 12
 EMBEDDING_SCALE = 0.02
-"""So small that a norm's epsilon counts."""
+"""Scale of the random embeddings; it is so small that a norm's epsilon changes the result."""
 
 
 @torch.inference_mode()
@@ -41,13 +41,13 @@ def prove(model: Any, shape: DecodeShape, device: torch.device, tuning: Tuning |
     """The relative distance between the step's logits and those of transformers' forward.
 
     Args:
-        model: a model that `decode_shape` accepted, of which modules and config are read, no weights; it may be on the
-            meta device.
-        shape: of the whole model.
+        model: a model that `decode_shape` accepted. Only its modules and config are read, so it may be on the meta
+            device.
+        shape: shape of the whole model.
         tuning: tile sizes of the step.
 
     Raises:
-        NotCapturableError: the distance is more than rounding explains, or a few layers of the model do not run alone.
+        NotCapturableError: the distance is larger than rounding, or a few layers of the model do not run alone.
     """
     kept = _one_of_each_kind(model, shape)
     excerpt, excerpt_shape = _excerpt(model, shape, kept, device)
@@ -81,8 +81,8 @@ def prove(model: Any, shape: DecodeShape, device: torch.device, tuning: Tuning |
 
 
 def _one_of_each_kind(model: Any, shape: DecodeShape) -> list[int]:
-    """The first and the last layer of each kind. Layers are of one kind where all their modules have the same class,
-    the same settings but for the layer's number, and weights of the same sizes."""
+    """The first and the last layer of each kind. Layers are of one kind if all their modules have the same class, the
+    same settings except the layer's number, and weights of the same sizes."""
     kinds: dict[str, list[int]] = {}
     types = getattr(model.config, "layer_types", None) or ()
     for index, layer in enumerate(model.model.layers):
@@ -143,10 +143,10 @@ def _excerpt(model: Any, shape: DecodeShape, kept: list[int], device: torch.devi
 
 
 def _check_rotary(excerpt: Any, shape: DecodeShape) -> None:
-    """The step's table of angles is what the family's rotary embedding gives up to the last position."""
+    """Check that the step's table of angles equals the family's rotary embedding up to the last position."""
     last = shape.max_tokens - 1
     positions = torch.tensor([[0, 1, last // 3, last // 2, last]], device=excerpt.lm_head.weight.device)
-    rotary = copy.deepcopy(excerpt.model.rotary_emb)  # some kinds change with the positions that they see
+    rotary = copy.deepcopy(excerpt.model.rotary_emb)  # some kinds change with the positions that they get
     found = rotary(excerpt.lm_head.weight[None], positions)
     for table, own in zip(rotary_tables_of(excerpt, shape), found, strict=False):
         angles = own[0, :, : rotary.inv_freq.shape[0]].float()
@@ -155,7 +155,7 @@ def _check_rotary(excerpt: Any, shape: DecodeShape) -> None:
 
 
 def _pages(excerpt: Any, shape: DecodeShape, device: torch.device) -> DevicePages:
-    """Every expert in a slot; the model's experts are views of the same memory."""
+    """Pages with every expert in a slot; the model's experts become views of the same memory."""
     moe, experts, inner, hidden = shape.num_moe_layers, shape.num_experts, shape.intermediate, shape.hidden
     sizes = PagesShape(moe, experts, shape.top_k, experts, shape.span_elements, 2, shape.dtype)
     pages = DevicePages(sizes, None, device=device)

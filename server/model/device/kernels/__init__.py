@@ -1,8 +1,8 @@
 """Triton kernels of the captured decode step; each is checked against float64 in Triton's interpreter.
 
-Every kernel takes PDL (programmatic dependent launch): with it a kernel starts while the one before drains, loads the
-weights that do not depend on it, and only then waits. The wait is unconditional in every program, so that a kernel's
-end implies the end of all before it; a kernel that lets its successor read *its predecessor's* results early (the
-experts' second product reads the router's work list before its wait) is launched only after its own predecessor's
-wait.
+Every kernel has the option PDL (programmatic dependent launch): with it a kernel starts while the one before ends,
+loads the weights that do not depend on it, and then waits for it. Invariant: every program of a kernel waits, so the
+end of a kernel implies the end of all kernels before it. One kernel reads results of the kernel before its predecessor
+without waiting (the experts' second product reads the router's work list); so the predecessor launches it only after
+its own wait.
 """

@@ -1,10 +1,10 @@
 """One token's grouped-query attention over its row's KV memory: norms, rotary, cache write, split softmax.
 
 A program handles one KV head of one sequence over one split of its cached tokens; the last program of a head to finish
-(counted on the device) joins the splits in their order, so the result does not depend on who was last. The new token's
-key and value come from registers: split 0 scores and stores them.
-Source of the split: Flash-Decoding (Dao et al., 2023). Rotary in halves, as transformers' `rotate_half`, of a head's
-first ROTARY elements; the rest of it forms pairs of its own, which are turned by nothing.
+(counted on the device) joins the splits in their order, so the result does not depend on which one is last. The new
+token's key and value stay in registers: split 0 scores and stores them. Source of the split: Flash-Decoding (Dao et
+al., 2023). The rotary embedding works in halves, as transformers' `rotate_half`, on a head's first ROTARY elements; the
+other elements form pairs with an angle of 0.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def attend(
     ROTARY: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, NUM_HEADS * D] from qkv [B, (NUM_HEADS + 2 NUM_KV) * D]; writes position lengths[row] of keys and values
-    [rows, NUM_KV, max_tokens, D]. A batch entry with row -1 is skipped. WINDOW: tokens that it sees, the new one
-    included; 0: all. QP, KP: widths of all query and all key heads, padded. Grid (SPLITS, NUM_KV, B).
+    [rows, NUM_KV, max_tokens, D]. A batch entry with row -1 is skipped. WINDOW: number of tokens to attend to, the new
+    one included; 0: all. QP, KP: widths of all query and all key heads, padded. Grid (SPLITS, NUM_KV, B).
 
     The split's first block of cached keys and values is loaded before the wait: no kernel of this step writes it.
     """

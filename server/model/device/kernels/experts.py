@@ -1,10 +1,10 @@
-"""The routed experts of one layer, read through the work list that the router made; fetches overlap with compute.
+"""The routed experts of one layer, in the order of the router's work list; fetches overlap with compute.
 
 `gate_up`: the first FETCHERS programs fetch the missing experts from pinned host memory, tile by tile, and compute each
-tile as it arrives, then fetch their down projections; all other programs compute the experts that are already there.
-So PCIe and HBM work at the same time, and a kernel's end means that everything the layer needs is in its slot. A span
-is gate_up [2I, H] then down [H, I]. Sums are fp32 and in pick order. Invariant: a token's sums are the same
-instructions in the same order whatever was resident and whatever the batch size is.
+tile when it arrives, then fetch their down projections; all other programs compute the resident experts. So PCIe and
+HBM are used at the same time, and at the kernel's end all experts that the layer needs are in slots. A span is gate_up
+[2I, H] then down [H, I]. Sums are fp32 and in pick order. Invariant: a token's sums are the same instructions in the
+same order for any resident experts and any batch size.
 """
 
 # ruff: noqa: E741 (I is the experts' intermediate size everywhere)
@@ -115,14 +115,14 @@ def down(
     K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
     SHARED: tl.constexpr, PAGED: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [B, H] = residual + sum over a token's K picks of weight * (down · act) + what SHARED says. Grid (B, ceil(H /
-    BH)): programs of neighbouring tokens read the same rows of experts that they share.
+    """out [B, H] = residual + sum over a token's K picks of weight * (down · act) + the term of SHARED. Grid (B, ceil(H
+    / BH)): programs of neighbouring tokens read the same rows of experts that they share.
 
     SHARED: 0 nothing, 1 shared [B, H], 2 shared [B, H] * sigmoid(switch [H] · normed [B, H]).
 
     The picks' down rows are read side by side as one row of K * I columns, before the wait: see the package's note.
-    FETCH: rows of missing experts come from host memory and are stored in their slots on the way, so that PCIe goes
-    on while `gate_up` ends; else `gate_up` has put them there and they are read after the wait.
+    FETCH: rows of missing experts are read from host memory and also stored in their slots, so that PCIe stays busy
+    while `gate_up` ends; without it `gate_up` has stored them, and they are read after the wait.
     """
     if PDL:
         gdc_launch_dependents()

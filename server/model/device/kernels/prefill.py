@@ -1,7 +1,7 @@
-"""Many tokens through a group of experts: one launch each for gate/up and down, weights read through addresses.
+"""Computes a group of experts for many tokens: one launch each for gate/up and down, with weights at given addresses.
 
 Pairs (token, pick) come sorted by expert; `offsets` [E + 1] bounds each expert's pairs. A program owns a tile of one
-expert's weight rows and walks over all of its pairs, so a weight tile comes from memory once and from L2 after that.
+expert's weight rows and loops over all of its pairs, so a weight tile is read from memory once, then from L2.
 """
 
 # ruff: noqa: E741 (I is the experts' intermediate size everywhere)
@@ -13,7 +13,7 @@ import triton.language as tl
 from server.model.device.kernels.trunk import silu_mul
 
 
-# Where a group's ids begin is of any alignment: one code for all, so that nothing is compiled while serving.
+# The start of a group's ids may have any alignment: one compiled kernel serves all, so serving never compiles.
 @triton.jit(do_not_specialize_on_alignment=["ids", "targets"])
 def gate_up_group(
     hidden, anchor, ids, targets, offsets, order, act,

@@ -2,10 +2,10 @@
 
 Programs compute gate logits for a few experts of one row. The last of a row to finish chooses for it, and the last of
 all lists the work (`expert_store.paging.kernels.list_work`), so a row's choice and weights are the same instructions
-whatever the batch size is. The choice is exact under a mask: hidden experts get -inf before they are
-scored, so weights equal those of a checkpoint without them; where fewer than K are available the rest of the picks
-carry the sentinel id E and weight 0 and reach neither the work list nor the experts. Where a family's router
-differs, there is a switch from `server.model.device.step.router_kind`; the scores are in `kernels.scores`.
+for every batch size. The choice is exact under a mask: hidden experts get -inf before they are scored, so weights equal
+those of a checkpoint without them. If fewer than K experts are available, the other picks have the sentinel id E and
+weight 0, and are neither in the work list nor computed. `server.model.device.step.router_kind` sets the switches for
+differences between families; the scores are in `kernels.scores`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from expert_store.paging.kernels import list_work
 from server.model.device.kernels.scores import top_k, weights_of, within_groups
 from server.model.device.kernels.trunk import normalise
 
-# In a row's mask: the row may have the expert, which is not in reach yet. The log tells the host, which reads the
+# In a row's mask: the row may have the expert, but it is not in reach. The host finds it in the step's log, reads the
 # expert and runs the step again.
 ABSENT = tl.constexpr(2)
 

@@ -1,4 +1,4 @@
-"""From a layer's scores to its picks and their weights: top-k, groups of experts, softmax and sigmoid weights.
+"""Computes picks and their weights from a layer's scores: top-k, groups of experts, softmax and sigmoid weights.
 
 Device functions of the router (`kernels.routing`), over a whole batch in one program. Their rules are those of
 `router.gating.rules`, which the host-driven path follows, masks included.
@@ -105,7 +105,7 @@ def within_groups(
 
 @triton.jit
 def _sigmoid_weights(values, RENORMALISE: tl.constexpr, EPS: tl.constexpr):
-    """The picked scores [BP, KP], 0 past the available, divided by their sum where the router does so."""
+    """The picked scores [BP, KP], 0 past the available, divided by their sum if the router does so."""
     mass = tl.maximum(values, 0.0)
     if RENORMALISE:
         total = tl.sum(mass, axis=1) + EPS

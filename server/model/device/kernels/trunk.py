@@ -2,9 +2,8 @@
 
 A program of a product holds a few whole weight rows in registers, so the entire matrix is in flight at once, and goes
 through the batch with them. Sums are fp32. Invariant: a batch entry's sums are the same instructions in the same order
-whatever the batch size is, so its bits do not depend on who else is in the batch; `tiled_product` gives that up for
-speed. Results are rounded to the model's
-dtype where transformers rounds.
+for every batch size, so its bits do not depend on the other entries; only `tiled_product` is faster without this.
+Results are rounded to the model's dtype where transformers rounds.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def silu_mul(gate, up, dtype: tl.constexpr):
 def embed(tokens, table, x, step, H: tl.constexpr, HP: tl.constexpr, PDL: tl.constexpr):
     """x[b] = table[tokens[b]]. Program 0 begins a new step. Grid (B,)."""
     row = tl.program_id(0)
-    if PDL:  # in this order, so that whatever starts early in a step finds the step before it complete
+    if PDL:  # in this order, so that a kernel that starts early finds the step before complete
         gdc_wait()
         gdc_launch_dependents()
     cols = tl.arange(0, HP)

@@ -1,6 +1,6 @@
-"""The device's memory, divided: trunk, KV memory of fixed rows, slots, spill area and ring, and room to compute.
+"""Divides the device's memory: trunk, KV memory of fixed rows, slots, spill area and ring, and room to compute.
 
-Slots are sized, or checked, after the trunk is loaded and before anything else is allocated.
+Invariant: the number of slots is chosen, or checked, after the trunk is loaded and before any other allocation.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from server.model.device.step.prefill import RING_SPANS
 from server.model.device.step.weights import DecodeShape
 
 RESERVE_BYTES = 1 << 30
-"""Left free on a GPU for activations, logits and the allocator's rounding."""
+"""Bytes left free on a GPU for activations, logits and the allocator's rounding."""
 
 
 class DeviceMemory:
-    """Sizes of what a captured model holds on `device`, in bytes.
+    """Sizes of the parts of a captured model on `device`, in bytes.
 
     Args:
         num_kept: slots of each layer that are never evicted.
@@ -36,7 +36,7 @@ class DeviceMemory:
         return self.row_bytes * self._shape.max_rows * self._shape.max_tokens
 
     def pages_shape(self, num_slots: int) -> PagesShape:
-        """The shape of pages with so many slots a layer."""
+        """The shape of pages with this many slots in each layer."""
         shape = self._shape
         return PagesShape(
             shape.num_moe_layers,
@@ -49,21 +49,22 @@ class DeviceMemory:
         )
 
     def slots_bytes(self, num_slots: int) -> int:
-        """Slots of all layers, and where something is fetched also the spill area and the ring."""
+        """Bytes of the slots of all layers, with the spill area and the ring if experts are fetched."""
         shape = self.pages_shape(num_slots)
         beside = shape.num_spill(self.num_kept) + RING_SPANS if shape.paged else 0
         return (self._shape.num_moe_layers * num_slots + beside) * self.span_bytes
 
     def num_slots(self, most: int, wanted: int | None, budget_bytes: int | None) -> int:
-        """Slots a layer: `wanted`, or what `budget_bytes` holds, or what is free; at most what is of use.
+        """The number of slots in each layer: `wanted`, or those that fit into `budget_bytes`, or into the free memory;
+        at most as many as can be used.
 
         Args:
-            most: experts that the fullest layer may serve.
+            most: number of experts of the layer that may serve most.
 
         Raises:
-            NotCapturableError: fewer were asked for than one token's experts or the kept ones: the host-driven path
-                fetches such a token's experts in turns.
-            SlotsError: they do not fit on the device; names what fits.
+            NotCapturableError: the number is below one token's experts or the kept ones; the host-driven path computes
+                such a token's experts in several waves.
+            SlotsError: they do not fit on the device; the message names values that fit.
         """
         num_experts = self._shape.num_experts
         least = max(min(self._shape.top_k, num_experts), self.num_kept)
@@ -98,14 +99,14 @@ class DeviceMemory:
         return next((num for num in range(useful, 0, -1) if self.slots_bytes(num) <= limit), 0)
 
     def _free_bytes(self) -> int | None:
-        """Bytes that slots may take on the device; None where memory is not a device's own."""
+        """Bytes that slots may take on the device; None if the device has no memory of its own."""
         if self._device.type != "cuda":
             return None
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self._device)[0] - self.kv_bytes - RESERVE_BYTES
 
     def _advice(self, least: int, free: int | None, chosen: int | None = None) -> str:
-        """Values that fit."""
+        """Settings whose values fit, for the message of an error."""
         fits = []
         num_slots = self._most_slots(self._shape.num_experts, free or 0)
         if num_slots >= least:

@@ -1,7 +1,7 @@
 """The expert cache of the device-driven path, as engine and metrics read it: statistics of the device's page table.
 
-Invariant: nothing here changes pages; kernels alone do. Each call copies a little from the device and so waits for the
-step that runs.
+Invariant: this module never changes pages; only kernels do. Each call copies a little data from the device and so waits
+for the running step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PagedCache:
         return table
 
     def statistics(self) -> CacheStatistics:
-        """Counters since start. Evictions are misses that found every slot taken; fetches have no seconds of their own,
+        """Counters since start. Evictions are misses while every slot was taken. Fetches have no seconds of their own,
         since they overlap with compute. Host misses are experts that were read because a token needed them."""
         hits, misses, spilled = self.pages.stats[:, :3].cpu().numpy().T.copy()
         resident = (self.page_table >= 0).sum(axis=1)
@@ -49,8 +49,8 @@ class PagedCache:
         )
 
     def check_integrity(self) -> None:
-        """Raises SlotsError where page table and slot owners disagree."""
+        """Raises SlotsError if the page table and the slots' owners disagree."""
         self.pages.check_integrity()
 
     def close(self) -> None:
-        """Nothing to stop; memory goes with the object."""
+        """Does nothing: there is no thread to stop, and the memory is freed with the object."""

@@ -1,9 +1,9 @@
-"""Spans of experts that are read because a token needs them: those of the source that a request may fetch, and those of
-the store that could not be read at the start.
+"""Reads spans of experts that a token needs: from the source for requests that fetch, or from the store after a failed
+first read.
 
-They take rows of the host tier that belong to no expert, and more rows up to a bound that no request moves; then the
-least recently used one is evicted. Where every expert has a slot they go to their slots for good. Invariant: a row is
-written only while it belongs to no expert and nothing on the device reads it.
+The spans take free rows of the host tier, and new rows up to a fixed bound; then the least recently used row is
+evicted. If every expert has a slot, the spans go to their slots and stay there. Invariant: a row is written only while
+it belongs to no expert and the device does not read it.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from server.model.device.memory.reading import Expert, Failures, SpanReader
 log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 256 << 20
-"""Host memory that is page-locked at a time, when its rows are needed."""
+"""Host memory in bytes that is page-locked at a time, when its rows are needed."""
 READ_AT_ONCE = 64
 
 
 class NoRoomError(SlotsError):
-    """One step needs more experts than there is room for at once."""
+    """One step needs more experts at once than memory has room for."""
 
 
 class NeededSpans:
-    """Reads experts into reach between two runs of a step, or in the middle of a prompt's chunk.
+    """Reads experts into host memory or slots between two runs of a step, or during a prompt's chunk.
 
     Args:
-        reader: of the store, and of its source where it has one.
-        max_spans: most rows of the host tier to page-lock beyond those that are there.
+        reader: reads the store, and its source if it has one.
+        max_spans: most rows to page-lock in addition to the host tier's rows.
 
     Attributes:
         num_reads: spans read.
-        num_changes: how often the experts in reach have changed.
-        capacity: experts that can be held beside each other; any thread may ask, at any time.
+        num_changes: number of changes of the experts in reach.
+        capacity: number of experts that fit at once; any thread may read it.
     """
 
     def __init__(self, reader: SpanReader, pages: DevicePages, max_spans: int) -> None:
@@ -56,17 +56,17 @@ class NeededSpans:
         self._count()
 
     def use(self, experts: npt.NDArray[np.bool_]) -> None:
-        """A step used these, [L, E]."""
+        """Mark these experts [L, E] as used by a step."""
         self._now += 1
         self._used_at[experts] = self._now
 
     def add_rows(self) -> None:
-        """Takes over the rows that were added to the host tier and belong to no expert."""
+        """Adds the host tier's new rows without an expert to the free rows."""
         self._free = self._pages.unused_rows()
         self._count()
 
     def give_back(self, experts: Collection[Expert]) -> None:
-        """Frees the rows of these experts, which get others in the host tier."""
+        """Frees the rows of these experts, which have got other rows in the host tier."""
         held = [expert for expert in experts if self._row[expert] >= 0]
         if held:
             self._pages.reassign(held, {})
@@ -75,17 +75,17 @@ class NeededSpans:
             self.num_changes += 1
 
     def read(self, needed: Sequence[Expert], likely: Sequence[Expert], keep: npt.NDArray[np.bool_]) -> Failures:
-        """Reads experts that are not in reach: `needed`, and of `likely` what there is room for. The device must have
-        done its step.
+        """Reads experts that are not in reach: all of `needed`, and of `likely` as many as fit. The device must have
+        completed its step.
 
         Args:
-            keep: [L, E], not to be given up for them.
+            keep: [L, E], experts that must not be evicted.
 
         Returns:
-            Which could not be read, and why.
+            The experts that could not be read, with their errors.
 
         Raises:
-            NoRoomError: `needed` has no room.
+            NoRoomError: there is no room for `needed`.
         """
         experts = [*needed, *likely]
         if not self._pages.shape.paged:
@@ -100,7 +100,7 @@ class NeededSpans:
         rows = self._claim(min(len(experts), room), keep, dropped)
         experts = experts[: len(rows)]
         if self._pages.slots.is_cuda:
-            torch.cuda.synchronize()  # a prompt's chunk may still copy from the rows of what is dropped
+            torch.cuda.synchronize()  # a prompt's chunk may still copy from the dropped rows
         failures = self._reader.read(experts, [self._pages.host_row(row) for row in rows])
         placed = {one: row for one, row in zip(experts, rows, strict=True) if one not in failures}
         self._free += [row for one, row in zip(experts, rows, strict=True) if one in failures]
@@ -112,8 +112,8 @@ class NeededSpans:
         return failures
 
     def in_turns(self, layer: int, experts: Sequence[int]) -> Iterator[list[int]]:
-        """Reads experts of one layer, as many at a time as there is room for, and yields them; when the generator goes
-        on, the next ones may take their place. Raises StoreError."""
+        """Reads experts of one layer, as many at a time as there is room for, and yields them; after the generator
+        resumes, the next ones may take their rows. Raises StoreError."""
         nothing = np.zeros(self._row.shape, dtype=np.bool_)
         left = list(experts)
         while left:
@@ -125,7 +125,7 @@ class NeededSpans:
             left = left[len(part) :]
 
     def _make_room(self, count: int, keep: npt.NDArray[np.bool_]) -> int:
-        """Page-locks rows for `count` experts as far as that is allowed; returns how many can be read now."""
+        """Page-locks rows for up to `count` experts within the bound; returns the number that can be read now."""
         if not self._pages.shape.paged:
             return self._row.size
         while len(self._free) < count and self._to_lock:
@@ -133,7 +133,7 @@ class NeededSpans:
         return len(self._free) + int(((self._row >= 0) & ~keep).sum())
 
     def _claim(self, count: int, keep: npt.NDArray[np.bool_], dropped: list[Expert]) -> list[int]:
-        """`count` rows, free ones first, then those of the least recently used, which are added to `dropped`."""
+        """`count` rows, free ones first, then those of the least recently used experts, which go into `dropped`."""
         rows = [self._free.pop() for _ in range(min(count, len(self._free)))]
         held = np.argwhere((self._row >= 0) & ~keep)
         order = np.argsort(self._used_at[tuple(held.T)], kind="stable")[: count - len(rows)]
@@ -158,7 +158,7 @@ class NeededSpans:
         self._free += range(first, first + size)
 
     def _count(self) -> None:
-        """Between two changes, when every row is either free or held."""
+        """Check, between two changes, that every row is either free or held."""
         held = int((self._row >= 0).sum())
         self.capacity = len(self._free) + held + self._to_lock if self._pages.shape.paged else self._row.size
 

@@ -1,9 +1,9 @@
-"""Reading experts' spans from the store: all of them at the start, and more in the background after growth.
+"""Reads experts' spans from the store: all of them at the start, and more in the background after growth.
 
-Where something has to be fetched later, every span lies in page-locked memory and slots are filled from there; where
-every expert has a slot, spans go to their slots for good. A span has the compute dtype, so a fetch copies bytes.
-Invariants: an arena that was handed to `DevicePages` never moves, and a span in it that an expert has is not written
-again; an expert that cannot be read is in neither memory, and is reported.
+If slots hold fewer than all experts, every span is in page-locked memory and slots are filled from there; if every
+expert has a slot, spans go to their slots and stay there. A span has the compute dtype, so a fetch copies bytes.
+Invariants: an arena of `DevicePages` never moves, and a span of it that belongs to an expert is not written again; an
+expert that cannot be read is in neither memory, and is reported.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 READ_THREADS = 8
 BOUNCE_SPANS = 16
-"""Spans read at a time where experts go to their slots for good and need no place in host memory."""
+"""Spans read at a time if every expert has a slot and needs no host memory."""
 Expert = tuple[int, int]
 """(MoE layer, expert)."""
 Failures = dict[Expert, StoreError]
@@ -60,7 +60,7 @@ class SpanReader:
     ) -> Failures:
         """Fills into [n, elements] (or n tensors [elements]) with the spans of `experts`, in their order.
 
-        Returns which could not be read, and why; the memory of those is undefined.
+        Returns the experts that could not be read, with their errors; their memory is undefined.
         """
         failures: Failures = {}
         with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="span-read") as readers:
@@ -80,7 +80,7 @@ class SpanReader:
             else:
                 raw = torch.empty(self.elements * self._stored.itemsize, dtype=torch.uint8)
                 self._store.read_expert(*expert, raw)
-                with torch.inference_mode():  # of this thread; `out` may have been made in another's
+                with torch.inference_mode():  # a setting of this thread; `out` may come from another one
                     out.copy_(raw.view(self._stored))
         except StoreError as error:
             return error
@@ -98,10 +98,10 @@ def filled_pages(
     kept: Sequence[Sequence[int]] | None,
     progress: Progress,
 ) -> tuple[DevicePages, Failures]:
-    """Pages over the experts that a mask allows, and which of them could not be read.
+    """Pages over the experts that a mask allows, and the experts that could not be read.
 
     Args:
-        kept: for each layer the experts that are never evicted, equally many.
+        kept: for each layer the experts that are never evicted, the same number in each.
 
     Raises:
         NotPinnableError: the host page-locks less memory than they take.
@@ -123,7 +123,7 @@ def filled_pages(
 
 
 def _check_unread(unread: Failures, mask: ExpertMask) -> None:
-    """Raises a StoreError where no expert of a layer could be read; others are read again when a token needs them."""
+    """Raises StoreError if no expert of a layer could be read; others are read again when a token needs them."""
     left = np.array(mask.allowed)
     for expert in unread:
         left[expert] = False
@@ -135,8 +135,8 @@ def _check_unread(unread: Failures, mask: ExpertMask) -> None:
 def _first_experts(
     store: Store, allowed: npt.NDArray[np.bool_], num_slots: int, kept: Sequence[Sequence[int]] | None
 ) -> Tensor:
-    """[L, num_slots] experts of allowed [L, E] that fill the slots first, -1 where a layer has no more: the kept
-    ones, then the store's deep experts in order."""
+    """[L, num_slots] experts of allowed [L, E] that are in slots at the start, -1 for none: the kept ones, then the
+    store's deep experts in order."""
     order = torch.full((len(store.manifest.layers), num_slots), -1)
     for layer in range(len(order)):
         deep = (deep.experts[layer] for deep in store.manifest.deep_experts)
@@ -149,7 +149,7 @@ def _first_experts(
 def _read_spans(
     reader: SpanReader, experts: Sequence[Expert], mask: ExpertMask, pinned: bool, progress: Progress
 ) -> tuple[Tensor, Tensor, Failures]:
-    """The experts' spans in one page-locked arena [N, span], the row of each [L, E], and which could not be read."""
+    """The experts' spans in one page-locked arena [N, span], the row of each [L, E], and the unreadable experts."""
     index = torch.full(mask.allowed.shape, -1, dtype=torch.int64)
     for row, (layer, expert) in enumerate(experts):
         index[layer, expert] = row
@@ -165,8 +165,8 @@ def _read_spans(
 
 
 def _read_into_slots(reader: SpanReader, pages: DevicePages, order: Tensor, progress: Progress) -> Failures:
-    """Every expert of `order` [L, S] into its slot, through a small bounce buffer; those that cannot be read are left
-    out and returned."""
+    """Reads every expert of `order` [L, S] into its slot, through a small bounce buffer; leaves out and returns those
+    that cannot be read."""
     unread: Failures = {}
     places = [
         (layer * pages.shape.num_slots + slot, (layer, expert))
@@ -189,16 +189,16 @@ def _read_into_slots(reader: SpanReader, pages: DevicePages, order: Tensor, prog
 
 
 class SpanGrowth:
-    """Reads and page-locks spans of experts that came into use after the start, in the background; hands them over
-    between two steps.
+    """Reads and page-locks spans of experts that the store gained after the start, in the background; `arrived` returns
+    them between two steps.
 
     Args:
         unread: experts that could not be read at the start; they are read when a token needs them.
-        budget_bytes: of all page-locked spans; None has no bound.
+        budget_bytes: bound on all page-locked spans; None has no bound.
 
     Attributes:
-        pending: bool [L, E], being read or without a place in host memory: only requests that fetch may have them.
-        num_changes: how often `pending` has changed or spans have arrived.
+        pending: bool [L, E], experts being read or without room in host memory; only requests that fetch may use them.
+        num_changes: number of changes of `pending` and of arrivals of spans.
     """
 
     def __init__(
@@ -215,10 +215,10 @@ class SpanGrowth:
         self._threads: list[threading.Thread] = []
 
     def start(self, allowed: npt.NDArray[np.bool_]) -> None:
-        """Starts to read those of allowed [L, E] that were not read yet. Returns at once; failures are logged."""
+        """Starts to read the experts of allowed [L, E] that were not read yet. Returns at once; failures are logged."""
         absent = allowed & ~self._asked
         if not self._pages.shape.paged:
-            absent &= ~self._pages.servable.numpy()  # fetched for a request, and in its slot for good
+            absent &= ~self._pages.servable.numpy()  # read for a request, and already in its slot
         experts = [(int(layer), int(expert)) for layer, expert in np.argwhere(absent)]
         if not experts:
             return
@@ -238,8 +238,8 @@ class SpanGrowth:
         thread.start()
 
     def take(self) -> list[tuple[Tensor, list[Expert | None]]]:
-        """Spans [n, span_elements] that have arrived since the last call and the expert of each, None where it could
-        not be read; none of them is pending any longer. Call it between two steps."""
+        """Spans [n, span_elements] that were read since the last call and the expert of each, None if it could not be
+        read; they are no longer pending. Call it between two steps."""
         if not self._arrived:
             return []
         with self._lock:
@@ -250,7 +250,7 @@ class SpanGrowth:
         return [(arena, [None if one in failed else one for one in experts]) for arena, experts, failed in arrived]
 
     def wait(self) -> None:
-        """Waits until nothing is being read."""
+        """Waits until all reading has ended."""
         while self._threads:
             self._threads.pop().join()
 
@@ -271,6 +271,6 @@ class SpanGrowth:
 
 
 def log_failures(failures: Failures) -> None:
-    """One line for each expert that could not be read ahead of its use."""
+    """Log one line for each expert that could not be read ahead of its use."""
     for (layer, expert), error in failures.items():
         log.error("expert %d of layer %d is read again when a token needs it: %s", expert, layer, error)

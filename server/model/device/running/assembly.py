@@ -1,7 +1,7 @@
-"""A store made into a model that decodes on the device: trunk by transformers, experts in pages.
+"""Assembles a model that decodes on the device from a store: the trunk by transformers, the experts in pages.
 
-The counterpart of `host.assembly.load_model` for a GPU. Raises NotCapturableError, if possible before anything large
-is allocated, for models or memory budgets that the host-driven path serves instead.
+It is the counterpart of `host.assembly.load_model` for a GPU. It raises NotCapturableError, if possible before any
+large allocation, for models or memory budgets that need the host-driven path.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ from server.model.seam.trunk import context_tokens, load_trunk, trunk_is_checked
 
 log = logging.getLogger(__name__)
 FETCHED_SHARE = 0.25
-"""Of the experts that are page-locked at the start: how many more may be, for requests that fetch what the store lacks,
-where no host_memory is set."""
+"""Bound on experts that are page-locked later, for requests that read experts beside the store's, if no host_memory is
+set. It is a share of the experts that are page-locked at the start."""
 WARMED_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Tokens of the prompts that are run before the server is ready: the bounds at which libraries take another kernel, and
-some between. A library loads a kernel's code when it first runs it, which takes seconds from a disk."""
+"""Lengths in tokens of the prompts that run before the server is ready: the bounds at which libraries use another
+kernel, and some between. A library loads a kernel's code at its first run, which takes seconds from a disk."""
 
 
 class StreamLayer:
-    """One MoE layer's experts in a prompt's chunk; bound to the experts module like the host-driven `ExpertsLayer`.
+    """One MoE layer's experts for a prompt's chunk; bound to the experts module like the host-driven `ExpertsLayer`.
 
     Attributes:
         observer: notified of the experts' outputs while it is on.
@@ -73,17 +73,18 @@ def load_device_runner(
 ) -> DeviceRunner:
     """Prove the captured step, load, page-lock, fill slots, capture, and warm up.
 
-    Experts that cannot be read are left out of reach, and logged: they are read again when a token needs one. Without
+    Experts that cannot be read are logged and not in reach; they are read again when a token needs one. Without
     `host_memory_bytes`, requests may read experts beside the store's up to `FETCHED_SHARE` of those.
 
     Args:
         proof: whether to compare the step with transformers' forward first.
 
     Raises:
-        NotCapturableError: the model, or host memory too small to page-lock every expert, needs the host-driven path.
-        NotPinnableError: the host page-locks less memory than that.
-        SlotsError: the device's memory does not suffice; names what would.
-        ShardCorruptError: a file of the trunk is not what was extracted. StoreError: no expert of a layer can be read.
+        NotCapturableError: the model cannot be captured, or `host_memory_bytes` holds less than all experts; the
+            host-driven path serves both.
+        NotPinnableError: the host page-locks less memory than the experts need.
+        SlotsError: the device's memory does not suffice; the message names values that fit.
+        ShardCorruptError: a file of the trunk is damaged. StoreError: no expert of a layer can be read.
     """
     device, dtype = options.device, options.dtype
     available = ExpertMask.of(store.available)
@@ -128,7 +129,7 @@ def load_device_runner(
 
 
 def _check_gpu(device: torch.device) -> None:
-    """Raises NotCapturableError where Triton cannot compile the kernels for the device."""
+    """Raises NotCapturableError if Triton cannot compile the kernels for the device."""
     if device.type != "cuda":
         return
     major, minor = torch.cuda.get_device_capability(device)
@@ -159,7 +160,7 @@ def _runner(
     needed: NeededSpans,
     options: StepOptions,
 ) -> DeviceRunner:
-    """The model's experts and routers bound to the pages, and the runner over all of it."""
+    """Bind the model's experts and routers to the pages, and make the runner over them."""
     stream = ExpertStream(pages, shape.hidden, shape.intermediate)
     device = pages.device
     routing = StepRouting(store.manifest.model.family, shape.num_moe_layers, device, mask)
@@ -182,14 +183,14 @@ def _runner(
 
 
 def _most_fetched(pages: DevicePages, span_bytes: int, host_memory_bytes: int | None) -> int:
-    """Rows of the host tier that requests may make grow: at least one token's experts, as far as host memory allows."""
+    """Rows that requests may add to the host tier: at least one token's experts, as far as host memory allows."""
     shape, held = pages.shape, pages.num_host_spans
     one_token = shape.num_layers * min(shape.top_k, shape.num_experts)
     if host_memory_bytes is None:
         most = max(one_token, int(FETCHED_SHARE * held))
     else:
         left = host_memory_bytes // span_bytes - held
-        most = min(max(one_token, left // 2), left)  # the other half is for what the store grows by
+        most = min(max(one_token, left // 2), left)  # the other half is for growth of the store
     return max(0, min(most, shape.num_layers * shape.num_experts - held))
 
 
@@ -205,7 +206,7 @@ def _check_layers(store: Store, shape: DecodeShape) -> None:
 
 
 def _intermediate(store: Store) -> int:
-    """I of the experts; refuses layouts other than gate_up [2I, H] then down [H, I]."""
+    """I of the experts. Raises NotCapturableError for layouts other than gate_up [2I, H] then down [H, I]."""
     for spec in store.manifest.layers:
         names = [tensor.name for tensor in spec.tensors]
         shapes = [tuple(tensor.shape) for tensor in spec.tensors]
@@ -218,9 +219,8 @@ def _intermediate(store: Store) -> int:
 
 
 def warm_up(runner: DeviceRunner, progress: Progress = lambda phase, share: None) -> None:
-    """Runs a prompt of each length, alone and after another one, over the experts that are in slots, and captures the
-    drawing of tokens, so that no request pays for what only the first one needs. Rows are free afterwards, and pages as
-    they were."""
+    """Runs a prompt of each length, alone and after another one, over the experts in slots, and captures the drawing of
+    tokens, so that the first request does not wait for one-time work. Afterwards rows are free and pages unchanged."""
     mask = _resident(runner)
     if mask is None:
         return
@@ -237,7 +237,7 @@ def warm_up(runner: DeviceRunner, progress: Progress = lambda phase, share: None
 
 
 def _resident(runner: DeviceRunner) -> ExpertMask | None:
-    """The experts that may be served and are in slots; None where a layer has none."""
+    """The servable experts that are in slots; None if a layer has none."""
     resident = (runner.pages.page_table >= 0).cpu().numpy()
     try:
         return ExpertMask.of(np.logical_and(resident, runner.model.routing.mask.allowed))

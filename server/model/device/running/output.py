@@ -1,6 +1,6 @@
-"""From a captured step's report to the engine's `StepOutput`.
+"""Converts a captured step's report to the engine's `StepOutput`.
 
-Invariant: a report lies in memory that the next step overwrites, so everything taken from it is copied.
+Invariant: the next step overwrites the report's memory, so every value taken from it is copied.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from server.model.seam.routing import RowShare
 
 
 def chosen_tokens(report: Report, draw: TokenDraw | None, num: int) -> Chosen:
-    """The tokens of a step's first `num` entries, drawn where there was something to draw."""
+    """The tokens of a step's first `num` entries: from `draw`, or the most likely ones if it is None."""
     token, logit = report.best_token[:num], report.best_logit[:num]
     if draw is not None:
         token, logit = draw.drawn[0, :num], draw.drawn[1, :num]
@@ -29,8 +29,9 @@ def routing_of(
 ) -> tuple[StepRecord, RowShare]:
     """The routing of a step's first `num` entries.
 
-    What was wanted and not served counts as missed. `hidden` [L, B, E], where given, says what rows could not have, and
-    only that counts: under a mask a router of groups may leave a wanted expert that is there for another group's.
+    The mass of demanded experts that were not served counts as missed. With `hidden` [L, B, E], the experts that rows
+    may not choose, only their mass counts: under a mask, a router with groups may reject a demanded expert that is
+    available, because its group is not chosen.
     """
     served = report.ids[:, :num].numpy().astype(np.int64)
     weight = report.weights[:, :num].numpy().copy()

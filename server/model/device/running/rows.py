@@ -1,7 +1,7 @@
-"""The rows of a device's KV memory: which are taken, how long each is, and what its tokens may choose from.
+"""The rows of a device's KV memory: their use, their lengths, and the experts that their tokens may choose from.
 
-A sequence joins, leaves or changes its mask by writing device tensors, never by another capture. Invariant: `lengths`
-on the device equal the host's between two steps, and so do masks and temperatures of the rows that a step reads.
+A sequence joins, leaves or changes its mask by writing device tensors, never by another capture. Invariant: between two
+steps, `lengths` on the device equal the host's, and so do masks and temperatures of the rows that a step reads.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from server.model.device.step.state import RowState
 from server.model.device.step.weights import DecodeShape
 
 Table = npt.NDArray[np.int8]
-"""[L, E] of one row: 0 hidden, 1 in reach, 2 (`ABSENT`) allowed and not in reach."""
+"""[L, E] of one row: 0 hidden, 1 in reach, 2 (`ABSENT`) allowed but not in reach."""
 
 
 class Rows:
     """Bookkeeping over `RowState`, which it mutates.
 
     Args:
-        in_reach: bool [L, E], experts that a step can get at.
+        in_reach: bool [L, E], experts in slots or in page-locked memory, which a step can use.
     """
 
     def __init__(self, state: RowState, shape: DecodeShape, in_reach: npt.NDArray[np.bool_]) -> None:
@@ -34,10 +34,10 @@ class Rows:
         self.lengths = [0] * shape.max_rows
         self._free = list(range(shape.max_rows - 1, -1, -1))
         self._in_reach, self._pending = in_reach, np.zeros_like(in_reach)
-        self._asked: list[tuple[ExpertMask, bool] | None] = [None] * shape.max_rows  # as given, to see a change
+        self._asked: list[tuple[ExpertMask, bool] | None] = [None] * shape.max_rows  # to detect a change
         everything = np.ones(in_reach.shape, dtype=np.int8)
-        self._tables: list[Table] = [everything] * shape.max_rows  # as the device has them
-        self._is_open, self._lacks = [True] * shape.max_rows, [False] * shape.max_rows  # what the tables come to
+        self._tables: list[Table] = [everything] * shape.max_rows  # the tables on the device
+        self._is_open, self._lacks = [True] * shape.max_rows, [False] * shape.max_rows  # summaries of the tables
         self._temperatures = [1.0] * shape.max_rows
 
     def allocate(self) -> int:
@@ -46,7 +46,7 @@ class Rows:
         return self._free.pop()
 
     def free(self, row: int) -> None:
-        """Give a row back."""
+        """Free a row."""
         assert row not in self._free, f"row {row} is free already"
         self.set_length(row, 0)
         self._free.append(row)
@@ -62,26 +62,25 @@ class Rows:
         self._state.lengths[row : row + 1].fill_(length)
 
     def advanced(self, rows: Sequence[int]) -> None:
-        """A step has added a token to each of the rows, on the device."""
+        """Count the token that a step has added to each of the rows on the device."""
         for row in rows:
             self.lengths[row] += 1
 
     def take_back(self, rows: Sequence[int], count: int = 0) -> None:
-        """The last `count` tokens of the rows, and what a step has added on the device alone, were never there."""
+        """Remove the last `count` tokens of the rows, and tokens that a step has added only on the device."""
         for row in rows:
             self.set_length(row, self.lengths[row] - count)
 
-    # -- what a row may choose from ------------------------------------------------------------------------------------
+    # -- the experts that a row may choose from ------------------------------------------------------------------------
 
     def reach(self, in_reach: npt.NDArray[np.bool_], pending: npt.NDArray[np.bool_]) -> None:
-        """Takes a new [L, E] of experts in reach; `pending` [L, E] is hidden from rows that do not fetch."""
+        """Sets the experts in reach, [L, E]; `pending` [L, E] is hidden from rows that do not fetch."""
         self._in_reach, self._pending = in_reach, np.array(pending)
         self._asked = [None] * len(self._asked)
 
     def table(self, mask: ExpertMask, fetches: bool) -> Table:
-        """The experts that a row with this mask may choose from. Pending experts are hidden, also while they are in
-        reach because another request fetched them, so that no answer depends on other requests; but a layer keeps them
-        where it has no others."""
+        """The experts that a row with this mask may choose from. Pending experts are hidden, even if another request
+        has them in reach, so that no answer depends on other requests. A layer without other experts keeps them."""
         allowed = mask.allowed
         if not fetches:
             has_others = (allowed & ~self._pending).any(axis=1, keepdims=True)
@@ -89,7 +88,7 @@ class Rows:
         return np.where(allowed, np.where(self._in_reach, 1, ABSENT.value), 0).astype(np.int8)
 
     def settle(self, row: int, mask: ExpertMask, fetches: bool, temperature: float) -> None:
-        """Tell the device what the row's next token may choose from."""
+        """Write to the device the mask and the temperature of the row's next token, if they have changed."""
         asked = self._asked[row]
         same = asked is not None and (asked[0] is mask or np.array_equal(asked[0].allowed, mask.allowed))
         if asked is None or not same or asked[1] != fetches:
@@ -111,8 +110,8 @@ class Rows:
         return np.stack([self._tables[row] == 0 for row in rows], axis=1)
 
     def absent(self, rows: Sequence[int], chosen: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_] | None:
-        """bool [L, B, K]: those of the rows' picks chosen [L, B, K] (ids ≥ E: none) that a step left out because they
-        are not in reach; None where no row may have such an expert."""
+        """bool [L, B, K]: the picks among chosen [L, B, K] (ids ≥ E: none) that a step left out because they are not in
+        reach; None if no row may have such an expert."""
         if not any(self._lacks[row] for row in rows):
             return None
         num_layers, num_experts = self._in_reach.shape

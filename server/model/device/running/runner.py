@@ -1,9 +1,8 @@
-"""The runner of the device-driven path: prompts through transformers with streamed experts, tokens through captured
-graphs.
+"""The runner of the device-driven path: prompts run in transformers with streamed experts, tokens in captured graphs.
 
-A step's report names experts that a row may have and that are not in reach yet (its request fetches, or they could not
-be read at the start); they are read, and the step runs again. Invariant: a call that raises leaves the rows as they
-were, here and on the device.
+A step's report names the chosen experts that are not in reach (the request fetches them, or they could not be read at
+the start); the runner reads them and runs the step again. Invariant: a call that raises leaves the rows unchanged, here
+and on the device.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ class DeviceRunner:
         model: trunk, tokenizer and routing; its experts modules are bound to `stream`.
         shape, weights: of the captured step.
         pages, stream: of the experts.
-        growth: reads experts that come into use later; None reads none.
-        needed: reads experts that a token needs and that are not in reach; None where all are.
+        growth: reads the experts of later growths; None reads none.
+        needed: reads experts that a token needs and that are not in reach; None if all are in reach.
         options: of every captured step; `pdl` and `masked` are set for each.
     """
 
@@ -80,7 +79,7 @@ class DeviceRunner:
         return self.rows.allocate()
 
     def free(self, row: int) -> None:
-        """Give a row back."""
+        """Free a row."""
         self.rows.free(row)
 
     @property
@@ -125,8 +124,8 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def decode(self, steps: Sequence[RowStep]) -> StepOutput:
-        """See `Runner.decode`. The next token of each row comes as `chosen`. Where what the rows of a batch fetch does
-        not fit beside each other, they run in parts."""
+        """See `Runner.decode`. `chosen` has the next token of each row. If the experts that the rows need do not fit
+        into memory together, the rows run in parts."""
         for step in steps:
             length = self.rows.lengths[step.row]
             assert length < self.max_tokens, f"row {step.row} is full: {self.max_tokens} tokens"
@@ -171,11 +170,10 @@ class DeviceRunner:
         return StepOutput(graph.step.logits[:num], record, share, chosen=chosen_tokens(report, draw, num))
 
     def _has_everything(self, report: Report, rows: Sequence[int]) -> bool:
-        """Whether a step that just ran had every expert that it chose; where not, they are read and its rows are as
-        before.
+        """Whether the last step had every expert that it chose. If not, read the missing ones and reset its rows.
 
-        After the first layer that lacked an expert a token's choice may be wrong: those experts are read as far as
-        there is room, and fail nobody.
+        After the first layer that lacked an expert a token's choice may be wrong: the experts of later layers are read
+        if there is room, and an error in reading them fails no request.
         """
         picks = report.ids[:, : len(rows)].numpy()  # [L, B, K]
         absent = self.rows.absent(rows, picks)
@@ -214,8 +212,8 @@ class DeviceRunner:
         """Does nothing: a prompt's chunk streams the experts that its mask allows, and decoding fetches the rest."""
 
     def adopt(self) -> None:
-        """Starts to read the experts that routing's mask allows now and that are not in host memory; each stays masked
-        until the first step after its arrival. See `Runner.adopt`."""
+        """Starts to read the experts that routing's mask now allows and that are not in host memory; each stays masked
+        until the first step after it was read. See `Runner.adopt`."""
         if self._growth is not None:
             self._growth.start(self.model.routing.mask.allowed)
             self._look()
@@ -230,7 +228,7 @@ class DeviceRunner:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """Between two steps: takes arrived spans into use, and tells the rows which experts are in reach."""
+        """Between two steps: add the spans that were read, and set the rows' experts in reach."""
         if self._growth is None or self._needed is None:
             return
         for arena, experts in self._growth.take():

@@ -1,9 +1,7 @@
-"""The captured graphs of a model's decode steps, one for each batch size with masks and without, and those that draw
-tokens.
+"""The captured graphs: of decode steps, one for each batch size with and without masks, and of drawing tokens.
 
-All of them read the same rows, weights and pages. Triton keeps compiled kernels on disk, so only the first start of a
-model's shape compiles. Invariant: after `capture` and `prepare_draws` no request waits for a kernel to be compiled or a
-graph to be captured.
+All of them read the same rows, weights and pages. Triton keeps compiled kernels on disk, so only the first start with a
+model's shape compiles. Invariant: after `capture` and `prepare_draws` no request waits for a compilation or a capture.
 """
 
 from __future__ import annotations
@@ -31,13 +29,13 @@ from server.model.runner import Choice
 log = logging.getLogger(__name__)
 
 MOST_THREADS = 16
-"""Of the compiler. A step has a dozen kernels for each batch size: one after the other they take a minute."""
+"""Threads that compile. A step has a dozen kernels for each batch size; one thread would take a minute."""
 
 
 @contextmanager
 def in_parallel() -> Iterator[None]:
-    """Within it `kernel.warmup` only asks for a kernel; all are compiled when it ends. Nothing may be launched in it. A
-    Triton without this ability compiles at once instead."""
+    """Within this context `kernel.warmup` only requests a kernel; all are compiled at its end. Launch no kernel in it.
+    A Triton without this feature compiles at once instead."""
     try:
         from triton.runtime._async_compile import AsyncCompileMode
     except ImportError:
@@ -49,11 +47,10 @@ def in_parallel() -> Iterator[None]:
 
 
 class StepGraph:
-    """One decode step as a CUDA graph; on the CPU (the kernels' interpreter) it is launched as it is.
+    """One decode step as a CUDA graph; on the CPU (the kernels' interpreter) it is launched without a graph.
 
-    The host's input and the step's report pass through two tensors in page-locked memory that the graph itself copies,
-    so a step costs the host one launch and one wait. The graph holds the addresses of the step's tensors, which live as
-    long as this object.
+    The graph itself copies the host's input and the step's report from and to page-locked tensors, so a step costs the
+    host one launch and one wait. The graph holds the addresses of the step's tensors, which this object keeps.
     """
 
     def __init__(self, step: DecodeStep) -> None:
@@ -65,7 +62,7 @@ class StepGraph:
         self.report = Report.of(self._report, step.shape.num_moe_layers, step.batch, step.shape.top_k)
 
     def capture(self) -> None:
-        """Compiles and captures. Runs the step once with no rows, which changes nothing but the step counter."""
+        """Compiles and captures. Runs the step once without rows, which changes only the step counter."""
         if not self.step.tokens.is_cuda:
             return
         self.step.rows.fill_(-1)
@@ -81,7 +78,7 @@ class StepGraph:
         self._graph = graph
 
     def enqueue(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
-        """Enqueues one step in which each row takes its token. Call `wait` before the next one."""
+        """Enqueues one step that appends a token to each row. Call `wait` before the next step."""
         inputs = self._inputs.numpy()
         inputs[0], inputs[1] = -1, 0
         inputs[:, : len(rows)] = np.array([rows, tokens])
@@ -91,8 +88,8 @@ class StepGraph:
             self._graph.replay()
 
     def wait(self) -> Report:
-        """Waits for the device; the report of the last step, in host memory and valid until the next `enqueue`. Entries
-        past that step's rows are meaningless."""
+        """Waits for the device; returns the report of the last step, in host memory and valid until the next `enqueue`.
+        Entries past that step's rows are undefined."""
         if self._report.is_pinned():
             torch.cuda.current_stream().synchronize()
         return self.report
@@ -107,7 +104,7 @@ class StepGraphs:
     """Graphs over `state`, `weights` and `pages`.
 
     Args:
-        options: of every step; `pdl`, `masked` and tile sizes are set for each.
+        options: options of every step; `pdl`, `masked` and tile sizes are set for each.
     """
 
     def __init__(
@@ -118,18 +115,18 @@ class StepGraphs:
         self._device = pages.device
         self._graphs: dict[tuple[int, bool], StepGraph] = {}
         self._draws: dict[tuple[StepGraph, bool], TokenDraw] = {}
-        self._memory = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None  # of all draws: one runs
+        self._memory = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None  # of all draws
 
     @property
     def steps(self) -> dict[tuple[int, bool], StepGraph]:
-        """Those that are captured, by batch size and whether they read masks; a copy."""
+        """The captured graphs, by batch size and whether they read masks; a copy."""
         return dict(self._graphs)
 
     def capture(self, stream: ExpertStream, full: bool, progress: Progress) -> None:
         """Compiles and captures the steps of every batch size, and compiles what prompts need.
 
         Args:
-            full: whether requests may run without any mask; those with one are captured in either case.
+            full: whether requests may run without a mask; steps with masks are always captured.
         """
         sizes = sorted({pow2(rows) for rows in range(1, self._shape.max_rows + 1)})
         wanted = [(size, masked) for masked in ((False, True) if full else (True,)) for size in sizes]
@@ -146,7 +143,7 @@ class StepGraphs:
             self._graphs[key] = graph
 
     def step(self, num_rows: int, masked: bool) -> StepGraph:
-        """The graph that takes a step of so many rows; one that reads masks does for those without any."""
+        """The graph for a step of this many rows; a graph that reads masks also serves rows without one."""
         key = (pow2(num_rows), masked or self._options.resident_bias != 0.0)
         if key not in self._graphs and (key[0], True) in self._graphs:
             key = (key[0], True)
@@ -156,20 +153,20 @@ class StepGraphs:
         return self._graphs[key]
 
     def draw(self, graph: StepGraph, choices: Sequence[Choice | None]) -> TokenDraw | None:
-        """The graph that draws the tokens after a step; None where each row takes the most likely one."""
+        """The graph that draws the tokens after a step; None if every row takes the most likely token."""
         if not any(choices):
             return None
         narrow = any(choice is not None and (choice.top_k is not None or choice.top_p < 1.0) for choice in choices)
         return self._draw(graph, narrow)
 
     def prepare_draws(self) -> None:
-        """Capture what draws after the steps that are captured."""
+        """Capture the draws after each captured step."""
         for graph in self._graphs.values():
             for narrow in (False, True):
                 self._draw(graph, narrow)
 
     def clear(self) -> None:
-        """Drop all of them."""
+        """Drop all graphs."""
         self._draws.clear()
         self._graphs.clear()
 

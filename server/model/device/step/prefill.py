@@ -1,13 +1,11 @@
-"""Experts of a prompt's chunk: resident ones from their slots, the others streamed through a ring of spans ahead of
-use.
+"""Computes the experts of a prompt's chunk: resident ones in their slots, the others streamed through a ring of spans.
 
-A chunk of many tokens wants nearly every expert of every layer, so which ones to fetch is known before its routers
-run: all that are allowed and not resident, layer after layer. Copies run on their own stream by the copy engine,
-several groups ahead of the compute and across layers; each missing expert crosses PCIe once a chunk. A small chunk
-looks at its routers' choice first (one synchronisation a layer) and fetches only that. Slots and page table are read,
-never changed by it. Where a chunk may want experts that are not in reach, it looks too, and has them read layer by
-layer. Invariant: a ring group is overwritten only after the products that read it have been enqueued, ordered by
-events.
+A chunk of many tokens demands nearly every expert of every layer, so all allowed experts that are not resident are
+copied, layer after layer, before the routers run. The copy engine copies on its own stream, several groups ahead of the
+compute and across layers; each missing expert crosses PCIe once a chunk. A small chunk waits for its routers' choice
+first (one synchronisation a layer) and copies only the chosen experts. So does a chunk that may demand experts that are
+not in reach; those are read layer by layer. Slots and page table are never changed. Invariant: a ring group is
+overwritten only after the products that read it have been enqueued, ordered by events.
 """
 
 from __future__ import annotations
@@ -34,13 +32,11 @@ RING_GROUPS = 4
 RING_SPANS = RING_GROUPS * GROUP
 
 AHEAD_PICKS = 12
-"""Picks an expert from which a chunk streams everything ahead: the recorded traces then want 96 % of a layer's
-experts.
-"""
+"""Picks for each expert from which a chunk streams all experts ahead: recorded traces then demand 96 % of a layer."""
 
 
 ReadAbsent = Callable[[int, Sequence[int]], Iterator[list[int]]]
-"""Reads a part of a layer's experts, yields it, and goes on with the next part when this one was computed."""
+"""Reads a part of a layer's experts and yields it; reads the next part after this one was computed."""
 
 
 def _nothing_absent(layer: int, experts: Sequence[int]) -> Iterator[list[int]]:
@@ -49,9 +45,7 @@ def _nothing_absent(layer: int, experts: Sequence[int]) -> Iterator[list[int]]:
 
 @dataclass
 class _Group:
-    """Experts of one layer that are computed by one launch: entries [start, stop) of the chunk's flat ids and
-    targets.
-    """
+    """Experts of one layer that one launch computes: entries [start, stop) of the chunk's flat ids and targets."""
 
     layer: int
     start: int
@@ -89,10 +83,10 @@ class ExpertStream:
         self.copied_spans = 0
 
     def begin(self, num_tokens: int, allowed: npt.NDArray[np.bool_], read_absent: ReadAbsent | None = None) -> None:
-        """Starts a chunk: allowed [L, E] bool, what its mask leaves. Reads the page table back (synchronises).
+        """Starts a chunk whose mask is allowed [L, E] bool. Reads the page table back (synchronises).
 
         Args:
-            read_absent: reads experts of a layer that are in no slot and have no span; without it none is chosen.
+            read_absent: reads experts of a layer that have no slot and no span; without it none of them is chosen.
         """
         shape = self._pages.shape
         self._read_absent = read_absent or _nothing_absent
@@ -108,7 +102,7 @@ class ExpertStream:
     ) -> Tensor:
         """Weighted sum of the chosen experts' outputs: hidden [T, H], index [T, K] (ids >= E: none), weights [T, K].
 
-        Raises what reading an absent expert raises.
+        Raises the errors of `read_absent`.
         """
         num_tokens, top_k = index.shape
         ids = index.reshape(-1)
@@ -134,7 +128,7 @@ class ExpertStream:
         self._wanted, self._absent = allowed & in_reach, allowed & ~in_reach
 
     def _turns(self, layer: int, ids: Tensor) -> Iterator[None]:
-        """Lists the layer's groups by its router's choice: experts in reach first, the others as they are read."""
+        """Lists the layer's groups by its router's choice: experts in reach first, then the others after each read."""
         picked = np.unique(ids.cpu().numpy())
         picked = picked[picked < self._pages.shape.num_experts]
         here = picked[self._wanted[layer, picked]]
@@ -185,7 +179,7 @@ class ExpertStream:
         self._enqueue_copies()
 
     def _enqueue_copies(self) -> None:
-        """Copies every next group whose place in the ring has been read by products that are already enqueued."""
+        """Copies every next group whose place in the ring is free: the products that read it are already enqueued."""
         while self._enqueued < len(self._streamed):
             group = self._streamed[self._enqueued]
             before = self._enqueued - self._num_groups
@@ -217,7 +211,7 @@ class ExpertStream:
         self, ids: Tensor, targets: Tensor, hidden: Tensor, offsets: Tensor, order: Tensor, act: Tensor, out: Tensor,
         top_k: int, tokens: int, compiles: bool,
     ) -> None:  # fmt: skip
-        """Both products of a group in tiles of `tokens`; or only compiles them."""
+        """Computes both products of a group in tiles of `tokens`, or only compiles them."""
         size, width, inner = len(ids), self._hidden, self._intermediate
         tile = 64 if self._cuda else pow2(min(64, width))
         anchor = self._pages.slots
@@ -240,7 +234,7 @@ class ExpertStream:
         )  # fmt: skip
 
     def compile(self) -> None:
-        """Compiles the products of short and of long chunks, without launching any."""
+        """Compiles the products of short and of long chunks, without a launch."""
         device, dtype, top_k = self._pages.device, self._pages.shape.dtype, self._pages.shape.top_k
         ids = torch.zeros(1, dtype=torch.int32, device=device)
         longs = torch.zeros(top_k, dtype=torch.int64, device=device)

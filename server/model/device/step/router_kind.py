@@ -1,8 +1,8 @@
-"""The captured router's switches: from the family's gating rule to constants of the kernel.
+"""The captured router's switches: maps the family's gating rule to constants of the kernel.
 
-The rules in `router.gating` say what the host-driven path does; this module says which of them the kernel computes, and
-refuses the rest with the reason. Where roundings happen is asked of the router itself, in half precision on the meta
-device. Invariant: a rule whose functions are not known here is refused, never guessed.
+The rules in `router.gating` define the host-driven path; this module maps those that the kernel computes, and refuses
+the others with the reason. It finds the places of rounding by running the router itself in half precision on the meta
+device. Invariant: a rule with an unknown function is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SCORES: dict[Any, Scores] = {
 
 
 class RouterRefusedError(ServerError):
-    """The kernel does not compute this router; the message says why."""
+    """The kernel does not compute this router; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class RouterKind:
     """The way from gate logits [B, E] to the top-k and their weights.
 
     Attributes:
-        scores: softmax over what is available, chosen by logits; or sigmoid, each expert by itself.
+        scores: softmax over the available experts, chosen by logits; or sigmoid of each expert.
         renormalise: weights are divided by their sum, plus `eps`.
         selection_bias: name of the attribute of router or block that is added to scores for the choice; None: none.
-        groups, kept_groups: the choice is among the best `kept_groups` of so many groups of experts.
-        group_best: members whose scores make a group's, 1 or 2.
-        scale: of the weights.
+        groups, kept_groups: the choice is among the best `kept_groups` of `groups` groups of experts.
+        group_best: number of best members whose scores sum to the group's score, 1 or 2.
+        scale: factor of the weights.
         exact_logits, exact_scores, exact_weights: kept in float32 where the model's dtype is a half one.
     """
 
@@ -60,9 +60,9 @@ SOFTMAX_TOP_K = RouterKind()
 
 
 def router_kind(model_type: str, router: Any, block: Any) -> RouterKind:
-    """Of the router module beside a layer's experts in `block`, which may be on the meta device.
+    """The kind of the router module beside a layer's experts in `block`, which may be on the meta device.
 
-    Raises RouterRefusedError where the kernel does something else.
+    Raises RouterRefusedError if the kernel does not compute this router.
     """
     try:
         rule = find_gating_rule(model_type, router)
@@ -101,7 +101,7 @@ def router_kind(model_type: str, router: Any, block: Any) -> RouterKind:
 
 
 def selection_bias(kind: RouterKind, router: Any, block: Any) -> torch.Tensor | None:
-    """The router's or block's bias [E] in float32; None where the kind has none."""
+    """The router's or block's bias [E] in float32; None if the kind has none."""
     if kind.selection_bias is None:
         return None
     found: torch.Tensor = getattr(router if hasattr(router, kind.selection_bias) else block, kind.selection_bias)

@@ -1,8 +1,7 @@
-"""Drawing the tokens of a batch on the device, in one captured graph after the step's: for all rows at once what
-`server.engine.sampling` does for one.
+"""Draws the tokens of a batch on the device, in a captured graph that runs after the step's graph.
 
-A launch costs the host more than these kernels take, and rows one after the other cost a step each. Invariant: a row's
-token depends on its own logits and `Choice` alone.
+It does for all rows at once what `server.engine.sampling` does for one: a launch costs the host more time than these
+kernels take. Invariant: a row's token depends on its own logits and `Choice` alone.
 """
 
 from __future__ import annotations
@@ -47,10 +46,10 @@ def draw_tokens(logits: Tensor, best: Tensor, choices: Tensor, narrow: bool) -> 
 
 
 class TokenDraw:
-    """`draw_tokens` over a step's logits, captured; one for a batch size and `narrow` or not.
+    """`draw_tokens` over a step's logits, captured; one for each batch size and value of `narrow`.
 
     Args:
-        memory: of what lives while it draws; may be shared with others, of which one draws at a time.
+        memory: memory pool of the graph; graphs that never run at the same time may share it.
     """
 
     def __init__(self, step: DecodeStep, narrow: bool, memory: Any = None) -> None:
@@ -77,7 +76,7 @@ class TokenDraw:
 
     @property
     def drawn(self) -> Tensor:
-        """Token and logit, float64 [2, B] in host memory; to be read once the device is done, until `enqueue`."""
+        """Token and logit, float64 [2, B] in host memory; valid after the device is done and until `enqueue`."""
         return self._drawn
 
     def _launch(self) -> None:

@@ -1,4 +1,4 @@
-"""Tensors that outlive a decode step: KV memory and the state of each row, and the report that a step leaves.
+"""Tensors that are kept between decode steps: KV memory, the state of each row, and the report of the last step.
 
 Invariant: they never move, since captured graphs hold their addresses."""
 
@@ -59,7 +59,7 @@ class Report:
     """The results of a step for the host, views of one int32 tensor.
 
     best_token [B] int32, best_logit and normaliser (logsumexp) [B] fp32 of the logits; ids [L, B, K] int32 and weights
-    fp32 as served; demand and mass, the same as wanted, written by masked steps only.
+    fp32 of the served experts; demand and mass, the same of the demanded ones, written by masked steps only.
     """
 
     best_token: Tensor

@@ -2,11 +2,11 @@
 
 `DecodeStep.launch()` enqueues a step on the current stream and touches no host memory, so it can be captured once per
 batch size and replayed (`step.graphs`). All inputs are device tensors that the owner fills before a step: `inputs`
-[2, B], that is `rows` (KV row of each batch entry, -1: none) and `tokens`; the step itself advances `lengths`. All that
-the host reads of a step lies in one tensor, `report`, so that one copy is enough. Invariants: batch entries without a
-row reach no expert, no KV memory and no statistics; where the step is `batch_invariant`, an entry's bits do not depend
-on the others or on how many there are, since every batch size runs the same kernels with the same tiles; compiling
-makes the same calls as launching, so the kernels that were compiled are those that run.
+[2, B], that is `rows` (KV row of each batch entry, -1: none) and `tokens`; the step itself advances `lengths`. All
+results for the host are in one tensor, `report`, so that one copy is enough. Invariants: batch entries without a row
+change no expert slot, no KV memory and no statistics; if the step is `batch_invariant`, an entry's bits depend neither
+on the other entries nor on their number, since every batch size runs the same kernels with the same tiles; compiling
+makes the same calls as launching, so the compiled kernels are those that run.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ FINISH_BLOCK = 2048
 MOST_ROW_ELEMENTS = 16 << 10
 """Weights of whole rows that one program of a product holds in registers."""
 THREADS = 32
-"""Threads of a warp. Triton 3.6 computes a tensor with fewer elements than a program has threads wherever it is needed
-again, loads included, and then fails to compile the router: a row's experts are padded to one a thread."""
+"""Threads of a warp. Triton 3.6 recomputes a tensor with fewer elements than a program has threads at each use, loads
+included, and then fails to compile the router. So a row's experts are padded to one for each thread."""
 MOST_DOWN_ELEMENTS = 28 << 10
-"""Weights that one program of `down` holds in registers; more would halve how many programs an SM can hold."""
+"""Weights that one program of `down` holds in registers; more would halve the number of programs of an SM."""
 
 
 class DecodeStep:
@@ -50,7 +50,7 @@ class DecodeStep:
     ) -> None:
         self.shape, self.weights, self.pages, self.state, self.batch = shape, weights, pages, state, batch
         self.options = options or StepOptions()
-        self._compiles = False  # kernels are compiled instead of launched
+        self._compiles = False  # True: kernels are compiled instead of launched
         device = weights.embedding.device
         hidden, top_k, layers = shape.hidden, shape.top_k, shape.num_moe_layers
         moe = iter(range(layers))
@@ -88,7 +88,7 @@ class DecodeStep:
         self.log_ids, self.log_weights, self.log_demand, self.log_mass = log.ids, log.weights, log.demand, log.mass
 
     def compile(self) -> None:
-        """Compiles the step's kernels without launching any, for one layer as for all; see `graphs.in_parallel`."""
+        """Compiles the step's kernels without a launch; one layer compiles those of all. See `graphs.in_parallel`."""
         self._compiles = True
         self.embed()
         windows = {self._window(layer): layer for layer in range(self.shape.num_layers)}
@@ -131,14 +131,14 @@ class DecodeStep:
         )  # fmt: skip
 
     def shared_expert(self, layer: int) -> None:
-        """The shared expert of a layer into `shared` [B, H], where it has one."""
+        """The shared expert of a layer into `shared` [B, H], if it has one."""
         mlp = self.weights.layers[layer].mlp
         if mlp is not None:
             inner = self._gated(layer, mlp)
             self._product(inner, None, mlp.down, None, None, self.shared, self.options.tuning.output_rows)
 
     def dense_layer(self, layer: int) -> None:
-        """All that follows attention in a layer without routed experts, into `x`."""
+        """The gated product of a layer without routed experts, into `x`."""
         mlp = self.weights.layers[layer].mlp
         assert mlp is not None
         inner = self._gated(layer, mlp)

@@ -1,7 +1,7 @@
-"""Options and tile sizes of a captured step; every one of them changes the captured code.
+"""Options and tile sizes of a captured step; each of them changes the captured code.
 
-Tile sizes change how fast a step is and the order of its sums, nothing else. They do not depend on the batch size.
-Source: docs/performance.md, which says what was tried.
+Tile sizes change only the speed of a step and the order of its sums. They do not depend on the batch size. Source:
+docs/performance.md, with the measurements.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def divisor(n: int, most: int) -> int:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Tile sizes; the defaults are what docs/performance.md found best on an H100 for weights of 2 bytes."""
+    """Tile sizes; the defaults are the fastest on an H100 for weights of 2 bytes (docs/performance.md)."""
 
     qkv_rows: int = 8
     output_rows: int = 4
@@ -49,7 +49,7 @@ class StepOptions:
     """Options of a captured step.
 
     Attributes:
-        pdl: kernels are launched while the ones before them still run (see `kernels`).
+        pdl: kernels are launched while the kernels before them still run (see `kernels`).
         masked: each row's mask and temperature are read.
         resident_bias: lambda of cache-aware routing, 0: off.
         batch_invariant: a row's bits do not depend on the batch; otherwise products of several rows use tensor cores.

@@ -1,8 +1,8 @@
-"""The model's shape and its trunk weights, packed the way the kernels of a decode step read them.
+"""The model's shape and its trunk weights, packed for the kernels of a decode step.
 
-The shape says everything that a family does otherwise than another, and each such field is a switch of a kernel; what
-no field can say is refused by whoever packs the model. Weights stay in the model's dtype; rotary tables are fp32
-holding values rounded to it.
+The shape describes all differences between families; each such field is a switch of a kernel, and the code that packs a
+model refuses a difference without a field. Weights stay in the model's dtype; rotary tables are fp32 with values
+rounded to that dtype.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from server.model.device.step.router_kind import SOFTMAX_TOP_K, RouterKind
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """Sizes of the model, in elements; `max_tokens` is the KV memory of one row, `max_rows` how many rows there are.
+    """Sizes of the model, in elements; `max_tokens` is the KV memory of one row, `max_rows` the number of rows.
 
     Attributes:
-        num_layers: of the model, those without routed experts included.
+        num_layers: layers of the model, including those without routed experts.
         qk_norm: queries and keys are normalised by head, over all heads together, or not.
-        rotary: elements of a head that are rotated, its first ones; None: all.
-        windows: for each layer how many tokens attention sees, the new one included, 0: all; empty: all in each.
+        rotary: number of rotated elements of a head, its first ones; None: all.
+        windows: for each layer the number of tokens to attend to, the new one included, 0: all; empty: all in each.
         dense_layers: layers that have no routed experts but one gated product, of `dense_intermediate`.
-        shared_intermediate: of the expert that every token passes beside the routed ones; 0: there is none.
+        shared_intermediate: I of the expert that every token uses beside the routed ones; 0: there is none.
     """
 
     num_layers: int
@@ -67,9 +67,7 @@ class DecodeShape:
 
     @property
     def trunk_bytes(self) -> int:
-        """Bytes of trunk weights that one step reads: projections, gates and the head (one embedding row is
-        nothing).
-        """
+        """Bytes of trunk weights that one step reads: projections, gates and the head, without the embedding row."""
         layer = self.qkv * self.hidden + self.hidden * self.num_heads * self.head_dim
         moe = self.num_experts * self.hidden + 3 * self.shared_intermediate * self.hidden
         dense = 3 * self.dense_intermediate * self.hidden
@@ -79,8 +77,8 @@ class DecodeShape:
 
 @dataclass(frozen=True)
 class MlpWeights:
-    """A gated product that every token passes: up [2I, H], rows of gate then of up; down [H, I]; switch [H]: what comes
-    out is times sigmoid(switch · x)."""
+    """A gated product that every token uses: up [2I, H], rows of gate then of up; down [H, I]; switch [H]: the result
+    is multiplied by sigmoid(switch · x)."""
 
     up: Tensor
     down: Tensor
@@ -92,7 +90,7 @@ class LayerWeights:
     """One layer: norms [H], qkv [Q, H] rows q, k, v; output [H, heads * head_dim]; norms of queries and keys
     [head_dim] or, over all heads, [heads * head_dim].
 
-    `gate` [E, H], None in a layer without routed experts; `mlp` is then all of it, else the shared expert beside them.
+    `gate` [E, H] is None in a layer without routed experts; `mlp` is then the layer's product, else the shared expert.
     `gate_bias` [E] fp32 is part of the logits, `selection_bias` [E] fp32 only of the choice.
     """
 
