@@ -32,9 +32,9 @@ class CacheStatistics:
     """Counters since start, one value a layer ([L] int64 or float64), copied: the caller may keep them.
 
     Attributes:
-        hits, misses: leases of experts that were resident, that had to be fetched.
-        evictions: experts that left a slot.
-        fetch_bytes, fetch_seconds: moved into slots; seconds that the owner thread spent on it.
+        hits, misses: leases of resident experts, and of experts that had to be fetched.
+        evictions: experts that were evicted from a slot.
+        fetch_bytes, fetch_seconds: bytes copied into slots, and the owner thread's time for that.
         resident: experts in slots now.
         num_slots: slots of each layer.
         slot_bytes: bytes of all slots together.
@@ -58,14 +58,14 @@ class ExpertCache:
 
     Args:
         store: the store to serve.
-        num_slots: slots a layer, at least 1; more than the store has experts in a layer are not allocated.
-        device: where slots live.
-        dtype: of the weights in slots; spans are converted on the way when the store's differs.
-        host_tier: between disk and slots; None reads from disk straight into the slots' memory (CPU).
+        num_slots: slots of each layer, at least 1; at most as many as the store has experts in a layer are allocated.
+        device: device of the slots.
+        dtype: dtype of the weights in slots; spans of another dtype are converted while they are fetched.
+        host_tier: host memory between disk and slots; None reads from disk into the slots' memory (CPU).
         policy: makes one eviction policy for each layer.
-        mask: bool [L, E], what `preload` may choose from; None is all of the store.
-        kept: for each layer the experts that keep their slots, loaded first; a step that needs every slot of a layer
-            may take theirs.
+        mask: bool [L, E], the experts that `preload` may fetch; None is all of the store.
+        kept: for each layer the experts to keep in slots, loaded first; they are evicted only if a step needs every
+            slot of a layer.
 
     Raises:
         SlotsError: `num_slots` < 1, fewer than are kept, or the device has too little memory for them.
@@ -123,7 +123,7 @@ class ExpertCache:
 
         Raises:
             SlotsError: more experts than slots.
-            StoreError: an expert is not in the store or cannot be read; then nothing stays leased.
+            StoreError: an expert is not in the store or cannot be read; then no slot stays leased.
         """
         table = self.page_table[layer]
         leases = self._leases[layer]
@@ -161,7 +161,7 @@ class ExpertCache:
                 leases[expert] -= 1
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
-        """Make experts resident without leasing them: as many, in the order given, as there are slots not leased."""
+        """Make experts resident without a lease, in the order given, as many as there are slots that are not leased."""
         room = self.num_slots - len(self._leases[layer])
         chosen = list(experts[:room])
         self.acquire(layer, chosen)
@@ -209,7 +209,7 @@ class ExpertCache:
         )
 
     def close(self) -> None:
-        """Stop reader threads. The slots' memory goes with the object."""
+        """Stop the reader threads. The slots' memory is freed with the object."""
         self._fetcher.close()
 
     def check_integrity(self) -> None:
@@ -254,7 +254,7 @@ class ExpertCache:
         self._fetch_seconds[layer] += time.perf_counter() - started
 
     def _claim(self, layer: int) -> int:
-        """Take a free slot, or the victim's. The slot belongs to nobody until `_fetch` gives it an owner."""
+        """Take a free slot, or evict the victim. The slot has no owner until `_fetch` sets one."""
         if self._free[layer]:
             return self._free[layer].pop()
         leases = self._leases[layer]

@@ -4,9 +4,9 @@
     ├── ManifestError            the manifest is missing, malformed, of an unknown version or contradicts itself
     ├── ShardCorruptError        a file of the store is not what the manifest says it is
     ├── ExpertUnavailableError   the store holds no such expert
-    └── SlotsError               the slots cannot do what was asked of them
+    └── SlotsError               the slots, or their memory, do not allow the operation
 
-Every message says what is wrong, what was found, what was wanted and what to do.
+Every message says what is wrong, what was found, what was expected and what to do.
 """
 
 
@@ -14,7 +14,7 @@ class StoreError(Exception):
     """Base of everything that this package raises on purpose.
 
     Attributes:
-        expert: the (layer, expert) whose span could not be read, where one is to blame.
+        expert: the (layer, expert) whose span could not be read; None if the error is not about one expert.
     """
 
     expert: tuple[int, int] | None = None
@@ -29,8 +29,8 @@ class ShardCorruptError(StoreError):
 
 
 class ExpertUnavailableError(StoreError):
-    """An expert was asked for that is not in the store (or does not exist in the model at all)."""
+    """The requested expert is not in the store, or does not exist in the model."""
 
 
 class SlotsError(StoreError):
-    """Too little memory for the slots, a slot asked for while all are leased, or a lease misused."""
+    """There is too little memory for the slots, all slots are leased, or a lease is misused."""

@@ -1,7 +1,7 @@
-"""Fetching: the bytes of experts into slots that were claimed for them, from disk or through the host tier.
+"""Fetches the bytes of experts into claimed slots, from disk or through the host tier.
 
 Invariant: when `fill` returns, no thread writes into a slot any more, and on an accelerator the copies are ordered
-before whatever the caller enqueues on the current stream next.
+before the work that the caller enqueues next on the current stream.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from expert_store.store import Store
 
 Claim = tuple[int, int]
-"""(expert, slot): the slot belongs to nobody until the expert is in it."""
+"""(expert, slot): the slot has no owner until the expert is in it."""
 
 
 class SpanFetcher:
     """Fills slots; one thread calls it.
 
     Args:
-        store: where spans are read.
+        store: the store to read spans from.
         pools: the slots of each layer, all on one device.
-        host_tier: between disk and slots, closed with the fetcher; None reads from disk into the slots' memory.
+        host_tier: host memory between disk and slots, closed with the fetcher; None reads into the slots' memory.
     """
 
     def __init__(self, store: Store, pools: Sequence[SlotPool], host_tier: HostTier | None) -> None:
@@ -39,18 +39,18 @@ class SpanFetcher:
         self._copies = torch.cuda.Stream(self._device) if is_cuda else None  # type: ignore[no-untyped-call]
 
     def fill(self, layer: int, claims: Sequence[Claim]) -> Exception | None:
-        """Fill the claimed slots of a layer; gives what went wrong, and then none of them holds its expert."""
+        """Fill the claimed slots of a layer. Returns the error if one occurred; then none of them holds its expert."""
         try:
             if self._host is None:
                 self._fill_from_disk(layer, claims)
             else:
                 self._fill_from_host(layer, claims, self._host)
-        except Exception as error:  # the caller gives the slots back, then raises it
+        except Exception as error:  # the caller frees the slots, then raises it
             return error
         return None
 
     def close(self) -> None:
-        """Stop reader threads, and close the host tier."""
+        """Stop the reader threads, and close the host tier."""
         self._readers.shutdown(wait=True)
         if self._host is not None:
             self._host.close()
@@ -62,7 +62,7 @@ class SpanFetcher:
             expert, slot = claim
             try:
                 pool.fill(slot, lambda out: self._store.read_expert(layer, expert, out))
-            except Exception as error:  # raised once no thread writes into a slot any more
+            except Exception as error:  # raised after the last thread has stopped writing into slots
                 return error
             return None
 
@@ -83,7 +83,7 @@ class SpanFetcher:
                     pool.copy_from(slot, span)
                 continue
             if not host.holds(layer, experts):
-                self._copies.synchronize()  # an entry about to be overwritten may still be on its way to a slot
+                self._copies.synchronize()  # an entry must not be overwritten while it is copied to a slot
             spans = host.read(layer, experts)
             current = torch.cuda.current_stream(self._device)
             self._copies.wait_stream(current)

@@ -20,9 +20,9 @@ MAX_READ_CALL_BYTES = 2**30
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` as a whole when the block ends, durably; missing folders are made.
+    """Open a new file that replaces `path` as a whole, durably, when the block ends; missing folders are created.
 
-    If anything fails, `path` keeps its content and nothing is left beside it. Raises OSError, which names a file.
+    If anything fails, `path` keeps its content and the new file is removed. Raises OSError, which names a file.
     """
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with suppress(OSError):
             partial.unlink()
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # the error of a write does not say of which file
+            error.filename = str(path)  # the error of a write does not name the file
         raise
 
 

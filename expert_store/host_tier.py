@@ -1,8 +1,8 @@
-"""The host tier: spans of (layer, expert) in host memory, under a byte budget, pinned where a GPU reads them.
+"""The host tier: spans of (layer, expert) in host memory, under a byte budget, page-locked if a GPU reads them.
 
-Used between the store on disk and slots on an accelerator; a CPU's slots are read from disk directly and have no host
-tier. One arena is allocated at start and cut into entries of the largest span; entries are recycled least recently used
-first. Invariant: a view returned by `read` stays valid until the next call of `read`.
+It is between the store on disk and slots on an accelerator; a CPU's slots are filled from disk directly, without a host
+tier. One arena is allocated at the start and divided into entries of the largest span; the least recently used entry is
+reused first. Invariant: a view returned by `read` is valid until the next call of `read`.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 READ_THREADS = 4
 PARALLEL_READ_BYTES = 1 << 20
-"""Spans at least this large are read from disk by several threads; below, a thread's hand-over costs more."""
+"""Several threads read spans of at least this size from disk; for smaller ones, passing work to a thread costs more."""
 
 
 class HostTier:
-    """Host memory that holds spans on their way from the store to the slots.
+    """Host memory that holds spans between the store and the slots.
 
     Args:
-        store: where spans are read from.
+        store: the store to read spans from.
         budget_bytes: most bytes to hold; rounded down to whole entries, and to no more than the store has.
         pinned: allocate page-locked memory, so that copies to a GPU run at full rate and asynchronously.
 
     Raises:
         SlotsError: the budget holds fewer entries than one step of a layer may need (`least_entries`), or the host
-            does not page-lock so much.
+            cannot page-lock the budget.
     """
 
     def __init__(self, store: Store, *, budget_bytes: int, pinned: bool, least_entries: int = 1) -> None:
@@ -66,13 +66,13 @@ class HostTier:
         return all((layer, expert) in self._entries for expert in experts)
 
     def read(self, layer: int, experts: Sequence[int]) -> list[torch.Tensor]:
-        """Have experts of one layer in host memory; those that are not there yet are read from the store.
+        """Return experts of one layer in host memory; reads the missing ones from the store.
 
         Returns:
             For each expert a uint8 view [span_bytes] of the arena, valid until the next call.
 
         Raises:
-            StoreError: a span could not be read; nothing of it stays in the tier.
+            StoreError: a span could not be read; no part of it stays in the tier.
         """
         wanted = {(layer, expert) for expert in experts}
         missing = [key for key in wanted if key not in self._entries]
@@ -88,7 +88,7 @@ class HostTier:
             (_, expert), entry = claim
             try:
                 self._store.read_expert(layer, expert, self._arena[entry, :span_bytes])
-            except Exception as error:  # told to the caller once every entry is accounted for
+            except Exception as error:  # raised after every entry has been freed or assigned
                 return error
             return None
 
@@ -106,7 +106,7 @@ class HostTier:
         return [self._arena[self._entries[layer, expert], :span_bytes] for expert in experts]
 
     def close(self) -> None:
-        """Stop the reader threads; the views given out keep the memory alive."""
+        """Stop the reader threads; the memory lives as long as a view of it."""
         self._readers.shutdown(wait=True)
 
     def check_integrity(self) -> None:

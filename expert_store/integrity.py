@@ -1,8 +1,8 @@
-"""Hashing the files of a store: does each hold what the manifest says, byte for byte?
+"""Compares the hashes of a store's files with the manifest.
 
-Invariant: every byte that the manifest vouches for is read once and enters the file's sha256 and, in shards, the
-XXH3-64 of its span; all bad files are found before anything is raised. A `TrunkCheck` does it to the trunk alone,
-beside whoever loads it: what the one reads lies in the page cache for the other.
+Invariant: every byte that the manifest covers is read once and enters the file's sha256 and, in shards, the XXH3-64 of
+its span; all bad files are found before an error is raised. A `TrunkCheck` checks the trunk alone while another thread
+loads it, so that the two share the page cache.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from expert_store.shard import ShardLayout
 READ_BYTES = 4 * 2**20
 Progress = Callable[[int], None]
 SMALL_BYTES = 64 * 2**20
-"""Of a trunk file that is hashed at once: those that are read before the weights, such as the config."""
+"""Largest size of a trunk file that is hashed at once: those that are read before the weights, such as the config."""
 CHECK_THREADS = 4
 REMEDY = "restore the file, or extract into an empty directory"
 
@@ -62,7 +62,7 @@ def verify_files(root: Path, manifest: Manifest, progress: Progress | None = Non
 
 
 class TrunkCheck:
-    """Compares the trunk's files at `root` (resolved) with the manifest's sha256 while somebody else loads them.
+    """Compares the trunk's files at `root` (resolved) with the manifest's sha256 while another thread loads them.
 
     The constructor reads the small files; threads of its own, which release the interpreter's lock, read the others.
     Raises ShardCorruptError for a bad small file.
@@ -85,14 +85,14 @@ class TrunkCheck:
             thread.start()
 
     def poll(self) -> None:
-        """Raise one ShardCorruptError that names the files found bad so far, if there are any; never waits."""
+        """Raise one ShardCorruptError that names the bad files found so far, if there are any; never waits."""
         if self._failures:
             raise self._failures[0]
         if self._problems:
             raise ShardCorruptError("\n".join(sorted(self._problems)))
 
     def wait(self) -> None:
-        """Return when every file was found right. Raises as `poll`, after all were read."""
+        """Wait until all files were read. Raises as `poll`."""
         for thread in self._threads:
             thread.join()
         self.poll()
@@ -107,7 +107,7 @@ class TrunkCheck:
             _hash_file(self._root, file.name, file.bytes, file.sha256, [file.bytes], None)
         except ShardCorruptError as error:
             self._problems.append(str(error))
-        except Exception as error:  # whoever waits is told, and the thread ends as usual
+        except Exception as error:  # the waiting thread raises it; this thread ends normally
             self._failures.append(error)
 
 

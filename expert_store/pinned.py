@@ -1,8 +1,7 @@
-"""Page-locked host memory: what a GPU reads spans from, by the copy engine or from inside its kernels.
+"""Page-locked host memory, from which a GPU reads spans, by the copy engine or inside its kernels.
 
-Large arenas are mapped in huge pages, written first and registered afterwards: registering pages that the system has
-to provide meanwhile takes many times as long. Invariant: an arena never moves, and stays registered until its tensor
-goes.
+Large arenas are mapped in huge pages, written first and registered afterwards: registering pages that are not allocated
+yet takes many times as long. Invariant: an arena never moves, and stays registered until its tensor is freed.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ TOUCH_THREADS = 8
 
 
 class NotPinnableError(SlotsError):
-    """The host gives less page-locked memory than was asked for."""
+    """The host cannot page-lock the requested memory."""
 
 
 def new_arena(num_spans: int, elements: int, dtype: torch.dtype, pinned: bool) -> Tensor:
     """[num_spans, elements] of host memory, to be filled and then page-locked with `page_lock`. torch rounds its own
-    pinned blocks up to powers of two, so only a small arena is one; a large one is mapped in huge pages."""
+    pinned blocks up to powers of two, so it allocates only small arenas; a large one is mapped in huge pages."""
     num_bytes = num_spans * elements * dtype.itemsize
     if not pinned or num_bytes == 0:
         return torch.empty(num_spans, elements, dtype=dtype)
@@ -45,7 +44,7 @@ def new_arena(num_spans: int, elements: int, dtype: torch.dtype, pinned: bool) -
 
 
 def page_lock(arena: Tensor) -> None:
-    """Page-locks an arena of `new_arena` for a GPU, until the tensor goes. Raises NotPinnableError."""
+    """Page-locks an arena of `new_arena` for a GPU, until the tensor is freed. Raises NotPinnableError."""
     if arena.nbytes == 0 or arena.is_pinned():
         return
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
@@ -59,7 +58,7 @@ def page_lock(arena: Tensor) -> None:
 def locked_arena(num_spans: int, elements: int, dtype: torch.dtype, pinned: bool) -> Tensor:
     """A page-locked arena that is filled later: its pages are written by several threads before they are registered.
 
-    Not `pinned`, it is ordinary memory. Raises NotPinnableError.
+    Without `pinned` it is ordinary memory. Raises NotPinnableError.
     """
     arena = new_arena(num_spans, elements, dtype, pinned)
     if pinned and arena.nbytes and not arena.is_pinned():

@@ -144,7 +144,7 @@ class OpenShards:
 
     Args:
         root: the store.
-        max_open_files: most that stay open while nobody uses them.
+        max_open_files: most files that stay open while they are not in use.
     """
 
     def __init__(self, root: Path, max_open_files: int) -> None:

@@ -1,8 +1,8 @@
 """Removing deep experts from a store: first a manifest without them, later their files.
 
 Invariants: a file is deleted only after a manifest without it is durable, so a crash at any moment leaves a whole
-store, and only while nobody else reads the store (`ReaderLock`). The manifest remembers how far its indices went, so a
-later growth never puts another file where a reader of an older manifest expects a removed one.
+store, and only while no other process reads the store (`ReaderLock`). The manifest keeps the largest index that was
+used, so a later growth never reuses the file name of a removed shard, which a reader of an older manifest may open.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def without(manifest: Manifest, indices: Collection[int]) -> Manifest:
 def remove_unnamed_shards(path: Path, manifest: Manifest) -> int | None:
     """Delete the shards of deep experts that the store at `path` once had and `manifest` does not name any more.
 
-    Returns their bytes, or None when they have to stay because `manifest` is not the one on disk. The caller knows that
-    nobody else reads the store. What an extraction has under way is left alone: it is numbered from `next_index` on.
+    Returns their bytes, or None if they must stay because `manifest` is not the one on disk. The caller ensures that no
+    other process reads the store. Files of a running extraction stay: their indices begin at `next_index`.
     """
     if read_manifest(path) != manifest:
         return None

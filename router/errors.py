@@ -1,11 +1,11 @@
 """The errors of routing, as one tree.
 
     RouterError
-    ├── MaskError                a mask that cannot be: unreadable, of experts that do not exist, or with an empty layer
+    ├── MaskError                an invalid mask: unreadable, of experts that do not exist, or with an empty layer
     ├── LedgerError              a usage file that cannot be read, or that belongs to another checkpoint
     └── UnsupportedGatingError   no exact masked counterpart of a router is known
 
-Every message says what is wrong, what was found, what was wanted and what to do.
+Every message says what is wrong, what was found, what was expected and what to do.
 """
 
 
@@ -14,7 +14,7 @@ class RouterError(Exception):
 
 
 class MaskError(RouterError):
-    """A mask that cannot be: unreadable text, an expert id that does not exist, a layer left with no expert."""
+    """An invalid mask: unreadable text, an expert id that does not exist, or a layer without experts."""
 
 
 class LedgerError(RouterError):

@@ -1,9 +1,9 @@
 """The usage ledger: the experts that routing demanded and those that were served, for every layer and expert.
 
-Additive and mergeable: two ledgers of the same checkpoint add up, so it survives restarts in `usage.json` and can be
-collected from many servers. *Demand* is the unmasked choice (what transformers' router returned), *served* what was
-computed. The *deficit* is the share of demanded router mass that was not available. One thread writes; snapshots may be
-taken from any.
+Two ledgers of the same checkpoint can be added, so the ledger continues after a restart from `usage.json`, and the
+ledgers of many servers can be merged. *Demand* is the unmasked choice (the output of transformers' router), *served*
+are the computed experts. The *deficit* is the share of demanded router mass that was not available. One thread writes;
+any thread may take a snapshot.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from router.errors import LedgerError
 FORMAT = "deepfew-usage"
 VERSION = 2
 READABLE_VERSIONS = (1, 2)
-"""Version 1 did not count tokens whose wanted top-1 expert was missing; they are read as 0."""
+"""Version 1 did not count tokens whose most demanded expert was missing; they are read as 0."""
 MAX_FILE_BYTES = 256 << 20
 _ARRAYS = ("served_count", "served_mass", "demand_count", "demand_mass")
 
@@ -34,8 +34,8 @@ class StepRecord:
     Attributes:
         served_index: int64 [L, T, K]; ids ≥ E (the sentinel) are picks that do not exist.
         served_weight: float [L, T, K].
-        demand_index, demand_weight: the same of the unmasked choice; None where nothing was masked (demand = served).
-        missed_mass: float [L], demanded mass that was unavailable; None where nothing was masked.
+        demand_index, demand_weight: the same of the unmasked choice; None if nothing was masked (demand = served).
+        missed_mass: float [L], demanded mass that was unavailable; None if nothing was masked.
     """
 
     served_index: npt.NDArray[np.int64]
@@ -56,7 +56,7 @@ class StepRecord:
 
     @staticmethod
     def concat(records: Sequence[StepRecord]) -> StepRecord:
-        """The routing of several steps as that of one step over all their tokens."""
+        """Join the routing of several steps, as if it were one step over all their tokens."""
         served = (
             np.concatenate([record.served_index for record in records], axis=1),
             np.concatenate([record.served_weight for record in records], axis=1),
@@ -73,7 +73,7 @@ class StepRecord:
 
     @property
     def top1_missing(self) -> npt.NDArray[np.bool_] | None:
-        """Bool [L, T]: whether the expert that a token wanted most was not served; None where nothing was masked."""
+        """Bool [L, T]: whether the most demanded expert of a token was not served; None if nothing was masked."""
         if self.demand_index is None or self.demand_weight is None:
             return None
         first = self.demand_weight.argmax(axis=2)[:, :, None]
@@ -81,13 +81,13 @@ class StepRecord:
         return np.asarray((self.served_index != wanted).all(axis=2))
 
     def demand_of(self, tokens: slice) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Index and weight [L, T', K] of what the unmasked router wanted for some of the tokens."""
+        """The demand of some of the tokens, index and weight [L, T', K]."""
         if self.demand_index is None or self.demand_weight is None:
             return self.served_index[:, tokens], self.served_weight[:, tokens]
         return self.demand_index[:, tokens], self.demand_weight[:, tokens]
 
     def demand_mass_of(self, tokens: slice, num_experts: int) -> npt.NDArray[np.float64]:
-        """Router mass [L, E] that some of the tokens wanted of each expert."""
+        """Router mass [L, E] that some of the tokens demanded of each expert."""
         return sum_by_expert(*self.demand_of(tokens), num_experts)
 
 
@@ -96,14 +96,14 @@ class UsageLedger:
 
     Args:
         num_layers, num_experts: L and E.
-        fingerprint: of the source checkpoint; ledgers of different checkpoints do not merge.
+        fingerprint: identifies the source checkpoint; ledgers of different checkpoints cannot be merged.
 
     Attributes:
-        served_count, demand_count: int64 [L, E], times an expert was computed, times it was wanted.
+        served_count, demand_count: int64 [L, E], times an expert was computed, times it was demanded.
         served_mass, demand_mass: float64 [L, E], sums of the gate weights of those.
         missed_mass: float64 [L], demanded mass that was unavailable.
-        top1_missing: int64 [L], tokens whose most wanted expert was missing there.
-        num_tokens: tokens routed; top1_missing_tokens: those among them that missed it in any layer.
+        top1_missing: int64 [L], tokens whose most demanded expert of the layer was missing.
+        num_tokens: routed tokens; top1_missing_tokens: those whose most demanded expert was missing in any layer.
     """
 
     def __init__(self, num_layers: int, num_experts: int, fingerprint: str) -> None:
@@ -125,7 +125,7 @@ class UsageLedger:
 
     @property
     def deficit_per_layer(self) -> npt.NDArray[np.float64]:
-        """Missing share of the demanded mass, [L], 0 where nothing was demanded yet."""
+        """Missing share of the demanded mass, [L], 0 if nothing was demanded yet."""
         demanded = self.demand_mass.sum(axis=1)
         deficit = np.zeros_like(self.missed_mass)
         np.divide(self.missed_mass, demanded, out=deficit, where=demanded > 0)
@@ -184,7 +184,7 @@ class UsageLedger:
 
     @classmethod
     def load(cls, path: Path) -> UsageLedger:
-        """Read the file `path`, whose content `to_json` gave.
+        """Read a file `path` with the content of `to_json`.
 
         Raises:
             LedgerError: not a usage file, an unknown version, or arrays that do not fit together.
@@ -220,7 +220,7 @@ def _accumulate(
     index: npt.NDArray[np.int64],
     weight: npt.NDArray[np.float32],
 ) -> None:
-    """Add picks index [L, T, K] with gate weights [L, T, K] to count and mass [L, E]; sentinel picks fall away."""
+    """Add picks index [L, T, K] with gate weights [L, T, K] to count and mass [L, E]; sentinel picks are dropped."""
     num_experts = count.shape[1]
     count += sum_by_expert(index, None, num_experts)
     mass += sum_by_expert(index, weight, num_experts)

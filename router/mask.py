@@ -1,7 +1,7 @@
 """Masks: the experts that routing may choose, a boolean per (layer, expert).
 
 Invariant: an `ExpertMask` is immutable and every layer has at least one available expert. Masks combine by
-intersection. Words: *available* is in the store, a *mask* is what a request or a server narrows that down to.
+intersection. Words: an *available* expert is in the store; a *mask* selects some of the available experts.
 """
 
 from __future__ import annotations

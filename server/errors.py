@@ -10,7 +10,7 @@ ServerError
 ├── ProfileError       a profile that does not exist, or that does not fit the model
 ├── TextsError         texts that cannot be read, or of which nothing is left
 ├── TrunkError         a trunk that is no model that can be served
-├── UnservableModelError   a model whose files let it answer nobody (`server.api.readiness`)
+├── UnservableModelError   a model whose files do not allow it to serve (`server.api.readiness`)
 ├── DecodePathError    the decode path that was asked for cannot run here
 ├── NotCapturableError, RouterRefusedError   the decode step of this model cannot be captured
 └── StepMemoryError    a step for which the device has no memory

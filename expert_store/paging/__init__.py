@@ -1,1 +1,1 @@
-"""Paging on the device: page table, victim choice and fetch as Triton code, with no host in the loop."""
+"""Paging on the device: page table, victim choice and fetch as Triton code, without the host."""

@@ -1,4 +1,4 @@
-"""Triton device functions of paging: from a batch's choice of experts to a work list, and the fetch of what is missing.
+"""Triton device functions of paging: they make a work list from a batch's choice of experts, and fetch missing experts.
 
 They run inside the caller's kernels (`server.model.device`), so that a decode step never returns to the host. One
 program makes a layer's work list (`list_work`); any number of programs may fetch (`copy_span`). Invariants, for layer
@@ -18,7 +18,7 @@ import triton.language as tl
 LRU = tl.constexpr(0)
 LFU = tl.constexpr(1)
 
-# Marks an entry of `pair_target` whose expert is on its way; no offset comes near it.
+# Marks an entry of `pair_target` whose expert is being fetched; it is larger than any offset.
 FETCHED = tl.constexpr(1 << 62)
 _NEVER = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # sorts after every slot that may be evicted
 
@@ -80,7 +80,7 @@ def list_work(
     BP: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr, PAIRS: tl.constexpr, STRIDE: tl.constexpr,
     POLICY: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
-    """Turns one layer's choice into a work list, evicting where it must; called by exactly one program.
+    """Makes a work list from one layer's choice, and evicts experts if necessary; called by exactly one program.
 
     chosen [BP, EP] bool: row b picked expert e, as its order[b, e]-th pick; slot [EP] is the layer's page table; pool
     and spill are the offsets of its slots and of the spill area. Mutates the layer's page table, slot owners, last

@@ -2,9 +2,9 @@
 
 `DevicePages` owns the tensors that `kernels.list_work` reads and writes. The host reads them (statistics, integrity)
 only between steps, and changes them only in place, so that captured graphs stay valid. Invariant: page table and slot
-owners are inverse to each other, layer by layer; a slot's bytes are the owner's span in the host tier. A step may want
-more experts than a layer has slots: the rest go to a spill area shared by all layers and are forgotten after the layer,
-so no batch needs a second pass.
+owners are inverse to each other, layer by layer; a slot's bytes are the owner's span in the host tier. A step may need
+more experts than a layer has slots: the others go to a spill area, which all layers share and each layer overwrites, so
+no batch needs a second pass.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class PagesShape:
 
     @property
     def max_distinct(self) -> int:
-        """Distinct experts that one layer of one step can want."""
+        """Most distinct experts that one layer of one step can need."""
         return min(self.num_experts, self.max_batch * self.top_k)
 
     @property
@@ -46,9 +46,7 @@ class PagesShape:
         return self.num_slots < self.num_experts
 
     def num_spill(self, num_kept: int) -> int:
-        """Spill slots so that every expert that a step wants has a place even if no slot can be evicted for
-        it.
-        """
+        """Number of spill slots, so that every expert that a step needs has a place even if no slot can be evicted."""
         return max(0, self.max_distinct - (self.num_slots - num_kept)) if self.paged else 0
 
 
@@ -105,7 +103,7 @@ class DevicePages:
         if host_spans is not None:
             self._add_arena(host_spans.view(-1, shape.span_elements))
             self._write_offsets()
-        # The work list of the layer in flight; layers follow one another, so one is enough.
+        # The work list of the current layer; layers run one after the other, so one is enough.
         distinct, batch = shape.max_distinct, 1 << (shape.max_batch - 1).bit_length()
         self.header = ints(2)
         self.target = ints(distinct, dtype=torch.int64)
@@ -146,7 +144,7 @@ class DevicePages:
         self.host_offset.copy_(torch.where(self.host_index >= 0, offsets, 0))
 
     def host_span(self, layer: int, expert: int) -> Tensor:
-        """The span of an expert in the host tier, a view [span_elements]. Raises SlotsError where it has none."""
+        """The span of an expert in the host tier, a view [span_elements]. Raises SlotsError if it has none."""
         row = int(self.host_index[layer, expert])
         if row < 0:
             raise SlotsError(f"expert {expert} of layer {layer} has no span in the host tier")
@@ -154,29 +152,29 @@ class DevicePages:
 
     @property
     def servable(self) -> Tensor:
-        """Experts that a step can reach, [L, E] bool on the host: their span is in the host tier, or their slot is
-        theirs for good because nothing is ever evicted. Synchronises in the second case."""
+        """Experts that a step can use, [L, E] bool on the host: their span is in the host tier, or they are in slots
+        that are never evicted. Synchronises in the second case."""
         return self.host_index >= 0 if self.shape.paged else self.page_table.cpu() >= 0
 
     @property
     def num_host_spans(self) -> int:
-        """Spans that the host tier has room for."""
+        """Number of spans that the host tier has room for."""
         return sum(map(len, self._arenas))
 
     def unused_rows(self) -> list[int]:
-        """Rows of the host tier that are no expert's."""
+        """Rows of the host tier that belong to no expert."""
         return sorted(set(range(self.num_host_spans)) - set(self.host_index.flatten().tolist()))
 
     def host_row(self, row: int) -> Tensor:
-        """The memory of a row of the host tier, a view [span_elements]; written only while it is no expert's."""
+        """The memory of a row of the host tier, a view [span_elements]; write it only while it belongs to no expert."""
         at = bisect_right(self._first_rows, row) - 1
         return self._arenas[at][row - self._first_rows[at]]
 
     def add_spans(self, spans: Tensor, experts: Sequence[tuple[int, int] | None]) -> None:
-        """Takes (layer, expert) that were in no tier into use, with their spans [n, span_elements] in pinned memory.
+        """Adds (layer, expert) that were in no tier, with their spans [n, span_elements] in pinned memory.
 
-        Call it between two steps. Where every expert has a slot they go to their slots at once, else to the host tier,
-        which keeps `spans`; they are then fetched like any other. None is a span that is no expert's yet.
+        Call it between two steps. If every expert has a slot they go to their slots at once, else to the host tier,
+        which keeps `spans`; they are then fetched like any other. None is a span without an expert.
         """
         if not self.shape.paged:
             for span, expert in zip(spans, experts, strict=True):
@@ -190,8 +188,8 @@ class DevicePages:
         self.reassign((), {expert: first + row for row, expert in enumerate(experts) if expert is not None})
 
     def reassign(self, dropped: Iterable[tuple[int, int]], placed: Mapping[tuple[int, int], int]) -> None:
-        """Between two steps: some (layer, expert) lose their span, whether in a slot or not, and others, which had
-        none, get the row of the host tier that holds theirs. Who lost it must be masked before the next step."""
+        """Between two steps: remove the span of some (layer, expert), in a slot or not, and assign rows of the host
+        tier to others, which had none. The caller must mask the removed ones before the next step."""
         for expert in dropped:
             self.host_index[expert] = -1
         for expert, row in placed.items():
@@ -200,8 +198,8 @@ class DevicePages:
         self._write_offsets()
 
     def seed(self, experts: Tensor) -> None:
-        """Fills slots 0..n-1 of each layer with experts [L, n] (n <= S, -1: none), from the host tier; the first are
-        the kept ones.
+        """Fills slots 0..n-1 of each layer with experts [L, n] (n <= S, -1: none), from the host tier; the kept ones
+        come first.
 
         Mutates everything; call it before the first step or between steps.
         """
@@ -229,13 +227,13 @@ class DevicePages:
         self.stats.zero_()
 
     def hit_rate(self) -> float:
-        """Share of the distinct experts wanted, over layers and steps, that were in a slot. Synchronises."""
+        """Share of the distinct experts needed, over layers and steps, that were in a slot. Synchronises."""
         hits, misses = self.stats[:, 0].sum().item(), self.stats[:, 1].sum().item()
         return float(hits) / max(float(hits + misses), 1.0)
 
     def check_integrity(self, *, contents: bool = False) -> None:
-        """Raises SlotsError where the invariant is broken; with `contents` also compares the bytes of experts that have
-        a span in the host tier with it."""
+        """Raises SlotsError if the invariant is broken; with `contents` also compares the bytes of resident experts
+        with their spans in the host tier."""
         table, owners = self.page_table.cpu(), self.slot_owner.cpu()
         for layer in range(self.shape.num_layers):
             for expert, slot in enumerate(table[layer].tolist()):

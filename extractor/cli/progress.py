@@ -1,6 +1,6 @@
 """Progress of commands on standard error: a bar on a terminal; elsewhere lines for bytes, and nothing for the rest.
 
-Invariant: a `Bar` may be told of progress from any thread and is cheap; nothing is written to standard output.
+Invariant: any thread may report progress to a `Bar`, which is cheap; nothing is written to standard output.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def progress_bar(title: str, total_bytes: int | None = None, *, quiet: bool = Fa
     """A bar while the block runs.
 
     Args:
-        title: of the work.
-        total_bytes: of a copy, which is told by `Bar.advance`; other work is told by `Bar.show`.
+        title: title of the work.
+        total_bytes: size of a copy, which reports by `Bar.advance`; None for other work, which reports by `Bar.show`.
         quiet: show nothing.
     """
     console = Console(stderr=True)
@@ -48,7 +48,7 @@ def progress_bar(title: str, total_bytes: int | None = None, *, quiet: bool = Fa
 
 
 class Bar:
-    """Of one piece of work. Without `drawn`, a line every few seconds tells of `total_bytes`, where it is given."""
+    """The progress of one piece of work. Without `drawn`, it prints a line at intervals if it has `total_bytes`."""
 
     def __init__(self, title: str, total_bytes: int | None, drawn: Progress | None = None) -> None:
         self._title = title
@@ -59,7 +59,7 @@ class Bar:
         self._lock = threading.Lock()
 
     def show(self, doing: str, done: float, total: float | None) -> None:
-        """So much of `total` is done of what is under way; without a total nobody knows."""
+        """Show the current work `doing` with `done` of `total`; a total of None is unknown."""
         if self._drawn is not None:
             (task,) = self._drawn.task_ids
             self._drawn.update(task, description=doing, completed=done, total=total)

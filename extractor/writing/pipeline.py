@@ -104,7 +104,7 @@ def _produce(
     stopped: threading.Event,
     on_bytes: Callable[[int], None] | None,
 ) -> FileDigest | None:
-    """Hash `file` and, with a target, write it; None when told to stop."""
+    """Hash `file` and, with a target, write it; None if `stopped` is set."""
     whole, spans, offset = hashlib.sha256(), _SpanHashes(file.cuts), 0
     descriptor = -1
     if target is not None:

@@ -1,7 +1,7 @@
 """Making a store smaller: rewriting its manifest without some deep experts.
 
 Invariant: the extraction's journal is the lock, so that nothing grows the store meanwhile; the files stay until
-`Store.remove_unnamed` (or `tidy`) finds that nobody reads them.
+`Store.remove_unnamed` (or `tidy`) finds that no process reads them.
 """
 
 from __future__ import annotations

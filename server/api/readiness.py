@@ -16,7 +16,7 @@ TEXT = "Hello"
 
 
 class UnservableModelError(ServerError):
-    """A model whose files let it answer nobody."""
+    """The files of the model do not allow it to answer a request."""
 
 
 def checked(model: LoadedModel) -> LoadedModel:

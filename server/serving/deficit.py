@@ -30,7 +30,7 @@ class ExpectedLossDetails(BaseModel):
 
 
 class DeficitDetails(BaseModel):
-    """The share of router mass that was wanted and unavailable over this request's tokens, and its expected loss."""
+    """The share of demanded router mass that was unavailable over this request's tokens, and its expected loss."""
 
     overall: float
     per_layer: list[float]

@@ -1,4 +1,4 @@
-"""From settings to a model that is served: the part that runs before torch and transformers are imported.
+"""Loads a model from settings and serves it: the part that runs before torch and transformers are imported.
 
 Importing them takes seconds, so `load` imports `server.serving.assembly` alone, on the thread that loads; everything
 that needs them is there.

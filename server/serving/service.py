@@ -73,7 +73,7 @@ class ExpertsSnapshot:
     deficit: NDArray[np.float64]  # [L]
     overall_deficit: float
     num_tokens: int
-    top1_missing: NDArray[np.int64]  # [L], tokens whose most wanted expert was missing there
+    top1_missing: NDArray[np.int64]  # [L], tokens whose most demanded expert was missing there
     top1_missing_tokens: int  # in any layer
     resident: NDArray[np.bool_]  # [L, E]
     hits: NDArray[np.int64]  # [L]
