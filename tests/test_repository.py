@@ -161,3 +161,14 @@ def test_commands_and_flags_in_the_readme_exist(command: str) -> None:
     used = {word for words in _deepfew_lines() if words[0] == command for word in words if word.startswith("--")}
     known = set(re.findall(r"--[a-z][a-z-]*", done.stdout))
     assert used - known == set()
+
+
+def test_docstrings_and_comments_are_sentences_with_a_subject() -> None:
+    begins = re.compile(r'^\s*(?:"""|#)\s*(?:What|Which|Who|How) ')
+    found = [
+        f"{path.relative_to(REPOSITORY).as_posix()}:{number}: {line.strip()[:60]}"
+        for path in _modules()
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if begins.match(line)
+    ]
+    assert found == []
