@@ -1,7 +1,7 @@
-"""Eviction policies: the order in which resident experts leave their slots, one small object a layer.
+"""Eviction policies: the order in which resident experts are evicted, one small object for each layer.
 
-Invariant: a policy knows exactly the experts that are resident in its layer; `ExpertCache.check_integrity` compares.
-Adding a policy means writing one class with these four methods and naming it in `POLICIES`.
+Invariant: a policy contains exactly the resident experts of its layer; `ExpertCache.check_integrity` compares them.
+A new policy is one class with these four methods and an entry in `POLICIES`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class EvictionPolicy(Protocol):
 
 
 class LRU:
-    """Least recently used first: a dict kept in order of last use, so every operation but a leased scan is O(1)."""
+    """Least recently used first: a dict in order of last use, so every operation except a scan over leases is O(1)."""
 
     def __init__(self) -> None:
         self._order: dict[int, None] = {}
@@ -53,7 +53,7 @@ class LRU:
 
 
 class LFU:
-    """Least frequently used first, ties by last use. Counts outlive eviction, so a popular expert comes back strong."""
+    """Least frequently used first, ties by last use. Eviction does not reset an expert's count of uses."""
 
     def __init__(self) -> None:
         self._uses: dict[int, int] = {}
@@ -86,11 +86,11 @@ class LFU:
 
 
 class KeepSome:
-    """Another policy's order, with some experts kept: they leave only where every other expert is leased.
+    """Another policy's order, with some experts kept: they are evicted only if every other expert is leased.
 
     Args:
         policy: orders the others, and the kept ones among themselves.
-        experts: kept once they are resident.
+        experts: the experts to keep after they become resident.
     """
 
     def __init__(self, policy: EvictionPolicy, experts: Collection[int]) -> None:

@@ -29,10 +29,10 @@ class SlotPool:
     """Device memory for `num_slots` experts of one layer.
 
     Args:
-        spec: the layer's tensors and their place in a span.
+        spec: the layer's tensors and their positions in a span.
         num_slots: S.
-        device: where the memory is.
-        dtype: of the weights in the pool.
+        device: device of the memory.
+        dtype: dtype of the weights in the pool.
 
     Attributes:
         params: name → view [S, *shape] of `dtype`; rows change whenever a slot is filled.

@@ -1,11 +1,11 @@
 """`Store`: the reader of a store on disk.
 
-Owns the manifest in force. Invariants: it opens nothing that the manifest does not name; a read either fills the
-caller's memory with exactly the bytes that were extracted or raises; `reload` adds and removes whole deep experts and
-never changes one, so reads in flight stay valid. All methods may be called from any thread.
-With a source attached, experts that the store lacks are read from there, and nothing of them is kept here.
+Owns the current manifest. Invariants: it opens no file that the manifest does not name; a read either fills the
+caller's memory with exactly the extracted bytes or raises; `reload` adds and removes whole deep experts and never
+changes one, so running reads stay valid. All methods may be called from any thread. With a source attached, experts
+that the store lacks are read from the source and not kept here.
 
-The sets of experts that the project speaks of, each bool [L, E]:
+The project's sets of experts, each bool [L, E]:
 
     available   in the store, with bytes that are trusted               `Store.available`
     excluded    in a shard, but damaged: not available any more         `Store.excluded`
@@ -42,11 +42,11 @@ MAX_OPEN_FILES = 256
 
 @dataclass(frozen=True)
 class StoreView:
-    """One manifest with what is derived from it.
+    """One manifest and the tables that are derived from it.
 
     Attributes:
-        layouts: by the deep expert's index.
-        deep_of: int32 [L, E], the place in `manifest.deep_experts` of what holds the expert, -1: none does.
+        layouts: layout of each shard, by the deep expert's index.
+        deep_of: int32 [L, E], the position in `manifest.deep_experts` of the deep expert with the expert, -1: none.
         available: bool [L, E], read-only.
     """
 
@@ -94,7 +94,7 @@ class StoreView:
 
 
 class SourceReader(Protocol):
-    """Reads experts from where the store was extracted from; called from any thread."""
+    """Reads experts from the source of the store; called from any thread."""
 
     def read_expert(self, layer: int, expert: int, out: memoryview) -> None:
         """Fill `out` with the span of (layer, expert), any expert of the model. Raises a StoreError."""
@@ -142,14 +142,14 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Close the files; reads in flight finish first, later ones raise."""
+        """Close the files; running reads finish first, later ones raise."""
         with self._lock:
             self._shards.close()
             self._readers.close()
 
     @property
     def manifest(self) -> Manifest:
-        """The manifest in force."""
+        """The current manifest."""
         return self._view.manifest
 
     @property
@@ -159,17 +159,17 @@ class Store:
 
     @property
     def has_source(self) -> bool:
-        """Whether `read_expert` can read every expert of the model, those that the store lacks from its source."""
+        """Whether a source is attached, so that `read_expert` can read every expert of the model."""
         return self._source is not None
 
     def attach_source(self, source: SourceReader) -> None:
-        """Read experts that the store lacks from `source`, from now on. `available` stays what the store holds."""
+        """From now on read experts that the store lacks from `source`. `available` does not change."""
         self._source = source
 
     def exclude(self, layer: int, expert: int) -> None:
-        """Count (layer, expert) as not held from now on, `reload` included: its bytes are not to be trusted.
+        """From now on treat (layer, expert) as not available, also after `reload`, because its bytes are damaged.
 
-        Raises ExpertUnavailableError when the store does not hold it.
+        Raises ExpertUnavailableError if the store does not hold it.
         """
         with self._lock:
             deep = self._view.locate(self.path, layer, expert)
@@ -178,7 +178,7 @@ class Store:
 
     @property
     def excluded(self) -> npt.NDArray[np.bool_]:
-        """The experts that a shard has and `exclude` took away, bool [L, E], a copy."""
+        """The experts of the shards that `exclude` removed, bool [L, E], a copy."""
         found = np.zeros(self._view.available.shape, dtype=np.bool_)
         for deep in self._view.manifest.deep_experts:
             for layer, expert in enumerate(deep.experts):
@@ -191,9 +191,9 @@ class Store:
         return self.path / "trunk"
 
     def begin_trunk_check(self) -> TrunkCheck:
-        """The check of the trunk's files against the manifest, begun by the first call; small files are then checked.
+        """The check of the trunk's files against the manifest. The first call starts it and checks the small files.
 
-        Raises ShardCorruptError for those.
+        Raises ShardCorruptError for a bad small file.
         """
         with self._lock:
             if self._trunk_check is None:
@@ -202,10 +202,10 @@ class Store:
 
     @contextmanager
     def checking_trunk(self) -> Iterator[TrunkCheck]:
-        """Checks the trunk beside the block, which loads it, and ends when all of it was found right.
+        """Check the trunk while the block loads it; exit after all files were checked.
 
-        Raises ShardCorruptError, naming every bad file, also in the place of what loading a bad file raised. The next
-        block then checks anew.
+        Raises ShardCorruptError, naming every bad file; it replaces an error of loading a bad file. The next block then
+        checks again.
         """
         check = self.begin_trunk_check()
         try:
@@ -235,8 +235,8 @@ class Store:
         """Fill `out` with the span of (layer, expert), read from disk straight into it.
 
         `out` is writable contiguous memory of exactly `layer_spec(layer).span_bytes` bytes: a memoryview, or a one
-        dimensional uint8 tensor in host memory. With `verify` the bytes are compared with the manifest's XXH3-64. What
-        the store lacks comes from the attached source. Raises ExpertUnavailableError, ShardCorruptError (`out` is then
+        dimensional uint8 tensor in host memory. With `verify` the bytes are compared with the manifest's XXH3-64. Other
+        experts are read from the attached source. Raises ExpertUnavailableError, ShardCorruptError (`out` is then
         undefined), both with their `expert` set, ValueError for a wrong `out`.
         """
         try:
@@ -262,10 +262,9 @@ class Store:
             )
 
     def reload(self) -> bool:
-        """Take a newer manifest, with deep experts added, removed or both; returns whether there was one.
+        """Read the manifest again, with deep experts added, removed or both; return whether it has changed.
 
-        Raises ManifestError, keeping the manifest in force, when the new one is of something else or changes a deep
-        expert.
+        Raises ManifestError, keeping the current manifest, if the new one is of another model or changes a deep expert.
         """
         newer = read_manifest(self.path)
         with self._lock:
@@ -287,9 +286,9 @@ class Store:
             return True
 
     def remove_unnamed(self) -> int | None:
-        """Delete the shards that no manifest names any more; returns their bytes, or None when they have to stay.
+        """Delete the shards that the manifest no longer names; return their bytes, or None if they must stay.
 
-        They stay while another reader has the store open, and while the manifest in force here is not the one on disk.
+        They stay while another reader has the store open, and while the current manifest is not the one on disk.
         """
         with self._readers.alone() as is_alone:
             return remove_unnamed_shards(self.path, self._view.manifest) if is_alone else None
@@ -303,7 +302,7 @@ class Store:
         return verify_files(self.path, self._view.manifest, progress)
 
     def _check_files(self, view: StoreView) -> None:
-        """Every named file is there with its size, every shard has its header, and nothing else lies in the trunk."""
+        """Check that every named file exists with its size and header, and that the trunk has no other file."""
         for deep in view.manifest.deep_experts:
             os.close(open_shard(self.path, deep, view.layouts[deep.index]))
         named = {file.name: file.bytes for file in view.manifest.trunk}

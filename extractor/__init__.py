@@ -1,1 +1,1 @@
-"""Checkpoint in, store out: which bytes are a deep expert, which to take, and writing them so that nothing is lost."""
+"""Extracts a store from a checkpoint: finds the bytes of each deep expert, chooses deep experts, writes the files."""

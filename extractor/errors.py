@@ -3,12 +3,12 @@
     ExtractError
     ├── CheckpointError          the input is missing, damaged, or not a checkpoint that this program reads
     ├── UnsupportedFamilyError   a dense model, or a family that is not supported
-    ├── SelectionError           an expert, count, budget or plan that cannot be
+    ├── SelectionError           an impossible expert, count, budget or plan
     ├── TargetError              the store's directory holds something else, or another extraction is running
     ├── DiskFullError            too little room on the disk
-    └── MismatchError            a store is not what its checkpoint says
+    └── MismatchError            a store differs from its checkpoint
 
-Every message says what is wrong, what was found, what was wanted and what to do.
+Every message says what is wrong, what was found, what was expected and what to do.
 """
 
 

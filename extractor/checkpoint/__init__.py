@@ -1,1 +1,1 @@
-"""The input: a checkpoint and how its tensors form experts."""
+"""The input: a checkpoint, and the assignment of its tensors to experts."""

@@ -34,7 +34,7 @@ MAX_NAMED = 3
 
 
 def checkpoint_name(location: str, name: str) -> str:
-    """`name`, or the hub's name where `location` is a snapshot in the hub's cache: its folder is named by a hash."""
+    """`name`, or the hub's name if `location` is a snapshot in the hub's cache, whose folder name is a hash."""
     found = re.search(r"(?:^|[/\\])models--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?$", location)
     return found[1].replace("--", "/") if found else name
 
@@ -43,8 +43,8 @@ def checkpoint_name(location: str, name: str) -> str:
 class Checkpoint:
     """An opened checkpoint: the files that transformers would read, and no others.
 
-    `files` are in name order; of a tensor in two of them the last counts. `sidecars` are the small files that
-    transformers loads; `ignored` says in words which weights beside them are not read.
+    `files` are in name order; if two of them have one tensor, the last counts. `sidecars` are the small files that
+    transformers loads; `ignored` is a text about weights that are not read.
     """
 
     path: Path
@@ -74,7 +74,7 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, TensorEntry]:
-        """Every tensor by its name in the checkpoint; quantised ones as the plain tensors that they stand for."""
+        """Every tensor by its name in the checkpoint; quantised tensors appear as their plain tensors."""
         stored = {tensor.name: tensor for file in self.files for tensor in file.tensors}
         return plain_tensors(stored, self.config)
 
@@ -163,7 +163,7 @@ def _weight_files(root: Path, config: dict[str, Any]) -> tuple[list[str], list[s
 
 
 def _overridden(files: tuple[TensorFile, ...]) -> list[str]:
-    """In words the tensors that stand in two files: transformers reads the last."""
+    """A text about tensors that are in two files: transformers reads the last."""
     seen: dict[str, Path] = {}
     twice: dict[tuple[str, str], list[str]] = {}
     for tensor in (tensor for file in files for tensor in file.tensors):

@@ -1,9 +1,9 @@
 """The conversion of a checkpoint's tensors into the experts' parameters, as transformers does it.
 
-The model is built on the meta device from its config alone; transformers' own conversion mapping then says, for every
-checkpoint key, which parameter it becomes part of and by which operations. Source: `conversion_mapping.py` and
-`core_model_loading.py` of transformers 5. Invariant: what `trace` reports is what `from_pretrained` does; the names
-used here are guarded by tests/extractor/checkpoint/test_conversion.py.
+The model is built on the meta device from its config alone; transformers' own conversion mapping then gives, for every
+checkpoint key, its parameter and the operations. Source: `conversion_mapping.py` and `core_model_loading.py` of
+transformers 5. Invariant: `trace` reports the same conversion as `from_pretrained` performs;
+tests/extractor/checkpoint/test_conversion.py checks the names used here.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TOP_K_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 
 @dataclass(frozen=True)
 class Recipe:
-    """The making of one parameter of an experts module.
+    """The recipe for one parameter of an experts module.
 
     `keys[pattern]` are the checkpoint tensors that a source pattern of the converter collects, in transformers' order:
     either one per expert, or a single fused one whose first axis is the experts.
@@ -67,8 +67,8 @@ class Recipe:
     def convert(self, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """One expert's part of the parameter from its source tensors (without the expert axis), by pattern.
 
-        Applies the converter's operations to a model of one expert. Raises CheckpointError when the result has not the
-        parameter's shape.
+        Applies the converter's operations to a model of one expert. Raises CheckpointError if the result does not have
+        the parameter's shape.
         """
         merges = any(type(step) is MergeModulelist for step in self.operations)
         values: dict[str, Any] = {
@@ -105,7 +105,7 @@ class Trace:
 
 
 class _OneExpert:
-    """Stands for the model where an operation asks for a parameter's shape."""
+    """A stand-in for the model, for operations that read a parameter's shape."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._parameter = torch.empty((1, *shape[1:]), device="meta")
@@ -244,7 +244,7 @@ def _recipe(
 
 
 def _top_k(config: Any, directory: Path) -> int:
-    """The number of experts of a token, which families call by different names."""
+    """The number of experts of a token, whose name differs between families."""
     text = config.get_text_config()
     found = [getattr(text, name, None) for name in TOP_K_KEYS]
     top_k = next((value for value in found if isinstance(value, int) and value > 0), None)

@@ -1,9 +1,9 @@
-"""Encodings: how a checkpoint stores one linear layer in fewer bits, and which values its tensors stand for.
+"""Encodings of linear layers that a checkpoint stores in fewer bits, and their decoding to values.
 
-An encoding is recognised by the names, dtypes and shapes of its tensors, so a layer that a config's ignore list leaves
-in 16 bits needs no rule, and neither does a config that does not mention it. O are output rows, N input columns, G
-groups of columns that share a scale. Values are those of the libraries that define the formats, bit for bit. Invariant:
-every tensor of a quantised layer is a part of its encoding, or concerns activations alone, or is an error.
+An encoding is recognised by the names, dtypes and shapes of its tensors, so layers in 16 bits need no rule, whether the
+config lists them or not. O are output rows, N input columns, G groups of columns that share a scale. Decoded values
+equal those of the libraries that define the formats, bit for bit. Invariant: every tensor of a quantised layer is a
+part of its encoding, or is about activations alone, or is an error.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _ROLES = (
     *("weight", "weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale"),
     *("weight_scale_2", "pre_quant_scale", "qweight", "qzeros", "scales", "g_idx", *_SCALES),
 )
-"""The last part of the names of tensors that say something of a layer's weights."""
+"""The last part of the names of tensors that describe a layer's weights."""
 _OF_ACTIVATIONS = ("input_scale", "input_global_scale", "activation_scale", "qscale_act", "k_scale", "v_scale")
-"""The same of tensors that quantise activations, keys or values, which stay in 16 bits here."""
+"""The last part of the names of tensors that quantise activations, keys or values, which stay in 16 bits here."""
 _ORDINARY = {"weight", "scale", "scales"}
-"""Roles that a model's own parameters have too, where no codes stand beside them."""
+"""Roles that a model's own parameters may have too, if there are no codes beside them."""
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -91,7 +91,7 @@ def encodings_of(tensors: Parts, quantisation: Mapping[str, Any]) -> tuple[dict[
 
 
 def _encoding(stem: str, parts: Parts, quantisation: Mapping[str, Any]) -> Encoding | None:
-    """The encoding of one layer's tensors; None where they are plain."""
+    """The encoding of one layer's tensors; None if they are plain."""
     codes = parts.get("weight")
     if codes is not None and codes.dtype in _FLOAT8:
         return _float8(stem, parts, quantisation)

@@ -1,9 +1,9 @@
-"""The decision whether a checkpoint is taken, with the reason where it is not.
+"""Decides whether a checkpoint is supported; a refusal gives the reason.
 
-No list of families: a checkpoint is taken when transformers has a causal language model of it whose routed experts go
-through its experts registry, and when the gating rule of each of its routers is known (`router.gating`), since a model
-that cannot be masked exactly cannot be served from part of its experts. Quantised checkpoints are taken when
-`quantised.py` can undo it.
+There is no list of families: a checkpoint is supported if transformers has a causal language model for it whose routed
+experts use its experts registry, and if the gating rule of each of its routers is known (`router.gating`), since only a
+model that can be masked exactly can be served from part of its experts. Quantised checkpoints are supported if
+`quantised.py` can dequantise them.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _ROUTER_NAMES = ("gate", "router")
 
 
 def check_family(config: dict[str, Any], where: str) -> str:
-    """The family (`model_type`) of a config.json, as far as it can be judged without the model.
+    """The family (`model_type`) of a config.json, after the checks that need no model.
 
-    Raises UnsupportedFamilyError for dense models and for quantisations that cannot be undone; `where` names the input.
+    Raises UnsupportedFamilyError for dense models and for unknown quantisations; `where` names the input.
     """
     family = str(config.get("model_type", ""))
     if not has_experts(config):

@@ -27,7 +27,7 @@ from extractor.errors import CheckpointError, UnsupportedFamilyError
 _PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
 
 Part = tuple[TensorEntry, int, int]
-"""A tensor of the checkpoint, and which of how many equal parts of its first axis."""
+"""A tensor of the checkpoint, the number of a part of its first axis, and the number of equal parts."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _check_concatenation(checkpoint: Checkpoint, recipe: Recipe, expert: int) ->
 
 
 def _expert_part(checkpoint: Checkpoint, recipe: Recipe, pattern: str, expert: int) -> tuple[Part, tuple[int, ...]]:
-    """Where `pattern` has one expert's values, and their shape: a whole tensor, or a row of a fused one."""
+    """The place of one expert's values of `pattern`, and their shape: a whole tensor, or a row of a fused one."""
     keys = recipe.keys[pattern]
     if len(keys) == recipe.shape[0] and len(checkpoint.tensors[keys[0]].shape) < len(recipe.shape):
         entry = checkpoint.tensors[keys[expert]]

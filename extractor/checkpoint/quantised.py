@@ -1,7 +1,7 @@
-"""Tensors that a checkpoint stores quantised, seen as the plain tensors that they dequantise to.
+"""Quantised tensors of a checkpoint, presented as their dequantised plain tensors.
 
-Everything after this module sees plain tensors. Invariant: a quantised tensor never leaves this module under its own
-dtype, and its scales not at all. `encodings.py` knows the formats.
+Other modules get plain tensors only. Invariant: a quantised tensor never leaves this module with its own dtype, and its
+scales never leave it. `encodings.py` defines the formats.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "modelopt", "gptq
 """`quant_method` of the checkpoints that are dequantised."""
 
 CONFIG_KEYS = ("quantization_config", "compression_config")
-"""Where a config.json tells of it; compressed-tensors used the second one once."""
+"""Keys of config.json for the quantisation; older compressed-tensors releases used the second one."""
 MODELOPT_CONFIG = "hf_quant_config.json"
-"""Where modelopt's releases tell of it, sometimes here alone; names and dtypes of the tensors say the same."""
+"""File with the quantisation of modelopt's releases, which config.json may lack; the tensors' dtypes say the same."""
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -39,7 +39,7 @@ class QuantisedEntry(TensorEntry):
 
 
 def quantisation_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The quantization_config of a config.json, or of its text part; None where there is none."""
+    """The quantization_config of a config.json, or of its text part; None if there is none."""
     for part in (config, config.get("text_config")):
         for key in CONFIG_KEYS:
             if isinstance(part, dict) and isinstance(part.get(key), dict):
@@ -48,7 +48,7 @@ def quantisation_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def check_quantisation(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a quantisation that cannot be undone from the tensors alone. Raises UnsupportedFamilyError."""
+    """Refuse a quantisation that the tensors alone do not define. Raises UnsupportedFamilyError."""
     for key in CONFIG_KEYS:
         if not isinstance(config.get(key), dict | None):
             raise UnsupportedFamilyError(
@@ -66,7 +66,7 @@ def check_quantisation(config: Mapping[str, Any], where: str) -> None:
 
 
 def plain_tensors(tensors: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> dict[str, TensorEntry]:
-    """`tensors` with every quantised one replaced by the plain tensor that it stands for, and without scales.
+    """`tensors` with every quantised tensor replaced by its plain tensor, and without scales.
 
     Raises CheckpointError; see `encodings_of`.
     """

@@ -1,8 +1,8 @@
-"""The checkpoint behind a store, read expert by expert while serving: what `on_missing="fetch"` stands on.
+"""Reads single experts from a store's source checkpoint while serving, for `on_missing="fetch"`.
 
-Only a checkpoint that lies on this machine is read, never downloaded, and only one whose fingerprint and layout are
-those of the store. Invariant: a span is what extraction would have written, or the read raises; files that changed
-since the checkpoint was opened are never read.
+Only a checkpoint on this machine is read, never downloaded, and only one with the store's fingerprint and layout.
+Invariant: a span equals the bytes that extraction would write, or the read raises; files that changed since the
+checkpoint was opened are never read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Stamp = tuple[int, int, int]
 
 
 class CheckpointSource:
-    """Spans straight from a checkpoint; see `expert_store.store.SourceReader`. Any thread may read.
+    """Reads spans from a checkpoint; see `expert_store.store.SourceReader`. Any thread may read.
 
     Args:
         layout: of the checkpoint.
@@ -65,10 +65,10 @@ class CheckpointSource:
 
 
 def attach_source(store: Store, location: str | None = None) -> str:
-    """Attach the store's checkpoint where it can be read; returns why it was not, or nothing.
+    """Attach the store's checkpoint if it can be read; return the reason if it was not attached.
 
-    `location` says where it lies now, where that is not where it was extracted from. Reads about 1 MiB of every weights
-    file for the fingerprint. Blocks.
+    `location` is the checkpoint's present location, if it has moved. Reads about 1 MiB of every weights file for the
+    fingerprint. Blocks.
     """
     manifest = store.manifest
     try:
@@ -91,10 +91,10 @@ def attach_source(store: Store, location: str | None = None) -> str:
 
 
 def local_directory(location: str) -> Path:
-    """Where a checkpoint lies on this machine: the directory itself, or a snapshot in the hub's cache.
+    """The directory of a checkpoint on this machine: the directory itself, or a snapshot in the hub's cache.
 
     Raises:
-        OSError: nowhere.
+        OSError: it is not on this machine.
     """
     if Path(location).is_dir():
         return Path(location)

@@ -1,8 +1,8 @@
-"""Writing a store: what `prepare` found to be missing, and at the end the manifest.
+"""Writes a store: the files that `prepare` found missing, and at the end the manifest.
 
-Invariants: the manifest is written last and by rename, so a reader never takes a half-made store for a whole one; what
-a killed run finished is believed from the journal; the same command always ends with the same bytes; a finished store
-only ever grows by it.
+Invariants: the manifest is written last and by rename, so a reader never opens an unfinished store; the files that a
+killed run finished are taken from the journal; the same command always gives the same bytes; extraction never removes
+deep experts from a finished store.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from extractor.writing.pipeline import FileDigest, partial_path, stream
 
 @dataclass(frozen=True)
 class Extraction:
-    """The work to do. `outputs` are all files of the finished store, `done` those that are there already."""
+    """The work to do. `outputs` are all files of the finished store, `done` those that already exist."""
 
     checkpoint: Checkpoint
     target: Path
@@ -50,7 +50,7 @@ class Extraction:
 
     @property
     def remaining(self) -> tuple[OutputFile, ...]:
-        """The files that are still to be written."""
+        """The files that are not written yet."""
         return tuple(output for output in self.outputs if output.name not in self.done)
 
     @property
@@ -60,7 +60,7 @@ class Extraction:
 
     @property
     def remaining_bytes(self) -> int:
-        """The bytes that are still to be written."""
+        """The bytes that are not written yet."""
         return sum(output.file_bytes for output in self.remaining)
 
     @property
@@ -86,7 +86,7 @@ class Extraction:
             raise DiskFullError(self._disk_full_message(free, set(self.done)))
 
     def check_text(self) -> None:
-        """Raise CheckpointError when the finished store could serve no text; see `extractor.checkpoint.text`."""
+        """Raise CheckpointError if the finished store could not serve text; see `extractor.checkpoint.text`."""
         from extractor.checkpoint.text import check_text  # imports transformers, which a finished store does not need
 
         with tempfile.TemporaryDirectory(prefix="deepfew-text-") as folder:
@@ -96,7 +96,7 @@ class Extraction:
             check_text(Path(folder), str(self.checkpoint.path))
 
     def run(self, on_bytes: Callable[[int], None] | None = None) -> Manifest:
-        """Write what remains, then the manifest; returns it. On a finished store only leftovers are removed.
+        """Write the missing files, then the manifest; return it. For a finished store, only remove partial files.
 
         `on_bytes` is called with the number of bytes written since the last call. Raises DiskFullError, CheckpointError
         or TargetError; files that were finished stay, and the next run continues after them.
@@ -145,7 +145,7 @@ class Extraction:
             raise TargetError(f"{self.target} was changed by somebody else just now; run the same command again")
 
     def _tidy(self) -> None:
-        """Remove the journal that a run left which was killed after it had written the manifest."""
+        """Remove the journal of a run that was killed after it had written the manifest."""
         head = journal_head(self.checkpoint.fingerprint, self.selection.deep_experts)
         left = read_journal(self.target)
         if left is not None and left[0] == head:

@@ -1,8 +1,8 @@
-"""The journal of an unfinished extraction: which files are done, with their hashes.
+"""The journal of an unfinished extraction: the finished files, with their hashes.
 
-Owns `extract.journal` in the store's directory: a first line that says what is being extracted, then a line for every
-file that is durable under its final name. Invariant: a line is on the disk only after its file is, so the next run may
-believe it; a torn last line is dropped. The open file is locked, so that one extraction at a time writes a store.
+Owns `extract.journal` in the store's directory: a first line that identifies the extraction, then a line for every file
+that is durable under its final name. Invariant: a line is written only after its file is on the disk, so the next run
+can rely on it; an incomplete last line is dropped. The open file is locked, so only one extraction writes a store.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Journal:
     def open(cls, directory: Path, head: dict[str, Any], stale: dict[str, Any] | None = None) -> Journal:
         """Continue the journal in `directory`, or begin one with `head`.
 
-        One with the head `stale` is of a run that was killed after it had written the manifest, and is replaced. Raises
-        TargetError when another process holds it, or when it is about something else than `head`.
+        A journal with the head `stale` is of a run that was killed after it had written the manifest; it is replaced.
+        Raises TargetError if another process holds the journal, or if it has another head.
         """
         path = directory / JOURNAL_NAME
         while True:
@@ -74,19 +74,19 @@ class Journal:
         self.done[digest.name] = digest
 
     def remove(self) -> None:
-        """The extraction is finished: delete the journal and let go of the lock."""
+        """After the extraction: delete the journal and release the lock."""
         os.unlink(self._path)
         self.close()
 
     def close(self) -> None:
-        """Let go of the lock, keeping the journal for the next run."""
+        """Release the lock and keep the journal for the next run."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
 def read_journal(directory: Path) -> tuple[dict[str, Any], dict[str, FileDigest]] | None:
-    """The head and the finished files of the journal in `directory`, or None where there is none."""
+    """The head and the finished files of the journal in `directory`, or None if there is none."""
     path = directory / JOURNAL_NAME
     if not path.exists():
         return None
@@ -105,7 +105,7 @@ def journal_head(fingerprint: str, deep_experts: Sequence[tuple[int, ...]]) -> d
 
 
 def unfinished_message(directory: Path) -> str:
-    """The message for an extraction that is not the one which was begun in `directory`."""
+    """The message for an extraction that differs from the unfinished one in `directory`."""
     return (
         f"{directory} holds a half-made extraction of another checkpoint or selection; run that command again to "
         f"finish it, or delete {directory / JOURNAL_NAME} (and, where there is no manifest.json, the whole directory) "
@@ -123,7 +123,7 @@ def _begin(path: Path, head: dict[str, Any]) -> None:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, FileDigest], int]:
-    """The head, the finished files, and how many bytes of the file are whole lines."""
+    """The head, the finished files, and the number of bytes in whole lines."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     lines = content[:whole].splitlines()

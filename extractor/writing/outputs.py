@@ -1,7 +1,7 @@
-"""The files of a store as functions of the checkpoint: names, sizes and where every byte comes from.
+"""The files of a store as functions of the checkpoint: names, sizes and the source of every byte.
 
-Invariant: an `OutputFile` is decided by the checkpoint's content and the selection alone, so that writing it again, or
-only hashing it, gives the same bytes.
+Invariant: an `OutputFile` depends on the checkpoint's content and the selection alone, so writing or hashing it again
+gives the same bytes.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class OutputFile:
 
     @property
     def is_side_file(self) -> bool:
-        """Whether it is a config, a tokenizer's file or the like: all of its bytes are in `head`."""
+        """Whether it is a small file, such as a config or a tokenizer's file, with all of its bytes in `head`."""
         return not self.cuts and self.file_bytes == len(self.head)
 
 
 def shard_indices(existing: Manifest | None, num_deep_experts: int) -> list[int]:
-    """The index of each deep expert of a store: those that it has keep theirs, and new ones follow all that it had."""
+    """The index of each deep expert of a store: existing ones keep theirs, and new ones get larger, unused indices."""
     held = [] if existing is None else [deep.index for deep in existing.deep_experts]
     first = 0 if existing is None else existing.next_index
     return held + list(range(first, first + num_deep_experts - len(held)))

@@ -28,7 +28,7 @@ from extractor.writing.outputs import OutputFile
 
 BUFFER_BYTES = 4 * 2**20
 NUM_WORKERS = 8
-"""More than cores: while some hash, others wait for the disk."""
+"""More threads than cores, because some wait for the disk while others hash."""
 MAX_OPEN_SOURCES = 64
 
 
@@ -65,7 +65,7 @@ def stream(
                     results.put(digest)
         except queue.Empty:
             pass
-        except BaseException as error:  # handed to the caller, whatever it is
+        except BaseException as error:  # passed to the caller
             results.put(error)
 
     workers = [threading.Thread(target=work, name="extract") for _ in range(min(NUM_WORKERS, len(files)))]
@@ -84,12 +84,12 @@ def stream(
 
 
 def partial_path(target: Path, name: str) -> Path:
-    """The name that a file has while it is written; no reader takes it for a file of the store."""
+    """The name of a file while it is written; no reader opens it."""
     return target / f"{name}.partial"
 
 
 def _buffer() -> memoryview:
-    """A worker's memory, in huge pages where the kernel has them: copying through it costs less."""
+    """A worker's memory, in huge pages if the kernel has them, which makes copies faster."""
     memory = mmap.mmap(-1, BUFFER_BYTES)
     if sys.platform == "linux":
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -169,7 +169,7 @@ def _write_fully(descriptor: int, data: memoryview) -> None:
 
 
 def _begin_writeback(descriptor: int, offset: int, length: int) -> None:
-    """Have the kernel write these pages now rather than at fsync, so that the disk is never idle; a hint, no promise.
+    """Ask the kernel to write these pages now instead of at fsync, so that the disk is never idle; it may ignore this.
 
     On Linux this advice begins the writing of dirty pages and keeps them (mm/fadvise.c); elsewhere there is none.
     """
@@ -212,7 +212,7 @@ class _Sources:
             os.close(descriptor)
 
     def read(self, path: Path, memory: memoryview, offset: int) -> int:
-        """Read what one call gives of `path` into `memory`; at least one byte."""
+        """Read at least one byte of `path` into `memory`, with one call."""
         try:
             descriptor = self._open.get(path)
             if descriptor is None:

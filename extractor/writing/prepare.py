@@ -1,7 +1,7 @@
-"""Finding out what there is to do, before anything is written.
+"""Finds the work of an extraction before anything is written.
 
-Invariant: `prepare` writes nothing. It accepts a directory that is new, empty, a store of the same checkpoint, or a
-half-made one of the same checkpoint and selection; everything else is refused with what to do about it.
+Invariant: `prepare` writes nothing. It accepts a directory that is new, empty, a store of the same checkpoint, or an
+unfinished one of the same checkpoint and selection; it refuses any other with advice.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def prepare(checkpoint: Checkpoint, target: str | os.PathLike[str], request: Sel
 
 
 def _fresh(checkpoint: Checkpoint, target: Path, request: SelectionRequest) -> Extraction:
-    """For a directory without a manifest: new, empty or half-made. Raises TargetError within the checkpoint."""
+    """Work for a directory without a manifest (new, empty, unfinished). Raises TargetError within the checkpoint."""
     if target.resolve().is_relative_to(checkpoint.path.resolve()):
         raise TargetError(
             f"{target} lies in the checkpoint {checkpoint.path}, which is only read: name a directory outside it"
@@ -131,7 +131,7 @@ def _outputs(layout: ExpertsLayout, selection: Selection, existing: Manifest | N
 
 
 def _intact(target: Path, manifest: Manifest) -> dict[str, FileDigest]:
-    """The files of a finished store that are there with their size."""
+    """The files of a finished store that exist with their size."""
     digests = [FileDigest(deep.file, deep.bytes, deep.sha256, deep.span_hashes) for deep in manifest.deep_experts]
     digests += [FileDigest(file.name, file.bytes, file.sha256, ()) for file in manifest.trunk]
     return {digest.name: digest for digest in digests if _has_size(target / digest.name, digest.file_bytes)}
@@ -140,7 +140,7 @@ def _intact(target: Path, manifest: Manifest) -> dict[str, FileDigest]:
 def _journaled(
     target: Path, checkpoint: Checkpoint, selection: Selection, existing: Manifest | None
 ) -> dict[str, FileDigest]:
-    """The files that a killed run finished; none where the journal is of a run that wrote its manifest."""
+    """The files that a killed run finished; none if the journal is of a run that wrote its manifest."""
     found: tuple[dict[str, Any], dict[str, FileDigest]] | None = read_journal(target)
     if found is None:
         return {}
@@ -154,7 +154,7 @@ def _journaled(
 
 
 def _present(target: Path, outputs: tuple[OutputFile, ...], done: dict[str, FileDigest]) -> dict[str, FileDigest]:
-    """The entries of `done` whose files are there with the right size."""
+    """The entries of `done` whose files exist with the right size."""
     sizes = {output.name: output.file_bytes for output in outputs}
     return {
         name: digest

@@ -15,7 +15,7 @@ from extractor.writing.journal import Journal, journal_head
 
 
 def shrink_store(path: Path, indices: Collection[int]) -> Manifest:
-    """Give up the deep experts of these indices; returns the new manifest. A reader may have the store open.
+    """Remove the deep experts of these indices; return the new manifest. A reader may have the store open.
 
     Raises ManifestError (see `without`), or TargetError while the store is being extracted into.
     """
@@ -29,7 +29,7 @@ def shrink_store(path: Path, indices: Collection[int]) -> Manifest:
     )
     journal = Journal.open(path, head, held)
     try:
-        after = without(read_manifest(path), indices)  # another writer may have finished between our look and the lock
+        after = without(read_manifest(path), indices)  # another writer may have finished before we took the lock
         write_manifest(path, after)
         journal.remove()
     finally:
@@ -38,7 +38,7 @@ def shrink_store(path: Path, indices: Collection[int]) -> Manifest:
 
 
 def tidy(path: Path) -> int | None:
-    """Delete the files of deep experts that the store gave up; returns their bytes, None where somebody reads it."""
+    """Delete the files of removed deep experts; return their bytes, or None while another process reads the store."""
     readers = ReaderLock(path)
     try:
         with readers.alone() as is_alone:

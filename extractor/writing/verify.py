@@ -1,7 +1,7 @@
-"""Is a store intact, and is it what its checkpoint says?
+"""Verifies the files of a store against their hashes, and against the checkpoint.
 
-Invariant: everything that the manifest names is read and hashed; against a checkpoint, every file is produced again
-from it (in memory, not on disk) and must have the same bytes, so nothing of the store is taken on trust.
+Invariant: every file that the manifest names is read and hashed; against a checkpoint, every file is produced again
+from it (in memory, not on disk) and must have the same bytes.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def verify_store(path: str | os.PathLike[str], on_bytes: Callable[[int], None] |
 def verify_against(
     path: str | os.PathLike[str], checkpoint: Checkpoint, on_bytes: Callable[[int], None] | None = None
 ) -> int:
-    """Compare what the manifest of the store at `path` says of every file with what `checkpoint` gives.
+    """Compare every file's hash in the manifest of the store at `path` with the file that `checkpoint` gives.
 
-    Together with `verify_store` this is equality bit for bit. How the checkpoint is cut into files does not matter.
+    Together with `verify_store` this proves equality bit for bit. The checkpoint's division into files does not matter.
     Returns the bytes compared. Raises MismatchError, naming layers and experts that differ.
     """
     return open_comparison(path, checkpoint).run(on_bytes)
@@ -47,7 +47,7 @@ def verify_against(
 
 @dataclass(frozen=True)
 class Comparison:
-    """A store and a checkpoint of the same model, whose files are still to be compared."""
+    """A store and a checkpoint of the same model, ready to be compared."""
 
     path: str | os.PathLike[str]
     checkpoint: Checkpoint
@@ -95,7 +95,7 @@ def _difference(store: ModelSpec, checkpoint: ModelSpec) -> str:
 
 
 def compared_bytes(manifest: Manifest) -> int:
-    """About how many bytes `verify_store` and `verify_against` each read."""
+    """The approximate number of bytes that `verify_store` and `verify_against` each read."""
     return sum(deep.bytes for deep in manifest.deep_experts) + sum(file.bytes for file in manifest.trunk)
 
 
