@@ -57,7 +57,7 @@ def test_a_value_that_the_engine_does_not_take_is_refused_with_what_to_do(
     tmp_path: Path, text: str, reason: str
 ) -> None:
     (tmp_path / "generation_config.json").write_text(text)
-    with pytest.raises(SettingsError, match=r"--use-generation-config false") as refusal:
+    with pytest.raises(SettingsError, match=r"--no-use-generation-config") as refusal:
         read_generation_defaults(tmp_path)
     assert reason in str(refusal.value)
 

@@ -15,10 +15,11 @@ import yaml
 
 from tests.server.api.running import running
 
-DOCKER = Path(__file__).parents[3] / "docker"
+REPOSITORY = Path(__file__).parents[3]
+DOCKER = REPOSITORY / "docker"
 ALERTS: dict[str, Any] = yaml.safe_load((DOCKER / "alerts.yml").read_text())
 DASHBOARD: dict[str, Any] = json.loads((DOCKER / "grafana" / "dashboards" / "deepfew.json").read_text())
-COMPOSE: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+COMPOSE: dict[str, Any] = yaml.safe_load((REPOSITORY / "compose.yaml").read_text())
 
 
 def queries() -> Iterator[tuple[str, str]]:
@@ -72,10 +73,10 @@ def test_compose_provisions_the_dashboard_and_the_alerts() -> None:
     grafana, prometheus = COMPOSE["services"]["grafana"], COMPOSE["services"]["prometheus"]
     for volume in (*grafana["volumes"], *prometheus["volumes"]):
         source = volume.partition(":")[0]
-        assert (DOCKER / source).exists() if source.startswith("./") else source in COMPOSE["volumes"], volume
+        assert (REPOSITORY / source).exists() if source.startswith("./") else source in COMPOSE["volumes"], volume
     provider = yaml.safe_load((DOCKER / "grafana/provisioning/dashboards/deepfew.yml").read_text())
     folder = provider["providers"][0]["options"]["path"]
-    assert f"./grafana/dashboards:{folder}:ro" in grafana["volumes"]
+    assert f"./docker/grafana/dashboards:{folder}:ro" in grafana["volumes"]
     assert grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"] == f"{folder}/deepfew.json"
     source = yaml.safe_load((DOCKER / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"][0]
     assert {panel["datasource"]["uid"] for panel in DASHBOARD["panels"]} == {source["uid"]}
