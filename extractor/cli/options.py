@@ -9,7 +9,7 @@ import typer
 
 from extractor.planning.sizes import parse_share, parse_size
 
-CountOption = Annotated[int | None, typer.Option(metavar="N", help="How many deep experts.")]
+CountOption = Annotated[int | None, typer.Option(metavar="N", help="Number of deep experts.")]
 KeepOption = Annotated[
     float | None, typer.Option(parser=parse_share, metavar="SHARE", help="Share of the experts, such as 25%.")
 ]

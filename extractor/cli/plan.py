@@ -31,13 +31,13 @@ from extractor.writing.disk import require_writable
 from router.ledger import UsageLedger
 
 CriterionOption = Annotated[
-    str, typer.Option(metavar="CRITERION", help=f"What an expert is worth: {', '.join(CRITERIA)}.")
+    str, typer.Option(metavar="CRITERION", help=f"Criterion that scores experts: {', '.join(CRITERIA)}.")
 ]
 AlignmentOption = Annotated[
     str,
     typer.Option(
         metavar="ALIGNMENT",
-        help=f"How deep experts are formed: {', '.join(ALIGNMENTS)}. free chooses per layer first.",
+        help=f"Way to form deep experts: {', '.join(ALIGNMENTS)}. free chooses per layer first.",
     ),
 ]
 DomainsOption = Annotated[

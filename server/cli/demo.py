@@ -66,8 +66,8 @@ def demo(
 def make_store(store: Path) -> int:
     """Extract the bundled checkpoint, or find that it was done. Returns the exit status.
 
-    The demo's own store is remade when it cannot be read any more (another version's, damaged); one that somebody else
-    named is left alone.
+    The demo's own store is made again if it cannot be read (another version, damaged); a store that the user named is
+    never changed.
     """
     _heading(f"1  {CHECKPOINT.relative_to(ROOT)} → {_shown(store)}: one file for each deep expert")
     if store == STORE and store.exists() and not (store / JOURNAL_NAME).exists() and (why := _why_stale(store)):
@@ -77,7 +77,7 @@ def make_store(store: Path) -> int:
 
 
 def _why_stale(store: Path) -> str:
-    """Why an extraction could not continue this store, or nothing where it could."""
+    """The reason why an extraction could not continue this store; empty if it could."""
     try:
         if read_manifest(store).source.fingerprint == Checkpoint.open(CHECKPOINT).fingerprint:
             return ""

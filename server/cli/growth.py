@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 GrownStore = Annotated[Path, typer.Argument(metavar="STORE", help="Store to change; it may be being served.")]
 UsageOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="What was wanted; by default the store's usage.json.")
+    Path | None, typer.Option(metavar="FILE", help="Usage file with the demand; by default the store's usage.json.")
 ]
 NormsOption = Annotated[
     Path | None,
@@ -34,9 +34,10 @@ NormsOption = Annotated[
 def grow(
     store: GrownStore,
     source: Annotated[
-        str | None, typer.Option("--from", metavar="CHECKPOINT", help="Its checkpoint; by default where it lay.")
+        str | None,
+        typer.Option("--from", metavar="CHECKPOINT", help="Its checkpoint; by default the one it was extracted from."),
     ] = None,
-    count: Annotated[int, typer.Option(metavar="N", min=1, help="How many deep experts to add.")] = 1,
+    count: Annotated[int, typer.Option(metavar="N", min=1, help="Number of deep experts to add.")] = 1,
     budget: Annotated[
         int | None,
         typer.Option(parser=parse_size, metavar="SIZE", help="Most bytes of all shards together, such as 12GiB."),
@@ -46,13 +47,13 @@ def grow(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Add the deep experts that were wanted most and missing. A server takes them up when told, or when it starts."""
+    """Add the missing deep experts in most demand. A running server uses them after a reload, or after a restart."""
     from server.growth.ranking import wanted_growth
     from server.growth.store import grow_store, unfinished_growth
 
     path = store / "usage.json" if usage is None else usage
     begun = unfinished_growth(store)
-    if begun:  # another growth has to wait for it, whatever was wanted since
+    if begun:  # it must be finished first, whatever the present demand is
         added, location = begun, read_manifest(store).source.location
         reasons = ["a growth that was broken off is finished first"] * len(begun)
     else:
@@ -72,7 +73,7 @@ def grow(
 def shrink(
     store: GrownStore,
     count: Annotated[
-        int | None, typer.Option(metavar="N", help="Remove so many deep experts, the least wanted ones.")
+        int | None, typer.Option(metavar="N", help="Remove this many deep experts, those in least demand.")
     ] = None,
     deep: Annotated[str | None, typer.Option(metavar="INDICES", help="Remove these, by index, such as 3,7.")] = None,
     usage: UsageOption = None,
@@ -80,9 +81,9 @@ def shrink(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove deep experts. A server that has the store takes the change up when told, or when it starts.
+    """Remove deep experts. A running server adopts the change after a reload, or after a restart.
 
-    Without --count and --deep, remove the files that an earlier shrinking had to leave.
+    Without --count and --deep, remove the files that an earlier shrinking could not delete.
     """
     from expert_store.shrink import without
     from extractor.writing.shrink import shrink_store, tidy

@@ -1,7 +1,7 @@
-"""The `deepfew` command: its subcommands, where they live, and the one place that prints an error.
+"""The `deepfew` command: its subcommands, their modules, and the only code that prints an error.
 
-Invariant: only the subcommand that was typed is imported, so `deepfew --help` answers without torch. An error that a
-user can put right is one line on standard error and the exit status 2; any other is a bug, and keeps its traceback.
+Invariant: only the given subcommand is imported, so `deepfew --help` works without torch. An error that a user can
+correct is one line on standard error with the exit status 2; any other is a bug, and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COMMANDS = {
     "inspect": Command("extractor.cli.extract", STORE, "Show what a store holds."),
     "verify": Command("extractor.cli.extract", STORE, "Check a store's files, and its bits against the checkpoint."),
     "calibrate": Command(
-        "server.cli.quality", CHOICE, "Measure which experts texts want, and what they are worth.", True
+        "server.cli.quality", CHOICE, "Measure the demand of texts for experts, and the worth of each expert.", True
     ),
     "plan": Command("extractor.cli.plan", CHOICE, "Choose from that which experts a store should have."),
     "evaluate": Command("server.cli.quality", CHOICE, "Measure what serving a part of the experts costs."),
@@ -53,7 +53,7 @@ FIRST_STEPS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status: 0 done, 2 something to put right, 130 interrupted, 141 pipe closed."""
+    """Run a subcommand; return the exit status: 0 done, 2 an error of the user, 130 interrupted, 141 pipe closed."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments in ([], ["help"]):
         arguments = ["--help"]
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(application: typer.Typer, arguments: Sequence[str], name: str) -> int:
-    """Run a typer application; returns the exit status. Prints the message of an error that a user can put right."""
+    """Run a typer application; return the exit status. Prints the message of an error that a user can correct."""
     command = typer.main.get_command(application)
     try:
         return int(command.main(list(arguments), prog_name=name, standalone_mode=False) or 0)
@@ -121,7 +121,7 @@ def _root(
 
 
 def _usage_message(error: typer.TyperException) -> str:
-    """Typer's message on one line, with the command whose help says more."""
+    """Typer's message on one line, with the command whose help describes the usage."""
     message = error.format_message().replace("Value error, ", "").rstrip(".")
     context = getattr(error, "ctx", None)
     return f"{message}; `{'deepfew' if context is None else context.command_path} --help` says more"

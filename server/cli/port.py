@@ -9,7 +9,7 @@ _LISTEN = "0A"
 
 
 def holder_of(port: int, proc: Path = Path("/proc")) -> str:
-    """` by process 123 (nginx)`, or nothing where it cannot be found out (another user's process, no /proc)."""
+    """` by process 123 (nginx)`, or an empty text if it is unknown (another user's process, no /proc)."""
     sockets = _listening_inodes(port, proc)
     try:
         processes = [entry for entry in proc.iterdir() if entry.name.isdecimal()] if sockets else []

@@ -92,9 +92,9 @@ def calibrate(
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Run texts through the whole model, experts paged in, and write what its experts did.
+    """Run texts through the whole model with paged experts, and write the statistics of its experts.
 
-    Interrupted, the same command continues. Statistics of several runs can be added up by `deepfew plan`.
+    After an interruption, the same command continues. `deepfew plan` can add the statistics of several runs.
     """
     with ExitStack() as stack:
         from server.quality.calibration import CalibrationOptions
@@ -111,7 +111,7 @@ def calibrate(
         _check_context(context, model)
         if not model.routing.mask.is_full:
             raise TextsError(
-                f"{source} holds only a part of its checkpoint's experts, and calibration sees what texts want of all: "
+                f"{source} holds only a part of its checkpoint's experts, and calibration measures the demand for all: "
                 "name the checkpoint, or a store of all of it"
             )
         progress = stack.enter_context(progress_bar("calibrating")).show
@@ -210,8 +210,8 @@ def _opened(
 ) -> Iterator[HostModel]:
     """The model of a store; a checkpoint becomes a store first, for as long as it is needed.
 
-    With `out`, the file that the command writes, that store lies beside it and outlives an interruption, so that the
-    same command does not extract again.
+    With `out`, the file that the command writes, that store is beside it and kept after an interruption, so that the
+    same command does not extract it again.
     """
     import transformers
 
@@ -227,7 +227,7 @@ def _opened(
         if not (path / MANIFEST_NAME).is_file():
             path = stack.enter_context(_extracted(source, out))
         opened = Store.open(path)
-        opened.begin_trunk_check()  # before the config is believed
+        opened.begin_trunk_check()  # before the config is used
         model = load_model(
             opened,
             RunnerOptions(

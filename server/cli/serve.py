@@ -31,7 +31,7 @@ def serve(resolved: Resolved) -> int:
     """Serve a store over HTTP until a signal."""
     status = serve_settings(resolved)
     if status == 0:
-        # All is saved. An interpreter that frees a model object by object takes seconds, a minute on a busy machine.
+        # All is saved. An interpreter that frees a model object by object takes seconds, or a minute on a busy machine.
         _leave(0)
     return status
 
@@ -51,16 +51,16 @@ def serve_settings(resolved: Resolved, *, on_listening: OnListening | None = Non
 
     Args:
         resolved: settings, logged with their origins.
-        on_listening: called when the socket is bound and loading begins, with the service, the server's address, and
-            what ends the server as a signal does. Must not block.
+        on_listening: called when the socket is bound and loading begins, with the service, the server's address, and a
+            function that stops the server as a signal does. Must not block.
 
     Returns:
-        0 after a signal; 2 when the model could not be loaded and the log says what to put right. With status 1 the
-        process ends here where the engine's thread hangs: an interpreter that waits for it would hang as well.
+        0 after a signal; 2 if the model could not be loaded and the log says how to correct it. If the engine's thread
+        hangs, the process ends here with status 1, since an interpreter that waits for the thread would hang too.
 
     Raises:
-        UsageError: the address is taken. SettingsError, ManifestError: what can be told before listening. Whatever else
-        made loading fail and is no error of ours.
+        UsageError: the address is taken. SettingsError, ManifestError: found before listening. Any error of loading
+        that is not one of ours.
     """
     settings = resolved.settings
     configure_logging(settings.log.log_format, settings.log.log_level)

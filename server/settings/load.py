@@ -1,6 +1,6 @@
 """Builds the settings: every key is also a flag and an environment variable.
 
-Precedence: flag, environment, file, default; `Resolved.origins` says for each key which of them won. This module alone
+Precedence: flag, environment, file, default; `Resolved.origins` names the source of each key's value. Only this module
 reads the environment.
 """
 
@@ -27,7 +27,7 @@ CONFIG_VARIABLE = "DEEPFEW_CONFIG"
 
 @dataclass(frozen=True)
 class Leaf:
-    """One key: its dotted path, its flag, its variable, and what pydantic knows of it."""
+    """One key: its dotted path, its flag, its variable, and its pydantic field."""
 
     path: str
     info: FieldInfo
@@ -47,7 +47,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Resolved:
-    """Settings, and for each dotted path where its value came from: flag, variable, file or default."""
+    """Settings, and for each dotted path the origin of its value: flag, variable, file or default."""
 
     settings: Settings
     origins: Mapping[str, str]

@@ -13,6 +13,6 @@ SPINS = "10000"
 
 
 def spin_briefly() -> None:
-    """Set GNU OpenMP's number of spins for this process and its children, unless the user has said how to wait."""
+    """Set GNU OpenMP's number of spins for this process and its children, unless the user has set a wait policy."""
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPINS

@@ -105,7 +105,7 @@ class EngineSettings(Section):
 
 
 class HttpSettings(Section):
-    """Address, key, and the limits on what a client can make grow."""
+    """Address, key, and the limits on the memory that a client can use."""
 
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on; beyond loopback needs a key")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8080, description="port to listen on; 0 takes a free one")
@@ -135,7 +135,7 @@ class HttpSettings(Section):
 
 
 class UsageSettings(Section):
-    """The ledger of what was served and wanted."""
+    """Settings of the ledger of served and demanded experts."""
 
     usage_save_seconds: Seconds = Field(60.0, description="interval between snapshots of usage.json in the store")
     collect_statistics: bool = Field(
@@ -152,7 +152,7 @@ class MasksSettings(Section):
 
 
 class GrowthSettings(Section):
-    """Growing the store that is served: when asked, and by itself under a budget."""
+    """Settings of growing the served store, on request and automatically under a budget."""
 
     grow_budget: MemoryAmount | None = Field(
         None, description="grow by itself until the shards take this, for instance 12GiB, or 50% of all experts"
@@ -183,7 +183,7 @@ class LogSettings(Section):
 
 
 class Settings(Section):
-    """Everything that can be set. Built by `load_settings`; leaves get plain values, never this object."""
+    """All settings. `load_settings` builds it; other code gets single values of it, never this object."""
 
     store: Path | None = Field(None, description="directory of the store")
     model: ModelSettings = ModelSettings()

@@ -1,4 +1,4 @@
-"""Values that people write in settings: devices, dtypes, and amounts of memory such as 8GiB or 25%.
+"""Values in settings: devices, dtypes, and amounts of memory such as 8GiB or 25%.
 
 Invariant: a parsed value prints as a text that parses to the same value.
 """
@@ -34,7 +34,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, slots=True)
 class MemoryAmount:
-    """Memory as bytes, or as a share of all that there could be; exactly one of the two is set."""
+    """Memory as bytes, or as a share of a total; exactly one of the two is set."""
 
     num_bytes: int | None = None
     share: float | None = None
@@ -53,7 +53,7 @@ class MemoryAmount:
         return cls(num_bytes=parse_size(text))
 
     def resolve(self, total_bytes: int) -> int:
-        """Bytes, where a share is of `total_bytes`."""
+        """The amount in bytes; a share is of `total_bytes`."""
         return self.num_bytes if self.num_bytes is not None else round((self.share or 0.0) * total_bytes)
 
     def __str__(self) -> str:
