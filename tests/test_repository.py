@@ -164,7 +164,7 @@ def test_commands_and_flags_in_the_readme_exist(command: str) -> None:
 
 
 def test_docstrings_and_comments_are_sentences_with_a_subject() -> None:
-    begins = re.compile(r'^\s*(?:"""|#)\s*(?:What|Which|Who|How) ')
+    begins = re.compile(r'^\s*(?:r?"""|#)\s*(?:What|Which|Who|How) ')
     found = [
         f"{path.relative_to(REPOSITORY).as_posix()}:{number}: {line.strip()[:60]}"
         for path in _modules()

@@ -1,6 +1,6 @@
-"""Store, mask, model, runner and engine put together from the settings. Imports torch and transformers.
+"""Assembles store, mask, model, runner and engine from the settings. Imports torch and transformers.
 
-Invariant: the store is closed where anything raises before the engine owns it.
+Invariant: the store is closed if an error is raised before the engine owns it.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def assemble(settings: Settings, trunk_check: TrunkCheck, progress: LoadProgress
     """Open the store that the settings name, load its model on the engine's thread, and return when it is ready.
 
     Args:
-        trunk_check: of the store's trunk, already begun.
-        progress: told of every phase, by this thread and then by the engine's.
+        trunk_check: the running check of the store's trunk.
+        progress: called for every phase, on this thread and then on the engine's.
 
     Raises:
         StoreError, MaskError, SettingsError, TrunkError: see `server.serving.loading.load`.
@@ -108,7 +108,7 @@ def _engine(settings: Settings, store: Store, make_runner: Callable[[Progress], 
 
 
 def _load_runner(settings: Settings, store: Store, options: RunnerOptions, progress: Progress) -> Runner:
-    """The runner; what of the store turns out to be damaged meanwhile is left out where the settings say so."""
+    """Load the runner; leave out experts that are found damaged while loading, if the settings say so."""
 
     while True:
         try:
@@ -124,7 +124,7 @@ def _statistics_file(settings: Settings, store: Store) -> Callable[[ExpertStatis
 
 
 def _context_limit(settings: Settings, store: Store) -> int:
-    """Tokens of a row: what was asked for, within what the model was made for."""
+    """Tokens of a row: the requested number, at most the model's context length."""
 
     most = context_tokens(store.trunk_path)
     limit = settings.engine.max_context_tokens or min(most, DEFAULT_CONTEXT_TOKENS)
@@ -240,5 +240,5 @@ def _span_bytes(store: Store) -> NDArray[np.int64]:
 
 
 def experts_bytes(store: Store) -> int:
-    """Bytes of all experts of the store: what a share of memory is a share of."""
+    """Bytes of all experts of the store, which are the whole for a share of memory."""
     return int((store.available.sum(axis=1) * _span_bytes(store)).sum())

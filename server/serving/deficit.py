@@ -1,7 +1,7 @@
 """The deficit of one request and its expected loss, as answers, metrics and the command line show them.
 
-Invariant: the expected loss goes by the request's profile if that is the name of a calibrated kind of text, else by the
-kinds that the routing of the request's tokens is like, else by one curve through all measurements.
+Invariant: the expected loss comes from the curve of the request's profile if that names a calibrated kind of text, else
+from the kinds with routing similar to the request's, else from one curve through all measurements.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def deficit_details(deficit: Deficit, model: LoadedModel, request: GenerationReq
 
 
 def expected_loss(deficit: Deficit, model: LoadedModel, request: GenerationRequest) -> ExpectedLossDetails | None:
-    """Expected change of the loss of a finished request; None where nothing was calibrated."""
+    """Expected change of the loss of a finished request; None without a calibration."""
     if model.price is None:
         return None
     _, profile = masking_label(request.masking)

@@ -1,6 +1,6 @@
 """Defaults of sampling parameters from the checkpoint's generation_config.json, as transformers and vLLM use them.
 
-Invariant: every value is one that the engine takes. Only values that stand in the file count, not transformers' own.
+Invariant: the engine accepts every value. Only values in the file count, not transformers' own defaults.
 """
 
 from __future__ import annotations

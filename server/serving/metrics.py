@@ -1,4 +1,4 @@
-"""Prometheus metrics: latencies from the HTTP layer; engine, slots and ledger as they are at scrape time.
+"""Prometheus metrics: latencies from the HTTP layer; values of engine, slots and ledger at scrape time.
 
 Invariant: labels are bounded (a layer, an outcome, a profile of this server; never an expert, never a request), units
 are base units, and there are no `_created` series. Names are `deepfew_*`. `metrics_vllm.py` has vLLM's names apart,

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 LOG_SECONDS = 1.0
-"""Between two lines about the same phase of loading."""
+"""Seconds between two log lines about the same phase of loading."""
 
 
 class NotReadyError(EngineStoppedError):
-    """No request is taken now; `retry_after_seconds` is an estimate of when one will be."""
+    """The server takes no requests now; `retry_after_seconds` is an estimate of the time until it does."""
 
     retry_after_seconds = 2.0
 
@@ -94,9 +94,9 @@ class LoadedModel:
     """A model whose engine runs.
 
     Attributes:
-        name: as answers, `/info` and metrics tell it.
-        other_names: that `/v1/models` lists too.
-        generation_defaults: values of the checkpoint's generation config, for requests that say nothing of them.
+        name: name of the model in answers, `/info` and metrics.
+        other_names: more names that `/v1/models` lists.
+        generation_defaults: values of the checkpoint's generation config, for requests that leave them out.
     """
 
     name: str
@@ -149,11 +149,11 @@ class Health:
 
 
 class Service:
-    """Loads a model in a background thread and tells its health.
+    """Loads a model in a background thread and reports its health.
 
     Args:
         load: builds the model and starts its engine; called once, on its own thread.
-        stall_seconds: an engine without progress for this long counts as broken.
+        stall_seconds: an engine without progress for this long is reported as broken.
         on_failure: called on the loading thread if `load` raised; the error is in `error`.
     """
 
@@ -216,7 +216,7 @@ class Service:
         return Health(True, True, "ready", "", 1.0)
 
     def begin_drain(self) -> None:
-        """Take no new requests from now on; running ones go on."""
+        """Refuse new requests from now on; running ones continue."""
         self._draining.set()
 
     def close(self, drain_seconds: float) -> None:

@@ -52,7 +52,7 @@ _COUNT_PARAMETER = {
 
 @router.get(
     "/experts/plan",
-    summary="What to extract next",
+    summary="The deep experts to extract next",
     response_model=PlanResponse,
     responses=refusals(ValidationFailed, NotFoundError, NotReadyError),
     openapi_extra={"parameters": [_COUNT_PARAMETER]},

@@ -40,7 +40,7 @@ async def read_model(
     """The body of `request` as a `schema`; with `optional` a missing body is an empty object.
 
     Raises:
-        ApiError: the body is too long, too slow, not JSON, or not as the schema wants it.
+        ApiError: the body is too long, too slow, not JSON, or does not fit the schema.
         ClientDisconnect: the client left.
     """
     if optional and request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:

@@ -123,7 +123,7 @@ class MaskFields(Strict):
     )
     on_missing: Literal["mask", "fetch", "refuse"] | None = Field(
         None,
-        description="where a wanted expert is not available: do without (default), fetch it from the checkpoint, fail",
+        description="where a demanded expert is missing: do without (default), fetch it from the checkpoint, fail",
     )
     router_temperature: Annotated[float, Field(ge=0.01, le=100)] | None = Field(
         None, description="divides the routers' logits; 1 is the model as it is"
