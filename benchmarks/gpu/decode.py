@@ -50,8 +50,10 @@ from server.model.device.step.weights import DecodeShape, TrunkWeights
 
 QWEN = DecodeShape(
     num_layers=48, hidden=2048, num_heads=32, num_kv_heads=4, head_dim=128, vocab=151936, num_experts=128, top_k=8,
-    intermediate=768, max_rows=32, max_tokens=4096,
+    intermediate=768, max_rows=8, max_tokens=4096,
 )  # fmt: skip
+MANY_ROWS = replace(QWEN, max_rows=32)
+"""The same of a server for more requests at once than by default, whose products are other kernels."""
 TRACED = replace(QWEN, num_layers=26, num_experts=64, top_k=6, intermediate=1408)
 DEVICE = "cuda:0"
 SYNTHETIC = ((0.6, 0.3), (1.0, 0.5))
@@ -93,13 +95,14 @@ class Bench:
 
     def resident(self) -> list[dict[str, Any]]:
         trunk = self._trunk("qwen", QWEN)
-        pages, state = self._full_pages(QWEN), RowState(QWEN, DEVICE)
+        pages, state = self._full_pages(QWEN), RowState(MANY_ROWS, DEVICE)
         rows = []
+        shapes = {batch: QWEN if batch <= QWEN.max_rows else MANY_ROWS for batch in BATCHES}
         with in_parallel():
-            for batch in BATCHES:
-                DecodeStep(QWEN, trunk, pages, state, batch, StepOptions(pdl=batch == 1)).compile()
-        for batch in BATCHES:
-            rows.append(self._resident_step(QWEN, trunk, pages, state, batch))
+            for batch, shape in shapes.items():
+                DecodeStep(shape, trunk, pages, state, batch, StepOptions(pdl=batch == 1)).compile()
+        for batch, shape in shapes.items():
+            rows.append(self._resident_step(shape, trunk, pages, state, batch))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         self.result["split"] = self._split(trunk, pages, state)
         self.result["variants"] = {

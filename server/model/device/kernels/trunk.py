@@ -1,8 +1,9 @@
 """Embedding, normalisation and dense products of one decode step.
 
 A program of a product holds a few whole weight rows in registers, so the entire matrix is in flight at once, and goes
-through the batch with them. Sums are fp32. Invariant: a batch entry's sums are the same instructions in the same order
-for every batch size, so its bits do not depend on the other entries; only `tiled_product` is faster without this.
+through the batch with them; a program of `tiled_product` takes a tile of weights and all rows to the tensor cores.
+Sums are fp32. Invariant: a batch entry's sums are the same instructions in the same order for every batch size, so its
+bits do not depend on the other entries; the two kinds of products differ from each other.
 Results are rounded to the model's dtype where transformers rounds.
 """
 
@@ -94,7 +95,7 @@ def tiled_product(
     B: tl.constexpr, BP: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """`product` without its norm by tensor cores, for many rows faster and with sums in another order; K % BK == 0.
+    """`product` without its norm by tensor cores, for several rows faster and with sums in another order; K % BK == 0.
     Grid (ceil(N / BN),).
     """
     if PDL:

@@ -36,6 +36,11 @@ MOST_DOWN_ELEMENTS = 28 << 10
 """Weights that one program of `down` holds in registers; more would halve the number of programs of an SM."""
 
 
+MANY_ROWS = 8
+"""Where KV memory has more rows than these, products go by tensor cores in every step: slower for one row, faster from
+some four on. A row's bits are the same for every batch size either way, but not those of the other way."""
+
+
 class DecodeStep:
     """The kernels of one step for `batch` entries; reads weights and pages, mutates rows and pages."""
 
@@ -50,6 +55,8 @@ class DecodeStep:
     ) -> None:
         self.shape, self.weights, self.pages, self.state, self.batch = shape, weights, pages, state, batch
         self.options = options or StepOptions()
+        is_many = shape.max_rows > MANY_ROWS if self.options.batch_invariant else batch > 1
+        self._product = self._tiled_product if is_many else self._row_product
         self._compiles = False  # True: kernels are compiled instead of launched
         device = weights.embedding.device
         hidden, top_k, layers = shape.hidden, shape.top_k, shape.num_moe_layers
@@ -257,15 +264,12 @@ class DecodeStep:
         else:
             kernel[grid](*args, PDL=self.options.pdl, **constants)
 
-    def _product(
+    def _row_product(
         self, x: Tensor, norm: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
         out: Tensor, rows: int,
     ) -> None:  # fmt: skip
         """out = norm(x) · weightᵀ + bias + residual, `rows` of the weight in each program."""
         num_rows, width = weight.shape
-        if self.batch > 1 and not self.options.batch_invariant:
-            self._tiled_product(x, norm, weight, bias, residual, out)
-            return
         rows = max(1, min(rows, MOST_ROW_ELEMENTS // pow2(width)))
         self._run(
             trunk.product, (triton.cdiv(num_rows, rows),),
@@ -275,9 +279,10 @@ class DecodeStep:
         )  # fmt: skip
 
     def _tiled_product(
-        self, x: Tensor, norm: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor
-    ) -> None:
-        """`_product` in tiles of weights and all rows of the batch."""
+        self, x: Tensor, norm: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+        out: Tensor, rows: int,
+    ) -> None:  # fmt: skip
+        """The same by tensor cores, in tiles of weights and all rows of the batch; `rows` is for the other."""
         num_rows, width = weight.shape
         tuning = self.options.tuning
         if norm is not None:
@@ -288,7 +293,8 @@ class DecodeStep:
         self._run(
             trunk.tiled_product, (triton.cdiv(num_rows, tile),),
             x, weight, x if bias is None else bias, x if residual is None else residual, out, num_rows,
-            B=self.batch, BP=max(16, pow2(self.batch)), K=width, BN=tile, BK=divisor(width, tuning.tiled_columns),
+            B=self.batch, BP=max(16, pow2(self.batch)), K=width, BN=tile,
+            BK=divisor(width, tuning.tiled_bytes // weight.element_size()),
             BIAS=bias is not None, RESIDUAL=residual is not None,
             num_warps=4 if tile >= 32 else 2, num_stages=tuning.tiled_stages,
         )  # fmt: skip

@@ -32,7 +32,7 @@ class Tuning:
     down_columns: int = 2048
     product_warps: int = 4
     tiled_rows: int = 32
-    tiled_columns: int = 128
+    tiled_bytes: int = 512
     tiled_stages: int = 4
     up_warps: int = 4
     down_warps: int = 4
@@ -52,7 +52,8 @@ class StepOptions:
         pdl: kernels are launched while the kernels before them still run (see `kernels`).
         masked: each row's mask and temperature are read.
         resident_bias: lambda of cache-aware routing, 0: off.
-        batch_invariant: a row's bits do not depend on the batch; otherwise products of several rows use tensor cores.
+        batch_invariant: a row's bits do not depend on the batch. Otherwise steps of several rows use tensor cores, and
+            those of one row do not.
     """
 
     pdl: bool = False

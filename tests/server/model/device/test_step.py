@@ -107,8 +107,10 @@ def test_entries_without_a_row_change_nothing(model):
         *(pytest.param(dtype, (1, 2, 3, 5, 8), marks=pytest.mark.exhaustive) for dtype in (HALF, torch.float32)),
     ],
 )
-def test_a_rows_bits_do_not_depend_on_the_batch(model, dtype, batches):
+@pytest.mark.parametrize("many_rows", [8, 0], ids=["products by rows", "products by tensor cores"])
+def test_a_rows_bits_do_not_depend_on_the_batch(model, dtype, batches, many_rows, monkeypatch):
     """Alone or with others, before or after them, whatever is resident."""
+    monkeypatch.setattr("server.model.device.step.step.MANY_ROWS", many_rows)
     num_steps, largest = 3, max(batches)
     tokens = torch.randint(0, 96, (num_steps, largest), generator=torch.Generator().manual_seed(13))
     seen: dict[int, list[torch.Tensor]] = {}
