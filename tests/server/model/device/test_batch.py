@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from server.model.device.running.assembly import load_device_runner
 from server.model.device.running.runner import DeviceRunner
+from server.model.device.step.step import MANY_ROWS
 from server.model.runner import RowStep, RunnerOptions
 from tests.server.model.device.small import DEVICE
 
@@ -23,9 +24,14 @@ TEXTS = Path(__file__).parents[4] / "benchmarks" / "data" / "selection" / "stori
 NUM_PROMPTS, NUM_TOKENS = 32, 100
 
 
-@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.fixture(
+    scope="module",
+    params=[(dtype, rows) for dtype in (torch.bfloat16, torch.float32) for rows in (MANY_ROWS, 2 * MANY_ROWS)],
+    ids=lambda param: f"{param[0]} of {param[1]} rows",
+)
 def runner(tiny_store: Path, request: pytest.FixtureRequest) -> Iterator[DeviceRunner]:
-    options = RunnerOptions(device=DEVICE, dtype=request.param, max_rows=8, max_tokens=512, num_slots=16)
+    dtype, max_rows = request.param
+    options = RunnerOptions(device=DEVICE, dtype=dtype, max_rows=max_rows, max_tokens=512, num_slots=16)
     made = load_device_runner(Store.open(tiny_store), options)
     yield made
     made.close()
