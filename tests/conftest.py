@@ -14,6 +14,7 @@ for _name in [name for name in os.environ if name.startswith("DEEPFEW_")]:
     del os.environ[_name]  # a developer's own settings must not decide what the tests see
 
 import gc
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,17 @@ def own_garbage() -> Iterator[None]:
     """What a module's tests leave open is told (warnings are errors) at its own end, not in a neighbour's tests."""
     yield
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """A command that runs in the test's process configures logging; the next test finds it as it was."""
+    loggers = [logging.getLogger(name) for name in (None, "server", "extractor", "router", "expert_store", "uvicorn")]
+    before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
