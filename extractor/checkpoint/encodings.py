@@ -24,7 +24,7 @@ TAKEN = "fp8, int8, int4 (compressed-tensors, GPTQ, AWQ), NVFP4 and MXFP4"
 """The encodings, for messages."""
 
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
-_PLAIN = ("BF16", "F16", "F32", "F64")
+PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
 _SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 _ROLES = (
     *("weight", "weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale"),
@@ -49,14 +49,12 @@ class Encoding:
     """A linear layer, or those of all experts in one tensor, as the checkpoint stores it.
 
     Attributes:
-        name: of the encoding, for people.
         parts: its tensors by role.
         shape: of the plain weight: [O, N], or with an axis of experts before as transformers has it.
         decode: from `parts` as tensors to the plain weight, in the dtype that the format's library computes in. Where
             experts share a tensor, a range of experts, the same of every part, may be decoded by itself.
     """
 
-    name: str
     parts: Parts
     shape: tuple[int, ...]
     decode: Decode
@@ -101,8 +99,8 @@ def _encoding(stem: str, parts: Parts, quantisation: Mapping[str, Any]) -> Encod
         return _columns(stem, parts, quantisation)
     if codes is not None and codes.dtype in ("I8", "U8"):
         scale = parts.get("weight_scale")
-        return _int8(stem, parts) if scale is not None and scale.dtype in _PLAIN else _float4(stem, parts)
-    if set(parts) <= _ORDINARY and (codes is None or codes.dtype in _PLAIN):
+        return _int8(stem, parts) if scale is not None and scale.dtype in PLAIN_DTYPES else _float4(stem, parts)
+    if set(parts) <= _ORDINARY and (codes is None or codes.dtype in PLAIN_DTYPES):
         return None
     raise _refusal(stem, parts, "are of no encoding known here")
 
@@ -147,7 +145,7 @@ def _float8_of(stem: str, codes: TensorEntry, scales: TensorEntry, quantisation:
         values = tensors["codes"].float()
         return values * _spread(tensors["scales"], values, block)
 
-    return Encoding("fp8", {"codes": codes, "scales": scales}, codes.shape, decode)
+    return Encoding({"codes": codes, "scales": scales}, codes.shape, decode)
 
 
 def _int8(stem: str, parts: Parts) -> Encoding:
@@ -160,9 +158,7 @@ def _int8(stem: str, parts: Parts) -> Encoding:
             values -= _spread(tensors["zeros"].float(), values, block)
         return (values * _spread(tensors["scales"], values, block)).to(tensors["scales"].dtype)
 
-    return Encoding(
-        "int8", _named(codes=codes, scales=scales, zeros=parts.get("weight_zero_point")), codes.shape, decode
-    )
+    return Encoding(_named(codes=codes, scales=scales, zeros=parts.get("weight_zero_point")), codes.shape, decode)
 
 
 def _block(stem: str, codes: TensorEntry, scales: TensorEntry, told: Any) -> tuple[int, int]:
@@ -226,7 +222,7 @@ def _float4(stem: str, parts: Parts) -> Encoding:
         return _e2m1(tensors["codes"]) * factors.repeat_interleave(group, dim=-1)
 
     named = _named(codes=codes, scales=scales, overall=of_all[0] if of_all else None)
-    return Encoding("nvfp4" if overall else "mxfp4", named, (*codes.shape[:-1], columns), decode)
+    return Encoding(named, (*codes.shape[:-1], columns), decode)
 
 
 def _e2m1(codes: Tensor) -> Tensor:
@@ -257,7 +253,7 @@ def _fused(name: str, codes: TensorEntry, tensors: Parts, quantisation: Mapping[
 
         return convert_moe_packed_tensors(parts["codes"], parts["scales"])
 
-    return Encoding("mxfp4", {"codes": codes, "scales": scales}, (num_experts, 2 * groups * width, rows), decode)
+    return Encoding({"codes": codes, "scales": scales}, (num_experts, 2 * groups * width, rows), decode)
 
 
 # -- integers packed into words ----------------------------------------------------------------------------------------
@@ -283,7 +279,7 @@ def _packed(stem: str, parts: Parts) -> Encoding:
         return _scaled(_unpack(tensors["codes"], bits)[:, :columns] - zeros, tensors["scales"].view(rows, -1), group)
 
     named = _named(codes=codes, scales=scales, zeros=parts.get(optional[0]), indices=parts.get(optional[1]))
-    return Encoding(f"int{bits}", named, (rows, columns), decode)
+    return Encoding(named, (rows, columns), decode)
 
 
 def _columns(stem: str, parts: Parts, quantisation: Mapping[str, Any]) -> Encoding:
@@ -309,7 +305,7 @@ def _columns(stem: str, parts: Parts, quantisation: Mapping[str, Any]) -> Encodi
         return _scaled((values - points[group]).T, tensors["scales"].T, group)
 
     named = _named(codes=codes, scales=scales, zeros=zeros, indices=indices)
-    return Encoding(f"{'awq' if is_awq else 'gptq'} int{bits}", named, (rows, columns), decode)
+    return Encoding(named, (rows, columns), decode)
 
 
 def _unpack(words: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:

@@ -19,12 +19,11 @@ import torch
 from expert_store.manifest import DTYPE_BYTES, LayerSpec, ModelSpec, TensorSpec
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.checkpoint.conversion import Recipe, trace
+from extractor.checkpoint.encodings import PLAIN_DTYPES
 from extractor.checkpoint.families import check_family
 from extractor.checkpoint.quantised import piece_of, read_part
 from extractor.checkpoint.tensor_file import ConvertedPiece, Piece, TensorEntry
 from extractor.errors import CheckpointError, UnsupportedFamilyError
-
-_PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
 
 Part = tuple[TensorEntry, int, int]
 """A tensor of the checkpoint, the number of a part of its first axis, and the number of equal parts."""
@@ -120,10 +119,10 @@ def _check_sources(checkpoint: Checkpoint, recipe: Recipe) -> str:
             )
         entries += found
     dtypes = {entry.dtype for entry in entries}
-    if len(dtypes) != 1 or not dtypes <= set(_PLAIN_DTYPES):
+    if len(dtypes) != 1 or not dtypes <= set(PLAIN_DTYPES):
         raise CheckpointError(
             f"{checkpoint.path}: {recipe.parameter} comes from tensors of the dtypes {sorted(dtypes)}; wanted one of "
-            f"{', '.join(_PLAIN_DTYPES)} for all: use a checkpoint in a plain dtype"
+            f"{', '.join(PLAIN_DTYPES)} for all: use a checkpoint in a plain dtype"
         )
     if recipe.is_concatenation:
         for expert in range(num_experts):

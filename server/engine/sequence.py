@@ -116,11 +116,6 @@ class Sequence:
         return len(self.request.prompt_ids)
 
     @property
-    def num_tokens_needed(self) -> int:
-        """KV tokens that the sequence may come to hold."""
-        return self.num_prompt_tokens + self.request.sampling.max_new_tokens
-
-    @property
     def is_prefilled(self) -> bool:
         """Whether the whole prompt is in the row."""
         return self.num_prefilled == self.num_prompt_tokens
