@@ -1,8 +1,9 @@
 """The manifest: the files and experts that a store holds, and the hashes that prove them intact.
 
-Owns `manifest.json` (format "deepfew-store", version 1) and the records that it consists of. Invariant: a `Manifest`
-returned by `read_manifest` has no contradictions (sizes, offsets, ids, paths), names only files inside the store's
-directory, and was complete when it was written: it is the commit point of a store, written last, by rename.
+Owns `manifest.json` (format "deepfew-store", version 2 if experts are encoded, else 1) and the records that it consists
+of. Invariant: a `Manifest` returned by `read_manifest` has no contradictions (sizes, offsets, ids, paths), names only
+files inside the store's directory, and was complete when it was written: it is the commit point of a store, written
+last, by rename.
 Sizes and offsets are bytes; `layer` counts the MoE layers from 0; an expert's id is the checkpoint's, per layer.
 """
 
@@ -20,11 +21,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from expert_store.encoding import RowEncoding
 from expert_store.errors import ManifestError
 from expert_store.files import replacing
 
 FORMAT = "deepfew-store"
-VERSION = 1
+VERSION, ENCODED_VERSION = 1, 2
+"""Of stores with plain experts, which older programs read too, and of those with an encoding."""
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 512 * 2**20
 REMEDY = "; the manifest was damaged or written by another program: extract into an empty directory"
@@ -86,13 +89,25 @@ class ModelSpec(_Record):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec(_Record):
-    """One tensor of a span: `shape` without the expert axis, `offset` and `bytes` within the span."""
+    """One tensor of a span: `shape` without the expert axis, `offset` and `bytes` within the span.
+
+    With an `encoding` the shape is [O, N], output rows first whichever order the model has, the bytes are those of O
+    encoded rows, and `dtype` is the one to compute in.
+    """
 
     name: _Word
     dtype: Annotated[str, StringConstraints(pattern=f"^({'|'.join(DTYPE_BYTES)})$")]
     shape: tuple[_Positive, ...]
     offset: _Count
     bytes: _Positive
+    encoding: RowEncoding | None = None
+
+    @property
+    def stored(self) -> tuple[str, tuple[int, ...]]:
+        """dtype and shape of the tensor in a shard."""
+        if self.encoding is None:
+            return self.dtype, self.shape
+        return "U8", (self.shape[0], self.encoding.row_bytes(self.shape[1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +119,11 @@ class LayerSpec(_Record):
     module: Annotated[str, StringConstraints(pattern=r"^[\w.]+$", max_length=4096)]
     span_bytes: _Positive
     tensors: tuple[TensorSpec, ...]
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether a tensor of the span is in fewer bits."""
+        return any(tensor.encoding is not None for tensor in self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +190,7 @@ class _Document(Manifest):
     """The JSON document: a manifest, and the members that only the file has."""
 
     format: Literal["deepfew-store"]
-    version: Literal[1]
+    version: Literal[1, 2]
     absent: Annotated[tuple[_Ids, ...], Field(alias="absent_experts")]
 
 
@@ -219,7 +239,8 @@ def write_manifest(directory: str | os.PathLike[str], manifest: Manifest) -> Non
 
 def format_manifest(manifest: Manifest) -> bytes:
     """The bytes of `manifest.json`: equal manifests give equal bytes; one line a layer, deep expert and trunk file."""
-    members: list[str] = [f'"format": {json.dumps(FORMAT)}', f'"version": {VERSION}']
+    version = ENCODED_VERSION if any(layer.is_encoded for layer in manifest.layers) else VERSION
+    members: list[str] = [f'"format": {json.dumps(FORMAT)}', f'"version": {version}']
     for name in ("source", "model", "alignment"):
         members.append(f'"{name}": {json.dumps(asdict(getattr(manifest, name)), sort_keys=name == "alignment")}')
     absent = [format_ids(ids) for ids in manifest.absent_experts]
@@ -227,9 +248,13 @@ def format_manifest(manifest: Manifest) -> bytes:
     if manifest.retired_below:
         members.append(f'"retired_below": {manifest.retired_below}')
     for name in ("layers", "deep_experts", "trunk"):
-        items = ",\n  ".join(json.dumps(asdict(item)) for item in getattr(manifest, name))
+        items = ",\n  ".join(json.dumps(asdict(item, dict_factory=_without_none)) for item in getattr(manifest, name))
         members.append(f'"{name}": [\n  {items}\n ]')
     return ("{\n " + ",\n ".join(members) + "\n}\n").encode()
+
+
+def _without_none(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in members if value is not None}
 
 
 def parse_manifest(content: bytes) -> Manifest:
@@ -267,7 +292,7 @@ def _refusal(error: ValidationError) -> str:
     for one in details:
         if one["loc"] == ("version",) and one["type"] != "missing":
             return (
-                f"version is {one['input']!r}, this program reads version {VERSION}; "
+                f"version is {one['input']!r}, this program reads versions {VERSION} and {ENCODED_VERSION}; "
                 "use the deepfew that wrote the store, or extract into an empty directory"
             )
     return _fault(details[0]) + REMEDY
@@ -309,7 +334,11 @@ def _check_span(layer: LayerSpec) -> None:
     for position, tensor in enumerate(layer.tensors):
         if tensor.offset != end:
             raise ManifestError(f"{where}: {tensor.name} is at {tensor.offset}, wanted {end}{REMEDY}")
-        wanted = math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
+        try:
+            dtype, shape = tensor.stored
+        except (ValueError, IndexError) as error:
+            raise ManifestError(f"{where}.tensors[{position}].encoding: {error}{REMEDY}") from None
+        wanted = math.prod(shape) * DTYPE_BYTES[dtype]
         if tensor.bytes != wanted:
             raise ManifestError(
                 f"{where}.tensors[{position}].bytes is {tensor.bytes}, its shape and dtype need {wanted}{REMEDY}"

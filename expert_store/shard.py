@@ -74,9 +74,10 @@ class ShardLayout:
         for spec in self.layers:
             for tensor in spec.tensors:
                 at = begin + tensor.offset
+                dtype, shape = tensor.stored
                 entries[f"layers.{spec.model_layer}.{tensor.name}"] = {
-                    "dtype": tensor.dtype,
-                    "shape": list(tensor.shape),
+                    "dtype": dtype,
+                    "shape": list(shape),
                     "data_offsets": [at, at + tensor.bytes],
                 }
             begin += spec.span_bytes

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from expert_store.encoding import RowEncoding
 from expert_store.errors import ManifestError, StoreError
 from expert_store.manifest import (
     Alignment,
     Manifest,
+    TensorSpec,
     format_ids,
     format_manifest,
     parse_manifest,
@@ -23,6 +25,7 @@ from expert_store.manifest import (
 )
 from tests.expert_store.hand_made import write_store
 
+Edit = Callable[[dict[str, Any]], object]
 GOLDEN = Path(__file__).with_name("golden_manifest.json")
 
 
@@ -37,6 +40,37 @@ def test_manifest_bytes_never_change(tmp_path: Path, manifest: Manifest) -> None
 
 def test_golden_manifest_reads_as_the_records_that_made_it(manifest: Manifest) -> None:
     assert parse_manifest(GOLDEN.read_bytes()) == manifest
+
+
+def encoded(manifest: Manifest) -> Manifest:
+    """The manifest with experts of one matrix in int4 rows; no shard of it exists."""
+    encoding = RowEncoding("int4", 32, "F16", zeros="U8")
+    size = 4 * encoding.row_bytes(64)
+    spec = TensorSpec("down_proj", "BF16", (4, 64), 0, size, encoding)
+    return replace(manifest, layers=tuple(replace(one, span_bytes=size, tensors=(spec,)) for one in manifest.layers))
+
+
+def test_encoded_experts_make_a_manifest_of_version_2_that_reads_back(manifest: Manifest) -> None:
+    content = format_manifest(encoded(manifest))
+    assert json.loads(content)["version"] == 2
+    assert parse_manifest(content) == encoded(manifest)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda tensor: tensor["encoding"].update(group=24), "rows of 64 columns in groups of 24"),
+        (lambda tensor: tensor["encoding"].update(codes="int3"), "codes is 'int3', wanted 'fp8'"),
+        (lambda tensor: tensor.update(shape=[4]), "encoding"),
+        (lambda tensor: tensor.update(bytes=64), "its shape and dtype need"),
+        (lambda tensor: tensor["encoding"].update(size=1), "unknown key size"),
+    ],
+)
+def test_an_encoding_that_does_not_fit_is_refused(manifest: Manifest, edit: Edit, message: str) -> None:
+    document = json.loads(format_manifest(encoded(manifest)))
+    edit(document["layers"][0]["tensors"][0])
+    with pytest.raises(ManifestError, match=message):
+        parse_manifest(json.dumps(document).encode())
 
 
 def test_absent_experts_are_what_no_deep_expert_has(manifest: Manifest) -> None:
@@ -72,11 +106,9 @@ def test_a_crash_before_the_rename_leaves_the_old_manifest(
     assert read_manifest(tmp_path) == manifest
 
 
-Edit = Callable[[dict[str, Any]], object]
-
 REFUSED: dict[str, tuple[Edit, str]] = {
     "another format": (lambda d: d.update(format="zip"), "format is 'zip'"),
-    "a newer version": (lambda d: d.update(version=2), "version is 2, this program reads version 1"),
+    "a newer version": (lambda d: d.update(version=3), "version is 3, this program reads versions 1 and 2"),
     "a missing key": (lambda d: d.pop("model"), "model is missing"),
     "an unknown key": (lambda d: d.update(extra=1), "unknown key.* extra"),
     "an unknown key inside": (lambda d: d["deep_experts"][0].update(extra=1), r"deep_experts\[0\].*unknown key"),

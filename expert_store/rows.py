@@ -1,0 +1,105 @@
+"""The rows of an encoded matrix: packed from its codes and scales, read again, and decoded to values.
+
+Invariant: `pack_rows` and `unpack_rows` are inverse to each other, so extraction loses nothing, and `decode_rows` gives
+the values of the library that defines the format, before it rounds them to the model's dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expert_store.encoding import CODE_BITS, RowEncoding
+
+FIELD_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.uint8,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+}
+"""Dtypes of a row's fields by their safetensors names; exponents (E8M0) are kept as bytes."""
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""The values of four-bit floating point codes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowFields:
+    """The numbers of a matrix [O, N] in G groups a row.
+
+    Attributes:
+        codes: uint8 [O, N], one code each.
+        scales: [O, G] in the encoding's dtype.
+        zeros: [O, G], None if the encoding has none.
+        overall: float32 [O], None if the encoding has none.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    overall: Tensor | None = None
+
+
+def pack_rows(encoding: RowEncoding, fields: RowFields) -> Tensor:
+    """uint8 [O, row_bytes] of a matrix's numbers. Raises ValueError if they are not those of the encoding."""
+    num_rows, columns = fields.codes.shape
+    codes = fields.codes
+    if CODE_BITS[encoding.codes] == 4:
+        codes = codes[:, 0::2] | codes[:, 1::2] << 4
+    values = {"codes": codes, "scales": fields.scales, "zeros": fields.zeros}
+    values["overall"] = None if fields.overall is None else fields.overall[:, None]
+    rows = torch.zeros(num_rows, encoding.row_bytes(columns), dtype=torch.uint8)
+    for name, (at, count) in encoding.fields(columns).items():
+        value = values[name]
+        dtype = _dtype_of(encoding, name)
+        if value is None or value.shape != (num_rows, count) or value.dtype != dtype:
+            found = None if value is None else (value.dtype, tuple(value.shape))
+            raise ValueError(f"{name} of {encoding} is {found}, wanted {dtype} of shape {(num_rows, count)}")
+        rows[:, at : at + count * dtype.itemsize] = value.contiguous().view(torch.uint8)
+    return rows
+
+
+def unpack_rows(encoding: RowEncoding, columns: int, rows: Tensor) -> RowFields:
+    """The numbers in `rows`, uint8 [O, row_bytes]; copies."""
+    found = {}
+    for name, (at, count) in encoding.fields(columns).items():
+        dtype = _dtype_of(encoding, name)
+        found[name] = rows[:, at : at + count * dtype.itemsize].contiguous().view(dtype)
+    codes = found["codes"]
+    if CODE_BITS[encoding.codes] == 4:
+        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
+    overall = found.get("overall")
+    return RowFields(codes, found["scales"], found.get("zeros"), None if overall is None else overall[:, 0])
+
+
+def decode_rows(encoding: RowEncoding, columns: int, rows: Tensor) -> Tensor:
+    """float32 [O, N], the values of `rows`, uint8 [O, row_bytes]."""
+    fields = unpack_rows(encoding, columns, rows)
+    scales = fields.scales.float()
+    if encoding.scales == "F8_E8M0":
+        scales = (scales - 127.0).exp2()
+    if fields.overall is not None:
+        scales = scales * fields.overall[:, None] if encoding.overall == "factor" else scales / fields.overall[:, None]
+    values = _code_values(encoding, fields.codes).view(len(rows), -1, encoding.group)
+    if encoding.middle:
+        zeros = encoding.middle if fields.zeros is None else fields.zeros.float().unsqueeze(-1)
+        values = values - zeros
+    return (values * scales.unsqueeze(-1)).view(len(rows), columns)
+
+
+def _code_values(encoding: RowEncoding, codes: Tensor) -> Tensor:
+    if encoding.codes == "fp8":
+        return codes.view(torch.float8_e4m3fn).float()
+    if encoding.codes == "fp4":
+        return torch.tensor(E2M1)[codes.int()]
+    return codes.float()
+
+
+def _dtype_of(encoding: RowEncoding, name: str) -> torch.dtype:
+    if name == "codes":
+        return torch.uint8
+    return torch.float32 if name == "overall" else FIELD_DTYPES[getattr(encoding, name)]
