@@ -6,12 +6,15 @@ prompt that leaves room for an answer. The computation itself is not tried: that
 
 from __future__ import annotations
 
+import logging
+
+from server.api.chat.messages import Chat, Message
+from server.api.chat.template import answer_format_of, prompt_of
 from server.api.http.errors import ValidationFailed
-from server.api.openai.chat import chat_ids, has_chat_template
-from server.api.openai.schemas import ChatRequest, Message
 from server.errors import ServerError, SettingsError
 from server.serving.service import LoadedModel
 
+log = logging.getLogger(__name__)
 TEXT = "Hello"
 
 
@@ -37,9 +40,15 @@ def checked(model: LoadedModel) -> LoadedModel:
 
 def _check(model: LoadedModel) -> None:
     prompts = [[int(token) for token in model.tokenizer(TEXT, verbose=False)["input_ids"]]]
-    if has_chat_template(model.tokenizer):
+    answers = answer_format_of(model.tokenizer)
+    if answers is not None:
+        if answers.calls is None:
+            log.warning(
+                "the chat template shows tools in a format that is not known here: calls of tools in answers stay "
+                "text, unless a request forces a call"
+            )
         try:
-            prompts.append(chat_ids(model.tokenizer, ChatRequest(messages=[Message(role="user", content=TEXT)])))
+            prompts.append(prompt_of(model.tokenizer, Chat((Message("user", TEXT, "messages[0]"),))).ids)
         except ValidationFailed as error:
             raise UnservableModelError(
                 f"no chat could be served: {error}. Put the model's own chat_template.jinja beside the checkpoint's "

@@ -47,7 +47,8 @@ class InfoResponse(BaseModel):
 
     `decode_path`: where the experts of a decode step are driven, `host` or `device`. `generation_defaults`: of the
     checkpoint, for requests that say nothing of these parameters. `batch_invariant`: whether a request's tokens are
-    promised not to depend on what else is in the batch.
+    promised not to depend on what else is in the batch. `tool_calls`: the format of the model's calls; `unknown` where
+    they stay text. `has_thinking`: whether thinking is told apart.
     """
 
     model_config = ConfigDict(protected_namespaces=())
@@ -69,6 +70,8 @@ class InfoResponse(BaseModel):
     max_top_n_tokens: int
     max_body_bytes: int
     has_chat_template: bool
+    tool_calls: str | None
+    has_thinking: bool
     generation_defaults: dict[str, float | int | bool]
     router: str
     version: str

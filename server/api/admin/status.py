@@ -15,12 +15,12 @@ from server.api.admin.schemas import (
     ProfilesResponse,
     ReadyResponse,
 )
+from server.api.chat.template import answer_format_of
 from server.api.http.context import context_of
 from server.api.http.errors import ErrorResponse
 from server.api.http.fields import MAX_STOPS, MAX_TOP_TOKENS
 from server.api.http.openapi import REF, Responses, refusals
 from server.api.http.responses import ModelResponse
-from server.api.openai.chat import has_chat_template
 from server.serving.metrics import CONTENT_TYPE
 from server.serving.metrics_vllm import render_vllm
 from server.serving.service import NotReadyError
@@ -76,6 +76,7 @@ async def info(request: Request) -> ModelResponse:
     """The model and the limits of a request."""
     context = context_of(request)
     model = context.loaded()
+    answers = answer_format_of(model.tokenizer)
     return ModelResponse(
         InfoResponse(
             model_id=model.name,
@@ -94,7 +95,9 @@ async def info(request: Request) -> ModelResponse:
             max_stop_sequences=MAX_STOPS,
             max_top_n_tokens=MAX_TOP_TOKENS,
             max_body_bytes=context.http.max_body_bytes,
-            has_chat_template=has_chat_template(model.tokenizer),
+            has_chat_template=answers is not None,
+            tool_calls=None if answers is None else answers.calls_name,
+            has_thinking=answers is not None and answers.has_thinking,
             generation_defaults=dict(model.generation_defaults),
             router="deepfew",
             version=context.version,

@@ -16,6 +16,8 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.api.chat.parser import Answer, AnswerReader, Delta
+from server.api.chat.template import Prompt
 from server.api.http.context import ApiContext
 from server.api.http.errors import error_body
 from server.api.http.generation import Generations, split
@@ -31,6 +33,7 @@ from server.api.openai.responses import (
     CompletionChoice,
     CompletionLogprobs,
     CompletionResponse,
+    CompletionTokens,
     EndReason,
     Usage,
 )
@@ -50,6 +53,7 @@ class Piece:
         num_logprobs: alternatives a token; None where no log-probabilities are wanted.
         ending: `deficit` of the finished choice; empty before the end.
         prefill: tokens of the prompt, whose text `text` begins with.
+        parts: of a chat's answer, beside its text.
     """
 
     index: int
@@ -60,6 +64,7 @@ class Piece:
     finish_reason: EndReason | None
     ending: dict[str, Any]
     prefill: Sequence[TokenLogprob] = ()
+    parts: Sequence[Delta] = ()
 
 
 def _completion_choice(piece: Piece) -> CompletionChoice:
@@ -81,7 +86,7 @@ def _chat_choice(piece: Piece) -> ChatChoice:
     assert piece.finish_reason is not None, "a whole choice has ended"
     return ChatChoice(
         index=piece.index,
-        message=ChatAnswer(role="assistant", content=piece.text, refusal=None),
+        message=ChatAnswer.of(Answer.of(piece.parts)),
         logprobs=_chat_logprobs(piece),
         finish_reason=piece.finish_reason,
         **piece.ending,
@@ -91,7 +96,7 @@ def _chat_choice(piece: Piece) -> ChatChoice:
 def _chat_chunk_choice(piece: Piece) -> ChatChunkChoice:
     return ChatChunkChoice(
         index=piece.index,
-        delta=ChatDelta(content=piece.text) if piece.text else ChatDelta(),
+        delta=ChatDelta.of(piece.parts),
         logprobs=_chat_logprobs(piece),
         finish_reason=piece.finish_reason,
         **piece.ending,
@@ -155,6 +160,7 @@ class Job:
         told_name: name of the model in the answer.
         num_prompt_tokens: a prompt counts once, however many answers it gets.
         num_logprobs: alternatives a token; None where no log-probabilities are wanted.
+        prompt: of a chat, tells its answers apart.
         echoes: text of each choice's prompt, which begins its text; empty where none is wanted.
         hides_answer: the prompt alone is wanted, of which one generated token is the price.
     """
@@ -167,26 +173,41 @@ class Job:
     num_logprobs: int | None
     stream: bool
     include_usage: bool
+    prompt: Prompt | None = None
     echoes: Sequence[str] = ()
     hides_answer: bool = False
 
+    def readers(self) -> list[AnswerReader]:
+        """A reader for each choice of a chat; none for completions."""
+        return [] if self.prompt is None else [AnswerReader(self.prompt.parser()) for _ in self.requests]
+
     def piece(
-        self, index: int, text: str, tokens: Sequence[TokenEvent], end: FinishedEvent | None, offset: int = 0
+        self,
+        index: int,
+        text: str,
+        tokens: Sequence[TokenEvent],
+        end: FinishedEvent | None,
+        offset: int = 0,
+        num_calls: int = 0,
     ) -> Piece:
         """Text and tokens of a choice, and its end if it is there."""
         if self.hides_answer:
             text, tokens = "", []
         if end is None:
             return Piece(index, text, tokens, offset, self.num_logprobs, None, {})
-        reason: EndReason = "length" if end.reason == "length" else "stop"
+        reason: EndReason = "length" if end.reason == "length" else "tool_calls" if num_calls else "stop"
         ending = {"deficit": deficit_details(end.deficit, self.model, self.requests[index])}
         return Piece(index, text, tokens, offset, self.num_logprobs, reason, ending)
 
-    def usage(self, num_new: int) -> Usage:
+    def usage(self, num_new: int, readers: Sequence[AnswerReader]) -> Usage:
         """Token counts of the request."""
         num_prompt = self.num_prompt_tokens
         num_new = 0 if self.hides_answer else num_new
-        return Usage(prompt_tokens=num_prompt, completion_tokens=num_new, total_tokens=num_prompt + num_new)
+        details = {}
+        if self.prompt is not None:
+            thought = sum(reader.num_thinking_tokens for reader in readers)
+            details["completion_tokens_details"] = CompletionTokens(reasoning_tokens=thought)
+        return Usage(prompt_tokens=num_prompt, completion_tokens=num_new, total_tokens=num_prompt + num_new, **details)
 
 
 async def respond(request: Request, context: ApiContext, job: Job) -> Response:
@@ -211,12 +232,15 @@ async def respond(request: Request, context: ApiContext, job: Job) -> Response:
         finished = await unless_disconnected(request, generations.finished())
     context.log_text(request, "answer", [end.generated_text for _, end in finished])
     choices = []
+    readers = job.readers()
     for index, (tokens, end) in enumerate(finished):
-        piece = job.piece(index, end.generated_text, tokens, end)
+        parts = readers[index].read(tokens, end) if readers else []
+        num_calls = readers[index].num_calls if readers else 0
+        piece = replace(job.piece(index, end.generated_text, tokens, end, num_calls=num_calls), parts=parts)
         if job.echoes:
             piece = replace(piece, text=job.echoes[index] + piece.text, prefill=end.prefill or ())
         choices.append(shown.choice(piece))
-    usage = job.usage(sum(end.num_generated_tokens for _, end in finished))
+    usage = job.usage(sum(end.num_generated_tokens for _, end in finished), readers)
     return ModelResponse(shown.response(**head, choices=choices, usage=usage))
 
 
@@ -226,6 +250,7 @@ async def _stream(
     shown, chunk = job.format, job.format.chunk
     base = {**head, "usage": None} if job.include_usage else head
     offsets = [0] * len(job.requests)
+    readers = job.readers()
     num_new = 0
     for index, echo in enumerate(job.echoes):
         yield event(chunk(**base, choices=[shown.chunk_choice(replace(job.piece(index, "", [], None), text=echo))]))
@@ -240,15 +265,18 @@ async def _stream(
             text = "".join(token.text for token in tokens)
             if end is not None:
                 num_new += end.num_generated_tokens
-            if text or (tokens and job.num_logprobs is not None):
-                piece = job.piece(index, text, tokens, None, offsets[index])
+            parts = readers[index].read(tokens, end) if readers else []
+            has_text = bool(parts if readers else text)
+            if has_text or (tokens and job.num_logprobs is not None):
+                piece = replace(job.piece(index, text, tokens, None, offsets[index]), parts=parts)
                 offsets[index] += len(text)
                 yield event(chunk(**base, choices=[shown.chunk_choice(piece)]))
             if end is not None:  # the end has a chunk of its own, without text: clients expect that
-                piece = job.piece(index, "", [], end, offsets[index])
+                num_calls = readers[index].num_calls if readers else 0
+                piece = job.piece(index, "", [], end, offsets[index], num_calls)
                 yield event(chunk(**base, choices=[shown.chunk_choice(piece)]))
         if job.include_usage:
-            yield event(chunk(**{**base, "choices": [], "usage": job.usage(num_new)}))
+            yield event(chunk(**{**base, "choices": [], "usage": job.usage(num_new, readers)}))
         yield DONE
     except EngineError as error:
         yield event(error_body(error, path))

@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from server.api.chat.parser import Answer, Arguments, CallBegin, Content, Delta
 from server.api.http.engine_requests import LEAST_LOGPROB
 from server.engine.request import TokenEvent, TokenLogprob
 from server.serving.deficit import DeficitDetails
 
-EndReason = Literal["stop", "length"]
+EndReason = Literal["stop", "length", "tool_calls"]
 
 
 class ModelCard(BaseModel):
@@ -34,12 +35,19 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+class CompletionTokens(BaseModel):
+    """Tokens of the answers that were thinking."""
+
+    reasoning_tokens: int
+
+
 class Usage(BaseModel):
     """Token counts; a prompt counts once however many answers it gets."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    completion_tokens_details: CompletionTokens | None = None
 
 
 class CompletionLogprobs(BaseModel):
@@ -127,12 +135,47 @@ class ChatLogprobs(BaseModel):
         )
 
 
+class CalledFunction(BaseModel):
+    """The function of a call; `arguments` is JSON as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatAnswer(BaseModel):
-    """The assistant's message."""
+    """The assistant's message; the last two are left out where there is no thinking and no call."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+    @classmethod
+    def of(cls, answer: Answer) -> ChatAnswer:
+        """Of an answer in its parts; the content is null beside calls if there is none."""
+        parts: dict[str, Any] = {}
+        if answer.thinking:
+            parts["reasoning_content"] = answer.thinking
+        if answer.calls:
+            parts["tool_calls"] = [
+                ToolCall(
+                    id=call.call_id,
+                    type="function",
+                    function=CalledFunction(name=call.name, arguments=call.arguments),
+                )
+                for call in answer.calls
+            ]
+        content = answer.content or (None if answer.calls else "")
+        return cls(role="assistant", content=content, refusal=None, **parts)
 
 
 class ChatChoice(BaseModel):
@@ -157,11 +200,49 @@ class ChatResponse(BaseModel):
     usage: Usage
 
 
+class FunctionDelta(BaseModel):
+    """The name with the first part of a call, and more of its arguments."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(BaseModel):
+    """More of the call at `index`; `id` and `type` come with its first part."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class ChatDelta(BaseModel):
     """The part of the message that a chunk adds."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+
+    @classmethod
+    def of(cls, deltas: Sequence[Delta]) -> ChatDelta:
+        """Of what a chunk adds to the parts of an answer."""
+        parts: dict[str, Any] = {}
+        for delta in deltas:
+            if isinstance(delta, CallBegin | Arguments):
+                parts.setdefault("tool_calls", []).append(_call_delta(delta))
+            else:
+                key = "content" if isinstance(delta, Content) else "reasoning_content"
+                parts[key] = parts.get(key, "") + delta.text
+        return cls(**parts)
+
+
+def _call_delta(delta: CallBegin | Arguments) -> ToolCallDelta:
+    if isinstance(delta, Arguments):
+        return ToolCallDelta(index=delta.index, function=FunctionDelta(arguments=delta.text))
+    return ToolCallDelta(
+        index=delta.index, id=delta.call_id, type="function", function=FunctionDelta(name=delta.name, arguments="")
+    )
 
 
 class ChatChunkChoice(BaseModel):

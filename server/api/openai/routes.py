@@ -12,12 +12,12 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.api.chat.template import prompt_of
 from server.api.http.context import ApiContext, context_of
 from server.api.http.engine_requests import request_of, sampling_of
 from server.api.http.errors import ModelNotFoundError, ValidationFailed
 from server.api.http.openapi import generation_responses, refusals
 from server.api.http.responses import ModelResponse
-from server.api.openai.chat import chat_ids
 from server.api.openai.completions import CHAT, COMPLETION, Format, Job, respond
 from server.api.openai.responses import ChatChunk, ChatResponse, CompletionResponse, ModelCard, ModelList
 from server.api.openai.schemas import DEFAULT_COMPLETION_TOKENS, ChatRequest, Common, CompletionRequest
@@ -108,11 +108,14 @@ async def chat(request: Request) -> Response:
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise ValidationFailed("`max_tokens` and `max_completion_tokens` are one; give one", param="max_tokens")
     context.log_text(request, "prompt", [message.content for message in body.messages])
-    prompts = [await context.encoder(served).run(chat_ids, body)]
+    prompt = await context.encoder(served).run(prompt_of, body.chat())
     wanted = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    sampling = _sampling(body, served, prompts, wanted, served.max_context_tokens)
+    sampling = _sampling(body, served, [prompt.ids], wanted, served.max_context_tokens)
+    if prompt.keeps_special_tokens:
+        sampling = replace(sampling, skip_special_tokens=False)
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return await respond(request, context, _job(CHAT, body, served, prompts, sampling, num_logprobs))
+    job = _job(CHAT, body, served, [prompt.ids], sampling, num_logprobs)
+    return await respond(request, context, replace(job, prompt=prompt))
 
 
 def _served(context: ApiContext, body: Common, num_prompts: int) -> LoadedModel:

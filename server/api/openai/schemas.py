@@ -12,6 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StringConstraints, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from server.api.chat.messages import Call, Chat, ToolChoice
+from server.api.chat.messages import Message as ChatMessage
+from server.api.chat.tools import MAX_TOOLS, CallId, ToolName, tool_choice, tools_of
+from server.api.http.errors import ValidationFailed
 from server.api.http.fields import (
     MAX_TEXT,
     MAX_TOKENS,
@@ -178,10 +182,26 @@ class CompletionRequest(Common):
     add_special_tokens: unsupported(True) = None  # type: ignore[valid-type]
 
 
+class CalledFunction(Strict):
+    """The function of a call, in a message of the assistant."""
+
+    name: ToolName
+    arguments: Text = Field(description="JSON, as the model wrote it")
+
+
+class ToolCall(Strict):
+    """A call in a message of the assistant."""
+
+    id: CallId
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = Field(None, description="not kept; the place in a stream")
+
+
 class Message(Strict):
     """One message of a chat; the assistant's may be an answer of this server, sent back as it was."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None
     name: Text | None = Field(None, description="for chat templates that show it")
     refusal: Text | None = Field(None, description="the text of a message without content")
@@ -190,9 +210,38 @@ class Message(Strict):
     cache_control: dict[str, Any] | None = Field(None, description="not kept")
     audio: unsupported() = None  # type: ignore[valid-type]
     function_call: unsupported() = None  # type: ignore[valid-type]
-    tool_calls: unsupported([]) = None  # type: ignore[valid-type]
-    tool_call_id: unsupported() = None  # type: ignore[valid-type]
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: CallId | None = Field(None, description="the call that a tool's message answers")
     parsed: unsupported() = None  # type: ignore[valid-type]
+
+
+class Function(Strict):
+    """A function that the model may call."""
+
+    name: ToolName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = Field(None, description="JSON Schema of the arguments, an object's")
+    strict: bool | None = Field(None, description="arguments keep to the schema")
+
+
+class FunctionTool(Strict):
+    """A tool: a function."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Strict):
+    """The name of a function."""
+
+    name: ToolName
+
+
+class NamedTool(Strict):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ResponseFormat(Strict):
@@ -218,15 +267,17 @@ class ChatRequest(Common):
     )
     metadata: dict[str, Any] | None = Field(None, description="not kept")
     store: bool | None = Field(None, description="not kept; nothing is stored")
-    parallel_tool_calls: bool | None = Field(None, description="not kept; there are no tools")
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="default auto; required forces a call, and so does the name of a tool"
+    )
+    parallel_tool_calls: bool | None = Field(None, description="whether an answer may have several calls; default true")
     service_tier: Bookkeeping | None = Field(None, description="not kept")
     safety_identifier: Bookkeeping | None = Field(None, description="not kept")
     prompt_cache_key: Bookkeeping | None = Field(None, description="not kept")
     prompt_cache_retention: Bookkeeping | None = Field(None, description="not kept")
     prediction: dict[str, Any] | None = Field(None, description="not kept; it could only save time")
-    tool_prompt: Text | None = Field(None, description="not kept; there are no tools")
-    tools: unsupported([]) = None  # type: ignore[valid-type]
-    tool_choice: unsupported("none", "auto") = None  # type: ignore[valid-type]
+    tool_prompt: Text | None = Field(None, description="not kept; the chat template has its own")
     functions: unsupported([]) = None  # type: ignore[valid-type]
     function_call: unsupported("none", "auto") = None  # type: ignore[valid-type]
     modalities: unsupported(["text"]) = None  # type: ignore[valid-type]
@@ -239,3 +290,45 @@ class ChatRequest(Common):
     continue_final_message: unsupported(False) = None  # type: ignore[valid-type]
     add_special_tokens: unsupported(False) = None  # type: ignore[valid-type]
     echo: unsupported(False) = None  # type: ignore[valid-type]
+
+    def chat(self) -> Chat:
+        """The chat that is asked for.
+
+        Raises:
+            ValidationFailed: a message or the choice of a tool does not fit the rest.
+        """
+        return Chat(
+            messages=tuple(_message(message, f"messages[{place}]") for place, message in enumerate(self.messages)),
+            tools=tools_of(tool.function for tool in self.tools or ()),
+            choice=self._choice(),
+            variables=self.chat_template_kwargs or {},
+            effort=self.reasoning_effort,
+        )
+
+    def _choice(self) -> ToolChoice:
+        names = [tool.function.name for tool in self.tools or ()]
+        is_parallel = self.parallel_tool_calls is not False
+        if isinstance(self.tool_choice, NamedTool):
+            return tool_choice("required", self.tool_choice.function.name, names, is_parallel=is_parallel)
+        return tool_choice(self.tool_choice or "auto", None, names, is_parallel=is_parallel)
+
+
+def _message(message: Message, place: str) -> ChatMessage:
+    if message.content is None and message.role != "assistant":
+        name = f"{place}.content"
+        raise ValidationFailed(f"`{name}` is missing; only an assistant's may be", param=name)
+    for key, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+        if getattr(message, key) and message.role != role:
+            raise ValidationFailed(f"`{place}.{key}`: only a message of the {role} has it", param=f"{place}.{key}")
+    if message.role == "tool" and message.tool_call_id is None:
+        name = f"{place}.tool_call_id"
+        raise ValidationFailed(f"`{name}` is missing: name the call that the message answers", param=name)
+    return ChatMessage(
+        role=message.role,
+        content=message.content or message.refusal,
+        place=place,
+        name=message.name,
+        thinking=message.reasoning_content,
+        calls=tuple(Call(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()),
+        call_id=message.tool_call_id,
+    )

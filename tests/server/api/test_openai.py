@@ -17,6 +17,8 @@ from tests.server.api.scripted import ScriptedEngine
 
 CHAT: list[Any] = [{"role": "user", "content": "Where?"}]
 TEXT = " Paris, the city of light."
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
 @pytest.fixture
@@ -205,7 +207,12 @@ def test_logprobs(client: openai.OpenAI) -> None:
         ({"frequency_penalty": -2.5}, "frequency_penalty"),
         ({"logit_bias": {"99999999": 1}}, "logit_bias"),
         ({"min_tokens": 500}, "min_tokens"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [TOOL, TOOL]}, "tools[1]"),
+        ({"tools": [{**TOOL, "function": {"name": "f", "parameters": {"type": "array"}}}]}, "tools[0]"),
+        ({"tools": [{**TOOL, "function": {"name": "f", "description": "<|end|>"}}]}, "tools"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"modalities": ["text", "audio"]}, "modalities"),
@@ -216,14 +223,19 @@ def test_logprobs(client: openai.OpenAI) -> None:
         ({"chat_template_kwargs": {"eos_token": "x"}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"x": ["<|end|>"]}}, "chat_template_kwargs"),
         ({"messages": [{"role": "user", "content": "x", "name": "<|end|>"}]}, "messages[0].name"),
-        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
+            "messages[0].tool_calls[0].function",
+        ),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages[0].tool_call_id"),
         ({"response_format": {"type": "json_object"}}, "response_format.type"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from server.api.chat.messages import Tool
+from server.api.chat.template import prompt_of
 from server.api.http.errors import ValidationFailed
-from server.api.openai.chat import chat_ids
 from server.api.openai.schemas import ChatRequest
 from tests.server.api.scripted import CharTokenizer
 
@@ -53,7 +54,7 @@ def rendered(template: str | dict[str, str], *messages: dict[str, Any], **more: 
     tokenizer = CharTokenizer()
     tokenizer.chat_template = template
     body = ChatRequest.model_validate({"messages": list(messages), **more}, strict=True)
-    return "".join(map(chr, chat_ids(tokenizer, body)))
+    return "".join(map(chr, prompt_of(tokenizer, body.chat()).ids))
 
 
 def said(content: Any, role: str = "user", **more: Any) -> dict[str, Any]:
@@ -158,3 +159,106 @@ def test_a_template_says_in_its_own_words_why_it_refuses() -> None:
 
 def test_of_several_templates_the_default_is_taken() -> None:
     assert rendered({"default": CHATML, "tool_use": "x"}, said("a")) == "<user>a\n<assistant>"
+
+
+TOOL = Tool("get_weather", "Weather of a city.", {"type": "object", "properties": {"city": {"type": "string"}}})
+CALL = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
+CALLED = [
+    said("Weather?"),
+    said(None, "assistant", tool_calls=[CALL]),
+    said("Rain, 7 °C", "tool", tool_call_id="call_1"),
+]
+OBJECTS = (  # as Qwen's, GLM's and MiniMax's: arguments are objects
+    "{% for tool in tools %}T:{{ tool.function.name }}\n{% endfor %}"
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{% for call in m.tool_calls %}"
+    "<tool_call>{{ call.function.name }}{% for key, value in call.function.arguments.items() %}"
+    "<arg_key>{{ key }}</arg_key><arg_value>{{ value }}</arg_value>{% endfor %}</tool_call>{% endfor %}"
+    "{{ '\n' }}{% endfor %}"
+)
+TEXTS = (  # as DeepSeek's: arguments are texts, and the content beside calls is none
+    "{% for tool in tools or [] %}{{ tool }}{% endfor %}"
+    "{% for m in messages %}{% if m.tool_calls and m.content is none %}{% for call in m.tool_calls %}"
+    "{{ 'C:' + call.function.name + call.function.arguments }}{% endfor %}{{ '\n' }}"
+    "{% else %}{{ m.role[0] + ':' + m.content }}\n{% endif %}{% endfor %}"
+)
+NINE = (  # as Mistral's
+    "{% if tools %}[TOOL_CALLS]{% endif %}"
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{% for call in m.tool_calls %}"
+    "{% if call.id | length != 9 %}{{ raise_exception('ids of 9') }}{% endif %}{{ call | tojson }}{% endfor %}"
+    "{{ m.tool_call_id }}\n{% endfor %}"
+)
+NO_CALLS = (
+    "{% for tool in tools %}{{ tool }}{% endfor %}{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
+)
+ENABLES_THINKING = (
+    "{% for m in messages %}{{ m.reasoning_content }}{{ m.content }}\n{% endfor %}<assistant>"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% else %}<think>\n{% endif %}"
+)
+
+
+def with_tools(template: str, messages: list[dict[str, Any]], **more: Any) -> str:
+    tool = {"type": "function", "function": {"name": TOOL.name, "description": TOOL.description, "parameters": {}}}
+    return rendered(template, *messages, tools=[tool], **more)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        (
+            OBJECTS,
+            "T:get_weather\nu:Weather?\na:<tool_call>get_weather<arg_key>city</arg_key><arg_value>Paris</arg_value>"
+            "</tool_call>\nt:Rain, 7 °C\n",
+        ),
+        (TEXTS, 'u:Weather?\nC:get_weather{"city": "Paris"}\nt:Rain, 7 °C\n'),
+    ],
+)
+def test_calls_have_the_form_that_the_template_takes(template: str, prompt: str) -> None:
+    assert with_tools(template, CALLED).endswith(prompt)
+
+
+def test_ids_are_made_to_fit_a_template_that_wants_nine_letters() -> None:
+    prompt = with_tools(NINE, CALLED)
+    own = prompt.rpartition("Rain, 7 °C")[2].strip()
+    assert len(own) == 9
+    assert f'"id": "{own}"' in prompt
+    own = [CALLED[0], said(None, "assistant", tool_calls=[{**CALL, "id": "abc123def"}])]
+    assert '"id": "abc123def"' in with_tools(NINE, own)
+
+
+def test_calls_that_the_template_does_not_show_are_refused() -> None:
+    with pytest.raises(ValidationFailed, match="does not show the text of this message") as refusal:
+        with_tools(NO_CALLS, CALLED)
+    assert refusal.value.param == "messages[1].tool_calls"
+
+
+def test_a_template_that_knows_no_tools_has_them_in_the_system_prompt() -> None:
+    prompt = with_tools(CHATML, [said("Be short.", "system"), *CALLED])
+    system, rest = prompt.split("\n<user>", 1)
+    assert system.startswith("<system>Be short.\n\n# Tools\n")
+    assert '"name": "get_weather"' in system
+    assert rest == (
+        'Weather?\n<assistant><tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>\n'
+        "<user><tool_response>\nRain, 7 °C\n</tool_response>\n<assistant>"
+    )
+    assert with_tools(CHATML, CALLED).startswith("<system># Tools\n")
+    results = [*CALLED, said("Sun", "tool", tool_call_id="call_2")]
+    assert with_tools(CHATML, results).endswith(
+        "<user><tool_response>\nRain, 7 °C\n</tool_response>\n<tool_response>\nSun\n</tool_response>\n<assistant>"
+    )
+    assert with_tools(CHATML, [said("Hi")], tool_choice="none") == "<user>Hi\n<assistant>"
+    without_system = NAMED_ROLES.replace("== 'system'", "== 'none'")
+    with pytest.raises(ValidationFailed) as refusal:
+        with_tools(without_system, [said("Hi")])
+    assert refusal.value.param == "tools.content"
+
+
+def test_prompt_says_whether_it_ends_inside_the_thinking() -> None:
+    tokenizer = CharTokenizer()
+    tokenizer.chat_template = ENABLES_THINKING
+    for variables, is_thinking in (({}, True), ({"enable_thinking": False}, False)):
+        body = ChatRequest.model_validate(
+            {"messages": [said("a"), said("b", "assistant", reasoning_content="hm")], "chat_template_kwargs": variables}
+        )
+        prompt = prompt_of(tokenizer, body.chat())
+        assert prompt.is_thinking == is_thinking
+        assert "hmb\n" in "".join(map(chr, prompt.ids))
