@@ -13,6 +13,9 @@ from starlette.responses import Response
 
 from server.api.admin import growth, status
 from server.api.admin.schemas import GrowRequest, NotReadyResponse, ReloadRequest, ShrinkRequest
+from server.api.anthropic import routes as anthropic
+from server.api.anthropic.responses import AssistantMessage, MessageEvent
+from server.api.anthropic.schemas import CountTokensRequest, MessagesRequest
 from server.api.http.context import ApiContext
 from server.api.http.errors import ApiError, MethodError, NotFoundError, ValidationFailed, error_response
 from server.api.http.middleware import OPEN_PATHS, Gate
@@ -55,6 +58,7 @@ def create_app(
     app.state.context = ApiContext(service, metrics, http, version, log_prompts)
     app.include_router(tgi.router, tags=["generate"])
     app.include_router(openai.router, tags=["openai"])
+    app.include_router(anthropic.router, tags=["anthropic"])
     app.include_router(status.router, tags=["status"])
     app.include_router(growth.router, tags=["status"])
     app.include_router(growth.admin_router, tags=[ADMIN_TAG])
@@ -64,6 +68,8 @@ def create_app(
             **dict.fromkeys(("/generate", "/generate_stream", "/"), GenerateRequest),
             "/v1/completions": CompletionRequest,
             "/v1/chat/completions": ChatRequest,
+            "/v1/messages": MessagesRequest,
+            "/v1/messages/count_tokens": CountTokensRequest,
             "/experts/grow": GrowRequest,
             "/experts/shrink": ShrinkRequest,
             "/experts/reload": ReloadRequest,
@@ -77,6 +83,8 @@ def create_app(
             CompletionResponse,
             ChatResponse,
             ChatChunk,
+            AssistantMessage,
+            MessageEvent,
         ],
         has_key=key is not None,
         has_admin_key=admin_key is not None,

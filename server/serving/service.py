@@ -129,6 +129,10 @@ class LoadedModel:
         """All names, `name` first."""
         return (self.name, *self.other_names)
 
+    def told_name(self, asked: str | None) -> str:
+        """The name in an answer: the one that was asked for, if it is one of the model's."""
+        return asked if asked is not None and asked in self.names else self.name
+
 
 Loader = Callable[[LoadProgress], LoadedModel]
 

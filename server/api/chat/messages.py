@@ -78,6 +78,8 @@ class Chat:
         choice: has no meaning without tools.
         variables: of the chat template, as `enable_thinking`.
         effort: `reasoning_effort`, for templates that read it.
+        is_wish: whether a template that does not read the effort ignores it; else it refuses the chat.
+        thinks: switches the thinking where the template has a switch; None leaves it to the template.
         tools_place: of the tools in the client's body.
     """
 
@@ -86,6 +88,8 @@ class Chat:
     choice: ToolChoice = field(default_factory=ToolChoice)
     variables: Mapping[str, Any] = field(default_factory=dict)
     effort: str | None = None
+    is_wish: bool = False
+    thinks: bool | None = None
     tools_place: str = "tools"
 
     @property

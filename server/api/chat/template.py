@@ -43,6 +43,10 @@ For each call, write a JSON object with the function's name and its arguments wi
 """The end of the system prompt where the chat template knows no tools; the format is `formats.HERMES`."""
 
 
+_SWITCHES = ("enable_thinking", "thinking")
+"""Variables of templates that switch thinking: most have the first, DeepSeek V3.1 the second."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A chat that is ready to be answered.
@@ -80,14 +84,7 @@ def prompt_of(tokenizer: Any, chat: Chat) -> Prompt:
     """
     template = _template_of(tokenizer, has_tools=bool(chat.shown_tools))
     answer_format = format_of(template)
-    variables = dict(chat.variables)
-    if chat.effort is not None:
-        if "reasoning_effort" not in template:
-            raise ValidationFailed(
-                "`reasoning_effort` is not supported by this model's chat template; leave it out",
-                param="reasoning_effort",
-            )
-        variables["reasoning_effort"] = chat.effort
+    variables = _variables(chat, template)
     _check_variables(tokenizer, variables)
     _check_special_texts(tokenizer, chat, variables)
     messages = chat.messages if answer_format.shows_tools else _without_tools(chat)
@@ -135,6 +132,20 @@ def _template_of(tokenizer: Any, *, has_tools: bool) -> str:
 def _for_template(tool: Tool) -> dict[str, Any]:
     function = {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}
     return {"type": "function", "function": function}
+
+
+def _variables(chat: Chat, template: str) -> dict[str, Any]:
+    variables = dict(chat.variables)
+    if chat.effort is not None and "reasoning_effort" in template:
+        variables["reasoning_effort"] = chat.effort
+    elif chat.effort is not None and not chat.is_wish:
+        raise ValidationFailed(
+            "`reasoning_effort` is not supported by this model's chat template; leave it out", param="reasoning_effort"
+        )
+    switch = next((name for name in _SWITCHES if f"{name} is defined" in template or f"not {name}" in template), None)
+    if chat.thinks is not None and switch is not None:
+        variables.setdefault(switch, chat.thinks)
+    return variables
 
 
 def _without_tools(chat: Chat) -> tuple[Message, ...]:

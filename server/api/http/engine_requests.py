@@ -1,4 +1,4 @@
-"""Engine requests from checked HTTP bodies; both dialects use these functions.
+"""Engine requests from checked HTTP bodies; all dialects use these functions.
 
 Invariant: a request for experts that it cannot have is refused here or by `Engine.submit`, before the response begins.
 Each engine request has its own masking, because a masking follows the tokens of its request.
@@ -13,7 +13,7 @@ from typing import Any
 
 from server.api.http.errors import ValidationFailed
 from server.api.http.fields import MaskFields, SamplingFields
-from server.engine.request import GenerationRequest, SamplingParams
+from server.engine.request import ContextTooLongError, GenerationRequest, SamplingParams
 from server.masks.profiles import ProfileError
 from server.serving.service import LoadedModel
 
@@ -78,6 +78,44 @@ def sampling_of(
         else asked.include_stop_str_in_output,
         skip_special_tokens=asked.skip_special_tokens,
         ignore_eos=bool(asked.ignore_eos),
+    )
+
+
+def sampling_within(
+    model: LoadedModel,
+    asked: SamplingFields,
+    num_prompt_tokens: int,
+    *,
+    wanted: int | None,
+    default: int,
+    temperature: float | None,
+    seed: int | None,
+) -> SamplingParams:
+    """Sampling under `/v1`: drawn unless the temperature is 0, of at most as many tokens as the prompt leaves room for.
+
+    Args:
+        num_prompt_tokens: of the longest prompt.
+        wanted: the most new tokens; where it is None, the generation config says, and at last `default`.
+
+    Raises:
+        ContextTooLongError: the prompt leaves no room. ValidationFailed: a value that the model cannot take.
+    """
+    room = model.max_context_tokens - num_prompt_tokens
+    if room < 1:
+        raise ContextTooLongError(
+            f"the prompt has {num_prompt_tokens} tokens; prompt and answer together may have "
+            f"{model.max_context_tokens}: shorten the prompt by at least {1 - room}"
+        )
+    if wanted is None:
+        wanted = model.generation_defaults.get("max_new_tokens", default)
+    return sampling_of(
+        model,
+        asked,
+        temperature=model.generation_defaults.get("temperature", 1.0) if temperature is None else temperature,
+        do_sample=True,
+        max_new_tokens=max(1, min(wanted, room)),
+        seed=seed,
+        keep_stop=False,
     )
 
 

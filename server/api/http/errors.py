@@ -1,13 +1,14 @@
-"""Every error that a client can see: one table of statuses and kinds, and the error's JSON in both dialects.
+"""Every error that a client can see: one table of statuses and kinds, and the error's JSON in every dialect.
 
 Invariant: a message is written by us, bounded and printable, and never repeats what the client sent. The path decides
-the dialect: paths under `/v1` have OpenAI's, all others Text Generation Inference's.
+the dialect: `/v1/messages` has Anthropic's, other paths under `/v1` OpenAI's, all others Text Generation Inference's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
@@ -97,6 +98,9 @@ class SlowReaderError(GenerationError):
     """The client left its stream unread for too long."""
 
 
+Dialect = Literal["tgi", "openai", "anthropic"]
+
+
 class ErrorResponse(BaseModel):
     """Every error outside `/v1`."""
 
@@ -119,12 +123,26 @@ class OpenAIErrorResponse(BaseModel):
     error: OpenAIErrorDetails
 
 
+class AnthropicErrorDetails(BaseModel):
+    """The error of an `AnthropicErrorResponse`."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorResponse(BaseModel):
+    """Every error under `/v1/messages`; also the payload of an error event."""
+
+    type: Literal["error"]
+    error: AnthropicErrorDetails
+
+
 @dataclass(frozen=True)
 class Row:
     """One type of error, as a client sees it.
 
     Attributes:
-        status: outside `/v1`. OpenAI has no 422: there it is 400.
+        status: outside `/v1`. OpenAI and Anthropic have no 422: there it is 400.
         error_type: outside `/v1`.
         openai_type, openai_code: under `/v1`.
         when: for the OpenAPI document.
@@ -136,13 +154,28 @@ class Row:
     openai_code: str | None
     when: str
 
+    def status_in(self, dialect: Dialect) -> int:
+        """The status in a dialect."""
+        return 400 if self.status == 422 and dialect != "tgi" else self.status
+
     @property
-    def openai_status(self) -> int:
-        return 400 if self.status == 422 else self.status
+    def anthropic_type(self) -> str:
+        """The type under `/v1/messages`, which follows the status."""
+        fault = "api_error" if self.openai_type == _FAULT else _INVALID
+        return _ANTHROPIC_TYPES.get(self.status, fault)
 
 
 _INVALID = "invalid_request_error"
 _FAULT = "server_error"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 TABLE: dict[type[Exception], Row] = {
     MalformedBodyError: Row(400, "validation", _INVALID, "malformed_body", "The body is not a JSON document."),
     UnauthorizedError: Row(
@@ -189,9 +222,11 @@ def row_of(error: Exception) -> Row:
     return next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
 
 
-def is_openai(path: str) -> bool:
-    """Whether the path speaks OpenAI's dialect."""
-    return path == "/v1" or path.startswith("/v1/")
+def dialect_of(path: str) -> Dialect:
+    """The dialect that a path speaks."""
+    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+        return "anthropic"
+    return "openai" if path == "/v1" or path.startswith("/v1/") else "tgi"
 
 
 def message_of(error: Exception) -> str:
@@ -209,11 +244,14 @@ def message_of(error: Exception) -> str:
     return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
 
 
-def error_body(error: Exception, path: str) -> ErrorResponse | OpenAIErrorResponse:
+def error_body(error: Exception, path: str) -> ErrorResponse | OpenAIErrorResponse | AnthropicErrorResponse:
     """The error in the dialect of `path`; also the payload of an error event inside a stream."""
-    row, message = row_of(error), message_of(error)
-    if not is_openai(path):
+    row, message, dialect = row_of(error), message_of(error), dialect_of(path)
+    if dialect == "tgi":
         return ErrorResponse(error=message, error_type=row.error_type)
+    if dialect == "anthropic":
+        details = AnthropicErrorDetails(type=row.anthropic_type, message=message)
+        return AnthropicErrorResponse(type="error", error=details)
     param = getattr(error, "param", None)
     return OpenAIErrorResponse(
         error=OpenAIErrorDetails(message=message, type=row.openai_type, param=param, code=row.openai_code)
@@ -222,13 +260,13 @@ def error_body(error: Exception, path: str) -> ErrorResponse | OpenAIErrorRespon
 
 def error_response(error: Exception, path: str) -> ModelResponse:
     """The response that a client gets for `error`."""
-    row = row_of(error)
     headers = dict(getattr(error, "headers", {}))
     retry_after = getattr(error, "retry_after_seconds", None)
     if retry_after is not None:
         headers["Retry-After"] = str(max(1, round(retry_after)))
-    status = row.openai_status if is_openai(path) else row.status
-    return ModelResponse(error_body(error, path), status_code=status, headers=headers)
+    return ModelResponse(
+        error_body(error, path), status_code=row_of(error).status_in(dialect_of(path)), headers=headers
+    )
 
 
 def validation_failed(error: ValidationError) -> ValidationFailed:

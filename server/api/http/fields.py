@@ -1,4 +1,4 @@
-"""Field types of the request schemas of both dialects: texts and numbers with limits, and unsupported parameters.
+"""Field types of the request schemas of all dialects: texts and numbers with limits, and unsupported parameters.
 
 Invariant: a limit that a validator checks is also in the JSON Schema, if JSON Schema can express it. So the OpenAPI
 document tells a client what is refused.
@@ -112,7 +112,7 @@ Pool = Annotated[
 
 
 class MaskFields(Strict):
-    """The experts that a request may use; parameters of our own, in both dialects."""
+    """The experts that a request may use; parameters of our own, in all dialects."""
 
     profile: Annotated[str, Field(pattern=PROFILE_NAME)] | None = Field(
         None, description="name of a mask of this server, see GET /experts/profiles"
@@ -131,7 +131,7 @@ class MaskFields(Strict):
 
 
 class SamplingFields(MaskFields):
-    """Parameters that decide which tokens are chosen, in both dialects. Null leaves it to the generation config.
+    """Parameters that decide which tokens are chosen, in the dialects that have them. Null leaves it to the generation config.
 
     The fields after `stop` exist in other servers and are not supported here; only their neutral values are accepted.
     """

@@ -14,7 +14,9 @@ from pydantic.json_schema import models_json_schema
 
 from server.api.http.errors import (
     TABLE,
+    AnthropicErrorResponse,
     BodyTooLargeError,
+    Dialect,
     ErrorResponse,
     MalformedBodyError,
     MediaTypeError,
@@ -22,6 +24,7 @@ from server.api.http.errors import (
     SlowClientError,
     UnauthorizedError,
     ValidationFailed,
+    dialect_of,
 )
 from server.engine.request import EngineError, GenerationError, MemoryExhaustedError, QueueFullError
 from server.serving.service import NotReadyError
@@ -30,28 +33,37 @@ Responses = dict[int | str, dict[str, Any]]
 ADMIN_TAG = "admin"
 """Routes that need the admin key."""
 REF = "#/components/schemas/{model}"
+_SHAPES: dict[Dialect, type[BaseModel]] = {
+    "tgi": ErrorResponse,
+    "openai": OpenAIErrorResponse,
+    "anthropic": AnthropicErrorResponse,
+}
 _BODY_ERRORS = (MalformedBodyError, SlowClientError, BodyTooLargeError, MediaTypeError, ValidationFailed)
 _GENERATION_ERRORS = (GenerationError, QueueFullError, EngineError, NotReadyError, MemoryExhaustedError)
 
 
-def refusals(*errors: type[Exception], body: bool = False, openai: bool = False) -> Responses:
+def refusals(*errors: type[Exception], body: bool = False, dialect: Dialect = "tgi") -> Responses:
     """Documented error responses, from the table of errors.
 
     Args:
         errors: types that the route raises.
         body: the route takes a body.
-        openai: the route speaks OpenAI's dialect.
+        dialect: of the route.
     """
     texts: dict[int, list[str]] = {}
     for error in (*(_BODY_ERRORS if body else ()), *errors):
         row = TABLE[error]
-        texts.setdefault(row.openai_status if openai else row.status, []).append(row.when)
-    shape = OpenAIErrorResponse if openai else ErrorResponse
+        texts.setdefault(row.status_in(dialect), []).append(row.when)
+    shape = _SHAPES[dialect]
     return {status: _documented(shape, " ".join(found)) for status, found in sorted(texts.items())}
 
 
 def generation_responses(
-    answer: type[BaseModel] | None, stream_event: type[BaseModel], *errors: type[Exception], openai: bool = False
+    answer: type[BaseModel] | None,
+    stream_event: type[BaseModel],
+    *errors: type[Exception],
+    dialect: Dialect = "tgi",
+    ends_with_done: bool = False,
 ) -> Responses:
     """Documented responses of a route that generates.
 
@@ -59,20 +71,21 @@ def generation_responses(
         answer: of a request without a stream; None where every answer is a stream.
         stream_event: of a stream.
         errors: types that the route raises beyond those of every generation.
-        openai: the route speaks OpenAI's dialect.
+        dialect: of the route.
+        ends_with_done: whether a stream ends with `[DONE]`.
     """
     content: dict[str, Any] = {}
     if answer is not None:
         content["application/json"] = {"schema": {"$ref": REF.format(model=answer.__name__)}}
     data: dict[str, Any] = {"type": "string", "contentMediaType": "application/json"}
-    if openai:  # `contentSchema` has no word for the end
+    if ends_with_done:  # `contentSchema` has no word for the end
         data["description"] = f"JSON of {REF.format(model=stream_event.__name__)}; [DONE] ends the stream"
     else:
         data["contentSchema"] = {"$ref": REF.format(model=stream_event.__name__)}
     content["text/event-stream"] = {"schema": {"type": "object", "properties": {"data": data}}}
     return {
         200: {"description": "Generated.", "content": content},
-        **refusals(*_GENERATION_ERRORS, *errors, body=True, openai=openai),
+        **refusals(*_GENERATION_ERRORS, *errors, body=True, dialect=dialect),
     }
 
 
@@ -108,7 +121,7 @@ def install_openapi(
         app.openapi_schema = None
         document = build()
         inputs = list(dict.fromkeys(bodies.values()))
-        outputs: list[type[BaseModel]] = [*models, ErrorResponse, OpenAIErrorResponse]
+        outputs: list[type[BaseModel]] = [*models, *_SHAPES.values()]
         _, definitions = models_json_schema(
             [(model, "validation") for model in inputs] + [(model, "serialization") for model in outputs],
             ref_template=REF,
@@ -127,7 +140,7 @@ def install_openapi(
                     content = {"application/json": {"schema": schema}}
                     operation["requestBody"] = {"required": path not in optional_bodies, "content": content}
                 if has_key and path not in open_paths:
-                    refused = refusals(UnauthorizedError, openai=path.startswith("/v1/"))
+                    refused = refusals(UnauthorizedError, dialect=dialect_of(path))
                     operation["responses"] |= {str(status): text for status, text in refused.items()}
                     operation["security"] = [{"bearer": []}, {"header": []}]
                 if has_admin_key and ADMIN_TAG in operation.get("tags", ()):

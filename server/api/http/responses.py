@@ -41,6 +41,11 @@ def event(payload: BaseModel) -> bytes:
     return b"data: " + payload.model_dump_json(exclude_unset=True, ensure_ascii=True).encode() + b"\n\n"
 
 
+def named_event(payload: BaseModel) -> bytes:
+    """An event with its name, which is the payload's `type`."""
+    return b"event: " + str(payload.type).encode() + b"\n" + event(payload)  # type: ignore[attr-defined]
+
+
 class EventStream(Response):
     """A response that streams `events`.
 

@@ -14,14 +14,14 @@ from starlette.responses import Response
 
 from server.api.chat.template import prompt_of
 from server.api.http.context import ApiContext, context_of
-from server.api.http.engine_requests import request_of, sampling_of
+from server.api.http.engine_requests import request_of, sampling_within
 from server.api.http.errors import ModelNotFoundError, ValidationFailed
 from server.api.http.openapi import generation_responses, refusals
 from server.api.http.responses import ModelResponse
 from server.api.openai.completions import CHAT, COMPLETION, Format, Job, respond
 from server.api.openai.responses import ChatChunk, ChatResponse, CompletionResponse, ModelCard, ModelList
 from server.api.openai.schemas import DEFAULT_COMPLETION_TOKENS, ChatRequest, Common, CompletionRequest
-from server.engine.request import ContextTooLongError, SamplingParams
+from server.engine.request import SamplingParams
 from server.serving.service import LoadedModel, NotReadyError
 
 router = APIRouter(prefix="/v1")
@@ -31,7 +31,7 @@ router = APIRouter(prefix="/v1")
     "/models",
     summary="The model that is served, by all of its names",
     response_model=ModelList,
-    responses=refusals(NotReadyError, openai=True),
+    responses=refusals(NotReadyError, dialect="openai"),
 )
 async def models(request: Request) -> ModelResponse:
     """One entry for each name of the model."""
@@ -43,7 +43,7 @@ async def models(request: Request) -> ModelResponse:
     "/models/{name:path}",
     summary="One model",
     response_model=ModelCard,
-    responses=refusals(ModelNotFoundError, NotReadyError, openai=True),
+    responses=refusals(ModelNotFoundError, NotReadyError, dialect="openai"),
 )
 async def model(request: Request, name: str) -> ModelResponse:
     """The model, if this is one of its names."""
@@ -56,7 +56,7 @@ async def model(request: Request, name: str) -> ModelResponse:
 @router.post(
     "/completions",
     summary="Continue prompts",
-    responses=generation_responses(CompletionResponse, CompletionResponse, openai=True),
+    responses=generation_responses(CompletionResponse, CompletionResponse, dialect="openai", ends_with_done=True),
 )
 async def completions(request: Request) -> Response:
     """Continue one prompt or several, as texts or token ids."""
@@ -71,7 +71,7 @@ async def completions(request: Request) -> Response:
         raise ValidationFailed(
             f"`prompt` has a token id that is not below {served.vocab_size}, the size of the vocabulary", param="prompt"
         )
-    sampling = _sampling(body, served, prompts, body.max_tokens, DEFAULT_COMPLETION_TOKENS)
+    sampling = _sampling(body, served, max(map(len, prompts)), body.max_tokens, DEFAULT_COMPLETION_TOKENS)
     job = _job(COMPLETION, body, served, prompts, sampling, body.logprobs)
     if body.echo:
         texts = [await encoder.decode(prompt) if isinstance(prompt, list) else prompt for prompt in body.prompt]
@@ -96,7 +96,7 @@ def _check_completion(body: CompletionRequest) -> None:
 @router.post(
     "/chat/completions",
     summary="Answer a chat",
-    responses=generation_responses(ChatResponse, ChatChunk, openai=True),
+    responses=generation_responses(ChatResponse, ChatChunk, dialect="openai", ends_with_done=True),
 )
 async def chat(request: Request) -> Response:
     """Answer the last message, with the checkpoint's own chat template."""
@@ -110,7 +110,7 @@ async def chat(request: Request) -> Response:
     context.log_text(request, "prompt", [message.content for message in body.messages])
     prompt = await context.encoder(served).run(prompt_of, body.chat())
     wanted = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    sampling = _sampling(body, served, [prompt.ids], wanted, served.max_context_tokens)
+    sampling = _sampling(body, served, len(prompt.ids), wanted, served.max_context_tokens)
     if prompt.keeps_special_tokens:
         sampling = replace(sampling, skip_special_tokens=False)
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -134,31 +134,16 @@ def _served(context: ApiContext, body: Common, num_prompts: int) -> LoadedModel:
 
 
 def _sampling(
-    body: Common, served: LoadedModel, prompts: Sequence[Sequence[int]], wanted: int | None, default: int
+    body: Common, served: LoadedModel, num_prompt_tokens: int, wanted: int | None, default: int
 ) -> SamplingParams:
-    """Sampling unless the temperature is 0. `wanted` tokens are at most as many as the longest prompt leaves room for.
-
-    Raises:
-        ContextTooLongError: the longest prompt leaves no room.
-    """
-    longest = max(map(len, prompts))
-    room = served.max_context_tokens - longest
-    if room < 1:
-        raise ContextTooLongError(
-            f"the prompt has {longest} tokens; prompt and answer together may have {served.max_context_tokens}: "
-            f"shorten the prompt by at least {1 - room}"
-        )
-    if wanted is None:
-        wanted = served.generation_defaults.get("max_new_tokens", default)
-    temperature = served.generation_defaults.get("temperature", 1.0) if body.temperature is None else body.temperature
-    return sampling_of(
+    return sampling_within(
         served,
         body,
-        temperature=temperature,
-        do_sample=True,
-        max_new_tokens=max(1, min(wanted, room)),
+        num_prompt_tokens,
+        wanted=wanted,
+        default=default,
+        temperature=body.temperature,
         seed=None if body.seed is None else body.seed % 2**64,
-        keep_stop=False,
     )
 
 
@@ -176,7 +161,7 @@ def _job(
     return Job(
         format=format,
         model=served,
-        told_name=body.model if body.model in served.names else served.name,
+        told_name=served.told_name(body.model),
         requests=[
             request_of(
                 served,
