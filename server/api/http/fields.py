@@ -131,7 +131,7 @@ class MaskFields(Strict):
 
 
 class SamplingFields(MaskFields):
-    """Parameters that decide which tokens are chosen, in the dialects that have them. Null leaves it to the generation config.
+    """Parameters that decide which tokens are chosen. Null leaves them to the generation config.
 
     The fields after `stop` exist in other servers and are not supported here; only their neutral values are accepted.
     """

@@ -135,19 +135,19 @@ class ChatLogprobs(BaseModel):
         )
 
 
-class CalledFunction(BaseModel):
+class MadeFunction(BaseModel):
     """The function of a call; `arguments` is JSON as the model wrote it."""
 
     name: str
     arguments: str
 
 
-class ToolCall(BaseModel):
+class MadeCall(BaseModel):
     """A call of a tool."""
 
     id: str
     type: Literal["function"]
-    function: CalledFunction
+    function: MadeFunction
 
 
 class ChatAnswer(BaseModel):
@@ -157,7 +157,7 @@ class ChatAnswer(BaseModel):
     content: str | None
     refusal: None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[MadeCall] | None = None
 
     @classmethod
     def of(cls, answer: Answer) -> ChatAnswer:
@@ -167,10 +167,10 @@ class ChatAnswer(BaseModel):
             parts["reasoning_content"] = answer.thinking
         if answer.calls:
             parts["tool_calls"] = [
-                ToolCall(
+                MadeCall(
                     id=call.call_id,
                     type="function",
-                    function=CalledFunction(name=call.name, arguments=call.arguments),
+                    function=MadeFunction(name=call.name, arguments=call.arguments),
                 )
                 for call in answer.calls
             ]
