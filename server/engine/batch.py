@@ -20,6 +20,7 @@ from router.mask import ExpertMask
 from server.engine.logprobs import prompt_logprobs, token_logprob, top_logprobs
 from server.engine.masks import SequenceMasks
 from server.engine.request import (
+    ConstraintFailedError,
     EngineError,
     EngineTotals,
     ExpertMissingError,
@@ -226,12 +227,17 @@ class Batch:
 
         If the runner has `chosen` the tokens of the step's rows, take the `at`-th and do not read the logits.
         """
-        if chosen is not None and sequence.sampler.leaves_choice:
+        if chosen is not None and sequence.leaves_choice:
             token = int(chosen.token[at])
             logprob = float(chosen.logit[at] - chosen.normaliser[at])
         else:
-            token = sequence.sampler.choose(logits, choice)
+            allowed = None if sequence.constraint is None else sequence.constraint.allowed_flags()
+            token = sequence.sampler.choose(logits, choice, allowed)
             logprob = token_logprob(logits, token, None if chosen is None else float(chosen.normaliser[at]))
+        failure = None if sequence.constraint is None else sequence.constraint.error
+        if failure is not None:
+            self.fail(sequence, ConstraintFailedError(f"the constraint could not be followed further: {failure}"))
+            return
         self.generated_tokens += 1
         top = top_logprobs(logits[None], sequence.request.num_logprobs, self._vocabulary)[0]
         told, reason = sequence.take(token, logprob, top)
@@ -301,5 +307,5 @@ def _step(sequence: Sequence, mask: ExpertMask | None, choice: Choice | None) ->
         mask=mask,
         temperature=request.router_temperature,
         fetches=request.on_missing == "fetch",
-        choice=choice if sequence.sampler.leaves_choice else None,
+        choice=choice if sequence.leaves_choice else None,
     )

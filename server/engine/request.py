@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from router.mask import ExpertMask
+from server.constraints.compiler import CompiledConstraint
 from server.errors import ServerError
 
 FinishReason = Literal["length", "eos_token", "stop_sequence", "cancelled"]
@@ -31,6 +32,7 @@ class EngineError(ServerError):
       InvalidRequestError     a value that no model could serve (empty prompt, unknown token id, …)
       EngineStoppedError      not ready, draining, stopped or failed
       GenerationError         the request was running and could not be finished
+          ConstraintFailedError its constraint could not be followed to the end of the text
         MemoryExhaustedError  memory did not suffice for its next step; retry later
         ExpertMissingError    it refused to go on without an expert that is not available to it
     """
@@ -67,6 +69,10 @@ class GenerationError(EngineError):
 
 class MemoryExhaustedError(GenerationError):
     """A running request could not be given the memory that its next step needs; later there may be more."""
+
+
+class ConstraintFailedError(GenerationError):
+    """A running request's constraint takes too much work to follow, or no token of the vocabulary continues it."""
 
 
 class ExpertMissingError(GenerationError):
@@ -209,6 +215,9 @@ class GenerationRequest:
             among the available ones. "fetch": experts that the store lacks are read from the source checkpoint.
             "refuse": the request fails with `ExpertMissingError`.
         router_temperature: > 0, divides the router's logits for choice and weights; 1 leaves the model as it is.
+        constraint: the generated text matches it, unless `max_new_tokens` or a stop string ends it before. An end-of-
+            sequence token comes only where the text matches; where nothing can follow, the text ends without one. With
+            `min_tokens` and `ignore_eos` the text goes on where it can.
     """
 
     request_id: str
@@ -219,6 +228,7 @@ class GenerationRequest:
     masking: Masking | None = None
     on_missing: OnMissing = "mask"
     router_temperature: float = 1.0
+    constraint: CompiledConstraint | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from collections.abc import Collection, Sequence
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import FloatTensor, LongTensor, Tensor
 from transformers.generation.logits_process import (
@@ -39,7 +40,7 @@ class Sampler:
     Args:
         params: the request's sampling parameters.
         prompt_ids: seen by the repetition penalty.
-        eos_token_ids: not chosen as one of the first `params.min_tokens`.
+        eos_token_ids: not chosen as one of the first `params.min_tokens`; a constraint sees to that itself.
 
     Attributes:
         seed: the request's seed, or a fresh one; None if the choice is greedy.
@@ -73,7 +74,7 @@ class Sampler:
             or self._bias
             or params.min_p
             or params.typical_p not in (None, 1.0)
-            or self._num_chosen < params.min_tokens
+            or (self._eos and self._num_chosen < params.min_tokens)
         )
 
     def choice(self) -> Choice | None:
@@ -88,10 +89,14 @@ class Sampler:
             draw=self._draws.random(),
         )
 
-    def choose(self, logits: Tensor, choice: Choice | None) -> int:
-        """Choose the next token from logits [V] float32, by a `choice` of this sampler. The logits are not changed.
-        Waits for the device once."""
-        scores = self._warpers(_NO_IDS, cast(FloatTensor, self._adjusted(logits)))[0]
+    def choose(self, logits: Tensor, choice: Choice | None, allowed: npt.NDArray[np.bool_] | None = None) -> int:
+        """Choose the next token from logits [V] float32, by a `choice` of this sampler, among the tokens that `allowed`
+        [V] flags. The logits are not changed. Waits for the device once."""
+        scores = self._adjusted(logits)
+        if allowed is not None:
+            hidden = torch.from_numpy(~allowed).to(logits.device)
+            scores = scores.masked_fill(hidden, -torch.inf)
+        scores = self._warpers(_NO_IDS, cast(FloatTensor, scores))[0]
         if choice is None:
             token = int(scores.argmax())
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection
@@ -77,7 +78,10 @@ class Sequence:
         sampling = self.request.sampling
         self.row = row
         self.admitted_at = time.monotonic()
-        self.sampler = Sampler(sampling, self.request.prompt_ids, eos_token_ids)
+        constraint = self.request.constraint
+        num_kept_on = math.inf if sampling.ignore_eos else sampling.min_tokens
+        self.constraint = None if constraint is None else constraint.begin(num_kept_on)
+        self.sampler = Sampler(sampling, self.request.prompt_ids, eos_token_ids if constraint is None else ())
         self.detokenizer = Detokenizer(vocabulary, self.request.prompt_ids, sampling)
         self._vocabulary, self._eos = vocabulary, eos_token_ids
         self._untold: deque[TokenEvent] = deque()
@@ -89,14 +93,19 @@ class Sequence:
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
         self.generated.append(token)
-        sampling = self.request.sampling
+        sampling, constraint = self.request.sampling, self.constraint
         is_eos = token in self._eos
-        self.detokenizer.add(token, is_end=is_eos and not sampling.ignore_eos)
+        is_end = is_eos and (constraint is not None or not sampling.ignore_eos)
+        self.detokenizer.add(token, is_end=is_end)
+        if constraint is not None and not is_end:
+            constraint.take(token)
         reason: FinishReason | None = None
-        if is_eos and not sampling.ignore_eos:
+        if is_end:
             reason = "eos_token"
         elif self.detokenizer.stop_string is not None:
             reason = "stop_sequence"
+        elif constraint is not None and constraint.is_complete:
+            reason = "eos_token"
         elif len(self.generated) >= sampling.max_new_tokens:
             reason = "length"
         if reason is not None:
@@ -109,6 +118,11 @@ class Sequence:
         if reason is not None and told:
             told[-1] = replace(told[-1], is_last=True)
         return told, reason
+
+    @property
+    def leaves_choice(self) -> bool:
+        """Whether a runner may choose the next token by the sampler's `choice`."""
+        return self.constraint is None and self.sampler.leaves_choice
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -21,6 +21,7 @@ from extractor.checkpoint.checkpoint import checkpoint_name
 from extractor.checkpoint.source import attach_source
 from extractor.statistics.statistics import ExpertStatistics
 from router.mask import ExpertMask, parse_experts
+from server.constraints.compiler import ConstraintCompiler
 from server.engine.admission import EngineLimits
 from server.engine.engine import Engine
 from server.engine.snapshots import STATISTICS_FILE, USAGE_FILE, StatisticsFile, UsageFile
@@ -180,6 +181,7 @@ def _describe(settings: Settings, engine: Engine, store: Store, known: KnownPric
         engine=engine,
         experts=lambda: _snapshot(engine, store),
         price=known.price,
+        constraints=ConstraintCompiler(model.tokenizer, model.vocab_size, model.eos_token_ids),
     )
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from server.constraints.compiler import ConstraintCompiler
 from server.engine.request import EngineStatus, EngineStoppedError, GenerationRequest, OnEvent
 from server.growth.status import GrowthLike
 from server.masks.masking import RequestMasks
@@ -119,6 +120,8 @@ class LoadedModel:
     """Gives the expected loss of a deficit: `price.expected_loss(deficit)`. None where nothing was calibrated."""
     growth: GrowthLike | None = None
     """Changes the served store; None where nothing can."""
+    constraints: ConstraintCompiler | None = None
+    """Compiles the constraints of requests; None where none are taken."""
     masks: RequestMasks | None = None
     """Masks that requests may choose; None where they may not."""
     other_names: tuple[str, ...] = ()

@@ -19,6 +19,9 @@ from pydantic import BaseModel
 from starlette.requests import Request
 
 from server.api.http.body import read_model
+from server.api.http.errors import ValidationFailed
+from server.constraints.compiler import CompiledConstraint
+from server.constraints.grammar import Constraint, ConstraintError
 from server.engine.request import QueueFullError
 from server.serving.metrics import Metrics
 from server.serving.service import LoadedModel, NotReadyError, Service
@@ -27,6 +30,7 @@ from server.settings.schema import HttpSettings
 log = logging.getLogger(__name__)
 
 MAX_WAITING_TEXTS = 256
+MAX_COMPILING = 32
 
 Body = TypeVar("Body", bound=BaseModel)
 Argument = TypeVar("Argument")
@@ -88,6 +92,10 @@ class ApiContext:
     log_prompts: bool = False
     _encoders: dict[int, TextEncoder] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _num_compiling: int = 0
+    _compiling: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="deepfew-compile")
+    )
 
     async def read(self, request: Request, schema: type[Body], *, optional: bool = False) -> Body:
         """The request's body as a `schema`; see `read_model`. Raises `ApiError`."""
@@ -112,6 +120,33 @@ class ApiContext:
             if id(model) not in self._encoders:
                 self._encoders = {id(model): TextEncoder(model.tokenizer)}
             return self._encoders[id(model)]
+
+    async def compiled(
+        self, model: LoadedModel, constraint: Constraint | None, param: str
+    ) -> CompiledConstraint | None:
+        """The constraint, compiled on a thread of its own; None is none.
+
+        Args:
+            param: where the constraint stands in the body, for messages.
+
+        Raises:
+            ValidationFailed: it cannot be enforced. QueueFullError: too many wait for the thread.
+        """
+        if constraint is None:
+            return None
+        if model.constraints is None:
+            raise ValidationFailed(f"`{param}`: what is served here takes no constraints; leave it out", param=param)
+        if self._num_compiling >= MAX_COMPILING:
+            raise QueueFullError(f"{MAX_COMPILING} constraints are waiting to be compiled; try again")
+        self._num_compiling += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._compiling, model.constraints.compile, constraint
+            )
+        except ConstraintError as error:
+            raise ValidationFailed(f"`{param}`: {error}", param=param) from error
+        finally:
+            self._num_compiling -= 1
 
     def log_text(self, request: Request, kind: str, text: object) -> None:
         """Log a prompt or an answer if `log_prompts` is set. Nothing else logs them."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from server.api.http.errors import ValidationFailed
 from server.api.http.fields import MaskFields, SamplingFields
+from server.constraints.compiler import CompiledConstraint
 from server.engine.request import ContextTooLongError, GenerationRequest, SamplingParams
 from server.masks.profiles import ProfileError
 from server.serving.service import LoadedModel
@@ -149,12 +150,14 @@ def request_of(
     *,
     num_logprobs: int = 0,
     prompt_logprobs: bool = False,
+    constraint: CompiledConstraint | None = None,
     path: str = "",
 ) -> GenerationRequest:
     """One request for the engine.
 
     Args:
         masks: the client's mask parameters.
+        constraint: from `ApiContext.compiled`.
         path: of these fields in the body, for messages.
 
     Raises:
@@ -179,5 +182,6 @@ def request_of(
         prompt_logprobs=prompt_logprobs,
         masking=masking,
         on_missing=masks.on_missing or "mask",
+        constraint=constraint,
         router_temperature=1.0 if masks.router_temperature is None else float(masks.router_temperature),
     )

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.chat.template import prompt_of
+from server.api.http.constraints import constraint_of
 from server.api.http.context import ApiContext, context_of
 from server.api.http.engine_requests import request_of, sampling_within
 from server.api.http.errors import ModelNotFoundError, ValidationFailed
@@ -21,6 +22,7 @@ from server.api.http.responses import ModelResponse
 from server.api.openai.completions import CHAT, COMPLETION, Format, Job, respond
 from server.api.openai.responses import ChatChunk, ChatResponse, CompletionResponse, ModelCard, ModelList
 from server.api.openai.schemas import DEFAULT_COMPLETION_TOKENS, ChatRequest, Common, CompletionRequest
+from server.constraints.compiler import CompiledConstraint
 from server.engine.request import SamplingParams
 from server.serving.service import LoadedModel, NotReadyError
 
@@ -72,7 +74,8 @@ async def completions(request: Request) -> Response:
             f"`prompt` has a token id that is not below {served.vocab_size}, the size of the vocabulary", param="prompt"
         )
     sampling = _sampling(body, served, max(map(len, prompts)), body.max_tokens, DEFAULT_COMPLETION_TOKENS)
-    job = _job(COMPLETION, body, served, prompts, sampling, body.logprobs)
+    constraint = await context.compiled(served, constraint_of(body.response_format), "response_format")
+    job = _job(COMPLETION, body, served, prompts, sampling, body.logprobs, constraint)
     if body.echo:
         texts = [await encoder.decode(prompt) if isinstance(prompt, list) else prompt for prompt in body.prompt]
         job = replace(
@@ -114,7 +117,8 @@ async def chat(request: Request) -> Response:
     if prompt.keeps_special_tokens:
         sampling = replace(sampling, skip_special_tokens=False)
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    job = _job(CHAT, body, served, [prompt.ids], sampling, num_logprobs)
+    constraint = await context.compiled(served, constraint_of(body.response_format), "response_format")
+    job = _job(CHAT, body, served, [prompt.ids], sampling, num_logprobs, constraint)
     return await respond(request, context, replace(job, prompt=prompt))
 
 
@@ -154,6 +158,7 @@ def _job(
     prompts: Sequence[list[int]],
     sampling: SamplingParams,
     num_logprobs: int | None,
+    constraint: CompiledConstraint | None,
 ) -> Job:
     """`n` requests for every prompt; the same seed gives the same `n` answers, each of them its own."""
     seed = sampling.seed
@@ -170,6 +175,7 @@ def _job(
                 body,
                 num_logprobs=num_logprobs or 0,
                 prompt_logprobs=is_echo_scored,
+                constraint=constraint,
             )
             for prompt in prompts
             for copy in range(body.n or 1)

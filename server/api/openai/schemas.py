@@ -16,6 +16,7 @@ from server.api.chat.messages import Call, Chat, ToolChoice
 from server.api.chat.messages import Message as ChatMessage
 from server.api.chat.tools import MAX_TOOLS, CallId, ToolName, tool_choice, tools_of
 from server.api.http.errors import ValidationFailed
+from server.api.http.constraints import ResponseFormat
 from server.api.http.fields import (
     MAX_TEXT,
     MAX_TOKENS,
@@ -155,6 +156,9 @@ class Common(SamplingFields):
         None, description="default the generation config's, else 1; 0 is greedy"
     )
     seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
+    response_format: ResponseFormat | None = Field(
+        None, description="JSON, or JSON that is valid under a schema, enforced token by token"
+    )
     user: Bookkeeping | None = Field(None, description="not kept")
     prompt_logprobs: unsupported() = None  # type: ignore[valid-type]
     truncate_prompt_tokens: unsupported() = None  # type: ignore[valid-type]
@@ -244,12 +248,6 @@ class NamedTool(Strict):
     function: FunctionName
 
 
-class ResponseFormat(Strict):
-    """Only plain text."""
-
-    type: Literal["text"]
-
-
 class ChatRequest(Common):
     """`POST /v1/chat/completions`."""
 
@@ -258,7 +256,6 @@ class ChatRequest(Common):
     max_completion_tokens: TokenCount | None = Field(None, description="the newer name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_TOKENS)] | None = None
-    response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, TemplateValue] | None = Field(
         None, description="variables for the chat template, as enable_thinking"
     )

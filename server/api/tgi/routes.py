@@ -14,6 +14,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.api.http.constraints import constraint_of
 from server.api.http.context import ApiContext, context_of
 from server.api.http.engine_requests import LEAST_LOGPROB, request_of, sampling_of
 from server.api.http.errors import ValidationFailed, error_body
@@ -153,6 +154,7 @@ async def _prepare(context: ApiContext, model: LoadedModel, body: GenerateReques
         parameters,
         num_logprobs=parameters.top_n_tokens or 0,
         prompt_logprobs=bool(parameters.decoder_input_details),
+        constraint=await context.compiled(model, constraint_of(parameters.grammar), "parameters.grammar"),
         path="parameters.",
     )
     return Prompt(request, body.inputs, parameters, model)

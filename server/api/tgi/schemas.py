@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, RootModel
 
+from server.api.http.constraints import Grammar
 from server.api.http.fields import (
     MAX_TOP_TOKENS,
     ModelName,
@@ -48,7 +49,7 @@ class GenerateParameters(SamplingFields):
     )
     best_of: unsupported(1) = Field(None, description="only 1")  # type: ignore[valid-type]
     watermark: unsupported(False) = Field(None, description="not supported")  # type: ignore[valid-type]
-    grammar: unsupported() = Field(None, description="not supported")  # type: ignore[valid-type]
+    grammar: Grammar | None = Field(None, description="the text matches this, enforced token by token")
     adapter_id: unsupported() = Field(None, description="not supported")  # type: ignore[valid-type]
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from server.constraints.compiler import CompiledConstraint
 from server.engine.engine import Engine
 from server.engine.request import (
     EngineError,
@@ -54,6 +55,7 @@ class Client:
         on_missing: OnMissing = "mask",
         router_temperature: float = 1.0,
         hold: bool = False,
+        constraint: CompiledConstraint | None = None,
         **sampling: Any,
     ) -> None:
         self.events: list[Event] = []
@@ -73,6 +75,7 @@ class Client:
             masking=masking,
             on_missing=on_missing,
             router_temperature=router_temperature,
+            constraint=constraint,
         )
         engine.submit(request, self._take)
 

@@ -1,0 +1,1 @@
+"""Constraints on generated text: schemas, patterns and tool calls, enforced token by token."""
