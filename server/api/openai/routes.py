@@ -117,7 +117,8 @@ async def chat(request: Request) -> Response:
     if prompt.keeps_special_tokens:
         sampling = replace(sampling, skip_special_tokens=False)
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    constraint = await context.compiled(served, constraint_of(body.response_format), "response_format")
+    asked = constraint_of(body.response_format)
+    constraint = await context.compiled(served, asked and prompt.after_thinking(asked), "response_format")
     job = _job(CHAT, body, served, [prompt.ids], sampling, num_logprobs, constraint)
     return await respond(request, context, replace(job, prompt=prompt))
 
