@@ -15,8 +15,8 @@ from pydantic_core import PydanticCustomError
 from server.api.chat.messages import Call, Chat, ToolChoice
 from server.api.chat.messages import Message as ChatMessage
 from server.api.chat.tools import MAX_TOOLS, CallId, ToolName, tool_choice, tools_of
-from server.api.http.errors import ValidationFailed
 from server.api.http.constraints import ResponseFormat
+from server.api.http.errors import ValidationFailed
 from server.api.http.fields import (
     MAX_TEXT,
     MAX_TOKENS,
