@@ -15,6 +15,8 @@ from pydantic import ConfigDict, Field
 
 ROW_ALIGNMENT = 16
 """Bytes: the widest load of a GPU."""
+ROW_GROUP_COLUMNS = 8
+"""A row has a multiple of so many columns, and so has a group of them."""
 
 CODE_BITS = {"fp8": 8, "int8": 8, "fp4": 4, "int4": 4}
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I16": 2}
@@ -36,7 +38,7 @@ class RowEncoding:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
 
     codes: Literal["fp8", "int8", "fp4", "int4"]
-    group: Annotated[int, Field(ge=8, le=1 << 24)]
+    group: Annotated[int, Field(ge=ROW_GROUP_COLUMNS, le=1 << 24)]
     scales: Literal["F32", "F16", "BF16", "F8_E4M3", "F8_E8M0"]
     zeros: Literal["U8", "I16"] | None = None
     overall: Literal["factor", "divisor"] | None = None
@@ -46,7 +48,7 @@ class RowEncoding:
 
         Raises ValueError if the groups do not divide the columns.
         """
-        if columns % self.group or columns % 8:
+        if columns % self.group or columns % ROW_GROUP_COLUMNS:
             raise ValueError(f"rows of {columns} columns in groups of {self.group}: wanted whole groups and bytes")
         groups = columns // self.group
         sizes = {"codes": (columns * CODE_BITS[self.codes] // 8, 1)}

@@ -103,6 +103,11 @@ class TensorSpec(_Record):
     encoding: RowEncoding | None = None
 
     @property
+    def bits(self) -> float:
+        """Bits of one of its numbers, with its share of scales and padding."""
+        return 8 * self.bytes / math.prod(self.shape)
+
+    @property
     def stored(self) -> tuple[str, tuple[int, ...]]:
         """dtype and shape of the tensor in a shard."""
         if self.encoding is None:
@@ -124,6 +129,18 @@ class LayerSpec(_Record):
     def is_encoded(self) -> bool:
         """Whether a tensor of the span is in fewer bits."""
         return any(tensor.encoding is not None for tensor in self.tensors)
+
+
+def expert_encodings(layers: Iterable[LayerSpec]) -> dict[str, str]:
+    """The encoding of the experts' encoded tensors in words, by the tensors' names."""
+    tensors = (tensor for layer in layers for tensor in layer.tensors)
+    return {tensor.name: str(tensor.encoding) for tensor in tensors if tensor.encoding is not None}
+
+
+def expert_bits(layers: Iterable[LayerSpec]) -> float:
+    """Bits of one weight of the experts, with its share of scales and padding, mean over all layers."""
+    tensors = [tensor for layer in layers for tensor in layer.tensors]
+    return 8 * sum(tensor.bytes for tensor in tensors) / sum(math.prod(tensor.shape) for tensor in tensors)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from expert_store.encoding import CODE_BITS, RowEncoding
+from expert_store.manifest import LayerSpec
+from expert_store.slots import TORCH_DTYPES
 
 FIELD_DTYPES = {
     "F32": torch.float32,
@@ -59,7 +61,11 @@ def pack_rows(encoding: RowEncoding, fields: RowFields) -> Tensor:
         if value is None or value.shape != (num_rows, count) or value.dtype != dtype:
             found = None if value is None else (value.dtype, tuple(value.shape))
             raise ValueError(f"{name} of {encoding} is {found}, wanted {dtype} of shape {(num_rows, count)}")
-        rows[:, at : at + count * dtype.itemsize] = value.contiguous().view(torch.uint8)
+        if (
+            dtype.itemsize > 1
+        ):  # a view as bytes needs a stride of one, which `contiguous` leaves as it is for one column
+            value = value.clone(memory_format=torch.contiguous_format)
+        rows[:, at : at + count * dtype.itemsize] = value.view(torch.uint8)
     return rows
 
 
@@ -78,17 +84,36 @@ def unpack_rows(encoding: RowEncoding, columns: int, rows: Tensor) -> RowFields:
 
 def decode_rows(encoding: RowEncoding, columns: int, rows: Tensor) -> Tensor:
     """float32 [O, N], the values of `rows`, uint8 [O, row_bytes]."""
-    fields = unpack_rows(encoding, columns, rows)
+    return decode_fields(encoding, unpack_rows(encoding, columns, rows))
+
+
+def decode_fields(encoding: RowEncoding, fields: RowFields) -> Tensor:
+    """float32 [O, N], the values of a matrix's numbers."""
     scales = fields.scales.float()
     if encoding.scales == "F8_E8M0":
         scales = (scales - 127.0).exp2()
     if fields.overall is not None:
         scales = scales * fields.overall[:, None] if encoding.overall == "factor" else scales / fields.overall[:, None]
-    values = _code_values(encoding, fields.codes).view(len(rows), -1, encoding.group)
+    values = _code_values(encoding, fields.codes).reshape(len(scales), -1, encoding.group)
     if encoding.middle:
         zeros = encoding.middle if fields.zeros is None else fields.zeros.float().unsqueeze(-1)
         values = values - zeros
-    return (values * scales.unsqueeze(-1)).view(len(rows), columns)
+    return (values * scales.unsqueeze(-1)).flatten(1)
+
+
+def span_values(layer: LayerSpec, span: Tensor) -> dict[str, Tensor]:
+    """The values of an expert's tensors by name, [*shape] each; `span` is uint8 [span_bytes] in host memory.
+
+    Encoded ones are float32, others views of `span` in their own dtype.
+    """
+    values = {}
+    for tensor in layer.tensors:
+        part = span[tensor.offset : tensor.offset + tensor.bytes]
+        if tensor.encoding is None:
+            values[tensor.name] = part.view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
+        else:
+            values[tensor.name] = decode_rows(tensor.encoding, tensor.shape[1], part.view(tensor.shape[0], -1))
+    return values
 
 
 def _code_values(encoding: RowEncoding, codes: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ class Recipe:
     """The recipe for one parameter of an experts module.
 
     `keys[pattern]` are the checkpoint tensors that a source pattern of the converter collects, in transformers' order:
-    either one per expert, or a single fused one whose first axis is the experts.
+    either one per expert, or a single fused one whose first axis is the experts. If `is_transposed`, the module's
+    matrices are [E, N, O], else [E, O, N].
     """
 
     parameter: str
@@ -57,6 +58,12 @@ class Recipe:
     source_patterns: tuple[str, ...]
     target_patterns: tuple[str, ...]
     config: Any
+    is_transposed: bool
+
+    @property
+    def name(self) -> str:
+        """The parameter's name in its module."""
+        return self.parameter.rpartition(".")[2]
 
     @property
     def is_concatenation(self) -> bool:
@@ -158,7 +165,7 @@ def trace(directory: Path, tensors: Mapping[str, TensorEntry]) -> Trace:
     collected, trunk, converters = _assign(model, modules, tensors, ignored, transforms)
     experts = {
         module: tuple(
-            _recipe(f"{module}.{parameter}", shape, collected, converters, config)
+            _recipe(f"{module}.{parameter}", shape, collected, converters, model)
             for parameter, shape in parameters.items()
         )
         for module, parameters in modules.items()
@@ -215,7 +222,7 @@ def _recipe(
     shape: tuple[int, ...],
     collected: Mapping[str, Mapping[str, list[str]]],
     converters: Mapping[str, Any],
-    config: Any,
+    model: Any,
 ) -> Recipe:
     found = collected[parameter]
     if not found:
@@ -239,7 +246,8 @@ def _recipe(
         operations=tuple(converter.operations) if converter is not None else (),
         source_patterns=patterns,
         target_patterns=tuple(converter.target_patterns) if converter is not None else (parameter,),
-        config=config,
+        config=model.config,
+        is_transposed=bool(model.get_submodule(parameter.rpartition(".")[0]).is_transposed),
     )
 
 

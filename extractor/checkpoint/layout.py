@@ -2,26 +2,28 @@
 
 Owns the map from (MoE layer, expert) to the pieces of its span. A piece is a byte range of a checkpoint file wherever
 the in-memory layout is a concatenation of what is on disk (per-expert linears, rows of fused tensors), else a
-conversion of one expert's tensors. Invariant: the pieces of a span have together exactly `span_bytes` bytes, in the
-order of `LayerSpec.tensors`; every checkpoint tensor that the model reads belongs either to spans or to the trunk.
+conversion of one expert's tensors: to encoded rows where the checkpoint has those, else to plain values. Invariants:
+the pieces of a span have together exactly `span_bytes` bytes, in the order of `LayerSpec.tensors`; a parameter has the
+same encoding in all layers; every checkpoint tensor that the model reads belongs either to spans or to the trunk.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from expert_store.encoding import RowEncoding
 from expert_store.manifest import DTYPE_BYTES, LayerSpec, ModelSpec, TensorSpec
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.checkpoint.conversion import Recipe, trace
 from extractor.checkpoint.encodings import PLAIN_DTYPES
 from extractor.checkpoint.families import check_family
-from extractor.checkpoint.quantised import piece_of, read_part
+from extractor.checkpoint.quantised import ExpertsDtype, QuantisedEntry, piece_of, read_part, rows_of
 from extractor.checkpoint.tensor_file import ConvertedPiece, Piece, TensorEntry
 from extractor.errors import CheckpointError, UnsupportedFamilyError
 
@@ -31,21 +33,22 @@ Part = tuple[TensorEntry, int, int]
 
 @dataclass(frozen=True)
 class ExpertsLayout:
-    """The experts of a checkpoint. `trunk` are all other tensors."""
+    """The experts of a checkpoint. `trunk` are all other tensors; `notes` say what is dequantised, and why."""
 
     model: ModelSpec
     layers: tuple[LayerSpec, ...]
     recipes: tuple[tuple[Recipe, ...], ...]
     trunk: tuple[TensorEntry, ...]
     checkpoint: Checkpoint
+    notes: tuple[str, ...]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, family: str | None = None) -> ExpertsLayout:
-        """Find the experts of `checkpoint`; `family` skips the table of supported families.
+    def of(cls, checkpoint: Checkpoint, experts_dtype: ExpertsDtype = "shipped") -> ExpertsLayout:
+        """Find the experts of `checkpoint`, to be stored as `experts_dtype`.
 
         Raises UnsupportedFamilyError or CheckpointError.
         """
-        family = family or check_family(checkpoint.config, str(checkpoint.path))
+        family = check_family(checkpoint.config, str(checkpoint.path))
         found = trace(checkpoint.path, checkpoint.tensors)
         counts = {recipe.shape[0] for recipes in found.experts.values() for recipe in recipes}
         if len(counts) != 1:
@@ -58,9 +61,10 @@ class ExpertsLayout:
                 f"{checkpoint.path / 'config.json'} gives every token {found.top_k} experts of {min(counts)}; "
                 "use the config.json that belongs to the weights"
             )
+        encodings, notes = _encodings(checkpoint, found.experts.values()) if experts_dtype == "shipped" else ({}, [])
         layers, recipes = [], []
         for layer, (module, parts) in enumerate(found.experts.items()):
-            layers.append(_layer_spec(checkpoint, layer, module, parts))
+            layers.append(_layer_spec(checkpoint, layer, module, parts, encodings))
             recipes.append(parts)
         model = ModelSpec(
             family=family,
@@ -71,7 +75,13 @@ class ExpertsLayout:
             dtype=layers[0].tensors[0].dtype,
         )
         trunk = tuple(checkpoint.tensors[key] for key in found.trunk)
-        return cls(model, tuple(layers), tuple(recipes), trunk, checkpoint)
+        dequantised = [entry for entry in trunk if isinstance(entry, QuantisedEntry)]
+        if dequantised:
+            notes.append(
+                f"{len(dequantised)} tensors outside the experts, such as {dequantised[0].name}, are dequantised to "
+                f"{dequantised[0].dtype}: nothing multiplies those as they are yet"
+            )
+        return cls(model, tuple(layers), tuple(recipes), trunk, checkpoint, tuple(notes))
 
     def span(self, layer: int, expert: int) -> Iterator[Piece]:
         """The pieces of the span of (MoE layer, expert), in order."""
@@ -79,7 +89,9 @@ class ExpertsLayout:
             sources = [
                 (pattern, *_expert_part(self.checkpoint, recipe, pattern, expert)) for pattern in recipe.source_patterns
             ]
-            if recipe.is_concatenation:
+            if tensor.encoding is not None:
+                yield from (rows_of(*part) for _, part, _ in sources)
+            elif recipe.is_concatenation:
                 yield from (piece_of(*part) for _, part, _ in sources)
             else:
                 yield ConvertedPiece(tensor.bytes, partial(convert_expert, recipe, sources))
@@ -92,16 +104,66 @@ def convert_expert(recipe: Recipe, sources: Sequence[tuple[str, Part, tuple[int,
     return memoryview(converted.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _layer_spec(checkpoint: Checkpoint, layer: int, module: str, recipes: tuple[Recipe, ...]) -> LayerSpec:
+def _encodings(
+    checkpoint: Checkpoint, experts: Collection[tuple[Recipe, ...]]
+) -> tuple[dict[str, RowEncoding], list[str]]:
+    """The encoding of each experts parameter that a store can hold as shipped, by the parameter's name in its module,
+    and for each other quantised one a note."""
+    by_name: dict[str, list[Recipe]] = {}
+    for recipe in (recipe for recipes in experts for recipe in recipes):
+        by_name.setdefault(recipe.name, []).append(recipe)
+    encodings, notes = {}, []
+    for name, recipes in by_name.items():
+        entries = {key: checkpoint.tensors[key] for recipe in recipes for keys in recipe.keys.values() for key in keys}
+        quantised = {key: entry for key, entry in entries.items() if isinstance(entry, QuantisedEntry)}
+        if not quantised:
+            continue
+        obstacle = _obstacle(recipes, entries, quantised)
+        if obstacle:
+            notes.append(f"{name} of the experts is dequantised to {next(iter(quantised.values())).dtype}: {obstacle}")
+        else:
+            encodings[name] = next(iter(quantised.values())).encoding.rows
+    return encodings, notes
+
+
+def _obstacle(
+    recipes: Sequence[Recipe], entries: Mapping[str, TensorEntry], quantised: Mapping[str, QuantisedEntry]
+) -> str:
+    """The reason why `entries`, one parameter's sources in all layers, do not become rows; empty if they do."""
+    if len(quantised) < len(entries):
+        plain = next(key for key in entries if key not in quantised)
+        return f"{len(entries) - len(quantised)} of its {len(entries)} tensors are plain ({plain})"
+    for key, entry in quantised.items():
+        if entry.encoding.obstacle:
+            return f"{entry.encoding.obstacle} ({key})"
+    encodings = {entry.encoding.rows: key for key, entry in quantised.items()}
+    if len(encodings) > 1:
+        return "its tensors have several encodings: " + ", ".join(f"{rows} ({key})" for rows, key in encodings.items())
+    transposed = next(iter(quantised.values())).encoding.is_transposed
+    if not all(recipe.is_concatenation and recipe.is_transposed == transposed for recipe in recipes):
+        return f"its rows are not those of the checkpoint ({next(iter(quantised))})"
+    return ""
+
+
+def _layer_spec(
+    checkpoint: Checkpoint,
+    layer: int,
+    module: str,
+    recipes: tuple[Recipe, ...],
+    encodings: Mapping[str, RowEncoding],
+) -> LayerSpec:
     numbers = re.findall(r"\.(\d+)\.", f".{module}.")
     if len(numbers) != 1:
         raise UnsupportedFamilyError(f"{module}: the name does not tell which layer of the model this is")
     tensors, offset = [], 0
     for recipe in recipes:
         dtype = _check_sources(checkpoint, recipe)
-        shape = recipe.shape[1:]
+        shape, encoding = recipe.shape[1:], encodings.get(recipe.name)
         size = math.prod(shape) * DTYPE_BYTES[dtype]
-        tensors.append(TensorSpec(recipe.parameter.removeprefix(f"{module}."), dtype, shape, offset, size))
+        if encoding is not None:
+            shape = shape[::-1] if recipe.is_transposed else shape
+            size = shape[0] * encoding.row_bytes(shape[1])
+        tensors.append(TensorSpec(recipe.name, dtype, shape, offset, size, encoding))
         offset += size
     return LayerSpec(layer, int(numbers[0]), module, offset, tuple(tensors))
 

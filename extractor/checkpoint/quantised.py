@@ -1,18 +1,18 @@
-"""Quantised tensors of a checkpoint, presented as their dequantised plain tensors.
+"""Quantised tensors of a checkpoint, presented as their dequantised plain tensors, and as encoded rows.
 
-Other modules get plain tensors only. Invariant: a quantised tensor never leaves this module with its own dtype, and its
-scales never leave it. `encodings.py` defines the formats.
+Other modules get plain tensors or rows. Invariant: a quantised tensor never leaves this module with its own dtype, and
+its scales leave it within rows alone. `encodings.py` defines the formats.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from expert_store.manifest import DTYPE_BYTES
+from expert_store.manifest import DTYPE_BYTES, LayerSpec
 from extractor.checkpoint.encodings import TAKEN, Encoding, encodings_of
 from extractor.checkpoint.tensor_file import ConvertedPiece, CopiedPiece, Piece, TensorEntry, read_bytes
 from extractor.errors import UnsupportedFamilyError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "modelopt", "gptq", "awq")
-"""`quant_method` of the checkpoints that are dequantised."""
+"""`quant_method` of the checkpoints that are taken."""
 
 CONFIG_KEYS = ("quantization_config", "compression_config")
 """Keys of config.json for the quantisation; older compressed-tensors releases used the second one."""
@@ -29,6 +29,14 @@ MODELOPT_CONFIG = "hf_quant_config.json"
 """File with the quantisation of modelopt's releases, which config.json may lack; the tensors' dtypes say the same."""
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+ExpertsDtype = Literal["shipped", "16bit"]
+"""The encoding of a store's experts: that of the checkpoint's bytes, or dequantised to the config's dtype."""
+
+
+def experts_dtype_of(layers: Sequence[LayerSpec]) -> ExpertsDtype:
+    """The encoding that gives the experts of a store with these layers again."""
+    return "shipped" if any(layer.is_encoded for layer in layers) else "16bit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,21 +111,41 @@ def read_part(entry: TensorEntry, part: int = 0, num_parts: int = 1) -> Tensor:
     return torch.frombuffer(memory, dtype=dtypes[entry.dtype]).view(shape)
 
 
-def _dequantised(entry: QuantisedEntry, part: int, num_parts: int) -> Tensor:
-    import torch
+def rows_of(entry: TensorEntry, part: int = 0, num_parts: int = 1) -> ConvertedPiece:
+    """The encoded rows of `entry`, which is quantised, or of one of `num_parts` experts in it."""
+    assert isinstance(entry, QuantisedEntry), f"{entry.name} is plain"
+    num_rows, columns = entry.encoding.matrix
+    num_bytes = num_rows * entry.encoding.rows.row_bytes(columns)
+    return ConvertedPiece(num_bytes, partial(_row_bytes, entry, part, num_parts))
 
-    experts = entry.shape[0] if len(entry.shape) == 3 else 1  # experts in one tensor are decoded apart
-    apart = num_parts if num_parts > 1 and all(p.shape[:1] == (experts,) for p in entry.encoding.parts.values()) else 1
-    tensors = {
-        role: read_part(stored, part if apart > 1 else 0, apart) for role, stored in entry.encoding.parts.items()
-    }
-    dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[entry.dtype]
-    plain = entry.encoding.decode(tensors).to(dtype)
-    return plain if apart == num_parts else plain.chunk(num_parts)[part]
+
+def _row_bytes(entry: QuantisedEntry, part: int, num_parts: int) -> memoryview:
+    return _bytes_of(_of_part(entry, entry.encoding.pack, part, num_parts))
 
 
 def _dequantised_bytes(entry: QuantisedEntry, part: int, num_parts: int) -> memoryview:
+    return _bytes_of(_dequantised(entry, part, num_parts))
+
+
+def _dequantised(entry: QuantisedEntry, part: int, num_parts: int) -> Tensor:
     import torch
 
-    plain = _dequantised(entry, part, num_parts).contiguous()
-    return memoryview(plain.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[entry.dtype]
+    return _of_part(entry, entry.encoding.decode, part, num_parts).to(dtype)
+
+
+def _of_part(
+    entry: QuantisedEntry, convert: Callable[[Mapping[str, Tensor]], Tensor], part: int, num_parts: int
+) -> Tensor:
+    """The part `part` of the first axis of what `convert` makes of the tensors that `entry` is stored as."""
+    stored = entry.encoding.parts
+    experts = entry.shape[0] if len(entry.shape) == 3 else 1  # experts in one tensor are converted apart
+    apart = num_parts if num_parts > 1 and all(p.shape[:1] == (experts,) for p in stored.values()) else 1
+    converted = convert({role: read_part(one, part if apart > 1 else 0, apart) for role, one in stored.items()})
+    return converted if apart == num_parts else converted.chunk(num_parts)[part]
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    import torch
+
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

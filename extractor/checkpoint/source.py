@@ -15,6 +15,7 @@ from expert_store.errors import ExpertUnavailableError
 from expert_store.store import Store
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.checkpoint.layout import ExpertsLayout
+from extractor.checkpoint.quantised import experts_dtype_of
 from extractor.checkpoint.tensor_file import CopiedPiece
 from extractor.errors import ExtractError
 
@@ -78,11 +79,11 @@ def attach_source(store: Store, location: str | None = None) -> str:
                 f"{checkpoint.path} has the fingerprint {checkpoint.fingerprint}, the store was extracted from "
                 f"{manifest.source.fingerprint}: it is another checkpoint, or a changed one"
             )
-        layout = ExpertsLayout.of(checkpoint)
+        layout = ExpertsLayout.of(checkpoint, experts_dtype_of(manifest.layers))
         if layout.layers != manifest.layers:
             return (
-                f"this release of transformers lays the experts of {checkpoint.path} out differently: extract into an "
-                "empty directory"
+                f"this release of deepfew or of transformers lays the experts of {checkpoint.path} out differently: "
+                "extract into an empty directory"
             )
         store.attach_source(CheckpointSource(layout))
     except (ExtractError, OSError) as error:

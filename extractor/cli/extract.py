@@ -14,13 +14,22 @@ from typing import Annotated, Any
 
 import typer
 
-from expert_store.manifest import read_manifest
+from expert_store.manifest import expert_bits, expert_encodings, read_manifest
 from extractor.checkpoint.checkpoint import resolve_checkpoint
-from extractor.cli.options import BudgetOption, CountOption, DryRunOption, JsonOption, KeepOption, StoreArgument
+from extractor.cli.options import (
+    BudgetOption,
+    CountOption,
+    DryRunOption,
+    ExpertsDtypeOption,
+    JsonOption,
+    KeepOption,
+    StoreArgument,
+)
 from extractor.cli.progress import progress_bar
 from extractor.planning.plan import read_plan
 from extractor.planning.selection import SelectionRequest
 from extractor.planning.sizes import format_size
+from extractor.writing.extract import Extraction
 from extractor.writing.inspection import print_summary, store_summary
 from extractor.writing.prepare import prepare
 from extractor.writing.verify import compared_bytes, open_comparison, verify_store
@@ -43,6 +52,7 @@ def extract(
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plan file: for each deep expert the expert of every layer.")
     ] = None,
+    experts_dtype: ExpertsDtypeOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -61,22 +71,12 @@ def extract(
     opened = resolve_checkpoint(checkpoint)
     for ignored in opened.ignored:
         print(f"WARNING: ignored {ignored}", file=sys.stderr)
-    work = prepare(opened, store, request)
+    work = prepare(opened, store, request, experts_dtype)
+    for note in work.notes:
+        print(f"NOTE: {note}", file=sys.stderr)
     if not work.is_finished:
         work.check_text()
-    result: dict[str, Any] = {
-        "store": str(work.target),
-        "family": work.model.family,
-        "num_layers": work.model.num_layers,
-        "num_experts": work.model.num_experts,
-        "num_deep_experts": len(work.selection.deep_experts),
-        "num_deep_experts_before": work.num_existing,
-        "alignment": work.selection.alignment.kind,
-        "trunk_bytes": work.trunk_bytes,
-        "total_bytes": work.total_bytes,
-        "written_bytes": work.remaining_bytes,
-        "prepare_seconds": time.monotonic() - started,
-    }
+    result = _described(work) | {"prepare_seconds": time.monotonic() - started}
     if dry_run:
         result["status"] = "dry run"
         work.check_disk()
@@ -90,6 +90,24 @@ def extract(
         result["status"] = "extracted"
         result["write_seconds"] = time.monotonic() - started
     print(json.dumps(result) if as_json else _sentence(result))
+
+
+def _described(work: Extraction) -> dict[str, Any]:
+    return {
+        "store": str(work.target),
+        "family": work.model.family,
+        "num_layers": work.model.num_layers,
+        "num_experts": work.model.num_experts,
+        "num_deep_experts": len(work.selection.deep_experts),
+        "num_deep_experts_before": work.num_existing,
+        "encodings": expert_encodings(work.layers),
+        "expert_bits": expert_bits(work.layers),
+        "notes": work.notes,
+        "alignment": work.selection.alignment.kind,
+        "trunk_bytes": work.trunk_bytes,
+        "total_bytes": work.total_bytes,
+        "written_bytes": work.remaining_bytes,
+    }
 
 
 def inspect(store: StoreArgument, as_json: JsonOption = False) -> None:
@@ -132,6 +150,8 @@ def _sentence(result: dict[str, Any]) -> str:
         f"{result['num_deep_experts']} of {result['num_experts']} deep experts of {result['num_layers']} layers, "
         f"{format_size(result['total_bytes'])}"
     )
+    if result["encodings"]:
+        holds += f", experts at {result['expert_bits']:.4g} bits a weight"
     match result["status"]:
         case "nothing to do":
             return f"nothing to do: {result['store']} holds {holds}"

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from extractor.checkpoint.quantised import ExpertsDtype
 from extractor.planning.sizes import parse_share, parse_size
 
 CountOption = Annotated[int | None, typer.Option(metavar="N", help="Number of deep experts.")]
@@ -15,6 +16,10 @@ KeepOption = Annotated[
 ]
 BudgetOption = Annotated[
     int | None, typer.Option(parser=parse_size, metavar="SIZE", help="Size of the whole store, such as 12GiB.")
+]
+ExpertsDtypeOption = Annotated[
+    ExpertsDtype | None,
+    typer.Option(help="Experts as shipped, or dequantised to 16 bits. A new store has them as shipped."),
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", metavar="", help="Say what would be changed, and change nothing.")

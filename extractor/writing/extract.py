@@ -37,7 +37,9 @@ from extractor.writing.pipeline import FileDigest, partial_path, stream
 
 @dataclass(frozen=True)
 class Extraction:
-    """The work to do. `outputs` are all files of the finished store, `done` those that already exist."""
+    """The work to do. `outputs` are all files of the finished store, `done` those that already exist; `notes` say what
+    is dequantised, and why.
+    """
 
     checkpoint: Checkpoint
     target: Path
@@ -47,6 +49,7 @@ class Extraction:
     outputs: tuple[OutputFile, ...]
     done: dict[str, FileDigest]
     existing: Manifest | None
+    notes: tuple[str, ...] = ()
 
     @property
     def remaining(self) -> tuple[OutputFile, ...]:
@@ -122,7 +125,8 @@ class Extraction:
         for folder in ("trunk", "experts"):
             (self.target / folder).mkdir(parents=True, exist_ok=True)
         held = [deep.experts for deep in self.existing.deep_experts] if self.existing is not None else []
-        head, stale = journal_head(fingerprint, self.selection.deep_experts), journal_head(fingerprint, held)
+        head = journal_head(fingerprint, self.layers, self.selection.deep_experts)
+        stale = journal_head(fingerprint, self.layers, held)
         journal = Journal.open(self.target, head, stale)
         try:
             self._check_unchanged()
@@ -146,7 +150,7 @@ class Extraction:
 
     def _tidy(self) -> None:
         """Remove the journal of a run that was killed after it had written the manifest."""
-        head = journal_head(self.checkpoint.fingerprint, self.selection.deep_experts)
+        head = journal_head(self.checkpoint.fingerprint, self.layers, self.selection.deep_experts)
         left = read_journal(self.target)
         if left is not None and left[0] == head:
             Journal.open(self.target, head).remove()

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from expert_store.manifest import Manifest, format_ids, read_manifest
+from expert_store.manifest import DTYPE_BYTES, Manifest, expert_bits, expert_encodings, format_ids, read_manifest
 from extractor.planning.sizes import format_size
 
 
@@ -39,9 +40,18 @@ def store_summary(path: str | os.PathLike[str]) -> dict[str, Any]:
         "dtype": model.dtype,
         "span_bytes": [spec.span_bytes for spec in manifest.layers],
         "tensors": [
-            {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+            {
+                "name": tensor.name,
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "encoding": None if tensor.encoding is None else asdict(tensor.encoding),
+                "bits": tensor.bits,
+            }
             for tensor in manifest.layers[0].tensors
         ],
+        "encodings": expert_encodings(manifest.layers),
+        "expert_bits": expert_bits(manifest.layers),
+        "trunk_bits": 8 * DTYPE_BYTES[model.dtype],
         "alignment": manifest.alignment.kind,
         "num_deep_experts": len(manifest.deep_experts),
         "deep_experts": [
@@ -60,12 +70,16 @@ def print_summary(summary: dict[str, Any]) -> None:
     """Print a summary, a line for each thing. A terminal may wrap them; nothing else does."""
     layers, held, every = summary["num_layers"], summary["num_deep_experts"], summary["num_experts"]
     span = max(summary["span_bytes"])
-    tensors = ", ".join(f"{item['name']} {item['shape']} {item['dtype']}" for item in summary["tensors"])
+    tensors = ", ".join(
+        f"{item['name']} {item['shape']} {summary['encodings'].get(item['name'], item['dtype'])}"
+        for item in summary["tensors"]
+    )
     rows = [
         ("store", summary["store"]),
         ("checkpoint", f"{summary['source']['name']} ({summary['source']['fingerprint'][:12]})"),
         ("model", f"{summary['architecture']}, {layers} MoE layers of {every} experts, top-{summary['top_k']}"),
         ("one expert", f"{format_size(span)} a layer: {tensors}"),
+        ("bits a weight", f"{summary['expert_bits']:.4g} of the experts, {summary['trunk_bits']} of the trunk"),
         ("deep experts", f"{held} of {every}, {format_size(summary['shard_bytes'] / held)} each"),
         ("alignment", summary["alignment"]),
         ("experts", _per_layer(summary)),
@@ -75,7 +89,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for name, value in rows:
         for number, line in enumerate(value.split("\n")):
-            console.print(Text(("" if number else name).ljust(14), style="bold") + Text(line, style="not bold"))
+            console.print(Text(("" if number else name).ljust(15), style="bold") + Text(line, style="not bold"))
 
 
 def _per_layer(summary: dict[str, Any]) -> str:

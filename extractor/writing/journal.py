@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from expert_store.manifest import LayerSpec
 from extractor.errors import TargetError
 from extractor.writing.pipeline import FileDigest
 
@@ -94,22 +95,29 @@ def read_journal(directory: Path) -> tuple[dict[str, Any], dict[str, FileDigest]
     return head, done
 
 
-def journal_head(fingerprint: str, deep_experts: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-    """The identity of an extraction: the checkpoint and every deep expert of the finished store."""
+def journal_head(
+    fingerprint: str, layers: Sequence[LayerSpec], deep_experts: Sequence[tuple[int, ...]]
+) -> dict[str, Any]:
+    """The identity of an extraction: the checkpoint, the experts' encodings, all deep experts of the finished store."""
+    encodings = [
+        {tensor.name: asdict(tensor.encoding) for tensor in layer.tensors if tensor.encoding is not None}
+        for layer in layers[:1]
+    ]
     return {
         "format": FORMAT,
         "version": VERSION,
         "fingerprint": fingerprint,
         "columns": [list(experts) for experts in deep_experts],
+        **({"encodings": encodings[0]} if any(encodings) else {}),
     }
 
 
 def unfinished_message(directory: Path) -> str:
     """The message for an extraction that differs from the unfinished one in `directory`."""
     return (
-        f"{directory} holds a half-made extraction of another checkpoint or selection; run that command again to "
-        f"finish it, or delete {directory / JOURNAL_NAME} (and, where there is no manifest.json, the whole directory) "
-        "to give it up, or name another directory"
+        f"{directory} holds a half-made extraction of another checkpoint, selection or encoding; run that command "
+        f"again to finish it, or delete {directory / JOURNAL_NAME} (and, where there is no manifest.json, the whole "
+        "directory) to give it up, or name another directory"
     )
 
 

@@ -7,11 +7,13 @@ unfinished one of the same checkpoint and selection; it refuses any other with a
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_store.manifest import MANIFEST_NAME, Alignment, Manifest, read_manifest
+from expert_store.manifest import MANIFEST_NAME, Alignment, LayerSpec, Manifest, read_manifest
 from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.checkpoint.quantised import ExpertsDtype, experts_dtype_of
 from extractor.errors import TargetError
 from extractor.planning.selection import Selection, SelectionRequest, select
 from extractor.writing.extract import Extraction
@@ -23,16 +25,28 @@ if TYPE_CHECKING:
     from extractor.checkpoint.layout import ExpertsLayout
 
 
-def prepare(checkpoint: Checkpoint, target: str | os.PathLike[str], request: SelectionRequest) -> Extraction:
+def prepare(
+    checkpoint: Checkpoint,
+    target: str | os.PathLike[str],
+    request: SelectionRequest,
+    experts_dtype: ExpertsDtype | None = None,
+) -> Extraction:
     """The work of extracting `request` from `checkpoint` into the directory `target`.
 
-    Raises UnsupportedFamilyError, CheckpointError, SelectionError, TargetError, or ManifestError for a store that
+    Without an `experts_dtype` a store keeps the one that it has, and a new one gets its experts as shipped. Raises
+    UnsupportedFamilyError, CheckpointError, SelectionError, TargetError, or ManifestError for a store that
     cannot be read.
     """
     target = Path(target).absolute()
     existing = _existing(target, checkpoint)
     if existing is None:
-        return _fresh(checkpoint, target, request)
+        return _fresh(checkpoint, target, request, experts_dtype or "shipped")
+    stored = experts_dtype_of(existing.layers)
+    if experts_dtype not in (None, stored) and _layout(checkpoint, experts_dtype).layers != existing.layers:
+        raise TargetError(
+            f"{target} holds experts with --experts-dtype {stored}, wanted {experts_dtype}; a store has one: leave the "
+            "option out, or name another directory"
+        )
     trunk_bytes = sum(file.bytes for file in existing.trunk)
     wanted = select(request, existing.model, existing.layers, trunk_bytes, checkpoint.fingerprint)
     selection = _grown(existing, wanted, target)
@@ -42,38 +56,47 @@ def prepare(checkpoint: Checkpoint, target: str | os.PathLike[str], request: Sel
     ):
         outputs = tuple(_finished(digest) for digest in intact.values())
         return Extraction(checkpoint, target, existing.model, existing.layers, selection, outputs, intact, existing)
-    layout = _layout(checkpoint)
+    layout = _layout(checkpoint, stored)
     if (layout.model, layout.layers) != (existing.model, existing.layers):
         raise TargetError(
-            f"{target} was extracted with another layout of the experts (by another release of transformers); "
+            f"{target} was extracted with another layout of the experts (by another release of deepfew or of "
+            "transformers); "
             "extract into an empty directory"
         )
     outputs = _outputs(layout, selection, existing)
-    done = intact | _journaled(target, checkpoint, selection, existing)
+    done = intact | _journaled(target, checkpoint, layout.layers, selection, existing)
     return Extraction(
-        checkpoint, target, layout.model, layout.layers, selection, outputs, _present(target, outputs, done), existing
+        checkpoint,
+        target,
+        layout.model,
+        layout.layers,
+        selection,
+        outputs,
+        _present(target, outputs, done),
+        existing,
+        layout.notes,
     )
 
 
-def _fresh(checkpoint: Checkpoint, target: Path, request: SelectionRequest) -> Extraction:
+def _fresh(checkpoint: Checkpoint, target: Path, request: SelectionRequest, experts_dtype: ExpertsDtype) -> Extraction:
     """Work for a directory without a manifest (new, empty, unfinished). Raises TargetError within the checkpoint."""
     if target.resolve().is_relative_to(checkpoint.path.resolve()):
         raise TargetError(
             f"{target} lies in the checkpoint {checkpoint.path}, which is only read: name a directory outside it"
         )
-    layout = _layout(checkpoint)
+    layout = _layout(checkpoint, experts_dtype)
     trunk_bytes = sum(output.file_bytes for output in trunk_outputs(checkpoint, layout.trunk))
     selection = select(request, layout.model, layout.layers, trunk_bytes, checkpoint.fingerprint)
     outputs = _outputs(layout, selection, None)
-    done = _present(target, outputs, _journaled(target, checkpoint, selection, None))
-    return Extraction(checkpoint, target, layout.model, layout.layers, selection, outputs, done, None)
+    done = _present(target, outputs, _journaled(target, checkpoint, layout.layers, selection, None))
+    return Extraction(checkpoint, target, layout.model, layout.layers, selection, outputs, done, None, layout.notes)
 
 
-def _layout(checkpoint: Checkpoint) -> ExpertsLayout:
+def _layout(checkpoint: Checkpoint, experts_dtype: ExpertsDtype) -> ExpertsLayout:
     """Imports transformers, which takes seconds that a finished store need not wait for."""
     from extractor.checkpoint.layout import ExpertsLayout
 
-    return ExpertsLayout.of(checkpoint)
+    return ExpertsLayout.of(checkpoint, experts_dtype)
 
 
 def _existing(target: Path, checkpoint: Checkpoint) -> Manifest | None:
@@ -138,17 +161,21 @@ def _intact(target: Path, manifest: Manifest) -> dict[str, FileDigest]:
 
 
 def _journaled(
-    target: Path, checkpoint: Checkpoint, selection: Selection, existing: Manifest | None
+    target: Path,
+    checkpoint: Checkpoint,
+    layers: Sequence[LayerSpec],
+    selection: Selection,
+    existing: Manifest | None,
 ) -> dict[str, FileDigest]:
     """The files that a killed run finished; none if the journal is of a run that wrote its manifest."""
     found: tuple[dict[str, Any], dict[str, FileDigest]] | None = read_journal(target)
     if found is None:
         return {}
     head, done = found
-    if head == journal_head(checkpoint.fingerprint, selection.deep_experts):
+    if head == journal_head(checkpoint.fingerprint, layers, selection.deep_experts):
         return done
     held = [deep.experts for deep in existing.deep_experts] if existing is not None else []
-    if held and head == journal_head(checkpoint.fingerprint, held):
+    if held and head == journal_head(checkpoint.fingerprint, layers, held):
         return {}
     raise TargetError(unfinished_message(target))
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from expert_store.integrity import verify_files
 from expert_store.manifest import Manifest, ModelSpec, format_ids, read_manifest
 from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.checkpoint.quantised import experts_dtype_of
 from extractor.errors import MismatchError
 from extractor.writing.outputs import OutputFile, shard_output, trunk_outputs
 from extractor.writing.pipeline import FileDigest, stream
@@ -79,7 +80,7 @@ def open_comparison(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Com
     )
 
     manifest = read_manifest(path)
-    layout = ExpertsLayout.of(checkpoint)
+    layout = ExpertsLayout.of(checkpoint, experts_dtype_of(manifest.layers))
     if (layout.model, layout.layers) != (manifest.model, manifest.layers):
         raise MismatchError(
             f"{path} and {checkpoint.path} are different models: {_difference(manifest.model, layout.model)}; name the "
@@ -91,7 +92,7 @@ def open_comparison(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Com
 def _difference(store: ModelSpec, checkpoint: ModelSpec) -> str:
     pairs = [(one.name, getattr(store, one.name), getattr(checkpoint, one.name)) for one in fields(ModelSpec)]
     differing = [f"{name} is {mine} in the store and {theirs} there" for name, mine, theirs in pairs if mine != theirs]
-    return ", ".join(differing) or "their experts' tensors have other shapes or dtypes"
+    return ", ".join(differing) or "their experts' tensors have other shapes, dtypes or encodings"
 
 
 def compared_bytes(manifest: Manifest) -> int:

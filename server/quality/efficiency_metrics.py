@@ -24,13 +24,15 @@ class Parameters:
     Attributes:
         trunk: of the trunk.
         expert: of one expert of every layer together.
+        expert_bytes: of the same in memory.
         active_experts: experts of a layer that one token uses, mean over the layers.
         kept_experts: experts of a layer that the mask allows, mean over the layers.
-        bytes_per_parameter: of the model's dtype.
+        bytes_per_parameter: of the trunk, in the model's dtype.
     """
 
     trunk: int
     expert: int
+    expert_bytes: int
     active_experts: float
     kept_experts: float
     bytes_per_parameter: int
@@ -39,11 +41,16 @@ class Parameters:
     def of(cls, model: SelectiveModel, mask: ExpertMask | None = None) -> Parameters:
         """The parameters of `model` masked to `mask` (None: the model's own mask)."""
         manifest = model.store.manifest
-        shapes = [tensor.shape for spec in manifest.layers for tensor in spec.tensors]
+        tensors = [tensor for spec in manifest.layers for tensor in spec.tensors]
+        sizes = [int(np.prod(tensor.shape)) for tensor in tensors]
         allowed = (mask or model.routing.mask).num_allowed
         return cls(
             trunk=sum(parameter.numel() for parameter in model.model.parameters()),
-            expert=sum(int(np.prod(shape)) for shape in shapes),
+            expert=sum(sizes),
+            expert_bytes=sum(
+                size * model.dtype.itemsize if tensor.encoding is None else tensor.bytes
+                for size, tensor in zip(sizes, tensors, strict=True)
+            ),
             active_experts=float(np.minimum(manifest.model.top_k, allowed).mean()),
             kept_experts=float(allowed.mean()),
             bytes_per_parameter=model.dtype.itemsize,
@@ -67,7 +74,7 @@ class Parameters:
     @property
     def memory_gib(self) -> float:
         """GiB of the whole model."""
-        return self.total * self.bytes_per_parameter / 2**30
+        return (self.trunk * self.bytes_per_parameter + self.expert_bytes * self.kept_experts) / 2**30
 
     def efficiency(self, accuracy: float, chance: float) -> dict[str, float]:
         """The metrics of an accuracy, by their names in lower case; `accuracy` and `chance` are from 0 to 1.

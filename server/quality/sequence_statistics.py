@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from expert_store.slots import TORCH_DTYPES
+from expert_store.rows import span_values
 from expert_store.store import Store
 from extractor.statistics.sample import item_keys
 from extractor.statistics.statistics import WINDOW_TOKENS, ExpertStatistics
@@ -54,8 +54,7 @@ def weight_flatness(store: Store) -> npt.NDArray[np.float64]:
         memory = torch.empty(spec.span_bytes, dtype=torch.uint8)
         for expert in np.flatnonzero(available[layer]):
             store.read_expert(layer, int(expert), memory)
-            parts = [memory[at.offset : at.offset + at.bytes].view(TORCH_DTYPES[at.dtype]) for at in spec.tensors]
-            weights = torch.cat([part.float() for part in parts])
+            weights = torch.cat([values.float().flatten() for values in span_values(spec, memory).values()])
             flatness[layer, expert] = float(weights.abs().mean() / weights.square().mean().sqrt())
         flatness[layer, ~available[layer]] = np.nanmean(flatness[layer])
     return flatness

@@ -33,10 +33,10 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(family: str, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Any:
+def make_model(family: str, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **sizes: int) -> Any:
     """A random model of `family`: 3 layers (qwen: the middle one dense), 6 experts, top-2."""
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[family](**_COMMON, **_OF_FAMILY[family])
+    config = CONFIG_MAPPING[family](**_COMMON | _OF_FAMILY[family] | sizes)
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 

@@ -1,4 +1,4 @@
-"""Quantised checkpoints extract into plain stores, value for value as the libraries of their formats load them."""
+"""Quantised checkpoints extract into stores with the values that the libraries of their formats load."""
 
 from __future__ import annotations
 
@@ -10,51 +10,35 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from expert_store.manifest import expert_encodings
+from expert_store.rows import span_values
 from expert_store.store import Store
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.errors import CheckpointError
 from extractor.planning.selection import SelectionRequest
 from extractor.writing.prepare import prepare
 from server.model.seam.trunk import load_trunk
+from tests.extractor.packed import compress, decompress, fp8_blocks, pack_fused_mxfp4, write_checkpoint
 from tests.families.checkpoints import NUM_EXPERTS, is_experts, moe_blocks, random_model
 
 BLOCK = 16
 
 
-def fp8_blocks(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def fp8_in_blocks(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Every projection in float8 with one scale per block of 16 × 16, as DeepSeek-V3's 128 × 128."""
     stored = {}
+    projections = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
     for name, tensor in tensors.items():
-        if not name.endswith("_proj.weight") and "_proj_with_mqa" not in name and "q_a_proj" not in name:
+        if name.endswith(projections) or "_proj_with_mqa" in name or "q_a_proj" in name:
+            packed = fp8_blocks(tensor, BLOCK)
+            stored |= {name: packed["weight"], f"{name}_scale_inv": packed["weight_scale_inv"].contiguous()}
+        else:
             stored[name] = tensor
-            continue
-        rows, columns = tensor.shape
-        blocks = tensor.float().reshape(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
-        scales = blocks.abs().amax(dim=(1, 3), keepdim=True) / 448
-        stored[name] = (blocks / scales).reshape(rows, columns).to(torch.float8_e4m3fn)
-        stored[f"{name}_scale_inv"] = scales.reshape(rows // BLOCK, columns // BLOCK).contiguous()
     return stored, {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
-
-
-def mxfp4(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Experts in four bits with one exponent per 32 values; random blocks serve, no rounding is under test."""
-    stored = {}
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in tensors.items():
-        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            stored[name] = tensor
-            continue
-        experts, columns, rows = tensor.shape
-        shape = (experts, rows, columns // 32)
-        stored[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
-        stored[f"{name}_scales"] = torch.randint(120, 128, shape, generator=generator, dtype=torch.uint8)
-    return stored, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
 
 
 Quantiser = Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, Any]]]
@@ -62,40 +46,33 @@ Quantiser = Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, Any
 
 def quantised_checkpoint(family: str, quantise: Quantiser, directory: Path, **sizes: int) -> Path:
     random_model(family, **sizes).to(torch.bfloat16).save_pretrained(directory)
-    stored, quantisation = quantise(load_file(directory / "model.safetensors"))
-    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
-    return directory
+    return write_checkpoint(directory, directory, *quantise(load_file(directory / "model.safetensors")))
 
 
 @pytest.mark.parametrize(
     ("family", "quantise", "sizes"),
     [
-        ("deepseek_v3", fp8_blocks, {"moe_intermediate_size": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16}),
-        ("qwen3_moe", fp8_blocks, {"moe_intermediate_size": 32}),
-        ("minimax_m2", fp8_blocks, {}),
-        ("gpt_oss", mxfp4, {"intermediate_size": 32}),
+        ("deepseek_v3", fp8_in_blocks, {"moe_intermediate_size": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16}),
+        ("qwen3_moe", fp8_in_blocks, {"moe_intermediate_size": 32}),
+        ("minimax_m2", fp8_in_blocks, {}),
+        ("gpt_oss", pack_fused_mxfp4, {"intermediate_size": 32}),
     ],
     ids=["deepseek_v3-fp8", "qwen3_moe-fp8", "minimax_m2-fp8", "gpt_oss-mxfp4"],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_quantised_checkpoint_becomes_the_plain_store_that_transformers_would_load(
+def test_quantised_checkpoint_becomes_a_store_of_the_values_that_transformers_would_load(
     family: str, quantise: Quantiser, sizes: dict[str, int], tmp_path: Path
 ) -> None:
     checkpoint = quantised_checkpoint(family, quantise, tmp_path / "checkpoint", **sizes)
     loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
-    prepare(Checkpoint.open(checkpoint), tmp_path / "store", SelectionRequest()).run()
-    with Store.open(tmp_path / "store") as store:
-        assert store.manifest.model.dtype == "BF16"
-        for layer, (_, _, experts) in enumerate(moe_blocks(loaded)):
-            spec = store.manifest.layers[layer]
-            for expert in range(NUM_EXPERTS):
-                span = torch.empty(spec.span_bytes, dtype=torch.uint8)
-                store.read_expert(layer, expert, span)
-                for tensor in spec.tensors:
-                    stored = span[tensor.offset : tensor.offset + tensor.bytes].view(torch.bfloat16).view(tensor.shape)
-                    assert torch.equal(stored, getattr(experts, tensor.name)[expert])
+    for experts_dtype in ("shipped", "16bit"):
+        prepare(Checkpoint.open(checkpoint), tmp_path / experts_dtype, SelectionRequest(), experts_dtype).run()
+        with Store.open(tmp_path / experts_dtype) as store:
+            assert store.manifest.model.dtype == "BF16"
+            encoded = {"gate_up_proj", "down_proj"} if experts_dtype == "shipped" else set()
+            assert set(expert_encodings(store.manifest.layers)) == encoded
+            expect_values(store, loaded)
+    with Store.open(tmp_path / "16bit") as store:
         trunk = load_trunk(store.trunk_path, device=torch.device("cpu"), dtype=torch.bfloat16)
     assert not hasattr(trunk.config, "quantization_config")
     routed = {name for name, module in loaded.named_modules() if is_experts(module)}
@@ -104,6 +81,19 @@ def test_quantised_checkpoint_becomes_the_plain_store_that_transformers_would_lo
     assert ours.keys() == wanted.keys()
     for name, value in wanted.items():
         assert torch.equal(ours[name], value), name
+
+
+def expect_values(store: Store, loaded: Any) -> None:
+    """Every expert of the store has the values that the model `loaded` has."""
+    for layer, (_, _, experts) in enumerate(moe_blocks(loaded)):
+        spec = store.manifest.layers[layer]
+        for expert in range(NUM_EXPERTS):
+            span = torch.empty(spec.span_bytes, dtype=torch.uint8)
+            store.read_expert(layer, expert, span)
+            for tensor in spec.tensors:
+                values = span_values(spec, span)[tensor.name].to(torch.bfloat16)
+                is_turned = experts.is_transposed and tensor.encoding is not None
+                assert torch.equal(values.T if is_turned else values, getattr(experts, tensor.name)[expert])
 
 
 def int4(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -119,31 +109,26 @@ def fp8_everywhere(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 def compressed_experts(
     tensors: dict[str, Tensor], format_name: str, among: str = ".experts.", **weights: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    compressor = BaseCompressor.get_value_from_registry(format_name)
-    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
     stored, plain = {}, {}
     for name, tensor in tensors.items():
         if among not in name or not name.endswith("_proj.weight"):
             stored[name] = plain[name] = tensor
             continue
-        stem = name.removesuffix(".weight")
-        groups = tensor.float().reshape(len(tensor), -1, weights.get("group_size", tensor.shape[1]))
-        scale = (groups.abs().amax(-1) / (7 if weights["num_bits"] == 4 else 448)).to(torch.bfloat16)
-        packed = compressor.compress({"weight": tensor, "weight_scale": scale}, scheme)
-        plain[name] = compressor.decompress(dict(packed), scheme)["weight"].to(torch.bfloat16)
-        stored |= {f"{stem}.{role}": value.contiguous() for role, value in packed.items()}
+        packed = compress(tensor, format_name, **weights)
+        plain[name] = decompress(packed, format_name, **weights).to(torch.bfloat16)
+        stored |= {f"{name.removesuffix('weight')}{role}": value.contiguous() for role, value in packed.items()}
     return stored, plain
 
 
-@pytest.mark.parametrize("compress", [int4, fp8_everywhere])
+@pytest.mark.parametrize("packing", [int4, fp8_everywhere])
 @pytest.mark.parametrize("told_in", ["config.json", "hf_quant_config.json"])
 @pytest.mark.filterwarnings("ignore")
 def test_compressed_checkpoint_becomes_the_store_of_the_plain_one(
-    compress: Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, Tensor]]], told_in: str, tmp_path: Path
+    packing: Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, Tensor]]], told_in: str, tmp_path: Path
 ) -> None:
     """Whatever file tells of the quantisation: names, dtypes and shapes of the tensors are enough."""
     random_model("qwen3_moe", moe_intermediate_size=32).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
-    stored, plain = compress(load_file(tmp_path / "plain" / "model.safetensors"))
+    stored, plain = packing(load_file(tmp_path / "plain" / "model.safetensors"))
     shutil.copytree(tmp_path / "plain", tmp_path / "packed")
     save_file(plain, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
     save_file(stored, tmp_path / "packed" / "model.safetensors", metadata={"format": "pt"})
@@ -153,7 +138,7 @@ def test_compressed_checkpoint_becomes_the_store_of_the_plain_one(
     path.write_text(json.dumps(config))
     manifests = []
     for name in ("plain", "packed"):
-        prepare(Checkpoint.open(tmp_path / name), tmp_path / f"{name}-store", SelectionRequest()).run()
+        prepare(Checkpoint.open(tmp_path / name), tmp_path / f"{name}-store", SelectionRequest(), "16bit").run()
         with Store.open(tmp_path / f"{name}-store") as store:
             manifests.append(store.manifest)
     assert manifests[0].deep_experts == manifests[1].deep_experts

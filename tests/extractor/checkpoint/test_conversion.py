@@ -131,6 +131,7 @@ def test_one_expert_converts_as_all_at_once(name: str) -> None:
         source_patterns=tuple(patterns),
         target_patterns=(parameter,),
         config=None,
+        is_transposed=False,
     )
     for expert in range(3):
         found = recipe.convert({pattern: tensor[expert] for pattern, tensor in stacked.items()})
@@ -139,7 +140,7 @@ def test_one_expert_converts_as_all_at_once(name: str) -> None:
 
 
 def test_a_conversion_to_another_shape_is_told() -> None:
-    recipe = Recipe("p", (3, 4, 5), {"s": ("k",)}, (Transpose(1, 2),), ("s",), ("p",), None)
+    recipe = Recipe("p", (3, 4, 5), {"s": ("k",)}, (Transpose(1, 2),), ("s",), ("p",), None, False)
     with pytest.raises(CheckpointError, match=r"do not fit its config\.json"):
         recipe.convert({"s": torch.randn(4, 5)})
 

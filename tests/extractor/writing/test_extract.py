@@ -251,7 +251,7 @@ def test_a_half_made_store_is_continued_to_the_same_bytes(qwen_checkpoint: Path,
 def test_a_half_made_store_is_for_one_selection_and_checkpoint(qwen_checkpoint: Path, tmp_path: Path) -> None:
     interrupted(qwen_checkpoint, tmp_path / "store", SelectionRequest(count=4), after=3)
     before = contents(tmp_path / "store")
-    with pytest.raises(TargetError, match="half-made extraction of another checkpoint or selection"):
+    with pytest.raises(TargetError, match="half-made extraction of another checkpoint, selection or enc"):
         extract(qwen_checkpoint, tmp_path / "store", SelectionRequest(count=5))
     other = save_checkpoint(tmp_path / "other", "qwen3_moe", seed=1, shards=True)
     with pytest.raises(TargetError, match="half-made"):

@@ -8,7 +8,7 @@ from extractor.errors import TargetError
 from extractor.writing.journal import JOURNAL_NAME, Journal, journal_head, read_journal
 from extractor.writing.pipeline import FileDigest
 
-HEAD = journal_head("ab", [(0, 1), (1, 0)])
+HEAD = journal_head("ab", (), [(0, 1), (1, 0)])
 DIGESTS = [FileDigest(f"experts/{i}", 10 + i, "cd", ("ef",) * i) for i in range(3)]
 
 
@@ -46,14 +46,14 @@ def test_a_torn_last_line_is_dropped_at_every_length(tmp_path: Path) -> None:
 
 def test_another_extraction_is_refused(tmp_path: Path) -> None:
     begin(tmp_path)
-    for other in (journal_head("xx", [(0, 1), (1, 0)]), journal_head("ab", [(0, 1)])):
+    for other in (journal_head("xx", (), [(0, 1), (1, 0)]), journal_head("ab", (), [(0, 1)])):
         with pytest.raises(TargetError, match="half-made"):
             Journal.open(tmp_path, other)
 
 
 def test_a_stale_journal_is_replaced(tmp_path: Path) -> None:
     begin(tmp_path)
-    other = journal_head("ab", [(0, 1), (1, 0), (2, 2)])
+    other = journal_head("ab", (), [(0, 1), (1, 0), (2, 2)])
     Journal.open(tmp_path, other, stale=HEAD).close()
     assert read_journal(tmp_path) == (other, {})
 

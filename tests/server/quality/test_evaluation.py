@@ -131,12 +131,19 @@ def test_criteria_that_cannot_be_compared_on_a_part_of_the_experts_are_said_to_b
 
 
 def test_efficiency_metrics_follow_their_definitions() -> None:
-    of = Parameters(trunk=200_000_000, expert=100_000_000, active_experts=8, kept_experts=38, bytes_per_parameter=2)
+    of = Parameters(
+        trunk=200_000_000,
+        expert=100_000_000,
+        expert_bytes=50_000_000,
+        active_experts=8,
+        kept_experts=38,
+        bytes_per_parameter=2,
+    )
     assert of.activation_ratio == pytest.approx(0.25)
     metrics = of.efficiency(accuracy=0.8, chance=0.1)
     assert metrics["p3"] == pytest.approx(0.8)
     assert metrics["p2f"] == pytest.approx(0.8 / 0.002)
-    assert metrics["mer"] == pytest.approx(0.8 / (8e9 / 2**30))
+    assert metrics["mer"] == pytest.approx(0.8 / ((0.4e9 + 38 * 0.05e9) / 2**30))
     assert metrics["r3"] == pytest.approx(0.25 * 0.8 / 0.1)
     assert metrics["saa"] == pytest.approx(0.8 * 0.75)
 
