@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from expert_store.files import replacing
+from extractor.statistics.channels import ChannelSquares
 from extractor.statistics.sample import KeyedSample
 from extractor.statistics.statistics import TOTALS, WINDOW_TOKENS, ExpertStatistics, PricePoint, StatisticsError
 
@@ -54,6 +55,11 @@ def write_statistics(path: Path, statistics: ExpertStatistics) -> None:
         arrays |= {f"{name}.{part}": array for part, array in sample.arrays.items()}
     if statistics.weight_flatness is not None:
         arrays["weight_flatness"] = statistics.weight_flatness
+    if statistics.channels is not None:
+        arrays["channels.picks"] = statistics.channels.picks
+        for layer in range(statistics.num_layers):
+            arrays[f"channels.input.{layer}"] = statistics.channels.input[layer]
+            arrays[f"channels.inner.{layer}"] = statistics.channels.inner[layer]
     contents = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     with replacing(path) as file:  # not with the library, whose files only their owner may read
         file.write(save(contents, {"deepfew": json.dumps(header)}))
@@ -115,6 +121,8 @@ def _statistics(header: dict[str, Any], arrays: Arrays) -> ExpertStatistics:
     if "weight_flatness" in arrays:
         shape = (loaded.num_layers, loaded.num_experts)
         loaded.weight_flatness = _array(arrays, "weight_flatness", shape).astype(np.float64)
+    if "channels.picks" in arrays:
+        loaded.channels = _channels(arrays, loaded.num_layers, loaded.num_experts)
     loaded.price = [_price_point(point) for point in header["price"]]
     if loaded.tokens.arrays["experts"].size and int(loaded.tokens.arrays["experts"].max()) > loaded.num_experts:
         raise StatisticsError(f"a token names an expert above {loaded.num_experts}")
@@ -133,6 +141,16 @@ def _price_point(item: dict[str, Any]) -> PricePoint:
         per_layer=tuple(float(value) for value in item.get("per_layer", ())),
         is_wrong=bool(item.get("is_wrong", False)),
     )
+
+
+def _channels(arrays: Arrays, num_layers: int, num_experts: int) -> ChannelSquares:
+    channels = ChannelSquares(num_layers, num_experts)
+    channels.picks = _array(arrays, "channels.picks", channels.picks.shape).astype(np.float64)
+    for layer in range(num_layers):
+        width, inner = arrays[f"channels.input.{layer}"].shape, arrays[f"channels.inner.{layer}"].shape[1:]
+        channels.input[layer] = _array(arrays, f"channels.input.{layer}", (*width[:1],)).astype(np.float64)
+        channels.inner[layer] = _array(arrays, f"channels.inner.{layer}", (num_experts, *inner[:1])).astype(np.float64)
+    return channels
 
 
 def _fill(sample: KeyedSample, name: str, arrays: Arrays, num_domains: int) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from extractor.errors import ExtractError
+from extractor.statistics.channels import ChannelSquares
 from extractor.statistics.sample import KeyedSample
 
 WINDOW_TOKENS = 32
@@ -82,6 +83,8 @@ class ExpertStatistics:
         tokens: sample of tokens; "experts" [N, L, K], "gates" and "contributions" (g ‖E(h)‖) [N, L, K].
         price: masked measurements.
         weight_flatness: float64 [L, E], mean |w| / rms(w) of the expert's weights, or None (AIMER).
+        channels: squares of the experts' inputs by channel, of all domains together; None in older files and where a
+            server collected.
     """
 
     fingerprint: str
@@ -98,6 +101,7 @@ class ExpertStatistics:
     tokens: KeyedSample = field(init=False)
     price: list[PricePoint] = field(default_factory=list)
     weight_flatness: Float | None = None
+    channels: ChannelSquares | None = None
 
     def __post_init__(self) -> None:
         num_domains, num_layers, num_experts = len(self.domains), self.num_layers, self.num_experts
@@ -172,6 +176,9 @@ class ExpertStatistics:
         self.trunk_bytes = self.trunk_bytes or other.trunk_bytes
         if self.weight_flatness is None:
             self.weight_flatness = other.weight_flatness
+        if other.channels is not None:
+            self.channels = self.channels or ChannelSquares(self.num_layers, self.num_experts)
+            self.channels.add(other.channels)
 
 
 def merge_all(parts: Iterable[ExpertStatistics]) -> ExpertStatistics:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from expert_store.files import replacing
+from extractor.statistics.channels import ChannelSquares
 from extractor.statistics.file import read_statistics, write_statistics
 from extractor.statistics.statistics import ExpertStatistics, StatisticsError
 from server.engine.statistics import empty_statistics
@@ -65,6 +66,9 @@ def calibrate(
     journal = _Journal.open(resume_at, model, domains, options)
     statistics = journal.statistics
     with observed(model) as observer:
+        observer.channels = statistics.channels = statistics.channels or ChannelSquares(
+            statistics.num_layers, statistics.num_experts
+        )
         for domain in domains:
             sequences = token_sequences(model, domain, options.text)
             left = [at for at in range(len(sequences)) if (domain.name, at) not in journal.done]
@@ -103,6 +107,7 @@ def observed(model: SelectiveModel) -> Iterator[OutputObserver]:
         yield observer
     finally:
         observer.is_on = False
+        observer.channels = None
 
 
 class _Journal:

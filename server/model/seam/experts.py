@@ -75,16 +75,17 @@ class ExpertsLayer:
         inputs = hidden.expand(num_picks, -1) if tokens is None else hidden[tokens]  # [T·K, H]
         outputs = hidden.new_empty(inputs.shape) if _covers(groups, len(sorted_ids)) else torch.zeros_like(inputs)
         decodes = is_decode(num_tokens)
+        observer = self.observer if self.observer is not None and self.observer.is_on else None
         for wave in _waves(groups, self._cache.num_slots, self._resident):
-            self._run_wave(module, inputs, outputs, wave, decodes)
+            self._run_wave(module, inputs, outputs, wave, decodes, observer)
         if order is not None:
             unsorted = torch.empty_like(outputs)
             unsorted[order] = outputs
             outputs = unsorted
         weighted = outputs * weights.reshape(-1, 1)
         result = weighted.view(num_tokens, num_picks, -1).sum(dim=1).to(hidden.dtype)
-        if self.observer is not None and self.observer.is_on:
-            self.observer.note(self._layer, hidden, outputs, result)
+        if observer is not None:
+            observer.note(self._layer, hidden, outputs, result)
         return result
 
     def _resident(self, expert: int) -> bool:
@@ -95,7 +96,15 @@ class ExpertsLayer:
         small = self._cache.pools[self._layer].slot_bytes <= BATCHED_CPU_BYTES
         return inputs.is_cuda or (small and inputs.dtype != torch.float32)
 
-    def _run_wave(self, module: Any, inputs: Tensor, outputs: Tensor, wave: Sequence[_Group], decodes: bool) -> None:
+    def _run_wave(
+        self,
+        module: Any,
+        inputs: Tensor,
+        outputs: Tensor,
+        wave: Sequence[_Group],
+        decodes: bool,
+        observer: OutputObserver | None,
+    ) -> None:
         experts = [expert for expert, _, _ in wave]
         slots = self._cache.acquire(self._layer, experts)
         try:
@@ -103,7 +112,12 @@ class ExpertsLayer:
             if decodes and self._is_batched(inputs):
                 _run_batched(module, pool, inputs, outputs, wave, slots)
             else:
-                _run_grouped(module, pool.rows, inputs, outputs, wave, slots, decodes and self._batch_invariant)
+                apart = decodes and self._batch_invariant
+                inner = _run_grouped(module, pool.rows, inputs, outputs, wave, slots, apart)
+                if observer is not None:
+                    sizes = [end - start for _, start, end in wave]
+                    for (expert, _, _), part in zip(wave, torch.split(inner, sizes), strict=True):
+                        observer.note_inner(self._layer, expert, part)
         finally:
             self._cache.release(self._layer, experts)
 
@@ -144,9 +158,10 @@ def _run_grouped(
     wave: Sequence[_Group],
     slots: list[int],
     apart: bool,
-) -> None:
+) -> Tensor:
     """Compute expert by expert without copying weights; writes `outputs` at the wave's pairs.
 
+    Returns the activations between the two products of all pairs of the wave, [pairs, I].
     apart: compute pair by pair if a product's bits depend on its number of rows; else read each weight once.
     """
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
@@ -164,7 +179,7 @@ def _run_grouped(
         _linear(inputs, start, up_rows[slot], transposed, up, at, count)
         if has_bias:
             up[at : at + count] += rows[up_name + "_bias"][slot]
-    activated = module._apply_gate(up) if module.has_gate else module.act_fn(up)
+    activated: Tensor = module._apply_gate(up) if module.has_gate else module.act_fn(up)
     for start, at, count, slot in runs:
         _linear(activated, at, down_rows[slot], transposed, outputs, start, count)
         if has_bias:
@@ -172,6 +187,7 @@ def _run_grouped(
     if getattr(module, "has_post_expert_norm", False):
         for _, start, end in wave:
             outputs[start:end] = module.post_expert_norm(outputs[start:end])
+    return activated
 
 
 def _linear(x: Tensor, at: int, weight: Tensor, transposed: bool, out: Tensor, to: int, count: int) -> None:

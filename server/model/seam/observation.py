@@ -17,6 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from extractor.statistics.channels import ChannelSquares
+
 
 @dataclass(frozen=True)
 class ExpertOutputs:
@@ -57,11 +59,13 @@ class OutputObserver:
     Attributes:
         is_on: whether the next forward is recorded; the engine thread sets it between two steps.
         seconds: time spent on recording since the start, on the thread that runs the model.
+        channels: gets the squares of the experts' inputs by channel too; None while nobody wants them.
     """
 
     def __init__(self, num_layers: int) -> None:
         self.is_on = False
         self.seconds = 0.0
+        self.channels: ChannelSquares | None = None
         self._norms: list[Tensor | None] = [None] * num_layers
         self._changes: list[Tensor | None] = [None] * num_layers
 
@@ -72,7 +76,14 @@ class OutputObserver:
         self._norms[layer] = norms.view(len(hidden), -1)
         before = hidden.float()
         self._changes[layer] = 1 - torch.nn.functional.cosine_similarity(before, before + result.float(), dim=-1)
+        if self.channels is not None:
+            self.channels.add_input(layer, _squares(hidden))
         self.seconds += time.perf_counter() - started
+
+    def note_inner(self, layer: int, expert: int, inner: Tensor) -> None:
+        """Record one expert's activations [N, I], the input of its second matrix, of N of its picks."""
+        if self.channels is not None:
+            self.channels.add_inner(layer, expert, _squares(inner), len(inner))
 
     def take(self) -> ExpertOutputs | None:
         """Return the norms of the forward that just ended, and forget them; None if it was not recorded."""
@@ -87,6 +98,10 @@ class OutputObserver:
         taken = ExpertOutputs(torch.stack(norms).cpu().numpy(), torch.stack(changes).cpu().numpy())
         self.seconds += time.perf_counter() - started
         return taken
+
+
+def _squares(values: Tensor) -> npt.NDArray[np.float64]:
+    return np.asarray(values.float().square().sum(dim=0, dtype=torch.float64).cpu().numpy())
 
 
 def observe_outputs(model: Any, num_layers: int) -> OutputObserver | None:

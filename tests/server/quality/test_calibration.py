@@ -12,7 +12,7 @@ import server.quality.calibration as module
 from extractor.statistics.statistics import TOTALS, ExpertStatistics, StatisticsError
 from router.mask import ExpertMask
 from server.model.runner import SelectiveModel
-from server.quality.batches import batches, losses, run_batch
+from server.quality.batches import batches, losses, run_batch, token_sequences
 from server.quality.calibration import CalibrationOptions, calibrate, observed
 from server.quality.price import with_wrong_experts
 from server.quality.sequence_statistics import weight_flatness
@@ -76,6 +76,27 @@ def test_observed_outputs_are_those_of_stock_experts(
     assert np.allclose(outputs.changes[0], changed.numpy(), rtol=1e-3, atol=1e-6)
 
 
+def test_squares_by_channel_are_those_of_stock_experts(
+    selective: Callable[..., SelectiveModel], stock: PreTrainedModel, texts: list[Domain]
+) -> None:
+    statistics = calibrate(selective(num_slots=9), texts[:1], replace(OPTIONS, price_tokens=0))
+    assert statistics.channels is not None
+    seen: list[tuple[torch.Tensor, ...]] = []
+    experts = stock.model.layers[2].mlp.experts
+    hook = experts.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
+    for tokens in token_sequences(selective(), texts[0], OPTIONS.text):
+        with torch.inference_mode():
+            stock(input_ids=torch.tensor([tokens]))
+    hook.remove()
+    hidden, index = (torch.cat([one[at] for one in seen]).clone() for at in (0, 1))
+    expert = int(index.flatten().mode().values)
+    gate, up = (hidden[(index == expert).any(dim=1)] @ experts.gate_up_proj[expert].T).chunk(2, dim=-1)
+    inner = (experts.act_fn(gate) * up).detach()
+    assert np.allclose(statistics.channels.input[2], hidden.square().sum(dim=0).numpy(), rtol=1e-4)
+    assert np.allclose(statistics.channels.inner[2][expert], inner.square().sum(dim=0).numpy(), rtol=1e-3)
+    assert np.array_equal(statistics.channels.picks, statistics.total("picks"))
+
+
 def test_sequences_in_a_batch_are_those_alone(selective: Callable[..., SelectiveModel]) -> None:
     model = selective()
     rng = np.random.default_rng(0)
@@ -125,6 +146,10 @@ def assert_same(one: ExpertStatistics, other: ExpertStatistics) -> None:
         assert np.allclose(one.totals[name], other.totals[name]), name
     assert np.array_equal(one.tokens.keys, other.tokens.keys)
     assert np.array_equal(one.num_tokens, other.num_tokens)
+    assert one.channels is not None
+    assert other.channels is not None
+    assert np.array_equal(one.channels.picks, other.channels.picks)
+    assert all(np.allclose(*pair) for pair in zip(one.channels.inner, other.channels.inner, strict=True))
 
 
 def test_an_interrupted_calibration_continues_and_ends_the_same(
