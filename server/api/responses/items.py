@@ -7,6 +7,7 @@ event. The output of the last event is that of the answer without a stream.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -67,6 +68,7 @@ class OutputCall(BaseModel):
     call_id: str
     name: str
     arguments: str
+    namespace: str | None = None
 
 
 OutputItem = OutputMessage | OutputReasoning | OutputCall
@@ -210,6 +212,8 @@ class _Item:
 
     kind: Kind
     begin: CallBegin | None = None
+    namespace: str | None = None
+    name: str = ""
     texts: list[str] = field(default_factory=list)
     item_id: str = ""
 
@@ -234,8 +238,9 @@ class _Item:
                 type="function_call",
                 status=status,
                 call_id=self.begin.call_id,
-                name=self.begin.name,
+                name=self.name,
                 arguments=self.text,
+                **({} if self.namespace is None else {"namespace": self.namespace}),
             )
         parts: Any = [self.part(self.text)] if is_begun else []
         if self.kind == "reasoning":
@@ -254,10 +259,12 @@ class ResponseWriter:
 
     Args:
         asked: the response before it has begun.
+        namespaces: (namespace, name) of functions by the names that the model knows.
     """
 
-    def __init__(self, asked: ResponseObject) -> None:
+    def __init__(self, asked: ResponseObject, namespaces: Mapping[str, tuple[str, str]]) -> None:
         self._asked = asked
+        self._namespaces = namespaces
         self._items: list[_Item] = []
         self._num_events = 0
         self._is_open = False
@@ -280,7 +287,7 @@ class ResponseWriter:
         begin = delta if isinstance(delta, CallBegin) else None
         told = b""
         if begin is not None or not self._is_open or self._items[-1].kind != kind:
-            told = self._close() + self._begin(_Item(kind, begin))
+            told = self._close() + self._begin(self._item(kind, begin))
         if isinstance(delta, CallBegin):
             return told
         item = self._items[-1]
@@ -293,6 +300,12 @@ class ResponseWriter:
                 delta=delta.text,
             )
         return told + self._text(item, "delta", delta=delta.text)
+
+    def _item(self, kind: Kind, begin: CallBegin | None) -> _Item:
+        if begin is None:
+            return _Item(kind)
+        namespace, name = self._namespaces.get(begin.name, (None, begin.name))
+        return _Item(kind, begin, namespace, name)
 
     def _begin(self, item: _Item) -> bytes:
         self._items.append(item)
@@ -314,7 +327,7 @@ class ResponseWriter:
                 ArgumentsChanged,
                 type="response.function_call_arguments.done",
                 item_id=item.item_id,
-                name=item.begin.name,
+                name=item.name,
                 arguments=item.text,
             )
         return told + self._event(ItemChanged, type="response.output_item.done", item=item.output(status))

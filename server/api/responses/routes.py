@@ -28,7 +28,7 @@ async def responses(request: Request) -> Response:
     context = context_of(request)
     body = await context.read(request, ResponsesRequest)
     job = await prepare(context, body.chat(), body, max_tokens=body.max_output_tokens, temperature=body.temperature)
-    writer = ResponseWriter(_asked(body, job.model.told_name(body.model)))
+    writer = ResponseWriter(_asked(body, job.model.told_name(body.model)), body.namespaces)
     return await respond(request, context, job, writer.whole, writer if body.stream else None)
 
 
@@ -57,16 +57,7 @@ def _asked(body: ResponsesRequest, model: str) -> ResponseObject:
         temperature=body.temperature,
         text={"format": {"type": "text"}},
         tool_choice=choice if isinstance(choice, str) else choice.model_dump(),
-        tools=[
-            {
-                "type": "function",
-                "name": tool.name,
-                "description": tool.description,
-                "parameters": tool.parameters,
-                "strict": tool.strict,
-            }
-            for tool in body.tools or ()
-        ],
+        tools=[tool.model_dump(exclude_unset=True) for tool in body.tools or ()],
         top_p=body.top_p,
         truncation="disabled",
         usage=None,

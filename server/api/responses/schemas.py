@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    WithJsonSchema,
+)
 from pydantic_core import PydanticCustomError
 
 from server.api.chat.messages import Call, Chat, Message, ToolChoice
@@ -108,7 +117,7 @@ class FunctionCallItem(Strict):
     arguments: Text
     id: Bookkeeping | None = Field(None, description="not kept")
     status: Status | None = Field(None, description="not kept")
-    namespace: Bookkeeping | None = Field(None, description="not kept")
+    namespace: ToolName | None = None
     caller: NotKept = Field(None, description="not kept")
 
 
@@ -160,6 +169,25 @@ class FunctionTool(Strict):
     output_schema: NotKept = Field(None, description="not kept")
     defer_loading: unsupported(False) = None  # type: ignore[valid-type]
     allowed_callers: unsupported(["direct"]) = None  # type: ignore[valid-type]
+
+
+class Namespace(Strict):
+    """Functions under one name; the model knows each as `NAMESPACE.NAME`."""
+
+    type: Literal["namespace"]
+    name: ToolName
+    description: Text | None = Field(None, description="not kept; the functions have their own")
+    tools: Annotated[
+        list[Annotated[Annotated[FunctionTool, Tag("function")], by_type("function")]], Field(max_length=MAX_TOOLS)
+    ]
+
+
+class WebSearch(BaseModel):
+    """A search that OpenAI's servers run, which agents offer by themselves; the model is not told of it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    type: Literal["web_search", "web_search_preview"]
 
 
 class NamedFunction(Strict):
@@ -228,7 +256,21 @@ class ResponsesRequest(SamplingFields):
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: (
+        Annotated[
+            list[
+                Annotated[
+                    Annotated[FunctionTool, Tag("function")]
+                    | Annotated[Namespace, Tag("namespace")]
+                    | Annotated[WebSearch, Tag("web_search")]
+                    | Annotated[WebSearch, Tag("web_search_preview")],
+                    by_type("function", "namespace", "web_search", "web_search_preview"),
+                ]
+            ],
+            Field(max_length=MAX_TOOLS),
+        ]
+        | None
+    ) = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = Field(
         None, description="default auto; required forces a call, and so does the name of a function"
     )
@@ -279,13 +321,34 @@ class ResponsesRequest(SamplingFields):
         effort = self.reasoning.effort if self.reasoning else None
         return Chat(
             messages=self._messages(),
-            tools=tools_of(self.tools or ()),
+            tools=tools_of(self.functions),
             choice=self._choice(),
             variables=self.chat_template_kwargs or {},
             effort=effort,
             is_wish=True,
             thinks=None if effort is None else effort != "none",
         )
+
+    @property
+    def functions(self) -> list[FunctionTool]:
+        """The functions that the model is told of, those of namespaces by their whole names."""
+        found: list[FunctionTool] = []
+        for tool in self.tools or ():
+            if isinstance(tool, FunctionTool):
+                found.append(tool)
+            elif isinstance(tool, Namespace):
+                found += [each.model_copy(update={"name": f"{tool.name}.{each.name}"}) for each in tool.tools]
+        return found
+
+    @property
+    def namespaces(self) -> dict[str, tuple[str, str]]:
+        """The namespace and the name in it, by the whole name."""
+        return {
+            f"{tool.name}.{each.name}": (tool.name, each.name)
+            for tool in self.tools or ()
+            if isinstance(tool, Namespace)
+            for each in tool.tools
+        }
 
     def _messages(self) -> tuple[Message, ...]:
         said: list[Message] = []
@@ -301,7 +364,7 @@ class ResponsesRequest(SamplingFields):
         return tuple(said)
 
     def _choice(self) -> ToolChoice:
-        names = [tool.name for tool in self.tools or ()]
+        names = [tool.name for tool in self.functions]
         is_parallel = self.parallel_tool_calls is not False
         if isinstance(self.tool_choice, NamedFunction):
             return tool_choice("required", self.tool_choice.name, names, is_parallel=is_parallel)
@@ -313,7 +376,8 @@ def _message(item: Item, place: str) -> Message:
     if isinstance(item, MessageItem):
         return Message(item.role, _text(item.content), place)
     if isinstance(item, FunctionCallItem):
-        return Message("assistant", None, place, calls=(Call(item.call_id, item.name, item.arguments),))
+        name = f"{item.namespace}.{item.name}" if item.namespace else item.name
+        return Message("assistant", None, place, calls=(Call(item.call_id, name, item.arguments),))
     if isinstance(item, FunctionOutputItem):
         return Message("tool", _text(item.output), place, call_id=item.call_id)
     return Message("assistant", None, place, thinking=_text(item.content or item.summary or []))

@@ -48,7 +48,7 @@ def test_response() -> None:
         assert (usage.input_tokens, usage.output_tokens, usage.total_tokens) == (len(prompt_of(server)), 3, 47)
         sampling = server.engine.submitted[-1].sampling
         assert (sampling.is_greedy, sampling.max_new_tokens) == (True, 50)
-        ResponseObject.model_validate(answer.model_dump(exclude_unset=True), strict=True)
+        ResponseObject.model_validate(answer.model_dump(exclude_unset=True))
 
 
 def test_answer_that_broke_off_is_incomplete() -> None:
@@ -160,7 +160,7 @@ def test_thinking_is_switched_by_the_effort() -> None:
         ({"background": True}, "background"),
         ({"prompt": {"id": "p"}}, "prompt"),
         ({"truncation": "auto"}, "truncation"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "file_search", "vector_store_ids": []}]}, "tools[0]"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "g"}}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"top_logprobs": 2}, "top_logprobs"),
@@ -177,6 +177,25 @@ def test_bad_parameter_is_refused_by_its_name(change: dict[str, Any], param: str
             assert (error.type, error.param) == ("invalid_request_error", param)
             assert "do-not-echo-me" not in response.text
         assert server.engine.submitted == []
+
+
+def test_functions_of_a_namespace_have_its_name_before_theirs_for_the_model_alone() -> None:
+    call = '<tool_call>\n{"name": "agents.close", "arguments": {"id": "7"}}\n</tool_call>'
+    tools: Any = [
+        {"type": "namespace", "name": "agents", "description": "Agents.", "tools": [{**TOOLS[0], "name": "close"}]},
+        {"type": "web_search", "external_web_access": False},
+    ]
+    with serving(call) as (client, server):
+        answer = client.responses.create(model="x", input="Close it.", tools=tools)
+        assert '"name": "agents.close"' in prompt_of(server)
+        assert "web_search" not in prompt_of(server)
+        [item] = answer.output
+        assert item.type == "function_call"
+        assert (item.name, item.namespace, item.arguments) == ("close", "agents", '{"id": "7"}')
+        result = {"type": "function_call_output", "call_id": item.call_id, "output": "closed"}
+        history: Any = [{"role": "user", "content": "Close it."}, item, result]
+        client.responses.create(model="x", input=history, tools=tools)
+        assert call in prompt_of(server)
 
 
 def test_nothing_stored_is_said_where_it_is_asked_for() -> None:
