@@ -39,7 +39,7 @@ import torch
 from benchmarks.gpu import paging as gpu_paging
 from benchmarks.gpu import paths as gpu_paths
 from benchmarks.gpu import timing as gpu_timing
-from benchmarks.gpu.steps import CONTEXT, STAGES, Replay, random_trunk
+from benchmarks.gpu.steps import CONTEXT, STAGES, Replay, random_codes, random_trunk
 from benchmarks.harness.reporting import environment, finish, table
 from expert_store.paging.pages import DevicePages, PagesShape, Policy
 from server.model.device.step.graphs import in_parallel
@@ -70,6 +70,7 @@ class Bench:
         self.started = time.perf_counter()
         self.read_rate = self.copy_rate = 0.0
         self.trunks: dict[str, TrunkWeights] = {}
+        self.packed_for: Any = None
 
     def section(self, name: str, run: Callable[[], Any]) -> None:
         """Runs one part; a failure is recorded and the next one starts from freed memory."""
@@ -133,7 +134,7 @@ class Bench:
         step_ms = gpu_timing.median_ms(replay)
         ids = replay.step.log_ids.cpu()
         distinct = sum(len(set(layer.flatten().tolist())) for layer in ids) / shape.num_layers
-        floor_bytes = shape.trunk_bytes + shape.num_layers * distinct * shape.span_elements * 2
+        floor_bytes = shape.trunk_bytes + shape.num_layers * distinct * shape.span_bytes
         floor_ms = floor_bytes / self.read_rate * 1e3
         return {
             "batch": batch,
@@ -252,7 +253,7 @@ class Bench:
         steps = len(trace) - warmup
         step_ms = gpu_timing.mean_ms(replay, repeats=steps)
         pages.check_integrity()
-        missed = float(pages.stats[:, 1].sum()) / steps * shape.span_elements * 2
+        missed = float(pages.stats[:, 1].sum()) / steps * shape.span_bytes
         copy_ms = missed / self.copy_rate * 1e3
         bound_ms = max(resident_ms, copy_ms)
         row = {
@@ -273,29 +274,40 @@ class Bench:
 
     def _full_pages(self, shape: DecodeShape) -> DevicePages:
         everyone = PagesShape(
-            shape.num_layers, shape.num_experts, shape.top_k, shape.num_experts, shape.span_elements, 32, shape.dtype
-        )
+            shape.num_layers, shape.num_experts, shape.top_k, shape.num_experts, shape.span_elements, 32,
+            shape.span_dtype,
+        )  # fmt: skip
         pages = DevicePages(everyone, None, device=DEVICE)
-        for layer in range(shape.num_layers):
-            pages.slots[layer * shape.num_experts : (layer + 1) * shape.num_experts].normal_(0.0, 0.03)
+        _fill(shape, pages.slots)
         pages.adopt(torch.arange(shape.num_experts).expand(shape.num_layers, shape.num_experts))
         return pages
 
     def _pages(
         self, shape: DecodeShape, num_slots: int, policy: str = "lru", kept: int = 0, order: Any = None
     ) -> DevicePages:
-        spans = self.spans.view(-1)[: self.spans.numel() // shape.span_elements * shape.span_elements]
-        spans = spans.view(-1, shape.span_elements)
+        spans = self._host_spans(shape)
         index = torch.arange(shape.num_layers * shape.num_experts).view(shape.num_layers, -1) % len(spans)
         paged = PagesShape(
-            shape.num_layers, shape.num_experts, shape.top_k, num_slots, shape.span_elements, 1, shape.dtype
+            shape.num_layers, shape.num_experts, shape.top_k, num_slots, shape.span_elements, 1, shape.span_dtype
         )
         chosen: Policy = "lfu" if policy == "lfu" else "lru"
         pages = DevicePages(paged, spans, index, device=DEVICE, policy=chosen, num_kept=kept)
-        pages.slots.normal_(0.0, 0.03)
+        _fill(shape, pages.slots)
         first = np.arange(num_slots)[None].repeat(shape.num_layers, axis=0) if order is None else order
         pages.adopt(torch.from_numpy(np.ascontiguousarray(first)))
         return pages
+
+    def _host_spans(self, shape: DecodeShape) -> torch.Tensor:
+        """The page-locked memory as spans of this shape; packed ones all have scales of their own."""
+        spans = self.spans.view(-1).view(shape.span_dtype)
+        spans = spans[: spans.numel() // shape.span_elements * shape.span_elements].view(-1, shape.span_elements)
+        if shape.packed is not None and self.packed_for != shape.packed:
+            some = torch.empty(64, shape.span_elements, dtype=torch.int32, device=DEVICE)
+            random_codes(shape, some)
+            for part in spans.split(64):
+                part.copy_(some[: len(part)])
+            self.packed_for = shape.packed
+        return spans
 
     def _tuned(self, **sizes: Any) -> StepOptions:
         base = StepOptions(pdl=True)
@@ -336,6 +348,15 @@ def main() -> None:
     bench.result["seconds"] = time.perf_counter() - bench.started
     report(bench.result)
     finish("decode_gpu", bench.result, save=arguments.save)
+
+
+def _fill(shape: DecodeShape, slots: torch.Tensor) -> None:
+    """Random experts in slots [n, elements]; mutates them."""
+    if shape.packed is not None:
+        random_codes(shape, slots)
+        return
+    for some in slots.split(256):
+        some.normal_(0.0, 0.03)
 
 
 def report(result: dict[str, Any]) -> None:

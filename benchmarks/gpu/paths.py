@@ -78,7 +78,7 @@ def device_runner(model: Any, spans: torch.Tensor, num_slots: int, *, max_rows: 
     pages = DevicePages(pages_shape, spans, index, device=DEVICE)
     pages.slots.normal_(0.0, 0.03)
     pages.adopt(torch.arange(num_slots).expand(layers, num_slots))
-    stream = ExpertStream(pages, shape.hidden, inner)
+    stream = ExpertStream(pages, shape)
     selective = _selective(model, stream=stream, layers=layers, num_experts=shape.num_experts)
     return DeviceRunner(selective, shape, pack_trunk(model, shape), pages, stream)
 

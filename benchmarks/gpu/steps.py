@@ -6,6 +6,7 @@ routers' own top-k picks it; a stage is left out by giving the step nothing to d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import replace
 
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.paging import Trace
+from expert_store.encoding import CODE_BITS
 from expert_store.paging.pages import DevicePages
+from expert_store.rows import FIELD_DTYPES
 from server.model.device.step.graphs import StepGraph
 from server.model.device.step.state import RowState
 from server.model.device.step.step import DecodeStep
@@ -66,6 +69,33 @@ class Replay:
             self._bias.copy_(self._trace[self._at % len(self._trace)])
             self._at += 1
         self._graph.enqueue(self._rows, self._tokens)
+
+
+def random_codes(shape: DecodeShape, spans: Tensor) -> None:
+    """Fill packed spans [n, words] with random codes, and scales that keep activations in range; mutates `spans`."""
+    assert shape.packed is not None
+    at = 0
+    for encoding, rows, columns in (
+        (shape.packed[0], 2 * shape.intermediate, shape.hidden),
+        (shape.packed[1], shape.hidden, shape.intermediate),
+    ):
+        size = encoding.row_bytes(columns)
+        for some in spans.view(torch.uint8)[:, at : at + rows * size].split(256):
+            part = some.unflatten(1, (rows, size))
+            codes = columns * CODE_BITS[encoding.codes] // 8
+            part.random_(0, 256)
+            if encoding.codes == "fp8":
+                part[..., :codes] &= 0xBF  # below 2, so no NaN
+            spread = {"fp8": 0.6, "fp4": 3.0, "int4": 4.6, "int8": 74.0}[encoding.codes]
+            numbers = {"scales": columns**-0.5 / spread, "zeros": encoding.middle, "overall": 1.0}
+            for name, (offset, count) in encoding.fields(columns).items():
+                if name == "codes":
+                    continue
+                value = 127 + round(math.log2(numbers[name])) if encoding.scales == "F8_E8M0" else numbers[name]
+                dtype = torch.float32 if name == "overall" else FIELD_DTYPES[getattr(encoding, name)]
+                field = torch.full((count,), value, device=spans.device).to(dtype).view(torch.uint8)
+                part[..., offset : offset + len(field)] = field
+        at += rows * size
 
 
 def random_trunk(shape: DecodeShape, device: torch.device | str, seed: int = 0) -> TrunkWeights:

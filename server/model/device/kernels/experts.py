@@ -110,6 +110,24 @@ def _switched(shared, switch, normed, rows, inside, H: tl.constexpr, HP: tl.cons
 
 
 @triton.jit
+def with_shared(
+    acc, residual, shared, switch, normed, out, batch, rows, inside, H: tl.constexpr, HP: tl.constexpr,
+    SHARED: tl.constexpr,
+):  # fmt: skip
+    """out [batch, rows] = residual + acc [rows] + the term of SHARED; see `down`."""
+    dtype: tl.constexpr = out.dtype.element_ty
+    at = batch * H + rows
+    before = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    routed = acc.to(dtype).to(tl.float32)
+    if SHARED == 1:
+        routed = (routed + tl.load(shared + at, mask=inside, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+    if SHARED == 2:
+        beside = _switched(shared + batch * H, switch, normed + batch * H, rows, inside, H, HP, dtype)
+        routed = (routed + beside).to(dtype).to(tl.float32)
+    tl.store(out + at, (before + routed).to(dtype), mask=inside)
+
+
+@triton.jit
 def down(
     act, anchor, pair_target, pair_source, weights, residual, shared, switch, normed, out,
     K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
@@ -173,13 +191,4 @@ def down(
         weight = tl.load(weights + first + flat // I, mask=live, other=0.0)
         value = tl.where(weight == 0.0, 0.0, value * weight)
         acc += tl.sum(tile.to(tl.float32) * value[None, :], axis=1)
-    dtype: tl.constexpr = out.dtype.element_ty
-    at = batch * H + rows
-    before = tl.load(residual + at, mask=rows < H, other=0.0).to(tl.float32)
-    routed = acc.to(dtype).to(tl.float32)
-    if SHARED == 1:
-        routed = (routed + tl.load(shared + at, mask=rows < H, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
-    if SHARED == 2:
-        beside = _switched(shared + batch * H, switch, normed + batch * H, rows, rows < H, H, HP, dtype)
-        routed = (routed + beside).to(dtype).to(tl.float32)
-    tl.store(out + at, (before + routed).to(dtype), mask=rows < H)
+    with_shared(acc, residual, shared, switch, normed, out, batch, rows, rows < H, H, HP, SHARED)

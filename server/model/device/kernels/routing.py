@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expert_store.paging.kernels import list_work
+from server.model.device.kernels.packed import factor
 from server.model.device.kernels.scores import top_k, weights_of, within_groups
 from server.model.device.kernels.trunk import normalise
 
@@ -25,21 +26,22 @@ ABSENT = tl.constexpr(2)
 
 @triton.jit(do_not_specialize=["layer"])
 def route(
-    x, norm, gate, gate_bias, selection_bias, normed, logits, arrived, choices, ranges, rows, masks, temperatures,
-    bias_range,
+    x, norm, gate, gate_bias, selection_bias, normed, planes, logits, arrived, choices, ranges, rows, masks,
+    temperatures, bias_range,
     log_ids, log_weights, log_demand, log_mass, layer, step_at,
     page_table, slot_owner, last_use, use_count, kept, host_offset, pool_offset, stats,
     header, target, source, count, pairs, pair_target, pair_source, weights, scratch, span, eps, resident_bias,
     B: tl.constexpr, K: tl.constexpr, E: tl.constexpr, S: tl.constexpr, H: tl.constexpr, L: tl.constexpr,
     BP: tl.constexpr, KP: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr, HP: tl.constexpr, PAIRS: tl.constexpr,
     STRIDE: tl.constexpr, BE: tl.constexpr, POLICY: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr,
-    BIASED: tl.constexpr, SIGMOID: tl.constexpr, RENORMALISE: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr,
+    BIASED: tl.constexpr, PLANES: tl.constexpr, PLANE_CODES: tl.constexpr, SIGMOID: tl.constexpr,
+    RENORMALISE: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr,
     GROUPS: tl.constexpr, GP: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr,
     GATE_BIAS: tl.constexpr, SELECTION_BIAS: tl.constexpr, EXACT_LOGITS: tl.constexpr, EXACT_SCORES: tl.constexpr,
     EXACT_WEIGHTS: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Routes x [B, H]; writes normed [B, H], weights [B, K], the work list (see `list_work`) and the step's log [L,
-    B, K].
+    """Routes x [B, H]; writes normed [B, H], the same in `planes` [B, PLANES, H / PLANES] (see `packed`), weights
+    [B, K], the work list (see `list_work`) and the step's log [L, B, K].
 
     masks [rows, L, E] int8 (0: hidden, 1: available, ABSENT: chosen and logged as if it were there, then left out of
     work list and experts) and temperatures [rows] fp32, which divide the logits, are a row's own (MASKED); bias_range
@@ -77,7 +79,11 @@ def route(
     gate_score = gate_score.to(logits_dtype).to(tl.float32)
     tl.store(logits + batch * E + mine, gate_score, mask=mine < E)
     tl.debug_barrier()
-    if tl.atomic_add(arrived + 1 + batch, 1) == tl.num_programs(0) - 1:
+    num_arrived = tl.atomic_add(arrived + 1 + batch, 1)
+    if PLANES > 1 and part == 0:
+        scaled = hidden.to(tl.float32) * factor(cols % PLANES, PLANE_CODES)
+        tl.store(planes + batch * H + cols % PLANES * (H // PLANES) + cols // PLANES, scaled, mask=inside)
+    if num_arrived == tl.num_programs(0) - 1:
         tl.store(arrived + 1 + batch, 0)
         step = tl.load(step_at)
         picks = tl.arange(0, KP)

@@ -26,7 +26,7 @@ class DeviceMemory:
 
     def __init__(self, shape: DecodeShape, device: torch.device, *, num_kept: int = 0) -> None:
         self._shape, self._device, self.num_kept = shape, device, num_kept
-        self.span_bytes = shape.span_elements * shape.dtype.itemsize
+        self.span_bytes = shape.span_bytes
         self.row_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
         """KV memory of one token of one row."""
 
@@ -45,7 +45,7 @@ class DeviceMemory:
             num_slots,
             shape.span_elements,
             shape.max_rows,
-            shape.dtype,
+            shape.span_dtype,
         )
 
     def slots_bytes(self, num_slots: int) -> int:

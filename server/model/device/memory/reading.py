@@ -24,7 +24,7 @@ from expert_store.pinned import NotPinnableError, new_arena, page_lock
 from expert_store.slots import TORCH_DTYPES
 from expert_store.store import Store
 from router.mask import ExpertMask
-from server.model.device.capture import NotCapturableError
+from server.model.device.capture import need
 from server.model.load_progress import Phase, Progress
 
 log = logging.getLogger(__name__)
@@ -38,19 +38,27 @@ Failures = dict[Expert, StoreError]
 
 
 class SpanReader:
-    """Reads spans of a store into memory of the compute dtype, several at a time.
+    """Reads spans of a store into memory of the compute dtype, or of words of four bytes if experts are packed, several
+    at a time.
 
-    Raises NotCapturableError for experts of mixed dtypes.
+    Attributes:
+        dtype, elements: of a span in memory.
+
+    Raises:
+        NotCapturableError: experts of mixed dtypes.
     """
 
     def __init__(self, store: Store, dtype: torch.dtype) -> None:
-        layers = store.manifest.layers
-        stored = {TORCH_DTYPES[tensor.dtype] for spec in layers for tensor in spec.tensors}
-        if len(stored) != 1:
-            raise NotCapturableError(f"experts of mixed dtypes: {sorted(str(one) for one in stored)}")
-        self._store, self.dtype, self._stored = store, dtype, stored.pop()
-        self.elements = sum(torch.Size(tensor.shape).numel() for tensor in layers[0].tensors)
-        self.span_bytes = self.elements * dtype.itemsize
+        layers, tensors = store.manifest.layers, store.manifest.layers[0].tensors
+        self._store = store
+        if any(layer.is_encoded for layer in layers):
+            self.dtype, self._stored, self.elements = torch.int32, torch.int32, layers[0].span_bytes // 4
+        else:
+            stored = {TORCH_DTYPES[tensor.dtype] for spec in layers for tensor in spec.tensors}
+            need(len(stored) == 1, f"experts of mixed dtypes: {sorted(str(one) for one in stored)}")
+            self.dtype, self._stored = dtype, stored.pop()
+            self.elements = sum(torch.Size(tensor.shape).numel() for tensor in tensors)
+        self.span_bytes = self.elements * self.dtype.itemsize
 
     def read(
         self,

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from triton.runtime.driver import driver
 from triton.runtime.errors import OutOfResources
 
+from expert_store.encoding import RowEncoding
 from expert_store.errors import SlotsError
 from expert_store.paging.pages import DevicePages
 from expert_store.store import Store
@@ -93,9 +94,9 @@ def load_device_runner(
     reader = SpanReader(store, dtype)
     _check_gpu(device)
     skeleton = trunk_skeleton(store.trunk_path)
-    intermediate = _intermediate(store)
+    intermediate, packed = _experts_of(store)
     shape = decode_shape(skeleton, intermediate=intermediate, max_rows=options.max_rows, max_tokens=options.max_tokens)
-    shape = replace(shape, dtype=dtype)
+    shape = replace(shape, dtype=dtype, packed=packed)
     _check_layers(store, shape)
     if proof:
         progress(Phase.PROVING, 0.0)
@@ -161,7 +162,7 @@ def _runner(
     options: StepOptions,
 ) -> DeviceRunner:
     """Bind the model's experts and routers to the pages, and make the runner over them."""
-    stream = ExpertStream(pages, shape.hidden, shape.intermediate)
+    stream = ExpertStream(pages, shape)
     device = pages.device
     routing = StepRouting(store.manifest.model.family, shape.num_moe_layers, device, mask)
     for layer, (_, block, router) in enumerate(moe_blocks(model)):
@@ -199,23 +200,29 @@ def _check_layers(store: Store, shape: DecodeShape) -> None:
     routed = [layer for layer in range(shape.num_layers) if layer not in shape.dense_layers]
     if held != routed:
         raise NotCapturableError(f"layers {routed} have routed experts, of which the store has those of {held}")
-    if shape.span_elements * shape.dtype.itemsize % 16:
-        raise NotCapturableError(
-            f"experts of {shape.span_elements * shape.dtype.itemsize} bytes: wanted a multiple of 16"
-        )
+    need(shape.span_bytes % 16 == 0, f"experts of {shape.span_bytes} bytes: wanted a multiple of 16")
 
 
-def _intermediate(store: Store) -> int:
-    """I of the experts. Raises NotCapturableError for layouts other than gate_up [2I, H] then down [H, I]."""
+def _experts_of(store: Store) -> tuple[int, tuple[RowEncoding, RowEncoding] | None]:
+    """I of the experts, and the encodings of gate_up and down, None if they are plain.
+
+    Raises NotCapturableError for layouts other than gate_up [2I, H] then down [H, I], or a plain one beside a packed.
+    """
+    first = store.manifest.layers[0].tensors
     for spec in store.manifest.layers:
         names = [tensor.name for tensor in spec.tensors]
         shapes = [tuple(tensor.shape) for tensor in spec.tensors]
-        plain = names == ["gate_up_proj", "down_proj"] and shapes[0] == (2 * shapes[1][1], shapes[1][0])
-        if not plain or shapes != [tuple(tensor.shape) for tensor in store.manifest.layers[0].tensors]:
+        known = names == ["gate_up_proj", "down_proj"] and shapes[0] == (2 * shapes[1][1], shapes[1][0])
+        if not known or [(tensor.shape, tensor.encoding) for tensor in spec.tensors] != [
+            (tensor.shape, tensor.encoding) for tensor in first
+        ]:
             raise NotCapturableError(
-                f"experts hold {dict(zip(names, shapes, strict=True))}, not gate_up [2I, H] and down [H, I]"
+                f"experts hold {dict(zip(names, shapes, strict=True))}, not gate_up [2I, H] and down [H, I] alike in "
+                "every layer"
             )
-    return int(store.manifest.layers[0].tensors[1].shape[1])
+    rows, columns = (tensor.encoding for tensor in first)
+    need((rows is None) == (columns is None), "one of gate_up and down is packed and the other is not")
+    return int(first[1].shape[1]), None if rows is None or columns is None else (rows, columns)
 
 
 def warm_up(runner: DeviceRunner, progress: Progress = lambda phase, share: None) -> None:

@@ -21,8 +21,12 @@ import triton
 from torch import Tensor
 
 from expert_store.paging.pages import DevicePages
+from server.model.device.kernels import packed_prefill
 from server.model.device.kernels import prefill as kernels
+from server.model.device.kernels.packed import MAGIC
+from server.model.device.step.packed import codes_a_word, row_constants
 from server.model.device.step.tuning import divisor, pow2
+from server.model.device.step.weights import DecodeShape
 from server.model.seam.observation import OutputObserver
 
 GROUP = 8
@@ -34,6 +38,8 @@ RING_SPANS = RING_GROUPS * GROUP
 AHEAD_PICKS = 12
 """Picks for each expert from which a chunk streams all experts ahead: recorded traces then demand 96 % of a layer."""
 
+PACKED_WORDS = 16
+"""Words of codes that a dot takes from each of a tile's rows: the least that tensor cores take."""
 
 ReadAbsent = Callable[[int, Sequence[int]], Iterator[list[int]]]
 """Reads a part of a layer's experts and yields it; reads the next part after this one was computed."""
@@ -58,18 +64,17 @@ class _Group:
 class ExpertStream:
     """Computes the experts of prefill chunks over the slots of `pages` and a ring of `num_groups` groups.
 
-    `intermediate` is I; weights, activations and results are in the pages' dtype.
+    Args:
+        shape: of the experts; activations and results are in its dtype.
     """
 
-    def __init__(self, pages: DevicePages, hidden: int, intermediate: int, *, num_groups: int = RING_GROUPS) -> None:
-        self._pages, self._hidden, self._intermediate = pages, hidden, intermediate
+    def __init__(self, pages: DevicePages, shape: DecodeShape, *, num_groups: int = RING_GROUPS) -> None:
+        self._pages, self._shape = pages, shape
+        self._hidden, self._intermediate = shape.hidden, shape.intermediate
         self._num_groups = num_groups if pages.shape.paged else 0
-        shape = pages.shape
-        self._ring = torch.empty(
-            self._num_groups * GROUP, shape.span_elements, dtype=shape.dtype, device=pages.device
-        )  # fmt: skip
+        self._ring = pages.slots.new_empty(self._num_groups * GROUP, pages.shape.span_elements)
         distance = self._ring.data_ptr() - pages.slots.data_ptr() if self._num_groups else 0
-        self._ring_offset = distance // shape.dtype.itemsize
+        self._ring_offset = distance // pages.slots.itemsize
         self._cuda = pages.slots.is_cuda
         self._stream = torch.cuda.Stream() if self._cuda else None  # type: ignore[no-untyped-call]
         self._table: npt.NDArray[np.int32] = np.zeros((0, 0), np.int32)
@@ -105,10 +110,12 @@ class ExpertStream:
         Raises the errors of `read_absent`.
         """
         num_tokens, top_k = index.shape
-        ids = index.reshape(-1)
+        given, ids = hidden, index.reshape(-1)
         sorted_ids, order = ids.sort(stable=True)
         edges = torch.arange(self._pages.shape.num_experts + 1, device=ids.device, dtype=sorted_ids.dtype)
         offsets = torch.searchsorted(sorted_ids, edges).to(torch.int32)
+        if self._shape.packed is not None:  # in planes, see `kernels.packed`
+            hidden = hidden.view(num_tokens, -1, codes_a_word(self._shape.packed[0])).transpose(1, 2).flatten(1)
         act = hidden.new_empty(num_tokens * top_k, self._intermediate)
         out = hidden.new_zeros(num_tokens * top_k, self._hidden)
         for _ in (None,) if self._ahead else self._turns(layer, ids):
@@ -119,7 +126,7 @@ class ExpertStream:
         weighted = out * weights.reshape(-1, 1).to(out.dtype)
         result = weighted.view(num_tokens, top_k, -1).sum(dim=1)
         if observer is not None and observer.is_on:
-            observer.note(layer, hidden, out, result)
+            observer.note(layer, given, out, result)
         return result
 
     def _read_table(self, allowed: npt.NDArray[np.bool_]) -> None:
@@ -222,20 +229,27 @@ class ExpertStream:
             else:
                 kernel[grid](*args, num_warps=4, num_stages=3, **constants)
 
+        grids = (size, triton.cdiv(inner, tile)), (size, triton.cdiv(width, tile))
+        up = (hidden, anchor, ids, targets, offsets, order, act)
+        down = (act, anchor, ids, targets, offsets, order, out)
+        up_sizes = {"K": top_k, "H": width, "I": inner, "BT": tokens, "BI": tile}
+        down_sizes = {"H": width, "I": inner, "BT": tokens, "BH": tile}
+        if self._shape.packed is None:
+            run(kernels.gate_up_group, grids[0], *up, **up_sizes, BK=divisor(width, 64))
+            run(kernels.down_group, grids[1], *down, **down_sizes, BK=divisor(inner, 64))
+            return
+        rows, columns = self._shape.packed
+        of_down = row_constants(columns, inner)
+        up_sizes |= {"BW": PACKED_WORDS, "VD": of_down["V"], **row_constants(rows, width)}
+        run(packed_prefill.gate_up_group, grids[0], *up, MAGIC, **up_sizes)
         run(
-            kernels.gate_up_group, (size, triton.cdiv(inner, tile)),
-            hidden, anchor, ids, targets, offsets, order, act,
-            K=top_k, H=width, I=inner, BT=tokens, BI=tile, BK=divisor(width, 64),
-        )  # fmt: skip
-        run(
-            kernels.down_group, (size, triton.cdiv(width, tile)),
-            act, anchor, ids, targets, offsets, order, out,
-            H=width, I=inner, BT=tokens, BH=tile, BK=divisor(inner, 64),
+            packed_prefill.down_group, grids[1], *down, MAGIC, **down_sizes, **of_down, BW=PACKED_WORDS,
+            BEFORE=self._shape.up_words,
         )  # fmt: skip
 
     def compile(self) -> None:
         """Compiles the products of short and of long chunks, without a launch."""
-        device, dtype, top_k = self._pages.device, self._pages.shape.dtype, self._pages.shape.top_k
+        device, dtype, top_k = self._pages.device, self._shape.dtype, self._pages.shape.top_k
         ids = torch.zeros(1, dtype=torch.int32, device=device)
         longs = torch.zeros(top_k, dtype=torch.int64, device=device)
         offsets = torch.zeros(self._pages.shape.num_experts + 1, dtype=torch.int32, device=device)

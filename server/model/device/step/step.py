@@ -19,7 +19,8 @@ from torch import Tensor
 
 from expert_store.paging.kernels import LFU, LRU
 from expert_store.paging.pages import DevicePages
-from server.model.device.kernels import attention, experts, routing, trunk
+from server.model.device.kernels import attention, experts, packed, routing, trunk
+from server.model.device.step.packed import plane_constants, row_constants
 from server.model.device.step.router_kind import switches
 from server.model.device.step.state import Report, RowState
 from server.model.device.step.tuning import StepOptions, divisor, pow2
@@ -34,6 +35,8 @@ THREADS = 32
 included, and then fails to compile the router. So a row's experts are padded to one for each thread."""
 MOST_DOWN_ELEMENTS = 28 << 10
 """Weights that one program of `down` holds in registers; more would halve the number of programs of an SM."""
+WARP_WORDS = 2 << 10
+"""Words of codes, of four bytes, that one warp of a packed product holds in registers, beside their scales."""
 
 
 MANY_ROWS = 8
@@ -70,6 +73,8 @@ class DecodeStep:
         self.inputs = torch.tensor([[-1], [0]], dtype=torch.int32).repeat(1, batch).to(device)
         self.rows, self.tokens = self.inputs[0], self.inputs[1]
         self.x, self.mid, self.normed = fresh(batch, hidden), fresh(batch, hidden), fresh(batch, hidden)
+        planes = torch.bfloat16 if shape.dtype == torch.bfloat16 else torch.float32  # fp16 has too few exponents
+        self.planes = self.normed if shape.packed is None else fresh(batch, hidden, dtype=planes)
         self.qkv = fresh(batch, shape.qkv)
         self.attended = fresh(batch, heads * shape.head_dim)
         self.part_max = fresh(batch, heads, splits, dtype=torch.float32)
@@ -80,7 +85,8 @@ class DecodeStep:
         self.ranges = fresh(batch, dtype=torch.float32)
         self.router_logits = fresh(batch, shape.num_experts, dtype=torch.float32)
         self.pick_weights = fresh(batch, top_k, dtype=torch.float32)
-        self.act = fresh(batch * top_k, shape.intermediate)
+        act_dtype = shape.dtype if shape.packed is None else planes
+        self.act = fresh(batch * top_k, shape.intermediate, dtype=act_dtype)
         self.inner = fresh(batch, max(shape.dense_intermediate, shape.shared_intermediate))
         self.shared = fresh(batch, hidden) if shape.shared_intermediate else self.mid
         self.num_parts = min(FINISH_PARTS, pow2(triton.cdiv(shape.vocab, FINISH_BLOCK)))
@@ -189,7 +195,8 @@ class DecodeStep:
         self._run(
             routing.route, (triton.cdiv(shape.num_experts, rows), self.batch),
             self.mid, weights.post_norm, gate, gate if weights.gate_bias is None else weights.gate_bias,
-            gate if weights.selection_bias is None else weights.selection_bias, self.normed, self.router_logits,
+            gate if weights.selection_bias is None else weights.selection_bias, self.normed, self.planes,
+            self.router_logits,
             self.arrived, self.choices, self.ranges, self.rows, state.masks, state.temperatures,
             state.bias_range, self.log_ids, self.log_weights, self.log_demand, self.log_mass, at, pages.step,
             pages.page_table, pages.slot_owner, pages.last_use, pages.use_count, pages.kept, pages.host_offset,
@@ -204,7 +211,8 @@ class DecodeStep:
             HP=pow2(shape.hidden), PAIRS=pow2(self.batch * shape.top_k),
             STRIDE=pages.pairs.shape[1], BE=rows,
             POLICY=LFU.value if pages.policy == "lfu" else LRU.value, PAGED=pages.shape.paged, MASKED=options.masked,
-            BIASED=options.resident_bias != 0.0, GATE_BIAS=weights.gate_bias is not None,
+            BIASED=options.resident_bias != 0.0, **plane_constants(shape.packed),
+            GATE_BIAS=weights.gate_bias is not None,
             **switches(shape.router, shape.dtype),
             num_warps=warps,
         )  # fmt: skip
@@ -214,28 +222,59 @@ class DecodeStep:
         shape, pages, tuning, one = self.shape, self.pages, self.options.tuning, self.batch == 1
         fetchers = tuning.fetchers if pages.shape.paged else 0
         distinct = min(shape.num_experts, self.batch * shape.top_k)
+        work = (pages.slots, pages.header, pages.target, pages.source, pages.count, pages.pairs, self.act)
+        sizes = {
+            "K": shape.top_k, "H": shape.hidden, "I": shape.intermediate, "STRIDE": pages.pairs.shape[1],
+            "FETCHERS": fetchers, "ONE": one,
+        }  # fmt: skip
+        if shape.packed is None:
+            rows = tuning.up_rows
+            self._run(
+                experts.gate_up, (fetchers + distinct * triton.cdiv(shape.intermediate, rows),), self.normed, *work,
+                **sizes, HP=pow2(shape.hidden), BI=rows, COPY=tuning.copy_elements,
+                DOWN=not (one and tuning.down_fetches), num_warps=tuning.up_warps,
+            )  # fmt: skip
+            return
+        layout, of_down = (
+            row_constants(encoding, columns)
+            for encoding, columns in zip(shape.packed, (shape.hidden, shape.intermediate), strict=True)
+        )
+        words = 2 * shape.hidden // layout["V"]  # of a row of gate and of up
+        rows, warps, runs = _packed_tile(words, layout["QW"], tuning.packed_up_rows)
         self._run(
-            experts.gate_up, (fetchers + distinct * triton.cdiv(shape.intermediate, tuning.up_rows),),
-            self.normed, pages.slots, pages.header, pages.target, pages.source, pages.count, pages.pairs, self.act,
-            K=shape.top_k, H=shape.hidden, HP=pow2(shape.hidden), I=shape.intermediate, BI=tuning.up_rows,
-            STRIDE=pages.pairs.shape[1], FETCHERS=fetchers, COPY=tuning.copy_elements, ONE=one,
-            DOWN=not (one and tuning.down_fetches), num_warps=tuning.up_warps,
+            packed.gate_up, (fetchers + distinct * triton.cdiv(shape.intermediate, rows),), self.planes, *work,
+            self.normed, packed.MAGIC, **sizes, **layout, BI=rows, RUNS=runs, COPY=pow2(rows * layout["RW"]),
+            DOWN_WORDS=shape.down_words, MOST=distinct, VD=of_down["V"], NEXT=of_down["CODES"], num_warps=warps,
         )  # fmt: skip
 
     def down(self, layer: int) -> None:
         """The picked experts' second product, weighted, with the shared expert and the residual, into `x`."""
-        shape, pages, tuning, rows = self.shape, self.pages, self.options.tuning, self.options.tuning.down_rows
-        while rows > 1 and rows * shape.top_k * shape.intermediate > MOST_DOWN_ELEMENTS:
-            rows //= 2
+        shape, pages, tuning = self.shape, self.pages, self.options.tuning
         mlp = self.weights.layers[layer].mlp
         switch = None if mlp is None else mlp.switch
+        picks = shape.top_k * shape.intermediate
+        beside = (self.mid, self.shared, self.mid if switch is None else switch, self.normed, self.x)
+        sizes = {
+            "K": shape.top_k, "H": shape.hidden, "HP": pow2(shape.hidden), "I": shape.intermediate,
+            "SHARED": 0 if mlp is None else 1 if switch is None else 2, "PAGED": pages.shape.paged,
+        }  # fmt: skip
+        if shape.packed is None:
+            rows = tuning.down_rows
+            while rows > 1 and rows * picks > MOST_DOWN_ELEMENTS:
+                rows //= 2
+            self._run(
+                experts.down, (self.batch, triton.cdiv(shape.hidden, rows)),
+                self.act, pages.slots, pages.pair_target, pages.pair_source, self.pick_weights, *beside, **sizes,
+                BH=rows, BC=tuning.down_columns, FETCH=self.batch == 1 and tuning.down_fetches,
+                num_warps=tuning.down_warps,
+            )  # fmt: skip
+            return
+        layout = row_constants(shape.packed[1], shape.intermediate)
+        rows, warps, runs = _packed_tile(picks // layout["V"], layout["QW"], tuning.packed_down_rows)
         self._run(
-            experts.down, (self.batch, triton.cdiv(shape.hidden, rows)),
-            self.act, pages.slots, pages.pair_target, pages.pair_source, self.pick_weights, self.mid,
-            self.shared, self.mid if switch is None else switch, self.normed, self.x,
-            K=shape.top_k, H=shape.hidden, HP=pow2(shape.hidden), I=shape.intermediate, BH=rows,
-            BC=tuning.down_columns, SHARED=0 if mlp is None else 1 if switch is None else 2,
-            PAGED=pages.shape.paged, FETCH=self.batch == 1 and tuning.down_fetches, num_warps=tuning.down_warps,
+            packed.down, (self.batch, triton.cdiv(shape.hidden, rows)),
+            self.act, pages.slots, pages.pair_target, self.pick_weights, *beside, packed.MAGIC,
+            **sizes, **layout, BH=rows, RUNS=runs, BEFORE=shape.up_words, num_warps=warps,
         )  # fmt: skip
 
     def head(self) -> None:
@@ -310,6 +349,15 @@ class DecodeStep:
             B=self.batch, K=width, KP=pow2(width), BN=rows, num_warps=self.options.tuning.product_warps,
         )  # fmt: skip
         return out
+
+
+def _packed_tile(words: int, run_words: int, rows: int) -> tuple[int, int, int]:
+    """Rows of a program of a packed product, its warps, and the runs that it takes at a time: a warp holds a whole row
+    if it can."""
+    while rows > 1 and rows * words > WARP_WORDS:
+        rows //= 2
+    warps = min(8, pow2(triton.cdiv(rows * words, WARP_WORDS)))
+    return rows, warps, min(THREADS * warps, pow2(words // run_words))
 
 
 def _gate(weights: LayerWeights) -> Tensor:

@@ -30,6 +30,8 @@ class Tuning:
     up_rows: int = 4
     down_rows: int = 4
     down_columns: int = 2048
+    packed_up_rows: int = 2
+    packed_down_rows: int = 1
     product_warps: int = 4
     tiled_rows: int = 32
     tiled_bytes: int = 512

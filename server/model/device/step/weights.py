@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from expert_store.encoding import RowEncoding
 from server.model.device.step.router_kind import SOFTMAX_TOP_K, RouterKind
 
 
@@ -28,6 +29,7 @@ class DecodeShape:
         windows: for each layer the number of tokens to attend to, the new one included, 0: all; empty: all in each.
         dense_layers: layers that have no routed experts but one gated product, of `dense_intermediate`.
         shared_intermediate: I of the expert that every token uses beside the routed ones; 0: there is none.
+        packed: encodings of the routed experts' gate_up and down rows; None: they are plain, in `dtype`.
     """
 
     num_layers: int
@@ -51,6 +53,7 @@ class DecodeShape:
     shared_intermediate: int = 0
     router: RouterKind = SOFTMAX_TOP_K
     dtype: torch.dtype = torch.bfloat16
+    packed: tuple[RowEncoding, RowEncoding] | None = None
 
     @property
     def num_moe_layers(self) -> int:
@@ -62,8 +65,30 @@ class DecodeShape:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
     @property
+    def up_words(self) -> int:
+        """Words of four bytes of the gate_up rows of a packed span, which precede its down rows."""
+        assert self.packed is not None, "the experts are plain"
+        return 2 * self.intermediate * self.packed[0].row_bytes(self.hidden) // 4
+
+    @property
+    def down_words(self) -> int:
+        """Words of four bytes of the down rows of a packed span."""
+        assert self.packed is not None, "the experts are plain"
+        return self.hidden * self.packed[1].row_bytes(self.intermediate) // 4
+
+    @property
+    def span_dtype(self) -> torch.dtype:
+        """Of the elements of a span, in slots and in host memory."""
+        return self.dtype if self.packed is None else torch.int32
+
+    @property
     def span_elements(self) -> int:
-        return 3 * self.hidden * self.intermediate
+        return 3 * self.hidden * self.intermediate if self.packed is None else self.up_words + self.down_words
+
+    @property
+    def span_bytes(self) -> int:
+        """Bytes of one expert."""
+        return self.span_elements * self.span_dtype.itemsize
 
     @property
     def trunk_bytes(self) -> int:

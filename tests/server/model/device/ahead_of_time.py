@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from expert_store.encoding import RowEncoding
 from expert_store.paging.pages import DevicePages, PagesShape
 from server.model.device.step.graphs import in_parallel
 from server.model.device.step.router_kind import RouterKind
@@ -70,6 +71,17 @@ QWEN2 = replace(
     shared_intermediate=5632, qk_norm="none", router=RouterKind(renormalise=False),
 )  # fmt: skip
 
+PACKED = {
+    name: replace(QWEN3, packed=encodings)
+    for name, encodings in {
+        "int4": (RowEncoding("int4", 64, "F16", zeros="U8"), RowEncoding("int4", 32, "F16", zeros="U8")),
+        "fp8": (RowEncoding("fp8", 128, "F32"), RowEncoding("fp8", 128, "F32")),
+        "mxfp4": (RowEncoding("fp4", 32, "F8_E8M0"), RowEncoding("fp4", 32, "F8_E8M0")),
+        "nvfp4": tuple(RowEncoding("fp4", 16, "F8_E4M3", overall=how) for how in ("factor", "divisor")),
+        "int8": (RowEncoding("int8", 128, "BF16", zeros="I16"), RowEncoding("int8", 768, "BF16")),
+    }.items()
+}
+
 EVERY_KIND = replace(
     TINY, dense_layers=frozenset({0}), dense_intermediate=64, shared_intermediate=32, rotary=16, windows=(16, 0),
     qk_norm="none", router=replace(GLM4.router, groups=4, kept_groups=2),
@@ -87,6 +99,7 @@ CASES = {
     "mixtral": Case(MIXTRAL, 4, (_PLAIN, (8, True, 0.0, "lru"))),
     "glm4": Case(GLM4, 40, ((1, True, 0.1, "lru"), (8, False, 0.0, "lru"))),
     "minimax": Case(MINIMAX, 40, (_PLAIN, (4, True, 0.0, "lru"))),
+    **{name: Case(shape, 32, (_PLAIN, (8, True, 0.0, "lru"))) for name, shape in PACKED.items()},
     "qwen2": Case(QWEN2, 15, (_PLAIN, (2, False, 0.0, "lru"))),
 }
 
@@ -147,7 +160,7 @@ def steps(case: Case, pdl: bool) -> Iterator[tuple[str, DecodeStep]]:
     for batch, masked, bias, policy in case.steps:
         size = PagesShape(
             shape.num_moe_layers, shape.num_experts, shape.top_k, case.slots, shape.span_elements, shape.max_rows,
-            shape.dtype,
+            shape.span_dtype,
         )  # fmt: skip
         pages = DevicePages(size, None, device="meta", policy=policy)  # type: ignore[arg-type]
         options = StepOptions(pdl=pdl and batch == 1, masked=masked, resident_bias=bias, batch_invariant=not masked)

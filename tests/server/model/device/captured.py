@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from expert_store.encoding import RowEncoding
 from expert_store.paging.pages import DevicePages, PagesShape
+from expert_store.rows import RowFields, decode_rows, pack_rows, unpack_rows
 from router.gating import RouterCall, find_gating_rule
 from server.model.device.capture.pack import decode_shape, moe_blocks, pack_trunk
 from server.model.device.step.state import RowState
 from server.model.device.step.step import DecodeStep
 from server.model.device.step.tuning import StepOptions, Tuning
+from tests.expert_store.test_rows import fields_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter multiplies bf16 matrices as if they were integers, so the CPU checks the roundings in fp16.
@@ -21,6 +26,7 @@ HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 # Few programs a kernel: the interpreter runs them one after the other.
 TUNING = Tuning(
     qkv_rows=64, output_rows=32, head_rows=32, gate_rows=4, up_rows=8, down_rows=32, down_columns=32,
+    packed_up_rows=64, packed_down_rows=64,
     attention_splits=2, attention_block=16 if DEVICE == "cuda" else 2, fetchers=2, copy_elements=256,
 )  # fmt: skip
 MAX_ROWS, MAX_TOKENS = 8, 64
@@ -35,19 +41,59 @@ def spans_of(model: Any, dtype: torch.dtype) -> Tensor:
     return torch.stack(layers).detach().to(dtype).contiguous()
 
 
+def pack_experts(model: Any, encodings: tuple[RowEncoding, RowEncoding], seed: int = 0) -> Tensor:
+    """Random packed spans [L, E, words] as the host tier holds them; the model's experts get the values in them."""
+    spans = []
+    for layer, (_, block, _) in enumerate(moe_blocks(model)):
+        params = (block.experts.gate_up_proj, block.experts.down_proj)
+        for expert in range(len(params[0])):
+            parts = []
+            for at, (encoding, param) in enumerate(zip(encodings, params, strict=True)):
+                rows, columns = param.shape[1:]
+                packed = pack_rows(encoding, fields_of(encoding, rows, columns, 1000 * layer + 10 * expert + at + seed))
+                values = decode_rows(encoding, columns, packed)
+                mean = values.std() * columns**0.5 / 2  # keeps activations in range; the scales take it on
+                fields = unpack_rows(encoding, columns, packed)
+                packed = pack_rows(encoding, _shrunk(encoding, fields, float(mean)))
+                param.data[expert] = decode_rows(encoding, columns, packed)
+                parts.append(packed.flatten())
+            spans.append(torch.cat(parts).view(torch.int32))
+    return torch.stack(spans).view(len(moe_blocks(model)), -1, spans[0].numel())
+
+
+def _shrunk(encoding: RowEncoding, fields: RowFields, by: float) -> RowFields:
+    """The same numbers with smaller scales."""
+    if encoding.scales == "F8_E8M0":
+        return replace(fields, scales=fields.scales - round(math.log2(by)))
+    return replace(fields, scales=(fields.scales.float() / by).to(fields.scales.dtype))
+
+
 def build(
-    model: Any, dtype: torch.dtype, *, batch: int, slots: int | None = None, policy: Any = "lru", **options: Any
+    model: Any,
+    dtype: torch.dtype,
+    *,
+    batch: int,
+    slots: int | None = None,
+    policy: Any = "lru",
+    packed: tuple[tuple[RowEncoding, RowEncoding], Tensor] | None = None,
+    **options: Any,
 ) -> DecodeStep:
-    """A step of the model in `dtype`, its experts in so many slots a layer (all), the first ones resident."""
+    """A step of the model in `dtype`, its experts in so many slots a layer (all), the first ones resident.
+
+    Args:
+        packed: encodings of the experts and their spans [L, E, words], which stand for the model's.
+    """
     other = copy.deepcopy(model).to(dtype).to(DEVICE)
     intermediate = moe_blocks(model)[0][1].experts.down_proj.shape[-1]
     shape = decode_shape(other, intermediate=intermediate, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS)
-    spans = spans_of(model, dtype)
+    spans = spans_of(model, dtype) if packed is None else packed[1]
+    if packed is not None:
+        shape = replace(shape, packed=packed[0])
     if DEVICE == "cuda":
         spans = spans.pin_memory()
     slots = shape.num_experts if slots is None else slots
     layers, experts = shape.num_moe_layers, shape.num_experts
-    pages_shape = PagesShape(layers, experts, shape.top_k, slots, spans.shape[-1], batch, dtype)
+    pages_shape = PagesShape(layers, experts, shape.top_k, slots, spans.shape[-1], batch, spans.dtype)
     pages = DevicePages(pages_shape, spans, device=DEVICE, policy=policy)
     pages.seed(torch.arange(slots).expand(layers, slots))
     state = RowState(shape, DEVICE)

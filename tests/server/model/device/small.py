@@ -15,5 +15,6 @@ LAYERS, EXPERTS, TOP_K = 2, 8, 2  # of `small_store`
 # Few programs a kernel: the interpreter runs them one after the other.
 TUNING = Tuning(
     qkv_rows=64, output_rows=32, head_rows=1024, gate_rows=8, up_rows=16, down_rows=32, down_columns=32,
+    packed_up_rows=32, packed_down_rows=64,
     attention_splits=1, fetchers=1, copy_elements=2048,
 )  # fmt: skip

@@ -18,7 +18,8 @@ from tests.server.model.device.ahead_of_time import CASES
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 KINDS = ["tiny, every kind"]
 SMALL = ["tiny", "tiny, few slots", "bundled", "half", "mixtral"]
-LARGE = [name for name in CASES if name not in (*KINDS, *SMALL)]
+PACKED = ["fp8", "mxfp4", "nvfp4", "int8"]
+LARGE = [name for name in CASES if name not in (*KINDS, *SMALL, *PACKED)]
 
 
 @pytest.mark.skipif(not PTXAS.exists(), reason="this Triton brings no ptxas")
@@ -28,7 +29,7 @@ LARGE = [name for name in CASES if name not in (*KINDS, *SMALL)]
         (90, KINDS),
         *(
             pytest.param(*more, marks=pytest.mark.exhaustive)
-            for more in ((90, SMALL), (90, LARGE[:2]), (90, LARGE[2:]), (80, [*KINDS, "bundled"]))
+            for more in ((90, SMALL), (90, LARGE[:2]), (90, LARGE[2:]), (90, PACKED), (80, [*KINDS, "bundled", "int4"]))
         ),
     ],
 )
