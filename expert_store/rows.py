@@ -51,7 +51,7 @@ def pack_rows(encoding: RowEncoding, fields: RowFields) -> Tensor:
     num_rows, columns = fields.codes.shape
     codes = fields.codes
     if CODE_BITS[encoding.codes] == 4:
-        codes = codes[:, 0::2] | codes[:, 1::2] << 4
+        codes = pack_nibbles(codes)
     values = {"codes": codes, "scales": fields.scales, "zeros": fields.zeros}
     values["overall"] = None if fields.overall is None else fields.overall[:, None]
     rows = torch.zeros(num_rows, encoding.row_bytes(columns), dtype=torch.uint8)
@@ -77,9 +77,21 @@ def unpack_rows(encoding: RowEncoding, columns: int, rows: Tensor) -> RowFields:
         found[name] = rows[:, at : at + count * dtype.itemsize].contiguous().view(dtype)
     codes = found["codes"]
     if CODE_BITS[encoding.codes] == 4:
-        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
+        codes = unpack_nibbles(codes)
     overall = found.get("overall")
     return RowFields(codes, found["scales"], found.get("zeros"), None if overall is None else overall[:, 0])
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """uint8 [R, C / 2] of four-bit codes, uint8 [R, C]; of two in a byte the low nibble comes first."""
+    pairs = codes.contiguous().view(torch.int16)  # whole words are much faster than every second byte
+    return ((pairs >> 4) | pairs).to(torch.uint8)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """uint8 [R, C], the codes in `packed`, uint8 [R, C / 2]."""
+    pairs = packed.to(torch.int16)
+    return (((pairs << 4) | pairs) & 0x0F0F).view(torch.uint8)
 
 
 def decode_rows(encoding: RowEncoding, columns: int, rows: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ checkpoint's, bit for bit; values equal those of the libraries that define the f
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -329,7 +330,7 @@ def _float4(stem: str, parts: Parts) -> Encoding:
 def _float4_numbers(tensors: Mapping[str, Tensor]) -> RowFields:
     import torch
 
-    from expert_store.rows import RowFields
+    from expert_store.rows import RowFields, unpack_nibbles
 
     scales = _exponents(tensors["scales"]).flatten(0, -2)
     codes = tensors["codes"].view(torch.uint8).reshape(len(scales), -1)
@@ -337,7 +338,7 @@ def _float4_numbers(tensors: Mapping[str, Tensor]) -> RowFields:
     if "overall" in tensors:
         overall = tensors["overall"].float().reshape(-1)
         overall = overall.repeat_interleave(len(scales) // len(overall))
-    return RowFields(torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1), scales, overall=overall)
+    return RowFields(unpack_nibbles(codes), scales, overall=overall)
 
 
 def _fused(name: str, codes: TensorEntry, tensors: Parts, quantisation: Mapping[str, Any]) -> Encoding:
@@ -434,10 +435,13 @@ def _order(stem: str, parts: Parts, role: str, columns: int, groups: int) -> Ten
 
 
 def _unpack(words: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
-    """int32 [R, W] → uint8 [R, W * 32 / bits], the lowest bits first, or each word's fields in `order`."""
+    """int32 [R, W] → uint8 [R, W * 32 / bits], the lowest bits first, or each word's nibbles in `order`."""
     import torch
 
-    codes = words.contiguous().view(torch.uint8)
-    if bits == 4:
-        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
-    return codes if order is None else codes.view(len(codes), -1, len(order))[..., list(order)].flatten(1)
+    from expert_store.rows import unpack_nibbles
+
+    if order is not None:
+        nibbles = [((words >> (4 * nibble)) & 15) << (4 * place) for place, nibble in enumerate(order)]
+        words = functools.reduce(torch.bitwise_or, nibbles)
+    packed = words.contiguous().view(torch.uint8)
+    return unpack_nibbles(packed) if bits == 4 else packed
