@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from expert_store.errors import ShardCorruptError
 from expert_store.integrity import TrunkCheck
+from expert_store.manifest import DTYPE_BYTES, expert_bits, expert_encodings
 from expert_store.store import Store
 from extractor.checkpoint.checkpoint import checkpoint_name
 from extractor.checkpoint.source import attach_source
@@ -172,6 +173,9 @@ def _describe(settings: Settings, engine: Engine, store: Store, known: KnownPric
         device=str(model.device),
         decode_path=runner.decode_path,
         batch_invariant=settings.model.batch_invariant and settings.model.resident_bias == 0.0,
+        encodings=expert_encodings(store.manifest.layers),
+        expert_bits=expert_bits(store.manifest.layers),
+        trunk_bits=8 * DTYPE_BYTES[spec.dtype],
         num_layers=spec.num_layers,
         num_experts=spec.num_experts,
         top_k=spec.top_k,

@@ -97,6 +97,8 @@ class LoadedModel:
     Attributes:
         name: name of the model in answers, `/info` and metrics.
         other_names: more names that `/v1/models` lists.
+        encodings: in words, of the experts' tensors that the store has in fewer bits, by their names.
+        expert_bits, trunk_bits: of one weight of the experts and of the trunk in the store.
         generation_defaults: values of the checkpoint's generation config, for requests that leave them out.
     """
 
@@ -125,6 +127,9 @@ class LoadedModel:
     masks: RequestMasks | None = None
     """Masks that requests may choose; None where they may not."""
     other_names: tuple[str, ...] = ()
+    encodings: Mapping[str, str] = field(default_factory=dict)
+    expert_bits: float = 16.0
+    trunk_bits: int = 16
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -48,7 +48,8 @@ class InfoResponse(BaseModel):
     `decode_path`: where the experts of a decode step are driven, `host` or `device`. `generation_defaults`: of the
     checkpoint, for requests that say nothing of these parameters. `batch_invariant`: whether a request's tokens are
     promised not to depend on what else is in the batch. `tool_calls`: the format of the model's calls; `unknown` where
-    they stay text. `has_thinking`: whether thinking is told apart.
+    they stay text. `has_thinking`: whether thinking is told apart. `expert_encodings`: of the experts' tensors that the
+    store has in fewer bits; `expert_bits` and `trunk_bits`: of one weight there, with its share of scales.
     """
 
     model_config = ConfigDict(protected_namespaces=())
@@ -60,6 +61,9 @@ class InfoResponse(BaseModel):
     model_pipeline_tag: str
     decode_path: str
     batch_invariant: bool
+    expert_encodings: dict[str, str]
+    expert_bits: float
+    trunk_bits: int
     num_layers: int
     num_experts: int
     top_k: int

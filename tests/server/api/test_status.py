@@ -100,10 +100,15 @@ def test_broken_engine_is_neither_ready_nor_healthy(how: str) -> None:
 
 
 def test_info_and_experts_have_their_documented_shape() -> None:
-    with running() as server, server.client() as client:
+    engine = ScriptedEngine()
+    encodings = {"gate_up_proj": "int4 in groups of 64 with zero points"}
+    model = loaded(engine, encodings=encodings, expert_bits=4.375)
+    with running(engine, load=lambda progress: model) as server, server.client() as client:
+        wait_until(lambda: server.service.loaded is not None)
         info = client.get("/info").json()
         InfoResponse.model_validate(info, strict=True)
         assert (info["model_id"], info["max_total_tokens"]) == ("scripted", 200)
+        assert (info["expert_encodings"], info["expert_bits"], info["trunk_bits"]) == (encodings, 4.375, 16)
         experts = client.get("/experts").json()
     ExpertsResponse.model_validate(experts, strict=True)
     for name in ("available", "resident", "uses", "demand", "served_mass", "demand_mass"):
