@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -227,7 +228,7 @@ class Batch:
 
         If the runner has `chosen` the tokens of the step's rows, take the `at`-th and do not read the logits.
         """
-        if chosen is not None and sequence.leaves_choice:
+        if chosen is not None and sequence.sampler.leaves_choice:
             token = int(chosen.token[at])
             logprob = float(chosen.logit[at] - chosen.normaliser[at])
         else:
@@ -299,13 +300,16 @@ class Batch:
 
 def _step(sequence: Sequence, mask: ExpertMask | None, choice: Choice | None) -> RowStep:
     """The input of one sequence to a decode step."""
-    request = sequence.request
+    request, sampler, constraint = sequence.request, sequence.sampler, sequence.constraint
     assert sequence.row is not None
-    return RowStep(
+    step = RowStep(
         sequence.row,
         sequence.generated[-1],
         mask=mask,
         temperature=request.router_temperature,
         fetches=request.on_missing == "fetch",
-        choice=choice if sequence.leaves_choice else None,
     )
+    if not sampler.leaves_choice:
+        return step
+    allowed = None if constraint is None else constraint.allowed
+    return replace(step, choice=choice, adjustment=sampler.adjustment, allowed=allowed)

@@ -93,6 +93,7 @@ class Sequence:
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
         self.generated.append(token)
+        self.sampler.take(token)
         sampling, constraint = self.request.sampling, self.constraint
         is_eos = token in self._eos
         is_end = is_eos and (constraint is not None or not sampling.ignore_eos)
@@ -118,11 +119,6 @@ class Sequence:
         if reason is not None and told:
             told[-1] = replace(told[-1], is_last=True)
         return told, reason
-
-    @property
-    def leaves_choice(self) -> bool:
-        """Whether a runner may choose the next token by the sampler's `choice`."""
-        return self.constraint is None and self.sampler.leaves_choice
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -8,7 +8,7 @@ engine may go on with other sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -128,13 +128,27 @@ class SelectiveModel:
 @dataclass(frozen=True)
 class Choice:
     """Parameters for drawing a row's next token: divide the logits by `temperature`, keep the `top_k` most likely
-    tokens (None: all), and of them the most likely that reach `top_p` (1: all). `draw`, uniform in [0, 1), selects
-    one."""
+    tokens (None: all), of them the most likely that reach `top_p` (1: all), and of them those at least `min_p` times as
+    likely as the most likely one (0: all). `draw`, uniform in [0, 1), selects one."""
 
     temperature: float
     top_k: int | None
     top_p: float
     draw: float
+    min_p: float = 0.0
+
+
+MOST_ADJUSTED = 2048
+"""Tokens that an `Adjustment` may have, so that a captured step has room for it."""
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """Added to the logits of some tokens before one is chosen: `values` float32 [N] to those of `ids` int32 [N], each
+    of them once; minus infinity bans a token. Both change with the next token of their row."""
+
+    ids: npt.NDArray[np.int32]
+    values: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -148,6 +162,9 @@ class RowStep:
         temperature: divides the logits of its routers.
         fetches: whether experts that the store lacks are read from the source for this row's request.
         choice: parameters for drawing the row's next token; None: take the most likely one.
+        adjustment: of the logits, before the choice.
+        allowed: gives a bit for each token, uint32 [ceil(V / 32)], low bits first: only those may be chosen. A runner
+            that chooses calls it once the step is on its way, so that the work is done meanwhile.
     """
 
     row: int
@@ -156,15 +173,23 @@ class RowStep:
     temperature: float = 1.0
     fetches: bool = False
     choice: Choice | None = None
+    adjustment: Adjustment | None = None
+    allowed: Callable[[], npt.NDArray[np.uint32]] | None = None
+
+    @property
+    def takes_best(self) -> bool:
+        """Whether the row's next token is the most likely one of the model."""
+        return self.choice is None and self.adjustment is None and self.allowed is None
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The next token of each row, [B] each, in host memory: drawn by its `Choice`, else the most likely one.
+    """The next token of each row, [B] each, in host memory: after its adjustment and among its allowed ones that drawn
+    by its `Choice`, else the most likely.
 
     Attributes:
         token: int64; of equally likely ones the lowest id.
-        logit: float32, its logit.
+        logit: float32, its logit, without the adjustment.
         normaliser: float32, logsumexp of the row's logits: a logit minus this is a log-probability.
     """
 

@@ -149,7 +149,7 @@ class DeviceRunner:
             raise
 
     def _decode_at_once(self, steps: Sequence[RowStep]) -> StepOutput:
-        num, rows, choices = len(steps), [step.row for step in steps], [step.choice for step in steps]
+        num, rows = len(steps), [step.row for step in steps]
         while True:
             self._look()
             for step in steps:
@@ -157,10 +157,10 @@ class DeviceRunner:
             masked = self._bias != 0.0 or not all(self.rows.is_plain(row) for row in rows)
             graph = self.graphs.step(num, masked)
             masked = graph.step.options.masked
-            draw = self.graphs.draw(graph, choices)
+            draw = self.graphs.draw(graph, steps)
             graph.enqueue(rows, [step.token for step in steps])
             if draw is not None:
-                draw.enqueue(choices)
+                draw.enqueue(steps)
             report = graph.wait()
             if self._has_everything(report, rows):
                 break

@@ -18,13 +18,13 @@ import torch
 
 from expert_store.paging.pages import DevicePages
 from server.model.device.step.prefill import ExpertStream
-from server.model.device.step.sampling import TokenDraw
+from server.model.device.step.sampling import DrawKind, DrawRoom, TokenDraw
 from server.model.device.step.state import Report, RowState
 from server.model.device.step.step import DecodeStep
 from server.model.device.step.tuning import StepOptions, Tuning, pow2
 from server.model.device.step.weights import DecodeShape, TrunkWeights
 from server.model.load_progress import Phase, Progress
-from server.model.runner import Choice
+from server.model.runner import RowStep
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,8 @@ class StepGraphs:
         self._options = options
         self._device = pages.device
         self._graphs: dict[tuple[int, bool], StepGraph] = {}
-        self._draws: dict[tuple[StepGraph, bool], TokenDraw] = {}
+        self._draws: dict[tuple[StepGraph, DrawKind], TokenDraw] = {}
+        self._room = DrawRoom(pow2(shape.max_rows), shape.vocab, self._device)
         self._memory = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None  # of all draws
 
     @property
@@ -152,29 +153,32 @@ class StepGraphs:
             self._graphs[key].capture()
         return self._graphs[key]
 
-    def draw(self, graph: StepGraph, choices: Sequence[Choice | None]) -> TokenDraw | None:
-        """The graph that draws the tokens after a step; None if every row takes the most likely token."""
-        if not any(choices):
-            return None
-        narrow = any(choice is not None and (choice.top_k is not None or choice.top_p < 1.0) for choice in choices)
-        return self._draw(graph, narrow)
+    def draw(self, graph: StepGraph, steps: Sequence[RowStep]) -> TokenDraw | None:
+        """The graph that chooses the tokens after a step; None if every row takes the most likely token."""
+        kind = DrawKind.of(steps)
+        return None if kind is None else self._draw(graph, kind)
 
     def prepare_draws(self) -> None:
-        """Capture the draws after each captured step."""
+        """Compile and capture the draws after each captured step."""
+        if self._device.type == "cuda" and self._graphs:
+            logits = next(iter(self._graphs.values())).step.logits
+            with in_parallel():
+                for kind in DrawKind.all():
+                    TokenDraw(logits, kind, self._room).compile()
         for graph in self._graphs.values():
-            for narrow in (False, True):
-                self._draw(graph, narrow)
+            for kind in DrawKind.all():
+                self._draw(graph, kind)
 
     def clear(self) -> None:
         """Drop all graphs."""
         self._draws.clear()
         self._graphs.clear()
 
-    def _draw(self, graph: StepGraph, narrow: bool) -> TokenDraw:
-        key = (graph, narrow)
-        if key not in self._draws:
-            self._draws[key] = TokenDraw(graph.step, narrow, self._memory)
-        return self._draws[key]
+    def _draw(self, graph: StepGraph, kind: DrawKind) -> TokenDraw:
+        if (graph, kind) not in self._draws:
+            self._draws[graph, kind] = TokenDraw(graph.step.logits, kind, self._room, self._memory)
+            self._draws[graph, kind].capture()
+        return self._draws[graph, kind]
 
     def _new(self, batch: int, masked: bool) -> StepGraph:
         pdl = batch == 1 and _launches_dependents(self._device)

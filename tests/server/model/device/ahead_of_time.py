@@ -1,4 +1,4 @@
-"""Compiles the captured step's kernels for GPUs that need not be there, and says which ones cannot be.
+"""Compiles the kernels of steps and draws for GPUs that need not be there, and says which ones cannot be.
 
 Run as a program, since Triton decides at its import whether kernels are interpreted: arguments are the compute
 capability and names of shapes below. It prints a line for each step that it compiled. All tensors are on the meta
@@ -25,6 +25,7 @@ from expert_store.encoding import RowEncoding
 from expert_store.paging.pages import DevicePages, PagesShape
 from server.model.device.step.graphs import in_parallel
 from server.model.device.step.router_kind import RouterKind
+from server.model.device.step.sampling import DrawKind, DrawRoom, TokenDraw
 from server.model.device.step.state import RowState
 from server.model.device.step.step import DecodeStep
 from server.model.device.step.tuning import StepOptions
@@ -174,10 +175,12 @@ def main(capability: int, names: list[str]) -> int:
     driver.set_active(ahead)
     failed = 0
     for name in names:
-        for what, step in steps(CASES[name], pdl=capability >= 90):
+        for at, (what, step) in enumerate(steps(CASES[name], pdl=capability >= 90)):
             try:
                 with in_parallel():
                     step.compile()
+                    for kind in [] if at else DrawKind.all():  # the same kernels for every batch size
+                        TokenDraw(step.logits, kind, DrawRoom(step.batch, step.shape.vocab, "meta")).compile()
                 print(f"compiled {name}: {what}", flush=True)
             except Exception as error:
                 failed += 1

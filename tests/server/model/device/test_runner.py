@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from router.mask import ExpertMask
 
 pytest.importorskip("triton")
 
+from server.constraints.compiler import ConstraintCompiler
+from server.constraints.grammar import Regex
 from server.model.device.capture import NotCapturableError
 from server.model.device.running import assembly
 from server.model.device.running.assembly import load_device_runner
@@ -22,7 +25,7 @@ from server.model.device.running.runner import DeviceRunner
 from server.model.device.step import graphs as device_graphs
 from server.model.host.assembly import load_model
 from server.model.host.runner import HostRunner
-from server.model.runner import RowStep, Runner, RunnerOptions
+from server.model.runner import Adjustment, RowStep, Runner, RunnerOptions
 from server.model.seam.observation import observe_outputs
 from tests.server.model.device.small import DEVICE, EXPERTS, LAYERS, TOP_K, TUNING
 
@@ -91,6 +94,31 @@ def test_records_and_shares_equal_the_host_driven_ones_under_masks_and_temperatu
     assert got.record.missed_mass == pytest.approx(wanted.record.missed_mass, abs=1e-5)
     assert got.share.missed == pytest.approx(wanted.share.missed, abs=1e-5)
     assert got.share.demanded == pytest.approx(wanted.share.demanded, abs=1e-5)
+
+
+def test_a_constrained_row_is_chosen_on_the_device_among_allowed_tokens_and_its_neighbour_as_ever(small_store, runners):
+    device, _ = runners(small_store, EXPERTS)
+    rows = [device.allocate(), device.allocate()]
+    for row in rows:
+        device.prefill(row, [5, 6, 7])
+    plain = device.decode([RowStep(rows[0], 8)]).chosen.token[0]
+    device.rows.take_back(rows[:1], 1)
+    tokenizer = device.model.tokenizer
+    state = ConstraintCompiler(tokenizer, device.model.vocab_size, {0}).compile(Regex("[ab]{4}")).begin()
+    best = Adjustment(np.array([plain], dtype=np.int32), np.array([-1e6], dtype=np.float32))
+    tokens, steps = [], [RowStep(rows[0], 8), RowStep(rows[1], 8, adjustment=best, allowed=state.allowed)]
+    while not state.is_complete:
+        output = device.decode(steps)
+        if not tokens:
+            assert output.chosen.token[0] == plain
+        logits = output.logits[1].clone()
+        logits[torch.from_numpy(~state.allowed_flags()).to(logits.device)] = -torch.inf
+        tokens.append(int(output.chosen.token[1]))
+        assert tokens[-1] == int(logits.argmax())
+        assert output.chosen.logit[1] == float(output.logits[1, tokens[-1]])
+        state.take(tokens[-1])
+        steps = [RowStep(rows[0], 9), RowStep(rows[1], tokens[-1], allowed=state.allowed)]
+    assert re.fullmatch("[ab]{4}", tokenizer.decode(tokens))
 
 
 def test_rows_join_and_leave_without_another_capture(small_store, runners):
