@@ -23,6 +23,9 @@ from server.api.http.openapi import ADMIN_TAG, install_openapi
 from server.api.openai import routes as openai
 from server.api.openai.responses import ChatChunk, ChatResponse, CompletionResponse
 from server.api.openai.schemas import ChatRequest, CompletionRequest
+from server.api.responses import routes as responses
+from server.api.responses.items import ResponseEvent, ResponseObject
+from server.api.responses.schemas import ResponsesRequest
 from server.api.tgi import routes as tgi
 from server.api.tgi.schemas import GenerateRequest, GenerateResponse, GenerateResponses, StreamResponse
 from server.engine.request import EngineError
@@ -58,6 +61,7 @@ def create_app(
     app.state.context = ApiContext(service, metrics, http, version, log_prompts)
     app.include_router(tgi.router, tags=["generate"])
     app.include_router(openai.router, tags=["openai"])
+    app.include_router(responses.router, tags=["openai"])
     app.include_router(anthropic.router, tags=["anthropic"])
     app.include_router(status.router, tags=["status"])
     app.include_router(growth.router, tags=["status"])
@@ -68,6 +72,7 @@ def create_app(
             **dict.fromkeys(("/generate", "/generate_stream", "/"), GenerateRequest),
             "/v1/completions": CompletionRequest,
             "/v1/chat/completions": ChatRequest,
+            "/v1/responses": ResponsesRequest,
             "/v1/messages": MessagesRequest,
             "/v1/messages/count_tokens": CountTokensRequest,
             "/experts/grow": GrowRequest,
@@ -83,6 +88,8 @@ def create_app(
             CompletionResponse,
             ChatResponse,
             ChatChunk,
+            ResponseObject,
+            ResponseEvent,
             AssistantMessage,
             MessageEvent,
         ],

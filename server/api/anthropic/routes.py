@@ -17,6 +17,7 @@ from server.api.anthropic.responses import (
 )
 from server.api.anthropic.schemas import CountTokensRequest, MessagesRequest
 from server.api.chat.answering import prepare, respond
+from server.api.chat.parser import Answer
 from server.api.chat.template import prompt_of
 from server.api.http.context import context_of
 from server.api.http.openapi import generation_responses, refusals
@@ -41,7 +42,7 @@ async def messages(request: Request) -> Response:
     message_id, name = f"msg_{uuid.uuid4().hex}", job.model.told_name(body.model)
     writer = MessageWriter(message_id, name, len(job.prompt.ids), request.url.path) if body.stream else None
     return await respond(
-        request, context, job, lambda answer, ending: message_of(message_id, name, answer, ending), writer
+        request, context, job, lambda deltas, ending: message_of(message_id, name, Answer.of(deltas), ending), writer
     )
 
 

@@ -10,30 +10,29 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, GetJsonSchemaHandler, Tag
-from pydantic_core import CoreSchema
+from pydantic import Field, Tag
 
 from server.api.chat.messages import Call, Chat, Message, Tool, ToolChoice
 from server.api.chat.tools import MAX_TOOLS, CallId, ToolName, tool_choice, tools_of
 from server.api.http.errors import ValidationFailed
 from server.api.http.fields import (
+    MAX_PARTS,
     MAX_STOP_LENGTH,
     MAX_STOPS,
-    MAX_TEXT,
     MAX_TOKENS,
-    NO_NUL,
     MaskFields,
     ModelName,
+    NotKept,
+    OrText,
     SamplingFields,
     Strict,
     Text,
     TokenCount,
+    by_type,
     unsupported,
 )
 
 MAX_MESSAGES = 1024
-MAX_BLOCKS = 4096
-NotKept = dict[str, Any] | None
 
 
 class TextBlock(Strict):
@@ -71,33 +70,10 @@ class ToolUseBlock(Strict):
     caller: NotKept = Field(None, description="not kept")
 
 
-def _as_blocks(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
-class _OrText:
-    """In the JSON Schema, a list of blocks may be a text instead."""
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"anyOf": [{"type": "string", "maxLength": MAX_TEXT, "pattern": NO_NUL}, handler(schema)]}
-
-
-def _kind(value: Any) -> str | None:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return kind if isinstance(kind, str) else None
-
-
-def _among(*kinds: str) -> Discriminator:
-    """By `type`; the refusal of another does not repeat it."""
-    text = f"must have a type among {', '.join(kinds)}; images, documents and what a server runs are not supported"
-    return Discriminator(_kind, custom_error_type="block", custom_error_message=text)
-
-
 Texts = Annotated[
-    list[Annotated[Annotated[TextBlock, Tag("text")], _among("text")]],
-    Field(max_length=MAX_BLOCKS),
-    BeforeValidator(_as_blocks),
-    _OrText(),
+    list[Annotated[Annotated[TextBlock, Tag("text")], by_type("text")]],
+    Field(max_length=MAX_PARTS),
+    OrText(lambda text: {"type": "text", "text": text}),
 ]
 
 
@@ -117,9 +93,11 @@ Block = Annotated[
     | Annotated[RedactedThinkingBlock, Tag("redacted_thinking")]
     | Annotated[ToolUseBlock, Tag("tool_use")]
     | Annotated[ToolResultBlock, Tag("tool_result")],
-    _among("text", "thinking", "redacted_thinking", "tool_use", "tool_result"),
+    by_type("text", "thinking", "redacted_thinking", "tool_use", "tool_result"),
 ]
-Blocks = Annotated[list[Block], Field(min_length=1, max_length=MAX_BLOCKS), BeforeValidator(_as_blocks), _OrText()]
+Blocks = Annotated[
+    list[Block], Field(min_length=1, max_length=MAX_PARTS), OrText(lambda text: {"type": "text", "text": text})
+]
 
 
 class MessageParam(Strict):

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.chat.messages import Chat
-from server.api.chat.parser import Answer, AnswerReader, Delta
+from server.api.chat.parser import AnswerReader, Delta
 from server.api.chat.template import Prompt, prompt_of
 from server.api.http.context import ApiContext
 from server.api.http.engine_requests import request_of, sampling_within
@@ -99,10 +99,10 @@ async def respond(
     request: Request,
     context: ApiContext,
     job: ChatJob,
-    whole: Callable[[Answer, Ending], BaseModel],
+    whole: Callable[[list[Delta], Ending], BaseModel],
     writer: EventWriter | None,
 ) -> Response:
-    """The response: a stream where there is a `writer`, else what `whole` makes of the answer.
+    """The response: a stream where there is a `writer`, else what `whole` makes of the answer's parts.
 
     Raises:
         EngineError: it was refused, or failed before an answer without a stream was whole.
@@ -116,8 +116,8 @@ async def respond(
         [(tokens, end)] = await unless_disconnected(request, generations.finished())
     context.log_text(request, "answer", end.generated_text)
     reader = AnswerReader(job.prompt.parser())
-    answer = Answer.of(reader.read(tokens, end))
-    return ModelResponse(whole(answer, _ending(job, reader, end)))
+    deltas = reader.read(tokens, end)
+    return ModelResponse(whole(deltas, _ending(job, reader, end)))
 
 
 def _ending(job: ChatJob, reader: AnswerReader, end: FinishedEvent) -> Ending:

@@ -6,10 +6,22 @@ document tells a client what is refused.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    WithJsonSchema,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 MAX_TEXT = 2**22
 MAX_STOPS = 16
@@ -20,6 +32,10 @@ MAX_SEED = 2**64 - 1
 MAX_POOL = 65536
 NO_NUL = r"^[^\x00]*$"
 PROFILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+MAX_PARTS = 4096
+NotKept = dict[str, Any] | None
 
 
 class Strict(BaseModel):
@@ -73,6 +89,33 @@ ModelName = Annotated[str, StringConstraints(max_length=MAX_STOP_LENGTH)]
 TokenId = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]
 Bookkeeping = Annotated[str, StringConstraints(max_length=MAX_STOP_LENGTH)]
 """A text that cannot change the answer; it is taken and not kept."""
+
+
+def by_type(*kinds: str) -> Discriminator:
+    """Tells objects of a union apart by `type`; the refusal of another type does not repeat it."""
+    text = f"must have a type among {', '.join(kinds)}; images, files and what a server runs are not supported"
+    return Discriminator(_type_of, custom_error_type="type", custom_error_message=text)
+
+
+def _type_of(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return kind if isinstance(kind, str) else None
+
+
+class OrText:
+    """Metadata of a list of objects that may be a text instead, which stands for the one that `as_object` makes."""
+
+    def __init__(self, as_object: Callable[[str], dict[str, Any]]) -> None:
+        self._as_object = as_object
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def as_list(value: Any) -> Any:
+            return [self._as_object(value)] if isinstance(value, str) else value
+
+        return core_schema.no_info_before_validator_function(as_list, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string", "maxLength": MAX_TEXT, "pattern": NO_NUL}, handler(schema)]}
 
 
 def unsupported(*neutral: Any) -> Any:
