@@ -132,7 +132,7 @@ def _code_values(encoding: RowEncoding, codes: Tensor) -> Tensor:
     if encoding.codes == "fp8":
         return codes.view(torch.float8_e4m3fn).float()
     if encoding.codes == "fp4":
-        return torch.tensor(E2M1)[codes.int()]
+        return torch.tensor(E2M1, device=codes.device)[codes.int()]
     return codes.float()
 
 

@@ -1,20 +1,23 @@
 """The slots of one layer: one contiguous block of device memory per slot, seen as the layer's expert parameters.
 
 Invariant: slot s of every parameter view is the memory of slot s of the pool; filling a slot is one contiguous copy
-when the store's dtype is the pool's, and a conversion tensor by tensor when it is not.
+when the store's dtype is the pool's, and a conversion tensor by tensor when it is not. Encoded tensors are never
+converted: a slot holds the rows that the store holds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
+from expert_store.encoding import ROW_ALIGNMENT
 from expert_store.errors import SlotsError
 
 if TYPE_CHECKING:
-    from expert_store.manifest import LayerSpec
+    from expert_store.manifest import LayerSpec, TensorSpec
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -25,6 +28,16 @@ TORCH_DTYPES = {
 """safetensors dtype names of weights that a slot can hold."""
 
 
+def slot_bytes(spec: LayerSpec, dtype: torch.dtype) -> int:
+    """Bytes of a slot of a layer whose plain tensors are held in `dtype`; of encoded layers a multiple of 16."""
+    total = sum(_bytes_in_slot(tensor, dtype) for tensor in spec.tensors)
+    return total + -total % ROW_ALIGNMENT if spec.is_encoded else total
+
+
+def _bytes_in_slot(tensor: TensorSpec, dtype: torch.dtype) -> int:
+    return tensor.bytes if tensor.encoding is not None else math.prod(tensor.shape) * dtype.itemsize
+
+
 class SlotPool:
     """Device memory for `num_slots` experts of one layer.
 
@@ -32,10 +45,13 @@ class SlotPool:
         spec: the layer's tensors and their positions in a span.
         num_slots: S.
         device: device of the memory.
-        dtype: dtype of the weights in the pool.
+        dtype: dtype of the plain tensors in the pool.
 
     Attributes:
-        params: name → view [S, *shape] of `dtype`; rows change whenever a slot is filled.
+        params: name → view [S, *shape] of `dtype`, and of an encoded tensor uint8 [S, O, row bytes]; rows change
+            whenever a slot is filled.
+        rows: name → the view of each slot.
+        encodings: name → encoding, of the encoded tensors alone.
         slot_bytes: bytes of one slot.
 
     Raises:
@@ -46,9 +62,11 @@ class SlotPool:
         self.spec = spec
         self.num_slots = num_slots
         self.device = device
-        self._is_verbatim = all(TORCH_DTYPES[tensor.dtype] == dtype for tensor in spec.tensors)
-        numels = [int(torch.Size(tensor.shape).numel()) for tensor in spec.tensors]
-        self.slot_bytes = sum(numels) * dtype.itemsize
+        self.encodings = {tensor.name: tensor.encoding for tensor in spec.tensors if tensor.encoding is not None}
+        self._dtype = dtype
+        plain = [tensor for tensor in spec.tensors if tensor.encoding is None]
+        self._is_verbatim = all(TORCH_DTYPES[tensor.dtype] == dtype for tensor in plain)
+        self.slot_bytes = slot_bytes(spec, dtype)
         try:
             self._memory = torch.zeros((num_slots, self.slot_bytes), dtype=torch.uint8, device=device)
         except (RuntimeError, MemoryError) as error:
@@ -56,9 +74,7 @@ class SlotPool:
                 f"no memory on {device} for {num_slots} slots of {self.slot_bytes} bytes for layer {spec.layer}: "
                 f"{error}; pass a smaller --slots or --slots-memory"
             ) from error
-        self._flat = self._memory.view(dtype)
-        self._numels = numels
-        self.params = self._as_params(self._flat)
+        self.params = self._as_params(self._memory)
         self.rows = {name: list(param.unbind(0)) for name, param in self.params.items()}
 
     @property
@@ -68,12 +84,12 @@ class SlotPool:
 
     def gather(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
         """Copies of slots' parameters, name → [N, *shape], made as one block; slots is int64 [N] on the device."""
-        return self._as_params(self._flat.index_select(0, slots))
+        return self._as_params(self._memory.view(self._dtype).index_select(0, slots).view(torch.uint8))
 
     def fill(self, slot: int, read: Callable[[torch.Tensor], None]) -> None:
         """Let `read` write a span (uint8 [span_bytes] on the CPU) into slot `slot`, with no copy where dtypes agree."""
         if self._is_verbatim and self.device.type == "cpu":
-            read(self._memory[slot])
+            read(self._memory[slot, : self.spec.span_bytes])
             return
         staging = torch.empty(self.spec.span_bytes, dtype=torch.uint8)
         read(staging)
@@ -82,16 +98,19 @@ class SlotPool:
     def copy_from(self, slot: int, span: torch.Tensor) -> None:
         """Copy a span (uint8 [span_bytes], host memory) into slot `slot`, on the current stream, without waiting."""
         if self._is_verbatim:
-            self._memory[slot].copy_(span, non_blocking=True)
+            self._memory[slot, : self.spec.span_bytes].copy_(span, non_blocking=True)
             return
         for tensor in self.spec.tensors:
-            part = span[tensor.offset : tensor.offset + tensor.bytes].view(TORCH_DTYPES[tensor.dtype])
-            self.params[tensor.name][slot].copy_(part.view(tensor.shape), non_blocking=True)
+            part = span[tensor.offset : tensor.offset + tensor.bytes]
+            dtype = torch.uint8 if tensor.encoding is not None else TORCH_DTYPES[tensor.dtype]
+            self.params[tensor.name][slot].copy_(part.view(dtype).view(tensor.stored[1]), non_blocking=True)
 
-    def _as_params(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Views name → [N, *shape] of whole slots, flat [N, elements]."""
+    def _as_params(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Views name → [N, *shape] of whole slots, uint8 [N, slot_bytes]."""
         params, start = {}, 0
-        for tensor, numel in zip(self.spec.tensors, self._numels, strict=True):
-            params[tensor.name] = flat[:, start : start + numel].view(len(flat), *tensor.shape)
-            start += numel
+        for tensor in self.spec.tensors:
+            end = start + _bytes_in_slot(tensor, self._dtype)
+            dtype = torch.uint8 if tensor.encoding is not None else self._dtype
+            params[tensor.name] = memory[:, start:end].view(dtype).view(len(memory), *tensor.stored[1])
+            start = end
         return params

@@ -18,7 +18,7 @@ from expert_store.cache import ExpertCache
 from expert_store.errors import SlotsError
 from expert_store.host_tier import HostTier
 from expert_store.policy import POLICIES
-from expert_store.slots import TORCH_DTYPES
+from expert_store.slots import TORCH_DTYPES, slot_bytes
 from expert_store.store import Store
 from router.mask import ExpertMask
 from server.model.host.kept import most_used_experts
@@ -70,7 +70,7 @@ def slots_for_memory(store: Store, budget_bytes: int, dtype: torch.dtype) -> int
     Raises:
         SlotsError: not even one fits.
     """
-    per_slot = sum(slot_bytes(store, layer, dtype) for layer in range(len(store.manifest.layers)))
+    per_slot = sum(slot_bytes(spec, dtype) for spec in store.manifest.layers)
     num_slots = budget_bytes // per_slot
     if num_slots < 1:
         raise SlotsError(
@@ -78,11 +78,6 @@ def slots_for_memory(store: Store, budget_bytes: int, dtype: torch.dtype) -> int
             f"layers: pass at least {per_slot} bytes"
         )
     return min(int(num_slots), store.manifest.model.num_experts)
-
-
-def slot_bytes(store: Store, layer: int, dtype: torch.dtype) -> int:
-    """Bytes of one slot of a layer in compute dtype `dtype`."""
-    return sum(torch.Size(tensor.shape).numel() * dtype.itemsize for tensor in store.manifest.layers[layer].tensors)
 
 
 @trunk_is_checked

@@ -17,6 +17,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from expert_store.cache import ExpertCache
 from expert_store.slots import SlotPool
 from server.model.seam.observation import OutputObserver
+from server.model.seam.packed import kernels_for, packed_products
+from server.model.seam.row_kernels import Run
 from server.model.seam.rows import depends_on_rows, is_decode
 
 IMPLEMENTATION = "deepfew"
@@ -53,6 +55,9 @@ class ExpertsLayer:
         self._layer = layer
         self._cache = cache
         self.observer: OutputObserver | None = None
+        for tensor in cache.pools[layer].spec.tensors:
+            if tensor.encoding is not None:
+                kernels_for(tensor.encoding, tensor.shape[1], cache.device)  # compiled before the first request
 
     def forward(self, module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the chosen experts' outputs.
@@ -93,8 +98,9 @@ class ExpertsLayer:
 
     def _is_batched(self, inputs: Tensor) -> bool:
         """Choose the method by the kind of step alone, so that results depend neither on waves nor on rows."""
-        small = self._cache.pools[self._layer].slot_bytes <= BATCHED_CPU_BYTES
-        return inputs.is_cuda or (small and inputs.dtype != torch.float32)
+        pool = self._cache.pools[self._layer]
+        small = pool.slot_bytes <= BATCHED_CPU_BYTES
+        return not pool.encodings and (inputs.is_cuda or (small and inputs.dtype != torch.float32))
 
     def _run_wave(
         self,
@@ -113,7 +119,7 @@ class ExpertsLayer:
                 _run_batched(module, pool, inputs, outputs, wave, slots)
             else:
                 apart = decodes and self._batch_invariant
-                inner = _run_grouped(module, pool.rows, inputs, outputs, wave, slots, apart)
+                inner = _run_grouped(module, pool, inputs, outputs, wave, slots, apart)
                 if observer is not None:
                     sizes = [end - start for _, start, end in wave]
                     for (expert, _, _), part in zip(wave, torch.split(inner, sizes), strict=True):
@@ -152,7 +158,7 @@ def _waves(groups: list[_Group], num_slots: int, is_resident: Any) -> list[list[
 
 def _run_grouped(
     module: Any,
-    rows: dict[str, list[Tensor]],
+    pool: SlotPool,
     inputs: Tensor,
     outputs: Tensor,
     wave: Sequence[_Group],
@@ -162,32 +168,49 @@ def _run_grouped(
     """Compute expert by expert without copying weights; writes `outputs` at the wave's pairs.
 
     Returns the activations between the two products of all pairs of the wave, [pairs, I].
-    apart: compute pair by pair if a product's bits depend on its number of rows; else read each weight once.
+    apart: a pair's bits must not depend on the other pairs.
     """
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
-    up_rows, down_rows = rows[up_name], rows["down_proj"]
-    transposed, has_bias = module.is_transposed, module.has_bias
-    weights = [named[slots[0]].t() if transposed else named[slots[0]] for named in (up_rows, down_rows)]
-    apart = apart and any(map(depends_on_rows, weights))
-    runs, position = [], 0  # pairs computed together: position among all, among the wave's, number, slot
+    runs, position = [], 0  # from the wave's places among all pairs to places side by side
     for (_, start, end), slot in zip(wave, slots, strict=True):
-        size = 1 if apart else end - start
-        runs += [(at, position + at - start, size, slot) for at in range(start, end, size)]
+        runs.append(Run(start, position, end - start, slot))
         position += end - start
-    up = inputs.new_empty((position, up_rows[slots[0]].shape[1 if transposed else 0]))
-    for start, at, count, slot in runs:
-        _linear(inputs, start, up_rows[slot], transposed, up, at, count)
-        if has_bias:
-            up[at : at + count] += rows[up_name + "_bias"][slot]
+    up = _products(
+        module, pool, up_name, inputs, runs, inputs.new_empty((position, _width(module, pool, up_name))), apart
+    )
     activated: Tensor = module._apply_gate(up) if module.has_gate else module.act_fn(up)
-    for start, at, count, slot in runs:
-        _linear(activated, at, down_rows[slot], transposed, outputs, start, count)
-        if has_bias:
-            outputs[start : start + count] += rows["down_proj_bias"][slot]
+    back = [run._replace(start=run.to, to=run.start) for run in runs]
+    _products(module, pool, "down_proj", activated, back, outputs, apart)
     if getattr(module, "has_post_expert_norm", False):
         for _, start, end in wave:
             outputs[start:end] = module.post_expert_norm(outputs[start:end])
     return activated
+
+
+def _width(module: Any, pool: SlotPool, name: str) -> int:
+    """Columns of a projection's output."""
+    shape = pool.params[name].shape
+    return int(shape[2] if module.is_transposed and name not in pool.encodings else shape[1])
+
+
+def _products(
+    module: Any, pool: SlotPool, name: str, x: Tensor, runs: Sequence[Run], out: Tensor, apart: bool
+) -> Tensor:
+    """out, of whose rows each run's are x's rows times its slot's weight, plus the bias if there is one."""
+    rows, encoding = pool.rows[name], pool.encodings.get(name)
+    if encoding is not None:
+        packed_products(x, rows, encoding, runs, out, apart=apart)
+    else:
+        weight = rows[0].t() if module.is_transposed else rows[0]
+        apart = apart and depends_on_rows(weight)
+        for start, to, num_rows, slot in runs:
+            size = 1 if apart else num_rows  # else each weight is read once
+            for row in range(0, num_rows, size):
+                _linear(x, start + row, rows[slot], module.is_transposed, out, to + row, size)
+    if module.has_bias:
+        for _, to, num_rows, slot in runs:
+            out[to : to + num_rows] += pool.rows[name + "_bias"][slot]
+    return out
 
 
 def _linear(x: Tensor, at: int, weight: Tensor, transposed: bool, out: Tensor, to: int, count: int) -> None:
