@@ -52,7 +52,9 @@ class Regex:
 
 @dataclass(frozen=True, slots=True)
 class AnyText:
-    """Any text, also none."""
+    """Any text, also none; `without` is a text that it must not have in it, where it is not empty."""
+
+    without: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +133,8 @@ class _Rules:
                 return f"%json {schema_text(schema)}"
             case Regex(pattern):
                 return f"/{_pattern_text(pattern)}/"
-            case AnyText():
-                return "ANY"
+            case AnyText(without):
+                return self._any(without)
             case Until(end):
                 return self._until(end)
             case Chain(parts):
@@ -160,6 +162,13 @@ class _Rules:
                 f"a part names the end-of-sequence token {text!r}; leave it out: the text ends after its last part"
             )
         return f"<[{token}]>"
+
+    def _any(self, without: str) -> str:
+        if not without or without in self._special:  # the text of a special token is never a part of it
+            return "ANY"
+        name = f"ANY_{len(self.lines)}"
+        self.lines.append(rf"{name}: /(.|\n)*/ & ~/(.|\n)*{_pattern_text(re.escape(without))}(.|\n)*/")
+        return name
 
     def _until(self, end: str) -> str:
         first, *others = list(self._literal(end)) or [""]

@@ -38,7 +38,14 @@ async def messages(request: Request) -> Response:
     context = context_of(request)
     body = await context.read(request, MessagesRequest)
     asked = body.sampling()
-    job = await prepare(context, body.chat(), asked, max_tokens=body.max_tokens, temperature=body.temperature)
+    job = await prepare(
+        context,
+        body.chat(),
+        asked,
+        max_tokens=body.max_tokens,
+        temperature=body.temperature,
+        content=body.content(),
+    )
     message_id, name = f"msg_{uuid.uuid4().hex}", job.model.told_name(body.model)
     writer = MessageWriter(message_id, name, len(job.prompt.ids), request.url.path) if body.stream else None
     return await respond(

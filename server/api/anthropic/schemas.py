@@ -14,6 +14,7 @@ from pydantic import Field, Tag
 
 from server.api.chat.messages import Call, Chat, Message, Tool, ToolChoice
 from server.api.chat.tools import MAX_TOOLS, CallId, ToolName, tool_choice, tools_of
+from server.api.http.constraints import JsonSchema
 from server.api.http.errors import ValidationFailed
 from server.api.http.fields import (
     MAX_PARTS,
@@ -31,6 +32,7 @@ from server.api.http.fields import (
     by_type,
     unsupported,
 )
+from server.constraints.grammar import Constraint, Json
 
 MAX_MESSAGES = 1024
 
@@ -143,11 +145,18 @@ class ThinkingParam(Strict):
     display: Literal["summarized", "omitted"] | None = Field(None, description="not kept; thinking is told whole")
 
 
+class OutputFormat(Strict):
+    """A JSON value that is valid under a schema."""
+
+    type: Literal["json_schema"]
+    schema_: JsonSchema = Field(alias="schema")
+
+
 class OutputConfig(Strict):
-    """The effort of thinking, for chat templates that read it."""
+    """The effort of thinking, for chat templates that read it, and the form of the text."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
-    format: unsupported() = None  # type: ignore[valid-type]
+    format: OutputFormat | None = None
 
 
 class CountTokensRequest(Strict):
@@ -161,7 +170,7 @@ class CountTokensRequest(Strict):
     thinking: ThinkingParam | None = None
     output_config: OutputConfig | None = None
     cache_control: NotKept = Field(None, description="not kept")
-    context_management: unsupported({"edits": []}) = None  # type: ignore[valid-type]
+    context_management: NotKept = Field(None, description="not kept; the history is read whole")
     mcp_servers: unsupported([]) = None  # type: ignore[valid-type]
 
     def chat(self) -> Chat:
@@ -223,6 +232,11 @@ class MessagesRequest(CountTokensRequest, MaskFields):
     inference_geo: Annotated[str, Field(max_length=MAX_STOP_LENGTH)] | None = Field(None, description="not kept")
     speed: unsupported("standard") = None  # type: ignore[valid-type]
     container: unsupported() = None  # type: ignore[valid-type]
+
+    def content(self) -> Constraint | None:
+        """The form that the text must have, if one is asked for."""
+        asked = self.output_config.format if self.output_config else None
+        return None if asked is None else Json(asked.schema_)
 
     def sampling(self) -> SamplingFields:
         """The fields that decide which tokens are chosen, by the names of the other dialects."""

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.api.chat.forcing import answer_constraint
 from server.api.chat.messages import Chat
 from server.api.chat.parser import AnswerReader, Delta
 from server.api.chat.template import Prompt, prompt_of
@@ -21,6 +22,7 @@ from server.api.http.engine_requests import request_of, sampling_within
 from server.api.http.fields import SamplingFields
 from server.api.http.generation import Generations, split
 from server.api.http.responses import KEEP_ALIVE, EventStream, ModelResponse, unless_disconnected
+from server.constraints.grammar import Constraint
 from server.engine.request import EngineError, FinishedEvent, GenerationRequest
 from server.serving.deficit import DeficitDetails, deficit_details
 from server.serving.service import LoadedModel
@@ -72,9 +74,12 @@ async def prepare(
     *,
     max_tokens: int | None,
     temperature: float | None,
-    num_logprobs: int = 0,
+    content: Constraint | None = None,
 ) -> ChatJob:
     """Tokenise a chat and check what the schema cannot.
+
+    Args:
+        content: the form of the content, if the request wants one.
 
     Raises:
         ApiError, EngineError: the request is refused.
@@ -92,7 +97,8 @@ async def prepare(
     )
     if prompt.keeps_special_tokens:
         sampling = replace(sampling, skip_special_tokens=False)
-    return ChatJob(model, prompt, request_of(model, prompt.ids, sampling, asked, num_logprobs=num_logprobs))
+    constraint = await context.compiled(model, *answer_constraint(prompt, content))
+    return ChatJob(model, prompt, request_of(model, prompt.ids, sampling, asked, constraint=constraint))
 
 
 async def respond(

@@ -8,7 +8,7 @@ not depend on what follows its match.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import regex
@@ -23,7 +23,8 @@ _OBJECT = rf'\{{\s*"name"\s*:\s*{_QUOTED}\s*,\s*"(?:arguments|parameters)"\s*:\s
 class CallText:
     """The texts of calls around their JSON arguments: `first`, for each call `before` and `after`, `last`.
 
-    `between` stands between two calls; in `before`, `NAME` stands for the tool's name.
+    `between` stands between two calls. In `before`, `NAME` stands for the tool's name and `COUNT` for a number. Where
+    `last` is the end-of-sequence token of the format, it is left out.
     """
 
     first: str
@@ -49,8 +50,7 @@ class CallFormat:
         has_lines: whether a value stands on lines of its own.
         ends_thinking: whether `begin` ends a thinking that is still open.
         ids: "nine" where the template wants ids of nine letters and digits.
-        literal: the texts around the arguments of calls that are forced; None where arguments are not JSON, or the
-            marks are special tokens, which are no text.
+        literal: the texts around the arguments of calls that are forced; None where arguments are not JSON.
     """
 
     name: str
@@ -153,9 +153,16 @@ KIMI = CallFormat(
     tail=regex.compile(r"\s*<\|tool_call_end\|>"),
     end="<|tool_calls_section_end|>",
     ends_thinking=True,
+    literal=CallText(
+        "<|tool_calls_section_begin|>",
+        "<|tool_call_begin|>functions.NAME:COUNT<|tool_call_argument_begin|>",
+        "<|tool_call_end|>",
+        "",
+        "<|tool_calls_section_end|>",
+    ),
 )
 MISTRAL = CallFormat(
-    name="mistral",  # a list of objects (Nemo, Small 3.1), or name and arguments (Small 3.2, Devstral, Ministral 3)
+    name="mistral",  # Nemo, Small 3.1: a list of objects; both ways to write calls are read
     signs=("[TOOL_CALLS]",),
     begin="[TOOL_CALLS]",
     head=regex.compile(
@@ -165,6 +172,13 @@ MISTRAL = CallFormat(
     tail=regex.compile(r'\s*(?:,\s*"id"\s*:\s*"[^"]{0,64}"\s*)?\}'),
     end="]",
     ids="nine",
+    literal=CallText("[TOOL_CALLS][", '{"name": "NAME", "arguments": ', "}", ", ", "]"),
+)
+MISTRAL_ARGS = replace(
+    MISTRAL,
+    name="mistral-args",  # Small 3.2, Devstral, Ministral 3
+    signs=("[TOOL_CALLS]", "[ARGS]"),
+    literal=CallText("", "[TOOL_CALLS]NAME[ARGS]", "", "", ""),
 )
 HARMONY = CallFormat(
     name="harmony",  # gpt-oss; channels of the answer, read by the parser itself
@@ -173,8 +187,9 @@ HARMONY = CallFormat(
     head=regex.compile(r"(?!)"),
     tail=regex.compile(r"(?!)"),
     end="<|call|>",
+    literal=CallText("", "<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>", "", "", ""),
 )
-FORMATS = (QWEN_XML, GLM, MINIMAX, DEEPSEEK_V3, DEEPSEEK_V31, KIMI, HARMONY, MISTRAL, HERMES)
+FORMATS = (QWEN_XML, GLM, MINIMAX, DEEPSEEK_V3, DEEPSEEK_V31, KIMI, HARMONY, MISTRAL_ARGS, MISTRAL, HERMES)
 """The first whose signs a template has is its format: one whose signs are among another's comes later."""
 
 THINKING_MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))

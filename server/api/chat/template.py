@@ -19,12 +19,11 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from server.api.chat.formats import HARMONY, AnswerFormat, format_of
+from server.api.chat.formats import HERMES, AnswerFormat, format_of
 from server.api.chat.messages import Call, Chat, Message, Tool
 from server.api.chat.parser import AnswerParser
 from server.api.http.errors import ValidationFailed
 from server.api.http.fields import is_text
-from server.constraints.grammar import Chain, Constraint, OneOf, Regex, Text, Until
 
 RenderedMessage = dict[str, Any]
 Apply = Callable[[Sequence[RenderedMessage]], str]
@@ -75,18 +74,6 @@ class Prompt:
             is_parallel=self.chat.choice.is_parallel,
         )
 
-    def after_thinking(self, constraint: Constraint) -> Constraint:
-        """The constraint on the content of the answer, which may think before it as it likes."""
-        if self.answer_format.calls is HARMONY:
-            final = Chain((Text("<|channel|>final<|message|>"), constraint))
-            thought = (Text("<|channel|>analysis<|message|>"), Until("<|end|>"), Text("<|start|>assistant"))
-            return OneOf((final, Chain((*thought, final))))
-        if self.answer_format.thinking is None:
-            return constraint
-        begin, end = self.answer_format.thinking
-        thinking = Chain((Until(end), Regex(r"\s{0,4}"), constraint))
-        return thinking if self.is_thinking else OneOf((constraint, Chain((Text(begin), thinking))))
-
 
 def prompt_of(tokenizer: Any, chat: Chat) -> Prompt:
     """The prompt of a chat, ready for the assistant's answer.
@@ -97,6 +84,8 @@ def prompt_of(tokenizer: Any, chat: Chat) -> Prompt:
     """
     template = _template_of(tokenizer, has_tools=bool(chat.shown_tools))
     answer_format = format_of(template)
+    if chat.choice.kind == "required" and (answer_format.calls is None or answer_format.calls.literal is None):
+        answer_format = replace(answer_format, calls=HERMES)
     variables = _variables(chat, template)
     _check_variables(tokenizer, variables)
     _check_special_texts(tokenizer, chat, variables)

@@ -65,6 +65,4 @@ def tool_choice(
         raise ValidationFailed(f"`{place}` forces a call, and there are no tools: send `tools`", param=place)
     if name is not None and name not in names:
         raise ValidationFailed(f"`{place}` names a tool that is not in `tools`", param=place)
-    if kind == "required":
-        raise ValidationFailed(f"`{place}` that forces a call is not supported; send auto or none", param=place)
     return ToolChoice(kind, name, is_parallel)

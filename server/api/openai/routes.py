@@ -12,6 +12,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.api.chat.forcing import answer_constraint
 from server.api.chat.template import prompt_of
 from server.api.http.constraints import constraint_of
 from server.api.http.context import ApiContext, context_of
@@ -117,8 +118,7 @@ async def chat(request: Request) -> Response:
     if prompt.keeps_special_tokens:
         sampling = replace(sampling, skip_special_tokens=False)
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    asked = constraint_of(body.response_format)
-    constraint = await context.compiled(served, asked and prompt.after_thinking(asked), "response_format")
+    constraint = await context.compiled(served, *answer_constraint(prompt, constraint_of(body.response_format)))
     job = _job(CHAT, body, served, [prompt.ids], sampling, num_logprobs, constraint)
     return await respond(request, context, replace(job, prompt=prompt))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -27,7 +28,14 @@ async def responses(request: Request) -> Response:
     """Answer the input, with the checkpoint's own chat template."""
     context = context_of(request)
     body = await context.read(request, ResponsesRequest)
-    job = await prepare(context, body.chat(), body, max_tokens=body.max_output_tokens, temperature=body.temperature)
+    job = await prepare(
+        context,
+        body.chat(),
+        body,
+        max_tokens=body.max_output_tokens,
+        temperature=body.temperature,
+        content=body.content(),
+    )
     writer = ResponseWriter(_asked(body, job.model.told_name(body.model)), body.namespaces)
     return await respond(request, context, job, writer.whole, writer if body.stream else None)
 
@@ -35,6 +43,9 @@ async def responses(request: Request) -> Response:
 def _asked(body: ResponsesRequest, model: str) -> ResponseObject:
     """The response before it has begun: what was asked for."""
     choice = body.tool_choice or "auto"
+    asked_format: dict[str, Any] = {"type": "text"}
+    if body.text and body.text.format:
+        asked_format = body.text.format.model_dump(exclude_unset=True, by_alias=True)
     return ResponseObject(
         id=f"resp_{uuid.uuid4().hex}",
         object="response",
@@ -55,7 +66,7 @@ def _asked(body: ResponsesRequest, model: str) -> ResponseObject:
         },
         store=False,
         temperature=body.temperature,
-        text={"format": {"type": "text"}},
+        text={"format": asked_format},
         tool_choice=choice if isinstance(choice, str) else choice.model_dump(),
         tools=[tool.model_dump(exclude_unset=True) for tool in body.tools or ()],
         top_p=body.top_p,

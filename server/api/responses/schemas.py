@@ -24,6 +24,7 @@ from pydantic_core import PydanticCustomError
 
 from server.api.chat.messages import Call, Chat, Message, ToolChoice
 from server.api.chat.tools import MAX_TOOLS, CallId, ToolName, tool_choice, tools_of
+from server.api.http.constraints import JsonObjectFormat, JsonSchema, SchemaName, TextFormat, constraint_of
 from server.api.http.fields import (
     MAX_PARTS,
     MAX_TOKENS,
@@ -38,6 +39,7 @@ from server.api.http.fields import (
     by_type,
     unsupported,
 )
+from server.constraints.grammar import Constraint, Json
 
 MAX_ITEMS = 4096
 Status = Literal["in_progress", "completed", "incomplete"]
@@ -208,16 +210,28 @@ class Reasoning(Strict):
     context: Bookkeeping | None = Field(None, description="not kept")
 
 
-class PlainFormat(Strict):
-    """Only plain text."""
+class NamedSchemaFormat(Strict):
+    """A JSON value that is valid under a schema."""
 
-    type: Literal["text"]
+    type: Literal["json_schema"]
+    name: SchemaName | None = Field(None, description="not kept")
+    schema_: JsonSchema = Field(alias="schema")
+    description: Text | None = Field(None, description="not kept")
+    strict: bool | None = Field(None, description="not kept: a schema is always enforced")
 
 
 class TextConfig(Strict):
     """The form of the text."""
 
-    format: PlainFormat | None = None
+    format: (
+        Annotated[
+            Annotated[TextFormat, Tag("text")]
+            | Annotated[JsonObjectFormat, Tag("json_object")]
+            | Annotated[NamedSchemaFormat, Tag("json_schema")],
+            by_type("text", "json_object", "json_schema"),
+        ]
+        | None
+    ) = None
     verbosity: unsupported("medium") = None  # type: ignore[valid-type]
 
 
@@ -328,6 +342,11 @@ class ResponsesRequest(SamplingFields):
             is_wish=True,
             thinks=None if effort is None else effort != "none",
         )
+
+    def content(self) -> Constraint | None:
+        """The form that the content must have, if one is asked for."""
+        asked = self.text.format if self.text else None
+        return Json(asked.schema_) if isinstance(asked, NamedSchemaFormat) else constraint_of(asked)
 
     @property
     def functions(self) -> list[FunctionTool]:

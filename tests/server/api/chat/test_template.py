@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
-from server.api.chat.formats import AnswerFormat
-from server.api.chat.messages import Chat, Tool
-from server.api.chat.template import Prompt, prompt_of
+from server.api.chat.messages import Tool
+from server.api.chat.template import prompt_of
 from server.api.http.errors import ValidationFailed
 from server.api.openai.schemas import ChatRequest
-from server.constraints.compiler import ConstraintCompiler
-from server.constraints.grammar import Text
 from tests.server.api.scripted import CharTokenizer
 
 CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
@@ -267,28 +262,3 @@ def test_prompt_says_whether_it_ends_inside_the_thinking() -> None:
         prompt = prompt_of(tokenizer, body.chat())
         assert prompt.is_thinking == is_thinking
         assert "hmb\n" in "".join(map(chr, prompt.ids))
-
-
-@pytest.mark.parametrize(
-    ("is_thinking", "taken", "refused"),
-    [
-        (True, ["so it is</think>\n\nyes", "</think>yes"], ["yes", "so</think> or not"]),
-        (False, ["yes", "<think>so it is</think>\n\nyes"], ["so it is</think>yes", "<think>yes"]),
-    ],
-)
-def test_a_constraint_on_the_content_leaves_the_thinking_free(
-    tiny_checkpoint: Path, is_thinking: bool, taken: list[str], refused: list[str]
-) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
-    prompt = Prompt([1], AnswerFormat(None, ("<think>", "</think>"), False), is_thinking, False, Chat(()))
-    compiled = ConstraintCompiler(tokenizer, 8192, {0}).compile(prompt.after_thinking(Text("yes")))
-
-    def is_taken(text: str) -> bool:
-        state = compiled.begin()
-        for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
-            if not state.allowed_flags()[token]:
-                return False
-            state.take(token)
-        return state.is_complete
-
-    assert [is_taken(text) for text in taken + refused] == [True, True, False, False]
