@@ -41,6 +41,7 @@ COMMANDS = {
     "shrink": Command("server.cli.growth", CHOICE, "Remove the deep experts that were wanted least."),
     "serve": Command("server.cli.serve", TEXT, "Serve a store over HTTP."),
     "generate": Command("server.cli.generate", TEXT, "Continue a prompt without a server."),
+    "chat": Command("server.cli.chat", TEXT, "Chat in the terminal, with a store or a running server."),
     "config": Command("server.cli.config", TEXT, "Show every setting, its value and where it came from."),
 }
 DESCRIPTION = "Serve a Mixture-of-Experts model from less memory than it needs: the right few experts, fully deep."

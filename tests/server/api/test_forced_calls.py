@@ -37,7 +37,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
                 "additionalProperties": False,
             },
             "class": {"enum": ["first", "zweite Klasse", "三等", "🚃"]},
-            "price": {"type": "number", "minimum": 0, "maximum": 1000, "multipleOf": 0.01},
+            "price": {"type": "number", "minimum": 0, "maximum": 1000, "multipleOf": 0.25},
             "flexible": {"type": "boolean"},
             "note": {"anyOf": [{"type": "null"}, {"type": "string", "maxLength": 20}]},
         },
