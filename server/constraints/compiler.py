@@ -1,36 +1,30 @@
 """Compiles constraints for one tokenizer, and tells the tokens that may come next.
 
 llguidance does the work: it compiles in milliseconds, and computes the allowed tokens as the text grows. Invariants:
-compiling and each later step have a bound on their work, so that no client's schema stalls the engine; compiled
-constraints are kept within a bound; a state belongs to one sequence.
+the time to compile has a bound, and so has the work of each later step, so no schema of a client stalls the engine;
+compiled constraints are kept within a bound; a state belongs to one sequence.
 """
 
 from __future__ import annotations
 
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from server.constraints.grammar import Constraint, ConstraintError, Json, Regex, lark_of, parts_of
 from server.constraints.json_schema import Schema, refused_place, shown
+from server.constraints.trial import LIMITS, SECONDS, TOO_MUCH, Trial
 
 MAX_GRAMMAR_BYTES = 64 * 1024
 MAX_KEPT = 64
-LIMITS = LLParserLimits(
-    initial_lexer_fuel=100_000,
-    step_lexer_fuel=20_000,
-    max_lexer_states=20_000,
-    max_items_in_row=10_000,
-    verbose_errors=False,
-)
-"""Measured: with these, the worst step of hostile patterns takes 65 ms; with llguidance's own limits 1.4 s."""
 MAX_REASON = 300
 
 
@@ -100,7 +94,7 @@ class ConstraintState:
         self._allowed = None
         self._num_taken += 1
         if self.error is None and not self._matcher.consume_token(token):
-            self._fail(_reason(self._matcher))
+            self._fail(_plain(self._matcher.get_error()))
 
     def _compute(self) -> npt.NDArray[np.uint32]:
         if self.error is None:
@@ -108,7 +102,7 @@ class ConstraintState:
             if self._vocab_size % 32:
                 words[-1] &= np.uint32((1 << self._vocab_size % 32) - 1)
             if self._matcher.is_error():
-                self._fail(_reason(self._matcher))
+                self._fail(_plain(self._matcher.get_error()))
             elif not words.any():
                 self._fail("no token of the vocabulary continues the text")
             else:
@@ -138,6 +132,7 @@ class ConstraintCompiler:
         self._kept: OrderedDict[str, CompiledConstraint] = OrderedDict()
         self._lock = threading.Lock()
         self._read: LLTokenizer | None = None
+        self._trial = Trial()
 
     def compile(self, constraint: Constraint) -> CompiledConstraint:
         """The compiled constraint, from those kept if it is among them. May take a second: not for the event loop.
@@ -160,23 +155,29 @@ class ConstraintCompiler:
         return kept
 
     def _compile(self, grammar: str, constraint: Constraint) -> CompiledConstraint:
-        matcher = self._matcher(grammar)
-        reason = _first_step(matcher)
-        if not reason:
-            return CompiledConstraint(matcher, self._vocab_size, self._end_ids)
-        for part in parts_of(constraint):
-            if isinstance(part, Json) and (of_schema := self._reason_of(part.schema)):
-                place = shown(refused_place(part.schema, of_schema, self._reason_of))
-                raise ConstraintError(f"the schema at `{place}`: {of_schema}" if place else f"the schema: {of_schema}")
-            if isinstance(part, Regex) and (of_pattern := _first_step(self._matcher(lark_of(part, {})))):
-                raise ConstraintError(f"the regular expression: {of_pattern}")
-        raise ConstraintError(reason)
+        until = time.monotonic() + SECONDS
 
-    def _reason_of(self, schema: Schema) -> str:
-        return "" if schema is False else _first_step(self._matcher(lark_of(Json(schema), {})))
+        def reason_of(grammar: str) -> str:
+            return _plain(self._trial.reason(grammar, until))
 
-    def _matcher(self, grammar: str) -> LLMatcher:
-        return LLMatcher(self._tokens(), grammar, log_level=0, limits=LIMITS)
+        def reason_of_schema(schema: Schema) -> str:
+            return "" if schema is False else reason_of(lark_of(Json(schema), {}))
+
+        if reason := reason_of(grammar):
+            for part in parts_of(constraint):
+                if isinstance(part, Json) and (of_schema := reason_of_schema(part.schema)):
+                    place = () if of_schema == TOO_MUCH else refused_place(part.schema, of_schema, reason_of_schema)
+                    where = f" at `{shown(place)}`" if place else ""
+                    raise ConstraintError(f"the schema{where}: {of_schema}")
+                if isinstance(part, Regex) and (of_pattern := reason_of(lark_of(part, {}))):
+                    raise ConstraintError(f"the regular expression: {of_pattern}")
+            raise ConstraintError(reason)
+        matcher = LLMatcher(self._tokens(), grammar, log_level=0, limits=LIMITS)
+        first = matcher.deep_copy()
+        first.compute_bitmask()  # most of the work of a large grammar; the sequences to come share it
+        if first.is_error():
+            raise ConstraintError(_plain(first.get_error()))
+        return CompiledConstraint(matcher, self._vocab_size, self._end_ids)
 
     def _tokens(self) -> LLTokenizer:
         if self._read is None:
@@ -189,21 +190,9 @@ class ConstraintCompiler:
         return self._read
 
 
-def _first_step(matcher: LLMatcher) -> str:
-    """The reason why no text can begin; empty if one can. Most of the work of a large grammar is in its first step, and
-    the sequences to come share it."""
-    if not matcher.is_error():
-        first = matcher.deep_copy()
-        first.compute_bitmask()
-        if not first.is_error():
-            return ""
-        matcher = first
-    return _reason(matcher)
-
-
-def _reason(matcher: LLMatcher) -> str:
+def _plain(error: str) -> str:
     """llguidance's reason on one line, without the lines of the grammar around the place."""
-    kept = [line.strip() for line in matcher.get_error().splitlines() if not _NOISE.match(line)]
+    kept = [line.strip() for line in error.splitlines() if not _NOISE.match(line)]
     text = _PREFIX.sub("", " ".join(filter(None, kept)))
     for pattern, plain in _PLAINER:
         text = pattern.sub(plain, text)

@@ -1,6 +1,7 @@
 """Every error that a client can see: one table of statuses and kinds, and the error's JSON in every dialect.
 
-Invariant: a message is written by us, bounded and printable, and never repeats what the client sent. The path decides
+Invariant: a message is written by us, bounded and printable, and never repeats what the client sent, but
+words of a schema or a pattern that cannot be enforced. The path decides
 the dialect: `/v1/messages` has Anthropic's, other paths under `/v1` OpenAI's, all others Text Generation Inference's.
 """
 
@@ -276,6 +277,8 @@ def validation_failed(error: ValidationError) -> ValidationFailed:
     for problem in found:
         place = _path(problem["loc"])
         wanted = "is not a known parameter" if problem["type"] == "extra_forbidden" else problem["msg"]
+        if problem["type"] == "union_tag_invalid":  # it quotes the client
+            wanted = f"its `type` must be one of {wanted.rpartition('expected tags: ')[2]}"
         problems.append(f"`{place}`: {wanted.removeprefix('Value error, ')}" if place else wanted)
     shown = "; ".join(dict.fromkeys(problems[:5]))
     more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""

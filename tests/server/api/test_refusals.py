@@ -135,6 +135,10 @@ PARAMETERS: list[tuple[str, Any]] = [
     ("guided_json", {}),
     ("watermark", True),
     ("grammar", {"type": "json", "value": LEAK}),
+    ("grammar", {"type": LEAK, "value": "a"}),
+    ("grammar", {"type": "regex", "value": ""}),
+    ("grammar", {"type": "regex", "value": LEAK * 1000}),
+    ("grammar", {"type": "regex", "value": "served by nobody here"}),
     ("adapter_id", LEAK),
     ("temprature", 1),
 ]

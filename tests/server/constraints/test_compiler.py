@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from server.constraints import compiler as compiler_module
 from server.constraints.compiler import MAX_GRAMMAR_BYTES, MAX_KEPT, CompiledConstraint, ConstraintCompiler
 from server.constraints.grammar import (
     AnyText,
@@ -191,6 +192,18 @@ def test_what_cannot_be_enforced_is_refused_with_its_place(
 ) -> None:
     with pytest.raises(ConstraintError, match=f"(?s){reason}"):
         compiler.compile(constraint)
+
+
+def test_a_schema_that_takes_too_long_to_read_is_given_up_and_the_next_one_is_read(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler_module, "SECONDS", 0.5)
+    compiler = ConstraintCompiler(tokenizer, VOCAB, {EOS})
+    hostile = {"type": "string", "allOf": [{"pattern": f"(a|b)*a(a|b){{{number}}}"} for number in range(20)]}
+    with pytest.raises(ConstraintError, match="the schema: it takes more than"):
+        compiler.compile(Json({"properties": {"a": hostile}}))
+    monkeypatch.undo()
+    assert takes(compiler, tokenizer, Text("a"), "a")
 
 
 def test_a_schema_that_nests_without_end_is_refused(compiler: ConstraintCompiler) -> None:
