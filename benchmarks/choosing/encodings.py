@@ -56,6 +56,7 @@ COLUMNS = ("part", "name", "kept", "bits", "bytes", "mean_ratio", "worst_ratio",
 SCALE_BITS = {"F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E8M0": 8, "U8": 8}
 SIXTEEN = "16bit"
 FOUR_BITS = ("int4", "mxfp4", "nvfp4")
+CALIBRATION = TextOptions(half="even", max_tokens=4096)
 DOWN_SHARE = 1 / 3
 """The share of an expert's weights that is in `down_proj`."""
 
@@ -108,7 +109,7 @@ class Measurements:
         options = RunnerOptions(device=torch.device("cpu"), dtype=torch.float32)
         self.model = load_model(Store.open(make_store(checkpoint, folder)), options)
         domains = find_domains(texts)
-        calibration = CalibrationOptions(TextOptions(half="even"), price_tokens=0, with_weights=False)
+        calibration = CalibrationOptions(CALIBRATION, price_tokens=0, with_weights=False)
         self.statistics = calibrate(self.model, domains, calibration)
         held_out = TextOptions(half="odd", max_tokens=tokens)
         self.texts = {one.name: token_sequences(self.model, one, held_out) for one in domains}
