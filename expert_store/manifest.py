@@ -152,6 +152,16 @@ class Alignment(_Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Making(_Record):
+    """The encoding that extraction made of the experts. `statistics` is the hash of the trunk's file with the weights
+    of errors by input channel; None if all errors weighed alike.
+    """
+
+    experts_dtype: Annotated[str, StringConstraints(pattern=r"^[\w-]+$", max_length=64)]
+    statistics: _Sha256 | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DeepExpert(_Record):
     """One shard: `experts[layer]` is the expert of that MoE layer, `span_hashes[layer]` the XXH3-64 of its span."""
 
@@ -178,7 +188,8 @@ class Manifest(_Record):
     """All that a reader knows about a store.
 
     `deep_experts` ascend by `index`; a store that has shrunk has gaps. `retired_below` is 0, or the index below which
-    no new deep expert may be numbered, because a reader may still know the file of a removed one.
+    no new deep expert may be numbered, because a reader may still know the file of a removed one. `made` is None if the
+    experts are as shipped, or dequantised.
     """
 
     source: Source
@@ -188,6 +199,7 @@ class Manifest(_Record):
     deep_experts: tuple[DeepExpert, ...]
     trunk: tuple[TrunkFile, ...]
     retired_below: _Positive = 0
+    made: Making | None = None
 
     @property
     def next_index(self) -> int:
@@ -264,6 +276,8 @@ def format_manifest(manifest: Manifest) -> bytes:
     members.append(f'"absent_experts": {json.dumps(absent)}')
     if manifest.retired_below:
         members.append(f'"retired_below": {manifest.retired_below}')
+    if manifest.made is not None:
+        members.append(f'"made": {json.dumps(asdict(manifest.made))}')
     for name in ("layers", "deep_experts", "trunk"):
         items = ",\n  ".join(json.dumps(asdict(item, dict_factory=_without_none)) for item in getattr(manifest, name))
         members.append(f'"{name}": [\n  {items}\n ]')

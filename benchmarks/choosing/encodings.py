@@ -39,6 +39,7 @@ from benchmarks.harness.reporting import BUNDLED, REPOSITORY, environment, finis
 from expert_store.encoding import CODE_BITS, RowEncoding
 from expert_store.rows import decode_rows, pack_rows
 from expert_store.store import Store
+from extractor.encoding.importance import Importance
 from extractor.encoding.names import ENCODINGS, encoding_of
 from extractor.encoding.quantise import quantise
 from extractor.planning.criteria import normalised, score
@@ -111,6 +112,8 @@ class Measurements:
         domains = find_domains(texts)
         calibration = CalibrationOptions(CALIBRATION, price_tokens=0, with_weights=False)
         self.statistics = calibrate(self.model, domains, calibration)
+        assert self.statistics.channels is not None
+        self._importance = Importance.of(self.statistics.channels)
         held_out = TextOptions(half="odd", max_tokens=tokens)
         self.texts = {one.name: token_sequences(self.model, one, held_out) for one in domains}
         self._slots = self.model.cache.page_table.copy()
@@ -187,8 +190,7 @@ class Measurements:
             return plain
         importance = None
         if with_stats:
-            assert self.statistics.channels is not None
-            importance = self.statistics.channels.importance(layer, expert)[tensor == "down_proj"]
+            importance = self._importance.of_matrix(layer, expert, tensor)
         encoding = encoding_of(name, plain.shape[1])
         return decode_rows(encoding, plain.shape[1], pack_rows(encoding, quantise(plain, encoding, importance)))
 

@@ -2,9 +2,10 @@
 
 Owns the map from (MoE layer, expert) to the pieces of its span. A piece is a byte range of a checkpoint file wherever
 the in-memory layout is a concatenation of what is on disk (per-expert linears, rows of fused tensors), else a
-conversion of one expert's tensors: to encoded rows where the checkpoint has those, else to plain values. Invariants:
-the pieces of a span have together exactly `span_bytes` bytes, in the order of `LayerSpec.tensors`; a parameter has the
-same encoding in all layers; every checkpoint tensor that the model reads belongs either to spans or to the trunk.
+conversion of one expert's tensors: to encoded rows where the checkpoint has those or they are made, else to plain
+values. Invariants: the pieces of a span have together exactly `span_bytes` bytes, in the order of `LayerSpec.tensors`;
+a parameter has the same encoding in all layers; every checkpoint tensor that the model reads belongs either to spans or
+to the trunk.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from expert_store.encoding import RowEncoding
-from expert_store.manifest import DTYPE_BYTES, LayerSpec, ModelSpec, TensorSpec
+from expert_store.manifest import DTYPE_BYTES, LayerSpec, Manifest, ModelSpec, TensorSpec
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.checkpoint.conversion import Recipe, trace
 from extractor.checkpoint.encodings import PLAIN_DTYPES
 from extractor.checkpoint.families import check_family
-from extractor.checkpoint.quantised import ExpertsDtype, QuantisedEntry, piece_of, read_part, rows_of
+from extractor.checkpoint.quantised import QuantisedEntry, piece_of, read_part, rows_of
 from extractor.checkpoint.tensor_file import ConvertedPiece, Piece, TensorEntry
+from extractor.encoding.importance import FILE_NAME, Importance
+from extractor.encoding.making import Maker, experts_dtype_of
+from extractor.encoding.names import ExpertsDtype
 from extractor.errors import CheckpointError, UnsupportedFamilyError
 
 Part = tuple[TensorEntry, int, int]
@@ -33,7 +38,9 @@ Part = tuple[TensorEntry, int, int]
 
 @dataclass(frozen=True)
 class ExpertsLayout:
-    """The experts of a checkpoint. `trunk` are all other tensors; `notes` say what is dequantised, and why."""
+    """The experts of a checkpoint. `trunk` are all other tensors; `notes` say what is dequantised, and why; `maker`
+    makes the experts smaller, None where they are as shipped or in 16 bits.
+    """
 
     model: ModelSpec
     layers: tuple[LayerSpec, ...]
@@ -41,13 +48,24 @@ class ExpertsLayout:
     trunk: tuple[TensorEntry, ...]
     checkpoint: Checkpoint
     notes: tuple[str, ...]
+    maker: Maker | None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, experts_dtype: ExpertsDtype = "shipped") -> ExpertsLayout:
-        """Find the experts of `checkpoint`, to be stored as `experts_dtype`.
+    def of_store(cls, checkpoint: Checkpoint, manifest: Manifest, root: Path) -> ExpertsLayout:
+        """The layout that gives the experts of the store at `root` again. Raises ExtractError."""
+        has_importance = manifest.made is not None and manifest.made.statistics is not None
+        importance = Importance.read(root / FILE_NAME) if has_importance else None
+        return cls.of(checkpoint, experts_dtype_of(manifest), importance)
 
-        Raises UnsupportedFamilyError or CheckpointError.
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, experts_dtype: ExpertsDtype = "shipped", importance: Importance | None = None
+    ) -> ExpertsLayout:
+        """Find the experts of `checkpoint`, to be stored as `experts_dtype`, made with `importance` if they are made.
+
+        Raises UnsupportedFamilyError, CheckpointError, or ExtractError if they cannot be made.
         """
+        maker = Maker.of(experts_dtype, importance)
         family = check_family(checkpoint.config, str(checkpoint.path))
         found = trace(checkpoint.path, checkpoint.tensors)
         counts = {recipe.shape[0] for recipes in found.experts.values() for recipe in recipes}
@@ -64,7 +82,8 @@ class ExpertsLayout:
         encodings, notes = _encodings(checkpoint, found.experts.values()) if experts_dtype == "shipped" else ({}, [])
         layers, recipes = [], []
         for layer, (module, parts) in enumerate(found.experts.items()):
-            layers.append(_layer_spec(checkpoint, layer, module, parts, encodings))
+            own = encodings if maker is None else _made(maker, layer, parts)
+            layers.append(_layer_spec(checkpoint, layer, module, parts, own))
             recipes.append(parts)
         model = ModelSpec(
             family=family,
@@ -81,7 +100,9 @@ class ExpertsLayout:
                 f"{len(dequantised)} tensors outside the experts, such as {dequantised[0].name}, are dequantised to "
                 f"{dequantised[0].dtype}: nothing multiplies those as they are yet"
             )
-        return cls(model, tuple(layers), tuple(recipes), trunk, checkpoint, tuple(notes))
+        if maker is not None:
+            notes += _made_again(checkpoint, found.experts.values(), experts_dtype)
+        return cls(model, tuple(layers), tuple(recipes), trunk, checkpoint, tuple(notes), maker)
 
     def span(self, layer: int, expert: int) -> Iterator[Piece]:
         """The pieces of the span of (MoE layer, expert), in order."""
@@ -89,7 +110,10 @@ class ExpertsLayout:
             sources = [
                 (pattern, *_expert_part(self.checkpoint, recipe, pattern, expert)) for pattern in recipe.source_patterns
             ]
-            if tensor.encoding is not None:
+            if tensor.encoding is not None and self.maker is not None:
+                make = partial(make_rows, self.maker, layer, expert, recipe, sources)
+                yield ConvertedPiece(tensor.bytes, make)
+            elif tensor.encoding is not None:
                 yield from (rows_of(*part) for _, part, _ in sources)
             elif recipe.is_concatenation:
                 yield from (piece_of(*part) for _, part, _ in sources)
@@ -97,11 +121,52 @@ class ExpertsLayout:
                 yield ConvertedPiece(tensor.bytes, partial(convert_expert, recipe, sources))
 
 
-def convert_expert(recipe: Recipe, sources: Sequence[tuple[str, Part, tuple[int, ...]]]) -> memoryview:
-    """One expert's part of a parameter as bytes; `sources` are source pattern, place and shape."""
-    tensors = {pattern: read_part(*part).view(shape) for pattern, part, shape in sources}
-    converted = recipe.convert(tensors)
+Sources = Sequence[tuple[str, Part, tuple[int, ...]]]
+"""Source pattern, place and shape of the tensors that become one expert's part of a parameter."""
+
+
+def convert_expert(recipe: Recipe, sources: Sources) -> memoryview:
+    """One expert's part of a parameter as bytes."""
+    converted = _converted(recipe, sources)
     return memoryview(converted.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def make_rows(maker: Maker, layer: int, expert: int, recipe: Recipe, sources: Sources) -> memoryview:
+    """The encoded rows of one expert's part of a parameter."""
+    converted = _converted(recipe, sources)
+    matrix = converted.t() if recipe.is_transposed else converted
+    return memoryview(maker.rows(layer, expert, recipe.name, matrix).view(-1).numpy())  # type: ignore[arg-type]
+
+
+def _converted(recipe: Recipe, sources: Sources) -> torch.Tensor:
+    return recipe.convert({pattern: read_part(*part).view(shape) for pattern, part, shape in sources})
+
+
+def _made(maker: Maker, layer: int, recipes: Sequence[Recipe]) -> dict[str, RowEncoding]:
+    """The encodings of a layer's matrices; other parameters, such as biases, stay plain."""
+    columns = {
+        recipe.name: recipe.shape[1 if recipe.is_transposed else 2] for recipe in recipes if len(recipe.shape) == 3
+    }
+    for name, count in columns.items():
+        weights = count if maker.importance is None else len(maker.importance.of_matrix(layer, 0, name))
+        if weights != count:
+            raise CheckpointError(
+                f"the statistics have {weights} input channels of {name} in MoE layer {layer}, the checkpoint {count}: "
+                "calibrate on this checkpoint"
+            )
+    return {name: maker.encoding(name, count) for name, count in columns.items()}
+
+
+def _made_again(checkpoint: Checkpoint, experts: Collection[tuple[Recipe, ...]], experts_dtype: str) -> list[str]:
+    """A note for experts that the checkpoint has in few bits already."""
+    keys = [key for recipes in experts for recipe in recipes for keys in recipe.keys.values() for key in keys]
+    quantised = next((key for key in keys if isinstance(checkpoint.tensors[key], QuantisedEntry)), None)
+    if quantised is None:
+        return []
+    return [
+        f"the experts are decoded from the encoding that they are shipped in, and made {experts_dtype}: the errors of "
+        f"both add up ({quantised})"
+    ]
 
 
 def _encodings(

@@ -7,12 +7,12 @@ its scales leave it within rows alone. `encodings.py` defines the formats.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from expert_store.manifest import DTYPE_BYTES, LayerSpec
+from expert_store.manifest import DTYPE_BYTES
 from extractor.checkpoint.encodings import TAKEN, Encoding, encodings_of
 from extractor.checkpoint.tensor_file import ConvertedPiece, CopiedPiece, Piece, TensorEntry, read_bytes
 from extractor.errors import UnsupportedFamilyError
@@ -29,14 +29,6 @@ MODELOPT_CONFIG = "hf_quant_config.json"
 """File with the quantisation of modelopt's releases, which config.json may lack; the tensors' dtypes say the same."""
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-
-ExpertsDtype = Literal["shipped", "16bit"]
-"""The encoding of a store's experts: that of the checkpoint's bytes, or dequantised to the config's dtype."""
-
-
-def experts_dtype_of(layers: Sequence[LayerSpec]) -> ExpertsDtype:
-    """The encoding that gives the experts of a store with these layers again."""
-    return "shipped" if any(layer.is_encoded for layer in layers) else "16bit"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ from expert_store.errors import ExpertUnavailableError
 from expert_store.store import Store
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.checkpoint.layout import ExpertsLayout
-from extractor.checkpoint.quantised import experts_dtype_of
 from extractor.checkpoint.tensor_file import CopiedPiece
 from extractor.errors import ExtractError
 
@@ -79,7 +78,7 @@ def attach_source(store: Store, location: str | None = None) -> str:
                 f"{checkpoint.path} has the fingerprint {checkpoint.fingerprint}, the store was extracted from "
                 f"{manifest.source.fingerprint}: it is another checkpoint, or a changed one"
             )
-        layout = ExpertsLayout.of(checkpoint, experts_dtype_of(manifest.layers))
+        layout = ExpertsLayout.of_store(checkpoint, manifest, store.path)
         if layout.layers != manifest.layers:
             return (
                 f"this release of deepfew or of transformers lays the experts of {checkpoint.path} out differently: "

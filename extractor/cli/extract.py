@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from expert_store.manifest import expert_bits, expert_encodings, read_manifest
-from extractor.checkpoint.checkpoint import resolve_checkpoint
+from extractor.checkpoint.checkpoint import Checkpoint, resolve_checkpoint
 from extractor.cli.options import (
     BudgetOption,
     CountOption,
@@ -26,9 +28,14 @@ from extractor.cli.options import (
     StoreArgument,
 )
 from extractor.cli.progress import progress_bar
-from extractor.planning.plan import read_plan
+from extractor.encoding.importance import Importance
+from extractor.encoding.names import ExpertsDtype
+from extractor.errors import SelectionError
+from extractor.planning.plan import Plan, read_plan
 from extractor.planning.selection import SelectionRequest
 from extractor.planning.sizes import format_size
+from extractor.statistics.file import read_statistics
+from extractor.statistics.statistics import StatisticsError, merge_all
 from extractor.writing.extract import Extraction
 from extractor.writing.inspection import print_summary, store_summary
 from extractor.writing.prepare import prepare
@@ -53,6 +60,14 @@ def extract(
         Path | None, typer.Option(metavar="FILE", help="Plan file: for each deep expert the expert of every layer.")
     ] = None,
     experts_dtype: ExpertsDtypeOption = None,
+    stats: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Statistics from `deepfew calibrate`: experts that are made smaller err least where "
+            "activations are large.",
+        ),
+    ] = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -61,17 +76,13 @@ def extract(
     Killed at any moment, the same command continues. On a finished store a larger selection adds to it.
     """
     started = time.monotonic()
-    request = SelectionRequest(
-        experts=experts,
-        count=count,
-        keep=keep,
-        budget_bytes=budget,
-        plan=read_plan(plan) if plan is not None else None,
-    )
+    planned = None if plan is None else read_plan(plan)
+    request = SelectionRequest(experts=experts, count=count, keep=keep, budget_bytes=budget, plan=planned)
     opened = resolve_checkpoint(checkpoint)
     for ignored in opened.ignored:
         print(f"WARNING: ignored {ignored}", file=sys.stderr)
-    work = prepare(opened, store, request, experts_dtype)
+    importance = None if not stats else importance_for(opened, stats)
+    work = prepare(opened, store, request, dtype_for(experts_dtype, planned), importance)
     for note in work.notes:
         print(f"NOTE: {note}", file=sys.stderr)
     if not work.is_finished:
@@ -101,6 +112,7 @@ def _described(work: Extraction) -> dict[str, Any]:
         "num_deep_experts": len(work.selection.deep_experts),
         "num_deep_experts_before": work.num_existing,
         "encodings": expert_encodings(work.layers),
+        "made": None if work.made is None else asdict(work.made),
         "expert_bits": expert_bits(work.layers),
         "notes": work.notes,
         "alignment": work.selection.alignment.kind,
@@ -108,6 +120,33 @@ def _described(work: Extraction) -> dict[str, Any]:
         "total_bytes": work.total_bytes,
         "written_bytes": work.remaining_bytes,
     }
+
+
+def importance_for(checkpoint: Checkpoint, stats: Sequence[Path]) -> Importance:
+    """The weights of errors by input channel. Raises StatisticsError, or ExtractError if the statistics have none."""
+    statistics = merge_all(read_statistics(path) for path in stats)
+    if statistics.fingerprint != checkpoint.fingerprint:
+        raise StatisticsError(
+            f"--stats are of the checkpoint {statistics.fingerprint}, this one is {checkpoint.fingerprint}: calibrate "
+            "on it"
+        )
+    if statistics.channels is None:
+        raise StatisticsError(
+            "--stats say nothing of input channels, as those of a server or an older deepfew: write them with "
+            "`deepfew calibrate`"
+        )
+    return Importance.of(statistics.channels)
+
+
+def dtype_for(experts_dtype: ExpertsDtype | None, plan: Plan | None) -> ExpertsDtype | None:
+    """The choice of the option or of the plan. Raises SelectionError if they contradict each other."""
+    planned = None if plan is None else plan.experts_dtype
+    if None not in (experts_dtype, planned) and experts_dtype != planned:
+        raise SelectionError(
+            f"--experts-dtype {experts_dtype} and --plan, which is for {planned}, contradict each other; leave the "
+            "option out, or make a plan for it"
+        )
+    return experts_dtype or planned
 
 
 def inspect(store: StoreArgument, as_json: JsonOption = False) -> None:
@@ -152,6 +191,9 @@ def _sentence(result: dict[str, Any]) -> str:
     )
     if result["encodings"]:
         holds += f", experts at {result['expert_bits']:.4g} bits a weight"
+    if result["made"] is not None:
+        how = "weighted by the statistics" if result["made"]["statistics"] else "by weight error alone"
+        holds += f" ({result['made']['experts_dtype']}, made {how})"
     match result["status"]:
         case "nothing to do":
             return f"nothing to do: {result['store']} holds {holds}"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from extractor.checkpoint.quantised import ExpertsDtype
+from extractor.encoding.names import ExpertsDtype
 from extractor.planning.sizes import parse_share, parse_size
 
 CountOption = Annotated[int | None, typer.Option(metavar="N", help="Number of deep experts.")]
@@ -19,7 +19,10 @@ BudgetOption = Annotated[
 ]
 ExpertsDtypeOption = Annotated[
     ExpertsDtype | None,
-    typer.Option(help="Experts as shipped, or dequantised to 16 bits. A new store has them as shipped."),
+    typer.Option(
+        help="Experts as shipped, which is the default; dequantised to 16 bits; or made smaller: fp8 and int8 in "
+        "groups of 128 columns, int4 and mxfp4 of 32, int4-g64 of 64, nvfp4 of 16; int4-int8 has down_proj in int8."
+    ),
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", metavar="", help="Say what would be changed, and change nothing.")

@@ -1,13 +1,16 @@
-"""The encodings that experts can be made in, by the names that commands take."""
+"""The encodings of a store's experts, by the names that commands take."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 from expert_store.encoding import RowEncoding
 from extractor.errors import ExtractError
 
+ExpertsDtype = Literal["shipped", "16bit", "fp8", "int8", "int4", "int4-int8", "int4-g64", "mxfp4", "nvfp4"]
+"""The experts of a store: the checkpoint's bytes, dequantised to the config's dtype, or made in one of `MADE`."""
 ENCODINGS = {
     "fp8": RowEncoding("fp8", 128, "F32"),
     "int8": RowEncoding("int8", 128, "F16"),
@@ -16,20 +19,27 @@ ENCODINGS = {
     "mxfp4": RowEncoding("fp4", 32, "F8_E8M0"),
     "nvfp4": RowEncoding("fp4", 16, "F8_E4M3", overall="factor"),
 }
-"""Each with its groups where these divide the columns of a matrix."""
+"""The encodings that extraction can make, each with its groups where these divide the columns of a matrix."""
+MADE = {name: (name, name) for name in ENCODINGS} | {"int4-int8": ("int4", "int8")}
+"""The encodings of an expert's first matrix and of its second, `down_proj`. An error of the second reaches the output
+as it is, so that its bits count more: docs/selection.md has the figures."""
+
+
+def is_second(parameter: str) -> bool:
+    """Whether a parameter of the experts is their second matrix."""
+    return parameter == "down_proj"
 
 
 def encoding_of(name: str, columns: int) -> RowEncoding:
-    """The encoding `name` for rows of so many columns: groups are smaller where they do not divide the columns.
+    """The encoding `name` of `ENCODINGS` for rows of so many columns, in smaller groups if its own do not divide them.
 
     Raises:
-        ExtractError: no group divides the columns.
+        ExtractError: no group of eight columns or more divides them.
     """
     encoding = ENCODINGS[name]
-    group = math.gcd(encoding.group, columns)
+    fitting = replace(encoding, group=math.gcd(encoding.group, columns))
     try:
-        fitting = replace(encoding, group=group)
         fitting.fields(columns)
     except ValueError as error:
-        raise ExtractError(str(error)) from None
+        raise ExtractError(f"{name} cannot hold {error}: take 16bit") from None
     return fitting

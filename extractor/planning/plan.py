@@ -14,9 +14,10 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from expert_store.files import replacing
+from extractor.encoding.names import ExpertsDtype
 from extractor.errors import SelectionError
 
 FORMAT = "deepfew-plan"
@@ -48,6 +49,12 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_distinct([deep.experts for deep in self.deep_experts])
+
+    @property
+    def experts_dtype(self) -> ExpertsDtype | None:
+        """The encoding that the plan chose for its experts; None if it chose none."""
+        named: ExpertsDtype | None = self.extra.get("experts_dtype")
+        return named
 
 
 def read_plan(path: str | os.PathLike[str]) -> Plan:
@@ -117,6 +124,10 @@ def parse_plan(document: Any) -> Plan:
     deep_experts = tuple(_planned(item, position, num_layers, num_experts) for position, item in enumerate(items))
     known = {"format", "version", "alignment", "num_layers", "num_experts", "deep_experts"}
     extra = {key: value for key, value in document.items() if key not in known}
+    if extra.get("experts_dtype") not in (None, *get_args(ExpertsDtype)):
+        raise SelectionError(
+            f"experts_dtype is {extra['experts_dtype']!r}, wanted one of {', '.join(get_args(ExpertsDtype))}"
+        )
     return Plan(num_layers, num_experts, alignment, deep_experts, extra)
 
 

@@ -11,9 +11,6 @@ import numpy.typing as npt
 
 Float = npt.NDArray[np.float64]
 
-PRIOR_PICKS = 16
-"""Picks whose channels are all alike, added to those that were seen: few picks tell channels badly."""
-
 
 class ChannelSquares:
     """Sums of squares; layers may differ in width, and have the width 0 until tokens were added.
@@ -45,12 +42,6 @@ class ChannelSquares:
         for mine, theirs in ((self.input, other.input), (self.inner, other.inner)):
             mine[:] = [_added(*pair) for pair in zip(mine, theirs, strict=True)]
         self.picks = self.picks + other.picks
-
-    def importance(self, layer: int, expert: int) -> tuple[Float, Float]:
-        """The weight of a squared error in each column of an expert's first matrix, [H], and of its second, [I]."""
-        squares, picks = self.inner[layer][expert], self.picks[layer, expert]
-        prior = PRIOR_PICKS / picks * squares.mean() if picks else 1.0
-        return self.input[layer], squares + prior
 
 
 def _added(mine: Float, theirs: Float) -> Float:

@@ -17,6 +17,7 @@ from expert_store.files import sync_directory
 from expert_store.manifest import (
     DeepExpert,
     LayerSpec,
+    Making,
     Manifest,
     ModelSpec,
     Source,
@@ -38,7 +39,7 @@ from extractor.writing.pipeline import FileDigest, partial_path, stream
 @dataclass(frozen=True)
 class Extraction:
     """The work to do. `outputs` are all files of the finished store, `done` those that already exist; `notes` say what
-    is dequantised, and why.
+    is dequantised, and why; `made` is the manifest's record of experts that are made smaller.
     """
 
     checkpoint: Checkpoint
@@ -50,6 +51,7 @@ class Extraction:
     done: dict[str, FileDigest]
     existing: Manifest | None
     notes: tuple[str, ...] = ()
+    made: Making | None = None
 
     @property
     def remaining(self) -> tuple[OutputFile, ...]:
@@ -125,8 +127,8 @@ class Extraction:
         for folder in ("trunk", "experts"):
             (self.target / folder).mkdir(parents=True, exist_ok=True)
         held = [deep.experts for deep in self.existing.deep_experts] if self.existing is not None else []
-        head = journal_head(fingerprint, self.layers, self.selection.deep_experts)
-        stale = journal_head(fingerprint, self.layers, held)
+        head = journal_head(fingerprint, self.layers, self.selection.deep_experts, self.made)
+        stale = journal_head(fingerprint, self.layers, held, self.made)
         journal = Journal.open(self.target, head, stale)
         try:
             self._check_unchanged()
@@ -150,7 +152,7 @@ class Extraction:
 
     def _tidy(self) -> None:
         """Remove the journal of a run that was killed after it had written the manifest."""
-        head = journal_head(self.checkpoint.fingerprint, self.layers, self.selection.deep_experts)
+        head = journal_head(self.checkpoint.fingerprint, self.layers, self.selection.deep_experts, self.made)
         left = read_journal(self.target)
         if left is not None and left[0] == head:
             Journal.open(self.target, head).remove()
@@ -175,6 +177,7 @@ class Extraction:
             alignment=self.selection.alignment,
             deep_experts=tuple(deep_experts),
             trunk=tuple(TrunkFile(name, digests[name].file_bytes, digests[name].sha256) for name in names),
+            made=self.made,
         )
 
     def _remove_leftovers(self) -> None:

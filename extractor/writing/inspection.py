@@ -50,6 +50,7 @@ def store_summary(path: str | os.PathLike[str]) -> dict[str, Any]:
             for tensor in manifest.layers[0].tensors
         ],
         "encodings": expert_encodings(manifest.layers),
+        "made": None if manifest.made is None else asdict(manifest.made),
         "expert_bits": expert_bits(manifest.layers),
         "trunk_bits": 8 * DTYPE_BYTES[model.dtype],
         "alignment": manifest.alignment.kind,
@@ -80,6 +81,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         ("model", f"{summary['architecture']}, {layers} MoE layers of {every} experts, top-{summary['top_k']}"),
         ("one expert", f"{format_size(span)} a layer: {tensors}"),
         ("bits a weight", f"{summary['expert_bits']:.4g} of the experts, {summary['trunk_bits']} of the trunk"),
+        *([] if summary["made"] is None else [("made", _made(summary["made"]))]),
         ("deep experts", f"{held} of {every}, {format_size(summary['shard_bytes'] / held)} each"),
         ("alignment", summary["alignment"]),
         ("experts", _per_layer(summary)),
@@ -90,6 +92,11 @@ def print_summary(summary: dict[str, Any]) -> None:
     for name, value in rows:
         for number, line in enumerate(value.split("\n")):
             console.print(Text(("" if number else name).ljust(15), style="bold") + Text(line, style="not bold"))
+
+
+def _made(made: dict[str, Any]) -> str:
+    weights = "weighted by statistics" if made["statistics"] else "by weight error alone"
+    return f"{made['experts_dtype']} by deepfew, errors {weights}"
 
 
 def _per_layer(summary: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from expert_store.manifest import LayerSpec
+from expert_store.manifest import LayerSpec, Making
 from extractor.errors import TargetError
 from extractor.writing.pipeline import FileDigest
 
@@ -96,9 +96,13 @@ def read_journal(directory: Path) -> tuple[dict[str, Any], dict[str, FileDigest]
 
 
 def journal_head(
-    fingerprint: str, layers: Sequence[LayerSpec], deep_experts: Sequence[tuple[int, ...]]
+    fingerprint: str,
+    layers: Sequence[LayerSpec],
+    deep_experts: Sequence[tuple[int, ...]],
+    made: Making | None = None,
 ) -> dict[str, Any]:
-    """The identity of an extraction: the checkpoint, the experts' encodings, all deep experts of the finished store."""
+    """The identity of an extraction: checkpoint, the experts' encodings and how they were made, all deep experts of the
+    finished store."""
     encodings = [
         {tensor.name: asdict(tensor.encoding) for tensor in layer.tensors if tensor.encoding is not None}
         for layer in layers[:1]
@@ -109,6 +113,7 @@ def journal_head(
         "fingerprint": fingerprint,
         "columns": [list(experts) for experts in deep_experts],
         **({"encodings": encodings[0]} if any(encodings) else {}),
+        **({} if made is None else {"made": asdict(made)}),
     }
 
 

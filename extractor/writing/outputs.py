@@ -17,6 +17,7 @@ from expert_store.shard import ShardLayout, encode_header, shard_name
 from extractor.checkpoint.checkpoint import WEIGHTS_KEY, Checkpoint
 from extractor.checkpoint.quantised import CONFIG_KEYS, MODELOPT_CONFIG, piece_of
 from extractor.checkpoint.tensor_file import Piece, TensorEntry
+from extractor.encoding.importance import FILE_NAME
 
 if TYPE_CHECKING:
     from extractor.checkpoint.layout import ExpertsLayout
@@ -79,6 +80,14 @@ def trunk_outputs(
         index = {"metadata": {"total_size": sum(tensor.bytes for tensor in trunk)}, "weight_map": weight_map}
         outputs.append(_in_memory(f"{stem}.safetensors.index.json", _json_bytes(index)))
     return outputs + [_tensors(name, group) for name, group in zip(names, groups, strict=True)]
+
+
+def all_trunk_outputs(layout: ExpertsLayout) -> list[OutputFile]:
+    """The files below trunk/, with the weights of errors if the experts were made with some."""
+    outputs = trunk_outputs(layout.checkpoint, layout.trunk)
+    if layout.maker is not None and layout.maker.importance is not None:
+        outputs.append(_in_memory(FILE_NAME, layout.maker.importance.content))
+    return outputs
 
 
 def _group(trunk: Sequence[TensorEntry], max_file_bytes: int) -> list[list[TensorEntry]]:

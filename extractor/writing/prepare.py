@@ -11,14 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_store.manifest import MANIFEST_NAME, Alignment, LayerSpec, Manifest, read_manifest
+from expert_store.manifest import MANIFEST_NAME, Alignment, LayerSpec, Making, Manifest, read_manifest
 from extractor.checkpoint.checkpoint import Checkpoint
-from extractor.checkpoint.quantised import ExpertsDtype, experts_dtype_of
-from extractor.errors import TargetError
+from extractor.encoding.importance import Importance
+from extractor.encoding.making import experts_dtype_of
+from extractor.encoding.names import MADE, ExpertsDtype
+from extractor.errors import SelectionError, TargetError
 from extractor.planning.selection import Selection, SelectionRequest, select
 from extractor.writing.extract import Extraction
 from extractor.writing.journal import JOURNAL_NAME, journal_head, read_journal, unfinished_message
-from extractor.writing.outputs import OutputFile, shard_indices, shard_output, trunk_outputs
+from extractor.writing.outputs import OutputFile, all_trunk_outputs, shard_indices, shard_output
 from extractor.writing.pipeline import FileDigest
 
 if TYPE_CHECKING:
@@ -30,23 +32,20 @@ def prepare(
     target: str | os.PathLike[str],
     request: SelectionRequest,
     experts_dtype: ExpertsDtype | None = None,
+    importance: Importance | None = None,
 ) -> Extraction:
     """The work of extracting `request` from `checkpoint` into the directory `target`.
 
-    Without an `experts_dtype` a store keeps the one that it has, and a new one gets its experts as shipped. Raises
-    UnsupportedFamilyError, CheckpointError, SelectionError, TargetError, or ManifestError for a store that
-    cannot be read.
+    Without an `experts_dtype` a store keeps the one that it has, and a new one gets its experts as shipped. Errors of
+    experts that are made smaller weigh by `importance`; a store keeps the one that it was made with. Raises
+    UnsupportedFamilyError, CheckpointError, SelectionError, TargetError, another ExtractError if the experts cannot be
+    made, or ManifestError for a store that cannot be read.
     """
     target = Path(target).absolute()
     existing = _existing(target, checkpoint)
     if existing is None:
-        return _fresh(checkpoint, target, request, experts_dtype or "shipped")
-    stored = experts_dtype_of(existing.layers)
-    if experts_dtype not in (None, stored) and _layout(checkpoint, experts_dtype).layers != existing.layers:
-        raise TargetError(
-            f"{target} holds experts with --experts-dtype {stored}, wanted {experts_dtype}; a store has one: leave the "
-            "option out, or name another directory"
-        )
+        return _fresh(checkpoint, target, request, experts_dtype or "shipped", importance)
+    _check_same_experts(existing, checkpoint, target, experts_dtype, importance)
     trunk_bytes = sum(file.bytes for file in existing.trunk)
     wanted = select(request, existing.model, existing.layers, trunk_bytes, checkpoint.fingerprint)
     selection = _grown(existing, wanted, target)
@@ -55,48 +54,105 @@ def prepare(
         existing.trunk
     ):
         outputs = tuple(_finished(digest) for digest in intact.values())
-        return Extraction(checkpoint, target, existing.model, existing.layers, selection, outputs, intact, existing)
-    layout = _layout(checkpoint, stored)
+        return Extraction(
+            checkpoint,
+            target,
+            existing.model,
+            existing.layers,
+            selection,
+            outputs,
+            intact,
+            existing,
+            made=existing.made,
+        )
+    layout = _layout_of_store(checkpoint, existing, target)
     if (layout.model, layout.layers) != (existing.model, existing.layers):
         raise TargetError(
             f"{target} was extracted with another layout of the experts (by another release of deepfew or of "
             "transformers); "
             "extract into an empty directory"
         )
-    outputs = _outputs(layout, selection, existing)
-    done = intact | _journaled(target, checkpoint, layout.layers, selection, existing)
-    return Extraction(
-        checkpoint,
-        target,
-        layout.model,
-        layout.layers,
-        selection,
-        outputs,
-        _present(target, outputs, done),
-        existing,
-        layout.notes,
-    )
+    return _work(layout, target, selection, existing, intact)
 
 
-def _fresh(checkpoint: Checkpoint, target: Path, request: SelectionRequest, experts_dtype: ExpertsDtype) -> Extraction:
+def _check_same_experts(
+    existing: Manifest,
+    checkpoint: Checkpoint,
+    target: Path,
+    experts_dtype: ExpertsDtype | None,
+    importance: Importance | None,
+) -> None:
+    """Raise TargetError if a store's experts are not those that the options ask for."""
+    remedy = "a store has one: leave the option out, or name another directory"
+    stored = experts_dtype_of(existing)
+    if experts_dtype not in (None, stored):
+        is_made = existing.made is not None or experts_dtype in MADE
+        if is_made or _layout(checkpoint, experts_dtype, None).layers != existing.layers:
+            raise TargetError(f"{target} holds experts with --experts-dtype {stored}, wanted {experts_dtype}; {remedy}")
+    if importance is not None and (existing.made is None or existing.made.statistics != importance.sha256):
+        raise TargetError(f"{target} holds experts that were made with other --stats, or none; {remedy}")
+
+
+def _fresh(
+    checkpoint: Checkpoint,
+    target: Path,
+    request: SelectionRequest,
+    experts_dtype: ExpertsDtype,
+    importance: Importance | None,
+) -> Extraction:
     """Work for a directory without a manifest (new, empty, unfinished). Raises TargetError within the checkpoint."""
     if target.resolve().is_relative_to(checkpoint.path.resolve()):
         raise TargetError(
             f"{target} lies in the checkpoint {checkpoint.path}, which is only read: name a directory outside it"
         )
-    layout = _layout(checkpoint, experts_dtype)
-    trunk_bytes = sum(output.file_bytes for output in trunk_outputs(checkpoint, layout.trunk))
+    if importance is not None and experts_dtype not in MADE:
+        raise SelectionError(
+            f"--stats weighs the errors of experts that are made smaller, and --experts-dtype is {experts_dtype}: "
+            f"leave it out, or take one of {', '.join(MADE)}"
+        )
+    layout = _layout(checkpoint, experts_dtype, importance)
+    trunk_bytes = sum(output.file_bytes for output in all_trunk_outputs(layout))
     selection = select(request, layout.model, layout.layers, trunk_bytes, checkpoint.fingerprint)
-    outputs = _outputs(layout, selection, None)
-    done = _present(target, outputs, _journaled(target, checkpoint, layout.layers, selection, None))
-    return Extraction(checkpoint, target, layout.model, layout.layers, selection, outputs, done, None, layout.notes)
+    return _work(layout, target, selection, None, {})
 
 
-def _layout(checkpoint: Checkpoint, experts_dtype: ExpertsDtype) -> ExpertsLayout:
-    """Imports transformers, which takes seconds that a finished store need not wait for."""
+def _work(
+    layout: ExpertsLayout,
+    target: Path,
+    selection: Selection,
+    existing: Manifest | None,
+    intact: dict[str, FileDigest],
+) -> Extraction:
+    outputs = _outputs(layout, selection, existing)
+    made = None if layout.maker is None else layout.maker.making
+    done = intact | _journaled(target, layout.checkpoint, layout.layers, selection, existing, made)
+    return Extraction(
+        checkpoint=layout.checkpoint,
+        target=target,
+        model=layout.model,
+        layers=layout.layers,
+        selection=selection,
+        outputs=outputs,
+        done=_present(target, outputs, done),
+        existing=existing,
+        notes=layout.notes,
+        made=made,
+    )
+
+
+# These import transformers, which takes seconds that a finished store need not wait for.
+
+
+def _layout(checkpoint: Checkpoint, experts_dtype: ExpertsDtype, importance: Importance | None) -> ExpertsLayout:
     from extractor.checkpoint.layout import ExpertsLayout
 
-    return ExpertsLayout.of(checkpoint, experts_dtype)
+    return ExpertsLayout.of(checkpoint, experts_dtype, importance)
+
+
+def _layout_of_store(checkpoint: Checkpoint, manifest: Manifest, target: Path) -> ExpertsLayout:
+    from extractor.checkpoint.layout import ExpertsLayout
+
+    return ExpertsLayout.of_store(checkpoint, manifest, target)
 
 
 def _existing(target: Path, checkpoint: Checkpoint) -> Manifest | None:
@@ -150,7 +206,7 @@ def _grown(existing: Manifest, selection: Selection, target: Path) -> Selection:
 def _outputs(layout: ExpertsLayout, selection: Selection, existing: Manifest | None) -> tuple[OutputFile, ...]:
     indices = shard_indices(existing, len(selection.deep_experts))
     shards = [shard_output(layout, *numbered) for numbered in zip(indices, selection.deep_experts, strict=True)]
-    return (*trunk_outputs(layout.checkpoint, layout.trunk), *shards)
+    return (*all_trunk_outputs(layout), *shards)
 
 
 def _intact(target: Path, manifest: Manifest) -> dict[str, FileDigest]:
@@ -166,16 +222,17 @@ def _journaled(
     layers: Sequence[LayerSpec],
     selection: Selection,
     existing: Manifest | None,
+    made: Making | None,
 ) -> dict[str, FileDigest]:
     """The files that a killed run finished; none if the journal is of a run that wrote its manifest."""
     found: tuple[dict[str, Any], dict[str, FileDigest]] | None = read_journal(target)
     if found is None:
         return {}
     head, done = found
-    if head == journal_head(checkpoint.fingerprint, layers, selection.deep_experts):
+    if head == journal_head(checkpoint.fingerprint, layers, selection.deep_experts, made):
         return done
     held = [deep.experts for deep in existing.deep_experts] if existing is not None else []
-    if held and head == journal_head(checkpoint.fingerprint, layers, held):
+    if held and head == journal_head(checkpoint.fingerprint, layers, held, made):
         return {}
     raise TargetError(unfinished_message(target))
 

@@ -24,7 +24,12 @@ def shrink_store(path: Path, indices: Collection[int]) -> Manifest:
     if after == before:
         return before
     head, held = (
-        journal_head(manifest.source.fingerprint, manifest.layers, [deep.experts for deep in manifest.deep_experts])
+        journal_head(
+            manifest.source.fingerprint,
+            manifest.layers,
+            [deep.experts for deep in manifest.deep_experts],
+            manifest.made,
+        )
         for manifest in (after, before)
     )
     journal = Journal.open(path, head, held)

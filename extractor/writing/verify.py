@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 from expert_store.integrity import verify_files
 from expert_store.manifest import Manifest, ModelSpec, format_ids, read_manifest
 from extractor.checkpoint.checkpoint import Checkpoint
-from extractor.checkpoint.quantised import experts_dtype_of
 from extractor.errors import MismatchError
-from extractor.writing.outputs import OutputFile, shard_output, trunk_outputs
+from extractor.writing.outputs import OutputFile, all_trunk_outputs, shard_output
 from extractor.writing.pipeline import FileDigest, stream
 
 if TYPE_CHECKING:
@@ -80,13 +79,13 @@ def open_comparison(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Com
     )
 
     manifest = read_manifest(path)
-    layout = ExpertsLayout.of(checkpoint, experts_dtype_of(manifest.layers))
+    layout = ExpertsLayout.of_store(checkpoint, manifest, Path(path))
     if (layout.model, layout.layers) != (manifest.model, manifest.layers):
         raise MismatchError(
             f"{path} and {checkpoint.path} are different models: {_difference(manifest.model, layout.model)}; name the "
             "checkpoint that the store was extracted from"
         )
-    return Comparison(path, checkpoint, manifest, _outputs(manifest, checkpoint, layout))
+    return Comparison(path, checkpoint, manifest, _outputs(manifest, layout))
 
 
 def _difference(store: ModelSpec, checkpoint: ModelSpec) -> str:
@@ -100,9 +99,9 @@ def compared_bytes(manifest: Manifest) -> int:
     return sum(deep.bytes for deep in manifest.deep_experts) + sum(file.bytes for file in manifest.trunk)
 
 
-def _outputs(manifest: Manifest, checkpoint: Checkpoint, layout: ExpertsLayout) -> list[OutputFile]:
+def _outputs(manifest: Manifest, layout: ExpertsLayout) -> list[OutputFile]:
     shards = [shard_output(layout, deep.index, deep.experts) for deep in manifest.deep_experts]
-    return trunk_outputs(checkpoint, layout.trunk) + shards
+    return all_trunk_outputs(layout) + shards
 
 
 def _differences(manifest: Manifest, digest: FileDigest) -> list[str]:

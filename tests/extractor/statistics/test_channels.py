@@ -5,7 +5,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from extractor.statistics.channels import PRIOR_PICKS, ChannelSquares
+from extractor.statistics.channels import ChannelSquares
 from extractor.statistics.file import read_statistics, write_statistics
 from extractor.statistics.statistics import StatisticsError, merge_all
 from tests.extractor.selection_statistics import NUM_EXPERTS, NUM_LAYERS, make_statistics
@@ -63,16 +63,3 @@ def test_squares_of_another_shape_are_refused(tmp_path: Path) -> None:
         save_file(arrays | {name: value}, path, metadata)
         with pytest.raises(StatisticsError, match=f"{name} has shape"):
             read_statistics(path)
-
-
-def test_few_picks_tell_channels_less_and_none_weigh_all_alike() -> None:
-    channels = ChannelSquares(1, 3)
-    channels.add_input(0, np.array([1.0, 2.0]))
-    channels.add_inner(0, 0, np.array([0.0, 2.0]) * PRIOR_PICKS, PRIOR_PICKS)
-    channels.add_inner(0, 1, np.array([0.0, 2.0]) * 1000, 1000)
-    first, often = (channels.importance(0, expert)[1] for expert in (0, 1))
-    assert first[1] / first[0] == pytest.approx(3)
-    assert often[1] / often[0] > 100
-    gate_up, unseen = channels.importance(0, 2)
-    assert gate_up.tolist() == [1.0, 2.0]
-    assert unseen.tolist() == [1.0, 1.0]

@@ -3,6 +3,7 @@
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -212,9 +213,9 @@ def test_errors_in_the_input_write_nothing(qwen_checkpoint: Path, tmp_path: Path
     refused(CheckpointError, f"{shard.name} is missing")
 
 
-def interrupted(checkpoint: Path, store: Path, request: SelectionRequest, after: int) -> None:
+def interrupted(checkpoint: Path, store: Path, request: SelectionRequest, after: int, *making: Any) -> None:
     """Begin an extraction and stop it as a signal would, when `after` files are journaled."""
-    work = prepare(Checkpoint.open(checkpoint), store, request)
+    work = prepare(Checkpoint.open(checkpoint), store, request, *making)
 
     class Interrupted(BaseException):
         pass

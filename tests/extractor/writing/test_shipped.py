@@ -14,8 +14,9 @@ from expert_store.manifest import expert_bits, expert_encodings, read_manifest
 from expert_store.rows import span_values
 from expert_store.store import Store
 from extractor.checkpoint.checkpoint import Checkpoint
-from extractor.checkpoint.quantised import ExpertsDtype, read_part
+from extractor.checkpoint.quantised import read_part
 from extractor.checkpoint.source import attach_source
+from extractor.encoding.names import ExpertsDtype
 from extractor.errors import MismatchError, TargetError
 from extractor.planning.selection import SelectionRequest
 from extractor.writing.inspection import print_summary, store_summary
