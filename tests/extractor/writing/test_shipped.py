@@ -23,7 +23,7 @@ from extractor.writing.inspection import print_summary, store_summary
 from extractor.writing.prepare import prepare
 from extractor.writing.shrink import shrink_store
 from extractor.writing.verify import verify_against, verify_store
-from tests.extractor.packed import PACKINGS, save_packed_checkpoint, write_checkpoint
+from tests.extractor.packed import PACKINGS, fp8_blocks, save_packed_checkpoint, write_checkpoint
 from tests.extractor.writing.test_extract import contents, extract, interrupted
 
 EXPERTS = "model.layers.{}.mlp.experts.{}.{}_proj.weight"
@@ -206,3 +206,38 @@ def test_quantised_tensors_outside_the_experts_are_dequantised_and_told(tmp_path
     (note,) = shipped(checkpoint, tmp_path / "store")
     assert note.startswith("15 tensors outside the experts, such as model.layers.0.self_attn.")
     assert note.endswith("are dequantised to BF16: nothing multiplies those as they are yet")
+
+
+@pytest.mark.parametrize("block", [16, 64])
+def test_experts_of_a_layer_in_one_tensor_keep_their_bits(block: int, tmp_path: Path) -> None:
+    """As transformers saves FP8 experts: [E, O, N] with scales [E, …] of blocks, here of 16 and of a whole matrix."""
+    checkpoint = save_packed_checkpoint(tmp_path / "apart", "fp8 channel")
+    tensors = {
+        name: value
+        for name, value in load_file(tmp_path / "apart-plain" / "model.safetensors").items()
+        if ".experts." not in name
+    }
+    wanted = {}
+    for layer in (0, 2):
+        for name, rows, columns in (("gate_up_proj", 64, 64), ("down_proj", 64, 32)):
+            experts = [fp8_blocks(torch.randn(rows, columns), block) for _ in range(6)]
+            at = f"model.layers.{layer}.mlp.experts.{name}"
+            tensors[at] = torch.stack([one["weight"] for one in experts])
+            tensors[f"{at}_scale_inv"] = torch.stack([one["weight_scale_inv"] for one in experts])
+            scales = experts[4]["weight_scale_inv"].repeat_interleave(block, 0).repeat_interleave(block, 1)
+            wanted[layer, name] = experts[4]["weight"].float() * scales[:rows, :columns]
+    fused = write_checkpoint(
+        checkpoint,
+        tmp_path / "fused",
+        tensors,
+        {"quant_method": "fp8", "weight_block_size": [block, block]},
+    )
+    assert shipped(fused, tmp_path / "store") == ()
+    with Store.open(tmp_path / "store") as store:
+        gate_up, down = store.manifest.layers[0].tensors
+        assert gate_up.encoding == RowEncoding("fp8", block, "F32")
+        assert down.encoding == RowEncoding("fp8", min(block, 32), "F32")
+        for layer, model_layer in enumerate((0, 2)):
+            for name, values in read_values(store, layer, 4).items():
+                assert torch.equal(values, wanted[model_layer, name])
+    assert verify_against(tmp_path / "store", Checkpoint.open(fused)) > 0

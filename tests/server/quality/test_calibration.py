@@ -9,7 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 import server.quality.calibration as module
+from expert_store.store import Store
+from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.checkpoint.quantised import read_part
+from extractor.planning.selection import SelectionRequest
 from extractor.statistics.statistics import TOTALS, ExpertStatistics, StatisticsError
+from extractor.writing.prepare import prepare
 from router.mask import ExpertMask
 from server.model.runner import SelectiveModel
 from server.quality.batches import batches, losses, run_batch, token_sequences
@@ -25,6 +30,7 @@ from server.quality.texts import (
     pack_sequences,
     sequence_key,
 )
+from tests.extractor.packed import save_packed_checkpoint
 
 OPTIONS = CalibrationOptions(TextOptions(context=48, max_tokens=144), price_tokens=48, with_weights=False)
 
@@ -198,6 +204,16 @@ def test_weight_flatness_is_that_of_the_checkpoint(
     weights = torch.cat([experts.gate_up_proj[5].flatten(), experts.down_proj[5].flatten()]).detach()
     wanted = float(weights.abs().mean() / weights.square().mean().sqrt())
     assert weight_flatness(selective().store)[3, 5] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_weight_flatness_of_experts_in_fewer_bits_is_that_of_their_values(tmp_path: Path) -> None:
+    opened = Checkpoint.open(save_packed_checkpoint(tmp_path / "checkpoint", "int4 g32 asymmetric"))
+    prepare(opened, tmp_path / "store", SelectionRequest()).run()
+    names = [f"model.layers.2.mlp.experts.5.{name}_proj.weight" for name in ("gate", "up", "down")]
+    weights = torch.cat([read_part(opened.tensors[name]).float().flatten() for name in names])
+    wanted = float(weights.abs().mean() / weights.square().mean().sqrt())
+    with Store.open(tmp_path / "store") as store:
+        assert weight_flatness(store)[1, 5] == pytest.approx(wanted, rel=1e-3)  # theirs are rounded to bfloat16
 
 
 def test_documents_are_split_and_halved(tmp_path: Path) -> None:
