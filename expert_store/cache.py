@@ -19,7 +19,7 @@ import torch
 
 from expert_store.errors import ExpertUnavailableError, SlotsError
 from expert_store.fetch import SpanFetcher
-from expert_store.host_tier import HostTier
+from expert_store.host_tier import HostTier, TierStatistics
 from expert_store.policy import LRU, EvictionPolicy, KeepSome
 from expert_store.slots import SlotPool
 
@@ -39,6 +39,7 @@ class CacheStatistics:
         num_slots: slots of each layer.
         slot_bytes: bytes of all slots together.
         host_hits, host_misses: fetches served by the host tier, and from disk through it (0 without one).
+        tier: the host tier, and reads from the disk.
     """
 
     hits: npt.NDArray[np.int64]
@@ -51,6 +52,7 @@ class CacheStatistics:
     slot_bytes: int
     host_hits: int
     host_misses: int
+    tier: TierStatistics
 
 
 class ExpertCache:
@@ -206,6 +208,16 @@ class ExpertCache:
             slot_bytes=sum(pool.nbytes for pool in self.pools),
             host_hits=self.host_tier.hits if self.host_tier else 0,
             host_misses=self.host_tier.misses if self.host_tier else 0,
+            tier=self.host_tier.statistics() if self.host_tier else self._from_disk(),
+        )
+
+    def _from_disk(self) -> TierStatistics:
+        """Without a host tier, every fetch is a read from the disk."""
+        return TierStatistics(
+            np.zeros((self.num_layers, self.num_experts), dtype=np.bool_),
+            reads=int(self._misses.sum()),
+            read_bytes=int(self._fetch_bytes.sum()),
+            wait_seconds=float(self._fetch_seconds.sum()),
         )
 
     def close(self) -> None:

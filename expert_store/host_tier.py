@@ -7,10 +7,14 @@ reused first. Invariant: a view returned by `read` is valid until the next call 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from expert_store.errors import SlotsError
@@ -22,6 +26,24 @@ if TYPE_CHECKING:
 READ_THREADS = 4
 PARALLEL_READ_BYTES = 1 << 20
 """Several threads read spans of at least this size from disk; for smaller ones, passing work to a thread costs more."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierStatistics:
+    """Host memory behind the slots, and the disk behind it; counters since the start.
+
+    Attributes:
+        in_host: bool [L, E], experts that host memory holds.
+        host_bytes: host memory that is reserved for experts.
+        reads, read_bytes: experts read from the disk, for a token or ahead of their use.
+        wait_seconds: time for which steps and prompts waited for the disk.
+    """
+
+    in_host: npt.NDArray[np.bool_]
+    host_bytes: int = 0
+    reads: int = 0
+    read_bytes: int = 0
+    wait_seconds: float = 0.0
 
 
 class HostTier:
@@ -55,6 +77,8 @@ class HostTier:
         self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="host-tier")
         self.hits = 0
         self.misses = 0
+        self._size = store.available.shape
+        self._read_bytes, self._wait_seconds = 0, 0.0
 
     @property
     def capacity_bytes(self) -> int:
@@ -92,8 +116,11 @@ class HostTier:
                 return error
             return None
 
+        began = time.perf_counter()
         in_parallel = len(claimed) > 1 and span_bytes >= PARALLEL_READ_BYTES
         errors = list(self._readers.map(read_one, claimed) if in_parallel else map(read_one, claimed))
+        self._wait_seconds += time.perf_counter() - began
+        self._read_bytes += len(claimed) * span_bytes
         failure: Exception | None = None
         for (key, entry), error in zip(claimed, errors, strict=True):
             if error is None:
@@ -104,6 +131,13 @@ class HostTier:
         if failure is not None:
             raise failure
         return [self._arena[self._entries[layer, expert], :span_bytes] for expert in experts]
+
+    def statistics(self) -> TierStatistics:
+        """A copy of the counters; may be called from any thread."""
+        in_host = np.zeros(self._size, dtype=np.bool_)
+        for key in list(self._entries):
+            in_host[key] = True
+        return TierStatistics(in_host, self.capacity_bytes, self.misses, self._read_bytes, self._wait_seconds)
 
     def close(self) -> None:
         """Stop the reader threads; the memory lives as long as a view of it."""

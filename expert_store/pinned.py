@@ -18,7 +18,7 @@ from torch import Tensor
 
 from expert_store.errors import SlotsError
 
-SMALL_ARENA_BYTES = 1 << 30
+SMALL_ARENA_BYTES = 64 << 20
 TOUCH_THREADS = 8
 
 

@@ -11,7 +11,7 @@ The project's sets of experts, each bool [L, E]:
     excluded    in a shard, but damaged: not available any more         `Store.excluded`
     allowed     may be chosen by the routing of a request or a server   `router.mask.ExpertMask.allowed`
     servable    in a slot or in host memory: a captured step can use    `expert_store.paging.pages.DevicePages.servable`
-    pending     available or from the source, on the way to servable    server/model/device/memory
+    alone       in a slot for good, and not in host memory              `expert_store.paging.pages.DevicePages.alone`
     resident    in a slot now                                           `expert_store.cache.ExpertCache.resident`
 """
 

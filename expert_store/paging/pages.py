@@ -2,9 +2,9 @@
 
 `DevicePages` owns the tensors that `kernels.list_work` reads and writes. The host reads them (statistics, integrity)
 only between steps, and changes them only in place, so that captured graphs stay valid. Invariant: page table and slot
-owners are inverse to each other, layer by layer; a slot's bytes are the owner's span in the host tier. A step may need
-more experts than a layer has slots: the others go to a spill area, which all layers share and each layer overwrites, so
-no batch needs a second pass.
+owners are inverse to each other, layer by layer; a slot's bytes are the owner's span. A step may need more experts than
+a layer has slots: the others go to a spill area, which all layers share and each layer overwrites, so no batch needs a
+second pass. An expert may be in a slot *alone*, without a span in the host tier: its slot is then never evicted.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ class DevicePages:
 
     `host_spans` [N, span_elements] (or [L, E, span_elements]) is pinned host memory (any memory for the CPU
     interpreter), or None when every expert has a slot or spans come later (`add_spans`); `host_index` [L, E] int64 says
-    which span an expert has, -1 for experts that have none: the caller masks those that are in no slot either. Raises
-    SlotsError when there are fewer slots than the top-k.
+    which span an expert has, -1 for experts that have none: the caller masks those that are in no slot either. At most
+    `num_kept` slots of a layer are never evicted; the spill area is made for that. Raises SlotsError when there are
+    fewer slots than the top-k.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class DevicePages:
         spans = torch.arange(num_layers + 1, dtype=torch.int64) * num_slots
         self.pool_offset = (spans * shape.span_elements).to(device)
         self.host_index = self._index(host_spans, host_index)
+        self.alone = torch.zeros(num_layers, num_experts, dtype=torch.bool)
         self.host_offset = ints(num_layers, num_experts, dtype=torch.int64)
         if host_spans is not None:
             self._add_arena(host_spans.view(-1, shape.span_elements))
@@ -153,8 +155,8 @@ class DevicePages:
     @property
     def servable(self) -> Tensor:
         """Experts that a step can use, [L, E] bool on the host: their span is in the host tier, or they are in slots
-        that are never evicted. Synchronises in the second case."""
-        return self.host_index >= 0 if self.shape.paged else self.page_table.cpu() >= 0
+        that are never evicted. Synchronises if every expert has a slot."""
+        return (self.host_index >= 0) | self.alone if self.shape.paged else self.page_table.cpu() >= 0
 
     @property
     def num_host_spans(self) -> int:
@@ -187,32 +189,67 @@ class DevicePages:
         first = self._add_arena(spans)
         self.reassign((), {expert: first + row for row, expert in enumerate(experts) if expert is not None})
 
-    def reassign(self, dropped: Iterable[tuple[int, int]], placed: Mapping[tuple[int, int], int]) -> None:
-        """Between two steps: remove the span of some (layer, expert), in a slot or not, and assign rows of the host
-        tier to others, which had none. The caller must mask the removed ones before the next step."""
-        for expert in dropped:
-            self.host_index[expert] = -1
-        for expert, row in placed.items():
-            assert int(self.host_index[expert]) < 0, f"expert {expert[1]} of layer {expert[0]} has a span already"
-            self.host_index[expert] = row
+    def reassign(
+        self,
+        dropped: Iterable[tuple[int, int]],
+        placed: Mapping[tuple[int, int], int],
+        alone: Iterable[tuple[int, int]] = (),
+    ) -> None:
+        """Between two steps: remove the span of some (layer, expert) from the host tier, or from the slot where they
+        are alone; give their slots for good to those of `alone`, which are in evictable slots and lose their span in
+        the host tier; assign rows of the host tier to others, which had none. The caller must mask the removed ones
+        before the next step."""
+        dropped, alone = list(dropped), list(alone)
+        leaving = [expert for expert in dropped if self.alone[expert]]
+        if leaving or alone:
+            table, kept = self.page_table.cpu(), self.kept.cpu()
+            owner = self.slot_owner.cpu()
+            for layer, expert in leaving:
+                slot = int(table[layer, expert])
+                kept[layer, slot], owner[layer, slot], table[layer, expert] = 0, -1, -1
+                self.alone[layer, expert] = False
+            for layer, expert in alone:
+                slot = int(table[layer, expert])
+                assert slot >= 0, f"expert {expert} of layer {layer} is in no slot"
+                kept[layer, slot] = 1
+                self.alone[layer, expert] = True
+            assert int(kept.sum(dim=1).max()) <= self.num_kept, "the spill area is too small for so many kept slots"
+            self.page_table.copy_(table)
+            self.kept.copy_(kept)
+            self.slot_owner.copy_(owner)
+        for one in (*dropped, *alone):
+            self.host_index[one] = -1
+        for one, row in placed.items():
+            assert int(self.host_index[one]) < 0, f"expert {one[1]} of layer {one[0]} has a span already"
+            self.host_index[one] = row
+        self._write_offsets()
+
+    def exchange(self, layer: int, warm: int, cool: int) -> None:
+        """Between two steps: `warm`, in an evictable slot, gives its row of the host tier to `cool`, which is alone in
+        another slot; then `warm` is alone, and the slot of `cool` can be evicted. Copies a span from the device."""
+        table, row = self.page_table[layer].cpu(), int(self.host_index[layer, warm])
+        self.host_row(row).copy_(self.slots[layer * self.shape.num_slots + int(table[cool])])
+        self.host_index[layer, cool], self.host_index[layer, warm] = row, -1
+        self.kept[layer, int(table[cool])], self.kept[layer, int(table[warm])] = 0, 1
+        self.alone[layer, cool], self.alone[layer, warm] = False, True
         self._write_offsets()
 
     def seed(self, experts: Tensor) -> None:
         """Fills slots 0..n-1 of each layer with experts [L, n] (n <= S, -1: none), from the host tier; the kept ones
-        come first.
+        come first. Experts without a span there must be in their slots already.
 
         Mutates everything; call it before the first step or between steps.
         """
         for layer, chosen in enumerate(experts.tolist()):
             for slot, expert in enumerate(chosen):
-                if expert >= 0:
+                if expert >= 0 and int(self.host_index[layer, expert]) >= 0:
                     target = self.slots[layer * self.shape.num_slots + slot]
                     target.copy_(self.host_span(layer, expert), non_blocking=True)
         self.adopt(experts)
 
     def adopt(self, experts: Tensor) -> None:
         """Declares that slot i of layer l holds experts[l, i] ([L, n], n <= S, -1: nothing) and that all other slots
-        are empty."""
+        are empty. The first `num_kept` slots are never evicted; an expert there without a span is alone."""
         layers, width = experts.shape
         owners = torch.full((layers, self.shape.num_slots), -1, dtype=torch.int32)
         owners[:, :width] = experts.to("cpu", torch.int32)
@@ -224,6 +261,10 @@ class DevicePages:
         self.last_use.fill_(-1)
         self.kept.zero_()
         self.kept[:, : self.num_kept] = (self.slot_owner[:, : self.num_kept] >= 0).to(torch.int8)
+        self.alone.zero_()
+        for layer, slot in (owners[:, : self.num_kept] >= 0).nonzero().tolist():
+            expert = int(owners[layer, slot])
+            self.alone[layer, expert] = self.shape.paged and int(self.host_index[layer, expert]) < 0
         self.stats.zero_()
 
     def hit_rate(self) -> float:

@@ -41,6 +41,7 @@ def load_runner(
 
     Raises:
         DecodePathError: the settings need the device-driven path, and it is not possible.
+        SlotsError: memory for slots, or for experts on the host, does not suffice; the message names values that do.
         StoreError, TrunkError, MaskError: see `load_model`.
     """
     if options.path == "host":

@@ -22,7 +22,6 @@ class Phase(StrEnum):
     PROVING = "trying the captured step out"
     TRUNK = "loading the trunk"
     READING = "reading experts"
-    PINNING = "pinning host memory"
     SLOTS = "filling slots"
     COMPILING = "compiling kernels"
     CAPTURING = "capturing decode"
@@ -33,13 +32,10 @@ class Phase(StrEnum):
 Progress = Callable[[Phase, float], None]
 """Called with the phase under way and the share of that phase that is done, in [0, 1]."""
 
-DEVICE_PHASES = frozenset(
-    {Phase.PROVING, Phase.READING, Phase.PINNING, Phase.COMPILING, Phase.CAPTURING, Phase.WARMING}
-)
+DEVICE_PHASES = frozenset({Phase.PROVING, Phase.READING, Phase.COMPILING, Phase.CAPTURING, Phase.WARMING})
 """Phases of the device-driven path alone."""
 
 READ_BYTES_PER_SECOND = 1e9
-PIN_BYTES_PER_SECOND = 4e9
 UNKNOWN_SECONDS = 0.1
 """The weight of a phase that has none of its own."""
 
@@ -60,7 +56,6 @@ def load_weights(manifest: Manifest, num_slots: int | None = None) -> dict[Phase
         Phase.PROVING: 2.0,
         Phase.TRUNK: 1.0 + trunk_bytes / READ_BYTES_PER_SECOND,
         Phase.READING: experts_bytes / READ_BYTES_PER_SECOND,
-        Phase.PINNING: experts_bytes / PIN_BYTES_PER_SECOND,
         Phase.SLOTS: UNKNOWN_SECONDS + experts_bytes / READ_BYTES_PER_SECOND,
         Phase.COMPILING: 20.0,
         Phase.CAPTURING: 3.0,

@@ -216,6 +216,7 @@ def _snapshot(engine: Engine, store: Store) -> ExpertsSnapshot:
         slot_bytes=statistics.slot_bytes,
         host_hits=statistics.host_hits,
         host_misses=statistics.host_misses,
+        tier=statistics.tier,
         shards=tuple(ShardInfo(deep.file, deep.bytes, deep.experts) for deep in store.manifest.deep_experts),
     )
 

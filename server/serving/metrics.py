@@ -218,6 +218,15 @@ def _of_the_experts(experts: ExpertsSnapshot) -> Iterator[Metric]:
     yield _gauge("deepfew_slots_bytes", "Memory of all slots.", experts.slot_bytes)
     yield _counter("deepfew_host_tier_hits", "Fetches that the host tier served.", experts.host_hits)
     yield _counter("deepfew_host_tier_misses", "Fetches that went to the disk.", experts.host_misses)
+    tier = experts.tier
+    yield _gauge("deepfew_host_tier_bytes", "Host memory that holds experts.", tier.host_bytes)
+    yield _gauge("deepfew_host_tier_experts", "Experts in host memory.", tier.in_host.sum())
+    yield _gauge("deepfew_disk_experts", "Available experts that are in no memory.", experts.on_disk.sum())
+    yield _counter("deepfew_disk_reads", "Experts read from the disk.", tier.reads)
+    yield _counter("deepfew_disk_read_bytes", "Bytes of experts read from the disk.", tier.read_bytes)
+    yield _counter(
+        "deepfew_disk_wait_seconds", "Time for which tokens and prompts waited for the disk.", tier.wait_seconds
+    )
 
 
 def _of_the_growth(status: GrowthStatus) -> Iterator[Metric]:

@@ -24,6 +24,7 @@ from server.masks.masking import RequestMasks
 from server.model.load_progress import LoadProgress, Phase
 
 if TYPE_CHECKING:
+    from expert_store.host_tier import TierStatistics
     from extractor.statistics.price import Price
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,13 @@ class ExpertsSnapshot:
     slot_bytes: int
     host_hits: int
     host_misses: int
+    tier: TierStatistics  # host memory and disk
     shards: tuple[ShardInfo, ...]
+
+    @property
+    def on_disk(self) -> NDArray[np.bool_]:
+        """Available experts that are in no memory, [L, E]."""
+        return self.available & ~self.resident & ~self.tier.in_host
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ class ModelSettings(Section):
         None, description="memory for slots, for instance 8GiB, or 25% of the store's experts; instead of --slots"
     )
     host_memory: MemoryAmount | None = Field(
-        None, description="memory for experts on the host behind the slots, for instance 32GiB or 100%"
+        None,
+        description="memory for experts on the host behind the slots, such as 32GiB or 25%; the rest is read from disk",
     )
     decode_path: Literal["auto", "device", "host"] = Field(
         "auto", description="who fetches experts while decoding: device (captured graphs, GPU only), host, or auto"

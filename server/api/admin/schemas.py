@@ -42,6 +42,37 @@ class NotReadyResponse(ReadyResponse):
     error_type: Literal["healthcheck"]
 
 
+class TiersResponse(BaseModel):
+    """Where the experts are: in slots on the device, in host memory, or on the disk alone; counters since the start.
+
+    An expert may be in a slot and in host memory. `disk_wait_seconds`: time for which tokens and prompts waited for
+    the disk.
+    """
+
+    slot_bytes: int
+    slot_experts: int
+    host_bytes: int
+    host_experts: int
+    disk_experts: int
+    disk_reads: int
+    disk_read_bytes: int
+    disk_wait_seconds: float
+
+    @classmethod
+    def of(cls, found: ExpertsSnapshot) -> TiersResponse:
+        """The tiers of a snapshot."""
+        return cls(
+            slot_bytes=found.slot_bytes,
+            slot_experts=int(found.resident.sum()),
+            host_bytes=found.tier.host_bytes,
+            host_experts=int(found.tier.in_host.sum()),
+            disk_experts=int(found.on_disk.sum()),
+            disk_reads=found.tier.reads,
+            disk_read_bytes=found.tier.read_bytes,
+            disk_wait_seconds=found.tier.wait_seconds,
+        )
+
+
 class InfoResponse(BaseModel):
     """The served model and its limits; names are TGI's if TGI has the field.
 
@@ -67,6 +98,7 @@ class InfoResponse(BaseModel):
     num_layers: int
     num_experts: int
     top_k: int
+    tiers: TiersResponse
     max_input_tokens: int
     max_total_tokens: int
     max_best_of: int
@@ -123,6 +155,7 @@ class ExpertsResponse(BaseModel):
     top_k: int
     available: list[list[bool]]
     resident: list[list[bool]]
+    in_host: list[list[bool]]
     uses: list[list[int]]
     demand: list[list[int]]
     served_mass: list[list[float]]
@@ -148,6 +181,7 @@ class ExpertsResponse(BaseModel):
             top_k=top_k,
             available=found.available.tolist(),
             resident=found.resident.tolist(),
+            in_host=found.tier.in_host.tolist(),
             uses=found.uses.tolist(),
             demand=found.demand.tolist(),
             served_mass=found.served_mass.tolist(),

@@ -14,6 +14,7 @@ from server.api.admin.schemas import (
     Profile,
     ProfilesResponse,
     ReadyResponse,
+    TiersResponse,
 )
 from server.api.chat.template import answer_format_of
 from server.api.http.context import context_of
@@ -72,8 +73,8 @@ async def health(request: Request) -> ModelResponse:
 @router.get(
     "/info", summary="The served model and its limits", response_model=InfoResponse, responses=refusals(NotReadyError)
 )
-async def info(request: Request) -> ModelResponse:
-    """The model and the limits of a request."""
+def info(request: Request) -> ModelResponse:
+    """The model, where its experts are, and the limits of a request."""
     context = context_of(request)
     model = context.loaded()
     answers = answer_format_of(model.tokenizer)
@@ -92,6 +93,7 @@ async def info(request: Request) -> ModelResponse:
             num_layers=model.num_layers,
             num_experts=model.num_experts,
             top_k=model.top_k,
+            tiers=TiersResponse.of(model.experts()),
             max_input_tokens=model.max_context_tokens - 1,
             max_total_tokens=model.max_context_tokens,
             max_best_of=1,

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from expert_store.host_tier import TierStatistics
 from expert_store.manifest import DeepExpert
 from extractor.statistics.price import Price
 from extractor.statistics.statistics import PricePoint
@@ -239,6 +240,8 @@ def experts_snapshot() -> ExpertsSnapshot:
     available, resident = np.ones(shape, dtype=np.bool_), np.zeros(shape, dtype=np.bool_)
     available[:, 3] = False
     resident[:, :2] = True
+    in_host = np.zeros(shape, dtype=np.bool_)
+    in_host[0, 1:3] = True
     counts = np.arange(8, dtype=np.int64).reshape(shape)
     return ExpertsSnapshot(
         available=available,
@@ -263,6 +266,7 @@ def experts_snapshot() -> ExpertsSnapshot:
         slot_bytes=2048,
         host_hits=1,
         host_misses=2,
+        tier=TierStatistics(in_host, host_bytes=1024, reads=3, read_bytes=1536, wait_seconds=0.125),
         shards=(ShardInfo("experts/deep-00000.safetensors", 4096, (0, 1)),),
     )
 

@@ -97,7 +97,7 @@ def test_what_came_to_the_mask_between_two_steps_is_served(loaded):
         engine.runner.adopt()
 
     engine.between_steps(widen).result(60)
-    engine.runner._growth.wait()
+    engine.runner.tier.wait()
     assert Client(engine, "one two", max_new_tokens=3, ignore_eos=True).result().deficit.overall == 0
     assert model.experts().available.all()
 
@@ -162,7 +162,7 @@ def test_a_store_is_fetched_for_grown_and_shrunk_while_it_serves(loaded, few_sma
     model.growth.wait(60)
     assert model.growth.status().error is None
     assert answer(model, on_missing="fetch") == whole, "what is on its way is fetched at once"
-    model.engine.runner._growth.wait()
+    model.engine.runner.tier.wait()
     assert answer(model) == whole
     model.growth.shrink([3, 4, 5, 6, 7])
     assert answer(model) == few

@@ -206,15 +206,18 @@ def test_info_and_log_say_which_path_serves_and_why(servers):
         name: httpx.get(server.url + "/info").json()["decode_path"]
         for name, server in zip(WAYS, servers.of(*WAYS), strict=True)
     }
-    on_host = {"host", "budget", "cpu"}
+    on_host = {"host", "cpu"}
     assert paths == {name: "host" if name in on_host else "device" for name in WAYS}
     said = {
         name: " ".join(record["message"] for record in server.records())
         for name, server in zip(WAYS, servers.of(*WAYS), strict=True)
     }
     assert "on the device-driven path" in said["device"]
-    assert "cannot pin all" in said["budget"]
-    assert "page-locked host memory stand between disk and slots" in said["budget"]
+    assert "the others are read from the disk when a token needs them" in said["budget"]
+    generate(servers["budget"], PROMPTS[1])
+    tiers = httpx.get(servers["budget"].url + "/info").json()["tiers"]
+    assert tiers["host_bytes"] > 0
+    assert tiers["disk_reads"] > tiers["host_experts"], "tokens read from the disk"
     assert "need a CUDA device" in said["cpu"]
 
 

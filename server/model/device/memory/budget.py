@@ -22,10 +22,14 @@ class DeviceMemory:
 
     Args:
         num_kept: slots of each layer that are never evicted.
+        keeps_most: whether all slots but those for one token's experts may be kept, since host memory has no room for
+            the experts in slots.
     """
 
-    def __init__(self, shape: DecodeShape, device: torch.device, *, num_kept: int = 0) -> None:
-        self._shape, self._device, self.num_kept = shape, device, num_kept
+    def __init__(
+        self, shape: DecodeShape, device: torch.device, *, num_kept: int = 0, keeps_most: bool = False
+    ) -> None:
+        self._shape, self._device, self._num_kept, self._keeps_most = shape, device, num_kept, keeps_most
         self.span_bytes = shape.span_bytes
         self.row_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
         """KV memory of one token of one row."""
@@ -48,10 +52,14 @@ class DeviceMemory:
             shape.span_dtype,
         )
 
+    def num_kept(self, num_slots: int) -> int:
+        """Most slots of a layer that are never evicted, of so many."""
+        return max(self._num_kept, num_slots - self._shape.top_k) if self._keeps_most else self._num_kept
+
     def slots_bytes(self, num_slots: int) -> int:
         """Bytes of the slots of all layers, with the spill area and the ring if experts are fetched."""
         shape = self.pages_shape(num_slots)
-        beside = shape.num_spill(self.num_kept) + RING_SPANS if shape.paged else 0
+        beside = shape.num_spill(self.num_kept(num_slots)) + RING_SPANS if shape.paged else 0
         return (self._shape.num_moe_layers * num_slots + beside) * self.span_bytes
 
     def num_slots(self, most: int, wanted: int | None, budget_bytes: int | None) -> int:
@@ -67,7 +75,7 @@ class DeviceMemory:
             SlotsError: they do not fit on the device; the message names values that fit.
         """
         num_experts = self._shape.num_experts
-        least = max(min(self._shape.top_k, num_experts), self.num_kept)
+        least = max(min(self._shape.top_k, num_experts), self._num_kept)
         useful = num_experts if most == num_experts else max(most, least)
         free = self._free_bytes()
         if wanted is not None:

@@ -12,14 +12,14 @@ import numpy.typing as npt
 from expert_store.cache import CacheStatistics
 from expert_store.paging.pages import DevicePages
 from expert_store.store import Store
-from server.model.device.memory.needed import NeededSpans
+from server.model.device.memory.tier import SpanTier
 
 
 class PagedCache:
     """`server.model.runner.Residency` over `DevicePages`."""
 
-    def __init__(self, store: Store, pages: DevicePages, needed: NeededSpans) -> None:
-        self.pages, self._needed = pages, needed
+    def __init__(self, store: Store, pages: DevicePages, tier: SpanTier) -> None:
+        self.pages, self._tier = pages, tier
         self._span_bytes = np.array([spec.span_bytes for spec in store.manifest.layers], dtype=np.int64)
         self.num_layers, self.num_experts = pages.shape.num_layers, pages.shape.num_experts
         self.num_slots = pages.shape.num_slots
@@ -45,7 +45,8 @@ class PagedCache:
             num_slots=self.num_slots,
             slot_bytes=self.pages.slots.nbytes,
             host_hits=int(misses.sum()),
-            host_misses=self._needed.num_reads,
+            host_misses=self._tier.num_reads,
+            tier=self._tier.statistics(),
         )
 
     def check_integrity(self) -> None:

@@ -28,14 +28,15 @@ from server.model.device.capture.pack import decode_shape, moe_blocks, pack_trun
 from server.model.device.capture.proof import prove
 from server.model.device.memory.budget import DeviceMemory
 from server.model.device.memory.cache import PagedCache
-from server.model.device.memory.needed import NeededSpans
-from server.model.device.memory.reading import SpanGrowth, SpanReader, filled_pages, log_failures
+from server.model.device.memory.filling import fill_slots, first_scores, in_turn
+from server.model.device.memory.reading import SpanReader, log_failures
+from server.model.device.memory.tier import SpanTier, rows_within
 from server.model.device.running.runner import DeviceRunner
 from server.model.device.step.prefill import ExpertStream
 from server.model.device.step.tuning import StepOptions
 from server.model.device.step.weights import DecodeShape, TrunkWeights
 from server.model.host.assembly import eos_token_ids_of
-from server.model.host.kept import most_used_experts
+from server.model.host.kept import experts_by_use
 from server.model.load_progress import Phase, Progress
 from server.model.runner import RunnerOptions, SelectiveModel
 from server.model.seam.experts import LAYER_ATTRIBUTE
@@ -44,9 +45,6 @@ from server.model.seam.routing import StepRouting
 from server.model.seam.trunk import context_tokens, load_trunk, trunk_is_checked, trunk_skeleton
 
 log = logging.getLogger(__name__)
-FETCHED_SHARE = 0.25
-"""Bound on experts that are page-locked later, for requests that read experts beside the store's, if no host_memory is
-set. It is a share of the experts that are page-locked at the start."""
 WARMED_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Lengths in tokens of the prompts that run before the server is ready: the bounds at which libraries use another
 kernel, and some between. A library loads a kernel's code at its first run, which takes seconds from a disk."""
@@ -72,25 +70,24 @@ class StreamLayer:
 def load_device_runner(
     store: Store, options: RunnerOptions, *, proof: bool = True, progress: Progress = lambda phase, share: None
 ) -> DeviceRunner:
-    """Prove the captured step, load, page-lock, fill slots, capture, and warm up.
+    """Prove the captured step, load, fill slots, capture, and warm up; host memory is filled meanwhile and later.
 
-    Experts that cannot be read are logged and not in reach; they are read again when a token needs one. Without
-    `host_memory_bytes`, requests may read experts beside the store's up to `FETCHED_SHARE` of those.
+    Experts that cannot be read are logged; they are read again when a token needs one.
 
     Args:
         proof: whether to compare the step with transformers' forward first.
 
     Raises:
-        NotCapturableError: the model cannot be captured, or `host_memory_bytes` holds less than all experts; the
-            host-driven path serves both.
-        NotPinnableError: the host page-locks less memory than the experts need.
-        SlotsError: the device's memory does not suffice; the message names values that fit.
+        NotCapturableError: the model cannot be captured; the host-driven path serves it.
+        NotPinnableError: the host page-locks less memory than the first steps need.
+        SlotsError: the device's memory does not suffice, or `host_memory_bytes` holds less than one step's experts; the
+            message names values that fit.
         ShardCorruptError: a file of the trunk is damaged. StoreError: no expert of a layer can be read.
     """
     device, dtype = options.device, options.dtype
     available = ExpertMask.of(store.available)
     mask = available if options.mask is None else available & options.mask
-    kept = most_used_experts(store, mask, options.kept_experts)
+    order = experts_by_use(store, mask, options.kept_experts)
     reader = SpanReader(store, dtype)
     _check_gpu(device)
     skeleton = trunk_skeleton(store.trunk_path)
@@ -102,7 +99,10 @@ def load_device_runner(
         progress(Phase.PROVING, 0.0)
         distance = prove(skeleton, shape, device)
         log.info("the captured step agrees with transformers' forward within %.2g of the logits' norm", distance)
-    memory = DeviceMemory(shape, device, num_kept=options.kept_experts)
+    num_served = int(mask.num_allowed.sum())
+    step_spans = int(np.minimum(mask.num_allowed, shape.top_k).sum())
+    num_rows = rows_within(options.host_memory_bytes, reader.span_bytes, num_served, step_spans)
+    memory = DeviceMemory(shape, device, num_kept=options.kept_experts, keeps_most=num_rows < num_served)
     progress(Phase.TRUNK, 0.0)
     model = load_trunk(
         store.trunk_path, device=device, dtype=dtype, progress=lambda share: progress(Phase.TRUNK, share)
@@ -110,19 +110,23 @@ def load_device_runner(
     weights = pack_trunk(model, shape)
     slots = memory.num_slots(int(mask.num_allowed.max()), options.num_slots, options.slots_memory_bytes)
     pages_shape = memory.pages_shape(slots)
-    needed = int(mask.num_allowed.sum()) * reader.span_bytes
-    if pages_shape.paged and options.host_memory_bytes is not None and options.host_memory_bytes < needed:
-        raise NotCapturableError(
-            f"host memory of {options.host_memory_bytes} bytes cannot pin all {needed} bytes of experts"
+    if pages_shape.paged and num_rows < step_spans:
+        raise SlotsError(
+            f"host_memory of {options.host_memory_bytes} bytes has room for {num_rows} experts, and one token may need "
+            f"{step_spans}: set at least {step_spans * reader.span_bytes}"
         )
-    pages, unread = filled_pages(
-        store, reader, mask, pages_shape, device=device, policy=options.cache_policy, kept=kept, progress=progress
-    )
+    pages = DevicePages(pages_shape, None, device=device, policy=options.cache_policy, num_kept=memory.num_kept(slots))
+    fixed = np.zeros(mask.allowed.shape, dtype=np.bool_)
+    for layer, experts in enumerate(order):
+        fixed[layer, experts[: options.kept_experts]] = True
+    tier = SpanTier(reader, pages, options.host_memory_bytes, fixed=fixed, prior=first_scores(order, shape.num_experts))
+    tier.adopt(mask.allowed)
+    unread = fill_slots(reader, pages, tier, order, progress)
     log_failures(unread)
-    growth = SpanGrowth(reader, pages, options.host_memory_bytes, unread)
-    needed_spans = NeededSpans(reader, pages, _most_fetched(pages, reader.span_bytes, options.host_memory_bytes))
+    log.info("%d slots a layer; %s", slots, tier.summary())
+    tier.fill(one for one in in_turn(order) if one not in unread)
     step_options = StepOptions(resident_bias=options.resident_bias, batch_invariant=options.batch_invariant)
-    runner = _runner(store, model, shape, weights, pages, mask, growth, needed_spans, step_options)
+    runner = _runner(store, model, shape, weights, pages, mask, tier, step_options)
     _capture(runner, progress)
     if device.type == "cuda":
         warm_up(runner, progress)
@@ -157,8 +161,7 @@ def _runner(
     weights: TrunkWeights,
     pages: DevicePages,
     mask: ExpertMask,
-    growth: SpanGrowth,
-    needed: NeededSpans,
+    tier: SpanTier,
     options: StepOptions,
 ) -> DeviceRunner:
     """Bind the model's experts and routers to the pages, and make the runner over them."""
@@ -173,26 +176,14 @@ def _runner(
         model=model,
         tokenizer=tokenizer,
         store=store,
-        cache=PagedCache(store, pages, needed),
+        cache=PagedCache(store, pages, tier),
         routing=routing,
         device=device,
         dtype=shape.dtype,
         eos_token_ids=eos_token_ids_of(model, tokenizer),
         context_tokens=context_tokens(store.trunk_path),
     )
-    return DeviceRunner(selective, shape, weights, pages, stream, growth=growth, needed=needed, options=options)
-
-
-def _most_fetched(pages: DevicePages, span_bytes: int, host_memory_bytes: int | None) -> int:
-    """Rows that requests may add to the host tier: at least one token's experts, as far as host memory allows."""
-    shape, held = pages.shape, pages.num_host_spans
-    one_token = shape.num_layers * min(shape.top_k, shape.num_experts)
-    if host_memory_bytes is None:
-        most = max(one_token, int(FETCHED_SHARE * held))
-    else:
-        left = host_memory_bytes // span_bytes - held
-        most = min(max(one_token, left // 2), left)  # the other half is for growth of the store
-    return max(0, min(most, shape.num_layers * shape.num_experts - held))
+    return DeviceRunner(selective, shape, weights, pages, stream, tier=tier, options=options)
 
 
 def _check_layers(store: Store, shape: DecodeShape) -> None:

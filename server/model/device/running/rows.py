@@ -18,24 +18,24 @@ from server.model.device.step.state import RowState
 from server.model.device.step.weights import DecodeShape
 
 Table = npt.NDArray[np.int8]
-"""[L, E] of one row: 0 hidden, 1 in reach, 2 (`ABSENT`) allowed but not in reach."""
+"""[L, E] of one row: 0 hidden, 1 servable, 2 (`ABSENT`) allowed, and in no memory."""
 
 
 class Rows:
     """Bookkeeping over `RowState`, which it mutates.
 
     Args:
-        in_reach: bool [L, E], experts in slots or in page-locked memory, which a step can use.
+        servable: bool [L, E], experts that a step can use.
     """
 
-    def __init__(self, state: RowState, shape: DecodeShape, in_reach: npt.NDArray[np.bool_]) -> None:
+    def __init__(self, state: RowState, shape: DecodeShape, servable: npt.NDArray[np.bool_]) -> None:
         self._state = state
         self.max_tokens = shape.max_tokens
         self.lengths = [0] * shape.max_rows
         self._free = list(range(shape.max_rows - 1, -1, -1))
-        self._in_reach, self._pending = in_reach, np.zeros_like(in_reach)
-        self._asked: list[tuple[ExpertMask, bool] | None] = [None] * shape.max_rows  # to detect a change
-        everything = np.ones(in_reach.shape, dtype=np.int8)
+        self._servable = servable
+        self._asked: list[ExpertMask | None] = [None] * shape.max_rows  # to detect a change
+        everything = np.ones(servable.shape, dtype=np.int8)
         self._tables: list[Table] = [everything] * shape.max_rows  # the tables on the device
         self._is_open, self._lacks = [True] * shape.max_rows, [False] * shape.max_rows  # summaries of the tables
         self._temperatures = [1.0] * shape.max_rows
@@ -73,36 +73,30 @@ class Rows:
 
     # -- the experts that a row may choose from ------------------------------------------------------------------------
 
-    def reach(self, in_reach: npt.NDArray[np.bool_], pending: npt.NDArray[np.bool_]) -> None:
-        """Sets the experts in reach, [L, E]; `pending` [L, E] is hidden from rows that do not fetch."""
-        self._in_reach, self._pending = in_reach, np.array(pending)
+    def serve(self, servable: npt.NDArray[np.bool_]) -> None:
+        """Sets the experts that a step can use, [L, E]."""
+        self._servable = servable
         self._asked = [None] * len(self._asked)
 
-    def table(self, mask: ExpertMask, fetches: bool) -> Table:
-        """The experts that a row with this mask may choose from. Pending experts are hidden, even if another request
-        has them in reach, so that no answer depends on other requests. A layer without other experts keeps them."""
-        allowed = mask.allowed
-        if not fetches:
-            has_others = (allowed & ~self._pending).any(axis=1, keepdims=True)
-            allowed = allowed & ~(self._pending & has_others)
-        return np.where(allowed, np.where(self._in_reach, 1, ABSENT.value), 0).astype(np.int8)
+    def table(self, mask: ExpertMask) -> Table:
+        """The experts that a row with this mask may choose from."""
+        return np.where(mask.allowed, np.where(self._servable, 1, ABSENT.value), 0).astype(np.int8)
 
-    def settle(self, row: int, mask: ExpertMask, fetches: bool, temperature: float) -> None:
+    def settle(self, row: int, mask: ExpertMask, temperature: float) -> None:
         """Write to the device the mask and the temperature of the row's next token, if they have changed."""
         asked = self._asked[row]
-        same = asked is not None and (asked[0] is mask or np.array_equal(asked[0].allowed, mask.allowed))
-        if asked is None or not same or asked[1] != fetches:
-            self._tables[row] = self.table(mask, fetches)
+        if asked is None or not (asked is mask or np.array_equal(asked.allowed, mask.allowed)):
+            self._tables[row] = self.table(mask)
             self._is_open[row] = bool((self._tables[row] == 1).all())
             self._lacks[row] = bool((self._tables[row] == ABSENT.value).any())
             self._state.masks[row] = torch.from_numpy(self._tables[row]).to(self._state.masks.device)
-            self._asked[row] = (mask, fetches)
+            self._asked[row] = mask
         if temperature != self._temperatures[row]:
             self._state.temperatures[row : row + 1].fill_(temperature)
             self._temperatures[row] = temperature
 
     def is_plain(self, row: int) -> bool:
-        """Whether the row has every expert in reach and its routers have no temperature."""
+        """Whether the row has every expert, all servable, and its routers have no temperature."""
         return self._temperatures[row] == 1.0 and self._is_open[row]
 
     def hidden(self, rows: Sequence[int]) -> npt.NDArray[np.bool_]:
@@ -110,10 +104,10 @@ class Rows:
         return np.stack([self._tables[row] == 0 for row in rows], axis=1)
 
     def absent(self, rows: Sequence[int], chosen: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_] | None:
-        """bool [L, B, K]: the picks among chosen [L, B, K] (ids ≥ E: none) that a step left out because they are not in
-        reach; None if no row may have such an expert."""
+        """bool [L, B, K]: the picks among chosen [L, B, K] (ids ≥ E: none) that a step left out because they are in no
+        memory; None if no row may have such an expert."""
         if not any(self._lacks[row] for row in rows):
             return None
-        num_layers, num_experts = self._in_reach.shape
-        beyond = np.concatenate([self._in_reach, np.ones((num_layers, 1), dtype=np.bool_)], axis=1)
+        num_layers, num_experts = self._servable.shape
+        beyond = np.concatenate([self._servable, np.ones((num_layers, 1), dtype=np.bool_)], axis=1)
         return np.asarray(~beyond[np.arange(num_layers)[:, None, None], np.minimum(chosen, num_experts)])

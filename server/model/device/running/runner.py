@@ -1,23 +1,23 @@
 """The runner of the device-driven path: prompts run in transformers with streamed experts, tokens in captured graphs.
 
-A step's report names the chosen experts that are not in reach (the request fetches them, or they could not be read at
-the start); the runner reads them and runs the step again. Invariant: a call that raises leaves the rows unchanged, here
-and on the device.
+A step's report names the chosen experts that are in no memory; the runner reads them, from the store or its source, and
+runs the step again. Invariant: a call that raises leaves the rows unchanged, here and on the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from expert_store.paging.pages import DevicePages
 from router.mask import ExpertMask
-from server.model.device.memory.needed import NeededSpans, NoRoomError
-from server.model.device.memory.reading import SpanGrowth
+from server.model.device.memory.filling import in_turn
+from server.model.device.memory.tier import NoRoomError, SpanTier
 from server.model.device.running.output import chosen_tokens, routing_of
 from server.model.device.running.rows import Rows
 from server.model.device.step.graphs import StepGraphs
@@ -37,8 +37,7 @@ class DeviceRunner:
         model: trunk, tokenizer and routing; its experts modules are bound to `stream`.
         shape, weights: of the captured step.
         pages, stream: of the experts.
-        growth: reads the experts of later growths; None reads none.
-        needed: reads experts that a token needs and that are not in reach; None if all are in reach.
+        tier: reads experts that are in no memory; None if all are in memory for good.
         options: of every captured step; `pdl` and `masked` are set for each.
     """
 
@@ -52,24 +51,23 @@ class DeviceRunner:
         pages: DevicePages,
         stream: ExpertStream,
         *,
-        growth: SpanGrowth | None = None,
-        needed: NeededSpans | None = None,
+        tier: SpanTier | None = None,
         options: StepOptions | None = None,
     ) -> None:
         self.model, self.shape, self.pages = model, shape, pages
         self.max_rows, self.max_tokens = shape.max_rows, shape.max_tokens
         options = options or StepOptions()
         self._stream, self._bias = stream, options.resident_bias
-        self._growth, self._needed = growth, needed
+        self.tier = tier
         self._state = RowState(shape, model.device)
         self.rows = Rows(self._state, shape, pages.servable.numpy())
         self.graphs = StepGraphs(shape, weights, pages, self._state, options)
-        self._seen = (0, 0)
+        self._seen = -1
 
     def capture(self, progress: Progress = lambda phase, share: None) -> None:
         """Compiles and captures the step of every batch size up to `max_rows`, with masks and without, so that no
         request waits for it."""
-        full = self._bias == 0.0 and bool(self.rows.table(self.model.routing.mask, False).all())
+        full = self._bias == 0.0 and bool(self.model.routing.mask.allowed.all())
         self.graphs.capture(self._stream, full, progress)
 
     # -- rows ----------------------------------------------------------------------------------------------------------
@@ -112,13 +110,16 @@ class DeviceRunner:
         assert end <= self.max_tokens, f"row {row}: {end} tokens, room for {self.max_tokens}"
         positions = torch.arange(start, end, device=self.model.device)[None]
         given = mask or routing.mask
-        allowed = self.rows.table(given, fetches) != 0
-        effective = given if (allowed == given.allowed).all() else ExpertMask.of(allowed)
-        routing.begin(1, len(tokens), None if effective is routing.mask else [effective], [temperature])
-        self._stream.begin(len(tokens), allowed, None if self._needed is None else self._needed.in_turns)
+        routing.begin(1, len(tokens), None if given is routing.mask else [given], [temperature])
         ids = torch.tensor([list(tokens)], device=self.model.device)
         past = PrefillRow(self._state, row, start, end)
-        output, _ = run_forward(self.model, ids, positions, past, kv_tokens=end, all_logits=all_logits)
+        try:
+            self._stream.begin(len(tokens), given.allowed, self.tier)
+            output, _ = run_forward(self.model, ids, positions, past, kv_tokens=end, all_logits=all_logits)
+        finally:
+            self._stream.end()
+        if self.tier is not None and self.tier.evicts:
+            self.tier.use(self._used(output.record.served_index))
         self.rows.set_length(row, end)
         return output
 
@@ -153,7 +154,7 @@ class DeviceRunner:
         while True:
             self._look()
             for step in steps:
-                self.rows.settle(step.row, step.mask or self.model.routing.mask, step.fetches, step.temperature)
+                self.rows.settle(step.row, step.mask or self.model.routing.mask, step.temperature)
             masked = self._bias != 0.0 or not all(self.rows.is_plain(row) for row in rows)
             graph = self.graphs.step(num, masked)
             masked = graph.step.options.masked
@@ -177,65 +178,68 @@ class DeviceRunner:
         """
         picks = report.ids[:, : len(rows)].numpy()  # [L, B, K]
         absent = self.rows.absent(rows, picks)
-        if absent is None or self._needed is None:
+        if absent is None or self.tier is None:
             return True
-        used = np.zeros((self.shape.num_moe_layers, self.shape.num_experts + 1), dtype=np.bool_)
-        layers = np.arange(len(used))[:, None, None]
-        used[layers, picks] = True
-        self._needed.use(used[:, :-1])
+        used = self._used(picks)
         if not absent.any():
+            self.tier.use(used)
             return True
         self.rows.take_back(rows)
+        layers = np.arange(len(used))[:, None, None]
         first = absent & (layers == absent.any(axis=2).argmax(axis=0)[:, None])
         needed: dict[tuple[int, int], list[int]] = {}
         for layer, at, pick in np.argwhere(first):
             needed.setdefault((int(layer), int(picks[layer, at, pick])), []).append(int(at))
         places = {(int(layer), int(picks[layer, at, pick])) for layer, at, pick in np.argwhere(absent & ~first)}
-        failures = self._needed.read(list(needed), sorted(places - needed.keys()), used[:, :-1])
+        failures = self.tier.read(list(needed), sorted(places - needed.keys()), used)
         for expert, positions in needed.items():
             if expert in failures:
                 raise StepFault(failures[expert], positions) from failures[expert]
         return False
 
+    def _used(self, picks: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:
+        """The experts [L, E] among picks [L, T, K] (ids >= E: none)."""
+        used = np.zeros((self.shape.num_moe_layers, self.shape.num_experts + 1), dtype=np.bool_)
+        used[np.arange(len(used))[:, None, None], np.minimum(picks, self.shape.num_experts)] = True
+        return used[:, :-1]
+
     def fetch_refusal(self) -> str | None:
         """See `Runner.fetch_refusal`."""
-        wanted = self.shape.num_moe_layers * min(self.shape.top_k, self.shape.num_experts)
-        capacity = 0 if self._needed is None else self._needed.capacity
-        if capacity >= wanted:
+        if self.tier is None:
+            return "this runner reads nothing from the disk"
+        if self.tier.capacity >= self.tier.most_needed:
             return None
         return (
-            f"host memory has room for {capacity} experts beyond the store's, and a token may need {wanted}: raise "
-            "host_memory"
+            f"host memory has room for {self.tier.capacity} experts beyond the store's, and a token may need "
+            f"{self.tier.most_needed}: raise host_memory"
         )
 
     def prefetch(self, mask: ExpertMask) -> None:
         """Does nothing: a prompt's chunk streams the experts that its mask allows, and decoding fetches the rest."""
 
     def adopt(self) -> None:
-        """Starts to read the experts that routing's mask now allows and that are not in host memory; each stays masked
-        until the first step after it was read. See `Runner.adopt`."""
-        if self._growth is not None:
-            self._growth.start(self.model.routing.mask.allowed)
-            self._look()
+        """Starts to read the experts that routing's mask now allows and that are in no memory; a step that chooses one
+        reads it at once. See `Runner.adopt`."""
+        if self.tier is not None:
+            allowed = self.model.routing.mask.allowed
+            self.tier.look()
+            self.tier.adopt(allowed)
+            self.tier.fill(in_turn([np.flatnonzero(row).tolist() for row in allowed]))
 
     def close(self) -> None:
         """Drop the graphs and free what the model holds."""
-        if self._growth is not None:
-            self._growth.wait()
+        if self.tier is not None:
+            self.tier.close()
         self.graphs.clear()
         self.model.close()
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """Between two steps: add the spans that were read, and set the rows' experts in reach."""
-        if self._growth is None or self._needed is None:
+        """Between two steps: take the experts that were read, and tell the rows which ones a step can use."""
+        if self.tier is None:
             return
-        for arena, experts in self._growth.take():
-            self._needed.give_back([expert for expert in experts if expert is not None])
-            self.pages.add_spans(arena, experts)
-            self._needed.add_rows()
-        seen = (self._needed.num_changes, self._growth.num_changes)
-        if seen != self._seen:
-            self.rows.reach(self.pages.servable.numpy(), self._growth.pending)
-            self._seen = seen
+        self.tier.look()
+        if self.tier.num_changes != self._seen:
+            self.rows.serve(self.tier.servable)
+            self._seen = self.tier.num_changes

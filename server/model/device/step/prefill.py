@@ -2,17 +2,17 @@
 
 A chunk of many tokens demands nearly every expert of every layer, so all allowed experts that are not resident are
 copied, layer after layer, before the routers run. The copy engine copies on its own stream, several groups ahead of the
-compute and across layers; each missing expert crosses PCIe once a chunk. A small chunk waits for its routers' choice
-first (one synchronisation a layer) and copies only the chosen experts. So does a chunk that may demand experts that are
-not in reach; those are read layer by layer. Slots and page table are never changed. Invariant: a ring group is
-overwritten only after the products that read it have been enqueued, ordered by events.
+compute and across layers; each missing expert crosses PCIe once a chunk. Experts that are in no memory are read from
+the disk in the same order, several at a time, ahead of their copies. A small chunk waits for its routers' choice first
+(one synchronisation a layer), and copies and reads only the chosen experts. Slots and page table are never changed.
+Invariant: a ring group is overwritten only after the products that read it have been enqueued, ordered by events.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
+from expert_store.errors import StoreError
 from expert_store.paging.pages import DevicePages
 from server.model.device.kernels import packed_prefill
 from server.model.device.kernels import prefill as kernels
@@ -41,12 +42,33 @@ AHEAD_PICKS = 12
 PACKED_WORDS = 16
 """Words of codes that a dot takes from each of a tile's rows: the least that tensor cores take."""
 
-ReadAbsent = Callable[[int, Sequence[int]], Iterator[list[int]]]
-"""Reads a part of a layer's experts and yields it; reads the next part after this one was computed."""
+
+class AheadReads(Protocol):
+    """Reads experts in their order, through a few rows of host memory."""
+
+    experts: list[tuple[int, int]]
+
+    def is_read(self, at: int) -> bool:
+        """Whether the expert at this place in the order can be had without a wait."""
+
+    def wait(self, at: int) -> Tensor | StoreError:
+        """The span of the expert at this place, valid until `copied`, or why it cannot be read."""
+
+    def copied(self, wait: Callable[[], object] | None) -> None:
+        """The next span in the order is no longer needed after `wait` has returned; None: it is not needed now."""
+
+    def finish(self) -> None:
+        """Waits for what is being read."""
 
 
-def _nothing_absent(layer: int, experts: Sequence[int]) -> Iterator[list[int]]:
-    raise AssertionError(f"experts {experts} of layer {layer} were chosen and are not in reach")
+class Disk(Protocol):
+    """Reads experts that are in no memory."""
+
+    def ahead(self, allowed: npt.NDArray[np.bool_]) -> AheadReads | None:
+        """Starts to read those of allowed [L, E], layer by layer; None if there are none, or no room."""
+
+    def in_turns(self, layer: int, experts: Sequence[int]) -> Iterator[list[int]]:
+        """Reads a part of a layer's experts and yields it; reads the next part after this one was computed."""
 
 
 @dataclass
@@ -57,6 +79,8 @@ class _Group:
     start: int
     stop: int
     copies: list[tuple[int, int]]  # (expert, ring entry)
+    first_read: int = -1  # the place of the first expert in the reads from disk; -1: they are in host memory
+    unread: dict[int, StoreError] = field(default_factory=dict)
     arrived: Any = None
     used: Any = None
 
@@ -80,34 +104,41 @@ class ExpertStream:
         self._table: npt.NDArray[np.int32] = np.zeros((0, 0), np.int32)
         self._wanted: npt.NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
         self._absent: npt.NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
-        self._read_absent: ReadAbsent = _nothing_absent
+        self._disk: Disk | None = None
+        self._reads: AheadReads | None = None
         self._groups: list[_Group] = []
         self._enqueued = self._computed = 0
         self._ids = self._targets = torch.empty(0)
         self._ahead = False
         self.copied_spans = 0
 
-    def begin(self, num_tokens: int, allowed: npt.NDArray[np.bool_], read_absent: ReadAbsent | None = None) -> None:
-        """Starts a chunk whose mask is allowed [L, E] bool. Reads the page table back (synchronises).
+    def begin(self, num_tokens: int, allowed: npt.NDArray[np.bool_], disk: Disk | None = None) -> None:
+        """Starts a chunk whose mask is allowed [L, E] bool; `end` ends it. Reads the page table back (synchronises).
 
         Args:
-            read_absent: reads experts of a layer that have no slot and no span; without it none of them is chosen.
+            disk: reads experts that have no slot and no span; without it none of them is chosen.
         """
         shape = self._pages.shape
-        self._read_absent = read_absent or _nothing_absent
-        self._read_table(allowed)
         few = num_tokens * shape.top_k < AHEAD_PICKS * shape.num_experts
-        self._ahead = not few and not self._absent.any()
+        self._disk, self._reads = disk, None if few or disk is None else disk.ahead(allowed)
+        self._read_table(allowed)
+        self._ahead = not few and (self._reads is not None or not self._absent.any())
         self._reset()
         if self._ahead:
             self._list_groups(range(shape.num_layers), self._wanted)
+
+    def end(self) -> None:
+        """Ends the chunk, whether it was computed or not."""
+        if self._reads is not None:
+            self._reads.finish()
+            self._reads = None
 
     def forward(
         self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor, observer: OutputObserver | None = None
     ) -> Tensor:
         """Weighted sum of the chosen experts' outputs: hidden [T, H], index [T, K] (ids >= E: none), weights [T, K].
 
-        Raises the errors of `read_absent`.
+        Raises StoreError for a chosen expert that cannot be read.
         """
         num_tokens, top_k = index.shape
         given, ids = hidden, index.reshape(-1)
@@ -120,7 +151,12 @@ class ExpertStream:
         out = hidden.new_zeros(num_tokens * top_k, self._hidden)
         for _ in (None,) if self._ahead else self._turns(layer, ids):
             while self._computed < len(self._groups) and self._groups[self._computed].layer == layer:
-                self._compute(self._groups[self._computed], hidden, offsets, order, act, out, top_k)
+                group = self._groups[self._computed]
+                self._enqueue_copies(group)
+                for expert in np.unique(ids.cpu().numpy()).tolist() if group.unread else ():
+                    if expert in group.unread:
+                        raise group.unread[expert]
+                self._compute(group, hidden, offsets, order, act, out, top_k)
                 self._computed += 1
                 self._enqueue_copies()
         weighted = out * weights.reshape(-1, 1).to(out.dtype)
@@ -142,7 +178,10 @@ class ExpertStream:
         missing = picked[self._absent[layer, picked]].tolist()
         self._list_only(layer, here)
         yield
-        for part in self._read_absent(layer, missing) if missing else ():
+        if not missing:
+            return
+        assert self._disk is not None, f"experts {missing} of layer {layer} were chosen and are in no memory"
+        for part in self._disk.in_turns(layer, missing):
             self._read_table(self._wanted | self._absent)
             self._list_only(layer, np.array(part))
             yield
@@ -165,6 +204,11 @@ class ExpertStream:
         ids: list[int] = []
         targets: list[int] = []
         entry = 0
+        first_read: dict[int, int] = {}
+        unread: dict[int, list[int]] = {}
+        for at, (layer, expert) in enumerate(self._reads.experts if self._reads is not None else ()):
+            first_read.setdefault(layer, at)
+            unread.setdefault(layer, []).append(expert)
         for layer in layers:
             resident = np.flatnonzero(wanted[layer] & (self._table[layer] >= 0)).tolist()
             missing = np.flatnonzero(wanted[layer] & (self._table[layer] < 0)).tolist()
@@ -172,38 +216,61 @@ class ExpertStream:
                 self._groups.append(_Group(layer, len(ids), len(ids) + len(resident), []))
                 ids += resident
                 targets += [(layer * slots + int(self._table[layer, expert])) * span for expert in resident]
-            for first in range(0, len(missing), GROUP):
-                experts = missing[first : first + GROUP]
-                base = entry % max(self._num_groups, 1) * GROUP
-                entry += 1
-                copies = [(expert, base + at) for at, expert in enumerate(experts)]
-                self._groups.append(_Group(layer, len(ids), len(ids) + len(experts), copies))
-                ids += experts
-                targets += [self._ring_offset + (base + at) * span for at in range(len(experts))]
+            for experts, read_at in ((missing, -1), (unread.get(layer, []), first_read.get(layer, 0))):
+                for first in range(0, len(experts), GROUP):
+                    part = experts[first : first + GROUP]
+                    base = entry % max(self._num_groups, 1) * GROUP
+                    entry += 1
+                    copies = [(expert, base + at) for at, expert in enumerate(part)]
+                    group = _Group(
+                        layer, len(ids), len(ids) + len(part), copies, read_at if read_at < 0 else read_at + first
+                    )
+                    self._groups.append(group)
+                    ids += part
+                    targets += [self._ring_offset + (base + at) * span for at in range(len(part))]
         self._ids = torch.tensor(ids, dtype=torch.int32).to(self._pages.device)
         self._targets = torch.tensor(targets, dtype=torch.int64).to(self._pages.device)
         self._streamed = [group for group in self._groups if group.copies]
         self._enqueue_copies()
 
-    def _enqueue_copies(self) -> None:
-        """Copies every next group whose place in the ring is free: the products that read it are already enqueued."""
+    def _enqueue_copies(self, due: _Group | None = None) -> None:
+        """Copies every next group whose place in the ring is free: the products that read it are already enqueued.
+        Waits for the disk only for the group that is `due`."""
         while self._enqueued < len(self._streamed):
             group = self._streamed[self._enqueued]
             before = self._enqueued - self._num_groups
             if before >= 0 and self._streamed[before].used is None:
                 return
+            if group is not due and not self._is_read(group):
+                return
             if self._stream is None:
-                for expert, entry in group.copies:
-                    self._ring[entry].copy_(self._pages.host_span(group.layer, expert))
+                self._copy(group)
             else:
                 with torch.cuda.stream(self._stream):
                     if before >= 0:
                         self._stream.wait_event(self._streamed[before].used)
-                    for expert, entry in group.copies:
-                        self._ring[entry].copy_(self._pages.host_span(group.layer, expert), non_blocking=True)
+                    self._copy(group)
                     group.arrived = self._stream.record_event()
             self.copied_spans += len(group.copies)
             self._enqueued += 1
+
+    def _is_read(self, group: _Group) -> bool:
+        reads, first = self._reads, group.first_read
+        return first < 0 or reads is None or all(reads.is_read(first + at) for at in range(len(group.copies)))
+
+    def _copy(self, group: _Group) -> None:
+        """Copies a group's spans into the ring, on the current stream."""
+        for at, (expert, entry) in enumerate(group.copies):
+            if group.first_read < 0 or self._reads is None:
+                self._ring[entry].copy_(self._pages.host_span(group.layer, expert), non_blocking=True)
+                continue
+            span = self._reads.wait(group.first_read + at)
+            if isinstance(span, StoreError):
+                group.unread[expert] = span
+                self._reads.copied(None)
+                continue
+            self._ring[entry].copy_(span, non_blocking=True)
+            self._reads.copied(None if self._stream is None else self._stream.record_event().synchronize)
 
     def _compute(
         self, group: _Group, hidden: Tensor, offsets: Tensor, order: Tensor, act: Tensor, out: Tensor, top_k: int

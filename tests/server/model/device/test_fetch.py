@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,67 +14,13 @@ pytest.importorskip("triton")
 
 from expert_store.errors import ShardCorruptError
 from expert_store.store import Store
-from extractor.checkpoint.source import attach_source
 from router.mask import ExpertMask
-from server.model.device.memory import needed as device_needed
-from server.model.device.running.assembly import load_device_runner
-from server.model.device.step import graphs as device_graphs
-from server.model.host.assembly import load_model
-from server.model.host.runner import HostRunner
-from server.model.runner import RowStep, Runner, RunnerOptions, StepFault
+from server.model.device.memory import tier as device_tier
+from server.model.runner import RowStep, Runner, StepFault
 from tests.expert_store.damage import damage
-from tests.server.model.device.small import DEVICE, EXPERTS, LAYERS, TOP_K, TUNING
+from tests.server.model.device.small import EVERYTHING, EXPERTS, LAYERS, TOP_K, greedy
 
-EVERYTHING = ExpertMask.same_in_every_layer(range(EXPERTS), LAYERS, EXPERTS)
 PROMPT = [20, 21, 22, 23]
-
-
-@pytest.fixture
-def runners(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    made: list[Runner] = []
-    if DEVICE.type == "cpu":
-        monkeypatch.setattr(device_graphs, "Tuning", lambda: TUNING)
-
-    def make(path: Path, kind: str = "device", **options: Any) -> Runner:
-        store = Store.open(path)
-        attach_source(store)
-        common: dict[str, Any] = {"device": DEVICE, "dtype": torch.float32, "num_slots": 3} | options
-        if kind == "device":
-            made.append(load_device_runner(store, RunnerOptions(max_rows=2, max_tokens=64, **common), proof=False))
-        else:
-            made.append(HostRunner(load_model(store, RunnerOptions(**common)), max_rows=2, max_tokens=64))
-        return made[-1]
-
-    yield make
-    for runner in made:
-        runner.close()
-
-
-def greedy(
-    runner: Runner,
-    prompts: list[list[int]],
-    num_tokens: int,
-    masks: list[ExpertMask | None],
-    fetching: list[bool] | None = None,
-) -> list[list[int]]:
-    """Tokens of all prompts, decoded together; `masks` and `fetching` have one value a row."""
-    held = [runner.allocate() for _ in prompts]
-    wishes = list(zip(held, masks, fetching or [False] * len(held), strict=True))
-    tokens = []
-    for (row, mask, fetches), prompt in zip(wishes, prompts, strict=True):
-        output = runner.prefill(row, prompt, mask=mask, fetches=fetches)
-        tokens.append([int(output.logits[-1].argmax())])
-    for _ in range(num_tokens - 1):
-        steps = [
-            RowStep(row, mine[-1], mask=mask, fetches=fetches)
-            for (row, mask, fetches), mine in zip(wishes, tokens, strict=True)
-        ]
-        output = runner.decode(steps)
-        for mine, logits in zip(tokens, output.logits, strict=True):
-            mine.append(int(logits.argmax()))
-    for row in held:
-        runner.free(row)
-    return tokens
 
 
 def test_a_row_that_fetches_gets_the_whole_models_tokens_and_the_one_beside_it_its_own(
@@ -87,7 +32,7 @@ def test_a_row_that_fetches_gets_the_whole_models_tokens_and_the_one_beside_it_i
     assert fetched == greedy(whole, [PROMPT], 6, masks=[None])[0]
     assert masked == greedy(host, [PROMPT], 6, masks=[None])[0]
     assert fetched != masked
-    assert not device.rows.table(device.model.routing.mask, fetches=False)[~device.model.store.available].any()
+    assert not device.rows.table(device.model.routing.mask)[~device.model.store.available].any()
     assert device.model.cache.statistics().host_misses > 0
     device.pages.check_integrity(contents=True)
 
@@ -135,7 +80,7 @@ def test_a_mask_of_its_own_narrows_what_a_row_fetches(few_small_store, small_sto
 def test_what_requests_make_grow_is_bounded_and_the_least_recently_used_goes(
     few_small_store, small_store, runners, monkeypatch
 ):
-    monkeypatch.setattr(device_needed, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(device_tier, "BLOCK_BYTES", 1)
     store = Store.open(few_small_store)
     most = LAYERS * (3 + TOP_K) * store.manifest.layers[0].span_bytes  # the store's and one token's
     device, whole = runners(few_small_store, host_memory_bytes=most), runners(small_store, "host")
@@ -203,6 +148,8 @@ def test_a_damaged_expert_fails_the_rows_that_need_it_and_the_step_goes_on_witho
     path = Path(shutil.copytree(small_store, tmp_path / "store"))
     damage(path, *expert)
     device = runners(path, num_slots=num_slots)
+    device.tier.wait()
+    device._look()
     assert "expert 5 of layer 1 is read again when a token needs it" in caplog.text
     held = {runner: [runner.allocate(), runner.allocate()] for runner in (device, whole)}
     for runner, rows in held.items():
@@ -245,11 +192,11 @@ def test_of_what_comes_to_the_store_only_the_damaged_is_missing(small_store, run
     device = runners(path, mask=ExpertMask.same_in_every_layer(range(5), LAYERS, EXPERTS))
     device.model.routing.set_mask(EVERYTHING)
     device.adopt()
-    assert device.rows.table(EVERYTHING, fetches=False).sum() > 0
-    device._growth.wait()
+    assert device.rows.table(EVERYTHING).sum() > 0
+    device.tier.wait()
     device._look()
-    assert np.argwhere(device.rows.table(EVERYTHING, fetches=False) != 1).tolist() == [[1, 6]]
-    assert device.rows.table(EVERYTHING, fetches=False)[1, 6] == 2, "who needs it is told, rather than masked"
+    assert np.argwhere(device.rows.table(EVERYTHING) != 1).tolist() == [[1, 6]]
+    assert device.rows.table(EVERYTHING)[1, 6] == 2, "who needs it is told, rather than masked"
     assert "expert 6 of layer 1" in caplog.text
     damage(path, 1, 6)
     row = device.allocate()
@@ -262,18 +209,20 @@ def test_of_what_comes_to_the_store_only_the_damaged_is_missing(small_store, run
     assert torch.allclose(both[0], both[1], rtol=1e-4, atol=1e-4)
 
 
-def test_what_came_to_the_store_and_has_no_room_is_there_for_rows_that_fetch_alone(small_store, runners):
+def test_what_came_to_the_store_and_has_no_room_is_read_from_the_disk_by_every_row(small_store, runners):
     first = ExpertMask.same_in_every_layer(range(5), LAYERS, EXPERTS)
     room = LAYERS * (5 + TOP_K) * Store.open(small_store).manifest.layers[0].span_bytes
     device, whole = (runners(small_store, kind, **options) for kind, options in (
         ("device", {"mask": first, "host_memory_bytes": room}), ("host", {})
     ))  # fmt: skip
-    alone = greedy(device, [PROMPT], 6, masks=[None], fetching=[False])[0]
+    few = greedy(device, [PROMPT], 6, masks=[None])[0]
     device.model.routing.set_mask(EVERYTHING)
     device.adopt()
-    fetched, plain = greedy(device, [PROMPT, PROMPT], 6, masks=[None, None], fetching=[True, False])
-    assert fetched == greedy(whole, [PROMPT], 6, masks=[None])[0]
-    assert plain == alone != fetched
+    grown = greedy(device, [PROMPT, PROMPT], 6, masks=[None, first])
+    assert grown == [greedy(whole, [PROMPT], 6, masks=[None])[0], few]
+    assert few != grown[0]
+    assert device.pages.num_host_spans <= LAYERS * (5 + TOP_K)
+    device.pages.check_integrity(contents=True)
 
 
 def test_a_layer_of_which_nothing_can_be_read_ends_the_start(few_small_store, runners, tmp_path):

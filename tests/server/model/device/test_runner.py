@@ -18,7 +18,6 @@ pytest.importorskip("triton")
 
 from server.constraints.compiler import ConstraintCompiler
 from server.constraints.grammar import Regex
-from server.model.device.capture import NotCapturableError
 from server.model.device.running import assembly
 from server.model.device.running.assembly import load_device_runner
 from server.model.device.running.runner import DeviceRunner
@@ -160,7 +159,7 @@ def test_experts_that_come_into_use_are_served_from_the_next_step_on_and_leave_a
     for runner in (device, host):
         runner.model.routing.set_mask(all_experts)
         runner.adopt()
-    device._growth.wait()
+    device.tier.wait()
     served = [index for token in range(24, 30) for index in step(token)]
     assert max(index.max() for index in served) >= 5, "no token chose a new expert: the test shows nothing"
     for runner in (device, host):
@@ -169,29 +168,6 @@ def test_experts_that_come_into_use_are_served_from_the_next_step_on_and_leave_a
     assert all(set(index.ravel().tolist()) <= {1, 6, 7} for index in step(30))
     assert {key: graph for key, graph in device.graphs.steps.items() if key in graphs} == graphs
     device.pages.check_integrity(contents=True)
-
-
-def test_experts_past_the_host_budget_stay_masked_and_the_log_says_so(small_store, caplog):
-    spans = 5 * LAYERS
-    span_bytes = Store.open(small_store).manifest.layers[0].span_bytes
-    runner = load_device_runner(
-        Store.open(small_store),
-        RunnerOptions(
-            device=DEVICE,
-            dtype=torch.float32,
-            max_rows=1,
-            max_tokens=64,
-            num_slots=4,
-            mask=ExpertMask.same_in_every_layer(range(5), LAYERS, EXPERTS),
-            host_memory_bytes=(spans + 1) * span_bytes,
-        ),
-        proof=False,
-    )
-    runner.model.routing.set_mask(ExpertMask.same_in_every_layer(range(EXPERTS), LAYERS, EXPERTS))
-    runner.adopt()
-    assert "stay masked" in caplog.text
-    assert runner.rows.table(runner.model.routing.mask, fetches=False).sum(axis=1).tolist() == [5] * LAYERS
-    runner.close()
 
 
 @pytest.mark.parametrize("prompt", [[7, 8, 9], list(range(40, 88))])
@@ -228,22 +204,11 @@ def test_a_step_without_masks_runs_in_a_graph_that_reads_them_rather_than_wait_f
     for runner in (device, host):
         runner.model.routing.set_mask(ExpertMask.same_in_every_layer(range(EXPERTS), LAYERS, EXPERTS))
         runner.adopt()
-    device._growth.wait()
+    device.tier.wait()
     captured = device.graphs.steps
     assert {masked for _, masked in captured} == {True}
     assert greedy(device, [7, 8], 4) == greedy(host, [7, 8], 4)
     assert device.graphs.steps == captured
-
-
-def test_host_memory_that_cannot_pin_everything_is_left_to_the_host_driven_path(small_store):
-    with pytest.raises(NotCapturableError, match="cannot pin all"):
-        load_device_runner(
-            Store.open(small_store),
-            RunnerOptions(
-                device=DEVICE, dtype=torch.float32, max_rows=1, max_tokens=64, num_slots=4, host_memory_bytes=1000
-            ),
-            proof=False,
-        )
 
 
 @pytest.mark.gpu
