@@ -112,13 +112,23 @@ def test_neutral_values_and_bookkeeping_change_nothing(
     assert (asked.is_greedy, asked.stop, asked.max_new_tokens) == (True, (), sampling.max_new_tokens)
 
 
-@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
+REQUESTS = {
+    "/generate": "GenerateRequest",
+    "/v1/completions": "CompletionRequest",
+    "/v1/chat/completions": "ChatRequest",
+    "/v1/responses": "ResponsesRequest",
+    "/v1/messages": "MessagesRequest",
+    "/v1/messages/count_tokens": "CountTokensRequest",
+}
+
+
+@pytest.mark.parametrize("path", REQUESTS)
 def test_null_stands_for_every_optional_field(client: httpx.Client, path: str) -> None:
     schemas = client.get("/openapi.json").json()["components"]["schemas"]
-    name = {"/generate": "GenerateRequest", "/v1/completions": "CompletionRequest"}.get(path, "ChatRequest")
-    given: dict[str, Any] = {"inputs": "a", "prompt": "a", "messages": CHAT}
-    fields = schemas[name]["properties"]
-    body = {field: given.get(field) for field in fields}
+    given: dict[str, Any] = {"inputs": "a", "prompt": "a", "messages": CHAT, "input": "a", "max_tokens": 5}
+    fields = schemas[REQUESTS[path]]["properties"]
+    required = schemas[REQUESTS[path]].get("required", [])
+    body = {field: given[field] if field in required else None for field in fields}
     if path == "/generate":
         taken(client, path, body)
         body["parameters"] = dict.fromkeys(schemas["GenerateParameters"]["properties"])

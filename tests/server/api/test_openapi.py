@@ -76,7 +76,7 @@ def test_schemathesis_finds_no_difference(tmp_path: Path, phases: str, num_examp
             ],
             capture_output=True,
             text=True,
-            timeout=170,
+            timeout=380,
             check=False,
         )
     assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]

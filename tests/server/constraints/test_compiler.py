@@ -268,3 +268,11 @@ def test_a_pattern_that_takes_too_much_work_ends_its_own_text_alone(
     assert state.allowed_flags().nonzero()[0].tolist() == [EOS, END]
     assert compiler.compile(Regex("((a{100}){100}){100}")) is not compiled
     assert takes(compiler, tokenizer, Regex("a+"), "aa")
+
+
+def test_any_text_may_leave_one_out(compiler: ConstraintCompiler, tokenizer: PreTrainedTokenizerBase) -> None:
+    without = Chain((Text("a"), AnyText(without="<call>")))
+    for text, is_taken in (("a", True), ("a <cal l> b\n</call>", True), ("a<call>", False), ("a b <call> c", False)):
+        assert takes(compiler, tokenizer, without, text) == is_taken, text
+    special = AnyText(without="<|user|>")
+    assert takes(compiler, tokenizer, special, "Hello")
