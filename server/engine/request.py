@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from router.mask import ExpertMask
-from server.constraints.compiler import CompiledConstraint
 from server.errors import ServerError
+
+if TYPE_CHECKING:
+    from server.constraints.compiler import CompiledConstraint
 
 FinishReason = Literal["length", "eos_token", "stop_sequence", "cancelled"]
 EngineState = Literal["loading", "ready", "draining", "stopped", "failed"]

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from server.constraints.compiler import ConstraintCompiler
 from server.engine.request import EngineStatus, EngineStoppedError, GenerationRequest, OnEvent
 from server.growth.status import GrowthLike
 from server.masks.masking import RequestMasks
@@ -26,6 +25,7 @@ from server.model.load_progress import LoadProgress, Phase
 if TYPE_CHECKING:
     from expert_store.host_tier import TierStatistics
     from extractor.statistics.price import Price
+    from server.constraints.compiler import ConstraintCompiler
 
 log = logging.getLogger(__name__)
 LOG_SECONDS = 1.0

@@ -13,19 +13,21 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import Request
 
 from server.api.http.body import read_model
 from server.api.http.errors import ValidationFailed
-from server.constraints.compiler import CompiledConstraint
 from server.constraints.grammar import Constraint, ConstraintError
 from server.engine.request import QueueFullError
 from server.serving.metrics import Metrics
 from server.serving.service import LoadedModel, NotReadyError, Service
 from server.settings.schema import HttpSettings
+
+if TYPE_CHECKING:
+    from server.constraints.compiler import CompiledConstraint
 
 log = logging.getLogger(__name__)
 

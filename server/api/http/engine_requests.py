@@ -9,14 +9,16 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from server.api.http.errors import ValidationFailed
 from server.api.http.fields import MaskFields, SamplingFields
-from server.constraints.compiler import CompiledConstraint
 from server.engine.request import ContextTooLongError, GenerationRequest, SamplingParams
 from server.masks.profiles import ProfileError
 from server.serving.service import LoadedModel
+
+if TYPE_CHECKING:
+    from server.constraints.compiler import CompiledConstraint
 
 COLDEST = 1e-4
 """Lowest temperature: below it the most likely token is always taken, and dividing by it would overflow."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -23,9 +24,11 @@ from server.api.http.responses import ModelResponse
 from server.api.openai.completions import CHAT, COMPLETION, Format, Job, respond
 from server.api.openai.responses import ChatChunk, ChatResponse, CompletionResponse, ModelCard, ModelList
 from server.api.openai.schemas import DEFAULT_COMPLETION_TOKENS, ChatRequest, Common, CompletionRequest
-from server.constraints.compiler import CompiledConstraint
 from server.engine.request import SamplingParams
 from server.serving.service import LoadedModel, NotReadyError
+
+if TYPE_CHECKING:
+    from server.constraints.compiler import CompiledConstraint
 
 router = APIRouter(prefix="/v1")
 
