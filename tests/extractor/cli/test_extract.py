@@ -11,6 +11,7 @@ import pytest
 
 from tests.command_line import run
 from tests.extractor.checkpoints import save_checkpoint
+from tests.extractor.packed import save_packed_checkpoint
 
 
 def test_extract_inspect_and_verify(qwen_checkpoint: Path, tmp_path: Path) -> None:
@@ -44,6 +45,21 @@ def test_json_is_the_only_thing_on_standard_output(qwen_checkpoint: Path, tmp_pa
     assert summary["absent_experts"] == [[2, 3, 4, 5], [2, 3, 4, 5]]
     assert summary["damaged_files"] == []
     assert json.loads(run("verify", store, "--json")[1])["status"] == "intact"
+
+
+def test_what_is_dequantised_is_told_and_bits_are_shown(tmp_path: Path) -> None:
+    checkpoint = save_packed_checkpoint(tmp_path / "checkpoint", "gptq act-order")
+    status, out, err = run("extract", checkpoint, tmp_path / "store", "--dry-run", "--json")
+    result = json.loads(out)
+    told = "gate_up_proj of the experts is dequantised to BF16: its columns are in the order of activations"
+    assert (status, result["encodings"]) == (0, {"down_proj": "int4 in groups of 32 with zero points"})
+    assert [note.startswith(told) for note in result["notes"]] == [True]
+    assert f"NOTE: {told}" in err
+    status, out, err = run("extract", checkpoint, tmp_path / "store")
+    assert f"experts at {result['expert_bits']:.4g} bits a weight" in out
+    status, _, err = run("extract", checkpoint, tmp_path / "store", "--experts-dtype", "16bit")
+    assert status != 0
+    assert "holds experts with --experts-dtype shipped, wanted 16bit" in err
 
 
 def test_a_dry_run_says_sizes_and_writes_nothing(qwen_checkpoint: Path, tmp_path: Path) -> None:
