@@ -83,3 +83,17 @@ def test_figures_in_sentences_are_those_of_their_results() -> None:
     assert f"With the host driving the experts it would be {slow[0]}, {slow[1]} and {slow[2]}" in text
     (alone,) = (row for row in _read("decode_gpu")["resident"] if row["batch"] == 1)
     assert f"takes {alone['step_ms']:.2f} ms, {alone['ratio']:.1f} times what its bytes need" in text
+
+
+def test_the_table_of_encodings_is_that_of_its_results() -> None:
+    rows = _rows("KL tells encodings apart", "docs/selection.md")
+    checkpoints = _read("encodings")["checkpoints"]
+    found = [{row["name"]: row for row in checkpoints[f"tiny-moe-{name}"]} for name in ("pool", "standard")]
+    for name, cells in list(rows.items())[1:]:
+        key = "int4, down int8" if name == "`int4-int8`" else name.strip("`")
+        of = [one[key] for one in found]
+        assert cells[:3] == [f"{of[0]['bits']:g}", *(f"{row['mean_ratio']:.4f} / {row['kl']:.4f}" for row in of)]
+        weighed = [f"{one[f'{key}, stats']['kl']:.4f}" for one in found if f"{key}, stats" in one]
+        assert cells[3] == (" / ".join(weighed) or "–")
+    assert set(rows) >= {"`fp8`", "`int8`", "`int4`", "`int4-g64`", "`int4-int8`", "`mxfp4`", "`nvfp4`"}
+    assert all(one["fp8"]["mean_ratio"] <= 1.003 and one["int4"]["mean_ratio"] <= 1.015 for one in found)
