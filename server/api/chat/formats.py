@@ -21,7 +21,7 @@ _OBJECT = rf'\{{\s*"name"\s*:\s*{_QUOTED}\s*,\s*"(?:arguments|parameters)"\s*:\s
 
 @dataclass(frozen=True)
 class CallText:
-    """The texts of calls around their JSON arguments: `first`, for each call `before` and `after`, `last`.
+    """The texts of calls around their arguments: `first`, for each call `before` and `after`, `last`.
 
     `between` stands between two calls. In `before`, `NAME` stands for the tool's name and `COUNT` for a number. Where
     `last` is the end-of-sequence token of the format, it is left out.
@@ -47,10 +47,11 @@ class CallFormat:
         end: the mark after the last call; empty where there is none.
         parameter: where arguments are not JSON but one text for each parameter: up to a value; group `key`.
         value_end: then the mark after a value.
+        parameter_text: then the texts before and after a value that is forced, with `KEY` for the parameter's name.
         has_lines: whether a value stands on lines of its own.
         ends_thinking: whether `begin` ends a thinking that is still open.
         ids: "nine" where the template wants ids of nine letters and digits.
-        literal: the texts around the arguments of calls that are forced; None where arguments are not JSON.
+        literal: the texts around the arguments of calls that are forced.
     """
 
     name: str
@@ -61,6 +62,7 @@ class CallFormat:
     end: str
     parameter: regex.Pattern[str] | None = None
     value_end: str = ""
+    parameter_text: tuple[str, str] | None = None
     has_lines: bool = False
     ends_thinking: bool = False
     ids: Literal["any", "nine"] = "any"
@@ -87,7 +89,11 @@ QWEN_XML = CallFormat(
     end="</tool_call>",
     parameter=regex.compile(r"\s*<parameter=(?P<key>[^>\n]{1,256})>"),
     value_end="</parameter>",
+    parameter_text=("<parameter=KEY>\n", "\n</parameter>\n"),
     has_lines=True,
+    literal=CallText(
+        "<tool_call>\n", "<function=NAME>\n", "</function>", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"
+    ),
 )
 GLM = CallFormat(
     name="glm",  # GLM 4.5, 4.6, 4.7
@@ -98,6 +104,8 @@ GLM = CallFormat(
     end="</tool_call>",
     parameter=regex.compile(r"\s*<arg_key>(?P<key>[^<]{1,256})</arg_key>\s*<arg_value>"),
     value_end="</arg_value>",
+    parameter_text=("<arg_key>KEY</arg_key>\n<arg_value>", "</arg_value>\n"),
+    literal=CallText("<tool_call>", "NAME\n", "", "</tool_call>\n<tool_call>", "</tool_call>"),
 )
 MINIMAX = CallFormat(
     name="minimax",  # MiniMax M2
@@ -108,7 +116,9 @@ MINIMAX = CallFormat(
     end="</minimax:tool_call>",
     parameter=regex.compile(r'\s*<parameter name="?(?P<key>[^">\n]{1,256})"?>'),
     value_end="</parameter>",
+    parameter_text=('<parameter name="KEY">', "</parameter>\n"),
     ends_thinking=True,
+    literal=CallText("<minimax:tool_call>\n", '<invoke name="NAME">\n', "</invoke>\n", "", "</minimax:tool_call>"),
 )
 DEEPSEEK_V31 = CallFormat(
     name="deepseek-v3.1",

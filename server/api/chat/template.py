@@ -21,6 +21,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 
 from server.api.chat.formats import HERMES, AnswerFormat, format_of
 from server.api.chat.messages import Call, Chat, Message, Tool
+from server.api.chat.parameters import can_force
 from server.api.chat.parser import AnswerParser
 from server.api.http.errors import ValidationFailed
 from server.api.http.fields import is_text
@@ -84,7 +85,7 @@ def prompt_of(tokenizer: Any, chat: Chat) -> Prompt:
     """
     template = _template_of(tokenizer, has_tools=bool(chat.shown_tools))
     answer_format = format_of(template)
-    if chat.choice.kind == "required" and (answer_format.calls is None or answer_format.calls.literal is None):
+    if chat.choice.kind == "required" and not can_force(answer_format.calls, chat.tools):
         answer_format = replace(answer_format, calls=HERMES)
     variables = _variables(chat, template)
     _check_variables(tokenizer, variables)

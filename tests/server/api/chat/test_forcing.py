@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,12 @@ TEXTS = {
     "mistral": '[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "Paris"}}, '
     '{"name": "get-time", "arguments": {}}]',
     "mistral-args": '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}[TOOL_CALLS]get-time[ARGS]{}',
+    "qwen3-coder": "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n"
+    "</tool_call>\n<tool_call>\n<function=get-time>\n</function>\n</tool_call>",
+    "glm": "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>\n"
+    "<tool_call>get-time\n</tool_call>",
+    "minimax": '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Paris</parameter>\n</invoke>\n'
+    '<invoke name="get-time">\n</invoke>\n</minimax:tool_call>',
     "harmony": '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Paris"}',
 }
 
@@ -94,7 +101,7 @@ def test_a_forced_call_has_the_form_of_the_format_and_is_read_back(name: str, ta
     assert not takes(asked, "No.")
 
 
-def test_each_format_with_json_arguments_can_be_forced() -> None:
+def test_each_format_can_be_forced() -> None:
     assert {name for name, each in NAMED.items() if each.literal is not None} == set(TEXTS)
 
 
@@ -110,17 +117,79 @@ def test_a_named_tool_is_called_once(takes: Takes) -> None:
     assert takes(prompt("hermes", ToolChoice("required")), f"{call}\n{call}")
 
 
+PLACE = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "description": "of the place"},
+        "size": {"$ref": "#/$defs/size"},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 5}},
+        "kind": {"const": "city"},
+        "open": {"type": ["boolean", "null"]},
+    },
+    "required": ["name", "kind"],
+    "$defs": {"size": {"type": "integer", "minimum": 3}},
+}
+
+
 @pytest.mark.parametrize(
-    "template",
+    ("name", "before", "after"),
     [
-        "{% for t in tools %}{{ t }}{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}",
-        "{# <function= <parameter= #}{% for t in tools %}{{ t }}{% endfor %}{{ messages[0].content }}",
+        ("qwen3-coder", "<parameter=KEY>\n", "\n</parameter>\n"),
+        ("glm", "<arg_key>KEY</arg_key>\n<arg_value>", "</arg_value>\n"),
+        ("minimax", '<parameter name="KEY">', "</parameter>\n"),
     ],
 )
-def test_formats_without_json_arguments_are_forced_in_the_plain_one(template: str) -> None:
+def test_parameters_have_the_types_of_their_schema(name: str, before: str, after: str, takes: Takes) -> None:
+    literal: Any = NAMED[name].literal
+    chat = Chat((Message("user", "Hi", "messages[0]"),), (Tool("place", parameters=PLACE),), ToolChoice("required"))
+    asked = Prompt([1], AnswerFormat(NAMED[name], None, True), False, False, chat)
+
+    def written(**values: str) -> str:
+        parameters = "".join(f"{before.replace('KEY', key)}{value}{after}" for key, value in values.items())
+        return f"{literal.first}{literal.before.replace('NAME', 'place')}{parameters}{literal.after}{literal.last}"
+
+    text = written(name='New\n"York" <b>', size="12", tags='["a","b"]', kind="city", open="null")
+    assert takes(asked, text)
+    parser = asked.parser()
+    [call] = Answer.of([*parser.feed(text), *parser.finish()]).calls
+    assert json.loads(call.arguments) == {
+        "name": 'New\n"York" <b>',
+        "size": 12,
+        "tags": ["a", "b"],
+        "kind": "city",
+        "open": None,
+    }
+    assert takes(asked, written(name="x", kind="city"))
+    for wrong in (
+        {"name": "x"},
+        {"name": "x", "size": "2", "kind": "city"},
+        {"name": "x", "kind": "town"},
+        {"name": "x", "tags": '["too long"]', "kind": "city"},
+        {"name": "x", "kind": "city", "open": "yes"},
+    ):
+        assert not takes(asked, written(**wrong)), wrong
+
+
+@pytest.mark.parametrize(
+    ("template", "parameters"),
+    [
+        ("", {"type": "object", "properties": {}}),
+        ("<function= <parameter=", {"type": "object", "properties": {"a": {"type": "string", "maxLength": 3}}}),
+        ("<function= <parameter=", {"type": "object", "properties": {"a": {}}}),
+        ("<function= <parameter=", {"type": "object", "properties": {"a": {"type": ["string", "null"]}}}),
+        ("<function= <parameter=", {"type": "object", "properties": {}, "required": ["a"]}),
+        ("<function= <parameter=", {"type": "object", "anyOf": [{}]}),
+    ],
+)
+def test_schemas_that_a_format_cannot_say_are_forced_in_the_plain_one(
+    template: str, parameters: dict[str, Any]
+) -> None:
     tokenizer = CharTokenizer()
-    tokenizer.chat_template = template
-    chat = Chat((Message("user", "Hi", "messages[0]"),), TOOLS, ToolChoice("required"))
+    tokenizer.chat_template = (
+        f"{{# {template} #}}{{% for t in tools %}}{{{{ t }}}}{{% endfor %}}{{{{ messages[0].content }}}}"
+    )
+    tools = (Tool("f", parameters=parameters),)
+    chat = Chat((Message("user", "Hi", "messages[0]"),), tools, ToolChoice("required"))
     assert prompt_of(tokenizer, chat).answer_format.calls is HERMES
 
 
@@ -138,7 +207,7 @@ def test_the_thinking_before_a_forced_call_is_free(takes: Takes) -> None:
     assert takes(harmony, thought + TEXTS["harmony"])
 
 
-@pytest.mark.parametrize("name", ["hermes", "deepseek-v3", "deepseek-v3.1", "kimi-k2", "mistral", "mistral-args"])
+@pytest.mark.parametrize("name", sorted(set(TEXTS) - {"harmony"}))
 def test_strict_tools_leave_the_text_free_up_to_a_call(name: str, takes: Takes) -> None:
     asked = prompt(name, ToolChoice("auto"))
     text = TEXTS[name].replace("get_time", "get-time")
@@ -153,6 +222,14 @@ def test_strict_tools_of_harmony_have_their_channel(takes: Takes) -> None:
     assert takes(asked, TEXTS["harmony"])
     assert takes(asked, "<|channel|>final<|message|>Hello.")
     assert not takes(asked, TEXTS["harmony"].replace("Paris", "Rome"))
+
+
+def test_only_strict_tools_keep_to_their_schema_where_no_call_is_forced(takes: Takes) -> None:
+    chat = Chat((Message("user", "Hi", "messages[0]"),), (*TOOLS, Tool("loose", parameters=CITY)))
+    asked = Prompt([1], AnswerFormat(HERMES, None, True), False, False, chat)
+    call = '<tool_call>\n{"name": "NAME", "arguments": {"city": "Rome"}}\n</tool_call>'
+    assert takes(asked, call.replace("NAME", "loose"))
+    assert not takes(asked, call.replace("NAME", "get_weather"))
 
 
 def test_without_strict_tools_nothing_is_constrained() -> None:
