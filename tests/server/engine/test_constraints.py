@@ -1,18 +1,24 @@
 """Constrained requests in the engine: alone and beside others, greedy and sampled, and how they end."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 from transformers import AutoTokenizer
 
+from expert_store.store import Store
 from server.constraints.compiler import CompiledConstraint, ConstraintCompiler
 from server.constraints.grammar import Constraint, Json, OneOf, Regex, Text
 from server.engine.engine import Engine
 from server.engine.request import ConstraintFailedError
-from tests.server.engine.clients import Client
+from server.model.host.assembly import load_model
+from server.model.host.runner import HostRunner
+from server.model.runner import Runner, RunnerOptions
+from tests.server.engine.clients import WAIT_SECONDS, Client
 
 PROMPT = "Once upon a time"
 ANIMAL = {
@@ -132,3 +138,37 @@ def test_a_constraint_that_takes_too_much_work_fails_its_request_alone(make_engi
     client = Client(engine, PROMPT, constraint=compiled(Regex("((a{100}){100}){100}")), max_new_tokens=50)
     assert isinstance(client.error(), ConstraintFailedError)
     assert other.result().reason == "length"
+
+
+def test_the_device_chooses_for_constrained_and_penalised_requests_as_the_host_does(
+    small_store: Path, compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from server.model.device.running.assembly import load_device_runner
+    from server.model.device.step import graphs
+    from tests.server.model.device.small import DEVICE, TUNING
+
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(graphs, "Tuning", lambda: TUNING)
+    options = RunnerOptions(device=DEVICE, dtype=torch.float32, num_slots=8, max_rows=4, max_tokens=64)
+    constraint = compiled(Regex("[ab]{3}c"))
+
+    def answers(load: Callable[..., Runner]) -> list[tuple[str, list[int]]]:
+        engine = Engine(load)
+        engine.start()
+        try:
+            engine.loaded.result(WAIT_SECONDS)
+            clients = [
+                Client(engine, PROMPT, constraint=constraint, max_new_tokens=12),
+                Client(engine, PROMPT, constraint=constraint, do_sample=True, seed=4, max_new_tokens=12),
+                Client(engine, PROMPT, presence_penalty=2.0, logit_bias={7: 3.0}, max_new_tokens=4),
+                Client(engine, PROMPT, max_new_tokens=4),
+            ]
+            return [(client.result().generated_text, client.token_ids) for client in clients]
+        finally:
+            engine.stop(0)
+
+    device = answers(lambda progress: load_device_runner(Store.open(small_store), options, proof=False))
+    host = answers(lambda progress: HostRunner(load_model(Store.open(small_store), options), max_rows=4, max_tokens=64))
+    assert device == host
+    assert all(re.fullmatch("[ab]{3}c", text) for text, _ in device[:2])
