@@ -49,6 +49,12 @@ TUNED: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 
 
+FETCHERS: tuple[dict[str, Any], ...] = (
+    *({"packed_fetchers": num} for num in (64, 128, 256, 512)), {"packed_fetchers": 256, "packed_up_rows": 1},
+    {"packed_fetchers": 256, "packed_up_rows": 4},
+)  # fmt: skip
+
+
 class PackedBench(Bench):
     """The sections over packed shapes; `wanted` are the encodings to run, all if it is empty."""
 
@@ -104,7 +110,21 @@ class PackedBench(Bench):
                 for share in SHARES:
                     label = f"{name}, zipf {skew}"
                     rows.append(self._paging(shape, trunk, state, trace, share, resident_ms, label, warmup=64))
-            rows[-1]["copy_rate"] = self.copy_rate
+            self.result[f"copy rate, {name}"] = self.copy_rate
+        return rows
+
+    def fetchers(self) -> list[dict[str, Any]]:
+        """Paging at 25 and 50 % in slots with other numbers of programs that fetch."""
+        shape, rows = replace(QWEN, packed=ENCODINGS["int4 by 64"]), []
+        trunk, state = self._trunk("qwen", QWEN), RowState(QWEN, DEVICE)
+        resident_ms = next(r["step_ms"] for r in self.result["packed"] if r["experts"] == "int4 by 64")
+        self.copy_rate = gpu_timing.copy_rate(self._host_spans(shape))
+        for (skew, stickiness), share in zip(SYNTHETIC, (0.25, 0.5), strict=True):
+            trace = gpu_paging.synthetic(144, QWEN.num_layers, QWEN.num_experts, QWEN.top_k, skew, stickiness, 1)
+            for changed in FETCHERS:
+                label = f"{changed}, zipf {skew}"
+                options = self._tuned(**changed)
+                rows.append(self._paging(shape, trunk, state, trace, share, resident_ms, label, 64, options))
         return rows
 
     def paging_recorded_packed(self) -> list[dict[str, Any]]:
@@ -131,10 +151,10 @@ def main() -> None:
     bench.wanted = arguments.encodings
     bench.section("machine", bench.machine)
     bench.section("packed", bench.packed)
-    for section in (bench.paging_packed, bench.paging_recorded_packed):
+    for section in (bench.paging_packed, bench.paging_recorded_packed, bench.fetchers):
         if not arguments.only or section.__name__ in arguments.only:
             bench.section(section.__name__, section)
-    for name in ("packed", "tuning", "paging_packed", "paging_recorded_packed"):
+    for name in ("packed", "tuning", "paging_packed", "paging_recorded_packed", "fetchers"):
         rows = bench.result.get(name)
         if rows and name != "tuning":
             print(f"\n## {name}\n" + table(list(rows[0]), [list(row.values()) for row in rows]))

@@ -220,7 +220,8 @@ class DecodeStep:
     def gate_up(self, layer: int) -> None:
         """The picked experts' first product into `act`; fetches the spans that are in no slot."""
         shape, pages, tuning, one = self.shape, self.pages, self.options.tuning, self.batch == 1
-        fetchers = tuning.fetchers if pages.shape.paged else 0
+        fetchers = tuning.fetchers if shape.packed is None else tuning.packed_fetchers
+        fetchers = fetchers if pages.shape.paged else 0
         distinct = min(shape.num_experts, self.batch * shape.top_k)
         work = (pages.slots, pages.header, pages.target, pages.source, pages.count, pages.pairs, self.act)
         sizes = {

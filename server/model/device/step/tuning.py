@@ -42,6 +42,7 @@ class Tuning:
     attention_splits: int = 16
     attention_block: int = 64
     fetchers: int = 64
+    packed_fetchers: int = 256
     copy_elements: int = 16384
     down_fetches: bool = True
 
