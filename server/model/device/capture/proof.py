@@ -139,6 +139,7 @@ def _excerpt(model: Any, shape: DecodeShape, kept: list[int], device: torch.devi
         windows=layer_windows(config, len(kept)),
         dense_layers=frozenset(at for at, index in enumerate(kept) if index in shape.dense_layers),
         dtype=torch.float32,
+        packed=None,
     )
 
 
