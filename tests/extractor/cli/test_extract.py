@@ -171,3 +171,29 @@ def test_the_module_is_the_command(repository: Path, tiny_checkpoint: Path, tmp_
     done = subprocess.run(command, capture_output=True, text=True, cwd=repository, check=False)
     assert done.returncode == 0, done.stderr
     assert "holds 1 of 64 deep experts of 8 layers" in done.stdout
+
+
+def test_a_plan_names_the_encoding_that_extraction_makes(qwen_checkpoint: Path, tmp_path: Path) -> None:
+    document = {
+        "format": "deepfew-plan",
+        "version": 1,
+        "alignment": {"kind": "index"},
+        "num_layers": 2,
+        "num_experts": 6,
+        "experts_dtype": "int4-int8",
+        "deep_experts": [{"experts": [expert, expert]} for expert in (4, 1)],
+    }
+    plan, store = tmp_path / "plan.json", tmp_path / "store"
+    plan.write_text(json.dumps(document))
+    status, out, _ = run("extract", qwen_checkpoint, store, "--plan", plan)
+    assert status == 0
+    assert "(int4-int8, made by weight error alone)" in out
+    assert "int4-int8 by deepfew, errors by weight error alone" in " ".join(run("inspect", store)[1].split())
+    assert run("verify", store, "--against", qwen_checkpoint)[0] == 0
+    status, _, err = run("extract", qwen_checkpoint, store, "--plan", plan, "--experts-dtype", "fp8")
+    assert status == 2
+    assert "--experts-dtype fp8 and --plan, which is for int4-int8, contradict each other" in err
+    plan.write_text(json.dumps(document | {"experts_dtype": "int3"}))
+    status, _, err = run("extract", qwen_checkpoint, store, "--plan", plan)
+    assert status == 2
+    assert "experts_dtype is 'int3', wanted one of shipped, 16bit" in err
