@@ -75,7 +75,7 @@ class Sampler:
 
     @property
     def adjustment(self) -> Adjustment | None:
-        """What is added to the logits for the next choice; valid until `take`."""
+        """The values added to the logits for the next choice; valid until `take`."""
         return self._adjusted.adjustment
 
     def choice(self) -> Choice | None:

@@ -28,7 +28,7 @@ CHUNK, ADJUST_BLOCK = 128, 256
 
 @dataclass(frozen=True)
 class DrawKind:
-    """What rows of a batch ask for: each value adds kernels, and adjusted and constrained add a copy to the device.
+    """The needs of the rows of a batch: each value adds kernels, and adjusted and constrained add a copy to the device.
 
     Attributes:
         narrowed: a top-k below V or a top-p below 1.
