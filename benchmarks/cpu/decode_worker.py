@@ -142,6 +142,7 @@ def _deepfew(job: Job) -> dict[str, Any]:
     return _rates(times, tokens) | {
         "held_bytes": held_bytes,
         "hit_rate": hits / max(1, hits + misses),
+        "experts_bytes": after.slot_bytes,
         "fetched_bytes_per_token": int((after.fetch_bytes - before.fetch_bytes).sum()) / (len(tokens) - 1),
     }
 

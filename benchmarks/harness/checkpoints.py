@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.harness.reporting import BUNDLED
 from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.encoding.names import ExpertsDtype
 from extractor.planning.selection import SelectionRequest
 from extractor.writing.prepare import prepare
 
@@ -50,9 +51,11 @@ class Shape:
         return self.num_layers * self.num_experts * self.expert_bytes
 
 
-def make_store(checkpoint: Path, folder: Path, count: int | None = None) -> Path:
+def make_store(
+    checkpoint: Path, folder: Path, count: int | None = None, experts_dtype: ExpertsDtype | None = None
+) -> Path:
     """Extract `count` deep experts of a checkpoint (None: all) into the new store `folder`, and return it."""
-    prepare(Checkpoint.open(checkpoint), folder, SelectionRequest(count=count)).run()
+    prepare(Checkpoint.open(checkpoint), folder, SelectionRequest(count=count), experts_dtype).run()
     return folder
 
 

@@ -15,6 +15,8 @@ MODULES = sorted(
 def test_benchmark_imports_what_exists(name: str) -> None:
     if name == "benchmarks.service.load_users":
         pytest.importorskip("locust")
+    if name == "benchmarks.cpu.llama":
+        pytest.importorskip("gguf")
     if name.startswith("benchmarks.gpu"):
         pytest.importorskip("triton")
     importlib.import_module(name)
