@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,10 @@ from expert_store.errors import SlotsError
 
 SMALL_ARENA_BYTES = 64 << 20
 TOUCH_THREADS = 8
+
+
+LOCKED_SHARE = 0.8
+"""Share of the free memory that is page-locked at most, where no bound is set: locked pages cannot be swapped out."""
 
 
 class NotPinnableError(SlotsError):
@@ -41,6 +46,32 @@ def new_arena(num_spans: int, elements: int, dtype: torch.dtype, pinned: bool) -
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(num_spans, elements)
+
+
+def lockable_bytes(root: Path = Path("/")) -> int | None:
+    """Memory that may be page-locked now without a danger to the system: `LOCKED_SHARE` of what is free on the machine
+    and in this process's control group. None if the system does not tell. `root` is where /proc and /sys are."""
+    free = [_free_on_machine(root / "proc/meminfo"), _free_in_group(root / "sys/fs/cgroup")]
+    known = [one for one in free if one is not None]
+    return int(LOCKED_SHARE * max(0, min(known))) if known else None
+
+
+def _free_on_machine(path: Path) -> int | None:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _free_in_group(group: Path) -> int | None:
+    """Of version 2, where the group's own files are at the root of what a container sees; page cache counts as free."""
+    try:
+        most, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    return None if most == "max" else int(most) - used + int(fields.get("file", 0))
 
 
 def page_lock(arena: Tensor) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
@@ -20,6 +22,7 @@ from triton.runtime.errors import OutOfResources
 from expert_store.encoding import RowEncoding
 from expert_store.errors import SlotsError
 from expert_store.paging.pages import DevicePages
+from expert_store.pinned import lockable_bytes
 from expert_store.store import Store
 from router.errors import MaskError
 from router.mask import ExpertMask
@@ -101,7 +104,8 @@ def load_device_runner(
         log.info("the captured step agrees with transformers' forward within %.2g of the logits' norm", distance)
     num_served = int(mask.num_allowed.sum())
     step_spans = int(np.minimum(mask.num_allowed, shape.top_k).sum())
-    num_rows = rows_within(options.host_memory_bytes, reader.span_bytes, num_served, step_spans)
+    budget_bytes = _host_budget(options.host_memory_bytes, num_served * reader.span_bytes)
+    num_rows = rows_within(budget_bytes, reader.span_bytes, num_served, step_spans)
     memory = DeviceMemory(shape, device, num_kept=options.kept_experts, keeps_most=num_rows < num_served)
     progress(Phase.TRUNK, 0.0)
     model = load_trunk(
@@ -112,14 +116,17 @@ def load_device_runner(
     pages_shape = memory.pages_shape(slots)
     if pages_shape.paged and num_rows < step_spans:
         raise SlotsError(
-            f"host_memory of {options.host_memory_bytes} bytes has room for {num_rows} experts, and one token may need "
+            f"host_memory of {budget_bytes} bytes has room for {num_rows} experts, and one token may need "
             f"{step_spans}: set at least {step_spans * reader.span_bytes}"
         )
     pages = DevicePages(pages_shape, None, device=device, policy=options.cache_policy, num_kept=memory.num_kept(slots))
-    fixed = np.zeros(mask.allowed.shape, dtype=np.bool_)
-    for layer, experts in enumerate(order):
-        fixed[layer, experts[: options.kept_experts]] = True
-    tier = SpanTier(reader, pages, options.host_memory_bytes, fixed=fixed, prior=first_scores(order, shape.num_experts))
+    tier = SpanTier(
+        reader,
+        pages,
+        budget_bytes,
+        fixed=_first_of(order, options.kept_experts, mask),
+        prior=first_scores(order, shape.num_experts),
+    )
     tier.adopt(mask.allowed)
     unread = fill_slots(reader, pages, tier, order, progress)
     log_failures(unread)
@@ -131,6 +138,22 @@ def load_device_runner(
     if device.type == "cuda":
         warm_up(runner, progress)
     return runner
+
+
+def _host_budget(wanted_bytes: int | None, experts_bytes: int) -> int | None:
+    """Bound on host memory: the wanted one, or, if the system cannot spare what all experts need, what it can."""
+    lockable = lockable_bytes()
+    if wanted_bytes is not None or lockable is None or lockable >= experts_bytes:
+        return wanted_bytes
+    return lockable
+
+
+def _first_of(order: Sequence[Sequence[int]], count: int, mask: ExpertMask) -> npt.NDArray[np.bool_]:
+    """[L, E], the first `count` experts of each layer."""
+    chosen = np.zeros(mask.allowed.shape, dtype=np.bool_)
+    for layer, experts in enumerate(order):
+        chosen[layer, experts[:count]] = True
+    return chosen
 
 
 def _check_gpu(device: torch.device) -> None:

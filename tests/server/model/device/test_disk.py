@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 from expert_store.errors import ShardCorruptError, SlotsError
 from expert_store.store import Store
 from router.mask import ExpertMask
+from server.model.device.running import assembly
 from server.model.runner import Choice, RowStep, Runner, StepFault
 from tests.expert_store.damage import damage
 from tests.server.model.device.small import EVERYTHING, EXPERTS, LAYERS, TOP_K, greedy
@@ -121,3 +122,13 @@ def test_a_store_grows_and_shrinks_behind_a_small_host_memory(small_store, runne
     assert greedy(device, [[20, 21]], 2, masks=[None]) == masked
     assert device.pages.num_host_spans <= 6
     device.pages.check_integrity(contents=True)
+
+
+def test_without_a_bound_host_memory_takes_what_the_system_can_spare(small_store, runners, monkeypatch):
+    size = span_bytes(small_store)
+    monkeypatch.setattr(assembly, "lockable_bytes", lambda: 10 * size)
+    device = everything_in_memory(runners(small_store))
+    assert device.pages.num_host_spans == 10
+    assert not device.tier.holds_all
+    bounded = everything_in_memory(runners(small_store, host_memory_bytes=12 * size))
+    assert bounded.pages.num_host_spans == 12, "what is set is taken at its word"

@@ -95,6 +95,8 @@ def test_prompts_and_tokens_over_packed_experts_equal_stock_transformers(packed_
 
 def test_spans_keep_the_bytes_of_the_store(packed_store, runner_of):
     runner = runner_of(2)
+    runner.tier.wait()
+    runner.tier.look()
     store = Store.open(packed_store)
     assert runner.model.cache.statistics().slot_bytes == runner.pages.slots.nbytes
     spec = store.layer_spec(1)
