@@ -103,7 +103,8 @@ def measure(path: Path, prompt_tokens: int, new_tokens: int, num_threads: int) -
     tokens = np.random.default_rng(0).integers(0, vocab_size, prompt_tokens + new_tokens).tolist()
 
     def decode(ids: list[int]) -> None:
-        batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * len(ids))(*ids), len(ids))
+        array = (llama_cpp.llama_token * len(ids))(*ids)  # the batch has only its address
+        batch = llama_cpp.llama_batch_get_one(array, len(ids))
         if llama_cpp.llama_decode(context, batch) != 0:
             raise RuntimeError(f"llama.cpp could not compute {len(ids)} tokens")
         llama_cpp.llama_get_logits(context)[0]  # waits
