@@ -301,12 +301,12 @@ class Bench:
         """The page-locked memory as spans of this shape; packed ones all have scales of their own."""
         spans = self.spans.view(-1).view(shape.span_dtype)
         spans = spans[: spans.numel() // shape.span_elements * shape.span_elements].view(-1, shape.span_elements)
-        if shape.packed is not None and self.packed_for != shape.packed:
+        if shape.packed is not None and self.packed_for != (shape.packed, shape.span_elements):
             some = torch.empty(64, shape.span_elements, dtype=torch.int32, device=DEVICE)
             random_codes(shape, some)
             for part in spans.split(64):
                 part.copy_(some[: len(part)])
-            self.packed_for = shape.packed
+            self.packed_for = shape.packed, shape.span_elements
         return spans
 
     def _tuned(self, **sizes: Any) -> StepOptions:

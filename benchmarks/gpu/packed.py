@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import paging as gpu_paging
+from benchmarks.gpu import paths as gpu_paths
 from benchmarks.gpu import timing as gpu_timing
 from benchmarks.gpu.decode import DEVICE, MANY_ROWS, QWEN, SHARES, SYNTHETIC, TRACED, Bench
 from benchmarks.harness.reporting import finish, table
@@ -113,6 +114,12 @@ class PackedBench(Bench):
             self.result[f"copy rate, {name}"] = self.copy_rate
         return rows
 
+    def prefill_packed(self) -> dict[str, Any]:
+        """As the section of that name in `decode`, over int4 by 64."""
+        shape = replace(QWEN, packed=ENCODINGS["int4 by 64"])
+        self.trunks.clear()
+        return gpu_paths.prefill(shape, self._host_spans(shape), self.copy_rate)
+
     def fetchers(self) -> list[dict[str, Any]]:
         """Paging at 25 and 50 % in slots with other numbers of programs that fetch."""
         shape, rows = replace(QWEN, packed=ENCODINGS["int4 by 64"]), []
@@ -151,7 +158,8 @@ def main() -> None:
     bench.wanted = arguments.encodings
     bench.section("machine", bench.machine)
     bench.section("packed", bench.packed)
-    for section in (bench.paging_packed, bench.paging_recorded_packed, bench.fetchers):
+    sections = (bench.paging_packed, bench.paging_recorded_packed, bench.fetchers, bench.prefill_packed)
+    for section in sections:
         if not arguments.only or section.__name__ in arguments.only:
             bench.section(section.__name__, section)
     for name in ("packed", "tuning", "paging_packed", "paging_recorded_packed", "fetchers"):
@@ -160,7 +168,8 @@ def main() -> None:
             print(f"\n## {name}\n" + table(list(rows[0]), [list(row.values()) for row in rows]))
         elif rows:
             print(f"\n## {name}\n" + "\n".join(json.dumps(row) for row in rows))
-    print(json.dumps({"failed": bench.result["failed"], "machine": bench.result.get("machine")}))
+    for name in ("machine", "prefill_packed", "failed"):
+        print(json.dumps({name: bench.result.get(name)}))
     finish("packed_gpu", bench.result, save=arguments.save)
 
 

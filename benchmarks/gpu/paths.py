@@ -7,6 +7,7 @@ cache.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from benchmarks.gpu.steps import random_codes
 from benchmarks.gpu.timing import wall_ms
 from expert_store.cache import ExpertCache
 from expert_store.host_tier import HostTier
@@ -68,15 +70,23 @@ def trunk_of(shape: DecodeShape, num_layers: int) -> Any:
     return model.eval()
 
 
-def device_runner(model: Any, spans: torch.Tensor, num_slots: int, *, max_rows: int, max_tokens: int) -> DeviceRunner:
-    """A device-driven runner over a model of `trunk_of`; spans [N, elements] are shared by the experts in turn."""
+def device_runner(
+    model: Any, of: DecodeShape, spans: torch.Tensor, num_slots: int, *, max_rows: int, max_tokens: int
+) -> DeviceRunner:
+    """A device-driven runner over a model of `trunk_of`, with the experts of the shape `of`; spans [N, elements] are
+    shared by the experts in turn."""
     layers = len(model.model.layers)
-    inner = spans.shape[1] // (3 * model.config.hidden_size)
-    shape = decode_shape(model, intermediate=inner, max_rows=max_rows, max_tokens=max_tokens)
-    pages_shape = PagesShape(layers, shape.num_experts, shape.top_k, num_slots, shape.span_elements, max_rows, DTYPE)
+    shape = decode_shape(model, intermediate=of.intermediate, max_rows=max_rows, max_tokens=max_tokens)
+    shape = replace(shape, packed=of.packed)
+    pages_shape = PagesShape(
+        layers, shape.num_experts, shape.top_k, num_slots, shape.span_elements, max_rows, shape.span_dtype
+    )
     index = torch.arange(layers * shape.num_experts).view(layers, -1) % len(spans)
     pages = DevicePages(pages_shape, spans, index, device=DEVICE)
-    pages.slots.normal_(0.0, 0.03)
+    if shape.packed is None:
+        pages.slots.normal_(0.0, 0.03)
+    else:
+        random_codes(shape, pages.slots)
     pages.adopt(torch.arange(num_slots).expand(layers, num_slots))
     stream = ExpertStream(pages, shape)
     selective = _selective(model, stream=stream, layers=layers, num_experts=shape.num_experts)
@@ -100,7 +110,7 @@ def runners(shape: DecodeShape) -> dict[str, Any]:
     assert tier is not None
     spans = tier._arena.view(DTYPE)[:num_spans]
     started = time.perf_counter()
-    device = device_runner(model, spans, num_slots, max_rows=2, max_tokens=2304)
+    device = device_runner(model, shape, spans, num_slots, max_rows=2, max_tokens=2304)
     device.capture()
     capture_seconds = time.perf_counter() - started
     row = device.allocate()
@@ -126,14 +136,14 @@ def prefill(shape: DecodeShape, spans: torch.Tensor, copy_rate: float, num_token
     tokens = torch.randint(0, shape.vocab, (num_tokens,), generator=torch.Generator().manual_seed(1)).tolist()
     figures: dict[str, Any] = {"tokens": num_tokens}
     for name, num_slots in (("quarter", shape.num_experts // 4), ("resident", shape.num_experts)):
-        runner = device_runner(model, spans, num_slots, max_rows=1, max_tokens=num_tokens + 64)
+        runner = device_runner(model, shape, spans, num_slots, max_rows=1, max_tokens=num_tokens + 64)
         runner.capture()
         chunk = partial(_chunk, runner, tokens)
         figures[f"{name}_ms"] = wall_ms(chunk, repeats=3)
         if name == "quarter":
             before = runner._stream.copied_spans
             chunk()
-            missed = (runner._stream.copied_spans - before) * spans.shape[1] * 2
+            missed = (runner._stream.copied_spans - before) * shape.span_bytes
             figures |= {"missed_bytes": missed, "copy_ms": missed / copy_rate * 1e3}
             figures["quarter_64_tokens_ms"] = wall_ms(partial(_chunk, runner, tokens[:64]), repeats=3)
         del runner, chunk
