@@ -49,6 +49,7 @@ def own_logging() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in (None, "server", "extractor", "router", "expert_store", "uvicorn")]
     before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
     yield
+    logging.captureWarnings(False)
     for logger, level, handlers in before:
         logger.setLevel(level)
         logger.handlers[:] = handlers

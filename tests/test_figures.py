@@ -85,6 +85,15 @@ def test_figures_in_sentences_are_those_of_their_results() -> None:
     assert f"takes {alone['step_ms']:.2f} ms, {alone['ratio']:.1f} times what its bytes need" in text
 
 
+def test_the_table_of_packed_steps_is_that_of_its_results() -> None:
+    rows, found = _rows("### Experts in 4 and 8 bits"), _read("packed_gpu")["packed"]
+    assert found
+    for name in {row["experts"] for row in found}:
+        steps = [row for row in found if row["experts"] == name]
+        floors = " / ".join(f"{row['floor_ms']:.2f}" for row in steps)
+        assert rows[name] == [*(f"{row['step_ms']:.2f}" for row in steps), floors]
+
+
 def test_the_table_of_encodings_is_that_of_its_results() -> None:
     rows = _rows("KL tells encodings apart", "docs/selection.md")
     checkpoints = _read("encodings")["checkpoints"]

@@ -42,12 +42,14 @@ class TextFormatter(logging.Formatter):
 
 
 def configure_logging(log_format: Literal["auto", "text", "json"], level: str, stream: TextIO | None = None) -> None:
-    """Send every record of this process to `stream` (stderr by default). Replaces handlers of earlier calls."""
+    """Send every record of this process, and Python's warnings, to `stream` (stderr by default). Replaces handlers of
+    earlier calls."""
     stream = sys.stderr if stream is None else stream
     as_text = log_format == "text" or (log_format == "auto" and stream.isatty())
     handler = logging.StreamHandler(stream)
     handler.setFormatter(TextFormatter() if as_text else JsonFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.captureWarnings(True)
     for package in ("server", "extractor", "router", "expert_store"):
         logging.getLogger(package).setLevel(level.upper())
     logging.getLogger("uvicorn").setLevel(logging.WARNING)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import threading
 import time
+import warnings
 
 import httpx
 import pytest
 
 from server.api.admin.schemas import ExpertsResponse, InfoResponse
-from server.cli.logging_setup import JsonFormatter, TextFormatter
+from server.cli.logging_setup import JsonFormatter, TextFormatter, configure_logging
 from server.model.load_progress import LoadProgress, Phase
 from server.serving.service import LoadedModel
 from tests.server.api.running import running, wait_until
@@ -199,6 +201,16 @@ def test_log_lines_cannot_be_forged() -> None:
         line = formatter.format(record)
         assert line.isprintable()
         assert "forged" in line
+
+
+def test_a_warning_of_a_library_is_a_line_of_the_log() -> None:
+    stream = io.StringIO()
+    configure_logging("json", "info", stream)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("a field has no effect", UserWarning, stacklevel=1)
+    (line,) = stream.getvalue().splitlines()
+    assert "a field has no effect" in json.loads(line)["message"]
 
 
 def test_drain_is_bounded() -> None:
