@@ -28,8 +28,8 @@ from extractor.checkpoint.families import check_family
 from extractor.checkpoint.quantised import QuantisedEntry, piece_of, read_part, rows_of
 from extractor.checkpoint.tensor_file import ConvertedPiece, Piece, TensorEntry
 from extractor.encoding.importance import FILE_NAME, Importance
-from extractor.encoding.making import Maker, experts_dtype_of
-from extractor.encoding.names import ExpertsDtype
+from extractor.encoding.making import Maker
+from extractor.encoding.names import ExpertsDtype, experts_dtype_of
 from extractor.errors import CheckpointError, UnsupportedFamilyError
 
 Part = tuple[TensorEntry, int, int]

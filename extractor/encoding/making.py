@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 from torch import Tensor
 
 from expert_store.encoding import RowEncoding
-from expert_store.manifest import Making, Manifest
+from expert_store.manifest import Making
 from expert_store.rows import pack_rows
 from extractor.encoding.importance import Importance
 from extractor.encoding.names import MADE, ExpertsDtype, encoding_of, is_second
@@ -51,15 +50,3 @@ class Maker:
                 f"{name} of expert {expert} of MoE layer {layer} cannot be made {self.experts_dtype}: {error}; get the "
                 "checkpoint again, or extract with --experts-dtype 16bit"
             ) from error
-
-
-def experts_dtype_of(manifest: Manifest) -> ExpertsDtype:
-    """The choice that gives the experts of a store again. Raises CheckpointError if a later deepfew made it."""
-    if manifest.made is None:
-        return "shipped" if any(layer.is_encoded for layer in manifest.layers) else "16bit"
-    if manifest.made.experts_dtype not in MADE:
-        raise CheckpointError(
-            f"the store's experts were made {manifest.made.experts_dtype}, which this program cannot make (it can: "
-            f"{', '.join(MADE)}): use the deepfew that made the store"
-        )
-    return cast("ExpertsDtype", manifest.made.experts_dtype)

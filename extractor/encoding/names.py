@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, cast
 
 from expert_store.encoding import RowEncoding
-from extractor.errors import ExtractError
+from expert_store.manifest import Manifest
+from extractor.errors import CheckpointError, ExtractError
 
 ExpertsDtype = Literal["shipped", "16bit", "fp8", "int8", "int4", "int4-int8", "int4-g64", "mxfp4", "nvfp4"]
 """The experts of a store: the checkpoint's bytes, dequantised to the config's dtype, or made in one of `MADE`."""
@@ -43,3 +44,15 @@ def encoding_of(name: str, columns: int) -> RowEncoding:
     except ValueError as error:
         raise ExtractError(f"{name} cannot hold {error}: take 16bit") from None
     return fitting
+
+
+def experts_dtype_of(manifest: Manifest) -> ExpertsDtype:
+    """The choice that gives the experts of a store again. Raises CheckpointError if a later deepfew made it."""
+    if manifest.made is None:
+        return "shipped" if any(layer.is_encoded for layer in manifest.layers) else "16bit"
+    if manifest.made.experts_dtype not in MADE:
+        raise CheckpointError(
+            f"the store's experts were made {manifest.made.experts_dtype}, which this program cannot make (it can: "
+            f"{', '.join(MADE)}): use the deepfew that made the store"
+        )
+    return cast("ExpertsDtype", manifest.made.experts_dtype)

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from expert_store.manifest import MANIFEST_NAME, Alignment, LayerSpec, Making, Manifest, read_manifest
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.encoding.importance import Importance
-from extractor.encoding.making import experts_dtype_of
-from extractor.encoding.names import MADE, ExpertsDtype
+from extractor.encoding.names import MADE, ExpertsDtype, experts_dtype_of
 from extractor.errors import SelectionError, TargetError
 from extractor.planning.selection import Selection, SelectionRequest, select
 from extractor.writing.extract import Extraction
