@@ -52,18 +52,25 @@ def answers(runner: Runner) -> list[Tensor]:
     return [*found, alone.logits.clone(), torch.from_numpy(alone.record.served_index)]
 
 
-def test_the_bits_are_those_of_a_server_that_holds_everything_in_memory(small_store, runners):
+@pytest.mark.parametrize(
+    ("num_rows", "kept_experts"),
+    [
+        pytest.param(LAYERS * EXPERTS, 0, marks=pytest.mark.exhaustive),
+        pytest.param(LAYERS * EXPERTS // 2, 1, marks=pytest.mark.exhaustive),
+        (LEAST, 0),
+    ],
+)
+def test_the_bits_are_those_of_a_server_that_holds_everything_in_memory(small_store, runners, num_rows, kept_experts):
     """Rows for 100 %, 50 %, and 25 %, which is one token's experts: a batch of two may then run in parts."""
     pinned = everything_in_memory(runners(small_store))
     wanted = answers(pinned)
     assert pinned.tier.num_reads == 0
-    for num_rows, kept_experts in ((LAYERS * EXPERTS, 0), (LAYERS * EXPERTS // 2, 1), (LEAST, 0)):
-        device = runners(small_store, host_memory_bytes=num_rows * span_bytes(small_store), kept_experts=kept_experts)
-        for got, same in zip(answers(device), wanted, strict=True):
-            assert torch.equal(got, same), f"{num_rows} rows"
-        assert device.pages.num_host_spans <= num_rows
-        assert (device.tier.num_reads > 0) or num_rows == LAYERS * EXPERTS
-        device.pages.check_integrity(contents=True)
+    device = runners(small_store, host_memory_bytes=num_rows * span_bytes(small_store), kept_experts=kept_experts)
+    for got, same in zip(answers(device), wanted, strict=True):
+        assert torch.equal(got, same)
+    assert device.pages.num_host_spans <= num_rows
+    assert (device.tier.num_reads > 0) or num_rows == LAYERS * EXPERTS
+    device.pages.check_integrity(contents=True)
 
 
 def test_with_everything_in_memory_a_step_asks_for_nothing_of_the_disk(small_store, runners, monkeypatch):

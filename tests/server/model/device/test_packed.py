@@ -72,9 +72,9 @@ def test_a_prompts_products_over_packed_experts_agree_with_float64(model, name):
 def test_bits_over_packed_experts_depend_neither_on_residency_nor_on_the_batch(model):
     encodings = (ENCODINGS["int4"], ENCODINGS["fp8 in blocks"])
     spans = pack_experts(model, encodings)
-    tokens = torch.randint(0, 96, (2, 3), generator=torch.Generator().manual_seed(3))
-    together = build(model, HALF, batch=3, slots=TOP_K, packed=(encodings, spans))
-    got, _ = run(together, tokens, [2, 0, 1])
+    tokens = torch.randint(0, 96, (1, 2), generator=torch.Generator().manual_seed(3))
+    together = build(model, HALF, batch=2, slots=TOP_K, packed=(encodings, spans))
+    got, _ = run(together, tokens, [2, 0])
     for at in range(2):
         alone = build(model, HALF, batch=1, slots=(EXPERTS, TOP_K)[at], packed=(encodings, spans))
         assert torch.equal(run(alone, tokens[:, at : at + 1], [0])[0][:, 0], got[:, at])

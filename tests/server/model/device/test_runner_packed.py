@@ -79,18 +79,18 @@ def stock_of(store: Store) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def test_prompts_and_tokens_over_packed_experts_equal_stock_transformers(packed_store, runner_of):
+@pytest.mark.parametrize(("num_slots", "proof"), [(2, False), pytest.param(6, True, marks=pytest.mark.exhaustive)])
+def test_prompts_and_tokens_over_packed_experts_equal_stock_transformers(packed_store, runner_of, num_slots, proof):
     stock = stock_of(Store.open(packed_store))
     tokens = [7, 20, 21, 5, 64]
     assert all(layer.is_encoded for layer in Store.open(packed_store).manifest.layers)
     wanted = stock(torch.tensor([tokens])).logits[0]
-    for num_slots in (2, 6):
-        runner = runner_of(num_slots, proof=num_slots == 2)
-        row = runner.allocate()
-        got = [runner.prefill(row, tokens[:3]).logits[0].cpu()]
-        got += [runner.decode([RowStep(row, token)]).logits[0].cpu().clone() for token in tokens[3:]]
-        assert torch.allclose(torch.stack(got), wanted[2:], rtol=1e-4, atol=1e-4)
-        runner.pages.check_integrity(contents=True)
+    runner = runner_of(num_slots, proof)
+    row = runner.allocate()
+    got = [runner.prefill(row, tokens[:3]).logits[0].cpu()]
+    got += [runner.decode([RowStep(row, token)]).logits[0].cpu().clone() for token in tokens[3:]]
+    assert torch.allclose(torch.stack(got), wanted[2:], rtol=1e-4, atol=1e-4)
+    runner.pages.check_integrity(contents=True)
 
 
 def test_spans_keep_the_bytes_of_the_store(packed_store, runner_of):

@@ -64,7 +64,13 @@ def steps_of(samplers: list[Sampler], allowed: np.ndarray | None = None) -> list
 
 
 @pytest.mark.parametrize(
-    ("kind", "ways"), [(PLAIN, DRAWN), (NARROWED, NARROW), (ALL, WAYS)], ids=["drawn", "narrowed", "all"]
+    ("kind", "ways"),
+    [
+        pytest.param(PLAIN, DRAWN, marks=pytest.mark.exhaustive),
+        pytest.param(NARROWED, NARROW, marks=pytest.mark.exhaustive),
+        (ALL, WAYS),
+    ],
+    ids=["drawn", "narrowed", "all"],
 )
 def test_every_way_to_choose_gives_the_samplers_tokens_whatever_the_batch(
     kind: DrawKind, ways: list[SamplingParams]
