@@ -37,7 +37,10 @@ def _high(words):
 
 @triton.jit
 def codes_as_floats(words, zero, magic, part: tl.constexpr, CODES: tl.constexpr):
-    """The codes at place `part` of int32 words, less their zero points, in float32; `factor` and `rest` are left."""
+    """The codes at place `part` of int32 words, less their zero points, in float32; `factor` and `rest` are left.
+
+    E4M3's NaN reads as 480 or -480.
+    """
     if CODES == INT4:
         field = (_high(words) if part >= 4 else words) & (0xF << (4 * (part % 4)))
         return (field | magic).to(tl.float32, bitcast=True) - (8388608.0 + zero * (1 << (4 * (part % 4))))
@@ -54,13 +57,13 @@ def codes_as_floats(words, zero, magic, part: tl.constexpr, CODES: tl.constexpr)
 
 @triton.jit
 def factor(part, CODES: tl.constexpr):
-    """float32 that the activations at place `part` are multiplied by: a power of two."""
+    """float32 that the activations at place `part`, a tensor, are multiplied by: a power of two."""
     if CODES == INT4:
         return ((127 - 4 * (part % 4)) << 23).to(tl.float32, bitcast=True)
     elif CODES == INT8:
         return ((127 - 8 * (part % 2)) << 23).to(tl.float32, bitcast=True)
     else:
-        return (part * 0 + (187 << 23)).to(tl.float32, bitcast=True)  # 2 ** 60
+        return (part * 0 + (187 << 23)).to(tl.float32, bitcast=True)  # 2 ** 60, as a tensor like the others
 
 
 @triton.jit
@@ -303,6 +306,7 @@ def down(
                 anchor, pair_target, first, flat, rows, inside, True, K, Q, BEFORE, QW, RW, GW, CODES, SCALES, S_AT,
                 ZEROS, Z_AT, OVERALL, O_AT,
             )  # fmt: skip
+            # A run is in one of the two, and reads as zeros in the other, or as the middle of the codes in both.
             tile = (tile[0] | late[0], tile[1] + late[1], tl.maximum(tile[2], late[2]))
         weight = tl.load(weights + first + flat // Q, mask=flat < K * Q, other=0.0)
         at = flat // Q * I + flat % Q * QW
@@ -315,6 +319,7 @@ def down(
 def values_of(tile, magic, part: tl.constexpr, CODES: tl.constexpr, dtype: tl.constexpr):
     """The values [rows, words] at place `part` of a tile's words, rounded to `dtype`."""
     codes, scale, zero = tile
-    value = codes_as_floats(codes, zero[:, :, None], magic, part, CODES) * factor(part + 0 * magic, CODES)
+    as_tensor = part + 0 * magic  # a constant has no dtype to be cast from
+    value = codes_as_floats(codes, zero[:, :, None], magic, part, CODES) * factor(as_tensor, CODES)
     value *= rest(CODES) * scale[:, :, None]
     return tl.reshape(value, [codes.shape[0], codes.shape[1] * codes.shape[2]]).to(dtype)

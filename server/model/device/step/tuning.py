@@ -21,7 +21,8 @@ def divisor(n: int, most: int) -> int:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Tile sizes; the defaults are the fastest on an H100 for weights of 2 bytes (docs/performance.md)."""
+    """Tile sizes; the defaults are the fastest on an H100, those named packed for experts in 4 bits, the others for
+    weights of 2 bytes (docs/performance.md)."""
 
     qkv_rows: int = 8
     output_rows: int = 4

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from expert_store.encoding import RowEncoding
 from expert_store.paging.pages import DevicePages, PagesShape
@@ -30,6 +31,21 @@ TUNING = Tuning(
     attention_splits=2, attention_block=16 if DEVICE == "cuda" else 2, fetchers=2, packed_fetchers=2, copy_elements=256,
 )  # fmt: skip
 MAX_ROWS, MAX_TOKENS = 8, 64
+
+
+def qwen3_moe(*, num_experts: int, top_k: int, hidden: int, intermediate: int) -> Qwen3MoeForCausalLM:
+    """A random model of two layers in float32, with norms that are not all one."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=96, hidden_size=hidden, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, moe_intermediate_size=intermediate, num_experts=num_experts, num_experts_per_tok=top_k,
+        norm_topk_prob=True, max_position_embeddings=128, initializer_range=0.2,
+    )  # fmt: skip
+    built = Qwen3MoeForCausalLM(config).eval()
+    for name, parameter in built.named_parameters():
+        if "norm" in name:
+            parameter.data = 1 + 0.2 * torch.randn_like(parameter)
+    return built
 
 
 def spans_of(model: Any, dtype: torch.dtype) -> Tensor:

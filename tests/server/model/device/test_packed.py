@@ -14,25 +14,19 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeForCausalLM
 
 from server.model.device.capture.pack import moe_blocks
 from server.model.device.step.prefill import ExpertStream
 from tests.expert_store.test_rows import ENCODINGS
-from tests.server.model.device.captured import HALF, Reference, build, distance, pack_experts, run
+from tests.server.model.device.captured import HALF, Reference, build, distance, pack_experts, qwen3_moe, run
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 2, 6, 2, 64, 64
 
 
 @pytest.fixture(scope="module")
 def model() -> Qwen3MoeForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=96, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=32, moe_intermediate_size=INTERMEDIATE, num_experts=EXPERTS, num_experts_per_tok=TOP_K,
-        norm_topk_prob=True, max_position_embeddings=128, initializer_range=0.2,
-    )  # fmt: skip
-    return Qwen3MoeForCausalLM(config).eval()
+    return qwen3_moe(num_experts=EXPERTS, top_k=TOP_K, hidden=HIDDEN, intermediate=INTERMEDIATE)
 
 
 QUICK = ("int4", "fp8 in blocks", "nvfp4, modelopt")

@@ -98,8 +98,8 @@ def test_spans_keep_the_bytes_of_the_store(packed_store, runner_of):
     runner.tier.wait()
     runner.tier.look()
     store = Store.open(packed_store)
-    assert runner.model.cache.statistics().slot_bytes == runner.pages.slots.nbytes
     spec = store.layer_spec(1)
+    assert runner.pages.slots[0].nbytes == spec.span_bytes
     span = torch.empty(spec.span_bytes, dtype=torch.uint8)
     store.read_expert(1, 3, span)
     assert torch.equal(runner.pages.host_span(1, 3).cpu().view(torch.uint8), span)

@@ -12,26 +12,16 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeForCausalLM
 
-from tests.server.model.device.captured import HALF, Reference, build, distance, run
+from tests.server.model.device.captured import HALF, Reference, build, distance, qwen3_moe, run
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 2, 12, 3, 64, 32
 
 
 @pytest.fixture(scope="module")
 def model() -> Qwen3MoeForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=96, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=32, moe_intermediate_size=INTERMEDIATE, num_experts=EXPERTS, num_experts_per_tok=TOP_K,
-        norm_topk_prob=True, max_position_embeddings=128, initializer_range=0.2,
-    )  # fmt: skip
-    built = Qwen3MoeForCausalLM(config).eval()
-    for name, parameter in built.named_parameters():
-        if "norm" in name:
-            parameter.data = 1 + 0.2 * torch.randn_like(parameter)
-    return built
+    return qwen3_moe(num_experts=EXPERTS, top_k=TOP_K, hidden=HIDDEN, intermediate=INTERMEDIATE)
 
 
 @pytest.mark.parametrize(
