@@ -22,7 +22,6 @@ from expert_store.errors import SlotsError
 SMALL_ARENA_BYTES = 64 << 20
 TOUCH_THREADS = 8
 
-
 LOCKED_SHARE = 0.8
 """Share of the free memory that is page-locked at most, where no bound is set: locked pages cannot be swapped out."""
 

@@ -163,10 +163,6 @@ class DevicePages:
         """Number of spans that the host tier has room for."""
         return sum(map(len, self._arenas))
 
-    def unused_rows(self) -> list[int]:
-        """Rows of the host tier that belong to no expert."""
-        return sorted(set(range(self.num_host_spans)) - set(self.host_index.flatten().tolist()))
-
     def host_row(self, row: int) -> Tensor:
         """The memory of a row of the host tier, a view [span_elements]; write it only while it belongs to no expert."""
         at = bisect_right(self._first_rows, row) - 1

@@ -93,7 +93,7 @@ class Sampler:
 
     def choose(self, logits: Tensor, choice: Choice | None, allowed: npt.NDArray[np.bool_] | None = None) -> int:
         """Choose the next token from logits [V] float32, by a `choice` of this sampler, among the tokens that `allowed`
-        [V] flags. The logits are not changed. Waits for the device once. `take` comes next."""
+        [V] flags. The logits are not changed. Waits for the device once, and for top-p once more. `take` comes next."""
         scores = logits[None]
         if (adjustment := self.adjustment) is not None:
             ids = torch.from_numpy(adjustment.ids).to(logits.device)

@@ -11,42 +11,21 @@ import torch
 import xxhash
 from torch import Tensor
 
-from expert_store.encoding import CODE_BITS, RowEncoding
+from expert_store.encoding import RowEncoding
 from expert_store.manifest import LayerSpec, write_manifest
-from expert_store.rows import E2M1, FIELD_DTYPES, RowFields, decode_rows, pack_rows
+from expert_store.rows import FIELD_DTYPES, pack_rows
 from expert_store.shard import ShardLayout
 from expert_store.slots import TORCH_DTYPES
 from expert_store.store import Store
+from extractor.encoding.quantise import quantise
 
 
 def encoded_rows(weight: Tensor, encoding: RowEncoding) -> Tensor:
-    """uint8 [O, row bytes]: the nearest codes of a weight [O, N], each group scaled to its largest number."""
-    codes = torch.arange(1 << CODE_BITS[encoding.codes], dtype=torch.uint8)
-    values = codes.float() - encoding.middle
-    if encoding.codes == "fp8":
-        values = codes.view(torch.float8_e4m3fn).float()
-        codes, values = codes[~values.isnan()], values[~values.isnan()]
-    elif encoding.codes == "fp4":
-        values = torch.tensor(E2M1)
-    values, order = values.sort()
-    groups = weight.float().view(len(weight), -1, encoding.group)
-    scales = groups.abs().amax(-1).clamp(min=1e-6) / values.max()
-    overall = None
-    if encoding.overall is not None:
-        overall = scales.amax(-1) / 448
-        scales = scales / overall[:, None]
-        overall = 1 / overall if encoding.overall == "divisor" else overall
-    if encoding.scales == "F8_E8M0":
-        stored = (scales.log2().ceil() + 127).to(torch.uint8)
-    else:
-        stored = scales.to(FIELD_DTYPES[encoding.scales])
-    zeros = torch.full(scales.shape, encoding.middle).to(FIELD_DTYPES[encoding.zeros]) if encoding.zeros else None
-    ones = RowFields(
-        torch.full(weight.shape, int(codes[order][values.argmax()]), dtype=torch.uint8), stored, zeros, overall
-    )
-    unit = decode_rows(encoding, weight.shape[1], pack_rows(encoding, ones)) / values.max()
-    nearest = torch.bucketize((weight.float() / unit).contiguous(), (values[1:] + values[:-1]) / 2)
-    return pack_rows(encoding, replace(ones, codes=codes[order][nearest]))
+    """uint8 [O, row bytes] of a weight [O, N], also for fields that extraction only copies: I16 zeros, divisors."""
+    made = quantise(weight, replace(encoding, zeros=encoding.zeros and "U8", overall=encoding.overall and "factor"))
+    zeros = made.zeros if encoding.zeros is None else made.zeros.to(FIELD_DTYPES[encoding.zeros])
+    overall = 1 / made.overall if encoding.overall == "divisor" else made.overall
+    return pack_rows(encoding, replace(made, zeros=zeros, overall=overall))
 
 
 def repack(store: Path, folder: Path, encodings: Mapping[str, RowEncoding], *, transposed: bool = False) -> Path:

@@ -67,7 +67,6 @@ class SpanReader:
         self,
         experts: Sequence[Expert],
         into: Sequence[Tensor] | Tensor,
-        progress: Callable[[float], None] | None = None,
         readers: ThreadPoolExecutor | None = None,
     ) -> Failures:
         """Fills into [n, elements] (or n tensors [elements]) with the spans of `experts`, in their order.
@@ -77,14 +76,8 @@ class SpanReader:
 
         Returns the experts that could not be read, with their errors; their memory is undefined.
         """
-        failures: Failures = {}
         read = (readers or self._readers).map(self._read_one, experts, into)
-        for done, (expert, error) in enumerate(zip(experts, read, strict=False)):
-            if error is not None:
-                failures[expert] = error
-            if progress is not None and done % 64 == 0:
-                progress(done / len(experts))
-        return failures
+        return {expert: error for expert, error in zip(experts, read, strict=False) if error is not None}
 
     def close(self) -> None:
         """Stops the threads."""

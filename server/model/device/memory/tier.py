@@ -16,17 +16,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expert_store.errors import SlotsError, StoreError
+from expert_store.errors import SlotsError
 from expert_store.host_tier import TierStatistics
 from expert_store.paging.pages import DevicePages
 from expert_store.pinned import NotPinnableError, locked_arena, new_arena, page_lock
+from server.model.device.memory.ahead import AheadReads
 from server.model.device.memory.reading import READ_THREADS, Expert, Failures, SpanReader, log_failures
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class SpanTier:
         self._to_lock, self._is_full, self._fills = 0, False, False
         self._arrived: list[tuple[Tensor, list[Expert], Failures]] = []
         self._filling: threading.Thread | None = None
-        self._closed = threading.Event()
+        self._stops = threading.Event()
         self._wait_seconds, self._num_filled = 0.0, 0
         self.num_reads = self.num_changes = self.capacity = self.most_needed = 0
         self.holds_all = False
@@ -112,7 +113,9 @@ class SpanTier:
     # -- the set of experts --------------------------------------------------------------------------------------------
 
     def adopt(self, allowed: Experts) -> None:
-        """Takes the experts that are served, [L, E], now allowed: those never leave memory if all of them have room."""
+        """Takes the experts that are served, [L, E], now allowed: those never leave memory if all of them have room.
+        Ends what is read in the background, whose rows count to the bound; `fill` starts it again."""
+        self._end_fill()
         shape, held = self._pages.shape, self._pages.num_host_spans
         most = rows_within(self._budget, self._reader.span_bytes, int(allowed.sum()), self._step_spans)
         most = min(most, allowed.size)
@@ -137,8 +140,9 @@ class SpanTier:
         return failures
 
     def fill(self, experts: Iterable[Expert]) -> None:
-        """Starts to read experts, best first, in the background, as far as host memory allows; `look` takes them."""
-        self.wait()
+        """Starts to read experts, best first, in the background, as far as host memory allows, in place of those that
+        are read there now; `look` takes them."""
+        self._end_fill()
         self._changed()
         left = deque(one for one in experts if not self.servable[one] and not self._unreadable[one])
         if left:
@@ -150,12 +154,11 @@ class SpanTier:
         """Between two steps: takes what was read in the background."""
         if not self._arrived and not self._is_full:
             return
+        self._take_arrived()
         with self._lock:
-            arrived, self._arrived = self._arrived, []
             is_full, self._is_full = self._is_full, False
-        for block in arrived:
-            log_failures(self._take(*block))
         if is_full:
+            self._end_fill()
             self._budget = self._pages.num_host_spans * self._reader.span_bytes
             self.adopt(self._allowed)
 
@@ -181,7 +184,7 @@ class SpanTier:
 
     def close(self) -> None:
         """Stops reading."""
-        self._closed.set()
+        self._stops.set()
         self.wait()
         self._reader.close()
 
@@ -404,12 +407,25 @@ class SpanTier:
         self._changed()
 
     def _wait_for_block(self) -> bool:
-        """Waits for what the background reads now, and takes it; returns whether there was anything."""
+        """Waits for what the background reads now, and takes it; returns whether there may be more room now."""
         with self._lock:
             self._lock.wait_for(lambda: self._arrived or not self._fills)
-            has_arrived = bool(self._arrived)
+            has_changed = bool(self._arrived) or self._is_full  # where memory is full, experts may leave it
         self.look()
-        return has_arrived
+        return has_changed
+
+    def _end_fill(self) -> None:
+        """Ends what is read in the background after the block under way, and takes what was read."""
+        self._stops.set()
+        self.wait()
+        self._stops.clear()
+        self._take_arrived()
+
+    def _take_arrived(self) -> None:
+        with self._lock:
+            arrived, self._arrived = self._arrived, []
+        for block in arrived:
+            log_failures(self._take(*block))
 
     def _reserve(self, count: int) -> int:
         """Takes up to a block of rows from those that may be page-locked."""
@@ -447,7 +463,7 @@ class SpanTier:
     def _fill(self, left: deque[Expert]) -> None:
         try:
             with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="tier-fill") as readers:
-                while left and not self._closed.is_set():
+                while left and not self._stops.is_set():
                     arrived = self._read_block(left, readers)
                     if arrived is None:
                         return
@@ -460,58 +476,3 @@ class SpanTier:
             with self._lock:
                 self._fills = False
                 self._lock.notify_all()
-
-
-class AheadReads:
-    """Reads experts in order through a few rows of the tier, several at a time; a row is written again after its span
-    was copied.
-
-    Args:
-        rows: memory of each row [span_elements].
-
-    Attributes:
-        experts: in the order in which they must be taken.
-    """
-
-    def __init__(self, tier: SpanTier, reader: SpanReader, experts: list[Expert], rows: dict[int, Tensor]) -> None:
-        self._tier, self._reader, self.experts = tier, reader, experts
-        self._rows = list(rows.items())
-        self._reads: list[Future[StoreError | None]] = []
-        for _ in self._rows[: len(experts)]:
-            self._submit(None)
-
-    def is_read(self, at: int) -> bool:
-        """Whether the expert at this place in the order can be had without a wait."""
-        return at < len(self._reads) and self._reads[at].done()
-
-    def wait(self, at: int) -> Tensor | StoreError:
-        """The span [span_elements] of the expert at this place, valid until `copied`, or why it cannot be read."""
-        began = time.perf_counter()
-        error = self._reads[at].result()
-        self._tier.waited(time.perf_counter() - began)
-        return self._row(at)[1] if error is None else error
-
-    def copied(self, wait: Callable[[], object] | None) -> None:
-        """The next span in the order is no longer needed after `wait` has returned; None: it is not needed now."""
-        if len(self._reads) < len(self.experts):
-            self._submit(wait)
-
-    def finish(self) -> None:
-        """Waits for what is being read. The experts that were read last keep the rows."""
-        last: dict[int, Expert] = {}
-        failures: Failures = {}
-        for at, read in enumerate(self._reads):
-            error = read.result()
-            if error is not None:
-                failures[self.experts[at]] = error
-            last[self._row(at)[0]] = self.experts[at]
-        num_gone = len(self._reads) - len(last) - len(failures.keys() - set(last.values()))
-        self._tier.place([(expert, row) for row, expert in last.items()], failures, num_gone)
-        self._tier.give_back(row for row, _ in self._rows if row not in last)
-
-    def _row(self, at: int) -> tuple[int, Tensor]:
-        return self._rows[at % len(self._rows)]
-
-    def _submit(self, wait: Callable[[], object] | None) -> None:
-        at = len(self._reads)
-        self._reads.append(self._reader.submit(self.experts[at], self._row(at)[1], wait))

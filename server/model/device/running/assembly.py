@@ -116,8 +116,8 @@ def load_device_runner(
     pages_shape = memory.pages_shape(slots)
     if pages_shape.paged and num_rows < step_spans:
         raise SlotsError(
-            f"host_memory of {budget_bytes} bytes has room for {num_rows} experts, and one token may need "
-            f"{step_spans}: set at least {step_spans * reader.span_bytes}"
+            f"host memory of {budget_bytes} bytes has room for {num_rows} experts, and one token may need "
+            f"{step_spans}: set host_memory to at least {step_spans * reader.span_bytes}"
         )
     pages = DevicePages(pages_shape, None, device=device, policy=options.cache_policy, num_kept=memory.num_kept(slots))
     tier = SpanTier(

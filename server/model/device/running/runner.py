@@ -222,7 +222,6 @@ class DeviceRunner:
         reads it at once. See `Runner.adopt`."""
         if self.tier is not None:
             allowed = self.model.routing.mask.allowed
-            self.tier.look()
             self.tier.adopt(allowed)
             self.tier.fill(in_turn([np.flatnonzero(row).tolist() for row in allowed]))
 

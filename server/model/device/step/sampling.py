@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -55,10 +56,7 @@ class DrawKind:
     @classmethod
     def all(cls) -> list[DrawKind]:
         """Every kind."""
-        flags = (False, True)
-        return [
-            cls(narrowed, adjusted, constrained) for narrowed in flags for adjusted in flags for constrained in flags
-        ]
+        return [cls(*flags) for flags in product((False, True), repeat=3)]
 
 
 class DrawRoom:

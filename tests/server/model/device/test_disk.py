@@ -87,7 +87,7 @@ def test_with_everything_in_memory_a_step_asks_for_nothing_of_the_disk(small_sto
 def test_less_host_memory_than_one_tokens_experts_is_refused_with_what_would_do(small_store, runners):
     with pytest.raises(SlotsError, match=rf"room for {LEAST - 1} experts, and one token may need {LEAST}") as refused:
         runners(small_store, host_memory_bytes=LEAST * span_bytes(small_store) - 1)
-    least = re.search(r"set at least (\d+)", str(refused.value))
+    least = re.search(r"set host_memory to at least (\d+)", str(refused.value))
     assert least is not None
     row = (device := runners(small_store, host_memory_bytes=int(least[1]))).allocate()
     assert device.prefill(row, [20]).logits.isfinite().all()

@@ -8,8 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from expert_store.encoding import RowEncoding
-from expert_store.rows import decode_rows
-from expert_store.slots import TORCH_DTYPES
+from expert_store.rows import span_values
 from expert_store.store import Store
 from extractor.planning.selection import SelectionRequest
 from extractor.writing.prepare import prepare
@@ -49,14 +48,8 @@ def decoded(model: PreTrainedModel, path: Path, *, transposed: bool = False) -> 
             for expert in range(store.manifest.model.num_experts):
                 span = torch.empty(spec.span_bytes, dtype=torch.uint8)
                 store.read_expert(spec.layer, expert, span)
-                for tensor in spec.tensors:
-                    part = span[tensor.offset : tensor.offset + tensor.bytes]
-                    if tensor.encoding is None:
-                        value = part.view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape).float()
-                    else:
-                        value = decode_rows(tensor.encoding, tensor.shape[1], part.view(tensor.shape[0], -1))
-                        value = value.t() if transposed else value
-                    getattr(experts, tensor.name)[expert] = value
+                for name, value in span_values(spec, span).items():
+                    getattr(experts, name)[expert] = value.t() if transposed else value
     store.close()
     return model
 
