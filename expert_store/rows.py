@@ -61,9 +61,7 @@ def pack_rows(encoding: RowEncoding, fields: RowFields) -> Tensor:
         if value is None or value.shape != (num_rows, count) or value.dtype != dtype:
             found = None if value is None else (value.dtype, tuple(value.shape))
             raise ValueError(f"{name} of {encoding} is {found}, wanted {dtype} of shape {(num_rows, count)}")
-        if (
-            dtype.itemsize > 1
-        ):  # a view as bytes needs a stride of one, which `contiguous` leaves as it is for one column
+        if dtype.itemsize > 1:  # a view as bytes needs a stride of one; `contiguous` keeps another one of one column
             value = value.clone(memory_format=torch.contiguous_format)
         rows[:, at : at + count * dtype.itemsize] = value.view(torch.uint8)
     return rows
@@ -102,7 +100,7 @@ def decode_rows(encoding: RowEncoding, columns: int, rows: Tensor) -> Tensor:
 def decode_fields(encoding: RowEncoding, fields: RowFields) -> Tensor:
     """float32 [O, N], the values of a matrix's numbers."""
     scales = fields.scales.float()
-    if encoding.scales == "F8_E8M0":
+    if encoding.scales == "F8_E8M0":  # the byte 255 is infinite, as in the kernels and the formats' libraries
         scales = (scales - 127.0).exp2()
     if fields.overall is not None:
         scales = scales * fields.overall[:, None] if encoding.overall == "factor" else scales / fields.overall[:, None]

@@ -37,7 +37,7 @@ from torch import Tensor
 from benchmarks.harness.checkpoints import make_store
 from benchmarks.harness.reporting import BUNDLED, REPOSITORY, environment, finish, table, write_result
 from expert_store.encoding import CODE_BITS, RowEncoding
-from expert_store.rows import decode_rows, pack_rows
+from expert_store.rows import FIELD_DTYPES, decode_fields, span_values
 from expert_store.store import Store
 from extractor.encoding.importance import Importance
 from extractor.encoding.names import ENCODINGS, encoding_of
@@ -54,7 +54,6 @@ from server.quality.texts import TextOptions, find_domains
 DATA = REPOSITORY / "benchmarks" / "data" / "selection"
 PARTS = ("encodings", "down", "masks", "mixes")
 COLUMNS = ("part", "name", "kept", "bits", "bytes", "mean_ratio", "worst_ratio", "kl", "worst_kl")
-SCALE_BITS = {"F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E8M0": 8, "U8": 8}
 SIXTEEN = "16bit"
 FOUR_BITS = ("int4", "mxfp4", "nvfp4")
 CALIBRATION = TextOptions(half="even", max_tokens=4096)
@@ -92,8 +91,8 @@ def bits_of(name: str) -> float:
     if name == SIXTEEN:
         return 16.0
     encoding: RowEncoding = ENCODINGS[name]
-    scales = SCALE_BITS[encoding.scales] + (0 if encoding.zeros is None else SCALE_BITS[encoding.zeros])
-    return CODE_BITS[encoding.codes] + scales / encoding.group
+    scale_bytes = sum(FIELD_DTYPES[dtype].itemsize for dtype in (encoding.scales, encoding.zeros) if dtype is not None)
+    return CODE_BITS[encoding.codes] + 8 * scale_bytes / encoding.group
 
 
 class Measurements:
@@ -188,18 +187,15 @@ class Measurements:
         plain = self._plain(layer, expert, tensor)
         if name == SIXTEEN:
             return plain
-        importance = None
-        if with_stats:
-            importance = self._importance.of_matrix(layer, expert, tensor)
+        importance = self._importance.of_matrix(layer, expert, tensor) if with_stats else None
         encoding = encoding_of(name, plain.shape[1])
-        return decode_rows(encoding, plain.shape[1], pack_rows(encoding, quantise(plain, encoding, importance)))
+        return decode_fields(encoding, quantise(plain, encoding, importance))
 
     def _plain(self, layer: int, expert: int, tensor: str) -> Tensor:
         spec = self.model.store.layer_spec(layer)
         span = torch.empty(spec.span_bytes, dtype=torch.uint8)
         self.model.store.read_expert(layer, expert, span)
-        found = next(one for one in spec.tensors if one.name == tensor)
-        return span[found.offset : found.offset + found.bytes].view(torch.bfloat16).view(found.shape).float()
+        return span_values(spec, span)[tensor].float()
 
 
 def divergence(whole: Tensor, logits: Tensor) -> Tensor:

@@ -18,21 +18,21 @@ room for twice the experts: python -m benchmarks.gpu.disk --directory /tmp/disk-
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.gpu.serve import LARGE
-from benchmarks.harness.checkpoints import Shape, make_store, write_checkpoint
+from benchmarks.gpu.serve import arguments_over_a_large_store
+from benchmarks.harness.checkpoints import make_store, write_checkpoint
 from benchmarks.harness.reporting import environment, finish, table
 from expert_store.store import Store
 from server.model.device.memory.reading import READ_THREADS
@@ -92,7 +92,7 @@ def measure(path: Path, options: RunnerOptions, share: float, num_tokens: int, n
     began = time.perf_counter()
     store = Store.open(path)
     budget = int(share * experts_bytes(store))
-    runner = load_device_runner(store, RunnerOptions(**{**options.__dict__, "host_memory_bytes": budget}), proof=False)
+    runner = load_device_runner(store, replace(options, host_memory_bytes=budget), proof=False)
     ready = time.perf_counter() - began
     tier = runner.tier
     assert tier is not None
@@ -183,16 +183,9 @@ def show(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--directory", type=Path, required=True, help="for checkpoint and store, twice their size")
-    parser.add_argument("--num-layers", type=int, default=LARGE.num_layers)
-    parser.add_argument("--num-tokens", type=int, default=64)
-    parser.add_argument("--save", action="store_true")
-    arguments = parser.parse_args()
-    shape = Shape(**{**LARGE.__dict__, "num_layers": arguments.num_layers})
+    arguments, shape = arguments_over_a_large_store((__doc__ or "").splitlines()[0])
     path = arguments.directory / "store"
     if not (path / "manifest.json").is_file():
-        arguments.directory.mkdir(parents=True, exist_ok=True)
         write_checkpoint(arguments.directory / "checkpoint", shape, device="cuda")
         make_store(arguments.directory / "checkpoint", path)
         shutil.rmtree(arguments.directory / "checkpoint")

@@ -27,6 +27,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.gpu.decode import QWEN
 from benchmarks.gpu.steps import CONTEXT, random_trunk
 from benchmarks.harness.reporting import BUNDLED, environment, finish, table
 from expert_store.paging.pages import DevicePages, PagesShape
@@ -40,10 +41,6 @@ from server.model.device.step.tuning import StepOptions
 from server.model.device.step.weights import DecodeShape
 from server.model.runner import RowStep
 
-QWEN = DecodeShape(
-    num_layers=48, hidden=2048, num_heads=32, num_kv_heads=4, head_dim=128, vocab=151936, num_experts=128, top_k=8,
-    intermediate=768, max_rows=8, max_tokens=4096,
-)  # fmt: skip
 WARMUP = 5
 SCHEMA = {
     "type": "object",

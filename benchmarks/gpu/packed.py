@@ -27,29 +27,20 @@ from benchmarks.gpu import paths as gpu_paths
 from benchmarks.gpu import timing as gpu_timing
 from benchmarks.gpu.decode import DEVICE, MANY_ROWS, QWEN, SHARES, SYNTHETIC, TRACED, Bench
 from benchmarks.harness.reporting import finish, table
-from expert_store.encoding import RowEncoding
+from extractor.encoding import names
 from server.model.device.step.graphs import in_parallel
 from server.model.device.step.state import RowState
 from server.model.device.step.step import DecodeStep
 from server.model.device.step.tuning import StepOptions
 from server.model.device.step.weights import DecodeShape
 
-INT4 = RowEncoding("int4", 64, "F16", zeros="U8")
-FINE = RowEncoding("int4", 32, "F16", zeros="U8")
-ENCODINGS = {
-    "int4 by 64": (INT4, INT4),
-    "int4 by 32": (FINE, FINE),
-    "fp8 by 128": (RowEncoding("fp8", 128, "F32"), RowEncoding("fp8", 128, "F32")),
-    "mxfp4": (RowEncoding("fp4", 32, "F8_E8M0"), RowEncoding("fp4", 32, "F8_E8M0")),
-    "nvfp4": tuple(RowEncoding("fp4", 16, "F8_E4M3", overall="factor") for _ in range(2)),
-    "int8 by 128": (RowEncoding("int8", 128, "F16"), RowEncoding("int8", 128, "F16")),
-}
+NAMES = {"int4 by 64": "int4-g64", "int4 by 32": "int4", "fp8 by 128": "fp8", "mxfp4": "mxfp4", "nvfp4": "nvfp4",
+         "int8 by 128": "int8"}  # fmt: skip
+ENCODINGS = {label: (names.ENCODINGS[name], names.ENCODINGS[name]) for label, name in NAMES.items()}
 BATCHES = (1, 8, 32)
 TUNED: tuple[dict[str, Any], ...] = (
     {"packed_up_rows": 1}, {"packed_up_rows": 4}, {"packed_down_rows": 2},
 )  # fmt: skip
-
-
 FETCHERS: tuple[dict[str, Any], ...] = (
     *({"packed_fetchers": num} for num in (64, 128, 256, 512)), {"packed_fetchers": 256, "packed_up_rows": 1},
     {"packed_fetchers": 256, "packed_up_rows": 4},
@@ -162,13 +153,10 @@ def main() -> None:
     for section in sections:
         if not arguments.only or section.__name__ in arguments.only:
             bench.section(section.__name__, section)
-    for name in ("packed", "tuning", "paging_packed", "paging_recorded_packed", "fetchers"):
-        rows = bench.result.get(name)
-        if rows and name != "tuning":
+    for name in ("packed", "paging_packed", "paging_recorded_packed", "fetchers"):
+        if rows := bench.result.get(name):
             print(f"\n## {name}\n" + table(list(rows[0]), [list(row.values()) for row in rows]))
-        elif rows:
-            print(f"\n## {name}\n" + "\n".join(json.dumps(row) for row in rows))
-    for name in ("machine", "prefill_packed", "failed"):
+    for name in ("machine", "tuning", "prefill_packed", "failed"):
         print(json.dumps({name: bench.result.get(name)}))
     finish("packed_gpu", bench.result, save=arguments.save)
 

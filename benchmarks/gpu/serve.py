@@ -31,6 +31,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -205,15 +206,20 @@ def _post(path: str, num_tokens: int, prompt: int, **options: Any) -> Any:
     return urllib.request.urlopen(request, timeout=600)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def arguments_over_a_large_store(description: str) -> tuple[argparse.Namespace, Shape]:
+    """The command line of a benchmark that makes a large store, and the store's shape; makes the directory."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--directory", type=Path, required=True, help="for checkpoint and store, twice their size")
     parser.add_argument("--num-layers", type=int, default=LARGE.num_layers)
     parser.add_argument("--num-tokens", type=int, default=64)
     parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
     arguments.directory.mkdir(parents=True, exist_ok=True)
-    shape = Shape(**{**LARGE.__dict__, "num_layers": arguments.num_layers})
+    return arguments, replace(LARGE, num_layers=arguments.num_layers)
+
+
+def main() -> None:
+    arguments, shape = arguments_over_a_large_store((__doc__ or "").splitlines()[0])
     store, extraction = extract_large(arguments.directory, shape)
     print(f"extracted in {extraction['seconds']:.0f} s, {extraction['bytes_per_second'] / 1e9:.2f} GB/s", flush=True)
     servings = {}

@@ -53,8 +53,8 @@ class ExpertsLayout:
     @classmethod
     def of_store(cls, checkpoint: Checkpoint, manifest: Manifest, root: Path) -> ExpertsLayout:
         """The layout that gives the experts of the store at `root` again. Raises ExtractError."""
-        has_importance = manifest.made is not None and manifest.made.statistics is not None
-        importance = Importance.read(root / FILE_NAME) if has_importance else None
+        wanted = None if manifest.made is None else manifest.made.statistics
+        importance = None if wanted is None else Importance.read(root / FILE_NAME, wanted)
         return cls.of(checkpoint, experts_dtype_of(manifest), importance)
 
     @classmethod

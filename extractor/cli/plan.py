@@ -77,7 +77,11 @@ def plan(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture to draw (png, svg or pdf).")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose which experts a store should have, from calibration statistics, and say what they will serve."""
+    """Choose which experts a store should have, from calibration statistics, and say what they will serve.
+
+    It does not choose an encoding, and sizes, also that of --budget, are those of the calibrated store's experts. For
+    experts that `deepfew extract --experts-dtype` makes smaller, use --count or --keep.
+    """
     require_writable(out, "--out")
     if plot is not None:
         require_picture(plot)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from extractor.encoding.names import is_second
@@ -50,17 +49,20 @@ class Importance:
         return cls(tuple(squares.astype(np.float32) for squares in channels.input), tuple(second))
 
     @classmethod
-    def read(cls, path: Path) -> Importance:
-        """The weights in a file. Raises ExtractError if it is another file or cannot be read."""
+    def read(cls, path: Path, sha256: str) -> Importance:
+        """The weights in the file of that hash. Raises ExtractError if it is another file or cannot be read."""
         try:
-            arrays = load(path.read_bytes())
-            layers = range(len(arrays) // 2)
-            return cls(*(tuple(arrays[f"{name}.{layer}"] for layer in layers) for name in ("first", "second")))
-        except (SafetensorError, KeyError, OSError) as error:
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != sha256:
+                raise ValueError("its hash is another one")
+        except (ValueError, OSError) as error:
             raise ExtractError(
                 f"{path} has not the weights that the store's experts were made with ({error}): restore it, or extract "
                 "into an empty directory"
             ) from error
+        arrays = load(content)
+        layers = range(len(arrays) // 2)
+        return cls(*(tuple(arrays[f"{name}.{layer}"] for layer in layers) for name in ("first", "second")))
 
     @cached_property
     def content(self) -> bytes:

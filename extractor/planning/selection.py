@@ -147,7 +147,7 @@ def count_within(
         if count < 1:
             raise SelectionError(
                 f"--budget of {budget_bytes} bytes does not hold the trunk and one deep expert, which take "
-                f"{store_bytes(1)} bytes; give at least that"
+                f"{store_bytes(1)} bytes; give at least that, or make experts smaller (extract --experts-dtype int4)"
             )
         return count
     return most

@@ -103,16 +103,14 @@ def journal_head(
 ) -> dict[str, Any]:
     """The identity of an extraction: checkpoint, the experts' encodings and how they were made, all deep experts of the
     finished store."""
-    encodings = [
-        {tensor.name: asdict(tensor.encoding) for tensor in layer.tensors if tensor.encoding is not None}
-        for layer in layers[:1]
-    ]
+    tensors = (tensor for layer in layers for tensor in layer.tensors)
+    encodings = {tensor.name: asdict(tensor.encoding) for tensor in tensors if tensor.encoding is not None}
     return {
         "format": FORMAT,
         "version": VERSION,
         "fingerprint": fingerprint,
         "columns": [list(experts) for experts in deep_experts],
-        **({"encodings": encodings[0]} if any(encodings) else {}),
+        **({"encodings": encodings} if encodings else {}),
         **({} if made is None else {"made": asdict(made)}),
     }
 

@@ -172,7 +172,9 @@ def test_truncated_manifest_is_refused(size: int) -> None:
 
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(), lambda s: st.lists(s) | st.dictionaries(st.text(), s)
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda s: st.lists(s) | st.dictionaries(st.text(), s),
+        max_leaves=8,
     )
 )
 def test_any_other_json_is_refused(document: object) -> None:

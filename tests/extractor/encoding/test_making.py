@@ -151,9 +151,10 @@ def test_experts_that_a_store_lacks_are_made_when_they_are_fetched(
             spans.append(torch.empty(store.layer_spec(1).span_bytes, dtype=torch.uint8))
             store.read_expert(1, 5, spans[-1])
     assert torch.equal(*spans)
-    (tmp_path / "part" / FILE_NAME).write_bytes(b"no weights")
-    with pytest.raises(ExtractError, match="has not the weights"):
-        make(qwen_checkpoint, tmp_path / "part", None)
+    for content in (b"no weights", importance_of(plain_store, 1).content):
+        (tmp_path / "part" / FILE_NAME).write_bytes(content)
+        with pytest.raises(ExtractError, match="has not the weights"):
+            make(qwen_checkpoint, tmp_path / "part", None)
 
 
 def test_shrinking_keeps_the_making(qwen_checkpoint: Path, tmp_path: Path) -> None:
