@@ -7,6 +7,7 @@ that broke off stays in the conversation as far as it goes; a message that was r
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import queue
 import re
@@ -25,7 +26,7 @@ from rich.console import Console
 from extractor.cli.progress import progress_bar
 from server.api.chat.parser import AnswerReader, Content, Delta, Thinking
 from server.api.chat.template import prompt_of
-from server.api.http.engine_requests import request_of, sampling_within
+from server.api.http.engine_requests import request_of
 from server.api.http.errors import validation_failed
 from server.api.openai.schemas import ChatRequest
 from server.cli.flags import with_settings
@@ -105,14 +106,8 @@ def _local(model: LoadedModel) -> Answering:
         except ValidationError as error:
             raise validation_failed(error) from None
         prompt = prompt_of(model.tokenizer, asked.chat())
-        sampling = sampling_within(
-            model,
-            asked,
-            len(prompt.ids),
-            wanted=asked.max_tokens,
-            default=model.max_context_tokens,
-            temperature=asked.temperature,
-            seed=asked.seed,
+        sampling = prompt.sampling(
+            model, asked, max_tokens=asked.max_tokens, temperature=asked.temperature, seed=asked.draw_seed
         )
         request = request_of(model, prompt.ids, sampling, asked)
         reader = AnswerReader(prompt.parser())
@@ -151,6 +146,8 @@ def _remote(url: str, key: str | None) -> Answering:
                 raise ChatError(f"{url} refused it: {_reason(error.read())}") from error
         except OSError as error:
             raise ChatError(f"{url} cannot be reached: {getattr(error, 'reason', error)}") from error
+        except (http.client.HTTPException, ValueError) as error:
+            raise ChatError(f"{url} broke off, or does not speak as a server of chats does: {error}") from error
 
     return answer
 
@@ -254,7 +251,8 @@ class Conversation:
         except KeyboardInterrupt:
             self._note("\n(stopped)")
         except ServerError as error:
-            self._console.print(f"\nerror: {error}" if content or thinking else f"error: {error}", style="red")
+            begun = "\n" if content or thinking else ""
+            self._console.print(f"{begun}error: {error}", style="red", markup=False)
             if not content:
                 self._said.pop()
                 return

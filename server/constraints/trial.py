@@ -47,7 +47,7 @@ class Trial:
         Raises:
             RuntimeError: the process does not start.
         """
-        if self._process is None:
+        if self._process is None or self._process.poll() is not None:  # none yet, or the system has ended it
             self._process = _started()
             self._end = weakref.finalize(self, _end, self._process)  # also when this object is forgotten
         assert self._process.stdin is not None

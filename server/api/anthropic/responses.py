@@ -197,7 +197,7 @@ def message_of(message_id: str, model: str, answer: Answer, ending: Ending) -> A
     for call in answer.calls:
         try:
             arguments = json.loads(call.arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             arguments = None
         if isinstance(arguments, dict):
             parts.append(ToolUsePart(type="tool_use", id=call.call_id, name=call.name, input=arguments))

@@ -6,7 +6,7 @@ Invariant: the request is in the engine before the response begins, so that ever
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from pydantic import BaseModel
@@ -18,7 +18,7 @@ from server.api.chat.messages import Chat
 from server.api.chat.parser import AnswerReader, Delta
 from server.api.chat.template import Prompt, prompt_of
 from server.api.http.context import ApiContext
-from server.api.http.engine_requests import request_of, sampling_within
+from server.api.http.engine_requests import request_of
 from server.api.http.fields import SamplingFields
 from server.api.http.generation import Generations, split
 from server.api.http.responses import KEEP_ALIVE, EventStream, ModelResponse, unless_disconnected
@@ -86,17 +86,7 @@ async def prepare(
     """
     model = context.service.model()
     prompt = await context.encoder(model).run(prompt_of, chat)
-    sampling = sampling_within(
-        model,
-        asked,
-        len(prompt.ids),
-        wanted=max_tokens,
-        default=model.max_context_tokens,
-        temperature=temperature,
-        seed=None,
-    )
-    if prompt.keeps_special_tokens:
-        sampling = replace(sampling, skip_special_tokens=False)
+    sampling = prompt.sampling(model, asked, max_tokens=max_tokens, temperature=temperature)
     constraint = await context.compiled(model, *answer_constraint(prompt, content))
     return ChatJob(model, prompt, request_of(model, prompt.ids, sampling, asked, constraint=constraint))
 

@@ -65,7 +65,7 @@ def _calls(calls: CallFormat, literal: CallText | None, tools: Sequence[Tool], m
 
 
 def _call(calls: CallFormat, literal: CallText, tool: Tool) -> Iterator[Constraint]:
-    before, *after = literal.before.replace("NAME", tool.name).split("COUNT")
+    before, *after = [text.replace("NAME", tool.name) for text in literal.before.split("COUNT")]
     yield Text(before)
     for text in after:
         yield Regex("[0-9]{1,3}")

@@ -31,7 +31,9 @@ def arguments_of(calls: CallFormat, tool: Tool) -> Constraint | None:
         return Json(schema)
     assert calls.parameter_text is not None, "a format of parameters says how one is written"
     properties, required = schema.get("properties", {}), schema.get("required", [])
-    if set(schema) - _PLAIN - _NOTES or not isinstance(properties, Mapping) or not set(required) <= set(properties):
+    if set(schema) - _PLAIN - _NOTES or not isinstance(properties, Mapping) or not isinstance(required, list):
+        return None
+    if not all(key in list(properties) for key in required):
         return None
     before, after = calls.parameter_text
     parts: list[Constraint] = []
@@ -57,4 +59,6 @@ def _value(schema: Any, root: Mapping[str, Any], after: str) -> tuple[Constraint
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if values is None:
         return (Until(after),)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        return None
     return OneOf(tuple(Text(value) for value in values)), Text(after)

@@ -23,8 +23,11 @@ from server.api.chat.formats import HERMES, AnswerFormat, format_of
 from server.api.chat.messages import Call, Chat, Message, Tool
 from server.api.chat.parameters import can_force
 from server.api.chat.parser import AnswerParser
+from server.api.http.engine_requests import sampling_within
 from server.api.http.errors import ValidationFailed
-from server.api.http.fields import is_text
+from server.api.http.fields import SamplingFields, is_text
+from server.engine.request import SamplingParams
+from server.serving.service import LoadedModel
 
 RenderedMessage = dict[str, Any]
 Apply = Callable[[Sequence[RenderedMessage]], str]
@@ -74,6 +77,31 @@ class Prompt:
             is_thinking=self.is_thinking,
             is_parallel=self.chat.choice.is_parallel,
         )
+
+    def sampling(
+        self,
+        model: LoadedModel,
+        asked: SamplingFields,
+        *,
+        max_tokens: int | None,
+        temperature: float | None,
+        seed: int | None = None,
+    ) -> SamplingParams:
+        """Sampling of the answer, which may take the room that the context has; see `sampling_within`.
+
+        Raises:
+            ContextTooLongError, ValidationFailed: as there.
+        """
+        sampling = sampling_within(
+            model,
+            asked,
+            len(self.ids),
+            wanted=max_tokens,
+            default=model.max_context_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
+        return replace(sampling, skip_special_tokens=False) if self.keeps_special_tokens else sampling
 
 
 def prompt_of(tokenizer: Any, chat: Chat) -> Prompt:
@@ -257,7 +285,7 @@ class _Form:
     def _call(self, call: Call) -> dict[str, Any]:
         arguments: Any = call.arguments or "{}"
         if self.has_objects:
-            with contextlib.suppress(ValueError):  # it broke off; the template gets what there is
+            with contextlib.suppress(ValueError, RecursionError):  # it broke off; the template gets what there is
                 arguments = json.loads(arguments)
         return {
             "id": self._id(call.call_id),
@@ -285,7 +313,10 @@ def _render(
     """
 
     def apply(shown: Sequence[RenderedMessage]) -> str:
-        return str(tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=True, **variables))
+        try:
+            return str(tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=True, **variables))
+        except Exception as error:  # a template raises what its author wrote, or fails in any way
+            raise _refused_by_template(error, template) from error
 
     has_calls = any(message.calls for message in messages)
     choices = itertools.product((False, True), (True, False), (False, True)) if has_calls else [(False,), (True,)]
@@ -296,8 +327,8 @@ def _render(
         try:
             text = apply([form(message) for message in messages])
             lost = _lost_message(apply, messages, form, text)
-        except Exception as error:  # a template raises what its author wrote, or fails in any way
-            failures.append(_refused_by_template(error, template))
+        except ValidationFailed as refusal:
+            failures.append(refusal)
             continue
         if lost is None:
             return text
@@ -352,8 +383,4 @@ def _refused_by_template(error: Exception, template: str) -> ValidationFailed:
         reason = str(error)
     else:
         reason = "their roles or their order"
-    refusal = ValidationFailed(
-        f"the checkpoint's chat template does not take these messages: {reason}", param="messages"
-    )
-    refusal.__cause__ = error
-    return refusal
+    return ValidationFailed(f"the checkpoint's chat template does not take these messages: {reason}", param="messages")

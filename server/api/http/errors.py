@@ -1,8 +1,8 @@
 """Every error that a client can see: one table of statuses and kinds, and the error's JSON in every dialect.
 
-Invariant: a message is written by us, bounded and printable, and never repeats what the client sent, but
-words of a schema or a pattern that cannot be enforced. The path decides
-the dialect: `/v1/messages` has Anthropic's, other paths under `/v1` OpenAI's, all others Text Generation Inference's.
+Invariant: a message is written by us, bounded and printable, and never repeats what the client sent, but words of a
+schema or a pattern that cannot be enforced. The path decides the dialect: `/v1/messages` has Anthropic's, other paths
+under `/v1` OpenAI's, all others Text Generation Inference's.
 """
 
 from __future__ import annotations

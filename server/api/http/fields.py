@@ -30,12 +30,9 @@ MAX_TOP_TOKENS = 20
 MAX_TOKENS = 2**31 - 1
 MAX_SEED = 2**64 - 1
 MAX_POOL = 65536
+MAX_PARTS = 4096
 NO_NUL = r"^[^\x00]*$"
 PROFILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-
-
-MAX_PARTS = 4096
-NotKept = dict[str, Any] | None
 
 
 class Strict(BaseModel):
@@ -89,6 +86,8 @@ ModelName = Annotated[str, StringConstraints(max_length=MAX_STOP_LENGTH)]
 TokenId = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]
 Bookkeeping = Annotated[str, StringConstraints(max_length=MAX_STOP_LENGTH)]
 """A text that cannot change the answer; it is taken and not kept."""
+NotKept = dict[str, Any] | None
+"""An object of the same kind."""
 
 
 def by_type(*kinds: str) -> Discriminator:
@@ -118,13 +117,13 @@ class OrText:
         return {"anyOf": [{"type": "string", "maxLength": MAX_TEXT, "pattern": NO_NUL}, handler(schema)]}
 
 
-def unsupported(*neutral: Any) -> Any:
-    """A parameter that is not supported: null and the `neutral` values are taken, all others are refused by name."""
+def unsupported(*neutral: Any, advice: str = "is not supported by this server; leave it out") -> Any:
+    """A parameter that is not supported: null and the `neutral` values are taken, all others refused with `advice`."""
 
     def validate(value: Any) -> Any:
         if value is None or any(value == item and type(value) is type(item) for item in neutral):
             return None
-        raise PydanticCustomError("unsupported", "is not supported by this server; leave it out")
+        raise PydanticCustomError("unsupported", advice)
 
     allowed = [None, *neutral]
     return Annotated[Any, BeforeValidator(validate), WithJsonSchema({"enum": allowed})]

@@ -77,7 +77,15 @@ async def completions(request: Request) -> Response:
         raise ValidationFailed(
             f"`prompt` has a token id that is not below {served.vocab_size}, the size of the vocabulary", param="prompt"
         )
-    sampling = _sampling(body, served, max(map(len, prompts)), body.max_tokens, DEFAULT_COMPLETION_TOKENS)
+    sampling = sampling_within(
+        served,
+        body,
+        max(map(len, prompts)),
+        wanted=body.max_tokens,
+        default=DEFAULT_COMPLETION_TOKENS,
+        temperature=body.temperature,
+        seed=body.draw_seed,
+    )
     constraint = await context.compiled(served, constraint_of(body.response_format), "response_format")
     job = _job(COMPLETION, body, served, prompts, sampling, body.logprobs, constraint)
     if body.echo:
@@ -117,9 +125,7 @@ async def chat(request: Request) -> Response:
     context.log_text(request, "prompt", [message.content for message in body.messages])
     prompt = await context.encoder(served).run(prompt_of, body.chat())
     wanted = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    sampling = _sampling(body, served, len(prompt.ids), wanted, served.max_context_tokens)
-    if prompt.keeps_special_tokens:
-        sampling = replace(sampling, skip_special_tokens=False)
+    sampling = prompt.sampling(served, body, max_tokens=wanted, temperature=body.temperature, seed=body.draw_seed)
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     constraint = await context.compiled(served, *answer_constraint(prompt, constraint_of(body.response_format)))
     job = _job(CHAT, body, served, [prompt.ids], sampling, num_logprobs, constraint)
@@ -139,20 +145,6 @@ def _served(context: ApiContext, body: Common, num_prompts: int) -> LoadedModel:
             f"`n` times the number of prompts is more than {most}, the most for one request", param="n"
         )
     return served
-
-
-def _sampling(
-    body: Common, served: LoadedModel, num_prompt_tokens: int, wanted: int | None, default: int
-) -> SamplingParams:
-    return sampling_within(
-        served,
-        body,
-        num_prompt_tokens,
-        wanted=wanted,
-        default=default,
-        temperature=body.temperature,
-        seed=None if body.seed is None else body.seed % 2**64,
-    )
 
 
 def _job(

@@ -169,6 +169,11 @@ class Common(SamplingFields):
         """Whether a stream ends with the token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def draw_seed(self) -> int | None:
+        """The seed as the engine takes it, of 64 bits without a sign."""
+        return None if self.seed is None else self.seed % 2**64
+
 
 class CompletionRequest(Common):
     """`POST /v1/completions`."""

@@ -1,7 +1,7 @@
 """Answers of OpenAI's Responses dialect: output items, and the events that tell how they grow.
 
 Invariant: items come one after another: each has ended before the next begins, and all before the response's last
-event. The output of the last event is that of the answer without a stream.
+event, unless it failed. The output of the last event is that of the answer without a stream.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ Kind = Literal["message", "reasoning", "function_call"]
 
 
 class CachedTokens(BaseModel):
-    """Tokens of the prompt that were not read anew."""
+    """Tokens of the prompt that were not read anew: none, since no prompt is kept. Clients want the field."""
 
-    cached_tokens: int
+    cached_tokens: Literal[0]
 
 
 class ReasoningTokens(BaseModel):
@@ -342,16 +342,18 @@ class ResponseWriter:
     def fail(self, error: EngineError) -> bytes:
         """`response.failed`."""
         failure = Failure(code=row_of(error).openai_code or "server_error", message=message_of(error))
-        output = [item.output("incomplete") for item in self._items]
+        output = self._output("incomplete")
         response = self._asked.model_copy(update={"status": "failed", "error": failure, "output": output})
         return self._changed("response.failed", response)
+
+    def _output(self, last: Status) -> list[OutputItem]:
+        """All items, of which only the last may be incomplete."""
+        whole = [item.output("completed") for item in self._items[:-1]]
+        return whole + [item.output(last) for item in self._items[-1:]]
 
     def _ended(self, ending: Ending) -> ResponseObject:
         end = ending.event
         is_cut = end.reason == "length"
-        output = [item.output("completed") for item in self._items]
-        if is_cut and self._items:
-            output[-1] = self._items[-1].output("incomplete")
         usage = ResponseUsage(
             input_tokens=end.num_prompt_tokens,
             input_tokens_details=CachedTokens(cached_tokens=0),
@@ -363,7 +365,7 @@ class ResponseWriter:
             update={
                 "status": "incomplete" if is_cut else "completed",
                 "incomplete_details": IncompleteDetails(reason="max_output_tokens") if is_cut else None,
-                "output": output,
+                "output": self._output("incomplete" if is_cut else "completed"),
                 "usage": usage,
                 "deficit": ending.deficit,
             }

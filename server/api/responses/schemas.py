@@ -10,17 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    StringConstraints,
-    Tag,
-    WithJsonSchema,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag
 
 from server.api.chat.messages import Call, Chat, Message, ToolChoice
 from server.api.chat.tools import MAX_TOOLS, CallId, ToolName, tool_choice, tools_of
@@ -39,23 +29,11 @@ from server.api.http.fields import (
     by_type,
     unsupported,
 )
+from server.api.responses.items import Status
 from server.constraints.grammar import Constraint, Json
 
 MAX_ITEMS = 4096
-Status = Literal["in_progress", "completed", "incomplete"]
-
-
-def _stateless(*neutral: Any) -> Any:
-    """A field that needs stored responses: null and the `neutral` values are taken."""
-
-    def validate(value: Any) -> Any:
-        if value is None or any(value is item for item in neutral):
-            return None
-        raise PydanticCustomError(
-            "stateless", "is not supported, as nothing is stored here: leave it out and send the whole input every time"
-        )
-
-    return Annotated[Any, BeforeValidator(validate), WithJsonSchema({"enum": [None, *neutral]})]
+_STATELESS = "is not supported, as nothing is stored here: leave it out and send the whole input every time"
 
 
 class InputText(Strict):
@@ -292,11 +270,11 @@ class ResponsesRequest(SamplingFields):
     reasoning: Reasoning | None = None
     text: TextConfig | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="variables for the chat template")
-    store: _stateless(False) = None  # type: ignore[valid-type]
-    previous_response_id: _stateless() = None  # type: ignore[valid-type]
-    conversation: _stateless() = None  # type: ignore[valid-type]
-    prompt: _stateless() = None  # type: ignore[valid-type]
-    background: _stateless(False) = None  # type: ignore[valid-type]
+    store: unsupported(False, advice=_STATELESS) = None  # type: ignore[valid-type]
+    previous_response_id: unsupported(advice=_STATELESS) = None  # type: ignore[valid-type]
+    conversation: unsupported(advice=_STATELESS) = None  # type: ignore[valid-type]
+    prompt: unsupported(advice=_STATELESS) = None  # type: ignore[valid-type]
+    background: unsupported(False, advice=_STATELESS) = None  # type: ignore[valid-type]
     include: (
         list[
             Literal[

@@ -87,7 +87,7 @@ def client(server: Running) -> Iterator[openai.OpenAI]:
         yield found
 
 
-@pytest.mark.parametrize("num_runs", [3, pytest.param(1000, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("num_runs", [2, pytest.param(1000, marks=pytest.mark.exhaustive)])
 def test_arguments_are_valid_under_their_schema_in_every_run(client: openai.OpenAI, num_runs: int) -> None:
     def run(seed: int) -> None:
         tool = TOOLS[seed % 2]
@@ -110,14 +110,20 @@ def test_arguments_are_valid_under_their_schema_in_every_run(client: openai.Open
 
 def test_every_dialect_forces_calls(server: Running, client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
-        model="x", messages=ASKED, tools=TOOLS, tool_choice="required", seed=3, parallel_tool_calls=False, stream=True
+        model="x",
+        messages=ASKED,
+        tools=TOOLS[1:],
+        tool_choice="required",
+        seed=3,
+        parallel_tool_calls=False,
+        stream=True,
     )
     arguments = "".join(
         (delta.function and delta.function.arguments) or ""
         for chunk in stream
         for delta in chunk.choices[0].delta.tool_calls or []
     )
-    assert json.loads(arguments)
+    jsonschema.validate(json.loads(arguments), SCHEMAS["pay"])
     tools: list[Any] = [{"type": "function", "name": "pay", "parameters": SCHEMAS["pay"], "strict": True}]
     response = client.responses.create(
         model="x", input="Pay.", tools=tools, tool_choice="required", parallel_tool_calls=False

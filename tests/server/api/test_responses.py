@@ -8,8 +8,10 @@ from typing import Any
 import openai
 import pytest
 
+from server.api.chat.parser import Content, Thinking
 from server.api.http.errors import OpenAIErrorResponse
-from server.api.responses.items import ResponseObject
+from server.api.responses.items import ResponseObject, ResponseWriter
+from server.engine.request import EngineError
 from tests.server.api.running import Running, running
 from tests.server.api.scripted import ScriptedEngine
 from tests.server.api.test_tools import CALLS, THINKS, serving
@@ -214,3 +216,14 @@ def test_answer_that_fails_ends_its_stream_with_the_failure() -> None:
             with pytest.raises(openai.APIStatusError) as failure:
                 client.responses.create(model="x", input="Weather?")
             assert failure.value.status_code == 424
+
+
+def test_of_an_answer_that_failed_the_last_item_alone_is_incomplete() -> None:
+    writer = ResponseWriter(ResponseObject.model_construct(), {})
+    writer.add([Thinking("Look."), Content("Rai")])
+    [event] = [line for line in writer.fail(EngineError("broke off")).splitlines() if line.startswith(b"data: ")]
+    output = json.loads(event.removeprefix(b"data: "))["response"]["output"]
+    assert [(item["type"], item["status"]) for item in output] == [
+        ("reasoning", "completed"),
+        ("message", "incomplete"),
+    ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,25 @@ def test_refusals_are_told_and_the_conversation_goes_on(typed: Any, tmp_path: Pa
     assert "cannot be reached" in chat("http://127.0.0.1:9").out
 
 
+def test_what_is_no_server_of_chats_is_told(typed: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            for told in (b"SSH-2.0-x\r\n", b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\ndata: {\n"):
+                taken, _ = listening.accept()
+                with taken:
+                    while b"messages" not in taken.recv(65536):
+                        pass
+                    taken.sendall(told)
+
+        with ThreadPoolExecutor(1) as thread:
+            answered = thread.submit(answer)
+            typed("Where?", "Here?")
+            out = chat(f"http://127.0.0.1:{listening.getsockname()[1]}").out
+            answered.result()
+    assert out.count("does not speak as a server of chats does") == 2
+
+
 def test_a_value_out_of_its_range_is_told(tiny_store: Path, typed: Any) -> None:
     typed("Where?")
     assert "`temperature`" in chat(tiny_store, "--temperature", 7, "--device", "cpu").out
@@ -119,7 +140,7 @@ def test_a_message_that_was_refused_does_not_stay(typed: Any, capsys: pytest.Cap
     def answer(body: dict[str, Any]) -> Iterator[Delta]:
         asked.append(body)
         if len(asked) == 1:
-            raise ChatError("too long")
+            raise ChatError("`input[text]` is too long")
         yield Content("Yes.")
 
     conversation = Conversation(answer, {"seed": 1}, None)
@@ -127,4 +148,4 @@ def test_a_message_that_was_refused_does_not_stay(typed: Any, capsys: pytest.Cap
     conversation.run()
     assert asked[1] == {"seed": 1, "messages": [{"role": "user", "content": "b"}]}
     assert [message["content"] for message in conversation.messages] == ["b", "Yes."]
-    assert "error: too long" in capsys.readouterr().out
+    assert "error: `input[text]` is too long" in capsys.readouterr().out

@@ -121,7 +121,7 @@ def _containers(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[d
     )
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(schema=st.recursive(LEAVES, _containers, max_leaves=5), seed=st.integers(0, 999))
 def test_texts_are_valid_under_schemas_that_nobody_wrote(
     compiler: ConstraintCompiler, tokenizer: Any, schema: dict[str, Any], seed: int
@@ -204,6 +204,16 @@ def test_a_schema_that_takes_too_long_to_read_is_given_up_and_the_next_one_is_re
         compiler.compile(Json({"properties": {"a": hostile}}))
     monkeypatch.undo()
     assert takes(compiler, tokenizer, Text("a"), "a")
+
+
+def test_the_process_that_reads_grammars_begins_anew_where_it_was_ended(tokenizer: Any) -> None:
+    compiler = ConstraintCompiler(tokenizer, VOCAB, {EOS})
+    assert takes(compiler, tokenizer, Text("a"), "a")
+    process = compiler._trial._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    assert takes(compiler, tokenizer, Text("b"), "b")
 
 
 def test_a_schema_that_nests_without_end_is_refused(compiler: ConstraintCompiler) -> None:

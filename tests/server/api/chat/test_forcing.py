@@ -105,6 +105,18 @@ def test_each_format_can_be_forced() -> None:
     assert {name for name, each in NAMED.items() if each.literal is not None} == set(TEXTS)
 
 
+@pytest.mark.parametrize("name", ["hermes", "kimi-k2", "qwen3-coder"])
+def test_a_tool_may_be_named_as_the_words_of_the_formats_texts(name: str, takes: Takes) -> None:
+    tools = (Tool("COUNT_NAME_KEY"),)
+    chat = Chat((Message("user", "Hi", "messages[0]"),), tools, ToolChoice("required"))
+    asked = Prompt([1], AnswerFormat(NAMED[name], None, True), False, False, chat)
+    literal: Any = NAMED[name].literal
+    begin, *number = literal.before.split("COUNT")
+    before = begin.replace("NAME", "COUNT_NAME_KEY") + "".join("0" + text for text in number)
+    arguments = "{}" if NAMED[name].parameter is None else ""
+    assert takes(asked, f"{literal.first}{before}{arguments}{literal.after}{literal.last}")
+
+
 def test_a_named_tool_is_called_once(takes: Takes) -> None:
     call = '<tool_call>\n{"name": "get-time", "arguments": {}}\n</tool_call>'
     named = prompt("hermes", ToolChoice("required", "get-time"))
@@ -178,6 +190,11 @@ def test_parameters_have_the_types_of_their_schema(name: str, before: str, after
         ("<function= <parameter=", {"type": "object", "properties": {"a": {}}}),
         ("<function= <parameter=", {"type": "object", "properties": {"a": {"type": ["string", "null"]}}}),
         ("<function= <parameter=", {"type": "object", "properties": {}, "required": ["a"]}),
+        ("<function= <parameter=", {"type": "object", "properties": {}, "required": 5}),
+        ("<function= <parameter=", {"type": "object", "properties": {}, "required": [["a"]]}),
+        ("<function= <parameter=", {"type": "object", "properties": {"a": {"type": "string", "enum": ["b", 1]}}}),
+        ("<function= <parameter=", {"type": "object", "properties": {"a": {"type": "string", "enum": 5}}}),
+        ("<function= <parameter=", {"type": "object", "properties": {"a": {"type": "string", "const": 5}}}),
         ("<function= <parameter=", {"type": "object", "anyOf": [{}]}),
     ],
 )

@@ -10,7 +10,7 @@ from server.api.chat.messages import Tool
 from server.api.chat.template import prompt_of
 from server.api.http.errors import ValidationFailed
 from server.api.openai.schemas import ChatRequest
-from tests.server.api.scripted import CharTokenizer
+from tests.server.api.scripted import CharTokenizer, ScriptedEngine, loaded
 
 CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 NAMED_ROLES = (
@@ -216,6 +216,12 @@ def test_calls_have_the_form_that_the_template_takes(template: str, prompt: str)
     assert with_tools(template, CALLED).endswith(prompt)
 
 
+def test_arguments_that_nest_too_deep_to_be_read_stay_text() -> None:
+    arguments = "[" * 100_000
+    call = {**CALL, "function": {"name": "get_weather", "arguments": arguments}}
+    assert f"C:get_weather{arguments}\n" in with_tools(TEXTS, [CALLED[0], said(None, "assistant", tool_calls=[call])])
+
+
 def test_ids_are_made_to_fit_a_template_that_wants_nine_letters() -> None:
     prompt = with_tools(NINE, CALLED)
     own = prompt.rpartition("Rain, 7 °C")[2].strip()
@@ -262,3 +268,14 @@ def test_prompt_says_whether_it_ends_inside_the_thinking() -> None:
         prompt = prompt_of(tokenizer, body.chat())
         assert prompt.is_thinking == is_thinking
         assert "hmb\n" in "".join(map(chr, prompt.ids))
+
+
+@pytest.mark.parametrize(("marks", "skips"), [((), None), (("<think>", "</think>"), False)])
+def test_special_tokens_stay_in_the_text_where_they_tell_its_parts_apart(marks: Any, skips: bool | None) -> None:
+    tokenizer = CharTokenizer()
+    tokenizer.all_special_tokens = ("<|end|>", *marks)
+    tokenizer.chat_template = ENABLES_THINKING
+    body = ChatRequest.model_validate({"messages": [said("a")]})
+    model = loaded(ScriptedEngine(), tokenizer=tokenizer)
+    sampling = prompt_of(tokenizer, body.chat()).sampling(model, body, max_tokens=9, temperature=0)
+    assert (sampling.skip_special_tokens, sampling.max_new_tokens) == (skips, 9)
