@@ -279,6 +279,8 @@ def validation_failed(error: ValidationError) -> ValidationFailed:
         wanted = "is not a known parameter" if problem["type"] == "extra_forbidden" else problem["msg"]
         if problem["type"] == "union_tag_invalid":  # it quotes the client
             wanted = f"its `type` must be one of {wanted.rpartition('expected tags: ')[2]}"
+        elif problem["type"] == "union_tag_not_found":
+            wanted = "its `type` is missing"
         problems.append(f"`{place}`: {wanted.removeprefix('Value error, ')}" if place else wanted)
     shown = "; ".join(dict.fromkeys(problems[:5]))
     more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""

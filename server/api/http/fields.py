@@ -90,15 +90,26 @@ NotKept = dict[str, Any] | None
 """An object of the same kind."""
 
 
-def by_type(*kinds: str) -> Discriminator:
-    """Tells objects of a union apart by `type`; the refusal of another type does not repeat it."""
-    text = f"must have a type among {', '.join(kinds)}; images, files and what a server runs are not supported"
-    return Discriminator(_type_of, custom_error_type="type", custom_error_message=text)
+def by_type(
+    *kinds: str,
+    default: str | None = None,
+    advice: str = "images, files and what a server runs are not supported",
+) -> Discriminator:
+    """Tells objects of a union apart by `type`; the refusal of another type does not repeat it.
 
+    Args:
+        kinds: the types that there are.
+        default: of an object without one; None refuses it.
+        advice: the end of the refusal.
+    """
 
-def _type_of(value: Any) -> str | None:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return kind if isinstance(kind, str) else None
+    def type_of(value: Any) -> str | None:
+        kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+        kind = default if kind is None else kind
+        return kind if isinstance(kind, str) else None
+
+    text = f"must have a type among {', '.join(kinds)}; {advice}"
+    return Discriminator(type_of, custom_error_type="type", custom_error_message=text)
 
 
 class OrText:

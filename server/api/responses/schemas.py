@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Tag
 
 from server.api.chat.messages import Call, Chat, Message, ToolChoice
 from server.api.chat.tools import MAX_TOOLS, CallId, ToolName, tool_choice, tools_of
@@ -130,12 +130,6 @@ class ReasoningItem(Strict):
 
 
 Item = MessageItem | FunctionCallItem | FunctionOutputItem | ReasoningItem
-_KINDS = ("message", "function_call", "function_call_output", "reasoning")
-
-
-def _item_type(value: Any) -> str | None:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return "message" if kind is None else kind if isinstance(kind, str) else None
 
 
 class FunctionTool(Strict):
@@ -206,7 +200,7 @@ class TextConfig(Strict):
             Annotated[TextFormat, Tag("text")]
             | Annotated[JsonObjectFormat, Tag("json_object")]
             | Annotated[NamedSchemaFormat, Tag("json_schema")],
-            by_type("text", "json_object", "json_schema"),
+            by_type("text", "json_object", "json_schema", advice="leave it out for plain text"),
         ]
         | None
     ) = None
@@ -230,11 +224,13 @@ class ResponsesRequest(SamplingFields):
                 | Annotated[FunctionCallItem, Tag("function_call")]
                 | Annotated[FunctionOutputItem, Tag("function_call_output")]
                 | Annotated[ReasoningItem, Tag("reasoning")],
-                Discriminator(
-                    _item_type,
-                    custom_error_type="type",
-                    custom_error_message=f"must have a type among {', '.join(_KINDS)}; items that are stored or that a "
-                    "server runs are not supported",
+                by_type(
+                    "message",
+                    "function_call",
+                    "function_call_output",
+                    "reasoning",
+                    default="message",
+                    advice="items that are stored or that a server runs are not supported",
                 ),
             ]
         ],

@@ -231,6 +231,7 @@ def test_logprobs(client: openai.OpenAI) -> None:
         ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages[0].tool_call_id"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.json_schema"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
         ({"stop": ["x"] * 17}, "stop"),
