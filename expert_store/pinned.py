@@ -50,9 +50,15 @@ def new_arena(num_spans: int, elements: int, dtype: torch.dtype, pinned: bool) -
 def lockable_bytes(root: Path = Path("/")) -> int | None:
     """Memory that may be page-locked now without a danger to the system: `LOCKED_SHARE` of what is free on the machine
     and in this process's control group. None if the system does not tell. `root` is where /proc and /sys are."""
+    free = free_host_bytes(root)
+    return None if free is None else int(LOCKED_SHARE * free)
+
+
+def free_host_bytes(root: Path = Path("/")) -> int | None:
+    """Memory that is free on the machine and in this process's control group; None if the system does not tell."""
     free = [_free_on_machine(root / "proc/meminfo"), _free_in_group(root / "sys/fs/cgroup")]
     known = [one for one in free if one is not None]
-    return int(LOCKED_SHARE * max(0, min(known))) if known else None
+    return max(0, min(known)) if known else None
 
 
 def _free_on_machine(path: Path) -> int | None:

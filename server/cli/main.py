@@ -27,7 +27,7 @@ class Command(NamedTuple):
     continues: bool = False
 
 
-STORE, CHOICE, TEXT = "A store", "The right few", "Text from it"
+STORE, CHOICE, TEXT, MACHINE = "A store", "The right few", "Text from it", "This machine"
 COMMANDS = {
     "extract": Command("extractor.cli.extract", STORE, "Slice a checkpoint into a store of deep experts.", True),
     "inspect": Command("extractor.cli.extract", STORE, "Show what a store holds."),
@@ -43,6 +43,7 @@ COMMANDS = {
     "generate": Command("server.cli.generate", TEXT, "Continue a prompt without a server."),
     "chat": Command("server.cli.chat", TEXT, "Chat in the terminal, with a store or a running server."),
     "config": Command("server.cli.config", TEXT, "Show every setting, its value and where it came from."),
+    "doctor": Command("server.cli.doctor", MACHINE, "Say what of this machine is wrong for serving."),
 }
 DESCRIPTION = "Serve a Mixture-of-Experts model from less memory than it needs: the right few experts, fully deep."
 FIRST_STEPS = (

@@ -16,3 +16,8 @@ def spin_briefly() -> None:
     """Set GNU OpenMP's number of spins for this process and its children, unless the user has set a wait policy."""
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPINS
+
+
+def wait_policy() -> str | None:
+    """The wait policy that the user has set, None if there is none."""
+    return os.environ.get("OMP_WAIT_POLICY")
