@@ -32,29 +32,12 @@ class Rows:
         self._state = state
         self.max_tokens = shape.max_tokens
         self.lengths = [0] * shape.max_rows
-        self._free = list(range(shape.max_rows - 1, -1, -1))
         self._servable = servable
         self._asked: list[ExpertMask | None] = [None] * shape.max_rows  # to detect a change
         everything = np.ones(servable.shape, dtype=np.int8)
         self._tables: list[Table] = [everything] * shape.max_rows  # the tables on the device
         self._is_open, self._lacks = [True] * shape.max_rows, [False] * shape.max_rows  # summaries of the tables
         self._temperatures = [1.0] * shape.max_rows
-
-    def allocate(self) -> int:
-        """Take a row; returns its handle."""
-        assert self._free, f"all {len(self.lengths)} rows are in use"
-        return self._free.pop()
-
-    def free(self, row: int) -> None:
-        """Free a row."""
-        assert row not in self._free, f"row {row} is free already"
-        self.set_length(row, 0)
-        self._free.append(row)
-
-    @property
-    def num_free(self) -> int:
-        """Rows that `allocate` can still give."""
-        return len(self._free)
 
     def set_length(self, row: int, length: int) -> None:
         """Tokens that the row holds, here and on the device."""

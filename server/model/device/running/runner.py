@@ -25,6 +25,8 @@ from server.model.device.step.prefill import ExpertStream
 from server.model.device.step.state import PrefillRow, Report, RowState
 from server.model.device.step.tuning import StepOptions
 from server.model.device.step.weights import DecodeShape, TrunkWeights
+from server.model.kv.blocks import num_blocks_of
+from server.model.kv.rows import KvRows
 from server.model.load_progress import Progress
 from server.model.runner import RowStep, SelectiveModel, StepFault, StepOutput
 from server.model.seam.forward import run_forward
@@ -42,6 +44,7 @@ class DeviceRunner:
     """
 
     decode_path: Literal["device"] = "device"
+    cuts_anywhere = False
 
     def __init__(
         self,
@@ -59,6 +62,8 @@ class DeviceRunner:
         options = options or StepOptions()
         self._stream, self._bias = stream, options.resident_bias
         self.tier = tier
+        blocks = shape.max_rows * num_blocks_of(shape.max_tokens)
+        self.kv = KvRows(max_rows=shape.max_rows, num_blocks=blocks, shares=False)
         self._state = RowState(shape, model.device)
         self.rows = Rows(self._state, shape, pages.servable.numpy())
         self.graphs = StepGraphs(shape, weights, pages, self._state, options)
@@ -74,16 +79,17 @@ class DeviceRunner:
 
     def allocate(self) -> int:
         """Take a row for a sequence; returns its handle."""
-        return self.rows.allocate()
+        return self.kv.allocate()
 
     def free(self, row: int) -> None:
         """Free a row."""
-        self.rows.free(row)
+        self.kv.free(row)
+        self.rows.set_length(row, 0)
 
     @property
     def num_free_rows(self) -> int:
         """Rows that `allocate` can still give."""
-        return self.rows.num_free
+        return self.kv.num_free_rows
 
     @property
     def num_cached_tokens(self) -> int:

@@ -1,0 +1,153 @@
+"""The prefix tree: blocks of prompts that were read, found again by their tokens.
+
+A node is one block of tokens behind its parent's; below one root all keys and values were made alike (mask, router
+temperature: the *salt*). So a path from a root names the content of a block. Leaves leave in the order of their last
+use, but never while a row holds their block. Invariants: the tree holds each of its blocks once; a row that holds a
+node's block holds those of its parents, so the nodes without another holder can all be evicted.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from server.model.kv.blocks import BLOCK_TOKENS, BlockPool
+
+Tokens = Sequence[int]
+
+
+class Node:
+    """A block of the tree.
+
+    Attributes:
+        block: of the pool; None at a root.
+        note: given with the block, returned with it.
+        depth: blocks from the root, this one included.
+    """
+
+    __slots__ = ("block", "children", "depth", "is_queued", "key", "note", "parent", "used_at")
+
+    def __init__(self, parent: Node | None, key: Any, block: int | None, note: Any) -> None:
+        self.parent, self.key, self.block, self.note = parent, key, block, note
+        self.depth: int = 0 if parent is None else parent.depth + 1
+        self.children: dict[tuple[int, ...], Node] = {}
+        self.used_at = 0
+        self.is_queued = False
+
+
+class PrefixTree:
+    """The tree over a pool's blocks, of which it is a holder."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._roots: dict[bytes, Node] = {}
+        self._clock = itertools.count(1)
+        self._leaves: list[tuple[int, int, Node]] = []  # heap over (used_at, order, node); may be out of date
+        self._order = itertools.count()
+        self._is_held = np.zeros(pool.num_blocks, dtype=np.bool_)
+
+    @property
+    def num_idle(self) -> int:
+        """Blocks that the tree alone holds, all of which `evict` could free; any thread may ask."""
+        return int(np.count_nonzero(self._is_held & (self._pool.num_holders == 1)))
+
+    def find(self, salt: bytes, node: Node | None, tokens: Tokens) -> list[Node]:
+        """The nodes behind `node` (None: from the beginning) for the complete blocks of `tokens`, until one lacks."""
+        found: list[Node] = []
+        node = node or self._roots.get(salt)
+        if node is None:
+            return found
+        for start in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+            child = node.children.get(tuple(tokens[start : start + BLOCK_TOKENS]))
+            if child is None:
+                break
+            found.append(child)
+            node = child
+        return found
+
+    def add(self, salt: bytes, node: Node | None, tokens: Tokens, block: int, note: Any) -> Node:
+        """The node that continues `node` (None: a beginning), of which a row holds the block, with one block of tokens.
+        Without one, `block` becomes it, and the tree its holder."""
+        node = node or self._roots.setdefault(salt, Node(None, salt, None, None))
+        key = tuple(tokens)
+        child = node.children.get(key)
+        if child is None:
+            child = node.children[key] = Node(node, key, block, note)
+            self._pool.hold(block)
+            self._is_held[block] = True
+            self._push(child)
+        return child
+
+    def use(self, node: Node) -> None:
+        """Count a use of a node and of its parents."""
+        now = next(self._clock)
+        while node.parent is not None:
+            node.used_at = now
+            node = node.parent
+
+    def evict(self, count: int) -> int:
+        """Drop up to `count` blocks that no row holds, those first that were not used for longest; return how many."""
+        held, dropped = [], 0
+        while dropped < count and self._leaves:
+            used_at, _, node = heapq.heappop(self._leaves)
+            node.is_queued = False
+            if node.children:
+                continue  # pushed again when the last child leaves
+            if used_at != node.used_at:
+                self._push(node)
+            elif self._pool.num_holders[_block(node)] > 1:
+                held.append(node)
+            else:
+                self._remove(node)
+                dropped += 1
+        for node in held:
+            self._push(node)
+        return dropped
+
+    def _remove(self, node: Node) -> None:
+        parent = node.parent
+        assert parent is not None
+        del parent.children[node.key]
+        self._pool.drop(_block(node))
+        self._is_held[_block(node)] = False
+        if not parent.children:
+            if parent.parent is not None:
+                self._push(parent)
+            else:
+                del self._roots[parent.key]
+
+    def _push(self, node: Node) -> None:
+        if node.is_queued:
+            return
+        node.is_queued = True
+        heapq.heappush(self._leaves, (node.used_at, next(self._order), node))
+
+    def nodes(self) -> Iterator[Node]:
+        """All nodes but the roots."""
+        waiting = list(self._roots.values())
+        while waiting:
+            node = waiting.pop()
+            waiting.extend(node.children.values())
+            if node.parent is not None:
+                yield node
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if a leaf would never be evicted, or a block is there twice or not counted."""
+        nodes = list(self.nodes())
+        assert sorted(map(_block, nodes)) == np.flatnonzero(self._is_held).tolist(), (
+            "blocks of the tree are not its own"
+        )
+        queued = Counter(id(node) for _, _, node in self._leaves)
+        lost = [node.block for node in nodes if not node.children and not queued[id(node)]]
+        assert not lost, f"the leaves of blocks {lost} would never be evicted"
+        assert all(count == 1 for count in queued.values()), "a leaf waits more than once for eviction"
+
+
+def _block(node: Node) -> int:
+    assert node.block is not None
+    return node.block
