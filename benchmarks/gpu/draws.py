@@ -120,12 +120,11 @@ class Rows:
                     self._states[at] = self._constraint.begin()
 
 
-def measure(graphs: StepGraphs, state: RowState, kind: str, batch: int, compiled: Any, repeats: int) -> dict[str, Any]:
+def measure(graphs: StepGraphs, kind: str, batch: int, compiled: Any, repeats: int) -> dict[str, Any]:
     """One kind at one batch size."""
     params, is_constrained = KINDS[kind]
     rows, times = Rows(batch, params, compiled if is_constrained else None), []
     graph = graphs.step(batch, masked=False)
-    state.lengths.fill_(min(CONTEXT, state.keys.shape[3] - repeats - WARMUP))
     for attempt in range(repeats + WARMUP):
         steps = rows.steps()
         draw = graphs.draw(graph, steps)
@@ -164,7 +163,10 @@ def run(
     compiled = ConstraintCompiler(grown_tokenizer(shape.vocab), shape.vocab, {0}).compile(Json(SCHEMA))
     rows: list[dict[str, Any]] = []
     for batch in batches:
-        of_batch = [measure(graphs, state, kind, batch, compiled, repeats) for kind in KINDS]
+        of_batch = []
+        for kind in KINDS:
+            state.lengths.fill_(min(CONTEXT, shape.max_tokens - repeats - WARMUP))
+            of_batch.append(measure(graphs, kind, batch, compiled, repeats))
         greedy = of_batch[0]["step_ms"]
         rows += [
             {**row, "added_ms": row["step_ms"] - greedy, "added_share": row["step_ms"] / greedy - 1} for row in of_batch

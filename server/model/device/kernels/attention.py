@@ -1,7 +1,8 @@
-"""One token's grouped-query attention over its row's KV memory: norms, rotary, cache write, split softmax.
+"""One token's grouped-query attention over its row's blocks of KV memory: norms, rotary, cache write, split softmax.
 
 A program handles one KV head of one sequence over one split of its cached tokens; the last program of a head to finish
-(counted on the device) joins the splits in their order, so the result does not depend on which one is last. The new
+(counted on the device) joins the splits in their order, so the result does not depend on which one is last. Splits
+depend on the row's length alone, so its bits depend neither on the batch nor on the numbers of its blocks. The new
 token's key and value stay in registers: split 0 scores and stores them. Source of the split: Flash-Decoding (Dao et
 al., 2023). The rotary embedding works in halves, as transformers' `rotate_half`, on a head's first ROTARY elements; the
 other elements form pairs with an angle of 0.
@@ -94,18 +95,36 @@ def _join(
 
 
 @triton.jit
-def attend(
-    qkv, q_norm, k_norm, cos_table, sin_table, rows, lengths, keys, values, out,
-    part_max, part_sum, part_out, arrived, eps, scaling, max_tokens,
-    NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, G2: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr,
-    ROTARY: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """out [B, NUM_HEADS * D] from qkv [B, (NUM_HEADS + 2 NUM_KV) * D]; writes position lengths[row] of keys and values
-    [rows, NUM_KV, max_tokens, D]. A batch entry with row -1 is skipped. WINDOW: number of tokens to attend to, the new
-    one included; 0: all. QP, KP: widths of all query and all key heads, padded. Grid (SPLITS, NUM_KV, B).
+def _blocks(row_table, start, end, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """The row's block at `start`, or those of each token of the tile there, [TILE], if blocks are smaller."""
+    if BLOCK >= TILE:
+        return tl.load(row_table + start // BLOCK, mask=start < end, other=0)
+    at = start + tl.arange(0, TILE)
+    return tl.load(row_table + at // BLOCK, mask=at < end, other=0)
 
-    The split's first block of cached keys and values is loaded before the wait: no kernel of this step writes it.
+
+@triton.jit
+def _vectors(memory, block, kv_head, position, NUM_KV: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr):
+    """Pointers to the keys of the tokens at `position`, which are in `block`; both may be tensors."""
+    return memory + (block.to(tl.int64) * 2 * NUM_KV + kv_head) * BLOCK * D + position % BLOCK * D
+
+
+@triton.jit
+def attend(
+    qkv, q_norm, k_norm, cos_table, sin_table, rows, lengths, table, memory, out,
+    part_max, part_sum, part_out, arrived, eps, scaling, max_blocks,
+    NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, G2: tl.constexpr,
+    SPLITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, QP: tl.constexpr,
+    KP: tl.constexpr, ROTARY: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [B, NUM_HEADS * D] from qkv [B, (NUM_HEADS + 2 NUM_KV) * D]; writes position lengths[row] of the row's keys
+    and values. Token t of a row is entry t % BLOCK of block table[row, t // BLOCK] of memory [blocks, 2, NUM_KV, BLOCK,
+    D], keys then values; table is [rows, max_blocks]. A batch entry with row -1 is skipped. TILE: tokens of a product,
+    like BLOCK a power of two. WINDOW: number of tokens to attend to, the new one included; 0: all. QP, KP: widths of
+    all query and all key heads, padded. Grid (SPLITS, NUM_KV, B).
+
+    The split's first tile of cached keys and values is loaded before the wait: no kernel of this step writes it, nor
+    the table. Later tiles' blocks are looked up one tile ahead, so only the first waits for its entry of the table.
     """
     if PDL:
         gdc_launch_dependents()
@@ -116,25 +135,31 @@ def attend(
     half = tl.arange(0, HALF)
     first, second = _pairs(D, ROTARY)
     full = tl.arange(0, D)
-    block = tl.arange(0, BLOCK)
+    tile = tl.arange(0, TILE)
     group = tl.arange(0, GP)
     row = tl.load(rows + batch)
     position = tl.load(lengths + row, mask=row >= 0, other=0)
     seen = position
     if WINDOW > 0:
         seen = tl.minimum(position, WINDOW - 1)
-    per_split = tl.cdiv(tl.cdiv(seen, SPLITS), BLOCK) * BLOCK
-    num_splits = tl.maximum(tl.cdiv(seen, tl.maximum(per_split, 1)), 1)
+    oldest = position - seen
+    origin = oldest // TILE * TILE
+    per_split = tl.cdiv(tl.cdiv(position - origin, SPLITS), TILE) * TILE
+    num_splits = tl.maximum(tl.cdiv(position - origin, tl.maximum(per_split, 1)), 1)
+    begin = origin + split * per_split
+    end = tl.where(row >= 0, tl.minimum(begin + per_split, position), 0)
+    row_table = table + row.to(tl.int64) * max_blocks
+    block = _blocks(row_table, begin, end, BLOCK, TILE)
+    next_block = _blocks(row_table, begin + TILE, end, BLOCK, TILE)
+    own_block = tl.load(row_table + position // BLOCK, mask=row >= 0, other=0)
     cos = tl.load(cos_table + position * HALF + half)
     sin = tl.load(sin_table + position * HALF + half)
-    begin = split * per_split + (position - seen)
-    end = tl.where(row >= 0, tl.minimum(begin + per_split, position), 0)
-    cache = (row.to(tl.int64) * NUM_KV + kv_head) * max_tokens * D
-    inside = begin + block < end
-    k_at = keys + cache + (begin + block)[None, :] * D
-    k_low = tl.load(k_at + first[:, None], mask=inside[None, :], other=0.0)
-    k_high = tl.load(k_at + second[:, None], mask=inside[None, :], other=0.0)
-    v = tl.load(values + cache + (begin + block)[:, None] * D + full[None, :], mask=inside[:, None], other=0.0)
+    VALUES: tl.constexpr = NUM_KV * BLOCK * D
+    inside = (begin + tile >= oldest) & (begin + tile < end)
+    at = _vectors(memory, block, kv_head, begin + tile, NUM_KV, BLOCK, D)
+    k_low = tl.load(at[None, :] + first[:, None], mask=inside[None, :], other=0.0)
+    k_high = tl.load(at[None, :] + second[:, None], mask=inside[None, :], other=0.0)
+    v = tl.load(at[:, None] + VALUES + full[None, :], mask=inside[:, None], other=0.0)
     if PDL:
         gdc_wait()
     if (row >= 0) & (split < num_splits):
@@ -153,32 +178,33 @@ def attend(
                 D, ROTARY, NORM, NUM_KV * D, KP, dtype,
             )  # fmt: skip
             v_new = tl.load(mine + (NUM_HEADS + NUM_KV + kv_head) * D + full)
-            here = cache + position.to(tl.int64) * D
-            tl.store(keys + here + first[None, :], new_low)
-            tl.store(keys + here + second[None, :], new_high)
-            tl.store(values + here + full, v_new)
+            here = _vectors(memory, own_block, kv_head, position, NUM_KV, BLOCK, D)
+            tl.store(here + first[None, :], new_low)
+            tl.store(here + second[None, :], new_high)
+            tl.store(here + VALUES + full, v_new)
             peak = scaling * (
                 tl.sum(q_low.to(tl.float32) * new_low.to(tl.float32), axis=1)
                 + tl.sum(q_high.to(tl.float32) * new_high.to(tl.float32), axis=1)
             )
             total += 1.0
             acc += v_new.to(tl.float32)[None, :]
-        for start in range(begin, end, BLOCK):
+        for start in range(begin, end, TILE):
             score = tl.dot(q_low, k_low, input_precision="ieee")
             score = tl.dot(q_high, k_high, score, input_precision="ieee") * scaling
-            score = tl.where((start + block < end)[None, :], score, -float("inf"))
+            score = tl.where(inside[None, :], score, -float("inf"))
             new_peak = tl.maximum(peak, tl.max(score, axis=1))
             decay = tl.exp(peak - new_peak)
             weight = tl.exp(score - new_peak[:, None])
             total = total * decay + tl.sum(weight, axis=1)
             acc = tl.dot(weight.to(dtype), v, acc * decay[:, None], input_precision="ieee")
             peak = new_peak
-            following = start + BLOCK + block
-            ahead = following < end
-            k_at = keys + cache + following[None, :] * D
-            k_low = tl.load(k_at + first[:, None], mask=ahead[None, :], other=0.0)
-            k_high = tl.load(k_at + second[:, None], mask=ahead[None, :], other=0.0)
-            v = tl.load(values + cache + following[:, None] * D + full[None, :], mask=ahead[:, None], other=0.0)
+            following = start + TILE
+            inside = following + tile < end
+            at = _vectors(memory, next_block, kv_head, following + tile, NUM_KV, BLOCK, D)
+            k_low = tl.load(at[None, :] + first[:, None], mask=inside[None, :], other=0.0)
+            k_high = tl.load(at[None, :] + second[:, None], mask=inside[None, :], other=0.0)
+            v = tl.load(at[:, None] + VALUES + full[None, :], mask=inside[:, None], other=0.0)
+            next_block = _blocks(row_table, following + TILE, end, BLOCK, TILE)
         heads = batch * NUM_HEADS + kv_head * GROUP + group
         mask = group < GROUP
         if num_splits == 1:

@@ -37,7 +37,7 @@ class DeviceMemory:
     @property
     def kv_bytes(self) -> int:
         """KV memory of all rows."""
-        return self.row_bytes * self._shape.max_rows * self._shape.max_tokens
+        return self.row_bytes * self._shape.max_rows * self._shape.max_blocks * self._shape.block_tokens
 
     def pages_shape(self, num_slots: int) -> PagesShape:
         """The shape of pages with this many slots in each layer."""

@@ -1,6 +1,9 @@
-"""Tensors that are kept between decode steps: KV memory, the state of each row, and the report of the last step.
+"""Tensors that are kept between decode steps: KV memory in blocks, the state of each row, and the last step's report.
 
-Invariant: they never move, since captured graphs hold their addresses."""
+A block holds the keys and values of `DecodeShape.block_tokens` following tokens of one row in every layer; the table
+says which blocks a row has. Invariants: the tensors never move, since captured graphs hold their addresses; the table
+changes between steps only.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,17 @@ from server.model.device.step.weights import DecodeShape
 class RowState:
     """KV memory and per-row device state, shared by the steps of all batch sizes.
 
-    keys, values: per layer [rows, kv_heads, max_tokens, head_dim]; lengths [rows] int32; masks [rows, L, E] int8
-    (see `kernels.routing.route`) and temperatures [rows] fp32 of the routers, both read by masked steps; bias_range [L]
-    fp32, the running range of the router's logits.
+    memory [layers, blocks, 2, kv_heads, block_tokens, head_dim], keys then values; table [rows, max_blocks] int32, the
+    block of each stretch of a row's tokens; lengths [rows] int32; masks [rows, L, E] int8 (see `kernels.routing.route`)
+    and temperatures [rows] fp32 of the routers, both read by masked steps; bias_range [L] fp32, the running range of
+    the router's logits. At first every row has blocks of its own for all its tokens.
     """
 
     def __init__(self, shape: DecodeShape, device: torch.device | str) -> None:
-        size = (shape.num_layers, shape.max_rows, shape.num_kv_heads, shape.max_tokens, shape.head_dim)
-        self.keys = torch.zeros(size, dtype=shape.dtype, device=device)
-        self.values = torch.zeros(size, dtype=shape.dtype, device=device)
+        num_blocks = shape.max_rows * shape.max_blocks
+        size = (shape.num_layers, num_blocks, 2, shape.num_kv_heads, shape.block_tokens, shape.head_dim)
+        self.memory = torch.zeros(size, dtype=shape.dtype, device=device)
+        self.table = torch.arange(num_blocks, dtype=torch.int32, device=device).view(shape.max_rows, -1)
         self.lengths = torch.zeros(shape.max_rows, dtype=torch.int32, device=device)
         layers = shape.num_moe_layers
         self.masks = torch.ones(shape.max_rows, layers, shape.num_experts, dtype=torch.int8, device=device)
@@ -38,16 +43,26 @@ class PrefillRow(Cache):
 
     def __init__(self, state: RowState, row: int, start: int, end: int) -> None:
         super().__init__(layers=[])
-        self._state, self._row, self._start, self._end = state, row, start, end
+        self._memory, self._start = state.memory, start
+        _, _, _, heads, block_tokens, _ = state.memory.shape
+        at = torch.arange(end, device=state.table.device)
+        blocks = state.table[row, at // block_tokens].long()
+        head = torch.arange(2 * heads, device=at.device)[:, None] * block_tokens
+        self._index = blocks * (2 * heads * block_tokens) + head + at % block_tokens
+        """[2 kv_heads, end]: each token's place among the vectors of a layer's memory, of keys then of values."""
+        self._new = self._index[:, start:].flatten()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Writes [1, heads, tokens, dim]; returns the row up to the chunk's end."""
-        keys, values = self._state.keys[layer_idx, self._row], self._state.values[layer_idx, self._row]
-        keys[:, self._start : self._end] = key_states[0]
-        values[:, self._start : self._end] = value_states[0]
-        return keys[None, :, : self._end], values[None, :, : self._end]
+        """Writes [1, heads, tokens, dim]; returns the row up to the chunk's end, copied where blocks hold a part."""
+        vectors = self._memory[layer_idx].flatten(0, 3)
+        new = torch.cat([key_states[0], value_states[0]]).flatten(0, 1)
+        vectors.index_copy_(0, self._new, new)
+        if self._start == 0:
+            return key_states, value_states
+        keys, values = vectors[self._index].chunk(2)
+        return keys[None], values[None]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before the chunk."""

@@ -166,19 +166,19 @@ class DecodeStep:
         self._product(self.x, weights.input_norm, weights.qkv, weights.qkv_bias, None, self.qkv, rows)
 
     def attend(self, layer: int) -> None:
-        """Attention over each row's KV memory, which gets the new token, into `attended`."""
+        """Attention over each row's blocks of KV memory, which get the new token, into `attended`."""
         shape, weights, state, tuning = self.shape, self.weights.layers[layer], self.state, self.options.tuning
         group = shape.num_heads // shape.num_kv_heads
         self._run(
             attention.attend, (tuning.attention_splits, shape.num_kv_heads, self.batch),
             self.qkv, weights.q_norm, weights.k_norm, self.weights.cos, self.weights.sin, self.rows, state.lengths,
-            state.keys[layer], state.values[layer], self.attended, self.part_max, self.part_sum, self.part_out,
-            self.arrived[1 + self.batch :], shape.eps, shape.scaling or shape.head_dim**-0.5, shape.max_tokens,
+            state.table, state.memory[layer], self.attended, self.part_max, self.part_sum, self.part_out,
+            self.arrived[1 + self.batch :], shape.eps, shape.scaling or shape.head_dim**-0.5, shape.max_blocks,
             NUM_HEADS=shape.num_heads, NUM_KV=shape.num_kv_heads, D=shape.head_dim, GP=max(16, pow2(group)),
-            G2=pow2(group), SPLITS=tuning.attention_splits, BLOCK=tuning.attention_block,
-            NORM=("none", "head", "row").index(shape.qk_norm), QP=pow2(shape.num_heads * shape.head_dim),
-            KP=pow2(shape.num_kv_heads * shape.head_dim), ROTARY=shape.rotary or shape.head_dim,
-            WINDOW=self._window(layer), num_warps=4, num_stages=2,
+            G2=pow2(group), SPLITS=tuning.attention_splits, TILE=tuning.attention_tile, BLOCK=shape.block_tokens,
+            NORM=("none", "head", "row").index(shape.qk_norm),
+            QP=pow2(shape.num_heads * shape.head_dim), KP=pow2(shape.num_kv_heads * shape.head_dim),
+            ROTARY=shape.rotary or shape.head_dim, WINDOW=self._window(layer), num_warps=4, num_stages=2,
         )  # fmt: skip
 
     def output_product(self, layer: int) -> None:

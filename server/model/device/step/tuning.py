@@ -41,7 +41,7 @@ class Tuning:
     down_warps: int = 4
     route_warps: int = 2
     attention_splits: int = 16
-    attention_block: int = 64
+    attention_tile: int = 64
     fetchers: int = 64
     packed_fetchers: int = 256
     copy_elements: int = 16384

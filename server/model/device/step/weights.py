@@ -20,10 +20,11 @@ from server.model.device.step.router_kind import SOFTMAX_TOP_K, RouterKind
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """Sizes of the model, in elements; `max_tokens` is the KV memory of one row, `max_rows` the number of rows.
+    """Sizes of the model, in elements; `max_tokens` is the most of one row, `max_rows` the number of rows.
 
     Attributes:
         num_layers: layers of the model, including those without routed experts.
+        block_tokens: tokens of a block of KV memory, a power of two.
         qk_norm: queries and keys are normalised by head, over all heads together, or not.
         rotary: number of rotated elements of a head, its first ones; None: all.
         windows: for each layer the number of tokens to attend to, the new one included, 0: all; empty: all in each.
@@ -43,6 +44,7 @@ class DecodeShape:
     intermediate: int
     max_rows: int
     max_tokens: int
+    block_tokens: int = 32
     eps: float = 1e-6
     scaling: float | None = None
     qk_norm: Literal["none", "head", "row"] = "head"
@@ -59,6 +61,11 @@ class DecodeShape:
     def num_moe_layers(self) -> int:
         """Layers with routed experts, L."""
         return self.num_layers - len(self.dense_layers)
+
+    @property
+    def max_blocks(self) -> int:
+        """Blocks of KV memory of the longest row."""
+        return -(-self.max_tokens // self.block_tokens)
 
     @property
     def qkv(self) -> int:

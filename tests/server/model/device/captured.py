@@ -28,9 +28,10 @@ HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 TUNING = Tuning(
     qkv_rows=64, output_rows=32, head_rows=32, gate_rows=4, up_rows=8, down_rows=32, down_columns=32,
     packed_up_rows=64, packed_down_rows=64,
-    attention_splits=2, attention_block=16 if DEVICE == "cuda" else 2, fetchers=2, packed_fetchers=2, copy_elements=256,
+    attention_splits=2, attention_tile=16 if DEVICE == "cuda" else 2, fetchers=2, packed_fetchers=2, copy_elements=256,
 )  # fmt: skip
 MAX_ROWS, MAX_TOKENS = 8, 64
+BLOCK_TOKENS = TUNING.attention_tile
 
 
 def qwen3_moe(*, num_experts: int, top_k: int, hidden: int, intermediate: int) -> Qwen3MoeForCausalLM:
@@ -92,16 +93,19 @@ def build(
     slots: int | None = None,
     policy: Any = "lru",
     packed: tuple[tuple[RowEncoding, RowEncoding], Tensor] | None = None,
+    block_tokens: int = BLOCK_TOKENS,
     **options: Any,
 ) -> DecodeStep:
     """A step of the model in `dtype`, its experts in so many slots a layer (all), the first ones resident.
 
     Args:
         packed: encodings of the experts and their spans [L, E, words], which stand for the model's.
+        block_tokens: of KV memory; a few tokens cross its borders.
     """
     other = copy.deepcopy(model).to(dtype).to(DEVICE)
     intermediate = moe_blocks(model)[0][1].experts.down_proj.shape[-1]
     shape = decode_shape(other, intermediate=intermediate, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS)
+    shape = replace(shape, block_tokens=block_tokens)
     spans = spans_of(model, dtype) if packed is None else packed[1]
     if packed is not None:
         shape = replace(shape, packed=packed[0])
