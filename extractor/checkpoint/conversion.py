@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +23,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    PrefixChange,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -39,7 +41,7 @@ from router.gating import RULES
 
 # transformers builds a model under a process-wide default dtype, which two threads would leave behind wrong.
 _building = threading.Lock()
-TOP_K_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,33 @@ def trace(directory: Path, tensors: Mapping[str, TensorEntry]) -> Trace:
     module that transformers marks as one, CheckpointError when an experts parameter has no tensors, or the trunk is not
     the model's (see `check_trunk`).
     """
+    model, ignored = build_model(directory)
+    modules = experts_shapes(model)
+    if not modules:
+        raise unsupported(directory, f"no layer of {type(model).__name__} goes through transformers' experts registry")
+    if len({tuple(re.findall(r"\d+", name)) for name in modules}) != len(modules):
+        raise unsupported(directory, f"a layer of {type(model).__name__} has more than one set of routed experts")
+    check_routers(model, modules, model.config.model_type, str(directory))
+    ignored += model._keys_to_ignore_on_load_unexpected or ()
+    transforms = get_model_conversion_mapping(model)
+    collected, trunk, converters = _assign(model, modules, tensors, ignored, transforms)
+    experts = {
+        module: tuple(
+            _recipe(f"{module}.{parameter}", shape, collected, converters, model)
+            for parameter, shape in parameters.items()
+        )
+        for module, parameters in modules.items()
+    }
+    with _building:
+        check_trunk(model, trunk, tensors, set(collected), transforms, directory)
+    return Trace(type(model).__name__, _top_k(model.config, directory), experts, tuple(trunk))
+
+
+def build_model(directory: Path) -> tuple[Any, list[str]]:
+    """The model that config.json in `directory` describes, on the meta device, and patterns of keys that it ignores.
+
+    Raises UnsupportedFamilyError when transformers has no such language model, CheckpointError when it cannot build it.
+    """
     family = json.loads((directory / "config.json").read_bytes()).get("model_type")
     if family not in CONFIG_MAPPING:
         raise unsupported(directory, f"transformers {version('transformers')} does not know the family {family!r}")
@@ -150,29 +179,33 @@ def trace(directory: Path, tensors: Mapping[str, TensorEntry]) -> Trace:
             f"({' '.join(str(error).split())}); "
             "check the file, or use another release of transformers"
         ) from error
-    modules = {
+    return model, ignored
+
+
+def experts_shapes(model: Any) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shapes of the parameters of every experts module, by the names of module and parameter."""
+    return {
         name: {parameter: tuple(value.shape) for parameter, value in module.named_parameters(recurse=False)}
         for name, module in model.named_modules()
         if hasattr(module, "is_concatenated") and hasattr(module, "is_transposed")
     }
-    if not modules:
-        raise unsupported(directory, f"no layer of {type(model).__name__} goes through transformers' experts registry")
-    if len({tuple(re.findall(r"\d+", name)) for name in modules}) != len(modules):
-        raise unsupported(directory, f"a layer of {type(model).__name__} has more than one set of routed experts")
-    check_routers(model, modules, config.model_type, str(directory))
-    ignored += model._keys_to_ignore_on_load_unexpected or ()
-    transforms = get_model_conversion_mapping(model)
-    collected, trunk, converters = _assign(model, modules, tensors, ignored, transforms)
-    experts = {
-        module: tuple(
-            _recipe(f"{module}.{parameter}", shape, collected, converters, model)
-            for parameter, shape in parameters.items()
-        )
-        for module, parameters in modules.items()
-    }
-    with _building:
-        check_trunk(model, trunk, tensors, set(collected), transforms, directory)
-    return Trace(type(model).__name__, _top_k(config, directory), experts, tuple(trunk))
+
+
+def model_names(model: Any, keys: Iterable[str]) -> dict[str, str]:
+    """The model's name for each of a checkpoint's keys; a key that the model has no place for keeps one of its own."""
+    return _assign(model, {}, keys, (), get_model_conversion_mapping(model))[1]
+
+
+def publisher(model: Any, trunk: Iterable[str]) -> Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """A function that undoes transformers' conversion: from parameters by the model's names to a checkpoint's tensors.
+
+    A prefix that the keys of the checkpoint's `trunk` have is put before the names. `model` is on the meta device.
+    """
+    transforms = get_model_conversion_mapping(model, add_legacy=False)
+    _assign(model, {}, trunk, (), transforms)
+    # transformers keeps here what loading used; a prefix that no key had must not be added
+    model._weight_conversions = [one for one in transforms if not isinstance(one, PrefixChange) or one.was_used()]
+    return lambda values: revert_weight_conversion(model, dict(values))
 
 
 def _other_parts(config: Any) -> list[str]:

@@ -18,14 +18,8 @@ from extractor.errors import UnsupportedFamilyError
 from router.errors import UnsupportedGatingError
 from router.gating import find_gating_rule
 
-_EXPERT_COUNT_KEYS = (
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "moe_num_experts",
-    "num_experts_per_tok",
-    "moe_topk",
-)
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Keys of config.json for the number of experts of a layer; a config may have several."""
 _ROUTER_NAMES = ("gate", "router")
 
 
@@ -47,23 +41,28 @@ def check_family(config: dict[str, Any], where: str) -> str:
 def check_routers(model: nn.Module, experts_modules: Iterable[str], family: str, where: str) -> None:
     """Refuse a model with a router whose choice cannot be masked exactly. Raises UnsupportedFamilyError."""
     for name in experts_modules:
-        block = model.get_submodule(name.rpartition(".")[0])
-        routers = [getattr(block, router, None) for router in _ROUTER_NAMES]
-        router = next((router for router in routers if isinstance(router, nn.Module)), None)
-        if router is None:
-            raise UnsupportedFamilyError(
-                f"{where}: beside {name} stands no router named {' or '.join(_ROUTER_NAMES)}; the family {family!r} is "
-                "not supported"
-            )
         try:
-            find_gating_rule(family, router)
+            find_gating_rule(family, router_beside(model, name, where))
         except UnsupportedGatingError as error:
             raise UnsupportedFamilyError(f"{where}: {error}") from error
+
+
+def router_beside(model: nn.Module, experts_module: str, where: str) -> nn.Module:
+    """The router of the block that has the experts module of this name. Raises UnsupportedFamilyError."""
+    block = model.get_submodule(experts_module.rpartition(".")[0])
+    routers = [getattr(block, router, None) for router in _ROUTER_NAMES]
+    router = next((router for router in routers if isinstance(router, nn.Module)), None)
+    if router is None:
+        raise UnsupportedFamilyError(
+            f"{where}: beside {experts_module} stands no router named {' or '.join(_ROUTER_NAMES)}; its family is not "
+            "supported"
+        )
+    return router
 
 
 def has_experts(config: dict[str, Any]) -> bool:
     """Whether a config.json mentions routed experts, at its top or in its text part."""
     nested = [config.get(key) for key in ("text_config", "llm_config", "ffn_config", "thinker_config")]
-    return any(config.get(key) for key in _EXPERT_COUNT_KEYS) or any(
+    return any(config.get(key) for key in (*EXPERT_COUNT_KEYS, "num_experts_per_tok", "moe_topk")) or any(
         has_experts(part) for part in nested if isinstance(part, dict)
     )

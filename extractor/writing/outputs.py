@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,62 +63,81 @@ def shard_output(layout: ExpertsLayout, index: int, experts: tuple[int, ...]) ->
     )
 
 
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor of an output file; `dtype` is a safetensors name, and the pieces have together `num_bytes` bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    pieces: Callable[[], Iterator[Piece]]
+
+    @classmethod
+    def of(cls, entry: TensorEntry) -> OutputTensor:
+        """The tensor as the checkpoint has it, dequantised if it is quantised there."""
+        return cls(entry.name, entry.dtype, entry.shape, entry.bytes, lambda: iter((piece_of(entry),)))
+
+
 def trunk_outputs(
     checkpoint: Checkpoint, trunk: Sequence[TensorEntry], max_file_bytes: int = MAX_TRUNK_FILE_BYTES
 ) -> list[OutputFile]:
-    """The files below trunk/: side files, and the tensors under their names in files of at most `max_file_bytes`
-    (one tensor that is larger gets a file of its own), with an index where there are several.
+    """The files below trunk/: side files, and the tensors under their names, as in `weights_outputs`."""
+    sidecars = [_sidecar(path) for path in checkpoint.sidecars if path.name != MODELOPT_CONFIG]
+    return sidecars + weights_outputs(WEIGHTS_STEM, [OutputTensor.of(entry) for entry in trunk], max_file_bytes)
+
+
+def weights_outputs(stem: str, tensors: Sequence[OutputTensor], max_file_bytes: int) -> list[OutputFile]:
+    """Files of at most `max_file_bytes` with the tensors (one that is larger gets a file of its own).
+
+    They are called `stem`.safetensors; several are numbered and have an index.
     """
-    outputs = [_sidecar(path) for path in checkpoint.sidecars if path.name != MODELOPT_CONFIG]
-    groups = _group(trunk, max_file_bytes)
-    stem = WEIGHTS_STEM
-    names = [f"{stem}.safetensors"]
-    if len(groups) > 1:
-        names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
-        weight_map = {
-            tensor.name: Path(name).name for name, group in zip(names, groups, strict=True) for tensor in group
-        }
-        index = {"metadata": {"total_size": sum(tensor.bytes for tensor in trunk)}, "weight_map": weight_map}
-        outputs.append(_in_memory(f"{stem}.safetensors.index.json", _json_bytes(index)))
-    return outputs + [_tensors(name, group) for name, group in zip(names, groups, strict=True)]
+    groups = _group(tensors, max_file_bytes)
+    if len(groups) == 1:
+        return [_tensors(f"{stem}.safetensors", groups[0])]
+    names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    weight_map = {tensor.name: Path(name).name for name, group in zip(names, groups, strict=True) for tensor in group}
+    index = {"metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)}, "weight_map": weight_map}
+    files = [_tensors(name, group) for name, group in zip(names, groups, strict=True)]
+    return [file_of(f"{stem}.safetensors.index.json", json_bytes(index)), *files]
 
 
 def all_trunk_outputs(layout: ExpertsLayout) -> list[OutputFile]:
     """The files below trunk/, with the weights of errors if the experts were made with some."""
     outputs = trunk_outputs(layout.checkpoint, layout.trunk)
     if layout.maker is not None and layout.maker.importance is not None:
-        outputs.append(_in_memory(FILE_NAME, layout.maker.importance.content))
+        outputs.append(file_of(FILE_NAME, layout.maker.importance.content))
     return outputs
 
 
-def _group(trunk: Sequence[TensorEntry], max_file_bytes: int) -> list[list[TensorEntry]]:
+def _group(trunk: Sequence[OutputTensor], max_file_bytes: int) -> list[list[OutputTensor]]:
     """Wide dtypes first, so that every tensor is aligned to its dtype; then by name, so that the order of the
     checkpoint's files does not matter."""
-    groups: list[list[TensorEntry]] = [[]]
+    groups: list[list[OutputTensor]] = [[]]
     filled = 0
     for tensor in sorted(trunk, key=lambda tensor: (-DTYPE_BYTES[tensor.dtype], tensor.name)):
-        if groups[-1] and filled + tensor.bytes > max_file_bytes:
+        if groups[-1] and filled + tensor.num_bytes > max_file_bytes:
             groups.append([])
             filled = 0
         groups[-1].append(tensor)
-        filled += tensor.bytes
+        filled += tensor.num_bytes
     return groups
 
 
-def _tensors(name: str, group: Sequence[TensorEntry]) -> OutputFile:
+def _tensors(name: str, group: Sequence[OutputTensor]) -> OutputFile:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for tensor in group:
         entries[tensor.name] = {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
-            "data_offsets": [at, at + tensor.bytes],
+            "data_offsets": [at, at + tensor.num_bytes],
         }
-        at += tensor.bytes
+        at += tensor.num_bytes
     head = encode_header(entries)
 
     def pieces() -> Iterator[Piece]:
-        return map(piece_of, group)
+        return chain.from_iterable(tensor.pieces() for tensor in group)
 
     return OutputFile(name, len(head) + at, head, pieces)
 
@@ -127,14 +147,14 @@ def _sidecar(path: Path) -> OutputFile:
     which is undone here, and without the name of a weights file, which the trunk does not have."""
     content = path.read_bytes()
     if path.suffix == ".json" and b'"auto_map"' in content:
-        content = _json_bytes(_without(json.loads(content), "auto_map"))
+        content = json_bytes(_without(json.loads(content), "auto_map"))
     dropped = (*CONFIG_KEYS, WEIGHTS_KEY)
     if path.name == "config.json" and any(f'"{key}"'.encode() in content for key in dropped):
         config = json.loads(content)
         for key in dropped:
             config = _without(config, key)
-        content = _json_bytes(config)
-    return _in_memory(f"trunk/{path.name}", content)
+        content = json_bytes(config)
+    return file_of(f"trunk/{path.name}", content)
 
 
 def _without(value: Any, name: str) -> Any:
@@ -143,9 +163,11 @@ def _without(value: Any, name: str) -> Any:
     return [_without(item, name) for item in value] if isinstance(value, list) else value
 
 
-def _json_bytes(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
+    """A JSON file that people can read."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _in_memory(name: str, content: bytes) -> OutputFile:
+def file_of(name: str, content: bytes) -> OutputFile:
+    """A small file with this content."""
     return OutputFile(name, len(content), content, lambda: iter(()))

@@ -39,6 +39,7 @@ COMMANDS = {
     "evaluate": Command("server.cli.quality", CHOICE, "Measure what serving a part of the experts costs."),
     "grow": Command("server.cli.growth", CHOICE, "Add the deep experts that were wanted and missing.", True),
     "shrink": Command("server.cli.growth", CHOICE, "Remove the deep experts that were wanted least."),
+    "export": Command("extractor.cli.export", CHOICE, "Write a pruned checkpoint from a store."),
     "serve": Command("server.cli.serve", TEXT, "Serve a store over HTTP."),
     "generate": Command("server.cli.generate", TEXT, "Continue a prompt without a server."),
     "chat": Command("server.cli.chat", TEXT, "Chat in the terminal, with a store or a running server."),

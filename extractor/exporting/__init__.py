@@ -1,0 +1,1 @@
+"""Writes pruned checkpoints from stores."""

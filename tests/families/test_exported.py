@@ -1,0 +1,85 @@
+"""A pruned checkpoint of every family: transformers loads it, and its logits are those of the masked model.
+
+Checkpoints are written by transformers, extracted whole and exported twice: with other experts in each layer, and with
+fewer than top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from expert_store.store import Store
+from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.errors import SelectionError, UnsupportedFamilyError
+from extractor.exporting.export import prepare_export
+from extractor.planning.plan import Plan, PlannedExpert
+from router.mask import ExpertMask
+from tests.families.checkpoints import NUM_EXPERTS, TOP_K, moe_blocks, random_model
+from tests.families.serving import PROMPTS, SERVED, assembled, assert_same, served_logits, stock_logits
+from tests.families.test_whole_model import extracted
+
+QUICK = ("deepseek_v3", "gpt_oss", "qwen3_moe")
+"""Groups and a correction bias; experts side by side in one tensor, with biases; experts one by one."""
+BY_LAYER = ([0, 1, 3, 4, 6, 7], [0, 2, 3, 5, 6, 7], [1, 2, 3, 4, 5, 7])
+FEW = [1, 6]
+
+
+def plan_of(kept: Sequence[Sequence[int]]) -> Plan:
+    """A plan that keeps these experts of each layer, in another order than that of their ids."""
+    deep_experts = tuple(PlannedExpert(experts) for experts in zip(*kept, strict=True))
+    return Plan(len(kept), NUM_EXPERTS, {"kind": "free"}, deep_experts[::-1])
+
+
+def mask_of(kept: Sequence[Sequence[int]]) -> ExpertMask:
+    allowed = np.zeros((len(kept), NUM_EXPERTS), dtype=np.bool_)
+    for layer, experts in enumerate(kept):
+        allowed[layer, list(experts)] = True
+    return ExpertMask.of(allowed)
+
+
+def assert_exported(store: Store, out: Path, kept: Sequence[Sequence[int]], model: Any) -> None:
+    """Export `kept`, and compare stock transformers on it with the masked store."""
+    work = prepare_export(store, out, plan_of(kept), None)
+    work.run()
+    loaded, told = type(model).from_pretrained(out, output_loading_info=True)
+    assert not any(told.values()), told
+    assert work.top_k == min(TOP_K, len(kept[0])) or model.config.model_type in ("phimoe", "zaya")
+    assert [experts.down_proj.shape[0] for _, _, experts in moe_blocks(loaded)] == [len(kept[0])] * len(kept)
+    selective = assembled(store, NUM_EXPERTS)
+    ours = served_logits(selective, [mask_of(kept)] * len(PROMPTS))
+    for masked, prompt in zip(ours, PROMPTS, strict=True):
+        assert_same(masked, stock_logits(loaded.eval(), prompt))
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(one, marks=() if one in QUICK else pytest.mark.exhaustive) for one in SERVED]
+)
+@torch.no_grad()
+def test_exported_checkpoint_has_the_logits_of_the_masked_model(family: str, tmp_path: Path, repository: Path) -> None:
+    model = random_model(family)
+    with extracted(model, tmp_path, repository) as store:
+        num_layers = store.manifest.model.num_layers
+        assert_exported(store, tmp_path / "out", BY_LAYER[:num_layers], model)
+        assert set(Checkpoint.open(tmp_path / "out").tensors) <= set(Checkpoint.open(tmp_path / "checkpoint").tensors)
+        few = [FEW] * num_layers
+        if hasattr(moe_blocks(model)[0][1], "num_group"):
+            with pytest.raises(SelectionError, match=r"keeps 1 experts in each of 2 groups"):
+                prepare_export(store, tmp_path / "few", plan_of(few), None)
+            with pytest.raises(SelectionError, match=r"layer 0 keeps \[4, 0\] of 4 in each"):
+                prepare_export(store, tmp_path / "few", plan_of([[0, 1, 2, 3]] * num_layers), None)
+        else:
+            assert_exported(store, tmp_path / "few", few, model)
+
+
+def test_families_that_always_make_two_picks_refuse_one_expert(tmp_path: Path, repository: Path) -> None:
+    model = random_model("phimoe")
+    with extracted(model, tmp_path, repository) as store:
+        one = [[3]] * store.manifest.model.num_layers
+        with pytest.raises(UnsupportedFamilyError, match="'phimoe' cannot be exported with 1 experts"):
+            prepare_export(store, tmp_path / "out", plan_of(one), None)
