@@ -15,8 +15,8 @@ from typing import Any
 from expert_store.manifest import ModelSpec
 from extractor.checkpoint.conversion import TOP_K_KEYS, build_model, experts_shapes
 from extractor.checkpoint.families import EXPERT_COUNT_KEYS, router_beside
-from extractor.checkpoint.text_model import read_config
-from extractor.errors import SelectionError, UnsupportedFamilyError
+from extractor.checkpoint.text_model import read_config, text_model
+from extractor.errors import CheckpointError, SelectionError, UnsupportedFamilyError
 from router.gating import find_gating_rule
 from router.gating.rules import GroupLimit, TopKRule
 from router.gating.special import SparseMixerRule
@@ -28,6 +28,8 @@ _FURTHER_LAYERS = re.compile(r"(?=.*(^|_)num_).*(nextn|mtp)")
 
 def pruned_config(trunk: Path, model: ModelSpec, num_kept: int, dtype: str | None) -> dict[str, Any]:
     """config.json in `trunk` for `num_kept` experts a layer, and with `dtype` (torch's name) unless that is None.
+
+    Of a model with towers it is the text part's alone if the store has that part alone.
 
     Raises UnsupportedFamilyError for an omni model, of which a store has the thinker alone.
     """
@@ -42,6 +44,10 @@ def pruned_config(trunk: Path, model: ModelSpec, num_kept: int, dtype: str | Non
     part = document
     if text is not config:
         part = document.setdefault(next(key for key in config.sub_configs if getattr(config, key) is text), {})
+    found = text_model(config)
+    if found is not None and found[1] is not config:  # the store has nothing of the other parts
+        part["architectures"] = [found[0].__name__]
+        document = part = {"model_type": text.model_type, "tie_word_embeddings": text.tie_word_embeddings} | part
     for key in _names(text, part, EXPERT_COUNT_KEYS):
         _replace(part, text, key, {model.num_experts: num_kept})
     for key in _names(text, part, TOP_K_KEYS):
@@ -71,30 +77,39 @@ def _replace(part: dict[str, Any], text: Any, key: str, numbers: dict[int, int])
         part[key] = numbers[value]
 
 
-def pruned_model(directory: Path, model: ModelSpec, kept: Sequence[Sequence[int]]) -> Any:
-    """The model of the config.json in `directory`, on the meta device, after checking that it is `model` with `kept`.
+def check_choice(whole: Any, model: ModelSpec, kept: Sequence[Sequence[int]]) -> None:
+    """Check that the routers of a model without the other experts choose as the masked ones of `whole` do.
 
-    Raises UnsupportedFamilyError where fewer experts are another model, SelectionError where these experts are.
+    Raises UnsupportedFamilyError where a router needs more experts, SelectionError where groups lose different numbers.
     """
-    built, _ = build_model(directory)
-    num_kept = len(kept[0])
+    for layer, module in enumerate(experts_shapes(whole)):
+        router = router_beside(whole, module, model.family)
+        rule = find_gating_rule(model.family, router)
+        if isinstance(rule, SparseMixerRule) and len(kept[layer]) < model.top_k:
+            raise UnsupportedFamilyError(
+                f"the family {model.family!r} cannot be exported with {len(kept[layer])} experts: its router always "
+                f"makes {model.top_k} picks; keep at least as many"
+            )
+        if isinstance(rule, TopKRule) and rule.groups is not None and rule.groups.when(router):
+            _check_groups(rule.groups, router, model, layer, kept[layer])
+
+
+def pruned_model(directory: Path, model: ModelSpec, num_kept: int) -> Any:
+    """The model that the config.json in `directory` describes, on the meta device, with `num_kept` experts a layer.
+
+    Raises UnsupportedFamilyError if transformers builds no such model.
+    """
+    refused = f"the family {model.family!r} cannot be exported with {num_kept} of {model.num_experts} experts"
+    try:
+        built, _ = build_model(directory)
+    except CheckpointError as error:
+        raise UnsupportedFamilyError(f"{refused}: {error.__cause__ or error}") from error
     for module, shapes in experts_shapes(built).items():
         counts = {shape[0] for shape in shapes.values()}
         if counts != {num_kept}:
             raise UnsupportedFamilyError(
-                f"the family {model.family!r} cannot be exported with {num_kept} of {model.num_experts} experts: its "
-                f"config gives {module} {counts} experts however {', '.join(EXPERT_COUNT_KEYS)} are set"
+                f"{refused}: its config gives {module} {counts} experts, however {', '.join(EXPERT_COUNT_KEYS)} are set"
             )
-    for layer, module in enumerate(experts_shapes(built)):
-        router = router_beside(built, module, str(directory))
-        rule = find_gating_rule(model.family, router)
-        if isinstance(rule, SparseMixerRule) and num_kept < model.top_k:
-            raise UnsupportedFamilyError(
-                f"the family {model.family!r} cannot be exported with {num_kept} experts: its router always makes "
-                f"{model.top_k} picks; keep at least as many"
-            )
-        if isinstance(rule, TopKRule) and rule.groups is not None and rule.groups.when(router):
-            _check_groups(rule.groups, router, model, layer, kept[layer])
     return built
 
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from expert_store.files import sync_directory
 from expert_store.store import Store
 from extractor.checkpoint.checkpoint import Checkpoint
-from extractor.checkpoint.conversion import trace
+from extractor.checkpoint.conversion import build_model, trace
 from extractor.checkpoint.tensor_file import TensorEntry
 from extractor.errors import DiskFullError, SelectionError, TargetError
 from extractor.exporting.card import model_card
-from extractor.exporting.config import pruned_config, pruned_model
+from extractor.exporting.config import check_choice, pruned_config, pruned_model
 from extractor.exporting.tensors import Kept, experts_tensors, trunk_tensors
 from extractor.planning.plan import Plan
 from extractor.planning.selection import SelectionRequest, select
@@ -90,11 +90,13 @@ def prepare_export(store: Store, target: str | os.PathLike[str], plan: Plan | No
     kept = kept_experts(store, plan)
     model = store.manifest.model
     stored = None if dtype is None else DTYPES[dtype]
+    whole, _ = build_model(store.trunk_path)
+    check_choice(whole, model, kept)
     document = pruned_config(store.trunk_path, model, len(kept[0]), dtype)
     with tempfile.TemporaryDirectory(prefix="deepfew-export-") as folder:
         (Path(folder) / "config.json").write_bytes(json_bytes(document))
-        pruned = pruned_model(Path(folder), model, kept)
-        tensors = [*trunk_tensors(store, pruned, kept, stored), *experts_tensors(store, pruned, kept, stored)]
+        pruned = pruned_model(Path(folder), model, len(kept[0]))
+        tensors = [*trunk_tensors(store, whole, pruned, kept, stored), *experts_tensors(store, whole, kept, stored)]
         top_k = trace(Path(folder), _as_entries(tensors, target)).top_k
     side_files = [
         file_of(path.name, path.read_bytes())

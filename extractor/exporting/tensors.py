@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from expert_store.rows import span_values
 from expert_store.slots import TORCH_DTYPES
 from expert_store.store import Store
 from extractor.checkpoint.checkpoint import Checkpoint
-from extractor.checkpoint.conversion import build_model, model_names, publisher
+from extractor.checkpoint.conversion import model_names, publisher
 from extractor.checkpoint.quantised import read_part
 from extractor.checkpoint.tensor_file import ConvertedPiece, TensorEntry
 from extractor.errors import UnsupportedFamilyError
@@ -37,18 +37,17 @@ _FURTHER_TOKENS = re.compile(r"(^|\.)(mtp|nextn|draft|eagle|medusa)(_\w+)?(\.|$)
 _FLOATS = ("F32", "F16", "BF16")
 
 
-def trunk_tensors(store: Store, pruned: Any, kept: Kept, dtype: str | None) -> list[OutputTensor]:
+def trunk_tensors(store: Store, whole: Any, pruned: Any, kept: Kept, dtype: str | None) -> list[OutputTensor]:
     """The trunk's tensors without the rows of experts that are not kept.
 
     Args:
-        pruned: the pruned model on the meta device.
+        whole, pruned: the models with all experts and with the kept ones, on the meta device.
         dtype: safetensors name for the tensors of the model's dtype; others, such as biases of float32, stay.
 
     Raises:
         UnsupportedFamilyError: an axis of experts cannot be told from others.
     """
     entries = Checkpoint.open(store.trunk_path).tensors
-    whole, _ = build_model(store.trunk_path)
     names = model_names(whole, entries)
     before, after = whole.state_dict(), pruned.state_dict()
     num_layers = whole.config.get_text_config().num_hidden_layers
@@ -134,21 +133,21 @@ def _bytes(tensor: Tensor, dtype: str) -> memoryview:
     return memoryview(stored.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def experts_tensors(store: Store, pruned: Any, kept: Kept, dtype: str | None) -> list[OutputTensor]:
+def experts_tensors(store: Store, whole: Any, kept: Kept, dtype: str | None) -> list[OutputTensor]:
     """The experts' tensors as checkpoints of the family have them: one for each expert, or one for all of a layer.
 
     Args: see `trunk_tensors`; experts in fewer bits are dequantised.
     """
-    reader = _ExpertsReader(store, pruned, dtype)
+    reader = _ExpertsReader(store, whole, dtype)
     return [tensor for spec in store.manifest.layers for tensor in reader.tensors(spec, kept[spec.layer])]
 
 
 class _ExpertsReader:
     """Reads experts as published tensors. Any thread may call it."""
 
-    def __init__(self, store: Store, pruned: Any, dtype: str | None) -> None:
-        self._store, self._pruned, self._dtype = store, pruned, dtype
-        self._publish = publisher(pruned, Checkpoint.open(store.trunk_path).tensors)
+    def __init__(self, store: Store, whole: Any, dtype: str | None) -> None:
+        self._store, self._whole, self._dtype = store, whole, dtype
+        self._publish = publisher(whole, Checkpoint.open(store.trunk_path).tensors)
         self._read = lru_cache(NUM_CACHED_EXPERTS)(self._published_expert)
 
     def tensors(self, spec: LayerSpec, kept: Sequence[int]) -> list[OutputTensor]:
@@ -157,9 +156,9 @@ class _ExpertsReader:
         Raises:
             UnsupportedFamilyError: transformers publishes the experts neither one by one nor side by side.
         """
-        shapes = {name: value.shape for name, value in self._parameters(spec).items()}
-        together = self._on_meta({name: tuple(shape) for name, shape in shapes.items()})
-        alone = self._on_meta({name: (1, *shape[1:]) for name, shape in shapes.items()})
+        # not the model's own number: transformers leaves a tensor that has a parameter's shape as it is
+        together = self._published_shapes(spec, self._store.manifest.model.num_experts + 1)
+        alone = self._published_shapes(spec, 1)
         dtypes = {self._dtype or tensor.dtype for tensor in spec.tensors}
         if len(dtypes) > 1:
             raise UnsupportedFamilyError(
@@ -173,12 +172,13 @@ class _ExpertsReader:
             if places is not None:
                 for place, expert in zip(places, kept, strict=True):
                     tensors.append(self._tensor(place, dtype, shape, size, spec, [expert], name))
-            elif together.get(name) == (len(kept), *shape[1:]):
-                tensors.append(self._tensor(name, dtype, together[name], size * len(kept), spec, kept, name))
+            elif together.get(name, ())[1:] == shape[1:]:
+                fused = (len(kept), *shape[1:])
+                tensors.append(self._tensor(name, dtype, fused, size * len(kept), spec, kept, name))
             else:
                 raise UnsupportedFamilyError(
                     f"the family {self._store.manifest.model.family!r} cannot be exported: {name} {list(shape)} of one "
-                    f"expert is not a part of {together.get(name)} of {len(kept)}"
+                    f"expert is no part of {together.get(name)}"
                 )
         return tensors
 
@@ -200,19 +200,17 @@ class _ExpertsReader:
 
         return OutputTensor(place, dtype, shape, size, pieces)
 
-    def _parameters(self, spec: LayerSpec) -> Mapping[str, Tensor]:
-        return dict(self._pruned.get_submodule(spec.module).named_parameters(prefix=spec.module, recurse=False))
-
-    def _on_meta(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the published tensors, from names and shapes of the parameters."""
-        values = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    def _published_shapes(self, spec: LayerSpec, num_experts: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the published tensors of a layer with so many experts."""
+        parameters = self._whole.get_submodule(spec.module).named_parameters(prefix=spec.module, recurse=False)
+        values = {name: torch.empty(num_experts, *value.shape[1:], device="meta") for name, value in parameters}
         return {name: tuple(value.shape) for name, value in self._publish(values).items()}
 
     def _published_expert(self, spec: LayerSpec, expert: int) -> dict[str, Tensor]:
         """The published tensors of a layer that has this expert alone."""
         span = torch.empty(spec.span_bytes, dtype=torch.uint8)
         self._store.read_expert(spec.layer, expert, span)
-        is_transposed = self._pruned.get_submodule(spec.module).is_transposed
+        is_transposed = self._whole.get_submodule(spec.module).is_transposed
         values, own = {}, span_values(spec, span)
         for tensor in spec.tensors:
             value = own[tensor.name]

@@ -13,15 +13,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from expert_store.store import Store
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.errors import SelectionError, UnsupportedFamilyError
 from extractor.exporting.export import prepare_export
 from extractor.planning.plan import Plan, PlannedExpert
+from extractor.planning.selection import SelectionRequest
+from extractor.writing.prepare import prepare
 from router.mask import ExpertMask
 from tests.families.checkpoints import NUM_EXPERTS, TOP_K, moe_blocks, random_model
-from tests.families.serving import PROMPTS, SERVED, assembled, assert_same, served_logits, stock_logits
+from tests.families.composites import TEXT_PARTS, as_omni, composite_model
+from tests.families.serving import (
+    PROMPTS,
+    SERVED,
+    assembled,
+    assert_same,
+    checkpoint_of,
+    served_logits,
+    stock_logits,
+)
 from tests.families.test_whole_model import extracted
 
 QUICK = ("deepseek_v3", "gpt_oss", "qwen3_moe")
@@ -36,6 +49,11 @@ def plan_of(kept: Sequence[Sequence[int]]) -> Plan:
     return Plan(len(kept), NUM_EXPERTS, {"kind": "free"}, deep_experts[::-1])
 
 
+def loader(model: Any) -> Any:
+    """The class to load with: transformers' choice for a text part that is a model of its own."""
+    return AutoModelForCausalLM if type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING else type(model)
+
+
 def mask_of(kept: Sequence[Sequence[int]]) -> ExpertMask:
     allowed = np.zeros((len(kept), NUM_EXPERTS), dtype=np.bool_)
     for layer, experts in enumerate(kept):
@@ -47,7 +65,7 @@ def assert_exported(store: Store, out: Path, kept: Sequence[Sequence[int]], mode
     """Export `kept`, and compare stock transformers on it with the masked store."""
     work = prepare_export(store, out, plan_of(kept), None)
     work.run()
-    loaded, told = type(model).from_pretrained(out, output_loading_info=True)
+    loaded, told = loader(model).from_pretrained(out, output_loading_info=True)
     assert not any(told.values()), told
     assert work.top_k == min(TOP_K, len(kept[0])) or model.config.model_type in ("phimoe", "zaya")
     assert [experts.down_proj.shape[0] for _, _, experts in moe_blocks(loaded)] == [len(kept[0])] * len(kept)
@@ -75,6 +93,29 @@ def test_exported_checkpoint_has_the_logits_of_the_masked_model(family: str, tmp
                 prepare_export(store, tmp_path / "few", plan_of([[0, 1, 2, 3]] * num_layers), None)
         else:
             assert_exported(store, tmp_path / "few", few, model)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", [name for name in TEXT_PARTS if name in CONFIG_MAPPING])
+@torch.no_grad()
+def test_exported_composite_answers_text_as_the_masked_one(model_type: str, tmp_path: Path, repository: Path) -> None:
+    model = composite_model(model_type)
+    with extracted(model, tmp_path, repository) as store:
+        assert_exported(store, tmp_path / "out", BY_LAYER[: store.manifest.model.num_layers], model)
+        assert set(Checkpoint.open(tmp_path / "out").tensors) <= set(Checkpoint.open(tmp_path / "checkpoint").tensors)
+
+
+@pytest.mark.exhaustive
+def test_omni_models_are_refused_by_name(tmp_path: Path, repository: Path) -> None:
+    checkpoint_of(composite_model("qwen3_omni_moe_thinker"), tmp_path / "checkpoint", repository)
+    as_omni(tmp_path / "checkpoint")
+    prepare(Checkpoint.open(tmp_path / "checkpoint"), tmp_path / "store", SelectionRequest()).run()
+    with (
+        Store.open(tmp_path / "store") as store,
+        pytest.raises(UnsupportedFamilyError, match="'qwen3_omni_moe' cannot be exported"),
+    ):
+        prepare_export(store, tmp_path / "out", None, None)
 
 
 def test_families_that_always_make_two_picks_refuse_one_expert(tmp_path: Path, repository: Path) -> None:
