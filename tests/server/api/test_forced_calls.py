@@ -87,7 +87,7 @@ def client(server: Running) -> Iterator[openai.OpenAI]:
         yield found
 
 
-@pytest.mark.parametrize("num_runs", [2, pytest.param(1000, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("num_runs", [2, pytest.param(200, marks=pytest.mark.exhaustive)])
 def test_arguments_are_valid_under_their_schema_in_every_run(client: openai.OpenAI, num_runs: int) -> None:
     def run(seed: int) -> None:
         tool = TOOLS[seed % 2]
