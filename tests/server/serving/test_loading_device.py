@@ -62,6 +62,7 @@ def test_both_paths_give_the_same_text_and_the_same_account_of_it(loaded):
     assert (device.fetch_bytes == device.misses * device.expert_bytes).all()
 
 
+@pytest.mark.exhaustive
 def test_sampled_greedy_and_penalised_requests_share_a_batch_and_choose_as_on_the_host(loaded):
     ways = [{"temperature": 0.7, "top_p": 0.9, "seed": 3}, {}, {"repetition_penalty": 1.3, "top_k": 5, "seed": 4}]
     texts = {}
@@ -73,6 +74,7 @@ def test_sampled_greedy_and_penalised_requests_share_a_batch_and_choose_as_on_th
     assert len(set(texts["device"])) == 3
 
 
+@pytest.mark.exhaustive
 def test_requests_with_masks_of_their_own_share_a_batch(loaded):
     texts = {}
     for path in ("device", "host"):
@@ -102,6 +104,7 @@ def test_what_came_to_the_mask_between_two_steps_is_served(loaded):
     assert model.experts().available.all()
 
 
+@pytest.mark.exhaustive
 def test_requests_that_fetch_share_a_batch_with_those_that_do_without(loaded, few_small_store):
     """Greedy and sampled; the whole model's answers for those that fetch, and nothing of it for the others."""
     ways = [{}, {"on_missing": "fetch"}, {"on_missing": "fetch", "temperature": 0.8, "top_p": 0.9, "seed": 5}]
@@ -118,7 +121,7 @@ def test_requests_that_fetch_share_a_batch_with_those_that_do_without(loaded, fe
     assert found["device"][0][1] > 0.0
 
 
-@pytest.mark.parametrize("corrupt_experts", ["fail", "mask"])
+@pytest.mark.parametrize("corrupt_experts", [pytest.param("fail", marks=pytest.mark.exhaustive), "mask"])
 def test_a_damaged_expert_is_dealt_with_as_on_the_host(loaded, small_store, tmp_path, corrupt_experts):
     whole = Client(loaded("host").engine, "one two", max_new_tokens=4, ignore_eos=True)
     whole.result()
@@ -144,7 +147,8 @@ def test_a_damaged_expert_is_dealt_with_as_on_the_host(loaded, small_store, tmp_
     assert (healed.result().generated_text == whole.result().generated_text) == (corrupt_experts == "fail")
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_store_is_fetched_for_grown_and_shrunk_while_it_serves(loaded, few_small_store, tmp_path, dtype):
     """The store is float32: in the other dtype every span is converted on its way."""
 

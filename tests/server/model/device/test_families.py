@@ -18,7 +18,10 @@ from tests.server.model.device.families import ALONE_TOO, CAPTURED, everyday, mo
 NUM_STEPS = 4
 
 
-@pytest.mark.parametrize(("name", "batch"), [*everyday(CAPTURED, 2), *everyday(ALONE_TOO, 1)])
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [*everyday(CAPTURED, 2), *(pytest.param(name, 1, marks=pytest.mark.exhaustive) for name in ALONE_TOO)],
+)
 def test_a_captured_family_agrees_with_float64_and_under_a_mask_and_a_temperature(name: str, batch: int) -> None:
     model = model_of(name)
     step = build(model, torch.float32, batch=batch, slots=4, masked=True)

@@ -62,7 +62,7 @@ def test_a_step_that_fetched_is_told_as_if_it_had_had_everything(few_small_store
     assert got.share.missed.sum() == 0.0
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("temperature", [1.0, pytest.param(2.0, marks=pytest.mark.exhaustive)])
 def test_a_mask_of_its_own_narrows_what_a_row_fetches(few_small_store, small_store, runners, temperature):
     mask = ExpertMask.same_in_every_layer((1, 2, 5, 6), LAYERS, EXPERTS)
     served = []
@@ -138,7 +138,7 @@ def needing(runner: Runner, expert: tuple[int, int]) -> tuple[list[int], int, in
     raise AssertionError("no token needs the expert")
 
 
-@pytest.mark.parametrize("num_slots", [3, EXPERTS])
+@pytest.mark.parametrize("num_slots", [3, pytest.param(EXPERTS, marks=pytest.mark.exhaustive)])
 def test_a_damaged_expert_fails_the_rows_that_need_it_and_the_step_goes_on_without_them(
     small_store, runners, tmp_path, caplog, num_slots
 ):

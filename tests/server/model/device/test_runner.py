@@ -56,7 +56,7 @@ def greedy(runner: DeviceRunner | Runner, prompt: list[int], num_tokens: int) ->
     return tokens
 
 
-@pytest.mark.parametrize("num_slots", [TOP_K, 5, EXPERTS])
+@pytest.mark.parametrize("num_slots", [pytest.param(TOP_K, marks=pytest.mark.exhaustive), 5, EXPERTS])
 def test_greedy_tokens_equal_the_host_driven_runner(small_store, runners, num_slots):
     device, host = runners(small_store, num_slots)
     prompt = list(range(40, 88))  # twelve picks an expert: streamed ahead of the routers' choice
@@ -141,7 +141,7 @@ def test_rows_join_and_leave_without_another_capture(small_store, runners):
     assert device.num_cached_tokens == 4
 
 
-@pytest.mark.parametrize("num_slots", [4, EXPERTS])
+@pytest.mark.parametrize("num_slots", [4, pytest.param(EXPERTS, marks=pytest.mark.exhaustive)])
 def test_experts_that_come_into_use_are_served_from_the_next_step_on_and_leave_again(small_store, runners, num_slots):
     first, all_experts = (ExpertMask.same_in_every_layer(range(n), LAYERS, EXPERTS) for n in (5, EXPERTS))
     device, host = runners(small_store, num_slots, first)

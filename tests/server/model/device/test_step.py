@@ -97,7 +97,13 @@ def test_entries_without_a_row_change_nothing(model):
         *(pytest.param(dtype, (1, 2, 3, 5, 8), marks=pytest.mark.exhaustive) for dtype in (HALF, torch.float32)),
     ],
 )
-@pytest.mark.parametrize("many_rows", [8, 0], ids=["products by rows", "products by tensor cores"])
+@pytest.mark.parametrize(
+    "many_rows",
+    [
+        pytest.param(8, id="products by rows"),
+        pytest.param(0, id="products by tensor cores", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_rows_bits_do_not_depend_on_the_batch(model, dtype, batches, many_rows, monkeypatch):
     """Alone or with others, before or after them, whatever is resident."""
     monkeypatch.setattr("server.model.device.step.step.MANY_ROWS", many_rows)

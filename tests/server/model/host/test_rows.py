@@ -14,10 +14,14 @@ from server.model.runner import RowStep, RunnerOptions
 from server.model.seam.rows import BLOCK_ROWS, StepRows, depends_on_rows, fix_rows, rows_of_step
 
 TEXTS = Path(__file__).parents[4] / "benchmarks" / "data" / "selection" / "stories_synth.txt"
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+DTYPES = [
+    pytest.param(torch.bfloat16, id="bfloat16"),
+    pytest.param(torch.float16, id="float16", marks=pytest.mark.exhaustive),
+    pytest.param(torch.float32, id="float32"),
+]
 
 
-@pytest.fixture(scope="module", params=DTYPES, ids=["bfloat16", "float16", "float32"])
+@pytest.fixture(scope="module", params=DTYPES)
 def model(tiny_store: Path, request: pytest.FixtureRequest) -> Iterator[HostModel]:
     options = RunnerOptions(device=torch.device("cpu"), dtype=request.param, num_slots=16)
     found = load_model(Store.open(tiny_store), options)
