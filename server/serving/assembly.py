@@ -31,6 +31,7 @@ from server.errors import SettingsError
 from server.masks.pricing import KnownPrice, known_price, load_statistics, price_warnings
 from server.model.decode_path import DecodePathError, load_runner
 from server.model.host.assembly import resolve_device, resolve_dtype
+from server.model.kv_memory import context_limit
 from server.model.load_progress import DEVICE_PHASES, LoadProgress, Phase, Progress
 from server.model.runner import Runner, RunnerOptions
 from server.model.seam.trunk import context_tokens
@@ -40,7 +41,6 @@ from server.serving.service import ExpertsSnapshot, LoadedModel, ShardInfo
 from server.settings.schema import Settings
 
 log = logging.getLogger(__name__)
-DEFAULT_CONTEXT_TOKENS = 8192
 
 
 def assemble(settings: Settings, trunk_check: TrunkCheck, progress: LoadProgress) -> LoadedModel:
@@ -125,18 +125,6 @@ def _statistics_file(settings: Settings, store: Store) -> Callable[[ExpertStatis
     return lambda empty: StatisticsFile(store.path / STATISTICS_FILE, empty, settings.usage.usage_save_seconds)
 
 
-def _context_limit(settings: Settings, store: Store) -> int:
-    """Tokens of a row: the requested number, at most the model's context length."""
-
-    most = context_tokens(store.trunk_path)
-    limit = settings.engine.max_context_tokens or min(most, DEFAULT_CONTEXT_TOKENS)
-    if limit > most:
-        raise SettingsError(
-            f"max_context_tokens is {limit}, the model was made for {most}: set at most that, or leave it out"
-        )
-    return limit
-
-
 def _options(
     settings: Settings, store: Store, mask: ExpertMask | None, device: torch.device, dtype: torch.dtype
 ) -> RunnerOptions:
@@ -147,7 +135,7 @@ def _options(
         dtype=dtype,
         path=model.decode_path,
         max_rows=settings.engine.max_batch_size,
-        max_tokens=_context_limit(settings, store),
+        max_tokens=context_limit(settings.engine.max_context_tokens, context_tokens(store.trunk_path)),
         num_slots=model.slots,
         slots_memory_bytes=None if model.slots_memory is None else model.slots_memory.resolve(of_bytes),
         host_memory_bytes=None if model.host_memory is None else model.host_memory.resolve(of_bytes),

@@ -24,11 +24,19 @@ class DeviceMemory:
         num_kept: slots of each layer that are never evicted.
         keeps_most: whether all slots but those for one token's experts may be kept, since host memory has no room for
             the experts in slots.
+        beside_trunk: bytes that the trunk leaves free on a device that is only planned; None: `device` is asked.
     """
 
     def __init__(
-        self, shape: DecodeShape, device: torch.device, *, num_kept: int = 0, keeps_most: bool = False
+        self,
+        shape: DecodeShape,
+        device: torch.device,
+        *,
+        num_kept: int = 0,
+        keeps_most: bool = False,
+        beside_trunk: int | None = None,
     ) -> None:
+        self._beside_trunk = beside_trunk
         self._shape, self._device, self._num_kept, self._keeps_most = shape, device, num_kept, keeps_most
         self.span_bytes = shape.span_bytes
         self.row_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
@@ -108,6 +116,8 @@ class DeviceMemory:
 
     def _free_bytes(self) -> int | None:
         """Bytes that slots may take on the device; None if the device has no memory of its own."""
+        if self._beside_trunk is not None:
+            return self._beside_trunk - self.kv_bytes - RESERVE_BYTES
         if self._device.type != "cuda":
             return None
         torch.cuda.empty_cache()

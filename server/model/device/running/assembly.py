@@ -21,6 +21,7 @@ from triton.runtime.errors import OutOfResources
 
 from expert_store.encoding import RowEncoding
 from expert_store.errors import SlotsError
+from expert_store.manifest import LayerSpec
 from expert_store.paging.pages import DevicePages
 from expert_store.pinned import lockable_bytes
 from expert_store.store import Store
@@ -94,10 +95,7 @@ def load_device_runner(
     reader = SpanReader(store, dtype)
     _check_gpu(device)
     skeleton = trunk_skeleton(store.trunk_path)
-    intermediate, packed = _experts_of(store)
-    shape = decode_shape(skeleton, intermediate=intermediate, max_rows=options.max_rows, max_tokens=options.max_tokens)
-    shape = replace(shape, dtype=dtype, packed=packed)
-    _check_layers(store, shape)
+    shape = captured_shape(skeleton, store.manifest.layers, dtype, options.max_rows, options.max_tokens)
     if proof:
         progress(Phase.PROVING, 0.0)
         distance = prove(skeleton, shape, device)
@@ -209,21 +207,32 @@ def _runner(
     return DeviceRunner(selective, shape, weights, pages, stream, tier=tier, options=options)
 
 
-def _check_layers(store: Store, shape: DecodeShape) -> None:
-    held = [spec.model_layer for spec in store.manifest.layers]
+def captured_shape(
+    skeleton: PreTrainedModel, layers: Sequence[LayerSpec], dtype: torch.dtype, max_rows: int, max_tokens: int
+) -> DecodeShape:
+    """The shape of the step that a model's trunk and the spans of its experts give. Raises NotCapturableError."""
+    intermediate, packed = _experts_of(layers)
+    shape = decode_shape(skeleton, intermediate=intermediate, max_rows=max_rows, max_tokens=max_tokens)
+    shape = replace(shape, dtype=dtype, packed=packed)
+    _check_layers(layers, shape)
+    return shape
+
+
+def _check_layers(layers: Sequence[LayerSpec], shape: DecodeShape) -> None:
+    held = [spec.model_layer for spec in layers]
     routed = [layer for layer in range(shape.num_layers) if layer not in shape.dense_layers]
     if held != routed:
         raise NotCapturableError(f"layers {routed} have routed experts, of which the store has those of {held}")
     need(shape.span_bytes % 16 == 0, f"experts of {shape.span_bytes} bytes: wanted a multiple of 16")
 
 
-def _experts_of(store: Store) -> tuple[int, tuple[RowEncoding, RowEncoding] | None]:
+def _experts_of(layers: Sequence[LayerSpec]) -> tuple[int, tuple[RowEncoding, RowEncoding] | None]:
     """I of the experts, and the encodings of gate_up and down, None if they are plain.
 
     Raises NotCapturableError for layouts other than gate_up [2I, H] then down [H, I], or a plain one beside a packed.
     """
-    first = store.manifest.layers[0].tensors
-    for spec in store.manifest.layers:
+    first = layers[0].tensors
+    for spec in layers:
         names = [tensor.name for tensor in spec.tensors]
         shapes = [tuple(tensor.shape) for tensor in spec.tensors]
         known = names == ["gate_up_proj", "down_proj"] and shapes[0] == (2 * shapes[1][1], shapes[1][0])
