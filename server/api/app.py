@@ -11,7 +11,8 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from server.api.admin import growth, status
+from server.api.admin import growth, live, status
+from server.api.admin.live import ExpertsEvent, NowEvent
 from server.api.admin.schemas import GrowRequest, NotReadyResponse, ReloadRequest, ShrinkRequest
 from server.api.anthropic import routes as anthropic
 from server.api.anthropic.responses import AssistantMessage, MessageEvent
@@ -23,6 +24,7 @@ from server.api.http.openapi import ADMIN_TAG, install_openapi
 from server.api.openai import routes as openai
 from server.api.openai.responses import ChatChunk, ChatResponse, CompletionResponse
 from server.api.openai.schemas import ChatRequest, CompletionRequest
+from server.api.page import routes as page
 from server.api.responses import routes as responses
 from server.api.responses.items import ResponseEvent, ResponseObject
 from server.api.responses.schemas import ResponsesRequest
@@ -65,7 +67,9 @@ def create_app(
     app.include_router(anthropic.router, tags=["anthropic"])
     app.include_router(status.router, tags=["status"])
     app.include_router(growth.router, tags=["status"])
+    app.include_router(live.router, tags=["status"])
     app.include_router(growth.admin_router, tags=[ADMIN_TAG])
+    app.include_router(page.router)
     install_openapi(
         app,
         bodies={
@@ -85,6 +89,8 @@ def create_app(
             GenerateResponses,
             StreamResponse,
             NotReadyResponse,
+            NowEvent,
+            ExpertsEvent,
             CompletionResponse,
             ChatResponse,
             ChatChunk,

@@ -170,7 +170,8 @@ def _stream(port: int) -> None:
 def _print_what_to_try(port: int) -> None:
     url, header = f"http://{HOST}:{port}", "-H 'Content-Type: application/json'"
     body = json.dumps({"inputs": PROMPT, "parameters": {"max_new_tokens": 20}})
-    _heading("4  your turn, in another terminal")
+    _heading("4  your turn")
+    console.print(f"in a browser, a chat and the map of experts:  {url}/\nin another terminal:", markup=False)
     for line in (
         f"curl {url}/generate {header} -d '{body}'",
         f"curl -N {url}/generate_stream {header} -d '{body}'",

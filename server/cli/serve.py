@@ -71,7 +71,7 @@ def serve_settings(resolved: Resolved, *, on_listening: OnListening | None = Non
     host = settings.http.host
     url = f"http://[{host}]:{port}" if ":" in host and not host.startswith("[") else f"http://{host}:{port}"
     changed = {path: value for path, value, origin in resolved.rows() if origin != "default"}
-    log.info("listening", extra={"url": url, "settings": changed})
+    log.info("listening", extra={"url": url, "page": f"{url}/", "settings": changed})
     service = Service(
         lambda progress: checked(load(settings, progress)),
         stall_seconds=settings.engine.stall_seconds,

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.api.http.fields import Strict
 from server.growth.status import Candidate, GrowthState, GrowthStatus
-from server.serving.service import ExpertsSnapshot
+from server.serving.service import ExpertsSnapshot, Health
 
 MAX_CHANGE = 65536
 DEFAULT_CANDIDATES = 8
@@ -33,6 +33,13 @@ class ReadyResponse(BaseModel):
     reason: str
     progress: float
     phase: str
+
+    @classmethod
+    def of(cls, health: Health) -> ReadyResponse:
+        """The health as JSON."""
+        return cls.model_validate(
+            {"state": health.state, "reason": health.reason, "progress": health.progress, "phase": health.phase}
+        )
 
 
 class NotReadyResponse(ReadyResponse):
@@ -135,6 +142,30 @@ class ExpertTotals(BaseModel):
     host_hits: int
     host_misses: int
 
+    @classmethod
+    def of(cls, found: ExpertsSnapshot) -> ExpertTotals:
+        """The totals of a snapshot."""
+        return cls(
+            available=int(found.available.sum()),
+            resident=int(found.resident.sum()),
+            uses=int(found.uses.sum()),
+            demand=int(found.demand.sum()),
+            served_mass=float(found.served_mass.sum()),
+            demand_mass=float(found.demand_mass.sum()),
+            deficit=found.overall_deficit,
+            tokens=found.num_tokens,
+            top1_missing_tokens=found.top1_missing_tokens,
+            hits=int(found.hits.sum()),
+            misses=int(found.misses.sum()),
+            evictions=int(found.evictions.sum()),
+            fetch_bytes=int(found.fetch_bytes.sum()),
+            fetch_seconds=float(found.fetch_seconds.sum()),
+            slots_per_layer=found.num_slots,
+            slot_bytes=found.slot_bytes,
+            host_hits=found.host_hits,
+            host_misses=found.host_misses,
+        )
+
 
 class Shard(BaseModel):
     """A deep expert: its file, its size, and the expert of every layer."""
@@ -194,32 +225,9 @@ class ExpertsResponse(BaseModel):
             fetch_bytes=found.fetch_bytes.tolist(),
             fetch_seconds=found.fetch_seconds.tolist(),
             expert_bytes=found.expert_bytes.tolist(),
-            totals=_totals(found),
+            totals=ExpertTotals.of(found),
             shards=[Shard(file=one.file, bytes=one.num_bytes, experts=list(one.experts)) for one in found.shards],
         )
-
-
-def _totals(found: ExpertsSnapshot) -> ExpertTotals:
-    return ExpertTotals(
-        available=int(found.available.sum()),
-        resident=int(found.resident.sum()),
-        uses=int(found.uses.sum()),
-        demand=int(found.demand.sum()),
-        served_mass=float(found.served_mass.sum()),
-        demand_mass=float(found.demand_mass.sum()),
-        deficit=found.overall_deficit,
-        tokens=found.num_tokens,
-        top1_missing_tokens=found.top1_missing_tokens,
-        hits=int(found.hits.sum()),
-        misses=int(found.misses.sum()),
-        evictions=int(found.evictions.sum()),
-        fetch_bytes=int(found.fetch_bytes.sum()),
-        fetch_seconds=float(found.fetch_seconds.sum()),
-        slots_per_layer=found.num_slots,
-        slot_bytes=found.slot_bytes,
-        host_hits=found.host_hits,
-        host_misses=found.host_misses,
-    )
 
 
 class Profile(BaseModel):

@@ -48,10 +48,10 @@ async def live() -> ModelResponse:
 async def ready(request: Request) -> ModelResponse:
     """200 while a request would be taken and the engine makes progress, else 503 with the reason."""
     health = context_of(request).service.health()
-    state = {"state": health.state, "reason": health.reason, "progress": health.progress, "phase": health.phase}
+    state = ReadyResponse.of(health)
     if health.is_ready:
-        return ModelResponse(ReadyResponse.model_validate(state))
-    refusal = NotReadyResponse.model_validate({**state, "error": health.reason, "error_type": "healthcheck"})
+        return ModelResponse(state)
+    refusal = NotReadyResponse(**state.model_dump(), error=health.reason, error_type="healthcheck")
     return ModelResponse(refusal, status_code=503, headers={"Retry-After": "2"})
 
 

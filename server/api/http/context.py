@@ -10,8 +10,9 @@ import asyncio
 import copy
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,6 +38,22 @@ MAX_COMPILING = 32
 Body = TypeVar("Body", bound=BaseModel)
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
+
+
+class Watchers:
+    """Counts the viewers whose stream is open."""
+
+    def __init__(self) -> None:
+        self.num_open = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """One more for the length of the block."""
+        self.num_open += 1
+        try:
+            yield
+        finally:
+            self.num_open -= 1
 
 
 class TextEncoder:
@@ -92,6 +109,7 @@ class ApiContext:
     http: HttpSettings
     version: str
     log_prompts: bool = False
+    watchers: Watchers = field(default_factory=Watchers)
     _encoders: dict[int, TextEncoder] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _num_compiling: int = 0

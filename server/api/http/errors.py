@@ -71,6 +71,10 @@ class ModelNotFoundError(NotFoundError):
     """No model of this name is served."""
 
 
+class TooManyWatchersError(ApiError):
+    """As many viewers as there may be watch the experts already."""
+
+
 class MethodError(ApiError):
     """The path has other methods."""
 
@@ -207,6 +211,7 @@ TABLE: dict[type[Exception], Row] = {
     # Clients of OpenAI's dialect send a request again after a 500. Neither of these two would end otherwise then.
     RequestTimeoutError: Row(424, "generation", _FAULT, "timeout", "The generation took too long."),
     GenerationError: Row(424, "generation", _FAULT, "generation_failed", "The generation failed."),
+    TooManyWatchersError: Row(429, "overloaded", "rate_limit_error", "too_many_watchers", "Too many watch already."),
     QueueFullError: Row(429, "overloaded", "rate_limit_error", "queue_full", "The queue is full; see Retry-After."),
     EngineError: Row(500, "incomplete_generation", _FAULT, "generation_failed", "The generation broke off."),
     Exception: Row(500, "internal", _FAULT, "internal_error", "The server failed; its log says why."),

@@ -1,8 +1,8 @@
 """Middleware around every route: it gives the request an id, checks the keys, logs one line, and catches every error.
 
-Invariant: where a key is set, only liveness is reached without it. Where none is set, only requests to a name of this
-machine are served. Routes that change the server need the admin key. A client never sees the text of an unexpected
-error.
+Invariant: where a key is set, only liveness and the files of the page are reached without it. Where none is set, only
+requests to a name of this machine are served. Routes that change the server need the admin key. A client never sees the
+text of an unexpected error.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health/live"})
 QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics", "/metrics/vllm"})
+PAGE_PATH = "/page/"
+"""The files of the page, which hold nothing of the server, are below this path."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -56,7 +58,8 @@ class Gate:
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         is_user, is_admin = self._rights(headers)
-        scope.setdefault("state", {}).update(request_id=request_id, is_admin=is_admin)
+        is_public = scope["path"] in OPEN_PATHS or _is_of_the_page(scope, headers)
+        scope.setdefault("state", {}).update(request_id=request_id, is_admin=is_admin, is_head=method == "HEAD")
         started = time.perf_counter()
         seen: dict[str, Any] = {"status": None}
 
@@ -68,7 +71,7 @@ class Gate:
             await send(message)
 
         try:
-            is_open = scope["path"] in OPEN_PATHS or is_admin
+            is_open = is_public or is_admin
             if not is_open and not is_user:
                 error = UnauthorizedError(
                     "the API key is missing or wrong: send Authorization: Bearer KEY, or X-API-Key: KEY",
@@ -92,7 +95,7 @@ class Gate:
                 abort(scope)
         finally:
             log.log(
-                logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO,
+                logging.DEBUG if is_public or scope["path"] in QUIET_PATHS else logging.INFO,
                 "request",
                 extra={
                     "request_id": request_id,
@@ -138,6 +141,16 @@ def _as_routed(scope: Scope) -> Scope:
     """
     path = "/" + "/".join(part for part in scope["path"].split("/") if part)
     return {**scope, "path": path, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
+
+
+def wants_page(headers: Headers) -> bool:
+    """Whether a request asks for a page, as a browser that opens an address does; other clients name no such type."""
+    return "text/html" in headers.get("accept", "").lower()
+
+
+def _is_of_the_page(scope: Scope, headers: Headers) -> bool:
+    is_file = scope["path"].startswith(PAGE_PATH) or (scope["path"] == "/" and wants_page(headers))
+    return is_file and scope["method"] == "GET"
 
 
 def _is_among(digest: bytes, shown: list[bytes]) -> bool:
