@@ -62,9 +62,10 @@ def running(
     load: Loader | None = None,
     stall_seconds: float = 60.0,
     log_prompts: bool = False,
+    port: int = 0,
     **http: Any,
 ) -> Iterator[Running]:
-    """Serve a scripted engine (or what `load` makes) for the length of the block."""
+    """Serve a scripted engine (or what `load` makes) for the length of the block; port 0 is a free one."""
     engine = ScriptedEngine() if engine is None else engine
     service = Service(load or (lambda progress: loaded(engine)), stall_seconds=stall_seconds)
     settings = HttpSettings(**{"drain_seconds": 1.0, **http})
@@ -72,7 +73,7 @@ def running(
     listener = Listener(
         create_app(service, metrics, settings, version="1.2.3", log_prompts=log_prompts), service, settings
     )
-    bound = bind_socket("127.0.0.1", 0)
+    bound = bind_socket("127.0.0.1", port)
     port = bound.getsockname()[1]
     thread = threading.Thread(target=listener.run, kwargs={"sockets": [bound]}, daemon=True)
     service.start()

@@ -30,6 +30,7 @@ export class Experts {
   /** Take the cells that changed. */
   change(event) {
     const ids = new Uint32Array(buffer(event.ids));
+    if (matchMedia("(prefers-reduced-motion: reduce)").matches) this.heat.fill(0); // no fading: a cell glows until the next event
     const told = columns(event);
     const now = performance.now();
     const fade = Math.exp((this.latelyAt - now) / 1000 / LATELY_SECONDS);

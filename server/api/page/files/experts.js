@@ -35,10 +35,11 @@ export class ExpertsPanel {
   }
 
   #legend(experts) {
-    const { places, from, to } = this.map.legend;
+    const { places, heat, missing, from, to } = this.map.legend;
     const counts = experts.counts();
     const items = this.map.mode === "place"
       ? PLACES.map((name, place) => (counts[place] || place < 4 ? swatch(css(places[place]), name, count(counts[place])) : null))
+        .concat(swatch(css(heat), "wanted just now"), swatch(css(missing), "and missing"))
       : [gradient(css(from), css(to))];
     at("legend").replaceChildren(...items.filter((item) => item !== null));
   }
@@ -111,7 +112,7 @@ const head = ({ name, place, deep }) => make("th", { scope: "col" }, name, make(
 function swatch(colour, name, value) {
   const box = make("span.swatch");
   box.style.background = colour;
-  return make("li", {}, box, `${name} `, make("b", {}, value));
+  return make("li", {}, box, name, value === undefined ? null : make("b", {}, value));
 }
 
 function gradient(from, to) {

@@ -30,7 +30,8 @@ export class Growth {
     this.grow = make("button.main", { type: "button", onclick: () => this.#ask("grow") }, "Grow");
     this.shrink = make("button", { type: "button", onclick: () => this.#ask("shrink") }, "Shrink");
     at("growth").replaceChildren(this.store,
-      make("div.row", {}, make("label", { for: "grow-count" }, "Deep experts"), this.count, this.number, this.grow, this.shrink),
+      make("div.row", {}, make("label", { for: "grow-count" }, "Deep experts"), this.count, this.number),
+      make("div.row", {}, this.grow, this.shrink),
       this.brings, this.progress, this.change, this.trouble);
   }
 

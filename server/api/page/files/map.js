@@ -10,6 +10,7 @@ const LEAST_CELL = 1.6;
 const GAP_FROM = 5;
 const HEAT_HALF_MS = 700;
 const COLD = 0.02;
+const GLOW = 0.36; // share of a cell's height that glows, so that its own colour stays readable
 
 export class ExpertMap {
   /**
@@ -22,6 +23,7 @@ export class ExpertMap {
     this.canvas = canvas;
     this.onPoint = onPoint;
     this.image = document.createElement("canvas");
+    this.glow = document.createElement("canvas");
     this.experts = null;
     this.mode = "place";
     this.order = "deep";
@@ -74,11 +76,11 @@ export class ExpertMap {
     });
   }
 
-  /** Colours of the legend: of each place, and of both ends of the scale of a mode. */
+  /** Colours of the legend: of each place, of what glows, and of both ends of the scale of a mode. */
   get legend() {
     const { colours } = this;
     const end = this.mode === "missing" ? colours.missing : colours.scale;
-    return { places: colours.places, from: colours.low, to: end };
+    return { places: colours.places, heat: colours.heat, missing: colours.missing, from: colours.low, to: end };
   }
 
   #readColours() {
@@ -175,8 +177,7 @@ export class ExpertMap {
     this.canvas.style.height = `${height}px`;
     this.canvas.width = Math.round(width * scale);
     this.canvas.height = Math.round(height * scale);
-    this.image.width = numExperts;
-    this.image.height = numLayers;
+    for (const image of [this.image, this.glow]) Object.assign(image, { width: numExperts, height: numLayers });
   }
 
   #paint(now) {
@@ -190,6 +191,9 @@ export class ExpertMap {
     const width = this.cell * numExperts;
     const height = this.row * numLayers;
     context.drawImage(this.image, LEFT, TOP, width, height);
+    for (let layer = 0; isHot && layer < numLayers; layer++) {
+      context.drawImage(this.glow, 0, layer, numExperts, 1, LEFT, TOP + (layer + 1 - GLOW) * this.row, width, GLOW * this.row);
+    }
     context.fillStyle = css(this.colours.paper);
     if (this.cell >= GAP_FROM) for (let at = 0; at <= numExperts; at++) context.fillRect(LEFT + at * this.cell - 0.5, TOP, 1, height);
     if (this.row >= GAP_FROM) for (let at = 0; at <= numLayers; at++) context.fillRect(LEFT, TOP + at * this.row - 0.5, width, 1);
@@ -201,7 +205,7 @@ export class ExpertMap {
       const y = TOP + Math.floor(id / numExperts) * this.row;
       context.strokeRect(x - 1, y - 1, this.cell + 2, this.row + 2);
     }
-    if (isHot) this.paint();
+    if (isHot && !this.still.matches) this.paint();
   }
 
   /** Names of the layers on the left; on the right a bar for the share that a layer misses. */
@@ -228,7 +232,7 @@ export class ExpertMap {
     context.fillText(`${this.right === RIGHT ? "missing " : ""}≤ ${Math.round(100 * most)} %`, LEFT + width + 8, 7);
   }
 
-  /** Colour every cell; returns whether some will look different in the next frame. */
+  /** Colour every cell and its glow; returns whether one glows. */
   #paintCells(now) {
     const { experts, colours } = this;
     const { numLayers, numExperts, heat } = experts;
@@ -237,27 +241,23 @@ export class ExpertMap {
     const value = this.mode === "place" ? null : values(experts, this.mode);
     const most = value ? Math.max(value.reduce((a, b) => Math.max(a, b), 0), 1e-9) : 1;
     const end = this.mode === "missing" ? colours.missing : colours.scale;
-    const context = this.image.getContext("2d");
-    const pixels = context.createImageData(numExperts, numLayers);
+    const pixels = new ImageData(numExperts, numLayers);
+    const glow = new ImageData(numExperts, numLayers);
     let isHot = false;
     for (let at = 0; at < this.columns.length; at++) {
       const id = this.columns[at];
-      let colour;
-      if (value) {
-        colour = mix(colours.low, end, Math.sqrt(value[id] / most));
-      } else {
-        colour = colours.places[experts.placeOf(id)];
-        if (heat[id] > COLD) colour = mix(colour, experts.isAvailable(id) ? colours.heat : colours.missing, heat[id]);
-      }
+      pixels.data.set(value ? mix(colours.low, end, Math.sqrt(value[id] / most)) : colours.places[experts.placeOf(id)], 4 * at);
+      pixels.data[4 * at + 3] = 255;
       if (heat[id] > COLD) {
+        glow.data.set(experts.isAvailable(id) ? colours.heat : colours.missing, 4 * at);
+        glow.data[4 * at + 3] = 255 * heat[id];
         heat[id] *= fade;
         isHot = true;
       }
-      pixels.data.set(colour, 4 * at);
-      pixels.data[4 * at + 3] = 255;
     }
-    context.putImageData(pixels, 0, 0);
-    return isHot && !value && !this.still.matches;
+    this.image.getContext("2d").putImageData(pixels, 0, 0);
+    this.glow.getContext("2d").putImageData(glow, 0, 0);
+    return isHot && !value;
   }
 }
 
