@@ -6,6 +6,7 @@ Invariant: every error has the shape of its path's dialect.
 from __future__ import annotations
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -37,6 +38,34 @@ from server.serving.service import Service
 from server.settings.schema import HttpSettings
 
 CLIENT_CLOSED_REQUEST = 499
+BODIES: dict[str, type[BaseModel]] = {
+    **dict.fromkeys(("/generate", "/generate_stream", "/"), GenerateRequest),
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountTokensRequest,
+    "/experts/grow": GrowRequest,
+    "/experts/shrink": ShrinkRequest,
+    "/experts/reload": ReloadRequest,
+}
+"""The JSON body of each POST, by its path."""
+MODELS: list[type[BaseModel]] = [
+    GenerateResponse,
+    GenerateResponses,
+    StreamResponse,
+    NotReadyResponse,
+    NowEvent,
+    ExpertsEvent,
+    CompletionResponse,
+    ChatResponse,
+    ChatChunk,
+    ResponseObject,
+    ResponseEvent,
+    AssistantMessage,
+    MessageEvent,
+]
+"""Models that the responses refer to."""
 
 
 def create_app(
@@ -72,33 +101,9 @@ def create_app(
     app.include_router(page.router)
     install_openapi(
         app,
-        bodies={
-            **dict.fromkeys(("/generate", "/generate_stream", "/"), GenerateRequest),
-            "/v1/completions": CompletionRequest,
-            "/v1/chat/completions": ChatRequest,
-            "/v1/responses": ResponsesRequest,
-            "/v1/messages": MessagesRequest,
-            "/v1/messages/count_tokens": CountTokensRequest,
-            "/experts/grow": GrowRequest,
-            "/experts/shrink": ShrinkRequest,
-            "/experts/reload": ReloadRequest,
-        },
+        bodies=BODIES,
         optional_bodies=frozenset({"/experts/grow", "/experts/reload"}),
-        models=[
-            GenerateResponse,
-            GenerateResponses,
-            StreamResponse,
-            NotReadyResponse,
-            NowEvent,
-            ExpertsEvent,
-            CompletionResponse,
-            ChatResponse,
-            ChatChunk,
-            ResponseObject,
-            ResponseEvent,
-            AssistantMessage,
-            MessageEvent,
-        ],
+        models=MODELS,
         has_key=key is not None,
         has_admin_key=admin_key is not None,
         open_paths=OPEN_PATHS,
