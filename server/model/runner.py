@@ -38,7 +38,11 @@ class RunnerOptions:
     Attributes:
         device, dtype: of compute.
         path: the decode path, for `load_runner`: the device or the host looks up and fetches the experts.
-        max_rows, max_tokens: of KV memory.
+        max_rows: most sequences at once.
+        max_tokens: most tokens of a row; the runner may lower them to what KV memory holds, not below `least_tokens`.
+        least_tokens: None: as `max_tokens`.
+        kv_memory_bytes: of the blocks of KV memory, for all rows; None leaves it to the decode path: at most what all
+            rows need, on the device-driven path also at most a share of the free memory and what slots leave.
         num_slots: slots a layer; wins over `slots_memory_bytes`. With neither, every available expert gets a slot on
             the host-driven path, and slots take the free memory of the device on the device-driven one.
         slots_memory_bytes: for the slots of all layers.
@@ -55,6 +59,8 @@ class RunnerOptions:
     path: DecodePath = "auto"
     max_rows: int = 1
     max_tokens: int = 256
+    least_tokens: int | None = None
+    kv_memory_bytes: int | None = None
     num_slots: int | None = None
     slots_memory_bytes: int | None = None
     host_memory_bytes: int | None = None

@@ -63,16 +63,31 @@ def run_forward(
         model.routing.abandon()
         if not ran_out(error):
             raise
-        said = " ".join(str(error).partition("\n")[0].split())[:200] or type(error).__name__
-        problem = StepMemoryError(f"the memory for a step of {ids.numel()} tokens ended ({said}): {REMEDY}", [longest])
+        problem = memory_ended(error, ids.numel(), longest)
     else:
         logits = result.logits[0] if all_logits else result.logits[:, -1]
         return StepOutput(logits.float(), record, share, outputs), result.past_key_values
     raise problem  # raised outside the handler, so that it has no context
 
 
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: ",
+    "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""Parts of messages of failed allocations that have no type of their own: of torch, of launches, and of a library."""
+
+
 def ran_out(error: BaseException) -> bool:
     """Whether `error` is a failed allocation of host or device memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in OUT_OF_MEMORY)
+
+
+def memory_ended(error: BaseException, num_tokens: int, longest: int) -> StepMemoryError:
+    """The error of a step of so many tokens after the failed allocation `error`; the row at `longest` must leave. Raise
+    it outside the handler, so that it has no context."""
+    said = " ".join(str(error).partition("\n")[0].split())[:200] or type(error).__name__
+    return StepMemoryError(f"the memory for a step of {num_tokens} tokens ended ({said}): {REMEDY}", [longest])

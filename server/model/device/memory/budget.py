@@ -1,9 +1,13 @@
-"""Divides the device's memory: trunk, KV memory of fixed rows, slots, spill area and ring, and room to compute.
+"""Divides the device's memory: trunk, blocks of KV memory, slots, spill area and ring, and room to compute.
 
-Invariant: the number of slots is chosen, or checked, after the trunk is loaded and before any other allocation.
+KV memory and slots share what is free beside the trunk. Each gets what is asked for; without a wish, KV memory gets
+`KV_SHARE` and what slots leave, never more than all rows at full length need, never less than one row needs. Invariant:
+both are chosen, or checked, after the trunk is loaded and before any other allocation.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
@@ -12,9 +16,19 @@ from expert_store.paging.pages import PagesShape
 from server.model.device.capture import NotCapturableError
 from server.model.device.step.prefill import RING_SPANS
 from server.model.device.step.weights import DecodeShape
+from server.model.kv.blocks import BLOCK_TOKENS, num_blocks_of
 
 RESERVE_BYTES = 1 << 30
 """Bytes left free on a GPU for activations, logits and the allocator's rounding."""
+KV_SHARE = 1 / 8
+"""Share of the free memory that KV memory takes from slots."""
+
+
+class Division(NamedTuple):
+    """Slots in each layer, and blocks of KV memory."""
+
+    num_slots: int
+    num_blocks: int
 
 
 class DeviceMemory:
@@ -25,6 +39,7 @@ class DeviceMemory:
         keeps_most: whether all slots but those for one token's experts may be kept, since host memory has no room for
             the experts in slots.
         beside_trunk: bytes that the trunk leaves free on a device that is only planned; None: `device` is asked.
+        least_tokens: KV memory has room for one row of so many at least; None: of `max_tokens`.
     """
 
     def __init__(
@@ -35,17 +50,16 @@ class DeviceMemory:
         num_kept: int = 0,
         keeps_most: bool = False,
         beside_trunk: int | None = None,
+        least_tokens: int | None = None,
     ) -> None:
         self._beside_trunk = beside_trunk
         self._shape, self._device, self._num_kept, self._keeps_most = shape, device, num_kept, keeps_most
+        self._most_blocks = shape.max_rows * shape.max_blocks
+        self._least_blocks = num_blocks_of(shape.max_tokens if least_tokens is None else least_tokens)
         self.span_bytes = shape.span_bytes
         self.row_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
         """KV memory of one token of one row."""
-
-    @property
-    def kv_bytes(self) -> int:
-        """KV memory of all rows."""
-        return self.row_bytes * self._shape.max_rows * self._shape.max_blocks * self._shape.block_tokens
+        self.block_bytes = self.row_bytes * BLOCK_TOKENS
 
     def pages_shape(self, num_slots: int) -> PagesShape:
         """The shape of pages with this many slots in each layer."""
@@ -70,22 +84,51 @@ class DeviceMemory:
         beside = shape.num_spill(self.num_kept(num_slots)) + RING_SPANS if shape.paged else 0
         return (self._shape.num_moe_layers * num_slots + beside) * self.span_bytes
 
-    def num_slots(self, most: int, wanted: int | None, budget_bytes: int | None) -> int:
-        """The number of slots in each layer: `wanted`, or those that fit into `budget_bytes`, or into the free memory;
-        at most as many as can be used.
+    def divide(
+        self, most: int, num_slots: int | None = None, slots_bytes: int | None = None, kv_bytes: int | None = None
+    ) -> Division:
+        """Slots: `num_slots` of them, or those that fit into `slots_bytes`, or into the free memory; at most as many as
+        can be used. Blocks: those that fit into `kv_bytes`, or a share.
 
         Args:
             most: number of experts of the layer that may serve most.
 
         Raises:
-            NotCapturableError: the number is below one token's experts or the kept ones; the host-driven path computes
-                such a token's experts in several waves.
-            SlotsError: they do not fit on the device; the message names values that fit.
+            NotCapturableError: the slots are fewer than one token's experts or the kept ones; the host-driven path
+                computes such a token's experts in several waves.
+            SlotsError: they do not fit on the device, or the blocks hold no row; the message names values that fit.
         """
+        free = self._free_bytes()
+        is_open = num_slots is None and slots_bytes is None
+        blocks = self._most_blocks if free is None else self._least_blocks
+        if kv_bytes is not None:
+            blocks = min(kv_bytes // self.block_bytes, self._most_blocks)
+            self._check_blocks(kv_bytes, blocks)
+        elif free is not None and is_open:
+            blocks = max(blocks, min(self._most_blocks, int(KV_SHARE * free) // self.block_bytes))
+        taken = blocks * self.block_bytes
+        slots = self._num_slots(most, num_slots, slots_bytes, None if free is None else free - taken, taken)
+        if kv_bytes is None and free is not None:
+            room = (free - self.slots_bytes(slots)) // self.block_bytes
+            blocks = max(blocks, min(self._most_blocks, room))
+        return Division(slots, blocks)
+
+    def _check_blocks(self, kv_bytes: int, blocks: int) -> None:
+        if blocks < self._least_blocks:
+            raise SlotsError(
+                f"kv_memory of {kv_bytes} bytes holds {blocks * BLOCK_TOKENS} tokens, and one request may have "
+                f"{self._least_blocks * BLOCK_TOKENS}: set kv_memory to at least "
+                f"{self._least_blocks * self.block_bytes}"
+                + (f", or max_context_tokens to at most {blocks * BLOCK_TOKENS}" if blocks else "")
+            )
+
+    def _num_slots(
+        self, most: int, wanted: int | None, budget_bytes: int | None, free: int | None, kv_bytes: int
+    ) -> int:
+        """Slots in each layer, of `free` bytes beside `kv_bytes` of KV memory. See `divide`."""
         num_experts = self._shape.num_experts
         least = max(min(self._shape.top_k, num_experts), self._num_kept)
         useful = num_experts if most == num_experts else max(most, least)
-        free = self._free_bytes()
         if wanted is not None:
             chosen = min(wanted, useful)
         else:
@@ -101,13 +144,13 @@ class DeviceMemory:
             raise SlotsError(
                 f"{free} bytes are free for slots: {least} slots in each of {self._shape.num_moe_layers} layers and "
                 f"what a batch of {self._shape.max_rows} needs beside them take {self.slots_bytes(least)} bytes"
-                + self._advice(least, free)
+                + self._advice(least, free, kv_bytes)
             )
         if free is not None and self.slots_bytes(chosen) > free:
             raise SlotsError(
                 f"{chosen} slots a layer take {self.slots_bytes(chosen)} bytes, and {max(free, 0)} are free beside the "
-                f"trunk, {self.kv_bytes} bytes of KV memory and {RESERVE_BYTES} to compute in"
-                + self._advice(least, free, chosen)
+                f"trunk, {kv_bytes} bytes of KV memory and {RESERVE_BYTES} to compute in"
+                + self._advice(least, free, kv_bytes, chosen)
             )
         return chosen
 
@@ -115,25 +158,24 @@ class DeviceMemory:
         return next((num for num in range(useful, 0, -1) if self.slots_bytes(num) <= limit), 0)
 
     def _free_bytes(self) -> int | None:
-        """Bytes that slots may take on the device; None if the device has no memory of its own."""
+        """Bytes that slots and KV memory may take on the device; None if the device has no memory of its own."""
         if self._beside_trunk is not None:
-            return self._beside_trunk - self.kv_bytes - RESERVE_BYTES
+            return self._beside_trunk - RESERVE_BYTES
         if self._device.type != "cuda":
             return None
         torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(self._device)[0] - self.kv_bytes - RESERVE_BYTES
+        return torch.cuda.mem_get_info(self._device)[0] - RESERVE_BYTES
 
-    def _advice(self, least: int, free: int | None, chosen: int | None = None) -> str:
+    def _advice(self, least: int, free: int | None, kv_bytes: int, chosen: int | None = None) -> str:
         """Settings whose values fit, for the message of an error."""
         fits = []
         num_slots = self._most_slots(self._shape.num_experts, free or 0)
         if num_slots >= least:
             fits.append(f"slots of at most {num_slots}")
-        room = (free or 0) + self.kv_bytes - self.slots_bytes(chosen or least)
-        tokens = room // (self.row_bytes * self._shape.max_rows)
-        if tokens >= 2:
-            fits.append(f"max_context_tokens of at most {tokens} at max_batch_size {self._shape.max_rows}")
-        rows = room // (self.row_bytes * self._shape.max_tokens)
-        if 1 <= rows < self._shape.max_rows:
-            fits.append(f"max_batch_size of at most {rows} at max_context_tokens {self._shape.max_tokens}")
+        room = (free or 0) + kv_bytes - self.slots_bytes(chosen or least)
+        tokens = room // self.block_bytes * BLOCK_TOKENS
+        if BLOCK_TOKENS <= tokens < self._shape.max_tokens:
+            fits.append(f"max_context_tokens of at most {tokens}, with kv_memory of at most {room} or none")
+        elif tokens >= self._shape.max_tokens:
+            fits.append(f"kv_memory of at most {room}")
         return "; what fits: " + ", or ".join(fits) if fits else ": the model is too large for this device"

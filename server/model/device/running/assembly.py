@@ -41,6 +41,8 @@ from server.model.device.step.tuning import StepOptions
 from server.model.device.step.weights import DecodeShape, TrunkWeights
 from server.model.host.assembly import eos_token_ids_of
 from server.model.host.kept import experts_by_use
+from server.model.kv.blocks import BLOCK_TOKENS
+from server.model.kv.rows import KvRows
 from server.model.load_progress import Phase, Progress
 from server.model.runner import RunnerOptions, SelectiveModel
 from server.model.seam.experts import LAYER_ATTRIBUTE
@@ -104,13 +106,22 @@ def load_device_runner(
     step_spans = int(np.minimum(mask.num_allowed, shape.top_k).sum())
     budget_bytes = _host_budget(options.host_memory_bytes, num_served * reader.span_bytes)
     num_rows = rows_within(budget_bytes, reader.span_bytes, num_served, step_spans)
-    memory = DeviceMemory(shape, device, num_kept=options.kept_experts, keeps_most=num_rows < num_served)
+    memory = DeviceMemory(
+        shape,
+        device,
+        num_kept=options.kept_experts,
+        keeps_most=num_rows < num_served,
+        least_tokens=options.least_tokens,
+    )
     progress(Phase.TRUNK, 0.0)
     model = load_trunk(
         store.trunk_path, device=device, dtype=dtype, progress=lambda share: progress(Phase.TRUNK, share)
     )
     weights = pack_trunk(model, shape)
-    slots = memory.num_slots(int(mask.num_allowed.max()), options.num_slots, options.slots_memory_bytes)
+    slots, num_blocks = memory.divide(
+        int(mask.num_allowed.max()), options.num_slots, options.slots_memory_bytes, options.kv_memory_bytes
+    )
+    shape = replace(shape, max_tokens=min(shape.max_tokens, num_blocks * BLOCK_TOKENS))
     pages_shape = memory.pages_shape(slots)
     if pages_shape.paged and num_rows < step_spans:
         raise SlotsError(
@@ -128,10 +139,10 @@ def load_device_runner(
     tier.adopt(mask.allowed)
     unread = fill_slots(reader, pages, tier, order, progress)
     log_failures(unread)
-    log.info("%d slots a layer; %s", slots, tier.summary())
+    log.info("%d slots a layer; KV memory of %d tokens; %s", slots, num_blocks * BLOCK_TOKENS, tier.summary())
     tier.fill(one for one in in_turn(order) if one not in unread)
     step_options = StepOptions(resident_bias=options.resident_bias, batch_invariant=options.batch_invariant)
-    runner = _runner(store, model, shape, weights, pages, mask, tier, step_options)
+    runner = _runner(store, model, shape, weights, pages, mask, tier, step_options, num_blocks)
     _capture(runner, progress)
     if device.type == "cuda":
         warm_up(runner, progress)
@@ -184,6 +195,7 @@ def _runner(
     mask: ExpertMask,
     tier: SpanTier,
     options: StepOptions,
+    num_blocks: int,
 ) -> DeviceRunner:
     """Bind the model's experts and routers to the pages, and make the runner over them."""
     stream = ExpertStream(pages, shape)
@@ -204,7 +216,8 @@ def _runner(
         eos_token_ids=eos_token_ids_of(model, tokenizer),
         context_tokens=context_tokens(store.trunk_path),
     )
-    return DeviceRunner(selective, shape, weights, pages, stream, tier=tier, options=options)
+    kv = KvRows(max_rows=shape.max_rows, num_blocks=num_blocks)
+    return DeviceRunner(selective, shape, weights, pages, stream, kv=kv, tier=tier, options=options)
 
 
 def captured_shape(

@@ -1,7 +1,7 @@
-"""The rows of a device's KV memory: their use, their lengths, and the experts that their tokens may choose from.
+"""The rows of a device's KV memory: their lengths and blocks, and the experts that their tokens may choose from.
 
-A sequence joins, leaves or changes its mask by writing device tensors, never by another capture. Invariant: between two
-steps, `lengths` on the device equal the host's, and so do masks and temperatures of the rows that a step reads.
+A sequence joins, leaves, grows or changes its mask by writing device tensors, never by another capture. Invariant: when
+a step begins, lengths, blocks, masks and temperatures of its rows on the device equal the host's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from router.mask import ExpertMask
 from server.model.device.kernels.routing import ABSENT
 from server.model.device.step.state import RowState
-from server.model.device.step.weights import DecodeShape
+from server.model.kv.rows import KvRows
 
 Table = npt.NDArray[np.int8]
 """[L, E] of one row: 0 hidden, 1 servable, 2 (`ABSENT`) allowed, and in no memory."""
@@ -25,34 +25,62 @@ class Rows:
     """Bookkeeping over `RowState`, which it mutates.
 
     Args:
+        kv: the rows' blocks; others may change them between steps.
         servable: bool [L, E], experts that a step can use.
     """
 
-    def __init__(self, state: RowState, shape: DecodeShape, servable: npt.NDArray[np.bool_]) -> None:
-        self._state = state
-        self.max_tokens = shape.max_tokens
-        self.lengths = [0] * shape.max_rows
+    def __init__(self, state: RowState, kv: KvRows, servable: npt.NDArray[np.bool_]) -> None:
+        self._state, self._kv = state, kv
         self._servable = servable
-        self._asked: list[ExpertMask | None] = [None] * shape.max_rows  # to detect a change
+        max_rows = kv.max_rows
+        self._lengths = [0] * max_rows  # those on the device, as the blocks
+        self._blocks: list[list[int]] = [[]] * max_rows
+        self._asked: list[ExpertMask | None] = [None] * max_rows  # to detect a change
         everything = np.ones(servable.shape, dtype=np.int8)
-        self._tables: list[Table] = [everything] * shape.max_rows  # the tables on the device
-        self._is_open, self._lacks = [True] * shape.max_rows, [False] * shape.max_rows  # summaries of the tables
-        self._temperatures = [1.0] * shape.max_rows
+        self._tables: list[Table] = [everything] * max_rows  # the tables on the device
+        self._is_open, self._lacks = [True] * max_rows, [False] * max_rows  # summaries of the tables
+        self._temperatures = [1.0] * max_rows
+
+    def begin(self, needs: Sequence[tuple[int, int]]) -> None:
+        """Give the rows of a step (row, tokens after it) their blocks, and tell the device what has changed of them.
+
+        Raises NoBlocksError; then no row was changed.
+        """
+        self._kv.reserve(needs)
+        for row, _ in needs:
+            self._tell_blocks(row)
+            if self._lengths[row] != self._kv.length(row):
+                self._tell_length(row)
 
     def set_length(self, row: int, length: int) -> None:
         """Tokens that the row holds, here and on the device."""
-        self.lengths[row] = length
-        self._state.lengths[row : row + 1].fill_(length)
+        self._kv.set_length(row, length)
+        self._tell_length(row)
 
     def advanced(self, rows: Sequence[int]) -> None:
         """Count the token that a step has added to each of the rows on the device."""
         for row in rows:
-            self.lengths[row] += 1
+            self._kv.set_length(row, self._kv.length(row) + 1)
+            self._lengths[row] += 1
 
     def take_back(self, rows: Sequence[int], count: int = 0) -> None:
         """Remove the last `count` tokens of the rows, and tokens that a step has added only on the device."""
         for row in rows:
-            self.set_length(row, self.lengths[row] - count)
+            self.set_length(row, self._kv.length(row) - count)
+
+    def _tell_length(self, row: int) -> None:
+        self._lengths[row] = self._kv.length(row)
+        self._state.lengths[row : row + 1].fill_(self._lengths[row])
+
+    def _tell_blocks(self, row: int) -> None:
+        blocks, told = self._kv.blocks(row), self._blocks[row]
+        if blocks == told:
+            return
+        pairs = enumerate(zip(blocks, told, strict=False))
+        start = next((at for at, (wanted, got) in pairs if wanted != got), min(len(blocks), len(told)))
+        changed = torch.tensor(blocks[start:], dtype=torch.int32)
+        self._state.table[row, start : len(blocks)].copy_(changed, non_blocking=True)  # unpinned: staged before return
+        self._blocks[row] = list(blocks)
 
     # -- the experts that a row may choose from ------------------------------------------------------------------------
 

@@ -25,11 +25,11 @@ from server.model.device.step.prefill import ExpertStream
 from server.model.device.step.state import PrefillRow, Report, RowState
 from server.model.device.step.tuning import StepOptions
 from server.model.device.step.weights import DecodeShape, TrunkWeights
-from server.model.kv.blocks import num_blocks_of
+from server.model.kv.blocks import BLOCK_TOKENS
 from server.model.kv.rows import KvRows
 from server.model.load_progress import Progress
 from server.model.runner import RowStep, SelectiveModel, StepFault, StepOutput
-from server.model.seam.forward import run_forward
+from server.model.seam.forward import memory_ended, ran_out, run_forward
 
 
 class DeviceRunner:
@@ -39,12 +39,14 @@ class DeviceRunner:
         model: trunk, tokenizer and routing; its experts modules are bound to `stream`.
         shape, weights: of the captured step.
         pages, stream: of the experts.
+        kv: the blocks of KV memory; None takes as many as rows of `max_tokens` need, and shares them.
         tier: reads experts that are in no memory; None if all are in memory for good.
         options: of every captured step; `pdl` and `masked` are set for each.
     """
 
     decode_path: Literal["device"] = "device"
-    cuts_anywhere = False
+    cuts_anywhere: bool = False
+    """Products of chunks of other lengths have other bits."""
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class DeviceRunner:
         pages: DevicePages,
         stream: ExpertStream,
         *,
+        kv: KvRows | None = None,
         tier: SpanTier | None = None,
         options: StepOptions | None = None,
     ) -> None:
@@ -62,10 +65,10 @@ class DeviceRunner:
         options = options or StepOptions()
         self._stream, self._bias = stream, options.resident_bias
         self.tier = tier
-        blocks = shape.max_rows * num_blocks_of(shape.max_tokens)
-        self.kv = KvRows(max_rows=shape.max_rows, num_blocks=blocks, shares=False)
-        self._state = RowState(shape, model.device)
-        self.rows = Rows(self._state, shape, pages.servable.numpy())
+        assert shape.block_tokens == BLOCK_TOKENS, f"blocks of {shape.block_tokens} tokens, wanted {BLOCK_TOKENS}"
+        self.kv = kv or KvRows(max_rows=shape.max_rows, num_blocks=shape.max_rows * shape.max_blocks)
+        self._state = RowState(shape, model.device, self.kv.pool.num_blocks)
+        self.rows = Rows(self._state, self.kv, pages.servable.numpy())
         self.graphs = StepGraphs(shape, weights, pages, self._state, options)
         self._seen = -1
 
@@ -84,7 +87,6 @@ class DeviceRunner:
     def free(self, row: int) -> None:
         """Free a row."""
         self.kv.free(row)
-        self.rows.set_length(row, 0)
 
     @property
     def num_free_rows(self) -> int:
@@ -94,7 +96,7 @@ class DeviceRunner:
     @property
     def num_cached_tokens(self) -> int:
         """Tokens held in rows."""
-        return sum(self.rows.lengths)
+        return self.kv.num_tokens
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -110,10 +112,22 @@ class DeviceRunner:
         all_logits: bool = False,
     ) -> StepOutput:
         """See `Runner.prefill`."""
+        try:
+            return self._prefill(row, tokens, mask, temperature, all_logits)
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+            problem = memory_ended(error, len(tokens), 0)
+        raise problem
+
+    def _prefill(
+        self, row: int, tokens: Sequence[int], mask: ExpertMask | None, temperature: float, all_logits: bool
+    ) -> StepOutput:
         self._look()
-        start, routing = self.rows.lengths[row], self.model.routing
+        start, routing = self.kv.length(row), self.model.routing
         end = start + len(tokens)
         assert end <= self.max_tokens, f"row {row}: {end} tokens, room for {self.max_tokens}"
+        self.rows.begin([(row, end)])
         positions = torch.arange(start, end, device=self.model.device)[None]
         given = mask or routing.mask
         routing.begin(1, len(tokens), None if given is routing.mask else [given], [temperature])
@@ -133,10 +147,20 @@ class DeviceRunner:
     def decode(self, steps: Sequence[RowStep]) -> StepOutput:
         """See `Runner.decode`. `chosen` has the next token of each row. If the experts that the rows need do not fit
         into memory together, the rows run in parts."""
-        for step in steps:
-            length = self.rows.lengths[step.row]
-            assert length < self.max_tokens, f"row {step.row} is full: {self.max_tokens} tokens"
-        return self._decode(steps)
+        lengths = [(step.row, self.kv.length(step.row) + 1) for step in steps]
+        for row, length in lengths:
+            assert length <= self.max_tokens, f"row {row} is full: {self.max_tokens} tokens"
+        try:
+            self.rows.begin(lengths)
+            return self._decode(steps)
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+            problem = memory_ended(error, len(steps), max(range(len(steps)), key=lambda at: lengths[at][1]))
+        if self.model.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # the step may be under way, and reads what the next one writes
+        self.rows.take_back([step.row for step in steps])
+        raise problem
 
     def _decode(self, steps: Sequence[RowStep]) -> StepOutput:
         try:

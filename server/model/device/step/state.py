@@ -23,14 +23,18 @@ class RowState:
     memory [layers, blocks, 2, kv_heads, block_tokens, head_dim], keys then values; table [rows, max_blocks] int32, the
     block of each stretch of a row's tokens; lengths [rows] int32; masks [rows, L, E] int8 (see `kernels.routing.route`)
     and temperatures [rows] fp32 of the routers, both read by masked steps; bias_range [L] fp32, the running range of
-    the router's logits. At first every row has blocks of its own for all its tokens.
+    the router's logits.
+
+    Args:
+        num_blocks: of memory; None: as many as whole rows need, and the table gives each row blocks of its own.
     """
 
-    def __init__(self, shape: DecodeShape, device: torch.device | str) -> None:
-        num_blocks = shape.max_rows * shape.max_blocks
+    def __init__(self, shape: DecodeShape, device: torch.device | str, num_blocks: int | None = None) -> None:
+        of_rows = shape.max_rows * shape.max_blocks
+        num_blocks = of_rows if num_blocks is None else num_blocks
         size = (shape.num_layers, num_blocks, 2, shape.num_kv_heads, shape.block_tokens, shape.head_dim)
         self.memory = torch.zeros(size, dtype=shape.dtype, device=device)
-        self.table = torch.arange(num_blocks, dtype=torch.int32, device=device).view(shape.max_rows, -1)
+        self.table = torch.arange(of_rows, dtype=torch.int32, device=device).view(shape.max_rows, -1)
         self.lengths = torch.zeros(shape.max_rows, dtype=torch.int32, device=device)
         layers = shape.num_moe_layers
         self.masks = torch.ones(shape.max_rows, layers, shape.num_experts, dtype=torch.int8, device=device)

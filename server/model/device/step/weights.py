@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from expert_store.encoding import RowEncoding
 from server.model.device.step.router_kind import SOFTMAX_TOP_K, RouterKind
+from server.model.kv.blocks import BLOCK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class DecodeShape:
     intermediate: int
     max_rows: int
     max_tokens: int
-    block_tokens: int = 32
+    block_tokens: int = BLOCK_TOKENS
     eps: float = 1e-6
     scaling: float | None = None
     qk_norm: Literal["none", "head", "row"] = "head"

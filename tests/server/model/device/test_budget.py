@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -11,27 +12,46 @@ pytest.importorskip("triton")
 
 from expert_store.errors import SlotsError
 from server.model.device.capture import NotCapturableError
-from server.model.device.memory.budget import DeviceMemory
+from server.model.device.memory.budget import KV_SHARE, DeviceMemory
 from server.model.device.step.weights import DecodeShape
+from server.model.kv.blocks import BLOCK_TOKENS
 
 SHAPE = DecodeShape(
     num_layers=4, hidden=64, num_heads=4, num_kv_heads=2, head_dim=32, vocab=96, num_experts=64, top_k=4,
     intermediate=32, max_rows=8, max_tokens=128,
 )  # fmt: skip
+ROW_BLOCKS = 128 // BLOCK_TOKENS
+MOST_BLOCKS = 8 * ROW_BLOCKS
 
 
-def memory(monkeypatch: pytest.MonkeyPatch, free: int | None, num_kept: int = 0) -> DeviceMemory:
-    made = DeviceMemory(SHAPE, torch.device("cpu"), num_kept=num_kept)
+def memory(monkeypatch: pytest.MonkeyPatch, free: int | None, **options: Any) -> DeviceMemory:
+    """Of a device with so many free bytes beside the trunk."""
+    made = DeviceMemory(SHAPE, torch.device("cpu"), **options)
     monkeypatch.setattr(made, "_free_bytes", lambda: free)
     return made
+
+
+def slots_beside_kv(
+    monkeypatch: pytest.MonkeyPatch,
+    free: int | None,
+    most: int = 64,
+    wanted: int | None = None,
+    budget: int | None = None,
+) -> int:
+    """Where so many bytes are free beside the KV memory of all rows."""
+    kv_bytes = MOST_BLOCKS * memory(monkeypatch, None).block_bytes
+    sizes = memory(monkeypatch, None if free is None else free + kv_bytes)
+    slots, blocks = sizes.divide(most, wanted, budget, kv_bytes)
+    assert blocks == MOST_BLOCKS
+    return slots
 
 
 def test_slots_take_what_is_free_and_no_more(monkeypatch):
     sizes = memory(monkeypatch, None)
     for wanted in (5, 17, 40):
-        assert memory(monkeypatch, sizes.slots_bytes(wanted)).num_slots(64, None, None) == wanted
-        assert memory(monkeypatch, sizes.slots_bytes(wanted) - 1).num_slots(64, None, None) == wanted - 1
-    assert memory(monkeypatch, sizes.slots_bytes(64)).num_slots(64, None, None) == 64
+        assert slots_beside_kv(monkeypatch, sizes.slots_bytes(wanted)) == wanted
+        assert slots_beside_kv(monkeypatch, sizes.slots_bytes(wanted) - 1) == wanted - 1
+    assert slots_beside_kv(monkeypatch, sizes.slots_bytes(64)) == 64
 
 
 def test_a_slot_for_every_expert_needs_nothing_beside_it(monkeypatch):
@@ -41,35 +61,70 @@ def test_a_slot_for_every_expert_needs_nothing_beside_it(monkeypatch):
 
 
 def test_no_more_slots_than_experts_that_may_be_served(monkeypatch):
-    assert memory(monkeypatch, None).num_slots(16, None, None) == 16
-    assert memory(monkeypatch, None).num_slots(16, 40, None) == 16
+    assert slots_beside_kv(monkeypatch, None, 16, None) == 16
+    assert slots_beside_kv(monkeypatch, None, 16, 40) == 16
 
 
 def test_a_budget_bounds_the_slots_whatever_is_free(monkeypatch):
     sizes = memory(monkeypatch, None)
-    assert memory(monkeypatch, 1 << 40).num_slots(64, None, sizes.slots_bytes(9)) == 9
+    assert slots_beside_kv(monkeypatch, 1 << 40, 64, None, sizes.slots_bytes(9)) == 9
 
 
 def test_what_is_advised_where_memory_does_not_suffice_fits(monkeypatch):
     sizes = memory(monkeypatch, None)
     free = sizes.slots_bytes(20)
-    with pytest.raises(SlotsError, match="slots of at most 20") as refused:
-        memory(monkeypatch, free).num_slots(64, 30, None)
-    tokens = re.search(r"max_context_tokens of at most (\d+)", str(refused.value))
-    room = free + sizes.kv_bytes
-    assert tokens is None or int(tokens[1]) * 8 * sizes.row_bytes + sizes.slots_bytes(30) <= room
+    with pytest.raises(SlotsError, match="slots of at most 20"):
+        slots_beside_kv(monkeypatch, free, 64, 30)
+    assert memory(monkeypatch, free + MOST_BLOCKS * sizes.block_bytes).divide(64, 20).num_slots == 20
+    with pytest.raises(SlotsError, match="max_context_tokens of at most") as refused:
+        memory(monkeypatch, sizes.slots_bytes(30) + 3 * sizes.block_bytes).divide(64, 30)
+    tokens = int(re.search(r"max_context_tokens of at most (\d+)", str(refused.value))[1])
+    assert tokens == 3 * BLOCK_TOKENS
 
 
 def test_less_than_one_tokens_experts_is_refused(monkeypatch):
     sizes = memory(monkeypatch, None)
     with pytest.raises(SlotsError, match="4 slots in each of 4 layers"):
-        memory(monkeypatch, sizes.slots_bytes(4) - 1).num_slots(64, None, None)
+        slots_beside_kv(monkeypatch, sizes.slots_bytes(4) - 1)
 
 
 def test_fewer_slots_than_one_token_needs_are_left_to_the_host_driven_path(monkeypatch):
     with pytest.raises(NotCapturableError, match="slots_memory of 1000 bytes"):
-        memory(monkeypatch, 1 << 40).num_slots(64, None, 1000)
+        slots_beside_kv(monkeypatch, 1 << 40, 64, None, 1000)
     with pytest.raises(NotCapturableError, match="3 slots a layer"):
-        memory(monkeypatch, None).num_slots(64, 3, None)
+        slots_beside_kv(monkeypatch, None, 64, 3)
     with pytest.raises(NotCapturableError, match="need 6"):
-        memory(monkeypatch, None, num_kept=6).num_slots(64, 5, None)
+        memory(monkeypatch, None, num_kept=6).divide(64, 5)
+
+
+def test_kv_memory_gets_its_share_and_what_slots_leave_up_to_that_of_all_rows(monkeypatch):
+    sizes = memory(monkeypatch, None)
+    free = sizes.slots_bytes(20)
+    slots, blocks = memory(monkeypatch, free).divide(64)
+    assert blocks * sizes.block_bytes + sizes.slots_bytes(slots) <= free
+    assert blocks >= min(MOST_BLOCKS, int(KV_SHARE * free) // sizes.block_bytes)
+    assert sizes.slots_bytes(slots + 1) + blocks * sizes.block_bytes > free
+    assert memory(monkeypatch, sizes.slots_bytes(64) + 7 * sizes.block_bytes).divide(64, 64) == (64, 7)
+    assert memory(monkeypatch, 1 << 40).divide(64) == (64, MOST_BLOCKS)
+
+
+def test_slots_that_are_asked_for_leave_kv_memory_one_row(monkeypatch):
+    sizes = memory(monkeypatch, None)
+    free = sizes.slots_bytes(30) + ROW_BLOCKS * sizes.block_bytes
+    assert memory(monkeypatch, free).divide(64, 30) == (30, ROW_BLOCKS)
+    with pytest.raises(SlotsError, match=f"{ROW_BLOCKS * sizes.block_bytes} bytes of KV memory"):
+        memory(monkeypatch, free - 1).divide(64, 30)
+
+
+def test_rows_may_be_shorter_than_asked_where_nobody_set_their_length(monkeypatch):
+    sizes = memory(monkeypatch, None)
+    free = sizes.slots_bytes(30) + sizes.block_bytes
+    assert memory(monkeypatch, free, least_tokens=BLOCK_TOKENS).divide(64, 30) == (30, 1)
+
+
+def test_kv_memory_that_holds_no_row_is_refused_with_what_would_do(monkeypatch):
+    sizes = memory(monkeypatch, None)
+    wanted = ROW_BLOCKS * sizes.block_bytes
+    assert memory(monkeypatch, None).divide(64, kv_bytes=wanted).num_blocks == ROW_BLOCKS
+    with pytest.raises(SlotsError, match=f"at least {wanted}, or max_context_tokens to at most {128 - BLOCK_TOKENS}"):
+        memory(monkeypatch, None).divide(64, kv_bytes=wanted - 1)
