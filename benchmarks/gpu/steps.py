@@ -112,6 +112,8 @@ def random_trunk(shape: DecodeShape, device: torch.device | str, seed: int = 0) 
         return (1 + 0.1 * torch.randn(size, generator=generator, device=device)).to(shape.dtype)
 
     width = shape.num_heads * shape.head_dim
+    half = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=device) / shape.head_dim
+    cos, sin = rotary_tables(1.0 / 10000.0**half, shape.max_tokens, shape.dtype, 1.0)
     layers = tuple(
         LayerWeights(
             input_norm=norm(shape.hidden),
@@ -121,12 +123,12 @@ def random_trunk(shape: DecodeShape, device: torch.device | str, seed: int = 0) 
             output=matrix(shape.hidden, width),
             post_norm=norm(shape.hidden),
             gate=matrix(shape.num_experts, shape.hidden),
+            cos=cos,
+            sin=sin,
         )
         for _ in range(shape.num_layers)
     )
-    half = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=device) / shape.head_dim
-    cos, sin = rotary_tables(1.0 / 10000.0**half, shape.max_tokens, shape.dtype, 1.0)
     embedding = torch.empty(shape.vocab, shape.hidden, dtype=shape.dtype, device=device).normal_(
         0, 1, generator=generator
     )
-    return TrunkWeights(embedding, layers, norm(shape.hidden), matrix(shape.vocab, shape.hidden), cos, sin)
+    return TrunkWeights(embedding, layers, norm(shape.hidden), matrix(shape.vocab, shape.hidden))

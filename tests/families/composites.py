@@ -20,7 +20,6 @@ _TOWER: dict[str, Any] = {
     "intermediate_size": 16,
     "num_heads": 2,
     "num_attention_heads": 2,
-    "out_hidden_size": 32,
     "patch_size": 4,
     "image_size": 8,
     "num_position_embeddings": 4,
@@ -31,7 +30,6 @@ _TOWER: dict[str, Any] = {
     "encoder_layers": 1,
     "encoder_attention_heads": 2,
     "encoder_ffn_dim": 16,
-    "output_dim": 32,
     "downsample_hidden_size": 8,
 }
 
@@ -46,20 +44,23 @@ TEXT_PARTS = {
 }
 
 
-def tiny_tower(config: Any) -> dict[str, Any]:
+def tiny_tower(config: Any, hidden: int) -> dict[str, Any]:
     sizes = config.to_dict()
     sizes.pop("head_dim", None)
-    return {**sizes, **{key: value for key, value in _TOWER.items() if key in sizes}}
+    tower = _TOWER | {"out_hidden_size": hidden, "output_dim": hidden}
+    return {**sizes, **{key: value for key, value in tower.items() if key in sizes}}
 
 
-def composite_model(model_type: str) -> Any:
-    """A random composite model in float32."""
+def composite_model(model_type: str, **overrides: Any) -> Any:
+    """A random composite model in float32; `overrides` are keys of its text part's config."""
     config_class = CONFIG_MAPPING[model_type]
     default = config_class()
+    text = tiny_config(TEXT_PARTS[model_type], **overrides).to_dict()
     towers = {
-        name: tiny_tower(getattr(default, name)) for name in ("vision_config", "audio_config") if hasattr(default, name)
+        name: tiny_tower(getattr(default, name), text["hidden_size"])
+        for name in ("vision_config", "audio_config")
+        if hasattr(default, name)
     }
-    text = tiny_config(TEXT_PARTS[model_type]).to_dict()
     config = config_class(text_config=text, **towers)
     torch.manual_seed(0)
     return randomise(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[config_class](config).eval().float())

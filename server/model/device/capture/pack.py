@@ -1,76 +1,62 @@
 """Packs a transformers model in memory into the shape and the tensors of the captured decode step.
 
-Accepts decoders with grouped-query attention and gated products whose routers the kernel computes. The names and shapes
-of modules decide, not the family's name; gating rules come from `router.gating`. Invariant: a model with an unknown
-module is refused. Names do not describe everything that a forward computes, so `capture.proof` compares the results.
+Accepts decoders of grouped-query attention and gated products. `capture.modules` finds the modules, `capture.parts` and
+`step.router_kind` find out which parts they are, and gating rules come from `router.gating`; `capture.families` adds
+what neither shows. Invariant: a model with an unknown module or part is refused. Modules do not describe everything
+that a forward computes, so `capture.proof` compares the results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from server.model.device.capture import NotCapturableError, need
-from server.model.device.step.router_kind import RouterKind, RouterRefusedError, router_kind, selection_bias
+from server.model.device.capture.families import family_parts
+from server.model.device.capture.modules import Attention, Layer, Mlp, layers_of, text_body
+from server.model.device.capture.parts import gate_kind, packed_norm
+from server.model.device.step.parts import ExpertKind
+from server.model.device.step.router_kind import (
+    RouterKind,
+    RouterRefusedError,
+    router_kind,
+    router_product,
+    selection_bias,
+)
 from server.model.device.step.weights import DecodeShape, LayerWeights, MlpWeights, TrunkWeights, rotary_tables
 from server.model.seam.attention_mask import layer_windows
 
 MOST_ROWS = 32
 """The largest batch with which the kernels were tested."""
 
-_MODEL = ("model", "lm_head")
-_BODY = ("embed_tokens", "layers", "norm", "rotary_emb")
-_LAYER = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_NORMS = ("q_norm", "k_norm")
-_MLP = ("gate_proj", "up_proj", "down_proj")
-_SHARED = ("shared_expert", "shared_experts")
-_BLOCK = ("gate", "router", "shared_expert_gate", *_SHARED)
 _SETTINGS = (
     "hidden_size", "num_attention_heads", "num_key_value_heads", "num_experts_per_tok", "rms_norm_eps", "model_type"
 )  # fmt: skip
 
 
-def moe_blocks(model: Any) -> list[tuple[int, Any, Any]]:
-    """(layer of the model, its MoE block, the router in it), first layer first."""
-    found = []
-    for index, layer in enumerate(model.model.layers):
-        block = getattr(layer, "mlp", None)
-        if hasattr(block, "experts"):
-            router = getattr(block, "gate", None)
-            found.append((index, block, router if isinstance(router, nn.Module) else getattr(block, "router", None)))
-    return found
-
-
 def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: int) -> DecodeShape:
-    """The step's sizes for a transformers `*ForCausalLM`; `intermediate` is I of its experts.
+    """The step's sizes for a transformers model that `text_body` finds the decoder of; `intermediate` is I of its
+    experts, whose biases are in the model's dtype.
 
     Raises NotCapturableError for a model with another structure.
     """
     need(max_rows <= MOST_ROWS, f"batches of {max_rows} rows: wanted at most {MOST_ROWS}, by max_batch_size")
-    config = model.config
+    config = model.config.get_text_config()
     absent = [name for name in _SETTINGS if getattr(config, name, None) is None]
     need(not absent, f"the model's config has no {', '.join(absent)}")
-    _children(model, "the model", _MODEL)
-    body = model.model
-    _children(body, "the model", _BODY)
-    layers = list(body.layers)
-    for index, layer in enumerate(layers):
-        _children(layer, f"layer {index}", _LAYER)
+    layers = layers_of(model)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    norms = {_attention_norms(layer.self_attn, config, head_dim, f"layer {at}") for at, layer in enumerate(layers)}
+    norms = {_attention_norms(layer.attention, config, head_dim, layer.where) for layer in layers}
     need(len(norms) == 1, "norms of queries and keys differ between layers")
-    dense = {index: layer.mlp for index, layer in enumerate(layers)}
-    blocks = [(dense.pop(index), router, f"layer {index}") for index, _, router in moe_blocks(model)]
-    kinds = {_block_kind(config, block, router, where) for block, router, where in blocks}
+    kinds = {_block_kind(config, layer, intermediate) for layer in layers if layer.block is not None}
     need(bool(kinds), "no layer has routed experts")
-    need(len(kinds) == 1, "routers or shared experts differ between layers")
-    kind, top_k, num_experts, shared = kinds.pop()
-    inner = {_mlp_size(mlp, f"layer {index}") for index, mlp in dense.items()}
+    need(len(kinds) == 1, "routers, experts or shared experts differ between layers")
+    router, experts, top_k, num_experts, shared = kinds.pop()
+    inner = {_mlp_size(layer.mlp) for layer in layers if layer.block is None}
     need(len(inner) <= 1, "layers without routed experts differ in size")
+    dtype = model.lm_head.weight.dtype
     shape = DecodeShape(
         num_layers=len(layers),
         hidden=config.hidden_size,
@@ -84,160 +70,155 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
         max_rows=max_rows,
         max_tokens=max_tokens,
         eps=float(config.rms_norm_eps),
-        scaling=float(getattr(layers[0].self_attn, "scaling", head_dim**-0.5)),
+        scaling=float(getattr(layers[0].attention.module, "scaling", head_dim**-0.5)),
         qk_norm=norms.pop(),
-        rotary=_rotary_elements(body.rotary_emb, head_dim),
+        rotary=_rotary_elements(model, len(layers), head_dim),
         windows=layer_windows(config, len(layers)),
-        dense_layers=frozenset(dense),
+        dense_layers=frozenset(at for at, layer in enumerate(layers) if layer.block is None),
         dense_intermediate=inner.pop() if inner else 0,
         shared_intermediate=shared,
-        router=kind,
-        dtype=model.lm_head.weight.dtype,
+        router=router,
+        experts=experts,
+        dtype=dtype,
     )
     sizes = (shape.hidden, intermediate)
     need(all(size % 16 == 0 for size in sizes), f"experts of {sizes} elements: wanted multiples of 16")
     return shape
 
 
-def _children(module: Any, where: str, needed: Sequence[str], optional: Sequence[str] = ()) -> None:
-    """Raises NotCapturableError unless the module has every needed child and no unknown one."""
-    absent = [name for name in needed if getattr(module, name, None) is None]
-    need(not absent, f"{where} has no {', '.join(absent)}")
-    no_weights = (name for name, child in module.named_children() if next(child.parameters(), None) is None)
-    known = {*needed, *optional, *no_weights}
-    unknown = [name for name, _ in module.named_children() if name not in known]
-    need(not unknown, f"{where} has {', '.join(unknown)}, which the captured step does not compute")
-
-
-def _attention_norms(attention: Any, config: Any, head_dim: int, where: str) -> Literal["none", "head", "row"]:
+def _attention_norms(attention: Attention, config: Any, head_dim: int, where: str) -> Literal["none", "head", "row"]:
     """The kind of a layer's norms of queries and keys; refuses attention without grouped queries."""
-    where = f"{where}: attention"
-    _children(attention, where, _PROJECTIONS, _NORMS)
-    projections = [getattr(attention, name) for name in _PROJECTIONS]
-    need(all(isinstance(one, nn.Linear) for one in projections), f"{where} projects otherwise than by plain products")
     heads, kv_heads = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    sizes = [one.out_features for one in projections]
+    sizes = [one.out_features for one in attention.projections]
     wanted = [heads, kv_heads, kv_heads, config.hidden_size]
-    need(sizes == wanted and projections[3].in_features == heads, f"{where} projects to {sizes}, wanted {wanted}")
-    need(len({one.bias is None for one in projections[:3]}) == 1, f"{where}: only some of q, k and v have biases")
+    fits = sizes == wanted and attention.projections[3].in_features == heads
+    need(fits, f"{where}: attention projects to {sizes}, wanted {wanted}")
     kinds: set[Literal["none", "head", "row"]] = set()
-    for name, projection in zip(_NORMS, projections, strict=False):
-        norm = getattr(attention, name, None)
-        size = None if norm is None else norm.weight.shape.numel()
-        need(size in (None, head_dim, projection.out_features), f"{where}: {name} is over {size} elements")
-        kinds.add("none" if size is None else "head" if size == head_dim else "row")
-    need(len(kinds) == 1, f"{where} normalises queries and keys differently")
-    return kinds.pop()
+    for norm, projection in zip(attention.norms or (), attention.projections[:2], strict=False):
+        size = packed_norm(norm, where).shape.numel()
+        need(size in (head_dim, projection.out_features), f"{where}: attention has a norm over {size} elements")
+        kinds.add("head" if size == head_dim else "row")
+    need(len(kinds) <= 1, f"{where}: attention normalises queries and keys differently")
+    return kinds.pop() if kinds else "none"
 
 
-def _rotary_elements(rotary: Any, head_dim: int) -> int:
+def _rotary_elements(model: Any, layers: int, head_dim: int) -> int:
     """The number of rotated elements of a head; they are its first ones."""
     need(
         head_dim & (head_dim - 1) == 0 and head_dim >= 32,
         f"heads of {head_dim} elements: wanted a power of two from 32",
     )
-    need(hasattr(rotary, "inv_freq"), "rotary embedding differs between layers")
-    elements = 2 * int(rotary.inv_freq.shape[0])
+    rotary = text_body(model).rotary_emb
+    sizes = {2 * int(getattr(rotary, name).shape[0]) for name in set(frequencies_of(model, layers)) if name}
+    need(len(sizes) == 1, f"layers rotate {sorted(sizes)} elements: wanted one number for those that rotate")
+    elements = sizes.pop()
     need(elements <= head_dim and elements % 4 == 0, f"{elements} of {head_dim} elements of a head are rotated")
     return elements
 
 
-def _block_kind(config: Any, block: Any, router: Any, where: str) -> tuple[RouterKind, int, int, int]:
-    """The router's kind, top-k, number of experts and the shared expert's size of one MoE block."""
-    need(isinstance(router, nn.Module), f"{where}: is not a plain MoE layer")
-    _children(block, where, (), ("experts", *_BLOCK))
+def frequencies_of(model: Any, num_layers: int) -> list[str]:
+    """For each layer the attribute of the model's rotary embedding that holds its frequencies; empty: the layer does
+    not rotate."""
+    config, rotary = model.config.get_text_config(), text_body(model).rotary_emb
+    types = getattr(config, "layer_types", None) or [""] * num_layers
+    still = family_parts(config.model_type).unrotated if getattr(config, "sliding_window", None) else ""
+    names = ["" if still and kind == still else f"{kind}_inv_freq" for kind in types]
+    if hasattr(rotary, "inv_freq"):
+        names = ["inv_freq" if name else "" for name in names]
+    absent = sorted({name for name in names if name and not hasattr(rotary, name)})
+    need(not absent, f"{type(rotary).__name__} has no {', '.join(absent)}")
+    return names
+
+
+def _block_kind(config: Any, layer: Layer, intermediate: int) -> tuple[RouterKind, ExpertKind, int, int, int]:
+    """The kinds of router and experts, top-k, number of experts and the shared expert's size of one MoE layer."""
     try:
-        kind = router_kind(config.model_type, router, block)
+        kind = router_kind(config.model_type, layer.router, layer.block)
+        weight, _ = router_product(layer.router)
     except RouterRefusedError as error:
-        raise NotCapturableError(f"{where}: {error}") from error
-    need(not any(True for _ in router.children()), f"{where}: the router is not one product")
-    num_experts, width = router.weight.shape
-    need(width == config.hidden_size, f"{where}: gate does not read the hidden state")
-    experts = block.experts
-    plain = experts.is_concatenated and not experts.is_transposed and experts.has_gate and not experts.has_bias
-    need(bool(plain), f"{where}: experts' weights are not gate_up [2I, H] and down [H, I] alone")
-    shared = [getattr(block, name) for name in _SHARED if getattr(block, name, None) is not None]
-    need(len(shared) <= 1, f"{where}: has several shared experts")
-    switch = getattr(block, "shared_expert_gate", None)
-    need(
-        switch is None or (isinstance(switch, nn.Linear) and switch.out_features == 1 and switch.bias is None),
-        f"{where}: the shared expert's gate is not one plain product",
-    )
-    top_k = getattr(router, "top_k", None) or config.num_experts_per_tok
-    return kind, int(top_k), int(num_experts), _mlp_size(shared[0], where) if shared else 0
+        raise NotCapturableError(f"{layer.where}: {error}") from error
+    num_experts, width = weight.shape
+    need(width == config.hidden_size, f"{layer.where}: gate does not read the hidden state")
+    top_k = getattr(layer.router, "top_k", None) or config.num_experts_per_tok
+    shared = _mlp_size(layer.mlp) if layer.mlp is not None else 0
+    return kind, _expert_kind(layer, intermediate, weight.dtype), int(top_k), int(num_experts), shared
 
 
-def _mlp_size(mlp: Any, where: str) -> int:
+def _expert_kind(layer: Layer, intermediate: int, dtype: torch.dtype) -> ExpertKind:
+    experts = layer.experts
+    need(experts.has_gate, f"{layer.where}: experts have no gate")
+    need(not getattr(experts, "has_post_expert_norm", False), f"{layer.where}: experts have a norm of their own")
+    gate = gate_kind(experts, intermediate, layer.where)
+    return ExpertKind(gate, not experts.is_concatenated, dtype if experts.has_bias else None)
+
+
+def _mlp_size(mlp: Mlp | None) -> int:
     """I of a gated product that every token uses."""
-    where = f"{where}: {type(mlp).__name__}"
-    _children(mlp, where, _MLP)
-    parts = [getattr(mlp, name) for name in _MLP]
-    need(all(isinstance(part, nn.Linear) and part.bias is None for part in parts), f"{where} is no plain gated product")
-    return int(mlp.up_proj.out_features)
+    assert mlp is not None
+    return int(mlp.down.in_features)
 
 
 @torch.no_grad()
 def pack_trunk(model: Any, shape: DecodeShape) -> TrunkWeights:
     """Trunk tensors of a model that `decode_shape` accepted, on the model's device. Packed copies are new memory; the
     rest are the model's own tensors."""
-    blocks = {index: (block, router) for index, block, router in moe_blocks(model)}
-    layers = []
-    for index, layer in enumerate(model.model.layers):
-        attention = layer.self_attn
-        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-        biases = [_linear_bias(part) for part in parts]
-        norm = layer.input_layernorm.weight
-        block, router = blocks.get(index, (None, None))
-        gate_bias = None if router is None else _linear_bias(router)
-        layers.append(
-            LayerWeights(
-                input_norm=norm,
-                qkv=torch.cat([part.weight for part in parts]),
-                q_norm=norm if shape.qk_norm == "none" else attention.q_norm.weight,
-                k_norm=norm if shape.qk_norm == "none" else attention.k_norm.weight,
-                output=attention.o_proj.weight,
-                post_norm=layer.post_attention_layernorm.weight,
-                gate=None if router is None else router.weight,
-                qkv_bias=None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None]),
-                output_bias=_linear_bias(attention.o_proj),
-                gate_bias=None if gate_bias is None else gate_bias.float(),
-                selection_bias=None if router is None else selection_bias(shape.router, router, block),
-                mlp=_mlp_weights(layer.mlp if block is None else block, shape, block is not None),
-            )
-        )
-    cos, sin = rotary_tables_of(model, shape)
+    body = text_body(model)
+    tables = rotary_tables_of(model, shape)
     return TrunkWeights(
-        embedding=model.model.embed_tokens.weight,
-        layers=tuple(layers),
-        norm=model.model.norm.weight,
+        embedding=body.embed_tokens.weight,
+        layers=tuple(_packed(layer, shape, table) for layer, table in zip(layers_of(model), tables, strict=True)),
+        norm=packed_norm(body.norm, "the model"),
         head=model.lm_head.weight,
-        cos=cos,
-        sin=sin,
     )
 
 
-def rotary_tables_of(model: Any, shape: DecodeShape) -> tuple[Tensor, Tensor]:
-    """cos and sin [max_tokens, head_dim / 2] of the model's rotary embedding: see `rotary_tables`."""
-    rotary = model.model.rotary_emb
-    scaling = float(getattr(rotary, "attention_scaling", 1.0))
-    return rotary_tables(rotary.inv_freq, shape.max_tokens, shape.dtype, scaling, shape.head_dim // 2)
+def _packed(layer: Layer, shape: DecodeShape, table: tuple[Tensor, Tensor]) -> LayerWeights:
+    attention = layer.attention
+    *parts, output = attention.projections
+    biases = [bias for part in parts if (bias := _bias(part)) is not None]
+    input_norm = packed_norm(layer.input_norm, layer.where)
+    q_norm, k_norm = (packed_norm(norm, layer.where) for norm in attention.norms or (layer.input_norm,) * 2)
+    gate, gate_bias = (None, None) if layer.router is None else router_product(layer.router)
+    return LayerWeights(
+        input_norm=input_norm,
+        qkv=torch.cat([part.weight for part in parts]),
+        q_norm=q_norm,
+        k_norm=k_norm,
+        output=output.weight,
+        post_norm=packed_norm(layer.post_norm, layer.where),
+        gate=gate,
+        cos=table[0],
+        sin=table[1],
+        qkv_bias=torch.cat(biases) if biases else None,
+        output_bias=output.bias,
+        gate_bias=None if gate_bias is None else gate_bias.float(),
+        selection_bias=None if gate is None else selection_bias(shape.router, layer.router, layer.block),
+        sinks=None if attention.sinks is None else attention.sinks.float(),
+        mlp=None if layer.mlp is None else _packed_mlp(layer.mlp),
+    )
 
 
-def _mlp_weights(owner: Any, shape: DecodeShape, is_block: bool) -> MlpWeights | None:
-    """The gated product of a dense layer, or the shared expert of a MoE block; None if it has none."""
-    if is_block and not shape.shared_intermediate:
-        return None
-    mlp = owner
-    if is_block:
-        mlp = next(getattr(owner, name) for name in _SHARED if getattr(owner, name, None) is not None)
-    switch = getattr(owner, "shared_expert_gate", None)
+def _bias(linear: nn.Linear) -> Tensor | None:
+    return linear.bias  # which torch's types never have as None
+
+
+def _packed_mlp(mlp: Mlp) -> MlpWeights:
     return MlpWeights(
-        up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
-        down=mlp.down_proj.weight,
-        switch=None if switch is None else switch.weight.view(-1),
+        up=torch.cat([part.weight for part in mlp.ups]),
+        down=mlp.down.weight,
+        switch=None if mlp.switch is None else mlp.switch.weight.view(-1),
     )
 
 
-def _linear_bias(linear: nn.Module) -> Tensor | None:
-    bias = getattr(linear, "bias", None)
-    return bias if isinstance(bias, Tensor) else None
+def rotary_tables_of(model: Any, shape: DecodeShape) -> list[tuple[Tensor, Tensor]]:
+    """For each layer cos and sin [max_tokens, head_dim / 2] of its rotary embedding: see `rotary_tables`. Layers of one
+    kind share their tables."""
+    rotary = text_body(model).rotary_emb
+    names = frequencies_of(model, shape.num_layers)
+    tables = {}
+    for name in set(names):
+        scaling = float(getattr(rotary, name.replace("inv_freq", "attention_scaling"), 1.0)) if name else 1.0
+        frequencies = getattr(rotary, name or next(filter(None, names)))
+        frequencies = frequencies if name else torch.zeros_like(frequencies)
+        tables[name] = rotary_tables(frequencies, shape.max_tokens, shape.dtype, scaling, shape.head_dim // 2)
+    return [tables[name] for name in names]

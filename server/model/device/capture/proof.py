@@ -10,7 +10,9 @@ windows are shorter than the number of tokens.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 from expert_store.paging.pages import DevicePages, PagesShape
 from router.mask import ExpertMask
 from server.model.device.capture import NotCapturableError, need
-from server.model.device.capture.pack import moe_blocks, pack_trunk, rotary_tables_of
+from server.model.device.capture.modules import TOWERS, moe_blocks, text_body
+from server.model.device.capture.pack import frequencies_of, pack_trunk, rotary_tables_of
 from server.model.device.step.graphs import in_parallel
 from server.model.device.step.state import RowState
 from server.model.device.step.step import DecodeStep
@@ -84,8 +87,8 @@ def _one_of_each_kind(model: Any, shape: DecodeShape) -> list[int]:
     """The first and the last layer of each kind. Layers are of one kind if all their modules have the same class, the
     same settings except the layer's number, and weights of the same sizes."""
     kinds: dict[str, list[int]] = {}
-    types = getattr(model.config, "layer_types", None) or ()
-    for index, layer in enumerate(model.model.layers):
+    types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    for index, layer in enumerate(text_body(model).layers):
         seen = [str(types[index : index + 1]), str(shape.windows[index : index + 1])]
         for name, module in layer.named_modules():
             settings = {
@@ -105,7 +108,10 @@ def _one_of_each_kind(model: Any, shape: DecodeShape) -> list[int]:
 def _excerpt(model: Any, shape: DecodeShape, kept: list[int], device: torch.device) -> tuple[Any, DecodeShape]:
     """The model of the layers `kept` with random float32 weights, and its shape. Experts have no weights yet."""
     excerpt = copy.deepcopy(model)
-    body, config = excerpt.model, excerpt.config
+    body, config = text_body(excerpt), excerpt.config.get_text_config()
+    for owner, name in product((excerpt, excerpt.model), TOWERS):
+        if getattr(owner, name, None) is not None:
+            setattr(owner, name, None)
     body.layers = nn.ModuleList(body.layers[index] for index in kept)
     config.num_hidden_layers = len(kept)
     if getattr(config, "layer_types", None):
@@ -139,34 +145,52 @@ def _excerpt(model: Any, shape: DecodeShape, kept: list[int], device: torch.devi
         windows=layer_windows(config, len(kept)),
         dense_layers=frozenset(at for at, index in enumerate(kept) if index in shape.dense_layers),
         dtype=torch.float32,
+        experts=replace(shape.experts, bias=shape.experts.bias and torch.float32),
         packed=None,
     )
 
 
 def _check_rotary(excerpt: Any, shape: DecodeShape) -> None:
-    """Check that the step's table of angles equals the family's rotary embedding up to the last position."""
+    """Check that the step's tables of angles equal the family's rotary embedding up to the last position."""
     last = shape.max_tokens - 1
     positions = torch.tensor([[0, 1, last // 3, last // 2, last]], device=excerpt.lm_head.weight.device)
-    rotary = copy.deepcopy(excerpt.model.rotary_emb)  # some kinds change with the positions that they get
-    found = rotary(excerpt.lm_head.weight[None], positions)
-    for table, own in zip(rotary_tables_of(excerpt, shape), found, strict=False):
-        angles = own[0, :, : rotary.inv_freq.shape[0]].float()
-        same = torch.allclose(table[positions[0], : angles.shape[1]], angles, atol=1e-3)
-        need(same, f"{type(rotary).__name__} turns by other angles than the step's table within {shape.max_tokens}")
+    names = frequencies_of(excerpt, shape.num_layers)
+    for name, tables in dict(zip(names, rotary_tables_of(excerpt, shape), strict=True)).items():
+        if not name:
+            continue
+        rotary = copy.deepcopy(text_body(excerpt).rotary_emb)  # some kinds change with the positions that they get
+        kind = [] if name == "inv_freq" else [name.removesuffix("_inv_freq")]
+        found = rotary(excerpt.lm_head.weight[None], positions, *kind)
+        for table, own in zip(tables, found, strict=False):
+            angles = own[0, :, : getattr(rotary, name).shape[0]].float()
+            same = torch.allclose(table[positions[0], : angles.shape[1]], angles, atol=1e-3)
+            need(same, f"{type(rotary).__name__} turns by other angles than the step's table within {shape.max_tokens}")
 
 
 def _pages(excerpt: Any, shape: DecodeShape, device: torch.device) -> DevicePages:
     """Pages with every expert in a slot; the model's experts become views of the same memory."""
-    moe, experts, inner, hidden = shape.num_moe_layers, shape.num_experts, shape.intermediate, shape.hidden
+    moe, experts, hidden = shape.num_moe_layers, shape.num_experts, shape.hidden
     sizes = PagesShape(moe, experts, shape.top_k, experts, shape.span_elements, 2, shape.dtype)
     pages = DevicePages(sizes, None, device=device)
     pages.adopt(torch.arange(experts).expand(moe, experts))
     pages.slots.normal_(0.0, hidden**-0.5, generator=torch.Generator(device).manual_seed(2))
     for (_, block, _), spans in zip(moe_blocks(excerpt), pages.slots.view(moe, experts, -1), strict=True):
-        up, down = spans.split([2 * inner * hidden, inner * hidden], dim=1)
-        block.experts.gate_up_proj = nn.Parameter(up.unflatten(1, (2 * inner, hidden)), requires_grad=False)
-        block.experts.down_proj = nn.Parameter(down.unflatten(1, (hidden, inner)), requires_grad=False)
+        for name, values in expert_tensors(spans, shape, transposed=block.experts.is_transposed).items():
+            setattr(block.experts, name, nn.Parameter(values, requires_grad=False))
     return pages
+
+
+def expert_tensors(spans: Tensor, shape: DecodeShape, *, transposed: bool) -> dict[str, Tensor]:
+    """The parameters of an experts module, of which plain spans [E, elements] are views."""
+    inner, hidden, bias = shape.intermediate, shape.hidden, shape.experts.bias is not None
+    sizes = {
+        "gate_up_proj": (2 * inner, hidden), "gate_up_proj_bias": (2 * inner,),
+        "down_proj": (hidden, inner), "down_proj_bias": (hidden,),
+    }  # fmt: skip
+    kept = {name: size for name, size in sizes.items() if bias or not name.endswith("_bias")}
+    parts = torch.split(spans, [math.prod(size) for size in kept.values()], dim=1)
+    found = {name: part.reshape(-1, *size) for part, (name, size) in zip(parts, kept.items(), strict=True)}
+    return {name: part.mT if transposed and part.ndim == 3 else part for name, part in found.items()}
 
 
 def _two_thirds(shape: DecodeShape) -> ExpertMask:
@@ -185,7 +209,7 @@ def _reference(excerpt: Any, shape: DecodeShape, tokens: Tensor, mask: ExpertMas
         reason = f"a few layers of {type(excerpt).__name__} do not run alone: {error}"
         raise NotCapturableError(reason) from error
     everything = ExpertMask.same_in_every_layer(range(shape.num_experts), shape.num_moe_layers, shape.num_experts)
-    routing = StepRouting(excerpt.config.model_type, shape.num_moe_layers, device, everything)
+    routing = StepRouting(excerpt.config.get_text_config().model_type, shape.num_moe_layers, device, everything)
     for layer, (_, _, router) in enumerate(moe_blocks(excerpt)):
         routing.install(layer, router)
     routing.begin(1, tokens.shape[1], [mask])

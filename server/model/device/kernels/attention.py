@@ -41,6 +41,14 @@ def _row_scale(ptr, eps, N: tl.constexpr, NP: tl.constexpr):
 
 
 @triton.jit
+def _first_rounded(value, norm, dtype: tl.constexpr):
+    """A normalised value, rounded before it is multiplied by the norm's weights unless these are fp32."""
+    if norm.dtype.element_ty != tl.float32:
+        value = value.to(dtype).to(tl.float32)
+    return value
+
+
+@triton.jit
 def _head(
     ptr, norm, cos, sin, eps, heads, valid,
     D: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, dtype: tl.constexpr,
@@ -56,15 +64,15 @@ def _head(
         scale = tl.rsqrt((tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / D + eps)
         w_low = tl.load(norm + first).to(tl.float32)
         w_high = tl.load(norm + second).to(tl.float32)
-        low = ((low * scale[:, None]).to(dtype).to(tl.float32) * w_low[None, :]).to(dtype).to(tl.float32)
-        high = ((high * scale[:, None]).to(dtype).to(tl.float32) * w_high[None, :]).to(dtype).to(tl.float32)
+        low = (_first_rounded(low * scale[:, None], norm, dtype) * w_low[None, :]).to(dtype).to(tl.float32)
+        high = (_first_rounded(high * scale[:, None], norm, dtype) * w_high[None, :]).to(dtype).to(tl.float32)
     if NORM == 2:
         common = _row_scale(ptr, eps, N, NP)
         weight_at = norm + heads[:, None] * D
         w_low = tl.load(weight_at + first[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
         w_high = tl.load(weight_at + second[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
-        low = ((low * common).to(dtype).to(tl.float32) * w_low).to(dtype).to(tl.float32)
-        high = ((high * common).to(dtype).to(tl.float32) * w_high).to(dtype).to(tl.float32)
+        low = (_first_rounded(low * common, norm, dtype) * w_low).to(dtype).to(tl.float32)
+        high = (_first_rounded(high * common, norm, dtype) * w_high).to(dtype).to(tl.float32)
     rotated_low = low * cos[None, :] - high * sin[None, :]
     rotated_high = high * cos[None, :] + low * sin[None, :]
     return rotated_low.to(dtype), rotated_high.to(dtype)
@@ -111,17 +119,18 @@ def _vectors(memory, block, kv_head, position, NUM_KV: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def attend(
-    qkv, q_norm, k_norm, cos_table, sin_table, rows, lengths, table, memory, out,
+    qkv, q_norm, k_norm, sinks, cos_table, sin_table, rows, lengths, table, memory, out,
     part_max, part_sum, part_out, arrived, eps, scaling, max_blocks,
     NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, G2: tl.constexpr,
     SPLITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, QP: tl.constexpr,
-    KP: tl.constexpr, ROTARY: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
+    KP: tl.constexpr, ROTARY: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, NUM_HEADS * D] from qkv [B, (NUM_HEADS + 2 NUM_KV) * D]; writes position lengths[row] of the row's keys
     and values. Token t of a row is entry t % BLOCK of block table[row, t // BLOCK] of memory [blocks, 2, NUM_KV, BLOCK,
     D], keys then values; table is [rows, max_blocks]. A batch entry with row -1 is skipped. TILE: tokens of a product,
-    like BLOCK a power of two. WINDOW: number of tokens to attend to, the new one included; 0: all. QP, KP: widths of
-    all query and all key heads, padded. Grid (SPLITS, NUM_KV, B).
+    like BLOCK a power of two. WINDOW: number of tokens to attend to, the new one included; 0: all. SINKS: a head's
+    softmax has one more score, of sinks [NUM_HEADS] fp32, without a value. QP, KP: widths of all query and all key
+    heads, padded. Grid (SPLITS, NUM_KV, B).
 
     The split's first tile of cached keys and values is loaded before the wait: no kernel of this step writes it, nor
     the table. Later tiles' blocks are looked up one tile ahead, so only the first waits for its entry of the table.
@@ -188,6 +197,13 @@ def attend(
             )
             total += 1.0
             acc += v_new.to(tl.float32)[None, :]
+            if SINKS:
+                sink = tl.load(sinks + kv_head * GROUP + group, mask=group < GROUP, other=-float("inf"))
+                highest = tl.maximum(peak, sink)
+                decay = tl.exp(peak - highest)
+                total = decay + tl.exp(sink - highest)
+                acc = acc * decay[:, None]
+                peak = highest
         for start in range(begin, end, TILE):
             score = tl.dot(q_low, k_low, input_precision="ieee")
             score = tl.dot(q_high, k_high, score, input_precision="ieee") * scaling

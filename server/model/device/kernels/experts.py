@@ -3,8 +3,9 @@
 `gate_up`: the first FETCHERS programs fetch the missing experts from pinned host memory, tile by tile, and compute each
 tile when it arrives, then fetch their down projections; all other programs compute the resident experts. So PCIe and
 HBM are used at the same time, and at the kernel's end all experts that the layer needs are in slots. A span is gate_up
-[2I, H] then down [H, I]. Sums are fp32 and in pick order. Invariant: a token's sums are the same instructions in the
-same order for any resident experts and any batch size.
+[2I, H], bias [2I], down [H, I], bias [H], without biases where BIAS is false; rows of gate and up alternate if
+ALTERNATES. Sums are fp32 and in pick order. Invariant: a token's sums are the same instructions in the same order for
+any resident experts and any batch size.
 """
 
 # ruff: noqa: E741 (I is the experts' intermediate size everywhere)
@@ -15,40 +16,51 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expert_store.paging.kernels import FETCHED, copy_span
-from server.model.device.kernels.trunk import silu_mul
+from server.model.device.kernels.trunk import gated
 
 
 @triton.jit
 def _gate_up_token(
-    w_gate, w_up, normed, act, pair, rows, K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr
-):
-    """act [pair, rows] of one token with weights [rows, H] that are in registers."""
+    w_gate, w_up, b_gate, b_up, normed, act, pair, rows,
+    K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """act [pair, rows] of one token with weights [rows, H] and biases [rows] that are in registers."""
+    dtype: tl.constexpr = act.dtype.element_ty
     cols = tl.arange(0, HP)
     x = tl.load(normed + pair // K * H + cols, mask=cols < H, other=0.0).to(tl.float32)[None, :]
     gate = tl.sum(w_gate.to(tl.float32) * x, axis=1)
     up = tl.sum(w_up.to(tl.float32) * x, axis=1)
-    tl.store(act + pair * I + rows, silu_mul(gate, up, act.dtype.element_ty), mask=rows < I)
+    if BIAS:
+        gate = gate.to(dtype).to(tl.float32) + b_gate
+        up = up.to(dtype).to(tl.float32) + b_up
+    tl.store(act + pair * I + rows, gated(gate, up, dtype, GATE), mask=rows < I)
 
 
 @triton.jit
 def _gate_up_tile(
-    normed, anchor, weight_at, act, count, pairs, expert, tile,
+    normed, anchor, weight_at, bias_at, act, count, pairs, expert, tile,
     ONE: tl.constexpr, K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr, BI: tl.constexpr,
-    STRIDE: tl.constexpr,
+    STRIDE: tl.constexpr, ALTERNATES: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """act [pair, tile rows] for every token of one expert; a tile is BI gate rows and the BI up rows that belong to
-    them."""
+    them. The span at `bias_at` gives the biases: that of a fetched expert may not be in its slot yet."""
     cols = tl.arange(0, HP)
     rows = tile * BI + tl.arange(0, BI)
+    gate_row = 2 * rows if ALTERNATES else rows
+    APART: tl.constexpr = 1 if ALTERNATES else I
     mask = (rows < I)[:, None] & (cols < H)[None, :]
-    at = anchor + weight_at + rows[:, None] * H + cols[None, :]
+    at = anchor + weight_at + gate_row[:, None] * H + cols[None, :]
     w_gate = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
-    w_up = tl.load(at + I * H, mask=mask, other=0.0, cache_modifier=".cg")
-    if ONE:
-        _gate_up_token(w_gate, w_up, normed, act, tl.load(pairs + expert * STRIDE), rows, K, H, HP, I)
-    else:
-        for token in range(tl.load(count + expert)):
-            _gate_up_token(w_gate, w_up, normed, act, tl.load(pairs + expert * STRIDE + token), rows, K, H, HP, I)
+    w_up = tl.load(at + APART * H, mask=mask, other=0.0, cache_modifier=".cg")
+    b_gate = tl.zeros([BI], tl.float32)
+    b_up = tl.zeros([BI], tl.float32)
+    if BIAS:
+        at = anchor + bias_at + 2 * I * H + gate_row
+        b_gate = tl.load(at, mask=rows < I, other=0.0).to(tl.float32)
+        b_up = tl.load(at + APART, mask=rows < I, other=0.0).to(tl.float32)
+    for token in range(1 if ONE else tl.load(count + expert)):
+        pair = tl.load(pairs + expert * STRIDE + token)
+        _gate_up_token(w_gate, w_up, b_gate, b_up, normed, act, pair, rows, K, H, HP, I, BIAS, GATE)
 
 
 @triton.jit
@@ -56,13 +68,14 @@ def gate_up(
     normed, anchor, header, target, source, count, pairs, act,
     K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr, BI: tl.constexpr,
     STRIDE: tl.constexpr, FETCHERS: tl.constexpr, COPY: tl.constexpr, ONE: tl.constexpr,
-    DOWN: tl.constexpr, PDL: tl.constexpr,
+    DOWN: tl.constexpr, ALTERNATES: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """act [B * K, I] = silu(gate) * up of each pick; missing spans are copied to their slots on the way.
+    """act [B * K, I] = gated(gate, up) of each pick; missing spans are copied to their slots on the way.
 
     Grid (FETCHERS + distinct experts at most * ceil(I / BI),). ONE: a batch of one token; DOWN: fetch the down
-    projections too (else `down` does).
+    projections too, and all biases (else `down` fetches, and there are no biases).
     """
+    REST: tl.constexpr = H * I + (2 * I + H if BIAS else 0)  # elements of a span after gate_up
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -78,15 +91,21 @@ def gate_up(
             slot = tl.multiple_of(tl.load(target + expert), 8)
             num_rows = tl.minimum(BI, I - tile * BI)
             first = tile * BI * H
-            copy_span(anchor, origin + first, slot + first, num_rows * H, COPY)
-            copy_span(anchor, origin + first + I * H, slot + first + I * H, num_rows * H, COPY)
+            if ALTERNATES:
+                copy_span(anchor, origin + 2 * first, slot + 2 * first, 2 * num_rows * H, COPY)
+            else:
+                copy_span(anchor, origin + first, slot + first, num_rows * H, COPY)
+                copy_span(anchor, origin + first + I * H, slot + first + I * H, num_rows * H, COPY)
             tl.debug_barrier()
-            _gate_up_tile(normed, anchor, slot, act, count, pairs, expert, tile, ONE, K, H, HP, I, BI, STRIDE)
+            _gate_up_tile(
+                normed, anchor, slot, origin, act, count, pairs, expert, tile,
+                ONE, K, H, HP, I, BI, STRIDE, ALTERNATES, BIAS, GATE,
+            )  # fmt: skip
         for unit in range(program, num_miss * TILES if DOWN else 0, FETCHERS):
             expert = unit // TILES
-            share = (H * I) // TILES // 8 * 8
+            share = REST // TILES // 8 * 8
             first = 2 * I * H + (unit % TILES) * share
-            size = tl.where(unit % TILES == TILES - 1, H * I - (TILES - 1) * share, share)
+            size = tl.where(unit % TILES == TILES - 1, REST - (TILES - 1) * share, share)
             origin = tl.multiple_of(tl.load(source + expert), 8)
             slot = tl.multiple_of(tl.load(target + expert), 8)
             copy_span(anchor, origin + first, slot + first, size, COPY)
@@ -95,7 +114,10 @@ def gate_up(
         tile = (program - FETCHERS) % TILES
         if expert < num_distinct:
             slot = tl.multiple_of(tl.load(target + expert), 8)
-            _gate_up_tile(normed, anchor, slot, act, count, pairs, expert, tile, ONE, K, H, HP, I, BI, STRIDE)
+            _gate_up_tile(
+                normed, anchor, slot, slot, act, count, pairs, expert, tile,
+                ONE, K, H, HP, I, BI, STRIDE, ALTERNATES, BIAS, GATE,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -128,13 +150,30 @@ def with_shared(
 
 
 @triton.jit
+def down_biases(
+    biases, pair_target, weights, first, rows, inside, AT: tl.constexpr, PER: tl.constexpr, K: tl.constexpr
+):
+    """The sum of the down biases [rows] of a token's picks, weighted. A span's bias is AT elements of `biases` after
+    its start; PER: elements of a bias in one of the slots' elements. Reads slots after `gate_up` has filled them."""
+    total = tl.zeros(rows.shape, tl.float32)
+    for k in tl.static_range(K):
+        pick = first + k + 0 * rows
+        slot = tl.load(pair_target + pick)
+        weight = tl.load(weights + pick)
+        slot = tl.where(slot >= FETCHED, slot - FETCHED, slot)
+        bias = tl.load(biases + slot * PER + AT + rows, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
+        total += tl.where(weight == 0.0, 0.0, bias * weight)
+    return total
+
+
+@triton.jit
 def down(
     act, anchor, pair_target, pair_source, weights, residual, shared, switch, normed, out,
     K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
-    SHARED: tl.constexpr, PAGED: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
+    SHARED: tl.constexpr, PAGED: tl.constexpr, FETCH: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [B, H] = residual + sum over a token's K picks of weight * (down · act) + the term of SHARED. Grid (B, ceil(H
-    / BH)): programs of neighbouring tokens read the same rows of experts that they share.
+    """out [B, H] = residual + sum over a token's K picks of weight * (down · act + bias) + the term of SHARED. Grid (B,
+    ceil(H / BH)): programs of neighbouring tokens read the same rows of experts that they share.
 
     SHARED: 0 nothing, 1 shared [B, H], 2 shared [B, H] * sigmoid(switch [H] · normed [B, H]).
 
@@ -148,12 +187,13 @@ def down(
     rows = tl.program_id(1) * BH + tl.arange(0, BH)
     first = batch * K
     STEPS: tl.constexpr = (K * I + BC - 1) // BC
+    BEFORE: tl.constexpr = 2 * I * H + (2 * I if BIAS else 0)
     tiles = ()
     for s in tl.static_range(STEPS):
         flat = s * BC + tl.arange(0, BC)
         slot = tl.max_constancy(tl.load(pair_target + first + flat // I, mask=flat < K * I, other=-1), 8)
         mask = (rows < H)[:, None] & (slot >= 0)[None, :]
-        within = (2 * I * H + flat % I)[None, :] + rows[:, None] * I
+        within = (BEFORE + flat % I)[None, :] + rows[:, None] * I
         if PAGED:
             missing = slot >= FETCHED
             if FETCH:
@@ -181,7 +221,7 @@ def down(
             slot = tl.max_constancy(tl.load(pair_target + first + flat // I, mask=live, other=-1), 8)
             missing = slot >= FETCHED
             place = tl.multiple_of(tl.where(missing, slot - FETCHED, 0), 8)
-            within = (2 * I * H + flat % I)[None, :] + rows[:, None] * I
+            within = (BEFORE + flat % I)[None, :] + rows[:, None] * I
             late = tl.load(
                 anchor + place[None, :] + within, mask=(rows < H)[:, None] & missing[None, :], other=0.0,
                 cache_modifier=".cg",
@@ -191,4 +231,6 @@ def down(
         weight = tl.load(weights + first + flat // I, mask=live, other=0.0)
         value = tl.where(weight == 0.0, 0.0, value * weight)
         acc += tl.sum(tile.to(tl.float32) * value[None, :], axis=1)
+    if BIAS:
+        acc += down_biases(anchor, pair_target, weights, first, rows, rows < H, BEFORE + H * I, 1, K)
     with_shared(acc, residual, shared, switch, normed, out, batch, rows, rows < H, H, HP, SHARED)

@@ -16,8 +16,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expert_store.paging.kernels import FETCHED, copy_span
-from server.model.device.kernels.experts import with_shared
-from server.model.device.kernels.trunk import silu_mul
+from server.model.device.kernels.experts import down_biases, with_shared
+from server.model.device.kernels.trunk import gated
 
 INT4 = tl.constexpr(0)
 INT8 = tl.constexpr(1)
@@ -139,6 +139,26 @@ def packed_tile(
 
 
 @triton.jit
+def as_biases(anchor, BIAS: tl.constexpr):
+    """The words at `anchor` as biases of the dtype BIAS."""
+    if BIAS == "F32":
+        return anchor.to(tl.pointer_type(tl.float32))
+    elif BIAS == "F16":
+        return anchor.to(tl.pointer_type(tl.float16))
+    else:
+        return anchor.to(tl.pointer_type(tl.bfloat16))
+
+
+@triton.jit
+def up_biases(anchor, word, gate_row, inside, APART: tl.constexpr, BIAS: tl.constexpr):
+    """float32 biases [rows] of gate rows, and of the up rows APART rows after them; they begin at a word of a span."""
+    PER: tl.constexpr = 1 if BIAS == "F32" else 2
+    at = as_biases(anchor, BIAS) + word * PER + gate_row
+    b_gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    return b_gate, tl.load(at + APART, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _sums(tile, x, at, live, magic, W: tl.constexpr, V: tl.constexpr, CODES: tl.constexpr):
     """float32 [rows, runs]: a tile times the activations x [V, W], whose runs begin at `at` [runs]."""
     codes, scale, zero = tile
@@ -152,15 +172,21 @@ def _sums(tile, x, at, live, magic, W: tl.constexpr, V: tl.constexpr, CODES: tl.
 
 @triton.jit
 def _gate_up_tile(
-    planes, anchor, slot, act, count, pairs, expert, tile, magic,
+    planes, anchor, slot, origin, act, count, pairs, expert, tile, magic,
     ONE: tl.constexpr, K: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BI: tl.constexpr, STRIDE: tl.constexpr,
     RUNS: tl.constexpr, V: tl.constexpr, QW: tl.constexpr, RW: tl.constexpr, GW: tl.constexpr, CODES: tl.constexpr,
     SCALES: tl.constexpr, S_AT: tl.constexpr, ZEROS: tl.constexpr, Z_AT: tl.constexpr, OVERALL: tl.constexpr,
-    O_AT: tl.constexpr, VD: tl.constexpr, NEXT: tl.constexpr, DTYPE: tl.constexpr,
+    O_AT: tl.constexpr, VD: tl.constexpr, NEXT: tl.constexpr, ALTERNATES: tl.constexpr, BIAS: tl.constexpr,
+    GATE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """act [pair, tile rows], in planes of VD, for every token of one expert; see `experts._gate_up_tile`."""
+    """act [pair, tile rows], in planes of VD, for every token of one expert; see `experts._gate_up_tile`. The span at
+    `origin` gives the biases."""
     rows = tile * BI + tl.arange(0, BI)
     inside = rows < I
+    gate_row = 2 * rows if ALTERNATES else rows
+    APART: tl.constexpr = 1 if ALTERNATES else I
+    if BIAS != "":
+        b_gate, b_up = up_biases(anchor, origin + 2 * I * RW, gate_row, inside, APART, BIAS)
     W: tl.constexpr = H // V
     STEPS: tl.constexpr = (W // QW + RUNS - 1) // RUNS
     gates = ()
@@ -169,11 +195,12 @@ def _gate_up_tile(
         run = s * RUNS + tl.arange(0, RUNS)
         live = run * QW < W
         gate = packed_tile(
-            anchor, slot, rows, inside, run, live, QW, RW, GW, CODES, SCALES, S_AT, ZEROS, Z_AT, OVERALL, O_AT
+            anchor, slot, gate_row, inside, run, live, QW, RW, GW, CODES, SCALES, S_AT, ZEROS, Z_AT, OVERALL, O_AT
         )
         up = packed_tile(
-            anchor, slot + I * RW, rows, inside, run, live, QW, RW, GW, CODES, SCALES, S_AT, ZEROS, Z_AT, OVERALL, O_AT
-        )
+            anchor, slot + APART * RW, gate_row, inside, run, live, QW, RW, GW, CODES, SCALES, S_AT, ZEROS, Z_AT,
+            OVERALL, O_AT,
+        )  # fmt: skip
         gates = gates + (gate,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no starred tuples)
         ups = ups + (up,)  # type: ignore[assignment]  # noqa: RUF005
     place = rows % VD * (I // VD) + rows // VD
@@ -187,9 +214,12 @@ def _gate_up_tile(
             run = s * RUNS + tl.arange(0, RUNS)
             gate_sums += _sums(gates[s], x, run * QW, run * QW < W, magic, W, V, CODES)
             up_sums += _sums(ups[s], x, run * QW, run * QW < W, magic, W, V, CODES)
-        gated = tl.sum(gate_sums, axis=1) * rest(CODES)
-        raised = tl.sum(up_sums, axis=1) * rest(CODES)
-        product = silu_mul(gated, raised, DTYPE).to(tl.float32) * scale
+        gate_sum = tl.sum(gate_sums, axis=1) * rest(CODES)
+        up_sum = tl.sum(up_sums, axis=1) * rest(CODES)
+        if BIAS != "":
+            gate_sum = gate_sum.to(DTYPE).to(tl.float32) + b_gate
+            up_sum = up_sum.to(DTYPE).to(tl.float32) + b_up
+        product = gated(gate_sum, up_sum, DTYPE, GATE).to(tl.float32) * scale
         tl.store(act + pair * I + place, product, mask=inside)
 
 
@@ -197,14 +227,15 @@ def _gate_up_tile(
 def gate_up(
     planes, anchor, header, target, source, count, pairs, act, like, magic,
     K: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BI: tl.constexpr, STRIDE: tl.constexpr,
-    FETCHERS: tl.constexpr, COPY: tl.constexpr, ONE: tl.constexpr, DOWN_WORDS: tl.constexpr, MOST: tl.constexpr,
+    FETCHERS: tl.constexpr, COPY: tl.constexpr, ONE: tl.constexpr, REST: tl.constexpr, MOST: tl.constexpr,
     RUNS: tl.constexpr, V: tl.constexpr, QW: tl.constexpr, RW: tl.constexpr, GW: tl.constexpr, CODES: tl.constexpr,
     SCALES: tl.constexpr, S_AT: tl.constexpr, ZEROS: tl.constexpr, Z_AT: tl.constexpr, OVERALL: tl.constexpr,
-    O_AT: tl.constexpr, VD: tl.constexpr, NEXT: tl.constexpr, PDL: tl.constexpr,
+    O_AT: tl.constexpr, VD: tl.constexpr, NEXT: tl.constexpr, ALTERNATES: tl.constexpr, BIAS: tl.constexpr,
+    GATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`experts.gate_up` for packed rows: planes [B, V, H / V] -> act [B * K, VD, I / VD] for the codes NEXT of `down`,
-    rounded to the dtype of `like`. RUNS: runs that a warp takes at a time. DOWN_WORDS: words of the down projection,
-    which are fetched here too; MOST: distinct experts that there may be.
+    rounded to the dtype of `like`. RUNS: runs that a warp takes at a time. REST: words of a span after the gate_up
+    rows, which are fetched here too; MOST: distinct experts that there may be; BIAS: dtype of the biases, "" for none.
     """
     if PDL:
         gdc_wait()
@@ -221,19 +252,22 @@ def gate_up(
             slot = tl.multiple_of(tl.load(target + expert), 4)
             num_words = tl.minimum(BI, I - tile * BI) * RW
             first = tile * BI * RW
-            copy_span(anchor, origin + first, slot + first, num_words, COPY)
-            copy_span(anchor, origin + first + I * RW, slot + first + I * RW, num_words, COPY)
+            if ALTERNATES:
+                copy_span(anchor, origin + 2 * first, slot + 2 * first, 2 * num_words, COPY)
+            else:
+                copy_span(anchor, origin + first, slot + first, num_words, COPY)
+                copy_span(anchor, origin + first + I * RW, slot + first + I * RW, num_words, COPY)
             tl.debug_barrier()
             _gate_up_tile(
-                planes, anchor, slot, act, count, pairs, expert, tile, magic, ONE, K, H, I, BI, STRIDE,
+                planes, anchor, slot, origin, act, count, pairs, expert, tile, magic, ONE, K, H, I, BI, STRIDE,
                 RUNS, V, QW, RW, GW, CODES, SCALES, S_AT, ZEROS, Z_AT, OVERALL, O_AT, VD, NEXT,
-                like.dtype.element_ty,
+                ALTERNATES, BIAS, GATE, like.dtype.element_ty,
             )  # fmt: skip
         for unit in range(program, num_miss * TILES, FETCHERS):
             expert = unit // TILES
-            share = DOWN_WORDS // TILES // 4 * 4
+            share = REST // TILES // 4 * 4
             first = 2 * I * RW + (unit % TILES) * share
-            size = tl.where(unit % TILES == TILES - 1, DOWN_WORDS - (TILES - 1) * share, share)
+            size = tl.where(unit % TILES == TILES - 1, REST - (TILES - 1) * share, share)
             origin = tl.multiple_of(tl.load(source + expert), 4)
             slot = tl.multiple_of(tl.load(target + expert), 4)
             copy_span(anchor, origin + first, slot + first, size, COPY)
@@ -243,9 +277,9 @@ def gate_up(
         slot = tl.multiple_of(tl.load(target + expert, mask=expert < MOST, other=0), 4)
         if expert < num_distinct:
             _gate_up_tile(
-                planes, anchor, slot, act, count, pairs, expert, tile, magic, ONE, K, H, I, BI, STRIDE,
+                planes, anchor, slot, slot, act, count, pairs, expert, tile, magic, ONE, K, H, I, BI, STRIDE,
                 RUNS, V, QW, RW, GW, CODES, SCALES, S_AT, ZEROS, Z_AT, OVERALL, O_AT, VD, NEXT,
-                like.dtype.element_ty,
+                ALTERNATES, BIAS, GATE, like.dtype.element_ty,
             )  # fmt: skip
 
 
@@ -274,7 +308,7 @@ def down(
     SHARED: tl.constexpr, PAGED: tl.constexpr, BEFORE: tl.constexpr,
     V: tl.constexpr, QW: tl.constexpr, RW: tl.constexpr, GW: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr,
     S_AT: tl.constexpr, ZEROS: tl.constexpr, Z_AT: tl.constexpr, OVERALL: tl.constexpr, O_AT: tl.constexpr,
-    PDL: tl.constexpr,
+    BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`experts.down` for packed rows: act [B * K, V, I / V]. RUNS: runs that a warp takes at a time; BEFORE: words of a
     span before its down rows. Rows of resident experts are read before the wait, those of fetched ones after it."""
@@ -312,6 +346,10 @@ def down(
         at = flat // Q * I + flat % Q * QW
         sums += _sums(tile, act + first * I, at, weight != 0.0, magic, W, V, CODES) * weight[None, :]
     acc = tl.sum(sums, axis=1) * rest(CODES)
+    if BIAS != "":
+        PER: tl.constexpr = 1 if BIAS == "F32" else 2
+        biases = as_biases(anchor, BIAS)
+        acc += down_biases(biases, pair_target, weights, first, rows, inside, (BEFORE + H * RW) * PER, PER, K)
     with_shared(acc, residual, shared, switch, normed, out, batch, rows, inside, H, HP, SHARED)
 
 

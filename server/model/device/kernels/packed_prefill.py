@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from server.model.device.kernels.packed import packed_tile, values_of
-from server.model.device.kernels.trunk import silu_mul
+from server.model.device.kernels.packed import as_biases, packed_tile, up_biases, values_of
+from server.model.device.kernels.trunk import gated
 
 
 @triton.jit
@@ -43,12 +43,16 @@ def gate_up_group(
     VD: tl.constexpr, V: tl.constexpr, QW: tl.constexpr, RW: tl.constexpr, GW: tl.constexpr, CODES: tl.constexpr,
     SCALES: tl.constexpr,
     S_AT: tl.constexpr, ZEROS: tl.constexpr, Z_AT: tl.constexpr, OVERALL: tl.constexpr, O_AT: tl.constexpr,
+    ALTERNATES: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """`prefill.gate_up_group`: hidden [T, V, H / V] -> act [T * K, VD, I / VD], in sorted order."""
+    dtype: tl.constexpr = act.dtype.element_ty
     expert = tl.load(ids + tl.program_id(0))
     span = tl.multiple_of(tl.load(targets + tl.program_id(0)), 4)
     rows = tl.program_id(1) * BI + tl.arange(0, BI)
     inside = rows < I
+    gate_row = 2 * rows if ALTERNATES else rows
+    APART: tl.constexpr = 1 if ALTERNATES else I
     lane = tl.arange(0, BT)
     end = tl.load(offsets + expert + 1)
     for start in range(tl.load(offsets + expert), end, BT):
@@ -60,14 +64,18 @@ def gate_up_group(
         up = tl.zeros([BT, BI], tl.float32)
         for first in range(0, H // V, BW):
             gate = _product(
-                gate, x_at, live, anchor, span, rows, inside, first, magic, H // V, BW, V, QW, RW, GW, CODES, SCALES,
-                S_AT, ZEROS, Z_AT, OVERALL, O_AT,
-            )  # fmt: skip
-            up = _product(
-                up, x_at, live, anchor, span + I * RW, rows, inside, first, magic, H // V, BW, V, QW, RW, GW, CODES,
+                gate, x_at, live, anchor, span, gate_row, inside, first, magic, H // V, BW, V, QW, RW, GW, CODES,
                 SCALES, S_AT, ZEROS, Z_AT, OVERALL, O_AT,
             )  # fmt: skip
-        out = silu_mul(gate, up, act.dtype.element_ty)
+            up = _product(
+                up, x_at, live, anchor, span + APART * RW, gate_row, inside, first, magic, H // V, BW, V, QW, RW, GW,
+                CODES, SCALES, S_AT, ZEROS, Z_AT, OVERALL, O_AT,
+            )  # fmt: skip
+        if BIAS != "":
+            b_gate, b_up = up_biases(anchor, span + 2 * I * RW, gate_row, inside, APART, BIAS)
+            gate = gate.to(dtype).to(tl.float32) + b_gate[None, :]
+            up = up.to(dtype).to(tl.float32) + b_up[None, :]
+        out = gated(gate, up, dtype, GATE)
         at = place.to(tl.int64)[:, None] * I + (rows % VD * (I // VD) + rows // VD)[None, :]
         tl.store(act + at, out, mask=live[:, None] & inside[None, :])
 
@@ -78,6 +86,7 @@ def down_group(
     H: tl.constexpr, I: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BEFORE: tl.constexpr,
     V: tl.constexpr, QW: tl.constexpr, RW: tl.constexpr, GW: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr,
     S_AT: tl.constexpr, ZEROS: tl.constexpr, Z_AT: tl.constexpr, OVERALL: tl.constexpr, O_AT: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
     """`prefill.down_group`: act [T * K, V, I / V] -> out [T * K, H], at the pairs' own places. BEFORE: words of a span
     before its down rows."""
@@ -98,5 +107,10 @@ def down_group(
                 acc, a_at, live, anchor, span + BEFORE, rows, inside, first, magic, I // V, BW, V, QW, RW, GW, CODES,
                 SCALES, S_AT, ZEROS, Z_AT, OVERALL, O_AT,
             )  # fmt: skip
+        if BIAS != "":
+            PER: tl.constexpr = 1 if BIAS == "F32" else 2
+            bias_at = as_biases(anchor, BIAS) + (span + BEFORE + H * RW) * PER + rows
+            acc = acc.to(out.dtype.element_ty).to(tl.float32)
+            acc += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
         mask = live[:, None] & inside[None, :]
         tl.store(out + pair[:, None] * H + rows[None, :], acc.to(out.dtype.element_ty), mask=mask)

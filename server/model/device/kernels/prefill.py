@@ -1,7 +1,8 @@
 """Computes a group of experts for many tokens: one launch each for gate/up and down, with weights at given addresses.
 
 Pairs (token, pick) come sorted by expert; `offsets` [E + 1] bounds each expert's pairs. A program owns a tile of one
-expert's weight rows and loops over all of its pairs, so a weight tile is read from memory once, then from L2.
+expert's weight rows and loops over all of its pairs, so a weight tile is read from memory once, then from L2. Spans
+and the switches ALTERNATES, BIAS and GATE are those of `experts`.
 """
 
 # ruff: noqa: E741 (I is the experts' intermediate size everywhere)
@@ -10,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from server.model.device.kernels.trunk import silu_mul
+from server.model.device.kernels.trunk import gated
 
 
 # The start of a group's ids may have any alignment: one compiled kernel serves all, so serving never compiles.
@@ -18,6 +19,7 @@ from server.model.device.kernels.trunk import silu_mul
 def gate_up_group(
     hidden, anchor, ids, targets, offsets, order, act,
     K: tl.constexpr, H: tl.constexpr, I: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr,
+    ALTERNATES: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """act [T * K, I], in sorted order, of the group's experts ids[g], whose spans lie at targets[g].
 
@@ -28,7 +30,10 @@ def gate_up_group(
     rows = tl.program_id(1) * BI + tl.arange(0, BI)
     lane = tl.arange(0, BT)
     cols = tl.arange(0, BK)
-    w_at = anchor + span + rows[None, :] * H + cols[:, None]
+    gate_row = 2 * rows if ALTERNATES else rows
+    APART: tl.constexpr = 1 if ALTERNATES else I
+    dtype: tl.constexpr = act.dtype.element_ty
+    w_at = anchor + span + gate_row[None, :] * H + cols[:, None]
     w_mask = (rows < I)[None, :]
     end = tl.load(offsets + expert + 1)
     for start in range(tl.load(offsets + expert), end, BT):
@@ -41,15 +46,21 @@ def gate_up_group(
         for k in range(0, H, BK):
             x = tl.load(x_at + k, mask=live[:, None], other=0.0)
             gate = tl.dot(x, tl.load(w_at + k, mask=w_mask, other=0.0), gate, input_precision="ieee")
-            up = tl.dot(x, tl.load(w_at + I * H + k, mask=w_mask, other=0.0), up, input_precision="ieee")
-        out = silu_mul(gate, up, act.dtype.element_ty)
+            up = tl.dot(x, tl.load(w_at + APART * H + k, mask=w_mask, other=0.0), up, input_precision="ieee")
+        if BIAS:
+            b_at = anchor + span + 2 * I * H + gate_row
+            b_gate = tl.load(b_at, mask=rows < I, other=0.0).to(tl.float32)
+            b_up = tl.load(b_at + APART, mask=rows < I, other=0.0).to(tl.float32)
+            gate = gate.to(dtype).to(tl.float32) + b_gate[None, :]
+            up = up.to(dtype).to(tl.float32) + b_up[None, :]
+        out = gated(gate, up, dtype, GATE)
         tl.store(act + place[:, None] * I + rows[None, :], out, mask=live[:, None] & w_mask)
 
 
 @triton.jit(do_not_specialize_on_alignment=["ids", "targets"])
 def down_group(
     act, anchor, ids, targets, offsets, order, out,
-    H: tl.constexpr, I: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+    H: tl.constexpr, I: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """out [T * K, H], at the pairs' own places, of the group's experts; I % BK == 0. Grid (group, ceil(H / BH))."""
     expert = tl.load(ids + tl.program_id(0))
@@ -57,7 +68,9 @@ def down_group(
     rows = tl.program_id(1) * BH + tl.arange(0, BH)
     lane = tl.arange(0, BT)
     cols = tl.arange(0, BK)
-    w_at = anchor + span + 2 * I * H + rows[None, :] * I + cols[:, None]
+    BEFORE: tl.constexpr = 2 * I * H + (2 * I if BIAS else 0)
+    dtype: tl.constexpr = out.dtype.element_ty
+    w_at = anchor + span + BEFORE + rows[None, :] * I + cols[:, None]
     w_mask = (rows < H)[None, :]
     end = tl.load(offsets + expert + 1)
     for start in range(tl.load(offsets + expert), end, BT):
@@ -69,4 +82,7 @@ def down_group(
         for k in range(0, I, BK):
             a = tl.load(a_at + k, mask=live[:, None], other=0.0)
             acc = tl.dot(a, tl.load(w_at + k, mask=w_mask, other=0.0), acc, input_precision="ieee")
-        tl.store(out + pair[:, None] * H + rows[None, :], acc.to(out.dtype.element_ty), mask=live[:, None] & w_mask)
+        if BIAS:
+            bias = tl.load(anchor + span + BEFORE + H * I + rows, mask=rows < H, other=0.0).to(tl.float32)
+            acc = acc.to(dtype).to(tl.float32) + bias[None, :]
+        tl.store(out + pair[:, None] * H + rows[None, :], acc.to(dtype), mask=live[:, None] & w_mask)

@@ -16,17 +16,34 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def normalise(x, weight, eps, n, dtype: tl.constexpr):
-    """RMS norm of one row x (fp32), rounded like transformers: normalise, round, scale, round."""
-    scale = tl.rsqrt(tl.sum(x * x, axis=0) / n + eps)
-    return ((x * scale).to(dtype).to(tl.float32) * weight.to(tl.float32)).to(dtype)
+    """RMS norm of one row x (fp32), rounded like transformers: normalise, round, scale, round; with fp32 weights the
+    first rounding is left out (see `step.weights.LayerWeights`)."""
+    value = x * tl.rsqrt(tl.sum(x * x, axis=0) / n + eps)
+    if weight.dtype != tl.float32:
+        value = value.to(dtype).to(tl.float32)
+    return (value * weight.to(tl.float32)).to(dtype)
 
 
 @triton.jit
-def silu_mul(gate, up, dtype: tl.constexpr):
-    """silu(gate) * up with transformers' roundings to the model's dtype."""
+def gated(gate, up, dtype: tl.constexpr, GATE: tl.constexpr):
+    """(up + shift) * gate * sigmoid(alpha * gate) within a limit, with transformers' roundings to the model's dtype.
+    GATE: (alpha, limit, shift) of `step.parts.GateKind`."""
+    ALPHA: tl.constexpr = GATE[0]
+    LIMIT: tl.constexpr = GATE[1]
+    SHIFT: tl.constexpr = GATE[2]
     gate = gate.to(dtype).to(tl.float32)
-    gate = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    return (gate * up.to(dtype).to(tl.float32)).to(dtype)
+    up = up.to(dtype).to(tl.float32)
+    if LIMIT > 0.0:
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+    if ALPHA == 1.0:
+        gate = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    else:
+        heat = (gate * ALPHA).to(dtype).to(tl.float32)
+        gate = (gate * (1.0 / (1.0 + tl.exp(-heat))).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+    if SHIFT != 0.0:
+        up = (up + SHIFT).to(dtype).to(tl.float32)
+    return (gate * up).to(dtype)
 
 
 @triton.jit
@@ -125,9 +142,9 @@ def tiled_product(
 @triton.jit
 def gated_product(
     x, norm, weight, out, eps, N,
-    B: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+    B: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [B, N] = silu(gate · y) * (up · y), y = norm(x [B, K]), weight [2N, K] is gate then up. Grid (ceil(N /
+    """out [B, N] = gated(gate · y, up · y), y = norm(x [B, K]), weight [2N, K] is gate then up. Grid (ceil(N /
     BN),).
     """
     if PDL:
@@ -147,7 +164,7 @@ def gated_product(
         value = normalise(value.to(tl.float32), scale, eps, K, x.dtype.element_ty).to(tl.float32)[None, :]
         gate = tl.sum(w_gate.to(tl.float32) * value, axis=1)
         up = tl.sum(w_up.to(tl.float32) * value, axis=1)
-        tl.store(out + batch * N + rows, silu_mul(gate, up, out.dtype.element_ty), mask=inside)
+        tl.store(out + batch * N + rows, gated(gate, up, out.dtype.element_ty, GATE), mask=inside)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ undefined, and the error is returned, not raised, so that one bad file does not 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -31,6 +32,9 @@ class SpanReader:
     """Reads spans of a store into memory of the compute dtype, or of words of four bytes if experts are packed, several
     at a time.
 
+    Args:
+        transposed: plain matrices are [N, O] in the store; in memory they are [O, N], as the kernels read them.
+
     Attributes:
         dtype, elements: of a span in memory.
 
@@ -38,9 +42,11 @@ class SpanReader:
         NotCapturableError: experts of mixed dtypes.
     """
 
-    def __init__(self, store: Store, dtype: torch.dtype) -> None:
+    def __init__(self, store: Store, dtype: torch.dtype, *, transposed: bool = False) -> None:
         layers, tensors = store.manifest.layers, store.manifest.layers[0].tensors
         self._store = store
+        self._shapes: list[tuple[int, ...]] = []
+        """Of the tensors of a span in the store, if their order of elements changes."""
         if any(layer.is_encoded for layer in layers):
             self.dtype, self._stored, self.elements = torch.int32, torch.int32, layers[0].span_bytes // 4
         else:
@@ -48,6 +54,7 @@ class SpanReader:
             need(len(stored) == 1, f"experts of mixed dtypes: {sorted(str(one) for one in stored)}")
             self.dtype, self._stored = dtype, stored.pop()
             self.elements = sum(torch.Size(tensor.shape).numel() for tensor in tensors)
+            self._shapes = [tensor.shape for tensor in tensors] if transposed else []
         self.span_bytes = self.elements * self.dtype.itemsize
         self._readers = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="span-read")
 
@@ -85,16 +92,27 @@ class SpanReader:
 
     def _read_one(self, expert: Expert, out: Tensor) -> StoreError | None:
         try:
-            if self._stored == self.dtype:
+            if self._stored == self.dtype and not self._shapes:
                 self._store.read_expert(*expert, out.view(torch.uint8))
             else:
                 raw = torch.empty(self.elements * self._stored.itemsize, dtype=torch.uint8)
                 self._store.read_expert(*expert, raw)
                 with torch.inference_mode():  # a setting of this thread; `out` may come from another one
-                    out.copy_(raw.view(self._stored))
+                    self._place(raw.view(self._stored), out)
         except StoreError as error:
             return error
         return None
+
+    def _place(self, span: Tensor, out: Tensor) -> None:
+        """Copies a span of the store into memory, in the order of the kernels."""
+        if not self._shapes:
+            out.copy_(span)
+            return
+        at = 0
+        for shape in self._shapes:
+            part = span[at : at + math.prod(shape)].view(shape).t()  # a bias is its own transpose
+            out[at : at + part.numel()].view(part.shape).copy_(part)
+            at += part.numel()
 
 
 def log_failures(failures: Failures) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,14 +21,16 @@ from triton.runtime.errors import OutOfResources
 
 from expert_store.encoding import RowEncoding
 from expert_store.errors import SlotsError
-from expert_store.manifest import LayerSpec
+from expert_store.manifest import LayerSpec, TensorSpec
 from expert_store.paging.pages import DevicePages
 from expert_store.pinned import lockable_bytes
+from expert_store.slots import TORCH_DTYPES
 from expert_store.store import Store
 from router.errors import MaskError
 from router.mask import ExpertMask
 from server.model.device.capture import NotCapturableError, need
-from server.model.device.capture.pack import decode_shape, moe_blocks, pack_trunk
+from server.model.device.capture.modules import moe_blocks
+from server.model.device.capture.pack import decode_shape, pack_trunk
 from server.model.device.capture.proof import prove
 from server.model.device.memory.budget import DeviceMemory
 from server.model.device.memory.cache import PagedCache
@@ -94,10 +96,10 @@ def load_device_runner(
     available = ExpertMask.of(store.available)
     mask = available if options.mask is None else available & options.mask
     order = experts_by_use(store, mask, options.kept_experts)
-    reader = SpanReader(store, dtype)
     _check_gpu(device)
     skeleton = trunk_skeleton(store.trunk_path)
     shape = captured_shape(skeleton, store.manifest.layers, dtype, options.max_rows, options.max_tokens)
+    reader = SpanReader(store, dtype, transposed=_is_transposed(skeleton))
     if proof:
         progress(Phase.PROVING, 0.0)
         distance = prove(skeleton, shape, device)
@@ -224,9 +226,10 @@ def captured_shape(
     skeleton: PreTrainedModel, layers: Sequence[LayerSpec], dtype: torch.dtype, max_rows: int, max_tokens: int
 ) -> DecodeShape:
     """The shape of the step that a model's trunk and the spans of its experts give. Raises NotCapturableError."""
-    intermediate, packed = _experts_of(layers)
+    intermediate, packed = _experts_of(layers, _is_transposed(skeleton))
     shape = decode_shape(skeleton, intermediate=intermediate, max_rows=max_rows, max_tokens=max_tokens)
-    shape = replace(shape, dtype=dtype, packed=packed)
+    experts = replace(shape.experts, bias=_bias_of(layers[0], dtype))
+    shape = replace(shape, dtype=dtype, packed=packed, experts=experts)
     _check_layers(layers, shape)
     return shape
 
@@ -239,16 +242,33 @@ def _check_layers(layers: Sequence[LayerSpec], shape: DecodeShape) -> None:
     need(shape.span_bytes % 16 == 0, f"experts of {shape.span_bytes} bytes: wanted a multiple of 16")
 
 
-def _experts_of(layers: Sequence[LayerSpec]) -> tuple[int, tuple[RowEncoding, RowEncoding] | None]:
+def _is_transposed(skeleton: PreTrainedModel) -> bool:
+    """Whether plain matrices of the experts have their input rows first."""
+    blocks = moe_blocks(skeleton)
+    return bool(blocks) and bool(blocks[0][1].experts.is_transposed)
+
+
+_EXPERTS = (
+    ("gate_up_proj", "down_proj"),
+    ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"),
+)
+"""The tensors of a span that the kernels read, in their order."""
+
+
+def _experts_of(layers: Sequence[LayerSpec], transposed: bool) -> tuple[int, tuple[RowEncoding, RowEncoding] | None]:
     """I of the experts, and the encodings of gate_up and down, None if they are plain.
 
-    Raises NotCapturableError for layouts other than gate_up [2I, H] then down [H, I], or a plain one beside a packed.
+    Args:
+        transposed: plain matrices have their input rows first.
+
+    Raises NotCapturableError for layouts other than gate_up [2I, H] then down [H, I], each with its bias or none, and
+    for a plain one beside a packed.
     """
     first = layers[0].tensors
     for spec in layers:
-        names = [tensor.name for tensor in spec.tensors]
-        shapes = [tuple(tensor.shape) for tensor in spec.tensors]
-        known = names == ["gate_up_proj", "down_proj"] and shapes[0] == (2 * shapes[1][1], shapes[1][0])
+        names = tuple(tensor.name for tensor in spec.tensors)
+        shapes = [_rows_first(tensor, transposed) for tensor in spec.tensors]
+        known = names in _EXPERTS and _is_gated(dict(zip(names, shapes, strict=True)))
         if not known or [(tensor.shape, tensor.encoding) for tensor in spec.tensors] != [
             (tensor.shape, tensor.encoding) for tensor in first
         ]:
@@ -256,9 +276,32 @@ def _experts_of(layers: Sequence[LayerSpec]) -> tuple[int, tuple[RowEncoding, Ro
                 f"experts hold {dict(zip(names, shapes, strict=True))}, not gate_up [2I, H] and down [H, I] alike in "
                 "every layer"
             )
-    rows, columns = (tensor.encoding for tensor in first)
+    rows, columns = (tensor.encoding for tensor in first if len(tensor.shape) == 2)
     need((rows is None) == (columns is None), "one of gate_up and down is packed and the other is not")
-    return int(first[1].shape[1]), None if rows is None or columns is None else (rows, columns)
+    intermediate = _rows_first(next(tensor for tensor in first if tensor.name == "down_proj"), transposed)[1]
+    return intermediate, None if rows is None or columns is None else (rows, columns)
+
+
+def _rows_first(tensor: TensorSpec, transposed: bool) -> tuple[int, ...]:
+    """The shape of a tensor as the kernels read it."""
+    return tensor.shape[::-1] if transposed and tensor.encoding is None else tensor.shape
+
+
+def _is_gated(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the shapes are those of one gated expert."""
+    up, down = shapes["gate_up_proj"], shapes["down_proj"]
+    biases = [
+        shapes.get(name, wanted) for name, wanted in (("gate_up_proj_bias", up[:1]), ("down_proj_bias", down[:1]))
+    ]
+    return up == (2 * down[1], down[0]) and biases == [up[:1], down[:1]]
+
+
+def _bias_of(spec: LayerSpec, dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype of the biases in the spans that the kernels read; None if experts have none."""
+    biases = [tensor for tensor in spec.tensors if tensor.name.endswith("_bias")]
+    if not biases:
+        return None
+    return TORCH_DTYPES[biases[0].dtype] if spec.is_encoded else dtype
 
 
 def warm_up(runner: DeviceRunner, progress: Progress = lambda phase, share: None) -> None:

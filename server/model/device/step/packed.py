@@ -1,13 +1,17 @@
-"""The constants that tell the kernels of packed experts how a row lies in memory."""
+"""The constants that tell the kernels of experts how spans and their rows lie in memory."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from expert_store.encoding import CODE_BITS, RowEncoding
 from server.model.device.kernels import packed
+from server.model.device.step.parts import ExpertKind
 from server.model.device.step.tuning import divisor
 
+_BIASES = {None: "", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _CODES = {"int4": packed.INT4, "int8": packed.INT8, "fp4": packed.FP4, "fp8": packed.FP8}
 
 
@@ -32,6 +36,12 @@ def row_constants(encoding: RowEncoding, columns: int) -> dict[str, Any]:
         "OVERALL": (None, "factor", "divisor").index(encoding.overall),
         "O_AT": fields.get("overall", (0, 0))[0],
     }
+
+
+def expert_constants(kind: ExpertKind, *, packed: bool) -> dict[str, Any]:
+    """Constants of the experts' first products, plain or packed; BIAS is one of their second ones too."""
+    bias = _BIASES[kind.bias] if packed else kind.bias is not None
+    return {"ALTERNATES": kind.alternates, "BIAS": bias, "GATE": kind.gate.constants}
 
 
 def plane_constants(packed: tuple[RowEncoding, RowEncoding] | None) -> dict[str, int]:

@@ -25,7 +25,7 @@ from expert_store.paging.pages import DevicePages
 from server.model.device.kernels import packed_prefill
 from server.model.device.kernels import prefill as kernels
 from server.model.device.kernels.packed import MAGIC
-from server.model.device.step.packed import codes_a_word, row_constants
+from server.model.device.step.packed import codes_a_word, expert_constants, row_constants
 from server.model.device.step.tuning import divisor, pow2
 from server.model.device.step.weights import DecodeShape
 from server.model.seam.observation import OutputObserver
@@ -299,8 +299,9 @@ class ExpertStream:
         grids = (size, triton.cdiv(inner, tile)), (size, triton.cdiv(width, tile))
         up = (hidden, anchor, ids, targets, offsets, order, act)
         down = (act, anchor, ids, targets, offsets, order, out)
-        up_sizes = {"K": top_k, "H": width, "I": inner, "BT": tokens, "BI": tile}
-        down_sizes = {"H": width, "I": inner, "BT": tokens, "BH": tile}
+        kind = expert_constants(self._shape.experts, packed=self._shape.packed is not None)
+        up_sizes: dict[str, Any] = {"K": top_k, "H": width, "I": inner, "BT": tokens, "BI": tile, **kind}
+        down_sizes = {"H": width, "I": inner, "BT": tokens, "BH": tile, "BIAS": kind["BIAS"]}
         if self._shape.packed is None:
             run(kernels.gate_up_group, grids[0], *up, **up_sizes, BK=divisor(width, 64))
             run(kernels.down_group, grids[1], *down, **down_sizes, BK=divisor(inner, 64))
@@ -311,7 +312,7 @@ class ExpertStream:
         run(packed_prefill.gate_up_group, grids[0], *up, MAGIC, **up_sizes)
         run(
             packed_prefill.down_group, grids[1], *down, MAGIC, **down_sizes, **of_down, BW=PACKED_WORDS,
-            BEFORE=self._shape.up_words,
+            BEFORE=self._shape.down_at,
         )  # fmt: skip
 
     def compile(self) -> None:

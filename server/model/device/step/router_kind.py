@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from router.errors import UnsupportedGatingError
 from router.gating import Picks, find_gating_rule, rules
@@ -75,8 +76,7 @@ def router_kind(model_type: str, router: Any, block: Any) -> RouterKind:
     chosen_first = rule.scores is rules.logits_as_scores
     if chosen_first and rule.weights is not rules.softmax_of_chosen:
         raise RouterRefusedError("the router weighs chosen logits otherwise than by a softmax")
-    if not isinstance(getattr(router, "weight", None), torch.Tensor):
-        raise RouterRefusedError(f"the router {type(router).__name__} has no weight of its own")
+    width = router_product(router)[0].shape[-1]
     bias = _bias_name(rule, router, block)
     if bias is not None and _SCORES[rule.scores] != "sigmoid":
         raise RouterRefusedError("the router adds a selection bias to softmax scores")
@@ -84,7 +84,7 @@ def router_kind(model_type: str, router: Any, block: Any) -> RouterKind:
     groups, kept, best = _groups(rule, router)
     if groups > 1 and _SCORES[rule.scores] != "sigmoid":
         raise RouterRefusedError("the router limits groups of experts by softmax scores")
-    logits_dtype, weights_dtype = _dtypes(router, block, bias, rule)
+    logits_dtype, weights_dtype = _dtypes(router, block, bias, rule, width)
     return RouterKind(
         scores=_SCORES[rule.scores],
         renormalise=renormalise,
@@ -98,6 +98,19 @@ def router_kind(model_type: str, router: Any, block: Any) -> RouterKind:
         exact_scores=rule.scores is not rules.sigmoid or logits_dtype == torch.float32,
         exact_weights=weights_dtype == torch.float32,
     )
+
+
+def router_product(router: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight [E, H] and the bias [E] of a router, which holds them itself or in one plain product.
+
+    Raises RouterRefusedError if it does neither.
+    """
+    children = list(router.children())
+    owner = children[0] if len(children) == 1 and isinstance(children[0], nn.Linear) else router
+    weight, bias = getattr(owner, "weight", None), getattr(owner, "bias", None)
+    if not isinstance(weight, torch.Tensor):
+        raise RouterRefusedError(f"the router {type(router).__name__} is not one product")
+    return weight, bias if isinstance(bias, torch.Tensor) else None
 
 
 def selection_bias(kind: RouterKind, router: Any, block: Any) -> torch.Tensor | None:
@@ -143,10 +156,10 @@ def _groups(rule: TopKRule, router: Any) -> tuple[int, int, int]:
     return int(router.num_group), int(router.topk_group), 2 if limit.score == "top2" else 1
 
 
-def _dtypes(router: Any, block: Any, bias: str | None, rule: TopKRule) -> tuple[torch.dtype, torch.dtype]:
+def _dtypes(router: Any, block: Any, bias: str | None, rule: TopKRule, width: int) -> tuple[torch.dtype, torch.dtype]:
     """Dtypes of logits and weights of the same router in bfloat16, on the meta device."""
     meta = copy.deepcopy(router).to("meta").to(torch.bfloat16)
-    hidden = torch.empty(1, meta.weight.shape[-1], dtype=torch.bfloat16, device="meta")
+    hidden = torch.empty(1, width, dtype=torch.bfloat16, device="meta")
     argument = isinstance(rule.bias, BiasArgument) and bias is not None
     given = (hidden, getattr(block, str(bias)).detach().to("meta")) if argument else (hidden,)
     try:

@@ -20,7 +20,7 @@ from torch import Tensor
 from expert_store.paging.kernels import LFU, LRU
 from expert_store.paging.pages import DevicePages
 from server.model.device.kernels import attention, experts, packed, routing, trunk
-from server.model.device.step.packed import plane_constants, row_constants
+from server.model.device.step.packed import expert_constants, plane_constants, row_constants
 from server.model.device.step.router_kind import switches
 from server.model.device.step.state import Report, RowState
 from server.model.device.step.tuning import StepOptions, divisor, pow2
@@ -104,8 +104,9 @@ class DecodeStep:
         """Compiles the step's kernels without a launch; one layer compiles those of all. See `graphs.in_parallel`."""
         self._compiles = True
         self.embed()
-        windows = {self._window(layer): layer for layer in range(self.shape.num_layers)}
-        for layer in windows.values():
+        layers = enumerate(self.weights.layers)
+        kinds = {(self._window(at), weights.sinks is None): at for at, weights in layers}
+        for layer in kinds.values():
             self.attend(layer)
         for layer in [self._moe_layer.index(0), *sorted(self.shape.dense_layers)[:1]]:
             self._layer(layer)
@@ -171,14 +172,16 @@ class DecodeStep:
         group = shape.num_heads // shape.num_kv_heads
         self._run(
             attention.attend, (tuning.attention_splits, shape.num_kv_heads, self.batch),
-            self.qkv, weights.q_norm, weights.k_norm, self.weights.cos, self.weights.sin, self.rows, state.lengths,
+            self.qkv, weights.q_norm, weights.k_norm, weights.cos if weights.sinks is None else weights.sinks,
+            weights.cos, weights.sin, self.rows, state.lengths,
             state.table, state.memory[layer], self.attended, self.part_max, self.part_sum, self.part_out,
             self.arrived[1 + self.batch :], shape.eps, shape.scaling or shape.head_dim**-0.5, shape.max_blocks,
             NUM_HEADS=shape.num_heads, NUM_KV=shape.num_kv_heads, D=shape.head_dim, GP=max(16, pow2(group)),
             G2=pow2(group), SPLITS=tuning.attention_splits, TILE=tuning.attention_tile, BLOCK=shape.block_tokens,
             NORM=("none", "head", "row").index(shape.qk_norm),
             QP=pow2(shape.num_heads * shape.head_dim), KP=pow2(shape.num_kv_heads * shape.head_dim),
-            ROTARY=shape.rotary or shape.head_dim, WINDOW=self._window(layer), num_warps=4, num_stages=2,
+            ROTARY=shape.rotary or shape.head_dim, WINDOW=self._window(layer),
+            SINKS=weights.sinks is not None, num_warps=4, num_stages=2,
         )  # fmt: skip
 
     def output_product(self, layer: int) -> None:
@@ -226,14 +229,14 @@ class DecodeStep:
         work = (pages.slots, pages.header, pages.target, pages.source, pages.count, pages.pairs, self.act)
         sizes = {
             "K": shape.top_k, "H": shape.hidden, "I": shape.intermediate, "STRIDE": pages.pairs.shape[1],
-            "FETCHERS": fetchers, "ONE": one,
+            "FETCHERS": fetchers, "ONE": one, **expert_constants(shape.experts, packed=shape.packed is not None),
         }  # fmt: skip
         if shape.packed is None:
             rows = tuning.up_rows
             self._run(
                 experts.gate_up, (fetchers + distinct * triton.cdiv(shape.intermediate, rows),), self.normed, *work,
                 **sizes, HP=pow2(shape.hidden), BI=rows, COPY=tuning.copy_elements,
-                DOWN=not (one and tuning.down_fetches), num_warps=tuning.up_warps,
+                DOWN=not self._down_fetches, num_warps=tuning.up_warps,
             )  # fmt: skip
             return
         layout, of_down = (
@@ -245,7 +248,8 @@ class DecodeStep:
         self._run(
             packed.gate_up, (fetchers + distinct * triton.cdiv(shape.intermediate, rows),), self.planes, *work,
             self.normed, packed.MAGIC, **sizes, **layout, BI=rows, RUNS=runs, COPY=pow2(rows * layout["RW"]),
-            DOWN_WORDS=shape.down_words, MOST=distinct, VD=of_down["V"], NEXT=of_down["CODES"], num_warps=warps,
+            REST=shape.span_elements - shape.up_words, MOST=distinct, VD=of_down["V"], NEXT=of_down["CODES"],
+            num_warps=warps,
         )  # fmt: skip
 
     def down(self, layer: int) -> None:
@@ -258,6 +262,7 @@ class DecodeStep:
         sizes = {
             "K": shape.top_k, "H": shape.hidden, "HP": pow2(shape.hidden), "I": shape.intermediate,
             "SHARED": 0 if mlp is None else 1 if switch is None else 2, "PAGED": pages.shape.paged,
+            "BIAS": expert_constants(shape.experts, packed=shape.packed is not None)["BIAS"],
         }  # fmt: skip
         if shape.packed is None:
             rows = tuning.down_rows
@@ -266,7 +271,7 @@ class DecodeStep:
             self._run(
                 experts.down, (self.batch, triton.cdiv(shape.hidden, rows)),
                 self.act, pages.slots, pages.pair_target, pages.pair_source, self.pick_weights, *beside, **sizes,
-                BH=rows, BC=tuning.down_columns, FETCH=self.batch == 1 and tuning.down_fetches,
+                BH=rows, BC=tuning.down_columns, FETCH=self._down_fetches,
                 num_warps=tuning.down_warps,
             )  # fmt: skip
             return
@@ -275,8 +280,13 @@ class DecodeStep:
         self._run(
             packed.down, (self.batch, triton.cdiv(shape.hidden, rows)),
             self.act, pages.slots, pages.pair_target, self.pick_weights, *beside, packed.MAGIC,
-            **sizes, **layout, BH=rows, RUNS=runs, BEFORE=shape.up_words, num_warps=warps,
+            **sizes, **layout, BH=rows, RUNS=runs, BEFORE=shape.down_at, num_warps=warps,
         )  # fmt: skip
+
+    @property
+    def _down_fetches(self) -> bool:
+        """Whether plain experts' second product fetches its own rows; it fetches no biases."""
+        return self.batch == 1 and self.options.tuning.down_fetches and self.shape.experts.bias is None
 
     def head(self) -> None:
         """Logits of the new tokens."""
@@ -340,14 +350,15 @@ class DecodeStep:
         )  # fmt: skip
 
     def _gated(self, layer: int, mlp: MlpWeights) -> Tensor:
-        """silu(gate · y) * (up · y) [B, I], a view of `inner`; y is the norm of `mid`."""
+        """The gated product [B, I] of gate · y and up · y, a view of `inner`; y is the norm of `mid`."""
         num_rows, width = mlp.up.shape[0] // 2, mlp.up.shape[1]
         out = self.inner.view(-1)[: self.batch * num_rows].view(self.batch, num_rows)
         rows = max(1, min(self.options.tuning.up_rows, MOST_ROW_ELEMENTS // 2 // pow2(width)))
         self._run(
             trunk.gated_product, (triton.cdiv(num_rows, rows),),
             self.mid, self.weights.layers[layer].post_norm, mlp.up, out, self.shape.eps, num_rows,
-            B=self.batch, K=width, KP=pow2(width), BN=rows, num_warps=self.options.tuning.product_warps,
+            B=self.batch, K=width, KP=pow2(width), BN=rows, GATE=self.shape.mlp_gate.constants,
+            num_warps=self.options.tuning.product_warps,
         )  # fmt: skip
         return out
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from expert_store.encoding import RowEncoding
+from server.model.device.step.parts import PLAIN_EXPERT, SILU, ExpertKind, GateKind
 from server.model.device.step.router_kind import SOFTMAX_TOP_K, RouterKind
 from server.model.kv.blocks import BLOCK_TOKENS
 
@@ -31,6 +32,7 @@ class DecodeShape:
         windows: for each layer the number of tokens to attend to, the new one included, 0: all; empty: all in each.
         dense_layers: layers that have no routed experts but one gated product, of `dense_intermediate`.
         shared_intermediate: I of the expert that every token uses beside the routed ones; 0: there is none.
+        experts, mlp_gate: the parts of routed experts, and of the products that every token uses.
         packed: encodings of the routed experts' gate_up and down rows; None: they are plain, in `dtype`.
     """
 
@@ -55,6 +57,8 @@ class DecodeShape:
     dense_intermediate: int = 0
     shared_intermediate: int = 0
     router: RouterKind = SOFTMAX_TOP_K
+    experts: ExpertKind = PLAIN_EXPERT
+    mlp_gate: GateKind = SILU
     dtype: torch.dtype = torch.bfloat16
     packed: tuple[RowEncoding, RowEncoding] | None = None
 
@@ -79,10 +83,14 @@ class DecodeShape:
         return 2 * self.intermediate * self.packed[0].row_bytes(self.hidden) // 4
 
     @property
-    def down_words(self) -> int:
-        """Words of four bytes of the down rows of a packed span."""
-        assert self.packed is not None, "the experts are plain"
-        return self.hidden * self.packed[1].row_bytes(self.intermediate) // 4
+    def down_at(self) -> int:
+        """Words of a packed span before its down rows."""
+        return self.up_words + 2 * self.intermediate * self._bias_bytes // 4
+
+    @property
+    def _bias_bytes(self) -> int:
+        """Bytes of a bias of one row."""
+        return 0 if self.experts.bias is None else self.experts.bias.itemsize
 
     @property
     def span_dtype(self) -> torch.dtype:
@@ -91,7 +99,11 @@ class DecodeShape:
 
     @property
     def span_elements(self) -> int:
-        return 3 * self.hidden * self.intermediate if self.packed is None else self.up_words + self.down_words
+        biases = 2 * self.intermediate + self.hidden
+        if self.packed is None:
+            return 3 * self.hidden * self.intermediate + (0 if self.experts.bias is None else biases)
+        rows = self.up_words + self.hidden * self.packed[1].row_bytes(self.intermediate) // 4
+        return rows + biases * self._bias_bytes // 4
 
     @property
     def span_bytes(self) -> int:
@@ -121,10 +133,14 @@ class MlpWeights:
 @dataclass(frozen=True)
 class LayerWeights:
     """One layer: norms [H], qkv [Q, H] rows q, k, v; output [H, heads * head_dim]; norms of queries and keys
-    [head_dim] or, over all heads, [heads * head_dim].
+    [head_dim] or, over all heads, [heads * head_dim]; cos and sin [max_tokens, head_dim / 2], 1 and 0 past what is
+    rotated, which layers of one kind share.
 
     `gate` [E, H] is None in a layer without routed experts; `mlp` is then the layer's product, else the shared expert.
-    `gate_bias` [E] fp32 is part of the logits, `selection_bias` [E] fp32 only of the choice.
+    `gate_bias` [E] fp32 is part of the logits, `selection_bias` [E] fp32 only of the choice; `sinks` [heads] fp32 are
+    scores of each head beside those of the tokens.
+
+    Norms in fp32 beside a half dtype are applied before the result is rounded, those in the model's dtype after it was.
     """
 
     input_norm: Tensor
@@ -134,25 +150,24 @@ class LayerWeights:
     output: Tensor
     post_norm: Tensor
     gate: Tensor | None
+    cos: Tensor
+    sin: Tensor
     qkv_bias: Tensor | None = None
     output_bias: Tensor | None = None
     gate_bias: Tensor | None = None
     selection_bias: Tensor | None = None
+    sinks: Tensor | None = None
     mlp: MlpWeights | None = None
 
 
 @dataclass(frozen=True)
 class TrunkWeights:
-    """embedding [V, H], layers, final norm [H], head [V, H] (may be the embedding), cos and sin [max_tokens, head_dim
-    / 2], 1 and 0 past what is rotated.
-    """
+    """embedding [V, H], layers, final norm [H], head [V, H] (may be the embedding)."""
 
     embedding: Tensor
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     head: Tensor
-    cos: Tensor
-    sin: Tensor
 
 
 def rotary_tables(

@@ -24,6 +24,7 @@ from triton.runtime.driver import driver
 from expert_store.encoding import RowEncoding
 from expert_store.paging.pages import DevicePages, PagesShape
 from server.model.device.step.graphs import in_parallel
+from server.model.device.step.parts import ExpertKind, GateKind
 from server.model.device.step.router_kind import RouterKind
 from server.model.device.step.sampling import DrawKind, DrawRoom, TokenDraw
 from server.model.device.step.state import RowState
@@ -83,9 +84,16 @@ PACKED = {
     }.items()
 }
 
+GPT_OSS = replace(
+    QWEN3, num_layers=2, num_heads=64, num_kv_heads=8, head_dim=64, hidden=2880, vocab=201088, num_experts=32, top_k=4,
+    intermediate=2880, qk_norm="none", windows=(128, 0), router=RouterKind(exact_scores=False),
+    experts=ExpertKind(GateKind(1.702, 7.0, 1.0), alternates=True, bias=torch.bfloat16),
+)  # fmt: skip
+
 EVERY_KIND = replace(
     TINY, dense_layers=frozenset({0}), dense_intermediate=64, shared_intermediate=32, rotary=16, windows=(16, 0),
     qk_norm="none", router=replace(GLM4.router, groups=4, kept_groups=2),
+    experts=ExpertKind(GateKind(1.702, 7.0, 1.0), alternates=True, bias=torch.float32),
 )  # fmt: skip
 
 _PLAIN, _ALL = (1, False, 0.0, "lru"), (1, True, 0.1, "lfu")
@@ -101,6 +109,8 @@ CASES = {
     "glm4": Case(GLM4, 40, ((1, True, 0.1, "lru"), (8, False, 0.0, "lru"))),
     "minimax": Case(MINIMAX, 40, (_PLAIN, (4, True, 0.0, "lru"))),
     **{name: Case(shape, 32, (_PLAIN, (8, True, 0.0, "lru"))) for name, shape in PACKED.items()},
+    "gpt-oss": Case(GPT_OSS, 16, (_PLAIN, (8, True, 0.0, "lru"))),
+    "gpt-oss, mxfp4": Case(replace(GPT_OSS, packed=PACKED["mxfp4"].packed), 16, (_PLAIN, (8, True, 0.0, "lru"))),
     "qwen2": Case(QWEN2, 15, (_PLAIN, (2, False, 0.0, "lru"))),
 }
 
@@ -138,20 +148,22 @@ def trunk(shape: DecodeShape) -> TrunkWeights:
         norms = shape.head_dim * (shape.num_heads if shape.qk_norm == "row" else 1)
         inner = shape.dense_intermediate if dense else shape.shared_intermediate
         bias = torch.empty(shape.num_experts, device="meta")
+        norm = torch.empty(shape.hidden, device="meta") if shape.experts.alternates else matrix(shape.hidden)
         return LayerWeights(
-            matrix(shape.hidden), matrix(shape.qkv, shape.hidden), matrix(norms), matrix(norms),
+            norm, matrix(shape.qkv, shape.hidden), matrix(norms), matrix(norms),
             matrix(shape.hidden, shape.num_heads * shape.head_dim), matrix(shape.hidden),
-            None if dense else matrix(shape.num_experts, shape.hidden),
+            None if dense else matrix(shape.num_experts, shape.hidden), table, table,
             qkv_bias=matrix(shape.qkv) if shape.qk_norm == "none" else None,
             selection_bias=None if shape.router.selection_bias is None else bias,
+            sinks=torch.empty(shape.num_heads, device="meta") if shape.experts.alternates else None,
             mlp=mlp(inner) if inner else None,
         )  # fmt: skip
 
-    kinds = {dense: layer(dense) for dense in (False, True)}
     table = torch.empty(shape.max_tokens, shape.head_dim // 2, device="meta")
+    kinds = {dense: layer(dense) for dense in (False, True)}
     return TrunkWeights(
         matrix(shape.vocab, shape.hidden), tuple(kinds[at in shape.dense_layers] for at in range(shape.num_layers)),
-        matrix(shape.hidden), matrix(shape.vocab, shape.hidden), table, table,
+        matrix(shape.hidden), matrix(shape.vocab, shape.hidden),
     )  # fmt: skip
 
 

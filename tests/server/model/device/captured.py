@@ -15,7 +15,8 @@ from expert_store.encoding import RowEncoding
 from expert_store.paging.pages import DevicePages, PagesShape
 from expert_store.rows import RowFields, decode_rows, pack_rows, unpack_rows
 from router.gating import RouterCall, find_gating_rule
-from server.model.device.capture.pack import decode_shape, moe_blocks, pack_trunk
+from server.model.device.capture.modules import moe_blocks
+from server.model.device.capture.pack import decode_shape, pack_trunk
 from server.model.device.step.state import RowState
 from server.model.device.step.step import DecodeStep
 from server.model.device.step.tuning import StepOptions, Tuning
@@ -51,11 +52,17 @@ def qwen3_moe(*, num_experts: int, top_k: int, hidden: int, intermediate: int) -
 
 def spans_of(model: Any, dtype: torch.dtype) -> Tensor:
     """[L, E, span] as the host tier holds them."""
-    layers = [
-        torch.cat([block.experts.gate_up_proj.flatten(1), block.experts.down_proj.flatten(1)], dim=1)
-        for _, block, _ in moe_blocks(model)
-    ]
+    layers = []
+    for _, block, _ in moe_blocks(model):
+        parts = [part.mT if block.experts.is_transposed and part.ndim == 3 else part for part in experts_of(block)]
+        layers.append(torch.cat([part.flatten(1) for part in parts], dim=1))
     return torch.stack(layers).detach().to(dtype).contiguous()
+
+
+def experts_of(block: Any) -> list[Tensor]:
+    """The experts' parameters of a MoE block, in the order of a span."""
+    names = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+    return [getattr(block.experts, name) for name in names if hasattr(block.experts, name)]
 
 
 def pack_experts(model: Any, encodings: tuple[RowEncoding, RowEncoding], seed: int = 0) -> Tensor:
@@ -103,7 +110,8 @@ def build(
         block_tokens: of KV memory; a few tokens cross its borders.
     """
     other = copy.deepcopy(model).to(dtype).to(DEVICE)
-    intermediate = moe_blocks(model)[0][1].experts.down_proj.shape[-1]
+    experts = moe_blocks(model)[0][1].experts
+    intermediate = experts.down_proj.shape[-2 if experts.is_transposed else -1]
     shape = decode_shape(other, intermediate=intermediate, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS)
     shape = replace(shape, block_tokens=block_tokens)
     spans = spans_of(model, dtype) if packed is None else packed[1]
@@ -174,7 +182,7 @@ class Reference:
             mask[:, gone] = False
             heat = torch.full((len(mask),), temperature) if temperature != 1.0 else None
             call = RouterCall.of(module, args, kwargs, output)
-            return find_gating_rule(self.model.config.model_type, module).masked(call, mask, heat)
+            return find_gating_rule(self.model.config.get_text_config().model_type, module).masked(call, mask, heat)
 
         return hook
 

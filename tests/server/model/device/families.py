@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 
+from server.model.device.step.parts import ExpertKind, GateKind
 from tests.families.checkpoints import is_installed, random_model
+from tests.families.composites import TEXT_PARTS, composite_model
 
 SIZES = {
     "hidden_size": 64, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2,
@@ -25,6 +28,7 @@ class Captured:
     family: str = ""
 
 
+_MIXED = ["sliding_attention", "full_attention"]
 _DENSE_FIRST = {"dense_layers": frozenset({0})}
 
 
@@ -47,6 +51,15 @@ CAPTURED = {
     "dots1": Captured({}, {"qk_norm": "head", **_DENSE_FIRST}),
     "hy_v3": Captured({}, {"qk_norm": "head", **_DENSE_FIRST}),
     "solar_open": Captured({}, {"shared_intermediate": 16}),
+    "flint": Captured({"sliding_window": 3, "layer_types": _MIXED}, {"windows": (3, 0)}),
+    "exaone_moe": Captured({"sliding_window": 3, "layer_types": _MIXED}, {"windows": (3, 0), **_DENSE_FIRST}),
+    "mellum": Captured({"sliding_window": 3, "layer_types": _MIXED}, {"windows": (3, 0)}),
+    "qwen3_vl_moe": Captured({}, {"qk_norm": "head"}),
+    "qwen3_omni_moe_thinker": Captured({}, {"qk_norm": "head"}),
+    "gpt_oss": Captured(
+        {"sliding_window": 3, "intermediate_size": 16},
+        {"windows": (3, 0), "experts": ExpertKind(GateKind(1.702, 7.0, 1.0), True, torch.float32)},
+    ),
 }  # fmt: skip
 
 
@@ -56,8 +69,11 @@ ALONE_TOO = ["olmoe", "qwen2_moe", "glm4_moe in groups", "minimax_m2"]
 
 
 def model_of(name: str) -> Any:
+    """The family's tiny random model in float32."""
     wanted = CAPTURED[name]
     family = wanted.family or name
+    if family in TEXT_PARTS:
+        return composite_model(family, **{**SIZES, **wanted.overrides})
     if not is_installed(family):
         pytest.skip(f"this transformers has no {family}")
     overrides = {**SIZES, **wanted.overrides}

@@ -29,7 +29,13 @@ LARGE = [name for name in CASES if name not in (*KINDS, *SMALL, *PACKED)]
         (90, KINDS),
         *(
             pytest.param(*more, marks=pytest.mark.exhaustive)
-            for more in ((90, SMALL), (90, LARGE[:2]), (90, LARGE[2:]), (90, PACKED), (80, [*KINDS, "bundled", "int4"]))
+            for more in (
+                (90, SMALL),
+                (90, LARGE[:2]),
+                (90, LARGE[2:]),
+                (90, PACKED),
+                (80, [*KINDS, "bundled", "int4", "gpt-oss", "gpt-oss, mxfp4"]),
+            )
         ),
     ],
 )

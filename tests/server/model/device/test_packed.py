@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from transformers import Qwen3MoeForCausalLM
 
-from server.model.device.capture.pack import moe_blocks
+from server.model.device.capture.modules import moe_blocks
 from server.model.device.step.prefill import ExpertStream
 from tests.expert_store.test_rows import ENCODINGS
 from tests.server.model.device.captured import HALF, Reference, build, distance, pack_experts, qwen3_moe, run

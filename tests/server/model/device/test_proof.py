@@ -16,14 +16,18 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from server.model.device.capture import NotCapturableError
-from server.model.device.capture.pack import decode_shape, moe_blocks
+from server.model.device.capture.modules import moe_blocks
+from server.model.device.capture.pack import decode_shape
+from server.model.device.capture.parts import gate_kind, packed_norm
 from server.model.device.capture.proof import prove
+from server.model.device.step.parts import SILU, GateKind
 from server.model.device.step.weights import DecodeShape
 from tests.families.checkpoints import FAMILIES, is_installed, random_model
 from tests.server.model.device.captured import DEVICE, TUNING
-from tests.server.model.device.families import CAPTURED, SIZES, model_of
+from tests.server.model.device.families import CAPTURED, model_of
 
 
 def shape_of(model: Any) -> DecodeShape:
@@ -75,11 +79,6 @@ def cap_logits(model: Any) -> None:
 def add_norm(model: Any) -> None:
     norm = nn.functional.normalize
     model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda module, inputs, output: norm(output, dim=-1))
-
-
-def other_activation(model: Any) -> None:
-    for layer in model.model.layers:
-        layer.mlp.experts.act_fn = nn.GELU()
 
 
 def other_epsilon(model: Any) -> None:
@@ -149,7 +148,6 @@ OTHERS = {
     "a residual that is scaled": ("mixtral", scale_residual),
     "capped logits": ("mixtral", cap_logits),
     "another norm": ("mixtral", add_norm),
-    "another activation": ("mixtral", other_activation),
     "another epsilon": ("mixtral", other_epsilon),
     "another window": ("mixtral in a window", wider_window),
     "another window in some layers": ("qwen2_moe partly in windows", wider_window),
@@ -174,14 +172,42 @@ def test_a_model_that_computes_something_else_is_refused(other: str) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("family", ["exaone_moe", "flint"])
-def test_a_family_of_known_modules_that_computes_more_with_them_is_refused(family: str) -> None:
-    """Layers without rotation; a gate on what attention gives."""
-    if not is_installed(family):
-        pytest.skip(f"this transformers has no {family}")
-    model = random_model(family, **{**SIZES, "num_hidden_layers": 4, "sliding_window": 4})
+def test_layers_that_do_not_rotate_are_detected_without_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.model.device.capture.families._FAMILIES", {})
     with pytest.raises(NotCapturableError, match="away from transformers"):
-        distance(model)
+        distance(model_of("exaone_moe"))
+
+
+def test_a_part_is_what_it_computes() -> None:
+    """Whatever it is called, and by whichever family."""
+    mixtral, gpt_oss = model_of("mixtral"), model_of("gpt_oss")
+    experts = [model.model.layers[0].mlp.experts for model in (mixtral, gpt_oss)]
+    assert [gate_kind(one, 16, "layer 0") for one in experts] == [SILU, GateKind(1.702, 7.0, 1.0)]
+    experts[0].act_fn = nn.GELU()
+    with pytest.raises(NotCapturableError, match="layer 0: MixtralExperts gates by a product"):
+        gate_kind(experts[0], 16, "layer 0")
+
+
+class ZeroCentred(nn.Module):
+    """A norm as Gemma and Qwen3-Next have it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.randn(size)), 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        value = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return (value * (1.0 + self.weight.float())).type_as(x)
+
+
+def test_norms_are_packed_as_they_round() -> None:
+    plain, last = model_of("mixtral").model.norm.bfloat16(), model_of("gpt_oss").model.norm.bfloat16()
+    centred = ZeroCentred(64).bfloat16()
+    assert packed_norm(plain, "here") is plain.weight
+    assert packed_norm(last, "here").dtype == torch.float32
+    assert torch.equal(packed_norm(centred, "here"), 1.0 + centred.weight.float())
+    with pytest.raises(NotCapturableError, match="here: LayerNorm is no RMS norm"):
+        packed_norm(nn.LayerNorm(64), "here")
 
 
 @pytest.mark.exhaustive
@@ -200,6 +226,6 @@ def test_angles_that_change_with_the_length_are_refused_where_they_would() -> No
 
 
 def test_a_model_without_what_the_step_reads_is_refused_by_name() -> None:
-    bare = SimpleNamespace(config=SimpleNamespace(hidden_size=64))
+    bare = SimpleNamespace(config=PretrainedConfig(hidden_size=64))
     with pytest.raises(NotCapturableError, match=r"config has no num_attention_heads.*rms_norm_eps"):
         decode_shape(bare, intermediate=16, max_rows=1, max_tokens=8)

@@ -25,16 +25,20 @@ from server.model.device.step import graphs
 from server.model.host.assembly import load_model
 from server.model.host.runner import HostRunner
 from server.model.runner import RowStep, RunnerOptions
+from tests.families.composites import as_omni
 from tests.server.model.device.captured import TUNING
 from tests.server.model.device.families import everyday, model_of
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+MORE = ["gpt_oss", "qwen3_vl_moe", "qwen3_omni_moe_thinker", "flint", "exaone_moe", "mellum"]
 PROMPT, NUM_TOKENS = [40, 41, 42], 2
 
 
 def store_of(name: str, where: Path, repository: Path) -> Path:
     """A store of the family's tiny random model, with the bundled checkpoint's tokenizer."""
     model_of(name).save_pretrained(where / "checkpoint")
+    if name == "qwen3_omni_moe_thinker":
+        as_omni(where / "checkpoint")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(repository / "models" / "tiny-moe" / file, where / "checkpoint")
     prepare(Checkpoint.open(where / "checkpoint"), where / "store", SelectionRequest()).run()
@@ -43,7 +47,7 @@ def store_of(name: str, where: Path, repository: Path) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    everyday(["glm4_moe in groups", "minimax_m2", "olmoe", "qwen2_moe", "dots1", "hy_v3", "solar_open"]),
+    everyday(["glm4_moe in groups", "minimax_m2", "olmoe", "qwen2_moe", "dots1", "hy_v3", "solar_open", *MORE]),
 )
 def test_a_captured_family_is_served_as_the_host_driven_path_serves_it(
     name: str, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch

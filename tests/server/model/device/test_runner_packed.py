@@ -18,7 +18,7 @@ from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.planning.selection import SelectionRequest
 from extractor.writing.prepare import prepare
 from server.model.device.capture import NotCapturableError
-from server.model.device.capture.pack import moe_blocks
+from server.model.device.capture.modules import moe_blocks
 from server.model.device.running.assembly import load_device_runner
 from server.model.device.running.runner import DeviceRunner
 from server.model.device.step import graphs as device_graphs

@@ -1,0 +1,155 @@
+"""Finds the modules of a transformers model by their roles: decoder, layers, attention, routers, experts.
+
+A role has a few names among all families. Invariant: a module or a tensor without a role is a refusal, so nothing that
+holds weights is left out of a step; `capture.proof` finds what a forward computes without weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from server.model.device.capture import need
+
+_MODEL = ("model", "lm_head")
+TOWERS = ("visual", "vision_tower", "audio_tower", "multi_modal_projector")
+"""Modules for images and sound, which no text goes through."""
+_BODY = ("embed_tokens", "layers", "norm", "rotary_emb")
+_LAYER = ("self_attn", "input_layernorm", "post_attention_layernorm")
+_BLOCK = ("mlp", "block_sparse_moe")
+_ROUTER = ("gate", "router")
+_SHARED = ("shared_expert", "shared_experts", "shared_mlp")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_NORMS = ("q_norm", "k_norm")
+_MLP = (("gate_proj", "up_proj"), ("gate_up_proj",), ("input_linear",))
+_DOWN = ("down_proj", "output_linear")
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A gated product that every token uses: products whose rows side by side are [2I, H], gate first; down; and the
+    product that a sigmoid makes a factor of the result."""
+
+    ups: tuple[nn.Linear, ...]
+    down: nn.Linear
+    switch: nn.Linear | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Grouped-query attention: q, k, v, o; norms of queries and keys; sinks [heads]; the module itself."""
+
+    projections: tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]
+    norms: tuple[nn.Module, nn.Module] | None
+    sinks: Tensor | None
+    module: Any
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer. `block`, `router` and `experts` are None without routed experts; `mlp` is then the layer's own
+    product, else its shared expert."""
+
+    where: str
+    input_norm: nn.Module
+    attention: Attention
+    post_norm: nn.Module
+    mlp: Mlp | None
+    block: Any = None
+    router: Any = None
+    experts: Any = None
+
+
+def text_body(model: Any) -> Any:
+    """The decoder of a model; of one with towers, that of its text part."""
+    return getattr(model.model, "language_model", model.model)
+
+
+def moe_blocks(model: Any) -> list[tuple[int, Any, Any]]:
+    """(layer of the model, its MoE block, the router in it), first layer first."""
+    found = []
+    for index, layer in enumerate(text_body(model).layers):
+        block = _first(layer, _BLOCK)
+        if hasattr(block, "experts"):
+            found.append((index, block, _first(block, _ROUTER)))
+    return found
+
+
+def layers_of(model: Any) -> list[Layer]:
+    """The layers of a `*ForCausalLM`, or of a model around a text part. Raises NotCapturableError for others."""
+    check_children(model, "the model", _MODEL, TOWERS)
+    body = text_body(model)
+    if body is not model.model:
+        check_children(model.model, "the model", ("language_model",), TOWERS)
+    check_children(body, "the model", _BODY)
+    blocks = {index: (block, router) for index, block, router in moe_blocks(model)}
+    return [_layer(layer, f"layer {at}", *blocks.get(at, (None, None))) for at, layer in enumerate(body.layers)]
+
+
+def check_children(module: Any, where: str, needed: Sequence[str], optional: Sequence[str] = ()) -> None:
+    """Raises NotCapturableError unless the module has every needed child, and no unknown one and no unknown tensor."""
+    absent = [name for name in needed if getattr(module, name, None) is None]
+    need(not absent, f"{where} has no {', '.join(absent)}")
+    known = {*needed, *optional}
+    held = [name for name, child in module.named_children() if next(child.parameters(), None) is not None]
+    held += [name for name, _ in module.named_parameters(recurse=False)]
+    unknown = [name for name in held if name not in known]
+    need(not unknown, f"{where} has {', '.join(unknown)}, which the captured step does not compute")
+
+
+def _first(owner: Any, names: Sequence[str]) -> Any:
+    """The first of the named children that the owner has; None if it has none."""
+    found = (getattr(owner, name, None) for name in names)
+    return next((child for child in found if isinstance(child, nn.Module)), None)
+
+
+def _layer(layer: Any, where: str, block: Any, router: Any) -> Layer:
+    check_children(layer, where, _LAYER, (*_BLOCK, *_SHARED))
+    ours = (layer.input_layernorm, _attention(layer.self_attn, where), layer.post_attention_layernorm)
+    if block is None:
+        mlp = _first(layer, _BLOCK)
+        need(mlp is not None, f"{where} has no {' or '.join(_BLOCK)}")
+        return Layer(where, *ours, _mlp(mlp, where))
+    check_children(block, where, (), ("experts", "shared_expert_gate", *_ROUTER, *_SHARED))
+    need(router is not None, f"{where}: is not a plain MoE layer")
+    shared = [
+        module
+        for owner in (layer, block)
+        for name in _SHARED
+        if isinstance(module := getattr(owner, name, None), nn.Module)
+    ]
+    need(len(shared) <= 1, f"{where}: has several shared experts")
+    switch = getattr(block, "shared_expert_gate", None)
+    need(
+        switch is None or (isinstance(switch, nn.Linear) and switch.out_features == 1 and switch.bias is None),
+        f"{where}: the shared expert's gate is not one plain product",
+    )
+    return Layer(where, *ours, _mlp(shared[0], where, switch) if shared else None, block, router, block.experts)
+
+
+def _attention(attention: Any, where: str) -> Attention:
+    where = f"{where}: attention"
+    check_children(attention, where, _PROJECTIONS, (*_NORMS, "sinks"))
+    q, k, v, o = (getattr(attention, name) for name in _PROJECTIONS)
+    need(
+        all(isinstance(one, nn.Linear) for one in (q, k, v, o)),
+        f"{where} projects otherwise than by plain products",
+    )
+    need(len({one.bias is None for one in (q, k, v)}) == 1, f"{where}: only some of q, k and v have biases")
+    q_norm, k_norm = (getattr(attention, name, None) for name in _NORMS)
+    need((q_norm is None) == (k_norm is None), f"{where} normalises queries and keys differently")
+    norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
+    return Attention((q, k, v, o), norms, getattr(attention, "sinks", None), attention)
+
+
+def _mlp(mlp: Any, where: str, switch: nn.Linear | None = None) -> Mlp:
+    where = f"{where}: {type(mlp).__name__}"
+    names = next((names for names in _MLP if all(hasattr(mlp, name) for name in names)), _MLP[0])
+    check_children(mlp, where, names, _DOWN)
+    parts = [*(getattr(mlp, name) for name in names), _first(mlp, _DOWN)]
+    for part in parts:
+        need(isinstance(part, nn.Linear) and part.bias is None, f"{where} is no plain gated product")
+    return Mlp(tuple(parts[:-1]), parts[-1], switch)

@@ -1,0 +1,87 @@
+"""Finds out which part a module is by what it computes: norms and gated products.
+
+A module of the family runs on a few random numbers, and the formulas of the known parts are compared with its results,
+in half precision too, since parts that differ only by a rounding are different parts. So neither names nor families
+matter. Invariant: a module that computes anything else is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from server.model.device.capture import NotCapturableError, need
+from server.model.device.step.parts import GateKind
+
+_PROBES = 8
+_LIMITS, _ALPHAS = ("limit", "swiglu_limit"), ("alpha", "swiglu_alpha")
+
+
+def packed_norm(norm: nn.Module, where: str) -> Tensor:
+    """The weight of an RMS norm as the kernels take it: in its own dtype if the result is rounded before it is
+    multiplied, in float32 if after, and with 1 added where the norm's weights are kept around 0.
+
+    Raises NotCapturableError for any other norm.
+    """
+    weight = norm.weight
+    assert isinstance(weight, Tensor)
+    is_centred, is_last = _norm_kind(norm, where)
+    if is_last:
+        weight = weight.float()
+    return 1.0 + weight if is_centred else weight
+
+
+def _norm_kind(norm: nn.Module, where: str) -> tuple[bool, bool]:
+    """Whether the norm's weights are kept around 0, and whether it rounds after the multiplication."""
+    generator = torch.Generator().manual_seed(0)
+    probe = copy.deepcopy(norm).to_empty(device="cpu").to(torch.bfloat16)
+    weight = probe.weight
+    assert isinstance(weight, Tensor)
+    weight.data = torch.randn(weight.shape, generator=generator).to(torch.bfloat16)
+    x = torch.randn((_PROBES, *weight.shape), generator=generator).to(torch.bfloat16)
+    eps = next((float(vars(norm)[name]) for name in ("variance_epsilon", "eps") if name in vars(norm)), 0.0)
+    with torch.no_grad():
+        found = _ran(probe, x, where)
+        value = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+        for is_last, is_centred in product((False, True), repeat=2):
+            factor = weight.float() + 1.0 if is_centred else weight.float()
+            wanted = value if is_last else value.to(torch.bfloat16).float()
+            wanted = (wanted * factor).to(torch.bfloat16)
+            if (wanted != found).float().mean() < 0.01:  # sums of squares may differ in their order
+                return is_centred, is_last
+    raise NotCapturableError(f"{where}: {type(norm).__name__} is no RMS norm that the captured step computes")
+
+
+def gate_kind(experts: Any, intermediate: int, where: str) -> GateKind:
+    """The gated product of an experts module. Raises NotCapturableError if it is not one of `GateKind`."""
+    alternates = not experts.is_concatenated
+    gate, up = torch.randn((2, _PROBES, intermediate), generator=torch.Generator().manual_seed(0)) * 10.0
+    rows = torch.stack([gate, up], dim=-1).flatten(-2) if alternates else torch.cat([gate, up], dim=-1)
+    found = _ran(experts._apply_gate, rows, where)
+    limits, alphas = ((0.0, *_floats(experts, _LIMITS)), (1.0, *_floats(experts, _ALPHAS)))
+    for alpha, limit, shift in product(alphas, limits, (0.0, 1.0)):
+        low, high = (gate.clamp(max=limit), up.clamp(-limit, limit)) if limit else (gate, up)
+        if torch.allclose((high + shift) * low * torch.sigmoid(alpha * low), found, rtol=1e-4, atol=1e-5):
+            return GateKind(alpha, limit, shift)
+    raise NotCapturableError(
+        f"{where}: {type(experts).__name__} gates by a product that the captured step does not compute"
+    )
+
+
+def _floats(module: Any, names: tuple[str, ...]) -> list[float]:
+    return [float(value) for name in names if (value := getattr(module, name, None)) is not None]
+
+
+def _ran(part: Callable[[Tensor], Any], x: Tensor, where: str) -> Tensor:
+    try:
+        found = part(x)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise NotCapturableError(f"{where}: a part of the model does not run alone: {error}") from error
+    need(isinstance(found, Tensor) and found.ndim == x.ndim, f"{where}: a part of the model gives no plain result")
+    result: Tensor = found
+    return result
