@@ -64,14 +64,15 @@ class Layer:
 
 
 def text_body(model: Any) -> Any:
-    """The decoder of a model; of one with towers, that of its text part."""
-    return getattr(model.model, "language_model", model.model)
+    """The decoder of a model; of one with towers, that of its text part; None if it is found nowhere."""
+    body = getattr(model, "model", None)
+    return getattr(body, "language_model", body)
 
 
 def moe_blocks(model: Any) -> list[tuple[int, Any, Any]]:
     """(layer of the model, its MoE block, the router in it), first layer first."""
     found = []
-    for index, layer in enumerate(text_body(model).layers):
+    for index, layer in enumerate(getattr(text_body(model), "layers", ())):
         block = _first(layer, _BLOCK)
         if hasattr(block, "experts"):
             found.append((index, block, _first(block, _ROUTER)))
