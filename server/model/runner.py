@@ -24,6 +24,7 @@ from expert_store.store import Store
 from router.ledger import StepRecord
 from router.mask import ExpertMask
 from server.errors import ServerError
+from server.model.kv.rows import KvRows
 from server.model.seam.observation import ExpertOutputs, OutputObserver
 from server.model.seam.routing import RowShare, StepRouting
 
@@ -291,7 +292,20 @@ class StepMemoryError(ServerError):
 
 
 class Runner(Protocol):
-    """Prefill and decode over at most `max_rows` rows of at most `max_tokens` tokens."""
+    """Prefill and decode over at most `max_rows` rows of at most `max_tokens` tokens.
+
+    Between `allocate` and the first `prefill` of a prompt, and between its chunks, the caller may append what was read
+    before with `kv.reuse`, and after a chunk give it to others with `kv.share`.
+    """
+
+    @property
+    def kv(self) -> KvRows:
+        """The blocks of its rows. A step reserves them itself, and counts the tokens that it wrote."""
+
+    @property
+    def cuts_anywhere(self) -> bool:
+        """Whether a prompt's bits do not depend on how it is cut into chunks. If they do, `kv.reuse` must end where a
+        chunk does."""
 
     @property
     def model(self) -> SelectiveModel:
@@ -318,7 +332,7 @@ class Runner(Protocol):
         """Tokens held in rows; any thread may ask."""
 
     def allocate(self) -> int:
-        """Take a row for a sequence; returns its handle."""
+        """Take a row for a sequence; returns its handle, that of `kv`."""
 
     def free(self, row: int) -> None:
         """Give a row back."""
@@ -341,6 +355,7 @@ class Runner(Protocol):
 
         Raises:
             StepFault, StepMemoryError.
+            NoBlocksError: the KV memory has no block left.
         """
 
     def decode(self, steps: Sequence[RowStep]) -> StepOutput:
@@ -349,6 +364,7 @@ class Runner(Protocol):
         Raises:
             StepFault: an expert cannot be read; the step may be run again for the rows that do not need it.
             StepMemoryError: memory does not suffice; it may be run again without the rows that are named.
+            NoBlocksError: the KV memory has too few blocks left; it may be run again when rows were freed.
         """
 
     def fetch_refusal(self) -> str | None:

@@ -1,12 +1,13 @@
 """Runs the model on the host-driven path: transformers' forward, in which the host looks up and fetches experts.
 
-`HostRunner` keeps keys and values of all sequences in the rows of one `RowCache` and decodes them in one batch.
+`HostRunner` keeps keys and values of all sequences in the blocks of one `BlockCache` and decodes them in one batch.
 Invariant: see `server.model.runner`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -14,10 +15,13 @@ import torch
 
 from router.mask import ExpertMask
 from server.model.host.assembly import HostModel
-from server.model.host.kv_cache import RowCache
-from server.model.runner import RowStep, StepFault, StepMemoryError, StepOutput
+from server.model.host.cuts import cuts_anywhere
+from server.model.host.kv_cache import BlockCache
+from server.model.kv.blocks import num_blocks_of
+from server.model.kv.rows import KvRows
+from server.model.runner import RowStep, StepOutput
 from server.model.seam.forward import run_forward
-from server.model.seam.rows import StepRows, rows_of_step
+from server.model.seam.rows import StepRows, attends_by_rows, rows_of_step
 
 
 class HostDriven:
@@ -27,12 +31,24 @@ class HostDriven:
         model: the model to run.
         max_rows: most sequences at once.
         max_tokens: most tokens of a row.
+        kv: the blocks of the rows; None takes as many as rows of `max_tokens` need, and shares them.
     """
 
     decode_path: Literal["host"] = "host"
 
-    def __init__(self, model: HostModel, *, max_rows: int, max_tokens: int) -> None:
+    def __init__(self, model: HostModel, *, max_rows: int, max_tokens: int, kv: KvRows | None = None) -> None:
         self.model, self.max_rows, self.max_tokens = model, max_rows, max_tokens
+        self.kv = kv or KvRows(max_rows=max_rows, num_blocks=max_rows * num_blocks_of(max_tokens))
+
+    @property
+    def num_free_rows(self) -> int:
+        """Rows that `allocate` can still give."""
+        return self.kv.num_free_rows
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens held in rows."""
+        return self.kv.num_tokens
 
     def fetch_refusal(self) -> str | None:
         """None: a miss reads the expert from the store or its source."""
@@ -52,29 +68,25 @@ class HostDriven:
 
 
 class HostRunner(HostDriven):
-    """`Runner` over rows of one KV memory. `RowStep.fetches` has no effect on a row's mask."""
+    """`Runner` over blocks of one KV memory. `RowStep.fetches` has no effect on a row's mask."""
 
-    def __init__(self, model: HostModel, *, max_rows: int, max_tokens: int) -> None:
-        super().__init__(model, max_rows=max_rows, max_tokens=max_tokens)
-        self.cache = RowCache(max_rows=max_rows, max_tokens=max_tokens, device=model.device)
+    def __init__(self, model: HostModel, *, max_rows: int, max_tokens: int, kv: KvRows | None = None) -> None:
+        super().__init__(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv)
+        self.cache = BlockCache(self.kv, model.device, by_rows=attends_by_rows(model.model))
+
+    @cached_property
+    def cuts_anywhere(self) -> bool:
+        """See `Runner.cuts_anywhere`."""
+        return cuts_anywhere(self.model)
 
     def allocate(self) -> int:
         """Take a row for a sequence; returns its handle."""
-        return self.cache.allocate()
+        return self.kv.allocate()
 
     def free(self, row: int) -> None:
         """Free a row."""
-        self.cache.free(row)
-
-    @property
-    def num_free_rows(self) -> int:
-        """Rows that `allocate` can still give."""
-        return self.max_rows - self.cache.num_used_rows
-
-    @property
-    def num_cached_tokens(self) -> int:
-        """Tokens held in rows."""
-        return sum(self.cache.lengths)
+        self.kv.free(row)
+        self.cache.release()
 
     @torch.inference_mode()
     def prefill(
@@ -99,21 +111,13 @@ class HostRunner(HostDriven):
     @torch.inference_mode()
     def decode(self, steps: Sequence[RowStep]) -> StepOutput:
         """See `Runner.decode`."""
-        order = self.cache.order([step.row for step in steps])
-        ordered = [steps[at] for at in order]
-        try:
-            positions = self.cache.begin_decode([step.row for step in ordered])[:, None]
-            ids = torch.tensor([[step.token] for step in ordered], device=self.model.device)
-            masks, temperatures = [step.mask for step in ordered], [step.temperature for step in ordered]
-            self.model.routing.begin(len(ordered), 1, masks, temperatures)
-            longest = max(range(len(ordered)), key=lambda at: self.cache.length(ordered[at].row))
-            output = self._forward(ids, positions, StepRows(self.cache.step_lengths), longest=longest)
-        except (StepFault, StepMemoryError) as error:
-            error.positions = tuple(order[at] for at in error.positions)
-            raise
-        if order == list(range(len(order))):
-            return output
-        return output.select([order.index(at) for at in range(len(order))])
+        rows = [step.row for step in steps]
+        positions = self.cache.begin_decode(rows)[:, None]
+        ids = torch.tensor([[step.token] for step in steps], device=self.model.device)
+        self.model.routing.begin(len(rows), 1, [step.mask for step in steps], [step.temperature for step in steps])
+        lengths = self.cache.step_lengths
+        step_rows = StepRows(lengths, apart=self.cache.apart)
+        return self._forward(ids, positions, step_rows, longest=lengths.index(max(lengths)))
 
     def _forward(
         self,

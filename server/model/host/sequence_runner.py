@@ -1,6 +1,6 @@
 """Runs models that keep more state of a sequence than keys and values: one transformers cache for each sequence.
 
-Linear attention, short convolutions and sparse-attention indexers have states that `RowCache` cannot hold. Here each
+Linear attention, short convolutions and sparse-attention indexers have states that `BlockCache` cannot hold. Here each
 sequence owns a cache made by its model, and a decode step runs its rows one after the other. So every family that
 transformers can run is served: slower in a batch, equally exact. Invariant: rows share only weights. A row whose step
 raised can only be freed.
@@ -9,7 +9,7 @@ raised can only be freed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from router.mask import ExpertMask
 from server.model.host.assembly import HostModel
 from server.model.host.runner import HostDriven, HostRunner
+from server.model.kv.blocks import NoBlocksError, num_blocks_of
+from server.model.kv.rows import KvRows
 from server.model.runner import RowStep, Runner, StepFault, StepMemoryError, StepOutput
 from server.model.seam.forward import run_forward
 from server.model.seam.routing import RowShare
@@ -27,10 +29,10 @@ _CONTINUED_BY_ONE = frozenset({"jamba"})
 """Model types whose scan restarts when several tokens follow the first chunk (transformers 5.17 to 5.23)."""
 
 
-def make_runner(model: HostModel, *, max_rows: int, max_tokens: int) -> Runner:
+def make_runner(model: HostModel, *, max_rows: int, max_tokens: int, kv: KvRows | None = None) -> Runner:
     """The runner for the model: with rows of KV memory if it keeps only keys and values, else one cache a sequence."""
     kind = HostRunner if has_plain_memory(model.model) else SequenceRunner
-    return kind(model, max_rows=max_rows, max_tokens=max_tokens)
+    return kind(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv)
 
 
 def has_plain_memory(model: Any) -> bool:
@@ -40,43 +42,28 @@ def has_plain_memory(model: Any) -> bool:
     return all(type(layer) in _PLAIN_LAYERS for layer in DynamicCache(config=model.config).layers)
 
 
-@dataclass
-class _Row:
-    cache: Any = None
-    length: int = 0
-
-
 class SequenceRunner(HostDriven):
     """`Runner` with one cache for each sequence. `RowStep.fetches` has no effect on a row's mask."""
 
-    def __init__(self, model: HostModel, *, max_rows: int, max_tokens: int) -> None:
-        super().__init__(model, max_rows=max_rows, max_tokens=max_tokens)
-        self._rows: dict[int, _Row] = {}
-        self._next_row = 0
+    cuts_anywhere = False
+
+    def __init__(self, model: HostModel, *, max_rows: int, max_tokens: int, kv: KvRows | None = None) -> None:
+        kv = kv or KvRows(max_rows=max_rows, num_blocks=max_rows * num_blocks_of(max_tokens), shares=False)
+        super().__init__(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv)
+        self._caches: dict[int, Any] = {}
         self._ahead: dict[int, StepOutput] = {}  # outputs of rows whose decode step failed in another row
 
     def allocate(self) -> int:
         """Take a row for a sequence; returns its handle."""
-        assert len(self._rows) < self.max_rows, f"all {self.max_rows} rows are in use"
-        handle = self._next_row
-        self._next_row += 1
-        self._rows[handle] = _Row()
-        return handle
+        row = self.kv.allocate()
+        self._caches[row] = None
+        return row
 
     def free(self, row: int) -> None:
         """Free a row and its cache."""
-        del self._rows[row]
+        self.kv.free(row)
+        del self._caches[row]
         self._ahead.pop(row, None)
-
-    @property
-    def num_free_rows(self) -> int:
-        """Rows that `allocate` can still give."""
-        return self.max_rows - len(self._rows)
-
-    @property
-    def num_cached_tokens(self) -> int:
-        """Tokens held in rows."""
-        return sum(row.length for row in list(self._rows.values()))  # any thread may read it while rows change
 
     @torch.inference_mode()
     def prefill(
@@ -90,10 +77,9 @@ class SequenceRunner(HostDriven):
         all_logits: bool = False,
     ) -> StepOutput:
         """See `Runner.prefill`."""
-        state = self._rows[row]
-        if state.length == 0 or self.model.model.config.model_type not in _CONTINUED_BY_ONE:
-            return self._append(state, tokens, mask, temperature, all_logits)
-        step = StepOutput.concat([self._append(state, [token], mask, temperature, all_logits) for token in tokens])
+        if self.kv.length(row) == 0 or self.model.model.config.model_type not in _CONTINUED_BY_ONE:
+            return self._append(row, tokens, mask, temperature, all_logits)
+        step = StepOutput.concat([self._append(row, [token], mask, temperature, all_logits) for token in tokens])
         share = RowShare(step.share.demanded.sum(axis=0, keepdims=True), step.share.missed.sum(axis=0, keepdims=True))
         return replace(step, logits=step.logits if all_logits else step.logits[-1:], share=share)
 
@@ -107,15 +93,15 @@ class SequenceRunner(HostDriven):
             if step.row in self._ahead:
                 continue
             try:
-                self._ahead[step.row] = self._append(self._rows[step.row], [step.token], step.mask, step.temperature)
-            except (StepFault, StepMemoryError) as error:
+                self._ahead[step.row] = self._append(step.row, [step.token], step.mask, step.temperature)
+            except (StepFault, StepMemoryError, NoBlocksError) as error:
                 error.positions = (at,)
                 raise
         return StepOutput.concat([self._ahead.pop(step.row) for step in steps])
 
     def _append(
         self,
-        row: _Row,
+        row: int,
         tokens: Sequence[int],
         mask: ExpertMask | None,
         temperature: float,
@@ -123,10 +109,12 @@ class SequenceRunner(HostDriven):
     ) -> StepOutput:
         device = self.model.device
         ids = torch.tensor([list(tokens)], device=device)
-        positions = torch.arange(row.length, row.length + len(tokens), device=device)[None]
+        start = self.kv.length(row)
+        self.kv.reserve([(row, start + len(tokens))])
+        positions = torch.arange(start, start + len(tokens), device=device)[None]
         self.model.routing.begin(1, len(tokens), [mask], [temperature])
-        output, row.cache = run_forward(
-            self.model, ids, positions, row.cache, kv_tokens=None, all_logits=all_logits, is_repeatable=False
+        output, self._caches[row] = run_forward(
+            self.model, ids, positions, self._caches[row], kv_tokens=None, all_logits=all_logits, is_repeatable=False
         )
-        row.length += len(tokens)
+        self.kv.set_length(row, start + len(tokens))
         return output

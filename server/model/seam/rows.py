@@ -11,10 +11,10 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -40,10 +40,13 @@ class StepRows:
     Attributes:
         lengths: number of keys of each row, including the step's own token; empty for a chunk of one prompt.
         start: position of the chunk's first token.
+        apart: tensors that stand for the keys or values of all rows, and the rows' own, [1, KV heads, length, D] each,
+            by the id of the former.
     """
 
     lengths: Sequence[int] = ()
     start: int = 0
+    apart: Mapping[int, tuple[Tensor, Sequence[Tensor]]] = field(default_factory=dict)
 
 
 _step: ContextVar[StepRows | None] = ContextVar("step_rows", default=None)
@@ -87,11 +90,18 @@ def _attention(
     if not rows.lengths:
         return _by_blocks(base, module, query, key, value, attention_mask, rows.start, options), None
     outputs = []
+    keys, values = _of_rows(rows, key), _of_rows(rows, value)
     for at, length in enumerate(rows.lengths):
         one = slice(at, at + 1)
-        own = key[one, :, :length], value[one, :, :length], attention_mask[one, :, :, :length]
-        outputs.append(base(module, query[one], *own, **options)[0])
+        own_mask = attention_mask[one, :, :, :length]
+        outputs.append(base(module, query[one], keys[at], values[at], own_mask, **options)[0])
     return torch.cat(outputs), None
+
+
+def _of_rows(rows: StepRows, together: Tensor) -> Sequence[Tensor]:
+    """The keys or values of each row, [1, KV heads, length, D]."""
+    _, apart = rows.apart.get(id(together), (None, None))
+    return apart or [together[at : at + 1, :, :length] for at, length in enumerate(rows.lengths)]
 
 
 def _by_blocks(
@@ -130,6 +140,11 @@ def attention_implementation(model_class: type[PreTrainedModel]) -> str:
     family = inspect.getsource(sys.modules[model_class.__module__])
     has_seam = model_class._supports_attention_backend and not re.search(r"_attn_implementation (in|==) ", family)
     return _NAMES[name] if has_seam else name
+
+
+def attends_by_rows(model: PreTrainedModel) -> bool:
+    """Whether the model's attention reads the keys of each row of a decode step by itself."""
+    return model.config.get_text_config()._attn_implementation in _NAMES.values()
 
 
 # -- products ----------------------------------------------------------------------------------------------------------
