@@ -37,6 +37,8 @@ from server.engine.sequence import Sequence
 from server.engine.snapshots import StatisticsFile, UsageFile
 from server.engine.statistics import OnlineStatistics, collect_from, empty_statistics
 from server.engine.unreadable import CorruptExperts
+from server.model.kv.blocks import BLOCK_TOKENS
+from server.model.kv.rows import NO_BLOCKS
 from server.model.load_progress import Phase, Progress
 from server.model.runner import Runner
 
@@ -193,7 +195,8 @@ class Engine:
                 num_waiting_tokens=num_waiting_tokens,
                 seconds_since_progress=time.monotonic() - self._last_progress,
                 kv_tokens=0 if runner is None else runner.num_cached_tokens,
-                kv_capacity_tokens=0 if runner is None else runner.max_rows * runner.max_tokens,
+                kv_capacity_tokens=0 if runner is None else runner.kv.pool.num_blocks * BLOCK_TOKENS,
+                kv=NO_BLOCKS if runner is None else runner.kv.usage(),
                 totals=replace(totals, num_requests=self._num_requests, num_refused=self._num_refused),
             )
 
@@ -279,8 +282,9 @@ class Engine:
         for sequence in dropped:
             batch.finish(sequence, "cancelled")
         batch.cancel(cancelled)
-        while batch.has_room and (waiting := self._inbox.next()) is not None:
-            batch.admit(waiting)
+        batch.readmit()
+        while batch.has_room and (waiting := self._inbox.first()) is not None and batch.admit(waiting):
+            self._inbox.next()
         if len(batch):
             batch.step()
         if self._usage is not None:

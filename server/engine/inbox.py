@@ -110,6 +110,11 @@ class Inbox:
                 self._changed.wait(seconds)
             self._is_woken = False
 
+    def first(self) -> Sequence | None:
+        """The sequence that has waited longest."""
+        with self._changed:
+            return self._waiting[0] if self._waiting else None
+
     def next(self) -> Sequence | None:
         """Remove and return the sequence that has waited longest."""
         with self._changed:

@@ -35,6 +35,25 @@ class SequenceMasks:
         self._everything = ExpertMask(np.ones(runner.model.routing.mask.allowed.shape, dtype=np.bool_))
         self._narrowed: WeakKeyDictionary[Sequence, tuple[ExpertMask, ExpertMask, ExpertMask]] = WeakKeyDictionary()
 
+    def next(self, sequence: Sequence) -> ExpertMask | None:
+        """The mask of the sequence's next tokens, None for the server's mask. Tokens that are read again get the mask
+        that they had, without the experts that were removed since.
+
+        Raises:
+            MaskError: a layer is left without an expert.
+        """
+        if not sequence.is_rereading:
+            mask = self.of(sequence)
+            used = mask or self._runner.model.routing.mask
+            if not sequence.masks_used or sequence.masks_used[-1][1] is not used:
+                sequence.masks_used.append((sequence.num_in_row, used))
+            return mask
+        used = next(mask for start, mask in reversed(sequence.masks_used) if start <= sequence.num_in_row)
+        served = self._runner.model.routing.mask
+        if used is served:
+            return None
+        return used if sequence.request.on_missing == "fetch" else self._narrow(sequence, used, served)
+
     def of(self, sequence: Sequence) -> ExpertMask | None:
         """The request's mask within the experts that it may use, or None if that is the server's mask.
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from router.mask import ExpertMask
 from server.errors import ServerError
+from server.model.kv.rows import NO_BLOCKS, KvUsage
 
 if TYPE_CHECKING:
     from server.constraints.compiler import CompiledConstraint
@@ -325,6 +326,7 @@ class FinishedEvent:
         num_generated_tokens: all that were generated, also those that a stop string cut off.
         prefill: the prompt's tokens, if the request asked for them.
         stop_text: the stop string that ended the request, if one did.
+        num_cached_tokens: prompt tokens that KV memory had from earlier requests, so that they were not computed.
     """
 
     reason: FinishReason
@@ -336,6 +338,7 @@ class FinishedEvent:
     timing: Timing
     deficit: Deficit
     stop_text: str | None = None
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,7 +354,13 @@ OnEvent = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True)
 class EngineTotals:
-    """Counters since start; `num_read_faults` are steps that could not read an expert."""
+    """Counters since start.
+
+    Attributes:
+        num_read_faults: steps that could not read an expert.
+        cached_tokens: those of `prompt_tokens` that KV memory had.
+        num_preemptions: times that a request lost its row to an older one.
+    """
 
     num_requests: int = 0
     num_finished: dict[str, int] = field(default_factory=dict)
@@ -361,6 +370,8 @@ class EngineTotals:
     generated_tokens: int = 0
     num_steps: int = 0
     num_read_faults: int = 0
+    cached_tokens: int = 0
+    num_preemptions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,7 +385,8 @@ class EngineStatus:
         num_running, num_waiting: requests.
         num_waiting_tokens: prompt tokens of the waiting requests.
         seconds_since_progress: since the loop last completed a step or found nothing to do.
-        kv_tokens, kv_capacity_tokens: KV memory in use and in all.
+        kv: blocks of KV memory in all, in use, and kept for prompts to come.
+        kv_tokens, kv_capacity_tokens: tokens in rows, and room for tokens in all.
         totals: counters since start.
         is_wedged: the thread was asked to end and did not end in time.
     """
@@ -390,3 +402,4 @@ class EngineStatus:
     kv_capacity_tokens: int
     totals: EngineTotals
     is_wedged: bool = False
+    kv: KvUsage = NO_BLOCKS

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
+from router.mask import ExpertMask
+from server.engine.block_routing import BlockRouting
 from server.engine.request import (
     Deficit,
     Event,
@@ -25,6 +27,7 @@ from server.engine.request import (
 )
 from server.engine.sampling import Sampler
 from server.engine.text import Detokenizer, Vocabulary
+from server.model.runner import Choice
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +39,10 @@ class Sequence:
     Attributes:
         on_end: called once, before the final event.
         row: handle of its KV row, None while it waits.
-        num_prefilled: prompt tokens already in the row.
+        num_prefilled: prompt tokens already in the row; num_fed: generated ones.
+        num_cached: prompt tokens that were in KV memory before it came.
+        notes: routing of the prompt's complete blocks in the row.
+        masks_used: the masks that its tokens were read under, each with the position of the first one.
         generated: token ids so far.
         demanded, missed: router mass over its tokens, float64 [L].
         demand: router mass that its tokens demanded of each expert, float64 [L, E]; None while nothing was masked.
@@ -53,6 +59,10 @@ class Sequence:
     first_token_at: float | None = None
     row: int | None = None
     num_prefilled: int = 0
+    num_fed: int = 0
+    num_cached: int = 0
+    notes: list[BlockRouting] = field(default_factory=list)
+    masks_used: list[tuple[int, ExpertMask]] = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
     prefill_logprobs: list[TokenLogprob] = field(default_factory=list)
     demanded: npt.NDArray[np.float64] | None = None
@@ -73,10 +83,9 @@ class Sequence:
             self.is_heard = False
             log.exception("the client of request %s raised, and is told nothing more", self.request.request_id)
 
-    def admit(self, row: int, vocabulary: Vocabulary, eos_token_ids: Collection[int]) -> None:
-        """Give the sequence a row and what it needs to generate."""
+    def admit(self, vocabulary: Vocabulary, eos_token_ids: Collection[int]) -> None:
+        """Give the sequence what it needs to generate."""
         sampling = self.request.sampling
-        self.row = row
         self.admitted_at = time.monotonic()
         constraint = self.request.constraint
         num_kept_on = math.inf if sampling.ignore_eos else sampling.min_tokens
@@ -85,6 +94,29 @@ class Sequence:
         self.detokenizer = Detokenizer(vocabulary, self.request.prompt_ids, sampling)
         self._vocabulary, self._eos = vocabulary, eos_token_ids
         self._untold: deque[TokenEvent] = deque()
+        self._choice: tuple[Choice | None] | None = None
+
+    def preempt(self) -> None:
+        """Lose the row. Later it gets another one, and reads again what it had read."""
+        self.row = None
+        self.num_prefilled = self.num_fed = 0
+        self.notes = []
+
+    @property
+    def num_in_row(self) -> int:
+        """Tokens in the row: the position of the next one to be read."""
+        return self.num_prefilled + self.num_fed
+
+    @property
+    def is_rereading(self) -> bool:
+        """Whether the next token to be read was read before, in a row that was lost; what follows on it is known."""
+        return self.num_in_row < self.num_routed
+
+    def choice(self) -> Choice | None:
+        """The parameters for the draw of the next token: the same ones until `take`, also if a step is run again."""
+        if self._choice is None:
+            self._choice = (self.sampler.choice(),)
+        return self._choice[0]
 
     def take(
         self, token: int, logprob: float, top: tuple[TokenLogprob, ...]
@@ -93,6 +125,7 @@ class Sequence:
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
         self.generated.append(token)
+        self._choice = None
         self.sampler.take(token)
         sampling, constraint = self.request.sampling, self.constraint
         is_eos = token in self._eos
@@ -201,4 +234,5 @@ class Sequence:
             timing=self.timing(),
             deficit=self.deficit(),
             stop_text=self.detokenizer.stop_string if is_admitted else None,
+            num_cached_tokens=self.num_cached,
         )

@@ -32,6 +32,10 @@ class KvUsage:
         return self.num_blocks - self.num_used - self.num_cached
 
 
+NO_BLOCKS = KvUsage(0, 0, 0)
+"""While no model is loaded."""
+
+
 @dataclass
 class _Row:
     """`node`: the last of the row's blocks that is in the tree; `salt` of its first tokens; `is_mixed`: later ones had
@@ -108,20 +112,20 @@ class KvRows:
         """
         missing = [max(0, num_blocks_of(num_tokens) - len(self._rows[row].blocks)) for row, num_tokens in needs]
         wanted = sum(missing)
-        if wanted > self.pool.num_free:
-            self._tree.evict(wanted - self.pool.num_free)
-        left = self.pool.num_free
+        left = self.pool.num_free + self._tree.num_idle
         if wanted > left:
+            free = left
             lacking = []
             for at, count in enumerate(missing):
                 left -= count
                 if count and left < 0:
                     lacking.append(at)
             raise NoBlocksError(
-                f"a step needs {wanted} more blocks of {BLOCK_TOKENS} tokens; {self.pool.num_free} of the KV memory's "
+                f"{wanted} more blocks of {BLOCK_TOKENS} tokens are needed; {free} of the KV memory's "
                 f"{self.pool.num_blocks} are free",
                 tuple(lacking),
             )
+        self._tree.evict(wanted - self.pool.num_free)
         for (handle, _), count in zip(needs, missing, strict=True):
             if count:
                 row = self._rows[handle]
@@ -132,10 +136,6 @@ class KvRows:
         row = self._rows[handle]
         assert length <= len(row.blocks) * BLOCK_TOKENS, f"row {handle} has no blocks for {length} tokens"
         row.length = length
-
-    def has_room(self, num_tokens: int) -> bool:
-        """Whether a new row of so many tokens could have its blocks now."""
-        return num_blocks_of(num_tokens) <= self.pool.num_free + self._tree.num_idle
 
     # -- sharing -------------------------------------------------------------------------------------------------------
 
@@ -161,9 +161,10 @@ class KvRows:
         found = found[: max(0, end - row.length) // BLOCK_TOKENS]
         if not found:
             return []
-        for block in row.blocks[row.length // BLOCK_TOKENS :]:
+        place = slice(row.length // BLOCK_TOKENS, end // BLOCK_TOKENS)  # blocks after it stay reserved
+        for block in row.blocks[place]:
             self.pool.drop(block)
-        row.blocks[row.length // BLOCK_TOKENS :] = [node.block for node in found if node.block is not None]
+        row.blocks[place] = [node.block for node in found if node.block is not None]
         for node in found:
             assert node.block is not None
             self.pool.hold(node.block)
@@ -180,9 +181,9 @@ class KvRows:
             notes: one for each complete block.
         """
         row = self._rows[handle]
-        assert len(tokens) <= row.length, f"{len(tokens)} tokens of a row of {row.length}"
         if not self._agrees(row, salt):
             return
+        assert len(tokens) <= row.length, f"{len(tokens)} tokens of a row of {row.length}"
         for at in range(_depth(row.node), len(tokens) // BLOCK_TOKENS):
             block = row.blocks[at]
             part = tokens[at * BLOCK_TOKENS : (at + 1) * BLOCK_TOKENS]

@@ -19,6 +19,8 @@ from server.engine.unreadable import CorruptExperts
 from server.model.host.assembly import load_model
 from server.model.host.runner import HostRunner
 from server.model.host.sequence_runner import SequenceRunner
+from server.model.kv.blocks import num_blocks_of
+from server.model.kv.rows import KvRows
 from server.model.runner import Runner, RunnerOptions
 from tests.server.engine.clients import WAIT_SECONDS
 
@@ -37,16 +39,21 @@ def make_engine(tiny_store: Path) -> Iterator[Callable[..., Engine]]:
         corrupt_experts: CorruptExperts = "fail",
         statistics_path: Path | None = None,
         runner_type: type[HostRunner | SequenceRunner] = HostRunner,
+        dtype: torch.dtype = torch.float32,
+        max_tokens: int = 256,
+        kv_blocks: int | None = None,
+        shares: bool = True,
         **limits,
     ) -> Engine:
         def loader(progress) -> Runner:
             model = load_model(
                 Store.open(store_path),
-                RunnerOptions(device=torch.device("cpu"), dtype=torch.float32, num_slots=num_slots, mask=mask),
+                RunnerOptions(device=torch.device("cpu"), dtype=dtype, num_slots=num_slots, mask=mask),
                 progress=progress,
             )
             model.source_problem = attach_source(model.store)
-            return runner_type(model, max_rows=max_rows, max_tokens=256)
+            kv = KvRows(max_rows=max_rows, num_blocks=kv_blocks or max_rows * num_blocks_of(max_tokens), shares=shares)
+            return runner_type(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv)
 
         def usage(empty: UsageLedger) -> UsageFile:
             assert usage_path is not None

@@ -358,13 +358,12 @@ def test_status_may_be_asked_while_rows_come_and_go(make_engine: Callable[..., E
     runner = engine.runner
 
     class Joining:
-        cache = None
-
         @property
         def length(self) -> int:
             if runner.num_free_rows:
                 runner.allocate()  # as the engine's thread does while another one counts
             return 3
 
-    runner._rows[runner.allocate()] = Joining()
+    row = runner.allocate()
+    runner.kv._rows[row] = Joining()
     assert engine.status().kv_tokens == 3

@@ -8,43 +8,13 @@ import torch
 
 from server.engine.engine import Engine
 from server.engine.request import MemoryExhaustedError
-from server.model.host.kv_cache import RowCache
 from server.model.host.runner import HostRunner
 from server.model.host.sequence_runner import SequenceRunner
 from tests.server.engine.clients import Client
 
 SHORT = ["Once upon a time", "Der Hund ist"]
-LONG = "The capital of France is " * 14
 OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True}
 NO_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
-
-
-def test_only_the_request_that_gets_no_memory_for_its_keys_and_values_fails(
-    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = make_engine()
-    wanted = [Client(engine, text, **OPTIONS) for text in SHORT]
-    for client in wanted:
-        client.result()
-    empty = RowCache._empty
-
-    def limited(self: RowCache, like: torch.Tensor, num_rows: int, num_tokens: int) -> torch.Tensor:
-        if num_tokens > 64:
-            raise torch.OutOfMemoryError(NO_MEMORY)
-        return empty(self, like, num_rows, num_tokens)
-
-    monkeypatch.setattr(RowCache, "_empty", limited)
-    clients = [Client(engine, text, **OPTIONS) for text in (SHORT[0], LONG, SHORT[1])]
-    error = clients[1].error()
-    assert isinstance(error, MemoryExhaustedError)
-    assert "no memory for the keys and values of a row of" in str(error)
-    assert "max_batch_size" in str(error)
-    for mine, theirs in zip((clients[0], clients[2]), wanted, strict=True):
-        mine.result()
-        assert mine.token_ids == theirs.token_ids
-    monkeypatch.undo()
-    assert Client(engine, LONG, **OPTIONS).result().num_generated_tokens == 12
-    assert (engine.status().state, engine.status().totals.num_failed) == ("ready", 1)
 
 
 @pytest.mark.parametrize("runner_type", [HostRunner, SequenceRunner])
