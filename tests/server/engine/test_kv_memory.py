@@ -1,6 +1,7 @@
 """KV memory that remembers prompts, and that is too small for all requests: no answer changes."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,23 @@ TURNS = (
 )
 OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "ignore_eos": True}
 MASKS = {
-    "all experts": lambda: {},
-    "a profile": lambda: {"masking": FixedMasking(ExpertMask.same_in_every_layer(range(8, 40), 8, 64))},
-    "a pool": lambda: {"masking": PoolMasking(PromptPool(24, 8, 64), NUM_TOKENS[0])},
+    "all experts": dict,
+    "a profile": lambda: {"masking": FixedMasking(ExpertMask.same_in_every_layer(range(2, 7), 2, 8))},
+    "a pool": lambda: {"masking": PoolMasking(PromptPool(3, 2, 8), NUM_TOKENS[0])},
     "a temperature": lambda: {"router_temperature": 0.5},
 }
 NUM_TOKENS = [0]
 """Tokens of the next prompt, which its pool waits for."""
+
+
+@pytest.fixture
+def small_engine(make_engine: Callable[..., Engine], small_store: Path) -> Callable[..., Engine]:
+    """An engine over a small random model, whose prompts are read 32 tokens at a time."""
+
+    def make(**options: Any) -> Engine:
+        return make_engine(**{"store_path": small_store, "num_slots": 8, "prefill_chunk_tokens": 32} | options)
+
+    return make
 
 
 def chat(engine: Engine, kind: str, **options: Any) -> list[tuple[list[int], FinishedEvent]]:
@@ -48,9 +59,9 @@ def assert_nothing_is_held(engine: Engine) -> None:
 
 
 def test_chats_get_the_same_answers_and_deficits_whether_their_beginnings_are_kept_or_not(
-    make_engine: Callable[..., Engine],
+    small_engine: Callable[..., Engine],
 ) -> None:
-    kept, without = (make_engine(shares=shares, prefill_chunk_tokens=32) for shares in (True, False))
+    kept, without = (small_engine(shares=shares) for shares in (True, False))
     for kind in (*MASKS, *reversed(MASKS)):
         for (tokens, end), (wanted, wanted_end) in zip(chat(kept, kind), chat(without, kind), strict=True):
             assert tokens == wanted, kind
@@ -66,8 +77,8 @@ def test_chats_get_the_same_answers_and_deficits_whether_their_beginnings_are_ke
     assert kept.status().kv.num_cached > 0
 
 
-def test_what_was_found_is_told_and_never_the_whole_prompt(make_engine: Callable[..., Engine]) -> None:
-    engine = make_engine(prefill_chunk_tokens=32)
+def test_what_was_found_is_told_and_never_the_whole_prompt(small_engine: Callable[..., Engine]) -> None:
+    engine = small_engine()
     prompt = TURNS[0] * 4
     first, second = (Client(engine, prompt, **OPTIONS).result() for _ in range(2))
     assert first.num_cached_tokens == 0
@@ -75,8 +86,8 @@ def test_what_was_found_is_told_and_never_the_whole_prompt(make_engine: Callable
     assert Client(engine, prompt, prompt_logprobs=True, **OPTIONS).result().num_cached_tokens == 0
 
 
-def test_requests_that_read_the_same_at_once_read_it_once(make_engine: Callable[..., Engine]) -> None:
-    engine = make_engine(max_rows=4, prefill_chunk_tokens=32)
+def test_requests_that_read_the_same_at_once_read_it_once(small_engine: Callable[..., Engine]) -> None:
+    engine = small_engine(max_rows=4)
     blocker = Client(engine, "Once", hold=True, **OPTIONS)
     blocker.first.wait(60)
     same = [Client(engine, TURNS[0] * 4, seed=3, temperature=0.9, **OPTIONS) for _ in range(3)]
@@ -89,9 +100,9 @@ def test_requests_that_read_the_same_at_once_read_it_once(make_engine: Callable[
 
 
 def test_a_request_that_refuses_what_is_missing_refuses_it_also_where_the_prompt_is_found(
-    make_engine: Callable[..., Engine],
+    small_engine: Callable[..., Engine],
 ) -> None:
-    engine = make_engine(mask=ExpertMask.same_in_every_layer(range(20), 8, 64), prefill_chunk_tokens=32)
+    engine = small_engine(mask=ExpertMask.same_in_every_layer(range(5), 2, 8))
     Client(engine, TURNS[0] * 3, **OPTIONS).result()
     errors = [Client(engine, text, on_missing="refuse", **OPTIONS).error() for text in (TURNS[0] * 3, TURNS[0])]
     assert all(isinstance(error, ExpertMissingError) for error in errors)
@@ -100,7 +111,7 @@ def test_a_request_that_refuses_what_is_missing_refuses_it_also_where_the_prompt
 
 
 def test_where_blocks_run_out_the_youngest_wait_and_every_answer_is_that_of_the_request_alone(
-    make_engine: Callable[..., Engine],
+    small_engine: Callable[..., Engine],
 ) -> None:
     texts: Sequence[tuple[str, dict[str, Any]]] = (
         (TURNS[0], {"seed": 1, "temperature": 0.9, "presence_penalty": 0.5}),
@@ -119,7 +130,7 @@ def test_where_blocks_run_out_the_youngest_wait_and_every_answer_is_that_of_the_
             clients.append(Client(engine, text, max_new_tokens=70, ignore_eos=True, num_logprobs=1, **options))
         return clients
 
-    roomy, narrow = make_engine(shares=False), make_engine(max_tokens=128, kv_blocks=6, prefill_chunk_tokens=32)
+    roomy, narrow = small_engine(shares=False), small_engine(max_tokens=128, kv_blocks=6)
     wanted, got = ask(roomy), ask(narrow)
     for one, other in zip(got, wanted, strict=True):
         end, wanted_end = one.result(), other.result()
@@ -132,8 +143,8 @@ def test_where_blocks_run_out_the_youngest_wait_and_every_answer_is_that_of_the_
     assert_nothing_is_held(narrow)
 
 
-def test_a_request_that_lost_its_row_can_be_cancelled(make_engine: Callable[..., Engine]) -> None:
-    engine = make_engine(max_tokens=160, kv_blocks=5, prefill_chunk_tokens=32)
+def test_a_request_that_lost_its_row_can_be_cancelled(small_engine: Callable[..., Engine]) -> None:
+    engine = small_engine(max_tokens=160, kv_blocks=5)
     held: list[Client] = []
     preempt = engine._batch._preempt
 
@@ -149,7 +160,7 @@ def test_a_request_that_lost_its_row_can_be_cancelled(make_engine: Callable[...,
     assert_nothing_is_held(engine)
 
 
-def test_a_request_that_could_never_fit_is_refused_with_figures(make_engine: Callable[..., Engine]) -> None:
-    engine = make_engine(max_tokens=64, kv_blocks=2)
+def test_a_request_that_could_never_fit_is_refused_with_figures(small_engine: Callable[..., Engine]) -> None:
+    engine = small_engine(max_tokens=64, kv_blocks=2)
     with pytest.raises(ContextTooLongError, match="a sequence holds 64: max_new_tokens may be at most"):
         Client(engine, TURNS[0], max_new_tokens=100)
