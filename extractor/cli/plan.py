@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +19,7 @@ import typer
 
 from extractor.cli.options import BudgetOption, CountOption, JsonOption, KeepOption
 from extractor.errors import SelectionError
+from extractor.planning.budget import Alternative, plans_within
 from extractor.planning.criteria import CRITERIA, DEFAULT_CRITERION, normalised, score
 from extractor.planning.expectation import Expectation, cost_warning
 from extractor.planning.forming import ALIGNMENTS
@@ -79,8 +82,7 @@ def plan(
 ) -> None:
     """Choose which experts a store should have, from calibration statistics, and say what they will serve.
 
-    It does not choose an encoding, and sizes, also that of --budget, are those of the calibrated store's experts. For
-    experts that `deepfew extract --experts-dtype` makes smaller, use --count or --keep.
+    With --budget it also chooses the encoding of the experts, if calibration measured some (--encodings).
     """
     require_writable(out, "--out")
     if plot is not None:
@@ -88,7 +90,7 @@ def plan(
         require_writable(plot, "--plot")
     statistics = merge_all(read_statistics(path) for path in stats)
     request = PlanRequest(
-        count=count_for(statistics, count, keep, budget),
+        count=1,
         criterion=criterion,
         alignment=alignment,
         domains=None if domains is None else tuple(name.strip() for name in domains.split(",")),
@@ -96,14 +98,26 @@ def plan(
         usage=None if usage is None else UsageLedger.load(usage).demand_mass,
         seed=seed,
     )
-    made = make_plan(statistics, request)
+    alternatives: list[Alternative] = []
+    if budget is not None and count is None and keep is None:
+        alternatives = plans_within(statistics, request, budget)
+        made = alternatives[0].plan
+        made = replace(made, extra=made.extra | {"alternatives": [one.to_json() for one in alternatives]})
+    else:
+        made = make_plan(statistics, replace(request, count=count_for(statistics, count, keep, budget)))
     write_plan(out, made)
     if plot is not None:
         _draw(plot, statistics, made, request)
     if as_json:
         print(json.dumps({"plan": str(out), "num_deep_experts": len(made.deep_experts), **made.extra}))
     else:
-        print(_text(out, statistics, made))
+        print(_text(out, statistics, made, alternatives))
+    if alternatives and not statistics.encodings and len(made.deep_experts) < made.num_experts:
+        print(
+            "NOTE: experts as calibrated; `deepfew calibrate --encodings int4,int8` measures whether more of them in "
+            "fewer bits are better",
+            file=sys.stderr,
+        )
     for warning in plan_warnings(made, warn_perplexity_ratio):
         print(f"WARNING: {warning}", file=sys.stderr)
 
@@ -140,15 +154,20 @@ def _quota(text: str) -> tuple[str, float]:
         raise SelectionError(f"--quota {text!r}: wanted a domain and a share, such as code=0.5") from None
 
 
-def _text(out: Path, statistics: ExpertStatistics, made: Plan) -> str:
+def _text(out: Path, statistics: ExpertStatistics, made: Plan, alternatives: Sequence[Alternative]) -> str:
     size = ""
-    if statistics.expert_bytes:
+    if made.experts_dtype is not None:
+        size = f" in {made.experts_dtype}, a store of {format_size(alternatives[0].num_bytes)}"
+    elif statistics.expert_bytes:
         size = f", {format_size(len(made.deep_experts) * statistics.expert_bytes)} of experts"
     head = (
         f"{out}: {len(made.deep_experts)} of {made.num_experts} deep experts of {made.num_layers} layers{size}, "
         f"chosen by {made.extra['criterion']}, alignment {made.alignment['kind']}"
     )
-    return "\n".join([head, *(f"  {one.describe()}" for one in expectations(made)), *_fit_line(made)])
+    table: list[str] = []
+    if len(alternatives) > 1:
+        table = ["  within the budget, the first is chosen:", *(f"    {one.describe()}" for one in alternatives)]
+    return "\n".join([head, *(f"  {one.describe()}" for one in expectations(made)), *_fit_line(made), *table])
 
 
 def _fit_line(made: Plan) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ class Expectation:
     Attributes:
         domain: name.
         served_share: of the router mass, 0 to 1; 1 minus it is the expected deficit.
-        loss_change: expected nats a token; None if calibration measured no masks.
+        loss_change: expected nats a token, of mask and encoding; None if calibration measured no masks.
         is_measured: whether calibration measured deficits this large; if not, the cost is a guess, mostly too low.
     """
 
@@ -40,6 +40,14 @@ class Expectation:
     def ratio(self) -> float | None:
         """Expected perplexity ÷ unmasked perplexity."""
         return None if self.loss_change is None else math.exp(self.loss_change)
+
+    def in_encoding(self, loss_change: float) -> Expectation:
+        """The same for experts in an encoding that costs so many nats a token: the two losses nearly add up.
+
+        An encoding that seems to gain costs nothing: the text is too short to tell.
+        """
+        own = None if self.loss_change is None else self.loss_change + max(0.0, loss_change)
+        return replace(self, loss_change=own)
 
     def describe(self) -> str:
         """The expectation as one line of text."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from extractor.encoding.names import ExpertsDtype
 from extractor.errors import SelectionError
 from extractor.planning.alignment import DeepExperts, check_deep_experts, deep_expert_mass
 from extractor.planning.criteria import DEFAULT_CRITERION, normalised, ranking, score
@@ -38,6 +39,7 @@ class PlanRequest:
         domains: domains that the plan serves; None is all domains of the statistics.
         quotas: domain → share of the deep experts that is chosen for it alone; the rest is chosen for all domains.
         usage: demanded mass [L, E] of a served model, added as a domain of its own.
+        experts_dtype: encoding of the experts, measured in every domain; None is as calibrated.
     """
 
     count: int
@@ -47,6 +49,7 @@ class PlanRequest:
     quotas: Mapping[str, float] = field(default_factory=dict)
     usage: Float | None = None
     seed: int = 0
+    experts_dtype: ExpertsDtype | None = None
 
 
 def make_plan(statistics: ExpertStatistics, request: PlanRequest) -> Plan:
@@ -74,6 +77,9 @@ def make_plan(statistics: ExpertStatistics, request: PlanRequest) -> Plan:
     value = deep_expert_mass(deep_experts, together) / statistics.num_layers
     order = np.argsort(-value, kind="stable")
     expectations = expect(statistics, allowed_by(deep_experts, statistics.num_experts), names)
+    if request.experts_dtype is not None:
+        costs = encoding_costs(statistics, request.experts_dtype)
+        expectations = [one.in_encoding(costs[one.domain]) for one in expectations]
     return Plan(
         num_layers=statistics.num_layers,
         num_experts=statistics.num_experts,
@@ -105,15 +111,24 @@ def choose_per_layer(
     return chosen
 
 
-def count_for(statistics: ExpertStatistics, count: int | None, keep: float | None, budget_bytes: int | None) -> int:
+def count_for(
+    statistics: ExpertStatistics,
+    count: int | None,
+    keep: float | None,
+    budget_bytes: int | None,
+    expert_bytes: int | None = None,
+) -> int:
     """The number of deep experts within a limit: a number, a share, or bytes of the whole store.
+
+    `expert_bytes` is the size of a deep expert, by default as calibrated.
 
     Raises:
         SelectionError: no limit was given, or see `count_within`.
     """
     if (count, keep, budget_bytes) == (None, None, None):
         raise SelectionError("give exactly one of --count, --keep and --budget")
-    if budget_bytes is not None and statistics.expert_bytes < 1:
+    size = expert_bytes or statistics.expert_bytes
+    if budget_bytes is not None and size < 1:
         raise SelectionError("the statistics do not say how large an expert is: use --count or --keep")
     return count_within(
         count,
@@ -121,8 +136,19 @@ def count_for(statistics: ExpertStatistics, count: int | None, keep: float | Non
         budget_bytes,
         num_experts=statistics.num_experts,
         most=statistics.num_experts,
-        store_bytes=lambda number: statistics.trunk_bytes + number * statistics.expert_bytes,
+        store_bytes=lambda number: statistics.trunk_bytes + number * size,
     )
+
+
+def encoding_costs(statistics: ExpertStatistics, experts_dtype: str) -> dict[str, float]:
+    """The measured change of loss by domain, nats a token, of all experts in an encoding."""
+    own = [point for point in statistics.encodings if point.experts_dtype == experts_dtype]
+    tokens: dict[str, int] = {}
+    nats: dict[str, float] = {}
+    for point in own:
+        tokens[point.domain] = tokens.get(point.domain, 0) + point.num_tokens
+        nats[point.domain] = nats.get(point.domain, 0.0) + point.num_tokens * point.loss_change
+    return {name: nats[name] / tokens[name] for name in nats}
 
 
 def _turns(quotas: Mapping[str, float], count: int) -> list[str | None]:
@@ -201,7 +227,8 @@ def _alignment(
 def _description(
     statistics: ExpertStatistics, request: PlanRequest, expectations: Sequence[Expectation]
 ) -> dict[str, Any]:
-    return {
+    chosen = {} if request.experts_dtype is None else {"experts_dtype": request.experts_dtype}
+    return chosen | {
         "fingerprint": statistics.fingerprint,
         "criterion": request.criterion,
         "quotas": dict(request.quotas),

@@ -21,7 +21,14 @@ from safetensors.numpy import save
 from expert_store.files import replacing
 from extractor.statistics.channels import ChannelSquares
 from extractor.statistics.sample import KeyedSample
-from extractor.statistics.statistics import TOTALS, WINDOW_TOKENS, ExpertStatistics, PricePoint, StatisticsError
+from extractor.statistics.statistics import (
+    TOTALS,
+    WINDOW_TOKENS,
+    EncodingPoint,
+    ExpertStatistics,
+    PricePoint,
+    StatisticsError,
+)
 
 FORMAT = "deepfew-statistics"
 VERSION = 1
@@ -44,6 +51,7 @@ def write_statistics(path: Path, statistics: ExpertStatistics) -> None:
         "window_tokens": WINDOW_TOKENS,
         "domains": statistics.domains,
         "price": [dataclasses.asdict(point) for point in statistics.price],
+        "encodings": [dataclasses.asdict(point) for point in statistics.encodings],
     }
     arrays: Arrays = {
         **statistics.totals,
@@ -124,6 +132,7 @@ def _statistics(header: dict[str, Any], arrays: Arrays) -> ExpertStatistics:
     if "channels.picks" in arrays:
         loaded.channels = _channels(arrays, loaded.num_layers, loaded.num_experts)
     loaded.price = [_price_point(point) for point in header["price"]]
+    loaded.encodings = [_encoding_point(point) for point in header.get("encodings", ())]  # older files have none
     if loaded.tokens.arrays["experts"].size and int(loaded.tokens.arrays["experts"].max()) > loaded.num_experts:
         raise StatisticsError(f"a token names an expert above {loaded.num_experts}")
     return loaded
@@ -140,6 +149,16 @@ def _price_point(item: dict[str, Any]) -> PricePoint:
         part=int(item.get("part", 0)),
         per_layer=tuple(float(value) for value in item.get("per_layer", ())),
         is_wrong=bool(item.get("is_wrong", False)),
+    )
+
+
+def _encoding_point(item: dict[str, Any]) -> EncodingPoint:
+    return EncodingPoint(
+        domain=str(item["domain"]),
+        experts_dtype=str(item["experts_dtype"]),
+        expert_bytes=int(item["expert_bytes"]),
+        loss_change=float(item["loss_change"]),
+        num_tokens=int(item["num_tokens"]),
     )
 
 

@@ -66,6 +66,22 @@ class PricePoint:
     is_wrong: bool = False
 
 
+@dataclass(frozen=True)
+class EncodingPoint:
+    """The measured cost of an encoding of all experts on known text.
+
+    Attributes:
+        domain: name; experts_dtype: see `extractor.encoding.names.MADE`; expert_bytes: size of a deep expert in it.
+        loss_change: nats a token above the loss of the experts that were calibrated; num_tokens: measured ones.
+    """
+
+    domain: str
+    experts_dtype: str
+    expert_bytes: int
+    loss_change: float
+    num_tokens: int
+
+
 @dataclass
 class ExpertStatistics:
     """Statistics of one checkpoint.
@@ -82,6 +98,7 @@ class ExpertStatistics:
         windows: sample of windows of `WINDOW_TOKENS` tokens; its array "mass" is [W, L, E], gate mass.
         tokens: sample of tokens; "experts" [N, L, K], "gates" and "contributions" (g ‖E(h)‖) [N, L, K].
         price: masked measurements.
+        encodings: measurements of encodings.
         weight_flatness: float64 [L, E], mean |w| / rms(w) of the expert's weights, or None (AIMER).
         channels: squares of the experts' inputs by channel, of all domains together; None in older files and where a
             server collected.
@@ -100,6 +117,7 @@ class ExpertStatistics:
     windows: KeyedSample = field(init=False)
     tokens: KeyedSample = field(init=False)
     price: list[PricePoint] = field(default_factory=list)
+    encodings: list[EncodingPoint] = field(default_factory=list)
     weight_flatness: Float | None = None
     channels: ChannelSquares | None = None
 
@@ -172,6 +190,7 @@ class ExpertStatistics:
                 sample.offer(theirs_sample.keys, where[theirs_sample.domains], theirs_sample.arrays)
         self.coactivation += other.coactivation
         self.price.extend(other.price)
+        self.encodings.extend(other.encodings)
         self.expert_bytes = self.expert_bytes or other.expert_bytes
         self.trunk_bytes = self.trunk_bytes or other.trunk_bytes
         if self.weight_flatness is None:

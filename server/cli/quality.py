@@ -12,13 +12,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from expert_store.manifest import MANIFEST_NAME
 from extractor.cli.options import JsonOption
 from extractor.cli.progress import progress_bar
+from extractor.encoding.names import MADE, ExpertsDtype
 from extractor.planning.criteria import CRITERIA
 from extractor.planning.plots import require_picture
 from extractor.planning.sizes import parse_share
@@ -86,6 +87,13 @@ def calibrate(
     price_tokens: Annotated[
         int, typer.Option("--price", metavar="N", min=0, help="Tokens of a domain to measure masks on; 0: none.")
     ] = 16384,
+    encodings: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help=f"Measure the experts in these too, so that `plan --budget` can choose: some of {', '.join(MADE)}.",
+        ),
+    ] = "",
     weights: Annotated[bool, typer.Option(metavar="", help="Read all weights once, for the criterion aimer.")] = True,
     slots_memory: SlotsOption = None,
     device: DeviceOption = "auto",
@@ -103,10 +111,11 @@ def calibrate(
 
         _check(context)
         require_writable(out, "--out")
+        names = _encodings(encodings, source)
         from extractor.statistics.file import write_statistics
 
         domains = find_domains(texts)
-        options = CalibrationOptions(TextOptions(context, max_tokens, half), price_tokens, weights)
+        options = CalibrationOptions(TextOptions(context, max_tokens, half), price_tokens, weights, names)
         model = stack.enter_context(_opened(source, out, slots_memory, device, dtype))
         _check_context(context, model)
         if not model.routing.mask.is_full:
@@ -115,11 +124,19 @@ def calibrate(
                 "name the checkpoint, or a store of all of it"
             )
         progress = stack.enter_context(progress_bar("calibrating")).show
-        statistics = run(model, domains, options, out.with_name(out.name + ".resume"), progress)
+        statistics = run(
+            model,
+            domains,
+            options,
+            out.with_name(out.name + ".resume"),
+            progress,
+            lambda name: _opened(source, out, slots_memory, device, dtype, name),
+        )
         write_statistics(out, statistics)
     counts = dict(zip(statistics.domains, (int(count) for count in statistics.num_tokens), strict=True))
     if as_json:
-        print(json.dumps({"statistics": str(out), "num_tokens": counts, "num_price_points": len(statistics.price)}))
+        points = {"num_price_points": len(statistics.price), "num_encoding_points": len(statistics.encodings)}
+        print(json.dumps({"statistics": str(out), "num_tokens": counts, **points}))
     else:
         print(f"{out}: {sum(counts.values())} tokens of {len(counts)} domains")
         for name, count in counts.items():
@@ -194,6 +211,16 @@ def _shares(text: str) -> list[float]:
         raise UsageError(f"--keep: {error}") from None
 
 
+def _encodings(text: str, source: str) -> tuple[ExpertsDtype, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in MADE:
+            raise UsageError(f"--encodings: there is no {name!r}, wanted some of {', '.join(MADE)}")
+    if names and (Path(source) / MANIFEST_NAME).is_file():
+        raise UsageError(f"--encodings makes experts of the checkpoint, and {source} is a store: name the checkpoint")
+    return cast("tuple[ExpertsDtype, ...]", names)
+
+
 def _check(context: int) -> None:
     if context < MIN_SEQUENCE_TOKENS:
         raise TextsError(f"--context is {context}, wanted at least {MIN_SEQUENCE_TOKENS} tokens")
@@ -206,7 +233,12 @@ def _check_context(context: int, model: HostModel) -> None:
 
 @contextmanager
 def _opened(
-    source: str, out: Path | None, slots_memory: MemoryAmount | None, device: str, dtype: str
+    source: str,
+    out: Path | None,
+    slots_memory: MemoryAmount | None,
+    device: str,
+    dtype: str,
+    experts_dtype: ExpertsDtype | None = None,
 ) -> Iterator[HostModel]:
     """The model of a store; a checkpoint becomes a store first, for as long as it is needed.
 
@@ -225,7 +257,7 @@ def _opened(
     with ExitStack() as stack:
         path = Path(source)
         if not (path / MANIFEST_NAME).is_file():
-            path = stack.enter_context(_extracted(source, out))
+            path = stack.enter_context(_extracted(source, out, experts_dtype))
         opened = Store.open(path)
         opened.begin_trunk_check()  # before the config is used
         model = load_model(
@@ -241,7 +273,7 @@ def _opened(
 
 
 @contextmanager
-def _extracted(source: str, out: Path | None) -> Iterator[Path]:
+def _extracted(source: str, out: Path | None, experts_dtype: ExpertsDtype | None) -> Iterator[Path]:
     from extractor.checkpoint.checkpoint import resolve_checkpoint
     from extractor.planning.selection import SelectionRequest
     from extractor.writing.prepare import prepare
@@ -251,9 +283,10 @@ def _extracted(source: str, out: Path | None) -> Iterator[Path]:
         if out is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deepfew-store-")))
         else:
-            folder = out.with_name(f"{out.name}.store-{checkpoint.fingerprint[:12]}")
+            made = "" if experts_dtype is None else f"-{experts_dtype}"
+            folder = out.with_name(f"{out.name}.store-{checkpoint.fingerprint[:12]}{made}")
             folder.parent.mkdir(parents=True, exist_ok=True)
-        work = prepare(checkpoint, folder, SelectionRequest())
+        work = prepare(checkpoint, folder, SelectionRequest(), experts_dtype)
         work.check_disk()
         with progress_bar("extracting", work.remaining_bytes) as bar:
             work.run(bar.advance)

@@ -217,6 +217,6 @@ def empty_statistics(manifest: Manifest) -> ExpertStatistics:
         model.num_layers,
         model.num_experts,
         model.top_k,
-        expert_bytes=sum(spec.span_bytes for spec in manifest.layers),
+        expert_bytes=max(deep.bytes for deep in manifest.deep_experts),
         trunk_bytes=sum(file.bytes for file in manifest.trunk),
     )

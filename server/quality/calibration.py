@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from expert_store.files import replacing
+from extractor.encoding.names import ExpertsDtype
 from extractor.statistics.channels import ChannelSquares
 from extractor.statistics.file import read_statistics, write_statistics
-from extractor.statistics.statistics import ExpertStatistics, StatisticsError
+from extractor.statistics.statistics import EncodingPoint, ExpertStatistics, StatisticsError
 from server.engine.statistics import empty_statistics
 from server.model.runner import SelectiveModel
 from server.model.seam.observation import OutputObserver, observe_outputs
 from server.quality.batches import Progress, batches, run_batch, token_sequences
 from server.quality.price import measure_price
 from server.quality.sequence_statistics import add_sequence, weight_flatness
+from server.quality.text_loss import evaluate_text
 from server.quality.texts import Domain, TextOptions, sequence_key, texts_key
 
 SAVE_SECONDS = 30.0
+OpenEncoded = Callable[[ExpertsDtype], AbstractContextManager[SelectiveModel]]
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,13 @@ class CalibrationOptions:
         text: the part of each domain's text to run.
         price_tokens: tokens of a domain to measure again under each mask; 0 measures no price.
         with_weights: read all weights once, for the criterion aimer.
+        encodings: of `extractor.encoding.names.MADE`, to measure on as many tokens as the price, or all if that is 0.
     """
 
     text: TextOptions = field(default_factory=TextOptions)
     price_tokens: int = 16384
     with_weights: bool = True
+    encodings: tuple[ExpertsDtype, ...] = ()
 
 
 def calibrate(
@@ -50,11 +55,13 @@ def calibrate(
     options: CalibrationOptions,
     resume_at: Path | None = None,
     notify: Progress = lambda doing, done, total: None,
+    encoded: OpenEncoded | None = None,
 ) -> ExpertStatistics:
     """Statistics of `domains`.
 
     Args:
         model: whose experts are observed meanwhile.
+        encoded: opens the same model with all experts in an encoding, for those of the options.
         resume_at: folder of the journal. The run continues if it holds the same work; it is removed at the end.
         notify: called after each batch.
 
@@ -93,8 +100,31 @@ def calibrate(
                 first = sequences[: max(1, options.price_tokens // options.text.context)]
                 statistics.price += measure_price(model, statistics, domain.name, first)
                 journal.save()
+    for name in options.encodings:
+        if not any(point.experts_dtype == name for point in statistics.encodings):
+            notify(f"measuring {name}", 0, None)
+            assert encoded is not None, "the options ask for encodings"
+            with encoded(name) as other:
+                statistics.encodings += _measure_encoding(model, other, name, domains, options)
+            journal.save()
     journal.remove()
     return statistics
+
+
+def _measure_encoding(
+    model: SelectiveModel, other: SelectiveModel, name: str, domains: Sequence[Domain], options: CalibrationOptions
+) -> list[EncodingPoint]:
+    """The cost of the experts of `other` on every domain's first tokens."""
+    points = []
+    for domain in domains:
+        sequences = token_sequences(model, domain, options.text)
+        if options.price_tokens:
+            sequences = sequences[: max(1, options.price_tokens // options.text.context)]
+        whole = evaluate_text(model, sequences)
+        change = evaluate_text(other, sequences).loss - whole.loss
+        expert_bytes = max(deep.bytes for deep in other.store.manifest.deep_experts)
+        points.append(EncodingPoint(domain.name, name, expert_bytes, change, whole.num_tokens))
+    return points
 
 
 @contextmanager

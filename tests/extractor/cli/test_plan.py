@@ -9,9 +9,10 @@ from extractor.planning.plan import read_plan
 from extractor.planning.plots import kept_mass_curve
 from extractor.statistics.file import write_statistics
 from extractor.statistics.price import PriceFit
+from extractor.statistics.statistics import EncodingPoint
 from router.ledger import UsageLedger
 from tests.command_line import run
-from tests.extractor.selection_statistics import NUM_EXPERTS, NUM_LAYERS, make_statistics
+from tests.extractor.selection_statistics import DOMAINS, NUM_EXPERTS, NUM_LAYERS, make_statistics
 
 
 def test_plan_writes_a_plan_a_picture_and_says_what_it_expects(tmp_path: Path) -> None:
@@ -24,6 +25,23 @@ def test_plan_writes_a_plan_a_picture_and_says_what_it_expects(tmp_path: Path) -
     assert "4 of 8 deep experts of 3 layers" in result.out
     assert "code: " in result.out
     assert "of router mass served, expected loss +" in result.out
+
+
+def test_a_budget_is_spent_on_the_encoding_that_costs_least(tmp_path: Path) -> None:
+    stats, out = tmp_path / "stats.safetensors", tmp_path / "plan.json"
+    statistics = make_statistics()
+    statistics.encodings = [EncodingPoint(name, "int4", 900, 0.003, 256) for name in DOMAINS]
+    write_statistics(stats, statistics)
+    result = run("plan", "--stats", stats, "--budget", "9kB", "--out", out)
+    assert result.status == 0, result.err
+    assert "8 of 8 deep experts of 3 layers in int4, a store of 8.0 KiB" in result.out
+    assert "int4: 8 of 8 deep experts, 8.0 KiB, perplexity × 1.003" in result.out
+    assert "shipped: 2 of 8 deep experts, 6.8 KiB, perplexity × " in result.out
+    assert read_plan(out).experts_dtype == "int4"
+    answer = json.loads(run("plan", "--stats", stats, "--budget", "9kB", "--out", out, "--json").out)
+    assert [one["experts_dtype"] for one in answer["alternatives"]] == ["int4", "shipped"]
+    write_statistics(stats, make_statistics())
+    assert "NOTE: experts as calibrated" in run("plan", "--stats", stats, "--budget", "9kB", "--out", out).err
 
 
 def test_a_plan_that_will_be_bad_is_said_to_be(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from safetensors.torch import save_file as torch_save
 
 from extractor.statistics.file import read_statistics, write_statistics
 from extractor.statistics.sample import KeyedSample, item_keys
-from extractor.statistics.statistics import TOTALS, ExpertStatistics, StatisticsError, merge_all
+from extractor.statistics.statistics import TOTALS, EncodingPoint, ExpertStatistics, StatisticsError, merge_all
 from tests.extractor.selection_statistics import make_statistics
 
 
@@ -24,11 +24,13 @@ def assert_equal(one: ExpertStatistics, other: ExpertStatistics) -> None:
         for name, array in mine.arrays.items():
             assert np.array_equal(array, theirs.arrays[name]), name
     assert one.price == other.price
+    assert one.encodings == other.encodings
 
 
 def test_what_was_written_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     statistics = make_statistics()
     statistics.weight_flatness = np.random.default_rng(0).random((3, 8))
+    statistics.encodings = [EncodingPoint("code", "int4", 900, 0.003, 256)]
     path = tmp_path / "deep" / "stats.safetensors"
     write_statistics(path, statistics)
     loaded = read_statistics(path)
@@ -47,11 +49,13 @@ def test_the_file_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
 def test_merging_is_the_same_in_any_order_and_adds_domains_by_name() -> None:
     parts = [make_statistics(seed=seed) for seed in range(3)]
     parts.append(make_statistics(seed=9, domains=("chat",)))
+    parts[0].encodings = [EncodingPoint("code", "int4", 900, 0.003, 256)]
     forward = merge_all(parts)
     backward = merge_all(reversed(parts))
     assert forward.domains == ["code", "chat"]
     assert backward.domains == ["chat", "code"]
     assert forward.num_tokens.tolist() == [768, 1024]
+    assert forward.encodings == backward.encodings == parts[0].encodings
     for name in TOTALS:
         assert np.allclose(forward.totals[name], backward.totals[name][::-1], rtol=1e-12)
     assert np.array_equal(forward.totals["picks"], backward.totals["picks"][::-1])

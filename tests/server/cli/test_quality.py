@@ -107,6 +107,8 @@ def test_mistakes_are_one_message_and_status_2(
         (["--device", "meta"], "'meta' is no device; write auto, cpu, cuda"),
         (["--dtype", "int4"], "'int4' is not one of 'auto', 'float32', 'bfloat16', 'float16'"),
         (["--context", "1000000"], "--context is 1000000, wanted at most the model's"),
+        (["--encodings", "int4,int5"], "--encodings: there is no 'int5', wanted some of fp8"),
+        (["--encodings", "int4"], "--encodings makes experts of the checkpoint, and"),
         ([], "holds only a part of its checkpoint's experts"),
     ],
 )

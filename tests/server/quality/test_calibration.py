@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,6 +176,38 @@ def test_an_interrupted_calibration_continues_and_ends_the_same(
     assert_same(calibrate(model, texts, options, folder), whole)
     assert len(calls) < 2 + 2 * 2, "what was done must not run again"
     assert not folder.exists()
+
+
+def test_encodings_are_measured_on_the_calibrated_text_and_an_interruption_repeats_none(
+    selective: Callable[..., SelectiveModel], texts: list[Domain], tmp_path: Path
+) -> None:
+    """Two stand-ins for models in encodings: the same model, and one whose experts are 0."""
+    model = selective()
+    options = CalibrationOptions(TextOptions(context=48, max_tokens=48), 0, False, ("int8", "int4"))
+    opened: list[str] = []
+
+    def encoded(name: str) -> AbstractContextManager[SelectiveModel]:
+        opened.append(name)
+        if name == "int4" and len(opened) == 2:
+            raise KeyboardInterrupt
+        other = selective()
+        if name == "int4":
+            for pool in other.cache.pools:
+                pool.params["down_proj"].zero_()
+        return nullcontext(other)
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, texts, options, tmp_path / "resume", encoded=encoded)
+    found = calibrate(model, texts, options, tmp_path / "resume", encoded=encoded)
+    assert opened == ["int8", "int4", "int4"]
+    assert [(one.domain, one.experts_dtype) for one in found.encodings] == [
+        (domain, name) for name in ("int8", "int4") for domain in ("stories", "trivia")
+    ]
+    (shard,) = {deep.bytes for deep in model.store.manifest.deep_experts}
+    assert {one.expert_bytes for one in found.encodings} == {shard}
+    assert {one.num_tokens for one in found.encodings} == {47}
+    assert [one.loss_change for one in found.encodings[:2]] == [0.0, 0.0]
+    assert all(one.loss_change > 0.5 for one in found.encodings[2:])
 
 
 def test_an_interrupted_calibration_of_texts_that_changed_since_begins_anew(
