@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -47,6 +48,13 @@ TokensOption = Annotated[
     int, typer.Option(metavar="N", min=1, help="Most tokens of a domain, rounded up to whole sequences.")
 ]
 
+EncodingsOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAMES",
+        help=f"Measure the experts in these too, so that `plan --budget` can choose: some of {', '.join(MADE)}.",
+    ),
+]
 PrefixOption = Annotated[
     str,
     typer.Option(
@@ -87,13 +95,7 @@ def calibrate(
     price_tokens: Annotated[
         int, typer.Option("--price", metavar="N", min=0, help="Tokens of a domain to measure masks on; 0: none.")
     ] = 16384,
-    encodings: Annotated[
-        str,
-        typer.Option(
-            metavar="NAMES",
-            help=f"Measure the experts in these too, so that `plan --budget` can choose: some of {', '.join(MADE)}.",
-        ),
-    ] = "",
+    encodings: EncodingsOption = "",
     weights: Annotated[bool, typer.Option(metavar="", help="Read all weights once, for the criterion aimer.")] = True,
     slots_memory: SlotsOption = None,
     device: DeviceOption = "auto",
@@ -124,14 +126,8 @@ def calibrate(
                 "name the checkpoint, or a store of all of it"
             )
         progress = stack.enter_context(progress_bar("calibrating")).show
-        statistics = run(
-            model,
-            domains,
-            options,
-            out.with_name(out.name + ".resume"),
-            progress,
-            lambda name: _opened(source, out, slots_memory, device, dtype, name),
-        )
+        encoded = partial(_opened, source, out, slots_memory, device, dtype)
+        statistics = run(model, domains, options, out.with_name(out.name + ".resume"), progress, encoded)
         write_statistics(out, statistics)
     counts = dict(zip(statistics.domains, (int(count) for count in statistics.num_tokens), strict=True))
     if as_json:
