@@ -177,7 +177,12 @@ def _of_the_engine(status: EngineStatus) -> Iterator[Metric]:
     yield _gauge("deepfew_engine_idle_seconds", "Since the engine last made progress.", status.seconds_since_progress)
     yield _gauge("deepfew_kv_used_tokens", "Tokens in the KV memory.", status.kv_tokens)
     yield _gauge("deepfew_kv_capacity_tokens", "Tokens that the KV memory can hold.", status.kv_capacity_tokens)
+    blocks = [(("used",), status.kv.num_used), (("cached",), status.kv.num_cached), (("free",), status.kv.num_free)]
+    text = "Blocks of KV memory: held by requests, kept for prompts to come, free."
+    yield labelled(GaugeMetricFamily, "deepfew_kv_blocks", text, ("state",), blocks)
+    yield _counter("deepfew_preemptions", "Times a request gave its KV memory to older ones.", totals.num_preemptions)
     yield _counter("deepfew_prompt_tokens", "Prompt tokens of the requests taken.", totals.prompt_tokens)
+    yield _counter("deepfew_cached_prompt_tokens", "Of them those found in KV memory.", totals.cached_tokens)
     yield _counter("deepfew_generated_tokens", "Tokens generated.", totals.generated_tokens)
     yield _counter("deepfew_engine_steps", "Steps of the engine.", totals.num_steps)
     yield _counter("deepfew_read_faults", "Steps that could not read an expert.", totals.num_read_faults)

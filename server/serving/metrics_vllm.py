@@ -37,7 +37,7 @@ class _View(Collector):
         status = model.engine.status()
         labels = {"model_name": model.name}
         names, values = list(labels), list(labels.values())
-        used = status.kv_tokens / status.kv_capacity_tokens if status.kv_capacity_tokens else 0.0
+        used = status.kv.num_used / status.kv.num_blocks if status.kv.num_blocks else 0.0
         for name, text, value in (
             ("vllm:num_requests_running", "Requests being computed.", status.num_running),
             ("vllm:num_requests_waiting", "Requests in the queue.", status.num_waiting),
@@ -46,6 +46,9 @@ class _View(Collector):
             yield labelled(GaugeMetricFamily, name, text, names, [(values, value)])
         for name, text, total in (
             ("vllm:prompt_tokens", "Prompt tokens computed.", status.totals.prompt_tokens),
+            ("vllm:prefix_cache_queries", "Prompt tokens looked for in KV memory.", status.totals.prompt_tokens),
+            ("vllm:prefix_cache_hits", "Prompt tokens found in KV memory.", status.totals.cached_tokens),
+            ("vllm:num_preemptions", "Times a request lost its KV memory.", status.totals.num_preemptions),
             ("vllm:generation_tokens", "Tokens generated.", status.totals.generated_tokens),
         ):
             yield labelled(CounterMetricFamily, name, text, names, [(values, total)])

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.api.http.fields import Strict
 from server.growth.status import Candidate, GrowthState, GrowthStatus
+from server.model.kv.blocks import BLOCK_TOKENS
+from server.model.kv.rows import KvUsage
 from server.serving.service import ExpertsSnapshot, Health
 
 MAX_CHANGE = 65536
@@ -80,6 +82,26 @@ class TiersResponse(BaseModel):
         )
 
 
+class KvMemory(BaseModel):
+    """KV memory in blocks of `block_tokens` tokens; requests hold `used_blocks`, `cached_blocks` wait for prompts to
+    come."""
+
+    block_tokens: int
+    num_blocks: int
+    used_blocks: int
+    cached_blocks: int
+
+    @classmethod
+    def of(cls, usage: KvUsage) -> KvMemory:
+        """The figures of now."""
+        return cls(
+            block_tokens=BLOCK_TOKENS,
+            num_blocks=usage.num_blocks,
+            used_blocks=usage.num_used,
+            cached_blocks=usage.num_cached,
+        )
+
+
 class InfoResponse(BaseModel):
     """The served model and its limits; names are TGI's if TGI has the field.
 
@@ -106,6 +128,7 @@ class InfoResponse(BaseModel):
     num_experts: int
     top_k: int
     tiers: TiersResponse
+    kv_memory: KvMemory
     max_input_tokens: int
     max_total_tokens: int
     max_best_of: int

@@ -57,9 +57,10 @@ class OutputTokens(BaseModel):
 
 
 class MessageUsage(BaseModel):
-    """Token counts."""
+    """Token counts. The prompt's are `input_tokens`, which were computed, and those that earlier requests had read."""
 
     input_tokens: int
+    cache_read_input_tokens: int
     output_tokens: int
     output_tokens_details: OutputTokens | None = None
 
@@ -181,7 +182,8 @@ def stop_of(ending: Ending) -> StopDelta:
 def usage_of(ending: Ending) -> MessageUsage:
     """The token counts of an answer."""
     return MessageUsage(
-        input_tokens=ending.event.num_prompt_tokens,
+        input_tokens=ending.event.num_prompt_tokens - ending.event.num_cached_tokens,
+        cache_read_input_tokens=ending.event.num_cached_tokens,
         output_tokens=ending.event.num_generated_tokens,
         output_tokens_details=OutputTokens(thinking_tokens=ending.num_thinking_tokens),
     )
@@ -220,7 +222,7 @@ class MessageWriter:
 
     Args:
         message_id: of the message; model: its name.
-        num_prompt_tokens: which the first event tells.
+        num_prompt_tokens: which the first event tells; the last one tells how many of them were computed.
         path: of the request, whose dialect an error has.
     """
 
@@ -239,7 +241,7 @@ class MessageWriter:
             content=[],
             stop_reason=None,
             stop_sequence=None,
-            usage=MessageUsage(input_tokens=self._num_prompt_tokens, output_tokens=0),
+            usage=MessageUsage(input_tokens=self._num_prompt_tokens, cache_read_input_tokens=0, output_tokens=0),
         )
         return named_event(MessageStart(type="message_start", message=message))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from server.api.openai.responses import (
     CompletionResponse,
     CompletionTokens,
     EndReason,
+    PromptTokens,
     Usage,
 )
 from server.engine.request import EngineError, FinishedEvent, GenerationRequest, TokenEvent, TokenLogprob
@@ -199,11 +200,14 @@ class Job:
         ending = {"deficit": deficit_details(end.deficit, self.model, self.requests[index])}
         return Piece(index, text, tokens, offset, self.num_logprobs, reason, ending)
 
-    def usage(self, num_new: int, readers: Sequence[AnswerReader]) -> Usage:
-        """Token counts of the request."""
+    def usage(self, ends: Mapping[int, FinishedEvent], readers: Sequence[AnswerReader]) -> Usage:
+        """Token counts of the request, from the ends of its choices."""
         num_prompt = self.num_prompt_tokens
-        num_new = 0 if self.hides_answer else num_new
-        details = {}
+        num_new = 0 if self.hides_answer else sum(end.num_generated_tokens for end in ends.values())
+        cached: dict[tuple[int, ...], int] = {}
+        for index, request in enumerate(self.requests):  # a prompt counts once: as its first choice found it
+            cached.setdefault(request.prompt_ids, ends[index].num_cached_tokens)
+        details: dict[str, Any] = {"prompt_tokens_details": PromptTokens(cached_tokens=sum(cached.values()))}
         if self.prompt is not None:
             thought = sum(reader.num_thinking_tokens for reader in readers)
             details["completion_tokens_details"] = CompletionTokens(reasoning_tokens=thought)
@@ -240,7 +244,7 @@ async def respond(request: Request, context: ApiContext, job: Job) -> Response:
         if job.echoes:
             piece = replace(piece, text=job.echoes[index] + piece.text, prefill=end.prefill or ())
         choices.append(shown.choice(piece))
-    usage = job.usage(sum(end.num_generated_tokens for _, end in finished), readers)
+    usage = job.usage({index: end for index, (_, end) in enumerate(finished)}, readers)
     return ModelResponse(shown.response(**head, choices=choices, usage=usage))
 
 
@@ -251,7 +255,7 @@ async def _stream(
     base = {**head, "usage": None} if job.include_usage else head
     offsets = [0] * len(job.requests)
     readers = job.readers()
-    num_new = 0
+    ends: dict[int, FinishedEvent] = {}
     for index, echo in enumerate(job.echoes):
         yield event(chunk(**base, choices=[shown.chunk_choice(replace(job.piece(index, "", [], None), text=echo))]))
     if shown.opening is not None:
@@ -264,7 +268,7 @@ async def _stream(
             tokens, end = split(batch)
             text = "".join(token.text for token in tokens)
             if end is not None:
-                num_new += end.num_generated_tokens
+                ends[index] = end
             parts = readers[index].read(tokens, end) if readers else []
             has_text = bool(parts if readers else text)
             if has_text or (tokens and job.num_logprobs is not None):
@@ -276,7 +280,7 @@ async def _stream(
                 piece = job.piece(index, "", [], end, offsets[index], num_calls)
                 yield event(chunk(**base, choices=[shown.chunk_choice(piece)]))
         if job.include_usage:
-            yield event(chunk(**{**base, "choices": [], "usage": job.usage(num_new, readers)}))
+            yield event(chunk(**{**base, "choices": [], "usage": job.usage(ends, readers)}))
         yield DONE
     except EngineError as error:
         yield event(error_body(error, path))

@@ -35,6 +35,12 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+class PromptTokens(BaseModel):
+    """Tokens of the prompts that earlier requests had read, so that they were not computed."""
+
+    cached_tokens: int
+
+
 class CompletionTokens(BaseModel):
     """Tokens of the answers that were thinking."""
 
@@ -47,6 +53,7 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokens
     completion_tokens_details: CompletionTokens | None = None
 
 

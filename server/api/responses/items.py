@@ -76,9 +76,9 @@ Kind = Literal["message", "reasoning", "function_call"]
 
 
 class CachedTokens(BaseModel):
-    """Tokens of the prompt that were not read anew: none, since no prompt is kept. Clients want the field."""
+    """Tokens of the prompt that earlier requests had read, so that they were not computed."""
 
-    cached_tokens: Literal[0]
+    cached_tokens: int
 
 
 class ReasoningTokens(BaseModel):
@@ -356,7 +356,7 @@ class ResponseWriter:
         is_cut = end.reason == "length"
         usage = ResponseUsage(
             input_tokens=end.num_prompt_tokens,
-            input_tokens_details=CachedTokens(cached_tokens=0),
+            input_tokens_details=CachedTokens(cached_tokens=end.num_cached_tokens),
             output_tokens=end.num_generated_tokens,
             output_tokens_details=ReasoningTokens(reasoning_tokens=ending.num_thinking_tokens),
             total_tokens=end.num_prompt_tokens + end.num_generated_tokens,

@@ -35,6 +35,7 @@ from server.engine.request import (
 from server.engine.text import Detokenizer, Vocabulary
 from server.growth.status import Candidate, GrowthBusyError, GrowthStatus, Reloaded, Shrunk
 from server.masks.masking import RequestMasks
+from server.model.kv.rows import KvUsage
 from server.serving.service import ExpertsSnapshot, LoadedModel, ShardInfo
 
 LAYERS, EXPERTS = 2, 4
@@ -81,6 +82,10 @@ class ScriptedVocabulary(Vocabulary):
     def bytes_of(self, token_id: int) -> bytes:
         piece = " " if token_id == 0 else self._pieces[token_id - 1]
         return b"<|end|>" if piece is None else piece.encode() if isinstance(piece, str) else piece
+
+
+NUM_CACHED = 2
+"""Tokens of each prompt that KV memory has."""
 
 
 @dataclass
@@ -161,7 +166,15 @@ class ScriptedEngine:
             seconds_since_progress=self.stalled_seconds,
             kv_tokens=3,
             kv_capacity_tokens=100,
-            totals=EngineTotals(num_requests=len(self.submitted), prompt_tokens=5, generated_tokens=7, num_steps=9),
+            kv=KvUsage(num_blocks=10, num_used=3, num_cached=2),
+            totals=EngineTotals(
+                num_requests=len(self.submitted),
+                prompt_tokens=5,
+                cached_tokens=2,
+                generated_tokens=7,
+                num_steps=9,
+                num_preemptions=1,
+            ),
         )
 
     def _run(self, request: GenerationRequest, on_event: OnEvent) -> None:
@@ -222,6 +235,7 @@ class ScriptedEngine:
                 timing=Timing(0.001, 0.002, seconds, 0.003),
                 deficit=Deficit(0.125, (0.0, 0.25), 12, 3, (0, 3)),
                 stop_text=detokenizer.stop_string,
+                num_cached_tokens=NUM_CACHED,
             )
         )
 

@@ -13,7 +13,7 @@ import pytest
 from server.api.anthropic.responses import SIGNATURE
 from server.api.http.errors import AnthropicErrorResponse
 from tests.server.api.running import Running, running, wait_until
-from tests.server.api.scripted import ScriptedEngine
+from tests.server.api.scripted import NUM_CACHED, ScriptedEngine
 from tests.server.api.test_tools import CALLS, THINKS, pieces, serving
 
 CHAT: list[Any] = [{"role": "user", "content": "Weather in Paris?"}]
@@ -54,7 +54,8 @@ def test_message() -> None:
         assert (answer.role, answer.stop_reason, answer.stop_sequence) == ("assistant", "stop_sequence", " light")
         assert answer.model == "scripted"
         assert prompt_of(server) == "<system>Be short.\n<user>Weather in Paris?\n<assistant>"
-        assert (answer.usage.input_tokens, answer.usage.output_tokens) == (len(prompt_of(server)), 6)
+        assert (answer.usage.input_tokens, answer.usage.output_tokens) == (len(prompt_of(server)) - NUM_CACHED, 6)
+        assert answer.usage.cache_read_input_tokens == NUM_CACHED
         sampling = server.engine.submitted[-1].sampling
         assert (sampling.is_greedy, sampling.max_new_tokens) == (True, 50)
         assert answer.model_extra is not None
@@ -130,6 +131,7 @@ def test_the_clients_own_accumulation_of_a_stream_is_the_whole_answer() -> None:
         assert (whole.stop_reason, final.stop_reason) == ("tool_use", "tool_use")
         assert final.usage.output_tokens == whole.usage.output_tokens > 0
         assert final.usage.input_tokens == whole.usage.input_tokens > 0
+        assert final.usage.cache_read_input_tokens == NUM_CACHED
 
 
 def test_thinking_is_told_taken_back_and_counted() -> None:
@@ -199,7 +201,7 @@ def test_tokens_are_counted_without_an_answer() -> None:
         told = client.messages.count_tokens(model="x", messages=CHAT, tools=TOOLS, system="Be short.")
         assert server.engine.submitted == []
         answer = client.messages.create(**ASKED, tools=TOOLS, system="Be short.")
-        assert told.input_tokens == answer.usage.input_tokens
+        assert told.input_tokens == answer.usage.input_tokens + NUM_CACHED
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from server.api.http.errors import OpenAIErrorResponse
 from server.api.openai.responses import ChatResponse, CompletionResponse
 from tests.server.api.running import Running, events_of, running, wait_until
-from tests.server.api.scripted import ScriptedEngine
+from tests.server.api.scripted import NUM_CACHED, ScriptedEngine
 
 CHAT: list[Any] = [{"role": "user", "content": "Where?"}]
 TEXT = " Paris, the city of light."
@@ -48,6 +48,8 @@ def test_completion(client: openai.OpenAI, server: Running) -> None:
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (24, 3, 27)
+    assert answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cached_tokens == NUM_CACHED
     assert server.engine.submitted[-1].sampling.is_greedy
     CompletionResponse.model_validate(answer.model_dump(), strict=True)
 

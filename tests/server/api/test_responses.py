@@ -13,7 +13,7 @@ from server.api.http.errors import OpenAIErrorResponse
 from server.api.responses.items import ResponseObject, ResponseWriter
 from server.engine.request import EngineError
 from tests.server.api.running import Running, running
-from tests.server.api.scripted import ScriptedEngine
+from tests.server.api.scripted import NUM_CACHED, ScriptedEngine
 from tests.server.api.test_tools import CALLS, THINKS, serving
 
 TOOLS: list[Any] = [
@@ -48,6 +48,7 @@ def test_response() -> None:
         assert prompt_of(server) == "<system>Be short.\n<user>Weather?\n<assistant>"
         usage: Any = answer.usage
         assert (usage.input_tokens, usage.output_tokens, usage.total_tokens) == (len(prompt_of(server)), 3, 47)
+        assert usage.input_tokens_details.cached_tokens == NUM_CACHED
         sampling = server.engine.submitted[-1].sampling
         assert (sampling.is_greedy, sampling.max_new_tokens) == (True, 50)
         ResponseObject.model_validate(answer.model_dump(exclude_unset=True))

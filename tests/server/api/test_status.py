@@ -111,6 +111,7 @@ def test_info_and_experts_have_their_documented_shape() -> None:
         InfoResponse.model_validate(info, strict=True)
         assert (info["model_id"], info["max_total_tokens"]) == ("scripted", 200)
         assert (info["expert_encodings"], info["expert_bits"], info["trunk_bits"]) == (encodings, 4.375, 16)
+        assert info["kv_memory"] == {"block_tokens": 32, "num_blocks": 10, "used_blocks": 3, "cached_blocks": 2}
         experts = client.get("/experts").json()
     ExpertsResponse.model_validate(experts, strict=True)
     for name in ("available", "resident", "uses", "demand", "served_mass", "demand_mass"):

@@ -51,7 +51,7 @@ def test_names_are_ours_with_base_units_and_without_created_series(families: Fam
 
 def test_labels_are_bounded(families: Families) -> None:
     allowed = {"le", "layer", "outcome", "status", "version", "model", "family", "dtype", "device", "kind"}
-    allowed |= {"mask", "profile"}
+    allowed |= {"mask", "profile", "state"}
     num_samples = 0
     for family in families.values():
         for sample in family.samples:
@@ -73,6 +73,8 @@ def test_requests_and_tokens_are_counted(families: Families) -> None:
     assert value(families, "deepfew_inter_token_seconds_count") == 7 + 1
     assert value(families, "deepfew_request_deficit_ratio_sum") == 0.25
     assert value(families, "deepfew_generated_tokens_total") == 7
+    assert value(families, "deepfew_cached_prompt_tokens_total") == 2
+    assert [value(families, "deepfew_kv_blocks", state=state) for state in ("used", "cached", "free")] == [3, 2, 5]
 
 
 def test_experts_are_read_from_the_snapshot(families: Families) -> None:
@@ -102,6 +104,9 @@ def test_vllm_names_show_the_same_counts(pages: tuple[str, str]) -> None:
         "vllm:num_requests_running",
         "vllm:num_requests_waiting",
         "vllm:kv_cache_usage_perc",
+        "vllm:prefix_cache_queries",
+        "vllm:prefix_cache_hits",
+        "vllm:num_preemptions",
         "vllm:prompt_tokens",
         "vllm:generation_tokens",
         "vllm:request_success",
@@ -115,4 +120,6 @@ def test_vllm_names_show_the_same_counts(pages: tuple[str, str]) -> None:
     assert value(families, "vllm:request_success_total", finished_reason="stop") == 1
     assert value(families, "vllm:request_success_total", finished_reason="length") == 1
     assert value(families, "vllm:time_to_first_token_seconds_count") == 2
-    assert value(families, "vllm:kv_cache_usage_perc") == 0.03
+    assert value(families, "vllm:kv_cache_usage_perc") == 0.3
+    assert value(families, "vllm:prefix_cache_hits_total") == 2
+    assert value(families, "vllm:num_preemptions_total") == 1
