@@ -39,6 +39,7 @@ class Shape:
     num_kv_heads: int = 2
     head_dim: int = 64
     vocab_size: int = 8192
+    context_tokens: int = 4096
 
     @property
     def expert_bytes(self) -> int:
@@ -98,7 +99,7 @@ def _config(shape: Shape) -> dict[str, object]:
         "moe_intermediate_size": shape.intermediate,
         "num_experts": shape.num_experts,
         "num_experts_per_tok": shape.top_k,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": shape.context_tokens,
         "tie_word_embeddings": False,
     }
 

@@ -17,7 +17,9 @@ from expert_store.pinned import NotPinnableError
 from expert_store.store import Store
 from server.errors import ServerError
 from server.model.host.assembly import load_model
+from server.model.host.kv_budget import kv_rows
 from server.model.host.sequence_runner import make_runner
+from server.model.kv.blocks import BLOCK_TOKENS
 from server.model.load_progress import Progress
 from server.model.runner import DecodePath, Runner, RunnerOptions
 
@@ -86,7 +88,14 @@ def _host_runner(
     )
     expected = options.path == "host" or options.device.type == "cpu"
     log.log(logging.INFO if expected else logging.WARNING, "decoding on the host-driven path: %s%s", reason, held)
-    return make_runner(model, max_rows=options.max_rows, max_tokens=options.max_tokens)
+    try:
+        kv = kv_rows(model, options)
+    except BaseException:
+        model.close()
+        raise
+    max_tokens = min(options.max_tokens, kv.pool.num_blocks * BLOCK_TOKENS)
+    log.info("KV memory of %d tokens, at most %d a request", kv.pool.num_blocks * BLOCK_TOKENS, max_tokens)
+    return make_runner(model, max_rows=options.max_rows, max_tokens=max_tokens, kv=kv)
 
 
 def _why_not(device: torch.device, path: DecodePath) -> str | None:

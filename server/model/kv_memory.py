@@ -34,6 +34,19 @@ def kv_token_bytes(config: Any, itemsize: int) -> int:
     return 2 * num_layers * kv_heads * head_dim * itemsize
 
 
+LEAST_CONTEXT_TOKENS = 2048
+"""A server whose memory holds fewer, of a model that takes more, is not started without a wish for so few."""
+
+
+def context_bounds(wanted: int | None, most: int) -> tuple[int, int]:
+    """Tokens that a row has at most, and at least if memory holds no more: those `wanted`, or without a wish what the
+    model was made for, `most`, but no less than `LEAST_CONTEXT_TOKENS`. Raises SettingsError as `context_limit`."""
+    if wanted is not None:
+        limit = context_limit(wanted, most)
+        return limit, limit
+    return most, min(most, LEAST_CONTEXT_TOKENS)
+
+
 def context_limit(wanted: int | None, most: int) -> int:
     """Tokens of a row: `wanted`, or without a wish `DEFAULT_CONTEXT_TOKENS`, at most the `most` that a model takes.
 

@@ -52,6 +52,7 @@ class RunnerOptions:
         cache_policy: of eviction.
         kept_experts: most used experts a layer that keep their slots.
         batch_invariant: a row's bits do not depend on the other rows of the batch; this costs some speed.
+        prefix_cache: keep the blocks of prompts that were read, for prompts that begin alike.
         resident_bias: lambda of cache-aware routing, of the device-driven path alone; 0: off.
     """
 
@@ -69,6 +70,7 @@ class RunnerOptions:
     cache_policy: CachePolicy = "lru"
     kept_experts: int = 0
     batch_invariant: bool = True
+    prefix_cache: bool = True
     resident_bias: float = 0.0
 
 

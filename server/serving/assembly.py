@@ -31,7 +31,7 @@ from server.errors import SettingsError
 from server.masks.pricing import KnownPrice, known_price, load_statistics, price_warnings
 from server.model.decode_path import DecodePathError, load_runner
 from server.model.host.assembly import resolve_device, resolve_dtype
-from server.model.kv_memory import context_limit
+from server.model.kv_memory import context_bounds
 from server.model.load_progress import DEVICE_PHASES, LoadProgress, Phase, Progress
 from server.model.runner import Runner, RunnerOptions
 from server.model.seam.trunk import context_tokens
@@ -130,12 +130,16 @@ def _options(
 ) -> RunnerOptions:
 
     model, of_bytes = settings.model, experts_bytes(store)
+    max_tokens, least_tokens = context_bounds(settings.engine.max_context_tokens, context_tokens(store.trunk_path))
     return RunnerOptions(
         device=device,
         dtype=dtype,
         path=model.decode_path,
         max_rows=settings.engine.max_batch_size,
-        max_tokens=context_limit(settings.engine.max_context_tokens, context_tokens(store.trunk_path)),
+        max_tokens=max_tokens,
+        least_tokens=least_tokens,
+        kv_memory_bytes=None if model.kv_memory is None else model.kv_memory.resolve(of_bytes),
+        prefix_cache=model.prefix_cache,
         num_slots=model.slots,
         slots_memory_bytes=None if model.slots_memory is None else model.slots_memory.resolve(of_bytes),
         host_memory_bytes=None if model.host_memory is None else model.host_memory.resolve(of_bytes),

@@ -39,6 +39,14 @@ class ModelSettings(Section):
         None,
         description="memory for experts on the host behind the slots, such as 32GiB or 25%; the rest is read from disk",
     )
+    kv_memory: MemoryAmount | None = Field(
+        None,
+        description="memory for keys and values of all requests, such as 4GiB; default a share of what is free, for at "
+        "most max_batch_size requests of max_context_tokens",
+    )
+    prefix_cache: bool = Field(
+        True, description="keep keys and values of prompts, so that a prompt that begins alike is not read again"
+    )
     decode_path: Literal["auto", "device", "host"] = Field(
         "auto", description="who fetches experts while decoding: device (captured graphs, GPU only), host, or auto"
     )
@@ -88,7 +96,9 @@ class EngineSettings(Section):
 
     max_batch_size: Annotated[int, Field(ge=1, le=1024)] = Field(8, description="requests decoded together")
     max_context_tokens: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="prompt and new tokens of one request together; default: the model's own limit, at most 8192"
+        None,
+        description="prompt and new tokens of one request together; default what the model was made for and memory "
+        "holds",
     )
     max_queue_requests: Annotated[int, Field(ge=0)] = Field(128, description="waiting requests before 429")
     max_queue_tokens: Annotated[int, Field(ge=1)] = Field(
