@@ -144,7 +144,8 @@ def load_device_runner(
     log.info("%d slots a layer; KV memory of %d tokens; %s", slots, num_blocks * BLOCK_TOKENS, tier.summary())
     tier.fill(one for one in in_turn(order) if one not in unread)
     step_options = StepOptions(resident_bias=options.resident_bias, batch_invariant=options.batch_invariant)
-    runner = _runner(store, model, shape, weights, pages, mask, tier, step_options, num_blocks)
+    kv = KvRows(max_rows=shape.max_rows, num_blocks=num_blocks, shares=options.prefix_cache)
+    runner = _runner(store, model, shape, weights, pages, mask, tier, step_options, kv)
     _capture(runner, progress)
     if device.type == "cuda":
         warm_up(runner, progress)
@@ -197,7 +198,7 @@ def _runner(
     mask: ExpertMask,
     tier: SpanTier,
     options: StepOptions,
-    num_blocks: int,
+    kv: KvRows,
 ) -> DeviceRunner:
     """Bind the model's experts and routers to the pages, and make the runner over them."""
     stream = ExpertStream(pages, shape)
@@ -218,7 +219,6 @@ def _runner(
         eos_token_ids=eos_token_ids_of(model, tokenizer),
         context_tokens=context_tokens(store.trunk_path),
     )
-    kv = KvRows(max_rows=shape.max_rows, num_blocks=num_blocks)
     return DeviceRunner(selective, shape, weights, pages, stream, kv=kv, tier=tier, options=options)
 
 
