@@ -143,9 +143,7 @@ def load_device_runner(
     log_failures(unread)
     log.info("%d slots a layer; KV memory of %d tokens; %s", slots, num_blocks * BLOCK_TOKENS, tier.summary())
     tier.fill(one for one in in_turn(order) if one not in unread)
-    step_options = StepOptions(resident_bias=options.resident_bias, batch_invariant=options.batch_invariant)
-    kv = KvRows(max_rows=shape.max_rows, num_blocks=num_blocks, shares=options.prefix_cache)
-    runner = _runner(store, model, shape, weights, pages, mask, tier, step_options, kv)
+    runner = _runner(store, model, shape, weights, pages, mask, tier, options, num_blocks)
     _capture(runner, progress)
     if device.type == "cuda":
         warm_up(runner, progress)
@@ -197,8 +195,8 @@ def _runner(
     pages: DevicePages,
     mask: ExpertMask,
     tier: SpanTier,
-    options: StepOptions,
-    kv: KvRows,
+    options: RunnerOptions,
+    num_blocks: int,
 ) -> DeviceRunner:
     """Bind the model's experts and routers to the pages, and make the runner over them."""
     stream = ExpertStream(pages, shape)
@@ -219,7 +217,9 @@ def _runner(
         eos_token_ids=eos_token_ids_of(model, tokenizer),
         context_tokens=context_tokens(store.trunk_path),
     )
-    return DeviceRunner(selective, shape, weights, pages, stream, kv=kv, tier=tier, options=options)
+    kv = KvRows(max_rows=shape.max_rows, num_blocks=num_blocks, shares=options.prefix_cache)
+    step_options = StepOptions(resident_bias=options.resident_bias, batch_invariant=options.batch_invariant)
+    return DeviceRunner(selective, shape, weights, pages, stream, kv=kv, tier=tier, options=step_options)
 
 
 def captured_shape(
