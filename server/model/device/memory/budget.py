@@ -19,7 +19,7 @@ from server.model.device.step.weights import DecodeShape
 from server.model.kv.blocks import BLOCK_TOKENS, num_blocks_of
 
 RESERVE_BYTES = 1 << 30
-"""Bytes left free on a GPU for activations, logits and the allocator's rounding."""
+"""Bytes left free on a GPU for activations, logits and the allocator's rounding, beside a long row's attention."""
 KV_SHARE = 1 / 8
 """Share of the free memory that KV memory takes from slots."""
 
@@ -60,6 +60,20 @@ class DeviceMemory:
         self.row_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
         """KV memory of one token of one row."""
         self.block_bytes = self.row_bytes * BLOCK_TOKENS
+        self._attended_bytes = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim * shape.dtype.itemsize
+        """Keys and values of one token of one layer as a prompt's attention reads them: together, and for each head."""
+
+    def kv_bytes(self, num_blocks: int) -> int:
+        """Bytes of so many blocks, and of one layer's attention over the longest row that they hold."""
+        longest = min(num_blocks * BLOCK_TOKENS, self._shape.max_tokens)
+        return num_blocks * self.block_bytes + longest * self._attended_bytes
+
+    def _blocks_within(self, limit: int) -> int:
+        """The most blocks whose `kv_bytes` are within `limit`, at most what all rows need."""
+        blocks = (limit - self._shape.max_tokens * self._attended_bytes) // self.block_bytes
+        if blocks * BLOCK_TOKENS < self._shape.max_tokens:
+            blocks = limit // (self.block_bytes + BLOCK_TOKENS * self._attended_bytes)
+        return max(0, min(self._most_blocks, blocks))
 
     def pages_shape(self, num_slots: int) -> PagesShape:
         """The shape of pages with this many slots in each layer."""
@@ -105,12 +119,11 @@ class DeviceMemory:
             blocks = min(kv_bytes // self.block_bytes, self._most_blocks)
             self._check_blocks(kv_bytes, blocks)
         elif free is not None and is_open:
-            blocks = max(blocks, min(self._most_blocks, int(KV_SHARE * free) // self.block_bytes))
-        taken = blocks * self.block_bytes
+            blocks = max(blocks, self._blocks_within(int(KV_SHARE * free)))
+        taken = self.kv_bytes(blocks)
         slots = self._num_slots(most, num_slots, slots_bytes, None if free is None else free - taken, taken)
         if kv_bytes is None and free is not None:
-            room = (free - self.slots_bytes(slots)) // self.block_bytes
-            blocks = max(blocks, min(self._most_blocks, room))
+            blocks = max(blocks, self._blocks_within(free - self.slots_bytes(slots)))
         return Division(slots, blocks)
 
     def _check_blocks(self, kv_bytes: int, blocks: int) -> None:
@@ -149,7 +162,7 @@ class DeviceMemory:
         if free is not None and self.slots_bytes(chosen) > free:
             raise SlotsError(
                 f"{chosen} slots a layer take {self.slots_bytes(chosen)} bytes, and {max(free, 0)} are free beside the "
-                f"trunk, {kv_bytes} bytes of KV memory and {RESERVE_BYTES} to compute in"
+                f"trunk, {kv_bytes} bytes of KV memory with its attention, and {RESERVE_BYTES} to compute in"
                 + self._advice(least, free, kv_bytes, chosen)
             )
         return chosen
@@ -173,9 +186,9 @@ class DeviceMemory:
         if num_slots >= least:
             fits.append(f"slots of at most {num_slots}")
         room = (free or 0) + kv_bytes - self.slots_bytes(chosen or least)
-        tokens = room // self.block_bytes * BLOCK_TOKENS
-        if BLOCK_TOKENS <= tokens < self._shape.max_tokens:
-            fits.append(f"max_context_tokens of at most {tokens}, with kv_memory of at most {room} or none")
-        elif tokens >= self._shape.max_tokens:
-            fits.append(f"kv_memory of at most {room}")
+        blocks = self._blocks_within(room)
+        if 0 < blocks * BLOCK_TOKENS < self._shape.max_tokens:
+            fits.append(f"max_context_tokens of at most {blocks * BLOCK_TOKENS}")
+        elif blocks:
+            fits.append(f"kv_memory of at most {blocks * self.block_bytes}")
         return "; what fits: " + ", or ".join(fits) if fits else ": the model is too large for this device"

@@ -39,9 +39,9 @@ def slots_beside_kv(
     budget: int | None = None,
 ) -> int:
     """Where so many bytes are free beside the KV memory of all rows."""
-    kv_bytes = MOST_BLOCKS * memory(monkeypatch, None).block_bytes
-    sizes = memory(monkeypatch, None if free is None else free + kv_bytes)
-    slots, blocks = sizes.divide(most, wanted, budget, kv_bytes)
+    sizes = memory(monkeypatch, None)
+    sizes = memory(monkeypatch, None if free is None else free + sizes.kv_bytes(MOST_BLOCKS))
+    slots, blocks = sizes.divide(most, wanted, budget, MOST_BLOCKS * sizes.block_bytes)
     assert blocks == MOST_BLOCKS
     return slots
 
@@ -75,9 +75,9 @@ def test_what_is_advised_where_memory_does_not_suffice_fits(monkeypatch):
     free = sizes.slots_bytes(20)
     with pytest.raises(SlotsError, match="slots of at most 20"):
         slots_beside_kv(monkeypatch, free, 64, 30)
-    assert memory(monkeypatch, free + MOST_BLOCKS * sizes.block_bytes).divide(64, 20).num_slots == 20
+    assert memory(monkeypatch, free + sizes.kv_bytes(MOST_BLOCKS)).divide(64, 20).num_slots == 20
     with pytest.raises(SlotsError, match="max_context_tokens of at most") as refused:
-        memory(monkeypatch, sizes.slots_bytes(30) + 3 * sizes.block_bytes).divide(64, 30)
+        memory(monkeypatch, sizes.slots_bytes(30) + sizes.kv_bytes(3)).divide(64, 30)
     tokens = int(re.search(r"max_context_tokens of at most (\d+)", str(refused.value))[1])
     assert tokens == 3 * BLOCK_TOKENS
 
@@ -101,25 +101,27 @@ def test_kv_memory_gets_its_share_and_what_slots_leave_up_to_that_of_all_rows(mo
     sizes = memory(monkeypatch, None)
     free = sizes.slots_bytes(20)
     slots, blocks = memory(monkeypatch, free).divide(64)
-    assert blocks * sizes.block_bytes + sizes.slots_bytes(slots) <= free
-    assert blocks >= min(MOST_BLOCKS, int(KV_SHARE * free) // sizes.block_bytes)
-    assert sizes.slots_bytes(slots + 1) + blocks * sizes.block_bytes > free
-    assert memory(monkeypatch, sizes.slots_bytes(64) + 7 * sizes.block_bytes).divide(64, 64) == (64, 7)
+    assert sizes.kv_bytes(blocks) + sizes.slots_bytes(slots) <= free
+    assert blocks == MOST_BLOCKS or sizes.kv_bytes(blocks + 1) > KV_SHARE * free
+    assert sizes.slots_bytes(slots + 1) + sizes.kv_bytes(blocks) > free
+    for left in (ROW_BLOCKS, ROW_BLOCKS + 3, MOST_BLOCKS):
+        assert memory(monkeypatch, sizes.slots_bytes(64) + sizes.kv_bytes(left)).divide(64, 64) == (64, left)
     assert memory(monkeypatch, 1 << 40).divide(64) == (64, MOST_BLOCKS)
 
 
 def test_slots_that_are_asked_for_leave_kv_memory_one_row(monkeypatch):
     sizes = memory(monkeypatch, None)
-    free = sizes.slots_bytes(30) + ROW_BLOCKS * sizes.block_bytes
+    free = sizes.slots_bytes(30) + sizes.kv_bytes(ROW_BLOCKS)
     assert memory(monkeypatch, free).divide(64, 30) == (30, ROW_BLOCKS)
-    with pytest.raises(SlotsError, match=f"{ROW_BLOCKS * sizes.block_bytes} bytes of KV memory"):
+    with pytest.raises(SlotsError, match=f"{sizes.kv_bytes(ROW_BLOCKS)} bytes of KV memory"):
         memory(monkeypatch, free - 1).divide(64, 30)
 
 
 def test_rows_may_be_shorter_than_asked_where_nobody_set_their_length(monkeypatch):
     sizes = memory(monkeypatch, None)
-    free = sizes.slots_bytes(30) + sizes.block_bytes
-    assert memory(monkeypatch, free, least_tokens=BLOCK_TOKENS).divide(64, 30) == (30, 1)
+    for left in (1, 2):
+        free = sizes.slots_bytes(30) + sizes.kv_bytes(left)
+        assert memory(monkeypatch, free, least_tokens=BLOCK_TOKENS).divide(64, 30) == (30, left)
 
 
 def test_kv_memory_that_holds_no_row_is_refused_with_what_would_do(monkeypatch):
