@@ -104,11 +104,13 @@ def _join(
 
 @triton.jit
 def _blocks(row_table, start, end, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """The row's block at `start`, or those of each token of the tile there, [TILE], if blocks are smaller."""
-    if BLOCK >= TILE:
-        return tl.load(row_table + start // BLOCK, mask=start < end, other=0)
-    at = start + tl.arange(0, TILE)
-    return tl.load(row_table + at // BLOCK, mask=at < end, other=0)
+    """The row's block at `start`, or that of each token of the tile there, [TILE], if blocks are smaller."""
+    block = tl.load(row_table + start // BLOCK, mask=start < end, other=0)
+    for part in tl.static_range(1, TILE // BLOCK):
+        at = start + part * BLOCK
+        following = tl.load(row_table + at // BLOCK, mask=at < end, other=0)
+        block = tl.where(tl.arange(0, TILE) < part * BLOCK, block, following)
+    return block
 
 
 @triton.jit

@@ -102,7 +102,7 @@ CASES = {
     "tiny, few slots": Case(TINY, 3, (_ALL, (5, True, 0.0, "lru"))),
     "tiny, every kind": Case(EVERY_KIND, 6, (_PLAIN, (2, True, 0.1, "lfu"))),
     "bundled": Case(BUNDLED, 16, ((1, True, 0.0, "lru"), (32, False, 0.0, "lru"))),
-    "half": Case(replace(BUNDLED, dtype=torch.float16), 8, ((4, True, 0.1, "lfu"),)),
+    "half": Case(replace(BUNDLED, dtype=torch.float16, block_tokens=128), 8, ((4, True, 0.1, "lfu"),)),
     "qwen3": Case(QWEN3, 32, (_PLAIN, (8, True, 0.1, "lfu"))),
     "traced": Case(TRACED, 16, (_PLAIN,)),
     "mixtral": Case(MIXTRAL, 4, (_PLAIN, (8, True, 0.0, "lru"))),
