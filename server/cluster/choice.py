@@ -1,0 +1,200 @@
+"""The choice of a replica for a request: who holds its beginning and its experts, and is not busier than the others.
+
+Invariant: a choice depends on its arguments alone, and all knowledge comes from the replicas' statistics, so a router
+can be replaced at any time. A replica over the bound of load is chosen only where all are. Sources: power of two
+choices (Mitzenmacher 2001), consistent hashing with bounded loads (Mirrokni and others 2018).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from server.cluster.likeness import WORD_BUCKETS, Likeness
+from server.cluster.statistics import ReplicaStatistics, Topic, Weights
+
+
+@dataclass(frozen=True)
+class ChoiceOptions:
+    """Weights of a choice; `benchmarks/affinity.py` measures what they do.
+
+    Attributes:
+        block: worth of each block of the beginning that a replica holds.
+        held: worth of holding all experts that the request is likely to want.
+        wanted: worth of having been wanted for the same experts before, which lasts longer than what is held.
+        load: cost of a load that is over the least one by the mean load and one request.
+        imbalance: a replica over `imbalance` times the mean load and one request is not chosen.
+        max_age_seconds: statistics older than this say nothing about experts and beginnings.
+    """
+
+    block: float = 0.25
+    held: float = 2.0
+    wanted: float = 2.0
+    load: float = 0.5
+    imbalance: float = 1.25
+    max_age_seconds: float = 15.0
+
+
+DEFAULT_OPTIONS = ChoiceOptions()
+MIN_TOPIC_TOKENS = 16.0
+"""A topic with fewer tokens says nothing about its requests."""
+MIN_WORD_LIKENESS = 0.25
+NUM_LIKEST = 8
+INDEX_SECONDS = 1.0
+"""Statistics are indexed anew at most this often."""
+
+
+class Candidate(NamedTuple):
+    """A replica to try, and why.
+
+    Attributes:
+        blocks: of the request's beginning that it holds.
+        held: share of the likely experts' mass that is in its slots.
+        wanted: likeness of the likely demand to the demand of its requests, 0 to 1.
+    """
+
+    replica: str
+    load: float
+    blocks: int
+    held: float
+    wanted: float
+
+
+class Fleet:
+    """The last statistics of every replica. `update` and `keep` change it; not thread-safe."""
+
+    def __init__(self, options: ChoiceOptions = DEFAULT_OPTIONS) -> None:
+        self.options = options
+        self._known: dict[str, ReplicaStatistics] = {}
+        self._index = _Index({})
+        self._indexed_at = -math.inf
+        self._is_changed = False
+
+    def update(self, replica: str, statistics: ReplicaStatistics) -> None:
+        """Take the statistics of a replica if they are newer than the known ones."""
+        known = self._known.get(replica)
+        if known is None or known.taken_at < statistics.taken_at:
+            self._known[replica] = statistics
+            self._is_changed = True
+
+    def keep(self, replicas: Collection[str]) -> None:
+        """Forget all other replicas."""
+        for gone in self._known.keys() - set(replicas):
+            del self._known[gone]
+            self._is_changed = True
+
+    def likely_demand(self, likeness: Likeness, now: float) -> Weights | None:
+        """The share of router mass [N] that the request is likely to demand of each expert; None if nobody knows."""
+        return self._current(now).topics.likely(likeness)
+
+    def ranked(
+        self, likeness: Likeness, loads: Mapping[str, float], now: float, draw: random.Random
+    ) -> list[Candidate]:
+        """The replicas to try, best first, at most two.
+
+        Args:
+            loads: requests that each replica runs or has waiting; only these replicas are candidates.
+            now: seconds on the clock of `ReplicaStatistics.taken_at`.
+            draw: of the two replicas whose less busy one is taken where nothing else is known, and between equals.
+        """
+        names = list(loads)
+        index, options = self._current(now), self.options
+        load = np.array([loads[name] for name in names], dtype=np.float64)
+        is_fresh = [now - index.taken_at.get(name, -math.inf) <= options.max_age_seconds for name in names]
+        blocks = np.array([index.blocks_held(name, likeness) for name in names]) * is_fresh
+        held, wanted = (of_all * is_fresh for of_all in index.overlaps(names, index.topics.likely(likeness)))
+        worth = options.block * blocks + options.held * held + options.wanted * wanted
+        mean = float(load.mean()) if names else 0.0
+        may = load <= max(options.imbalance * mean + 1.0, float(load.min(initial=math.inf)))
+        if worth[may].any():
+            score = np.where(may, worth - options.load * (load - load.min()) / (mean + 1.0), -math.inf)
+            chosen = sorted(range(len(names)), key=lambda at: (-score[at], draw.random()))[:2]
+        else:
+            chosen = sorted(draw.sample(range(len(names)), min(2, len(names))), key=lambda at: load[at])
+        return [
+            Candidate(names[at], float(load[at]), int(blocks[at]), float(held[at]), float(wanted[at])) for at in chosen
+        ]
+
+    def _current(self, now: float) -> _Index:
+        if self._is_changed and not 0 <= now - self._indexed_at < INDEX_SECONDS:
+            self._index, self._indexed_at, self._is_changed = _Index(self._known), now, False
+        return self._index
+
+
+class _Index:
+    """The statistics of all replicas at one moment, arranged for a choice."""
+
+    def __init__(self, known: Mapping[str, ReplicaStatistics]) -> None:
+        self.taken_at = {name: statistics.taken_at for name, statistics in known.items()}
+        self._prefixes = {name: frozenset(statistics.prefixes) for name, statistics in known.items()}
+        newest = max(known.values(), key=lambda statistics: statistics.taken_at, default=None)
+        # A fleet serves one model; only while it is replaced by another do some statistics have another shape.
+        shape = () if newest is None else newest.held.shape
+        alike = {name: statistics for name, statistics in known.items() if statistics.held.shape == shape}
+        self._row = {name: at for at, name in enumerate(alike)}
+        self._held = np.array([statistics.held for statistics in alike.values()], dtype=np.float32)
+        self._wanted = unit(np.array([_all_demand(statistics) for statistics in alike.values()], dtype=np.float32))
+        self.topics = _Topics([topic for statistics in alike.values() for topic in statistics.topics])
+
+    def blocks_held(self, name: str, likeness: Likeness) -> int:
+        held, count = self._prefixes.get(name, ()), 0
+        while count < len(likeness.beginning) and likeness.beginning[count] in held:
+            count += 1
+        return count
+
+    def overlaps(self, names: Sequence[str], likely: Weights | None) -> tuple[Weights, Weights]:
+        """`Candidate.held` and `Candidate.wanted` of each name; 0 where nothing is known."""
+        held, wanted = np.zeros((2, len(names)), dtype=np.float32)
+        if likely is not None:
+            places = [at for at, name in enumerate(names) if name in self._row]
+            rows = [self._row[names[at]] for at in places]
+            held[places] = (self._held @ likely)[rows]
+            wanted[places] = (self._wanted @ unit(likely))[rows]
+        return held, wanted
+
+
+class _Topics:
+    """The topics of all replicas, by key and by words."""
+
+    def __init__(self, topics: Sequence[Topic]) -> None:
+        self._topics = [topic for topic in topics if topic.num_tokens >= MIN_TOPIC_TOKENS]
+        self._by_key: dict[int, list[Topic]] = defaultdict(list)
+        for topic in self._topics:
+            self._by_key[topic.key].append(topic)
+        words = np.array([topic.words for topic in self._topics], dtype=np.bool_).reshape(-1, WORD_BUCKETS)
+        # Words that most topics have tell little.
+        self._telling = np.log((1.0 + len(words)) / (1.0 + words.sum(axis=0)))
+        self._words = unit(words * self._telling)
+
+    def likely(self, likeness: Likeness) -> Weights | None:
+        for key in likeness.keys:
+            if key in self._by_key:
+                return _mean_demand(self._by_key[key], [topic.num_tokens for topic in self._by_key[key]])
+        likenesses = self._words @ unit(likeness.words * self._telling)
+        likest = [int(at) for at in np.argsort(-likenesses)[:NUM_LIKEST] if likenesses[at] >= MIN_WORD_LIKENESS]
+        # The power leaves little to topics that are only half as like as the likest.
+        return _mean_demand([self._topics[at] for at in likest], [likenesses[at] ** 4 for at in likest])
+
+
+def _mean_demand(topics: Sequence[Topic], weights: Sequence[float]) -> Weights | None:
+    if not topics:
+        return None
+    return np.average([topic.demand for topic in topics], axis=0, weights=weights).astype(np.float32)
+
+
+def _all_demand(statistics: ReplicaStatistics) -> Weights:
+    demand = [topic.num_tokens * topic.demand for topic in statistics.topics]
+    return np.asarray(sum(demand, np.zeros(len(statistics.held))), dtype=np.float32)
+
+
+def unit(rows: npt.NDArray[np.floating]) -> Weights:
+    """Rows [..., n] divided by their lengths; zeros stay zeros."""
+    length = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return np.divide(rows, length, out=np.zeros(rows.shape), where=length > 0).astype(np.float32)

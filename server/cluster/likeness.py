@@ -1,0 +1,91 @@
+"""The likeness of a request: few bytes that say how it begins, whose it is and what it is about, made without a model.
+
+It is made of the body that a client sent, whatever its dialect. Invariant: bodies whose conversations begin with the
+same bytes share the hashes of that beginning, and no text can be read back from a likeness.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+BLOCK_BYTES = 256
+"""Bytes of a beginning between two of its hashes."""
+MAX_BLOCKS = 256
+WORD_BUCKETS = 512
+MAX_WORDS = 400
+TEXT_FIELDS = ("system", "tools", "instructions", "messages", "input", "inputs", "prompt")
+"""Fields of all dialects that make the prompt, in the order in which it is made of them."""
+_WORD = re.compile(r"[^\W_]{2,}")
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """A request as a router sees it.
+
+    Attributes:
+        beginning: hashes of its first 1, 2, … blocks; each covers all before it.
+        num_blocks: blocks of the whole prompt, the last one not full, at least 1.
+        keys: hashes of what it belongs to, the most telling first: conversation, profile, beginning.
+        words: bool [WORD_BUCKETS], the buckets of its words.
+    """
+
+    beginning: tuple[int, ...]
+    num_blocks: int
+    keys: tuple[int, ...]
+    words: npt.NDArray[np.bool_]
+
+
+def likeness_of(body: Mapping[str, Any]) -> Likeness:
+    """The likeness of a request's parsed body; anything that is no request has an empty one."""
+    parts = [_bytes_of(value) for field in TEXT_FIELDS if (value := body.get(field)) is not None]
+    text = b"".join(parts)[: BLOCK_BYTES * MAX_BLOCKS]
+    beginning = _block_hashes(text)
+    named = [
+        ("conversation", body.get("prompt_cache_key") or body.get("user") or _user_of(body.get("metadata"))),
+        ("profile", body.get("profile")),
+        ("beginning", beginning[0] if beginning else None),
+    ]
+    keys = tuple(_hash(f"{kind}:{value}".encode()) for kind, value in named if value)
+    return Likeness(beginning, max(1, -(-len(text) // BLOCK_BYTES)), keys, words_of(text.decode(errors="ignore")))
+
+
+def words_of(text: str) -> npt.NDArray[np.bool_]:
+    """The buckets of a text's last words, bool [WORD_BUCKETS]; the last ones, since a conversation's topic moves on."""
+    words = np.zeros(WORD_BUCKETS, dtype=np.bool_)
+    for word in _WORD.findall(text.lower())[-MAX_WORDS:]:
+        words[_hash(word.encode()) % WORD_BUCKETS] = True
+    return words
+
+
+def _bytes_of(value: Any) -> bytes:
+    """A field of the prompt as bytes; a list is its items one after the other, so that a longer one continues it."""
+    if isinstance(value, str):
+        return value.encode(errors="surrogatepass")
+    items = value if isinstance(value, list) else [value]
+    return b"".join(
+        json.dumps(item, sort_keys=True, ensure_ascii=False).encode(errors="surrogatepass") for item in items
+    )
+
+
+def _block_hashes(text: bytes) -> tuple[int, ...]:
+    state, hashes = xxhash.xxh3_64(), []
+    for start in range(0, len(text) - BLOCK_BYTES + 1, BLOCK_BYTES):
+        state.update(text[start : start + BLOCK_BYTES])
+        hashes.append(state.intdigest())
+    return tuple(hashes)
+
+
+def _user_of(metadata: Any) -> Any:
+    return metadata.get("user_id") if isinstance(metadata, dict) else None
+
+
+def _hash(data: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(data)
