@@ -33,7 +33,7 @@ import numpy.typing as npt
 from benchmarks.harness.reporting import REPOSITORY, environment, finish, table
 from server.cluster.choice import ChoiceOptions, Fleet
 from server.cluster.likeness import WORD_BUCKETS, Likeness
-from server.cluster.statistics import ReplicaStatistics, TopicLedger, sketch_layers
+from server.cluster.statistics import TopicLedger, sketch_layers
 
 POLICIES = ("random", "round robin", "two choices", "prefix", "affinity")
 BLOCK_TOKENS = 64
@@ -292,9 +292,7 @@ class Simulation:
         held = self.resident[at, self.layers].ravel()
         wire = self.ledgers[at].statistics(now, int(self.load[at]), held).to_wire()
         self.counts.statistics_bytes = max(self.counts.statistics_bytes, wire_bytes(wire))
-        statistics = ReplicaStatistics.from_wire(wire)
-        assert statistics is not None
-        self.fleet.update(self.names[at], statistics)
+        self.fleet.update(self.names[at], wire)
 
     def _on_done(self, now: float, turn: Turn) -> None:
         self.load[turn.replica] -= 1

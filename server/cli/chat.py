@@ -31,11 +31,11 @@ from server.api.http.errors import validation_failed
 from server.api.openai.schemas import ChatRequest
 from server.cli.flags import with_settings
 from server.cli.generate import OnMissingOption, PoolOption, ProfileOption
-from server.cli.logging_setup import configure_logging
 from server.engine.request import Event, FailedEvent, FinishedEvent
 from server.errors import ServerError
 from server.model.load_progress import LoadProgress
 from server.serving.loading import check_store, load
+from server.serving.logging_setup import configure_logging
 from server.serving.service import LoadedModel
 from server.settings.load import Resolved
 

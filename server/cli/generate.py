@@ -14,7 +14,6 @@ from extractor.cli.options import JsonOption
 from extractor.cli.progress import progress_bar
 from extractor.planning.sizes import parse_share
 from server.cli.flags import with_settings
-from server.cli.logging_setup import configure_logging
 from server.engine.request import (
     Event,
     FailedEvent,
@@ -27,6 +26,7 @@ from server.errors import UsageError
 from server.model.load_progress import LoadProgress
 from server.serving.deficit import deficit_details
 from server.serving.loading import check_store, load
+from server.serving.logging_setup import configure_logging
 from server.serving.service import LoadedModel
 from server.settings.load import Resolved
 

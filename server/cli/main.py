@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from server.errors import message_of
 from server.settings.openmp import spin_briefly
+from server.settings.version import package_version
 
 
 class Command(NamedTuple):
@@ -41,6 +41,7 @@ COMMANDS = {
     "shrink": Command("server.cli.growth", CHOICE, "Remove the deep experts that were wanted least."),
     "export": Command("extractor.cli.export", CHOICE, "Write a pruned checkpoint from a store."),
     "serve": Command("server.cli.serve", TEXT, "Serve a store over HTTP."),
+    "cluster": Command("server.cli.cluster", TEXT, "Serve a store from several replicas, on Ray Serve."),
     "generate": Command("server.cli.generate", TEXT, "Continue a prompt without a server."),
     "chat": Command("server.cli.chat", TEXT, "Chat in the terminal, with a store or a running server."),
     "config": Command("server.cli.config", TEXT, "Show every setting, its value and where it came from."),
@@ -86,14 +87,6 @@ def run(application: typer.Typer, arguments: Sequence[str], name: str) -> int:
         if message is None:
             raise
         return _print_error(message)
-
-
-def package_version() -> str:
-    """Version of the installed package."""
-    try:
-        return version("deepfew")
-    except PackageNotFoundError:
-        return "0+unknown"
 
 
 def _application(chosen: str) -> typer.Typer:

@@ -13,15 +13,15 @@ from server.api.app import create_app
 from server.api.http.listener import Listener, PortTakenError, bind_socket
 from server.api.readiness import checked
 from server.cli.flags import SECTIONS, with_settings
-from server.cli.logging_setup import configure_logging
-from server.cli.main import package_version
 from server.cli.port import holder_of
 from server.errors import UsageError, message_of
 from server.serving.loading import check_store, load
+from server.serving.logging_setup import configure_logging
 from server.serving.metrics import Metrics
 from server.serving.service import Service
 from server.settings.load import Resolved
 from server.settings.schema import Settings
+from server.settings.version import package_version
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import random
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -77,12 +77,19 @@ class Fleet:
         self._indexed_at = -math.inf
         self._is_changed = False
 
-    def update(self, replica: str, statistics: ReplicaStatistics) -> None:
-        """Take the statistics of a replica if they are newer than the known ones."""
+    def update(self, replica: str, wire: Mapping[str, Any]) -> ReplicaStatistics | None:
+        """Take what a replica sent, if it is newer than what is known; returns its last statistics, if there are any.
+
+        Args:
+            wire: from `ReplicaStatistics.to_wire`, or empty.
+        """
         known = self._known.get(replica)
-        if known is None or known.taken_at < statistics.taken_at:
-            self._known[replica] = statistics
-            self._is_changed = True
+        if known is None or known.taken_at < wire.get("taken_at", -math.inf):
+            statistics = ReplicaStatistics.from_wire(wire)
+            if statistics is not None:
+                self._known[replica] = known = statistics
+                self._is_changed = True
+        return known
 
     def keep(self, replicas: Collection[str]) -> None:
         """Forget all other replicas."""
@@ -197,4 +204,5 @@ def _all_demand(statistics: ReplicaStatistics) -> Weights:
 def unit(rows: npt.NDArray[np.floating]) -> Weights:
     """Rows [..., n] divided by their lengths; zeros stay zeros."""
     length = np.linalg.norm(rows, axis=-1, keepdims=True)
-    return np.divide(rows, length, out=np.zeros(rows.shape), where=length > 0).astype(np.float32)
+    divided = np.divide(rows, length, out=np.zeros(rows.shape), where=length > 0)
+    return np.asarray(divided, dtype=np.float32)

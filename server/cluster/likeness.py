@@ -57,6 +57,15 @@ def likeness_of(body: Mapping[str, Any]) -> Likeness:
     return Likeness(beginning, max(1, -(-len(text) // BLOCK_BYTES)), keys, words_of(text.decode(errors="ignore")))
 
 
+def parsed_body(body: bytes) -> dict[str, Any] | None:
+    """The object of a JSON body; None for any other, which a replica refuses with the reason."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def words_of(text: str) -> npt.NDArray[np.bool_]:
     """The buckets of a text's last words, bool [WORD_BUCKETS]; the last ones, since a conversation's topic moves on."""
     words = np.zeros(WORD_BUCKETS, dtype=np.bool_)

@@ -7,7 +7,7 @@ sketch: those of a few layers, evenly spaced, since the layers of one text go to
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -91,7 +91,7 @@ class ReplicaStatistics:
         }
 
     @classmethod
-    def from_wire(cls, wire: dict[str, Any]) -> Self | None:
+    def from_wire(cls, wire: Mapping[str, Any]) -> Self | None:
         """The statistics; None if they are empty or of another version, as while newer replicas come in."""
         if wire.get("version") != VERSION:
             return None

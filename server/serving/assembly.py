@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -96,6 +97,7 @@ def assemble(settings: Settings, trunk_check: TrunkCheck, progress: LoadProgress
 
 
 def _engine(settings: Settings, store: Store, make_runner: Callable[[Progress], Runner]) -> Engine:
+    directory = usage_directory(settings, store)
     return Engine(
         make_runner,
         EngineLimits(
@@ -103,10 +105,26 @@ def _engine(settings: Settings, store: Store, make_runner: Callable[[Progress], 
             max_waiting_tokens=settings.engine.max_queue_tokens,
             prefill_chunk_tokens=settings.engine.prefill_chunk_tokens,
         ),
-        usage=lambda ledger: UsageFile(store.path / USAGE_FILE, ledger, settings.usage.usage_save_seconds),
+        usage=lambda ledger: UsageFile(directory / USAGE_FILE, ledger, settings.usage.usage_save_seconds),
         corrupt_experts=settings.engine.corrupt_experts,
         statistics=_statistics_file(settings, store) if settings.usage.collect_statistics else None,
     )
+
+
+def usage_directory(settings: Settings, store: Store) -> Path:
+    """The directory of the usage and the collected statistics; made if it is not there.
+
+    Raises:
+        SettingsError: it cannot be made.
+    """
+    directory = settings.usage.usage_directory
+    if directory is None:
+        return store.path
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"the usage directory {directory} cannot be made: {error.strerror}") from error
+    return directory
 
 
 def _load_runner(settings: Settings, store: Store, options: RunnerOptions, progress: Progress) -> Runner:
@@ -122,7 +140,8 @@ def _load_runner(settings: Settings, store: Store, options: RunnerOptions, progr
 
 def _statistics_file(settings: Settings, store: Store) -> Callable[[ExpertStatistics], StatisticsFile]:
 
-    return lambda empty: StatisticsFile(store.path / STATISTICS_FILE, empty, settings.usage.usage_save_seconds)
+    directory = usage_directory(settings, store)
+    return lambda empty: StatisticsFile(directory / STATISTICS_FILE, empty, settings.usage.usage_save_seconds)
 
 
 def _options(

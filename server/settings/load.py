@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ def load_settings(
     *,
     config: Path | None = None,
     environ: Mapping[str, str] | None = None,
+    other_tables: Collection[str] = (),
 ) -> Resolved:
     """Layer flags over environment over file over defaults.
 
@@ -86,6 +87,7 @@ def load_settings(
         flags: leaf name → value, as the command line gave them; None values are left out.
         config: settings file (TOML); without it the file that DEEPFEW_CONFIG names, if any.
         environ: the environment, `os.environ` by default.
+        other_tables: tables of the file that are not settings of a server.
 
     Raises:
         SettingsError: an unknown key, variable or flag; a value that does not parse; an unreadable file.
@@ -96,7 +98,7 @@ def load_settings(
     by_name = {leaf.name: leaf for leaf in leaves()}
     values: dict[str, tuple[Any, str]] = {}
     if config is not None:
-        values.update(_file_values(config))
+        values.update(_file_values(config, other_tables))
     for variable, text in environ.items():
         if not variable.startswith(ENV_PREFIX) or variable == CONFIG_VARIABLE:
             continue
@@ -110,11 +112,13 @@ def load_settings(
         values[by_name[name].path] = (text, f"variable {variable}")
     for name, value in (flags or {}).items():
         if value is not None:
+            if name not in by_name:
+                raise SettingsError(f"unknown key {name}" + _suggestion(name, by_name, str))
             values[by_name[name].path] = (value, f"flag {by_name[name].flag}")
     return _build(values)
 
 
-def _file_values(config: Path) -> dict[str, tuple[Any, str]]:
+def _file_values(config: Path, other_tables: Collection[str]) -> dict[str, tuple[Any, str]]:
     try:
         document = tomllib.loads(config.read_text(encoding="utf-8"))
     except OSError as error:
@@ -125,6 +129,8 @@ def _file_values(config: Path) -> dict[str, tuple[Any, str]]:
     sections = {path.partition(".")[0] for path in known if "." in path}
     values: dict[str, tuple[Any, str]] = {}
     for key, value in document.items():
+        if key in other_tables:
+            continue
         entries = {f"{key}.{inner}": item for inner, item in value.items()} if isinstance(value, dict) else {key: value}
         for path, item in entries.items():
             if path not in known:

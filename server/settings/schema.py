@@ -149,6 +149,9 @@ class UsageSettings(Section):
     """Settings of the ledger of served and demanded experts."""
 
     usage_save_seconds: Seconds = Field(60.0, description="interval between snapshots of usage.json in the store")
+    usage_directory: Path | None = Field(
+        None, description="directory of usage.json and the collected statistics, one for each server; default the store"
+    )
     collect_statistics: bool = Field(
         True, description="collect what calibrate does from a sample of steps, into statistics.safetensors in the store"
     )

@@ -58,6 +58,11 @@ async def read_body(request: Request, *, max_bytes: int, receive_seconds: float)
         raise MediaTypeError("the body must be JSON: send the header Content-Type: application/json")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise MediaTypeError("compressed bodies are not taken; send the body without Content-Encoding")
+    return await receive_body(request, max_bytes=max_bytes, receive_seconds=receive_seconds)
+
+
+async def receive_body(request: Request, *, max_bytes: int, receive_seconds: float) -> bytes:
+    """As `read_body`, of any type."""
     too_large = BodyTooLargeError(f"the body is longer than {max_bytes} bytes", headers={"Connection": "close"})
     length = request.headers.get("content-length", "")
     if length.isdecimal() and (len(length) > 18 or int(length) > max_bytes):

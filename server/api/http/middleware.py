@@ -53,7 +53,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        method, scope = scope["method"], _as_routed(scope)
+        method, scope = scope["method"], as_routed(scope)
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
@@ -134,7 +134,7 @@ async def require_admin(request: Request) -> None:
     )
 
 
-def _as_routed(scope: Scope) -> Scope:
+def as_routed(scope: Scope) -> Scope:
     """The request as the routes know it: without double and trailing slashes, and with GET for HEAD.
 
     uvicorn keeps the scope of its own and sends no body for HEAD.

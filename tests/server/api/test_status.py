@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from server.api.admin.schemas import ExpertsResponse, InfoResponse
-from server.cli.logging_setup import JsonFormatter, TextFormatter, configure_logging
 from server.model.load_progress import LoadProgress, Phase
+from server.serving.logging_setup import JsonFormatter, TextFormatter, configure_logging
 from server.serving.service import LoadedModel
 from tests.server.api.running import running, wait_until
 from tests.server.api.scripted import EXPERTS, LAYERS, ScriptedEngine, loaded

@@ -1,0 +1,184 @@
+"""One replica: a service with its engine behind the HTTP application, and the statistics by which routers know it.
+
+It knows no Ray. Invariant: what a request demanded is counted to the topics of that request, whatever else is in the
+batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from router.ledger import sum_by_expert
+from router.mask import ExpertMask
+from server.api.app import create_app
+from server.api.front import PassedRequest, answer_of
+from server.api.readiness import checked
+from server.cluster.likeness import Likeness
+from server.cluster.statistics import TopicLedger, sketch_layers
+from server.engine.request import EngineStatus, GenerationRequest, Masking, OnEvent
+from server.errors import ServerError, message_of
+from server.model.load_progress import LoadProgress
+from server.serving.loading import check_store, load
+from server.serving.metrics import Metrics
+from server.serving.service import EngineLike, LoadedModel, Loader, Service
+from server.settings.schema import Settings
+
+POLL_SECONDS = 0.05
+
+
+class ReplicaFailedError(ServerError):
+    """A replica cannot serve; the message is the reason."""
+
+
+class Replica:
+    """Loads a model and serves it to the requests that fronts pass on.
+
+    Args:
+        settings: of the replica.
+        version: of deepfew.
+    """
+
+    def __init__(self, settings: Settings, version: str) -> None:
+        check_store(settings)
+        self._drain_seconds = settings.http.drain_seconds
+        self._watch: _Watch | None = None
+        self._running = 0
+        self._service = Service(self._loader(settings), stall_seconds=settings.engine.stall_seconds)
+        self._application = create_app(
+            self._service, Metrics(self._service, version), settings.http, version=version,
+            log_prompts=settings.log.log_prompts,
+        )  # fmt: skip
+
+    def _loader(self, settings: Settings) -> Loader:
+        def load_watched(progress: LoadProgress) -> LoadedModel:
+            model = checked(load(settings, progress))
+            self._watch = _Watch(model)
+            return replace(model, engine=self._watch)
+
+        return load_watched
+
+    async def load(self) -> None:
+        """Return when requests are taken.
+
+        Raises:
+            ReplicaFailedError: the model cannot be loaded, and the message says how to correct it. Any error of loading
+                that is not one of ours.
+        """
+        self._service.start()
+        while self._service.loaded is None:
+            if self._service.error is not None:
+                message = message_of(self._service.error)
+                if message is None:
+                    raise self._service.error
+                raise ReplicaFailedError(message)
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def serve(self, request: PassedRequest, likeness: Likeness | None) -> AsyncGenerator[list[Any], None]:
+        """The ASGI messages of the answer, as many at once as there are. Closing it cancels the request."""
+        self._running += 1
+        token = _LIKENESS.set(likeness)
+        try:
+            async with aclosing(answer_of(self._application, request)) as batches:
+                async for batch in batches:
+                    yield batch
+        finally:
+            self._running -= 1
+            _LIKENESS.reset(token)
+
+    async def answer(self, request: PassedRequest) -> tuple[int, bytes]:
+        """The status and the body of a short answer."""
+        status, body = 500, b""
+        async for batch in self.serve(request, None):
+            for message in batch:
+                status = message.get("status", status)
+                body += message.get("body", b"")
+        return status, body
+
+    def check(self) -> None:
+        """Raise ReplicaFailedError if anything is broken, so that the replica is replaced."""
+        health = self._service.health()
+        if not health.is_healthy:
+            raise ReplicaFailedError(health.reason)
+
+    def statistics(self) -> dict[str, Any]:
+        """`ReplicaStatistics` as sent to routers; empty until the model is loaded."""
+        return {} if self._watch is None else self._watch.statistics(self._running)
+
+    def close(self) -> None:
+        """Finish what runs, save the usage and stop. Blocks."""
+        self._service.close(self._drain_seconds)
+
+
+_LIKENESS: ContextVar[Likeness | None] = ContextVar("likeness", default=None)
+"""Of the HTTP request under way; its generations are submitted in the same context."""
+
+
+class _Watch:
+    """An engine that counts the demand of each request to the request's topics."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._engine: EngineLike = model.engine
+        self._experts = model.experts
+        self._shape = (model.num_layers, model.num_experts)
+        self._layers = sketch_layers(*self._shape)
+        self._ledger = TopicLedger(len(self._layers) * model.num_experts)
+        self._lock = threading.Lock()  # the engine's thread adds, the event loop begins and reads
+
+    def submit(self, request: GenerationRequest, on_event: OnEvent) -> None:
+        likeness = _LIKENESS.get()
+        if likeness is not None:
+            with self._lock:
+                keys = self._ledger.begin(likeness)
+            request = replace(request, masking=_Observed(self, keys, request.masking))
+        self._engine.submit(request, on_event)
+
+    def cancel(self, request_id: str) -> None:
+        self._engine.cancel(request_id)
+
+    def start(self) -> None:
+        self._engine.start()
+
+    def stop(self, drain_seconds: float) -> None:
+        self._engine.stop(drain_seconds)
+
+    def status(self) -> EngineStatus:
+        return self._engine.status()
+
+    def count(
+        self, keys: Sequence[int], demand_index: npt.NDArray[np.int64], demand_weight: npt.NDArray[np.float32]
+    ) -> None:
+        """Add the demand [L, T, K] of a step's tokens to the topics."""
+        mass = sum_by_expert(demand_index[self._layers], demand_weight[self._layers], self._shape[1])
+        with self._lock:
+            self._ledger.add(keys, mass.ravel(), demand_index.shape[1])
+
+    def statistics(self, load: int) -> dict[str, Any]:
+        held = self._experts().resident[self._layers].ravel()
+        with self._lock:
+            return self._ledger.statistics(time.time(), load, held).to_wire()
+
+
+class _Observed:
+    """A request's masking, and the count of what it demands."""
+
+    def __init__(self, watch: _Watch, keys: Sequence[int], masking: Masking | None) -> None:
+        self._watch, self._keys, self._masking = watch, keys, masking
+
+    @property
+    def mask(self) -> ExpertMask | None:
+        return None if self._masking is None else self._masking.mask
+
+    def observe(self, demand_index: npt.NDArray[np.int64], demand_weight: npt.NDArray[np.float32]) -> None:
+        self._watch.count(self._keys, demand_index, demand_weight)
+        if self._masking is not None:
+            self._masking.observe(demand_index, demand_weight)

@@ -1,0 +1,79 @@
+"""The settings of a cluster: the table `[cluster]` of a settings file, beside the tables of `deepfew serve`.
+
+Invariant: the same file without that table serves one replica with `deepfew serve --config FILE`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from server.errors import SettingsError
+from server.settings.load import load_settings
+from server.settings.schema import Seconds, Section, Settings
+
+TABLE = "cluster"
+
+
+class PartSettings(Section):
+    """Replicas that serve the same part of a checkpoint."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$", description="name of the part")
+    replicas: Annotated[int, Field(ge=1)] = Field(1, description="replicas of this part")
+    profiles: tuple[str, ...] = Field((), description="profiles whose requests come here")
+    settings: Mapping[str, Any] = Field(
+        {}, description="settings that differ from the file's, such as store or experts"
+    )
+
+
+class ClusterSettings(Section):
+    """Replicas, the resources of each, and the age of what is known of them."""
+
+    replicas: Annotated[int, Field(ge=1)] = Field(2, description="replicas, where no parts are named")
+    parts: tuple[PartSettings, ...] = Field((), description="parts; requests without a profile go to the first")
+    fronts: Annotated[int, Field(ge=1)] = Field(1, description="processes that take requests and choose replicas")
+    gpus_per_replica: Annotated[float, Field(ge=0)] = Field(0.0, description="GPUs of each replica, 1 on a GPU machine")
+    cpus_per_replica: Annotated[float, Field(gt=0)] = Field(1.0, description="cores of each replica")
+    statistics_seconds: Seconds = Field(2.0, description="interval of the statistics of a replica")
+    wait_seconds: Seconds = Field(30.0, description="time a request waits for a replica to take it before 503")
+
+
+class Part(Section):
+    """A part with all of its settings."""
+
+    name: str
+    replicas: int
+    profiles: tuple[str, ...]
+    settings: Settings
+
+
+def read_cluster(path: Path, environ: Mapping[str, str] | None = None) -> tuple[ClusterSettings, tuple[Part, ...]]:
+    """The cluster's settings and its parts, at least one.
+
+    Raises:
+        SettingsError: the file cannot be read, or a key or a value is wrong.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8")).get(TABLE, {})
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"cannot read the cluster's settings from {path}: {error}") from error
+    try:
+        cluster = ClusterSettings.model_validate(table)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join([TABLE, *map(str, problem['loc'])])}: {problem['msg'].removeprefix('Value error, ')}"
+            for problem in error.errors(include_input=False, include_url=False)
+        ]
+        raise SettingsError(f"{path}: {'; '.join(problems)}") from error
+    asked = cluster.parts or (PartSettings(name="all", replicas=cluster.replicas),)
+    if len({part.name for part in asked}) < len(asked):
+        raise SettingsError(f"{path}: two parts of {TABLE}.parts have one name; give each its own")
+    parts = []
+    for part in asked:
+        settings = load_settings(part.settings, config=path, environ=environ, other_tables={TABLE}).settings
+        parts.append(Part(name=part.name, replicas=part.replicas, profiles=part.profiles, settings=settings))
+    return cluster, tuple(parts)
