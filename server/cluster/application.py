@@ -22,7 +22,7 @@ from ray.serve.exceptions import RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
 from server.api.front import AsgiMessage, Front, PassedRequest, ReplicaLostError
-from server.cluster.choice import DEFAULT_OPTIONS
+from server.cluster.choice import DEFAULT_OPTIONS, ChoiceOptions
 from server.cluster.likeness import Likeness, likeness_of, parsed_body
 from server.cluster.replica import Replica
 from server.cluster.router import AffinityRouter
@@ -50,9 +50,11 @@ def application(arguments: Mapping[str, str]) -> serve.Application:
     return build(*read_cluster(Path(arguments["config"])))
 
 
-def build(cluster: ClusterSettings, parts: Sequence[Part]) -> serve.Application:
-    """The application of a cluster's settings."""
-    replicas = {part.name: _replicas(cluster, part) for part in parts}
+def build(
+    cluster: ClusterSettings, parts: Sequence[Part], options: ChoiceOptions = DEFAULT_OPTIONS
+) -> serve.Application:
+    """The application of a cluster's settings; `options` are of the choice of a replica."""
+    replicas = {part.name: _replicas(cluster, part, options) for part in parts}
     fronts = serve.deployment(
         serve.ingress()(_Front), name="front", num_replicas=cluster.fronts, max_ongoing_requests=4096,
         ray_actor_options={"num_cpus": 0},
@@ -61,7 +63,7 @@ def build(cluster: ClusterSettings, parts: Sequence[Part]) -> serve.Application:
     return fronts.bind(replicas, profiles, parts[0].settings.http, cluster.wait_seconds)
 
 
-def _replicas(cluster: ClusterSettings, part: Part) -> serve.Application:
+def _replicas(cluster: ClusterSettings, part: Part, options: ChoiceOptions) -> serve.Application:
     engine, http = part.settings.engine, part.settings.http
     deployment = serve.deployment(
         _Replica,
@@ -73,7 +75,7 @@ def _replicas(cluster: ClusterSettings, part: Part) -> serve.Application:
         health_check_period_s=cluster.statistics_seconds,
         request_router_config=RequestRouterConfig(
             request_router_class=AffinityRouter,
-            request_router_kwargs=asdict(DEFAULT_OPTIONS),
+            request_router_kwargs=asdict(options),
             request_routing_stats_period_s=cluster.statistics_seconds,
             request_routing_stats_timeout_s=ASK_SECONDS,
         ),
