@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from server.serving.exposition import LABEL
 from tests.server.api.running import running
 
 REPOSITORY = Path(__file__).parents[3]
@@ -47,7 +48,7 @@ def test_every_query_names_exported_metrics_and_labels(samples: dict[str, set[st
     for where, query in queries():
         names = set(re.findall(r"\bdeepfew_\w+", query))
         assert names <= set(samples), where
-        labels = set().union(*(samples[name] for name in names), {"instance", "job"})
+        labels = set().union(*(samples[name] for name in names), {"instance", "job", LABEL})
         for group in re.findall(r"by \(([\w, ]+)\)", query):
             assert set(group.replace(" ", "").split(",")) <= labels, where
         for label, wanted in re.findall(r'(\w+)="(\w+)"', query):
