@@ -2,7 +2,6 @@
 
 const KEY = "deepfew.key";
 const ADMIN = "deepfew.admin";
-const WAIT_FOR_AN_EVENT_MS = 20_000;
 
 /** A refusal of the server: its status and its own words. Status 0: it did not answer. */
 export class ApiError extends Error {
@@ -60,14 +59,15 @@ async function messageOf(response) {
 
 /**
  * The `data` of a stream's events, as they arrive.
+ * @param {number} silenceMs the longest time without a byte; 0 waits for ever
  * @throws {ApiError} the connection broke, or was silent for too long
  */
-export async function* events(response) {
+export async function* events(response, silenceMs = 0) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   try {
     for (;;) {
-      const { value, done } = await inTime(reader.read());
+      const { value, done } = await inTime(reader.read(), silenceMs);
       if (done) return;
       text += value;
       const parts = text.split("\n\n");
@@ -82,10 +82,10 @@ export async function* events(response) {
   }
 }
 
-async function inTime(read) {
+async function inTime(read, silenceMs) {
   let timer;
   const silence = new Promise((_, reject) => {
-    timer = setTimeout(() => reject(new ApiError(0, "The server has been silent for too long.")), WAIT_FOR_AN_EVENT_MS);
+    if (silenceMs) timer = setTimeout(() => reject(new ApiError(0, "The server has been silent for too long.")), silenceMs);
   });
   try {
     return await Promise.race([read, silence]);

@@ -2,7 +2,7 @@
 
 import { ApiError, events, request } from "./api.js";
 import { Conversations } from "./conversations.js";
-import { at, copy, make, say } from "./dom.js";
+import { at, copyButton, make, say } from "./dom.js";
 import { count, percent, seconds, short } from "./format.js";
 import { markdown } from "./markdown.js";
 
@@ -49,7 +49,9 @@ export class Chat {
     at("stop").addEventListener("click", () => this.running?.abort());
     at("new").addEventListener("click", () => this.#go(() => this.kept.begin()));
     at("delete").addEventListener("click", () => this.#go(() => this.kept.remove()));
-    at("delete-all").addEventListener("click", () => this.#go(() => this.kept.clear()));
+    at("delete-all").addEventListener("click", () => {
+      if (confirm("Delete all conversations?")) this.#go(() => this.kept.clear());
+    });
     at("conversation").addEventListener("change", () => this.#go(() => this.kept.open(at("conversation").value)));
     for (const id of ["system", "pool", "on-missing", "experts-choice", ...NUMBERS]) {
       at(id).addEventListener("change", () => this.#readSettings());
@@ -97,7 +99,7 @@ export class Chat {
     const article = make(mine ? "article.mine" : "article.theirs", {}, make("h3.unseen", {}, mine ? "You" : "Answer"));
     if (mine) article.append(make("p.text", {}, message.content));
     else article.append(...answer(message));
-    const buttons = [button("Copy", () => copy(message.content))];
+    const buttons = [copyButton("Copy", message.content)];
     if (mine) buttons.push(button("Edit", () => this.#edit(article, place)));
     else buttons.push(button("Ask again", () => this.#ask(place)));
     article.append(make("div.row.tools", {}, ...buttons));
@@ -137,6 +139,7 @@ export class Chat {
     conversation.messages.push(message);
     this.kept.save();
     this.#showConversations();
+    if (document.activeElement === document.body) at("messages").focus({ preventScroll: true }); // its button is gone
     const show = this.#shower(message);
     try {
       await this.#stream(conversation.messages.slice(0, place), message, run.signal, show);

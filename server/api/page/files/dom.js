@@ -32,8 +32,18 @@ export function tell(element, text) {
   element.hidden = !text;
 }
 
+/** A button that copies a text, and says that it did. */
+export function copyButton(label, text) {
+  const button = make("button.quiet", { type: "button" }, label);
+  button.addEventListener("click", async () => {
+    await copy(text);
+    say(button, "Copied");
+  });
+  return button;
+}
+
 /** Copy a text, also where the page is not served securely and the clipboard's own interface is closed. */
-export async function copy(text) {
+async function copy(text) {
   if (navigator.clipboard) {
     await navigator.clipboard.writeText(text);
     return;

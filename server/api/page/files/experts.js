@@ -1,14 +1,17 @@
 // The panel around the map: legend, figures of one expert, the difference of two, and the map as a table.
 
 import { PLACES } from "./cells.js";
-import { at, make } from "./dom.js";
+import { at, make, say } from "./dom.js";
 import { count, percent, short, signed } from "./format.js";
 import { ExpertMap, css } from "./map.js";
 
 export class ExpertsPanel {
   constructor(live) {
     this.live = live;
-    this.map = new ExpertMap(at("map"), at("canvas"), () => this.#read());
+    this.map = new ExpertMap(at("map"), at("canvas"), (id) => {
+      this.#read();
+      say(at("spoken"), id === null ? "" : spoken(figuresOf(this.live.experts, id), this.map.chosen.includes(id)));
+    });
     live.addEventListener("experts", () => this.#show());
     live.addEventListener("now", () => this.#show());
     at("mode").addEventListener("change", () => {
@@ -30,7 +33,7 @@ export class ExpertsPanel {
     if (!experts) return;
     this.map.show(experts, now?.layer_deficit);
     this.#legend(experts);
-    this.#read(false);
+    this.#read();
     if (at("table-layer").options.length !== experts.numLayers + 1) this.#layers(experts);
   }
 
@@ -39,7 +42,7 @@ export class ExpertsPanel {
     const counts = experts.counts();
     const items = this.map.mode === "place"
       ? PLACES.map((name, place) => (counts[place] || place < 4 ? swatch(css(places[place]), name, count(counts[place])) : null))
-        .concat(swatch(css(heat), "wanted just now"), swatch(css(missing), "and missing"))
+        .concat(swatch(css(heat), "wanted just now"), swatch(css(missing), "wanted and missing"))
       : [gradient(css(from), css(to))];
     at("legend").replaceChildren(...items.filter((item) => item !== null));
   }
@@ -107,12 +110,17 @@ function figuresOf(experts, id) {
   };
 }
 
+function spoken({ name, place, deep, values }, isChosen) {
+  const told = Object.keys(values).map((figure) => `${FIGURES[figure].of} ${FIGURES[figure].format(values[figure])}`);
+  return [isChosen ? `${name}, chosen` : name, place, deep, ...told].filter(Boolean).join("; ");
+}
+
 const head = ({ name, place, deep }) => make("th", { scope: "col" }, name, make("span.place", {}, place), make("span.place", {}, deep));
 
 function swatch(colour, name, value) {
   const box = make("span.swatch");
   box.style.background = colour;
-  return make("li", {}, box, name, value === undefined ? null : make("b", {}, value));
+  return make("li", {}, box, value === undefined ? name : `${name} `, value === undefined ? null : make("b", {}, value));
 }
 
 function gradient(from, to) {

@@ -15,6 +15,7 @@ export class Growth {
     this.candidates = [];
     this.plannedAt = -Infinity;
     this.version = null;
+    this.isIdle = false;
     this.#build();
     live.addEventListener("now", ({ detail }) => this.#show(detail));
   }
@@ -37,7 +38,9 @@ export class Growth {
 
   #show({ growth }) {
     const can = growth !== undefined && growth !== null;
-    for (const element of [this.count, this.grow, this.shrink]) element.disabled = !can || growth.state !== "idle";
+    this.isIdle = can && growth.state === "idle";
+    for (const element of [this.count, this.shrink]) element.disabled = !this.isIdle;
+    this.#bring();
     if (!can) {
       say(this.store, this.live.now.engine ? "What is served here cannot change: it has no store on disk." : "");
       return;
@@ -62,22 +65,27 @@ export class Growth {
       if (!(error instanceof ApiError)) throw error;
       this.candidates = [];
     }
-    const most = Math.max(this.candidates.length, 1);
+    const most = Math.max(this.candidates.length, Math.min(this.live.now.growth?.deep_experts ?? 1, PLAN_COUNT));
     this.count.max = most;
     if (Number(this.count.value) > most) this.count.value = most;
     this.#bring();
   }
 
+  get #chosen() {
+    return this.candidates.slice(0, Number(this.count.value));
+  }
+
   #bring() {
     const n = Number(this.count.value);
-    const some = this.candidates.slice(0, n);
+    const some = this.#chosen;
     say(this.number, String(n));
-    say(this.grow, `Grow by ${n}`);
+    say(this.grow, `Grow by ${some.length}`);
+    this.grow.disabled = !this.isIdle || !some.length;
     say(this.shrink, `Shrink by ${n}`);
     const share = some.reduce((sum, one) => sum + one.missing_share, 0);
     const size = some.reduce((sum, one) => sum + one.bytes, 0);
     say(this.brings, some.length
-      ? `The best ${n === 1 ? "one" : count(n)} of ${count(this.candidates.length)} would serve ${percent(share)} of the router mass, which is missing now, and take ${bytes(size)}.`
+      ? `The best ${some.length === 1 ? "one" : count(some.length)} of ${count(this.candidates.length)} would serve ${percent(share)} of the router mass, which is missing now, and take ${bytes(size)}.`
       : "Nothing that is wanted is missing from the store.");
   }
 
@@ -86,7 +94,7 @@ export class Growth {
     if (!keys.admin) await this.unlock("Growing and shrinking need the admin key.");
     if (!keys.admin) return;
     try {
-      await json(`experts/${what}`, { body: { count: Number(this.count.value) }, admin: true });
+      await json(`experts/${what}`, { body: { count: what === "grow" ? this.#chosen.length : Number(this.count.value) }, admin: true });
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
       tell(this.trouble, error.message);

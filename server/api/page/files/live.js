@@ -4,6 +4,7 @@ import { ApiError, events, request } from "./api.js";
 import { Experts } from "./cells.js";
 
 const PAUSES_MS = [500, 1000, 2000, 4000];
+const SILENCE_MS = 15_000; // an event comes every second
 
 /**
  * Events: "now" (figures of the moment), "experts" (this.experts changed), "broken" (an ApiError, or null once it works).
@@ -26,7 +27,7 @@ export class Live extends EventTarget {
         const response = await request("experts/live", { signal: leave.signal });
         failures = 0;
         this.#tell("broken", null);
-        for await (const data of events(response)) this.#take(JSON.parse(data));
+        for await (const data of events(response, SILENCE_MS)) this.#take(JSON.parse(data));
         throw new ApiError(0, "The server ended.");
       } catch (error) {
         if (error.name === "AbortError") continue;

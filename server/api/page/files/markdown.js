@@ -1,7 +1,7 @@
 // A small part of Markdown as elements: paragraphs, headings, lists, quotes, code, emphasis, and links to http(s).
 // Every piece of the text enters as text, so an answer cannot bring markup of its own.
 
-import { copy, make } from "./dom.js";
+import { copyButton, make } from "./dom.js";
 
 const FENCE = /^\s*(```+|~~~+)\s*([\w+-]*)/;
 const ITEM = /^\s*(?:[-*+]|(\d{1,9})[.)])\s+(.*)$/;
@@ -52,8 +52,7 @@ export function markdown(text) {
 }
 
 function codeBlock(code, language) {
-  const button = make("button.quiet", { type: "button", onclick: () => copy(code) }, "Copy code");
-  return make("div.code", {}, make("div.row", {}, make("span.note", {}, language || "code"), button),
+  return make("div.code", {}, make("div.row", {}, make("span.note", {}, language || "code"), copyButton("Copy code", code)),
     make("pre", { tabindex: "0" }, make("code", {}, code)));
 }
 

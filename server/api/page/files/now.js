@@ -16,6 +16,7 @@ export class Now {
   }
 
   #take(event) {
+    at("no-figures").hidden = Boolean(event.engine);
     if (!event.engine) {
       this.history = [];
       return;

@@ -17,7 +17,7 @@ from server.serving.loading import load
 from server.settings.load import load_settings
 from tests.server.api.page.browser import NoBrowserError, ask, browser, open_page
 from tests.server.api.running import Running, running, wait_until
-from tests.server.api.scripted import ScriptedEngine, experts_snapshot, loaded
+from tests.server.api.scripted import CharTokenizer, ScriptedEngine, experts_snapshot, loaded
 
 pytestmark = pytest.mark.exhaustive
 
@@ -94,6 +94,21 @@ def test_conversation_streams_with_its_price_and_is_kept_edited_and_asked_again(
         assert page.locator("#conversation option").all_inner_texts() == ["New conversation", "And of Spain?"]
 
 
+def test_thinking_is_folded_and_told_apart_from_the_answer(tab: Any) -> None:
+    tokenizer = CharTokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if false %}</think>{% endif %}<think>\n"
+    )
+    engine = ScriptedEngine(answer=["A capital", "?", "</think>", "Paris."])
+    with running(load=lambda progress: loaded(engine, tokenizer=tokenizer)) as server:
+        page = open_page(tab(), server.url)
+        ask(page, "What is the capital of France?")
+        assert page.locator(".theirs > .text").inner_text() == "Paris."
+        assert page.locator(".thinking .text").is_hidden()
+        page.click(".thinking summary")
+        assert page.locator(".thinking .text").inner_text() == "A capital?"
+
+
 def test_stop_ends_the_answer_in_the_engine_too(tab: Any) -> None:
     engine = ScriptedEngine(pause_after=2)
     with running(engine) as server:
@@ -162,6 +177,7 @@ def test_map_shows_one_expert_the_difference_of_two_and_a_table_by_keyboard(tab:
         page.locator("#reading", has_text="layer 0, expert 0").wait_for()
         page.keyboard.press("ArrowDown")
         page.keyboard.press("End")
+        assert "layer 1, expert 3; not here" in page.locator("#spoken").inner_text()
         rows = [row.split("\t") for row in page.locator("#reading tbody tr").all_inner_texts()]
         assert ["wanted", "1", "8", "+7"] in rows
         page.keyboard.press("Escape")
