@@ -32,7 +32,10 @@ MAX_WATCHERS = 16
 
 
 class EngineNow(BaseModel):
-    """Requests and tokens of the engine; the last four are counters since the start."""
+    """Requests and tokens of the engine; the last five are counters since the start.
+
+    `cached_tokens` are those of `prompt_tokens` that KV memory had from earlier requests.
+    """
 
     running: int
     waiting: int
@@ -40,6 +43,7 @@ class EngineNow(BaseModel):
     kv_tokens: int
     kv_capacity_tokens: int
     prompt_tokens: int
+    cached_tokens: int
     generated_tokens: int
     steps: int
     read_faults: int
@@ -55,6 +59,7 @@ class EngineNow(BaseModel):
             kv_tokens=status.kv_tokens,
             kv_capacity_tokens=status.kv_capacity_tokens,
             prompt_tokens=status.totals.prompt_tokens,
+            cached_tokens=status.totals.cached_tokens,
             generated_tokens=status.totals.generated_tokens,
             steps=status.totals.num_steps,
             read_faults=status.totals.num_read_faults,

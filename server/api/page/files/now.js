@@ -41,7 +41,8 @@ export class Now {
     const everything = tiers.slot_experts + tiers.disk_experts;
     this.#bar("slots", "Slots", tiers.slot_experts, Math.max(totals.available, tiers.slot_experts), `${count(tiers.slot_experts)} of ${count(totals.available)} experts, ${bytes(tiers.slot_bytes)}`);
     if (tiers.host_bytes) this.#bar("host", "Host memory", tiers.host_experts, everything, `${count(tiers.host_experts)} experts, ${bytes(tiers.host_bytes)}`);
-    this.#bar("kv", "KV memory", engine.kv_tokens, engine.kv_capacity_tokens, `${count(engine.kv_tokens)} of ${count(engine.kv_capacity_tokens)} tokens`);
+    const found = engine.cached_tokens ? `, ${percent(engine.cached_tokens / engine.prompt_tokens)} of prompts found again` : "";
+    this.#bar("kv", "KV memory", engine.kv_tokens, engine.kv_capacity_tokens, `${count(engine.kv_tokens)} of ${count(engine.kv_capacity_tokens)} tokens${found}`);
   }
 
   #tile(id, name, value, note, line, kind = "") {
