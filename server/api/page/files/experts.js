@@ -42,7 +42,7 @@ export class ExpertsPanel {
     const counts = experts.counts();
     const items = this.map.mode === "place"
       ? PLACES.map((name, place) => (counts[place] || place < 4 ? swatch(css(places[place]), name, count(counts[place])) : null))
-        .concat(swatch(css(heat), "wanted just now"), swatch(css(missing), "wanted and missing"))
+        .concat(swatch(css(heat), "wanted now"), swatch(css(missing), "and missing"))
       : [gradient(css(from), css(to))];
     at("legend").replaceChildren(...items.filter((item) => item !== null));
   }

@@ -19,13 +19,10 @@ from tests.server.api.running import running, wait_until
 
 CHECKPOINT = Path(__file__).resolve().parents[4] / "models" / "tiny-moe"
 ADMIN = "staple-of-the-admin"
-KEPT, ADDED = 16, 28
-QUESTIONS = (
-    "What is the capital of France?",
-    "Which river flows through Cairo?",
-    "What is the capital of Japan?",
-    "Write a short story about a dog who lost his ball in the big park.",
-)
+KEPT, ADDED = 16, 38
+BEFORE = ("Which river flows through Cairo?", "What is the capital of Japan?")
+AFTER = ("What is the capital of France?", "What is the capital of Japan?")
+LAST = "Write a short story about a dog who lost his ball in the big park."
 WATCH_MS = 9_000
 
 
@@ -44,7 +41,7 @@ def main() -> None:
             page.fill("#temperature", "0")
             page.fill("#max_tokens", "90")
             page.click(".options summary")
-            for question in (*QUESTIONS[:2], QUESTIONS[3]):
+            for question in (*BEFORE, LAST):
                 ask(page, question)
             page.locator("#grow-count").fill(str(ADDED))
             page.get_by_role("button", name=f"Grow by {ADDED}").click()
@@ -52,17 +49,18 @@ def main() -> None:
             page.locator("#key-dialog").get_by_role("button", name="Use").click()
             page.locator(".growth", has_text=f"{KEPT + ADDED} deep experts").wait_for()
             page.click("#new")
-            for question in QUESTIONS:
+            for question in AFTER:
                 ask(page, question)
             page.wait_for_timeout(WATCH_MS)
-            page.fill("#prompt", "Where is Paris?")
+            page.fill("#prompt", LAST)
             page.press("#prompt", "Enter")
             page.locator("#map").focus()
             for key in ("ArrowRight", "ArrowRight", "Enter", "ArrowDown", "ArrowRight", "ArrowRight", "Enter"):
                 page.keyboard.press(key)
             page.evaluate("document.activeElement.blur()")
             page.locator("#send:visible").wait_for()
-            page.wait_for_timeout(1_000)
+            page.locator("#grow-count").fill("4")
+            page.wait_for_timeout(600)
             page.screenshot(path=out)
 
 
