@@ -45,6 +45,7 @@ COMMANDS = {
     "generate": Command("server.cli.generate", TEXT, "Continue a prompt without a server."),
     "chat": Command("server.cli.chat", TEXT, "Chat in the terminal, with a store or a running server."),
     "config": Command("server.cli.config", TEXT, "Show every setting, its value and where it came from."),
+    "fit": Command("server.cli.fit", MACHINE, "Say whether a model fits, where its bytes go, and its speed."),
     "doctor": Command("server.cli.doctor", MACHINE, "Say what of this machine is wrong for serving."),
 }
 DESCRIPTION = "Serve a Mixture-of-Experts model from less memory than it needs: the right few experts, fully deep."

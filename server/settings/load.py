@@ -74,6 +74,11 @@ def leaves() -> list[Leaf]:
     return found
 
 
+def cache_directory() -> Path:
+    """The user's folder for what can be measured again (XDG_CACHE_HOME, else ~/.cache); it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepfew"
+
+
 def load_settings(
     flags: Mapping[str, Any] | None = None,
     *,

@@ -25,13 +25,35 @@ def kv_rows(model: HostModel, options: RunnerOptions) -> KvRows:
     Raises:
         SlotsError: one request of `least_tokens` does not fit.
     """
-    block_bytes = BLOCK_TOKENS * kv_token_bytes(model.model.config.get_text_config(), options.dtype.itemsize)
-    most = options.max_rows * num_blocks_of(options.max_tokens)
-    least = num_blocks_of(options.max_tokens if options.least_tokens is None else options.least_tokens)
-    free = _free_bytes(model.device)
-    if options.kv_memory_bytes is not None:
-        num_blocks = min(most, options.kv_memory_bytes // block_bytes)
-        room, said = options.kv_memory_bytes, f"kv_memory of {options.kv_memory_bytes} bytes holds"
+    token_bytes = kv_token_bytes(model.model.config.get_text_config(), options.dtype.itemsize)
+    num_blocks = blocks_within(
+        token_bytes,
+        options.max_rows,
+        options.max_tokens,
+        options.max_tokens if options.least_tokens is None else options.least_tokens,
+        options.kv_memory_bytes,
+        _free_bytes(model.device),
+    )
+    return KvRows(max_rows=options.max_rows, num_blocks=num_blocks, shares=options.prefix_cache)
+
+
+def blocks_within(
+    token_bytes: int, max_rows: int, max_tokens: int, least_tokens: int, kv_bytes: int | None, free: int | None
+) -> int:
+    """Blocks of KV memory: those that fit into `kv_bytes`, or without a wish into a share of the `free` bytes.
+
+    Args:
+        token_bytes: of one token's keys and values.
+        free: bytes that are free after loading; None if the system does not tell.
+
+    Raises:
+        SlotsError: one request of `least_tokens` does not fit.
+    """
+    block_bytes = BLOCK_TOKENS * token_bytes
+    most, least = max_rows * num_blocks_of(max_tokens), num_blocks_of(least_tokens)
+    if kv_bytes is not None:
+        num_blocks = min(most, kv_bytes // block_bytes)
+        room, said = kv_bytes, f"kv_memory of {kv_bytes} bytes holds"
     else:
         room = block_bytes * most if free is None else free
         share = most if free is None else int(KV_SHARE * free) // block_bytes
@@ -44,7 +66,7 @@ def kv_rows(model: HostModel, options: RunnerOptions) -> KvRows:
             f"bytes: {'set max_context_tokens to at most ' + str(fits) if fits else 'lower slots_memory'}, or give "
             "KV memory more room"
         )
-    return KvRows(max_rows=options.max_rows, num_blocks=num_blocks, shares=options.prefix_cache)
+    return num_blocks
 
 
 def _free_bytes(device: torch.device) -> int | None:

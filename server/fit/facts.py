@@ -1,0 +1,218 @@
+"""The sizes of a model that placing and predicting need, from a store, a checkpoint, or the headers of one on the hub.
+
+Invariant: no weights are read. The experts' spans are those that extraction would write, the trunk is transformers'
+model on the meta device, and the captured step's shape is the one that `deepfew serve` captures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from expert_store.manifest import DTYPE_BYTES, MANIFEST_NAME, LayerSpec, TensorSpec, expert_encodings, read_manifest
+from expert_store.slots import TORCH_DTYPES, slot_bytes
+from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.checkpoint.layout import ExpertsLayout
+from extractor.encoding.making import Maker
+from extractor.encoding.names import ExpertsDtype, experts_dtype_of
+from router.ledger import UsageLedger
+from server.errors import UsageError
+from server.fit.demand import Demand, of_counts, recorded
+from server.fit.hub import described_checkpoint
+from server.model.kv_memory import kv_token_bytes
+from server.model.seam.trunk import context_tokens, trunk_skeleton
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes of a model in the dtype that it computes in.
+
+    Attributes:
+        name: of the store or the checkpoint.
+        layers: the spans of the experts of each MoE layer.
+        num_layers: layers of the model, those without routed experts included.
+        num_experts, top_k: of a MoE layer; `num_available` of them are in the store.
+        dtype: of the computation.
+        experts_dtype: the encoding of the experts by the name that `extract` takes.
+        skeleton: the trunk on the meta device.
+        trunk_bytes: of the trunk in memory.
+        step_bytes: of the trunk's weights that every decode step reads: without the embedding.
+        kv_bytes: of one token's keys and values.
+        max_context: tokens that the model was made for.
+        demand: popularity of the experts.
+    """
+
+    name: str
+    layers: tuple[LayerSpec, ...]
+    num_layers: int
+    num_experts: int
+    num_available: int
+    top_k: int
+    dtype: torch.dtype
+    experts_dtype: ExpertsDtype
+    skeleton: Any
+    trunk_bytes: int
+    step_bytes: int
+    kv_bytes: int
+    max_context: int
+    demand: Demand
+
+    @property
+    def span_bytes(self) -> float:
+        """Bytes of one expert in a slot, mean over the layers."""
+        return sum(slot_bytes(spec, self.dtype) for spec in self.layers) / len(self.layers)
+
+    @property
+    def expert_values(self) -> float:
+        """Weights of one expert, mean over the layers."""
+        return sum(math.prod(tensor.shape) for spec in self.layers for tensor in spec.tensors) / len(self.layers)
+
+    @property
+    def experts_bytes(self) -> int:
+        """Bytes of all experts that are in the store."""
+        return self.num_available * sum(spec.span_bytes for spec in self.layers)
+
+    @property
+    def codes(self) -> str | None:
+        """The codes of the experts' first encoded tensor; None if they are plain."""
+        return next((t.encoding.codes for t in self.layers[0].tensors if t.encoding is not None), None)
+
+    @property
+    def encoding(self) -> str:
+        """The encoding of the experts in words."""
+        found = sorted(set(expert_encodings(self.layers).values()))
+        return " and ".join(found) if found else str(self.dtype).removeprefix("torch.")
+
+    def encoded(self, experts_dtype: ExpertsDtype) -> ModelFacts:
+        """The same model with its experts in another encoding. Raises ExtractError if they cannot be made so."""
+        layers = tuple(_encoded(spec, Maker.of(experts_dtype)) for spec in self.layers)
+        return replace(self, layers=layers, experts_dtype=experts_dtype)
+
+
+def _encoded(spec: LayerSpec, maker: Maker | None) -> LayerSpec:
+    """The span of a layer whose matrices `maker` makes; None: they are plain."""
+    tensors: list[TensorSpec] = []
+    offset = 0
+    for tensor in spec.tensors:
+        encoding = None
+        size = math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
+        if maker is not None and len(tensor.shape) == 2:
+            encoding = maker.encoding(tensor.name, tensor.shape[1])
+            size = tensor.shape[0] * encoding.row_bytes(tensor.shape[1])
+        tensors.append(replace(tensor, offset=offset, bytes=size, encoding=encoding))
+        offset += size
+    return replace(spec, span_bytes=offset, tensors=tuple(tensors))
+
+
+@contextmanager
+def facts_of(source: str, experts_dtype: ExpertsDtype | None, dtype: str) -> Iterator[ModelFacts]:
+    """The facts of a store or checkpoint in a directory, or of a model of the hub, valid until the context ends.
+
+    Args:
+        source: a directory, or owner/name.
+        experts_dtype: the experts as `extract --experts-dtype` would make them; None: as they are.
+        dtype: of the computation, or auto.
+
+    Raises:
+        CheckpointError, UnsupportedFamilyError, ExtractError, ManifestError: see `extract`. UsageError: the experts of
+        a store are of another encoding.
+    """
+    path = Path(source)
+    if (path / MANIFEST_NAME).is_file():
+        yield _of_store(path, experts_dtype, dtype)
+    elif path.exists() or source.count("/") != 1:
+        yield _of_checkpoint(Checkpoint.open(path), experts_dtype, dtype)
+    else:
+        with described_checkpoint(source) as checkpoint:
+            yield _of_checkpoint(checkpoint, experts_dtype, dtype)
+
+
+def _of_store(path: Path, experts_dtype: ExpertsDtype | None, dtype: str) -> ModelFacts:
+    manifest = read_manifest(path)
+    held = experts_dtype_of(manifest)
+    if experts_dtype not in (None, held):
+        raise UsageError(
+            f"{path} is a store whose experts are {held}, wanted {experts_dtype}: leave --experts-dtype out, or name "
+            f"its checkpoint, {manifest.source.location}"
+        )
+    model = manifest.model
+    return _facts(
+        manifest.source.name, path / "trunk", manifest.layers, model.num_experts, len(manifest.deep_experts),
+        model.top_k, model.dtype if dtype == "auto" else dtype, held, _usage(path, manifest.source.fingerprint),
+    )  # fmt: skip
+
+
+def _of_checkpoint(checkpoint: Checkpoint, experts_dtype: ExpertsDtype | None, dtype: str) -> ModelFacts:
+    layout = ExpertsLayout.of(checkpoint, experts_dtype or "shipped")
+    model = layout.model
+    return _facts(
+        checkpoint.name, checkpoint.path, layout.layers, model.num_experts, model.num_experts, model.top_k,
+        model.dtype if dtype == "auto" else dtype, experts_dtype or "shipped", None,
+    )  # fmt: skip
+
+
+def _usage(path: Path, fingerprint: str) -> UsageLedger | None:
+    """The store's usage, None if it has none yet. Raises LedgerError, OSError."""
+    try:
+        ledger = UsageLedger.load(path / "usage.json")
+    except FileNotFoundError:
+        return None
+    return ledger if ledger.fingerprint == fingerprint and ledger.num_tokens else None
+
+
+_DTYPES = TORCH_DTYPES | {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _facts(
+    name: str,
+    trunk: Path,
+    layers: tuple[LayerSpec, ...],
+    num_experts: int,
+    num_available: int,
+    top_k: int,
+    dtype: str,
+    experts_dtype: ExpertsDtype,
+    usage: UsageLedger | None,
+) -> ModelFacts:
+    skeleton = trunk_skeleton(trunk)
+    config = skeleton.config.get_text_config()
+    size = _DTYPES[dtype].itemsize
+    if usage is None:
+        demand = recorded(len(layers), num_experts, top_k)
+    else:
+        counts = np.asarray(usage.demand_count)
+        demand = of_counts(counts, top_k, f"usage.json of the store, {usage.num_tokens} tokens")
+    values = sum(parameter.numel() for parameter in skeleton.parameters())
+    return ModelFacts(
+        name=name,
+        layers=layers,
+        num_layers=int(config.num_hidden_layers),
+        num_experts=num_experts,
+        num_available=num_available,
+        top_k=top_k,
+        dtype=_DTYPES[dtype],
+        experts_dtype=experts_dtype,
+        skeleton=skeleton,
+        trunk_bytes=values * size,
+        step_bytes=(values - _embedding_values(skeleton)) * size,
+        kv_bytes=kv_token_bytes(config, size),
+        max_context=context_tokens(trunk),
+        demand=demand,
+    )
+
+
+def _embedding_values(skeleton: Any) -> int:
+    """Weights of the embedding, of which a step reads a row for each token; 0 if they are the head's too."""
+    embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
+    tied = bool(getattr(skeleton.config.get_text_config(), "tie_word_embeddings", False))
+    if tied or head is None or not isinstance(embedding, nn.Module):
+        return 0
+    return sum(parameter.numel() for parameter in embedding.parameters())

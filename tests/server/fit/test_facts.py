@@ -1,0 +1,119 @@
+"""Sizes from headers alone are those of the store that extraction writes and of the model that serving loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+
+from expert_store.store import Store
+from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.checkpoint.layout import ExpertsLayout
+from extractor.encoding.names import ExpertsDtype
+from extractor.errors import CheckpointError
+from router.ledger import UsageLedger
+from server.errors import UsageError
+from server.fit.facts import facts_of
+from server.model.decode_path import load_runner
+from server.model.kv_memory import kv_token_bytes
+from server.model.runner import RunnerOptions
+from tests.server.fit.fake_hub import NAME, served_hub
+
+QUICK = ("16bit", "int4", "nvfp4")
+
+
+@pytest.mark.parametrize(
+    "experts_dtype",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.exhaustive)
+        for name in get_args(ExpertsDtype)
+        if name != "shipped"
+    ],
+)
+def test_spans_of_every_encoding_are_those_that_extraction_writes(
+    tiny_checkpoint: Path, experts_dtype: ExpertsDtype
+) -> None:
+    layout = ExpertsLayout.of(Checkpoint.open(tiny_checkpoint), experts_dtype)
+    with facts_of(str(tiny_checkpoint), None, "auto") as model:
+        assert model.encoded(experts_dtype).layers == layout.layers
+
+
+def test_a_store_and_its_checkpoint_have_the_same_sizes(tiny_store: Path, tiny_checkpoint: Path) -> None:
+    with facts_of(str(tiny_store), None, "auto") as store, facts_of(str(tiny_checkpoint), None, "auto") as checkpoint:
+        assert store.layers == checkpoint.layers
+        assert (store.trunk_bytes, store.step_bytes, store.kv_bytes) == (
+            checkpoint.trunk_bytes, checkpoint.step_bytes, checkpoint.kv_bytes,
+        )  # fmt: skip
+        assert store.max_context == checkpoint.max_context
+
+
+def test_sizes_are_those_of_the_loaded_model(tiny_store: Path) -> None:
+    options = RunnerOptions(torch.device("cpu"), torch.bfloat16, path="host", max_tokens=64, num_slots=8)
+    runner = load_runner(Store.open(tiny_store), options)
+    try:
+        with facts_of(str(tiny_store), None, "bfloat16") as model:
+            parameters = {id(one): one for one in runner.model.model.parameters()}.values()
+            assert model.trunk_bytes == sum(one.nbytes for one in parameters)
+            assert 8 * len(model.layers) * model.span_bytes == runner.model.cache.statistics().slot_bytes
+    finally:
+        runner.model.close()
+
+
+def test_the_encoding_of_a_store_is_what_it_is(tiny_store: Path) -> None:
+    with pytest.raises(UsageError, match="wanted int4"), facts_of(str(tiny_store), "int4", "auto"):
+        pass
+
+
+def test_usage_of_a_store_gives_the_popularity_of_its_experts(tiny_store: Path, tmp_path: Path) -> None:
+    store = shutil.copytree(tiny_store, tmp_path / "store")
+    with Store.open(store) as opened:
+        spec, fingerprint = opened.manifest.model, opened.manifest.source.fingerprint
+    ledger = UsageLedger(spec.num_layers, spec.num_experts, fingerprint)
+    ledger.num_tokens = 100
+    ledger.demand_count[:, : spec.top_k] = 100
+    (store / "usage.json").write_text(json.dumps(ledger.to_json()))
+    with facts_of(str(store), None, "auto") as model:
+        assert model.demand.source == "usage.json of the store, 100 tokens"
+        assert np.array_equal(model.demand.shares[0] > 0.5, np.arange(spec.num_experts) < spec.top_k)
+        assert model.demand.hit_rate(spec.top_k) == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        ({"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}, 3 * 2 * 2 * 16),
+        ({"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}, 2 * 2 * 4 * 16),
+        ({"num_hidden_layers": 2, "num_attention_heads": 4, "kv_lora_rank": 8, "qk_nope_head_dim": 16,
+          "qk_rope_head_dim": 8, "v_head_dim": 12}, 2 * 4 * 36),
+        ({"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16,
+          "layer_types": ["linear_attention", "full_attention"]}, 2 * 16),
+    ],
+    ids=["grouped queries", "all heads", "latent attention", "linear layers"],
+)  # fmt: skip
+def test_bytes_of_a_token_in_kv_memory(config: dict[str, object], wanted: int) -> None:
+    from types import SimpleNamespace
+
+    assert kv_token_bytes(SimpleNamespace(**config), 2) == 2 * wanted
+
+
+def test_a_model_of_the_hub_is_described_by_its_headers(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served_hub(tiny_checkpoint) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        with facts_of(NAME, None, "auto") as described, facts_of(str(tiny_checkpoint), None, "auto") as model:
+            assert described.name == NAME
+            assert described.layers == model.layers
+            assert described.trunk_bytes == model.trunk_bytes
+        with pytest.raises(CheckpointError, match="could not be described by the hub"), facts_of("a/b", None, "auto"):
+            pass
+    weights = sum(file.stat().st_size for file in tiny_checkpoint.glob("*.safetensors"))
+    assert 0 < sum(hub.sent) < weights / 50
