@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.admin.schemas import HealthResponse
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 AsgiMessage = Message
 METRICS_PATHS = ("/metrics", "/metrics/vllm")
+RELOAD_PATH = "/experts/reload"
 MAX_TRIES = 3
 MAX_MESSAGES = 64
 """Messages of an answer that wait for a front that reads slowly."""
@@ -64,7 +65,11 @@ class Replicas(Protocol):
         ...
 
     async def ask_all(self, request: PassedRequest) -> Mapping[str, tuple[int, bytes]]:
-        """The status and the body of every replica's answer, by the replica's name."""
+        """The status and the body of every replica's answer, by the replica's name; at least one.
+
+        Raises:
+            NotReadyError: there is no replica, or none answers.
+        """
         ...
 
 
@@ -101,6 +106,8 @@ class Front:
             )
             if path in METRICS_PATHS:
                 await (await self._metrics(passed))(scope, receive, send)
+            elif path == RELOAD_PATH:
+                await (await self._all_alike(passed))(scope, receive, send)
             else:
                 await unless_disconnected(request, self._pass_on(passed, scope, send))
         except ClientDisconnect:
@@ -132,14 +139,24 @@ class Front:
                 else:
                     raise
 
-    async def _metrics(self, request: PassedRequest) -> PlainTextResponse:
+    async def _all_alike(self, request: PassedRequest) -> Response:
+        """One answer for a request that all replicas get: the first refusal, else the answer of any."""
+        answers = await self._replicas.ask_all(request)
+        status, body = next(iter(answers.values()))
+        return _refusal(answers) or Response(body, status, media_type="application/json")
+
+    async def _metrics(self, request: PassedRequest) -> Response:
         """The metrics of all replicas; the first refusal, if there is one, as it is."""
         answers = await self._replicas.ask_all(request)
-        for status, body in answers.values():
-            if status != 200:
-                return PlainTextResponse(body, status_code=status, media_type="application/json")
+        if (refusal := _refusal(answers)) is not None:
+            return refusal
         merged = merge_expositions({name: body.decode() for name, (_, body) in answers.items()})
         return PlainTextResponse(merged, media_type="text/plain; version=0.0.4")
+
+
+def _refusal(answers: Mapping[str, tuple[int, bytes]]) -> Response | None:
+    refusals = [answer for answer in answers.values() if answer[0] != 200]
+    return Response(refusals[0][1], refusals[0][0], media_type="application/json") if refusals else None
 
 
 async def _end_broken(error: ReplicaLostError, start: Message, path: str, scope: Scope, send: Send) -> None:

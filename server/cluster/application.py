@@ -181,6 +181,8 @@ class _Parts:
                 if isinstance(result, tuple):  # a replica that just ended gives an error, and has nothing to say
                     name, status, content = result
                     answers[f"{part}-{name}"] = (status, content)
+        if not answers:
+            raise NotReadyError("no replica answers")
         return answers
 
 

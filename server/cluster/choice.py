@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from server.cluster.likeness import WORD_BUCKETS, Likeness
 from server.cluster.statistics import ReplicaStatistics, Topic, Weights
@@ -168,41 +167,49 @@ class _Index:
 
 
 class _Topics:
-    """The topics of all replicas, by key and by words."""
+    """The topics of all replicas, by key and by words; topics of one key are one."""
 
     def __init__(self, topics: Sequence[Topic]) -> None:
-        self._topics = [topic for topic in topics if topic.num_tokens >= MIN_TOPIC_TOKENS]
-        self._by_key: dict[int, list[Topic]] = defaultdict(list)
-        for topic in self._topics:
-            self._by_key[topic.key].append(topic)
-        words = np.array([topic.words for topic in self._topics], dtype=np.bool_).reshape(-1, WORD_BUCKETS)
+        by_key: dict[int, list[Topic]] = defaultdict(list)
+        for topic in topics:
+            if topic.num_tokens >= MIN_TOPIC_TOKENS:
+                by_key[topic.key].append(topic)
+        self._row = {key: at for at, key in enumerate(by_key)}
+        self._demand = [_mean_demand([topic.demand for topic in of_key], [topic.num_tokens for topic in of_key])
+                        for of_key in by_key.values()]  # fmt: skip
+        words = np.array([np.any([topic.words for topic in of_key], axis=0) for of_key in by_key.values()])
+        words = words.reshape(-1, WORD_BUCKETS)
         # Words that most topics have tell little.
-        self._telling = np.log((1.0 + len(words)) / (1.0 + words.sum(axis=0)))
+        self._telling = np.log((1.0 + len(words)) / (1.0 + words.sum(axis=0))).astype(np.float32)
         self._words = unit(words * self._telling)
 
     def likely(self, likeness: Likeness) -> Weights | None:
         for key in likeness.keys:
-            if key in self._by_key:
-                return _mean_demand(self._by_key[key], [topic.num_tokens for topic in self._by_key[key]])
+            if key in self._row:
+                return self._demand[self._row[key]]
         likenesses = self._words @ unit(likeness.words * self._telling)
         likest = [int(at) for at in np.argsort(-likenesses)[:NUM_LIKEST] if likenesses[at] >= MIN_WORD_LIKENESS]
+        if not likest:
+            return None
         # The power leaves little to topics that are only half as like as the likest.
-        return _mean_demand([self._topics[at] for at in likest], [likenesses[at] ** 4 for at in likest])
+        return _mean_demand([self._demand[at] for at in likest], [likenesses[at] ** 4 for at in likest])
 
 
-def _mean_demand(topics: Sequence[Topic], weights: Sequence[float]) -> Weights | None:
-    if not topics:
-        return None
-    return np.average([topic.demand for topic in topics], axis=0, weights=weights).astype(np.float32)
+def _mean_demand(demands: Sequence[Weights], weights: Sequence[float]) -> Weights:
+    if len(demands) == 1:
+        return demands[0]
+    return np.average(demands, axis=0, weights=weights).astype(np.float32)
 
 
 def _all_demand(statistics: ReplicaStatistics) -> Weights:
-    demand = [topic.num_tokens * topic.demand for topic in statistics.topics]
-    return np.asarray(sum(demand, np.zeros(len(statistics.held))), dtype=np.float32)
+    if not statistics.topics:
+        return np.zeros(len(statistics.held), dtype=np.float32)
+    tokens = np.array([topic.num_tokens for topic in statistics.topics], dtype=np.float32)
+    return np.asarray(tokens @ np.array([topic.demand for topic in statistics.topics]), dtype=np.float32)
 
 
-def unit(rows: npt.NDArray[np.floating]) -> Weights:
+def unit(rows: Weights) -> Weights:
     """Rows [..., n] divided by their lengths; zeros stay zeros."""
     length = np.linalg.norm(rows, axis=-1, keepdims=True)
-    divided = np.divide(rows, length, out=np.zeros(rows.shape), where=length > 0)
-    return np.asarray(divided, dtype=np.float32)
+    divided: Weights = np.divide(rows, length, out=np.zeros(rows.shape, dtype=np.float32), where=length > 0)
+    return divided

@@ -18,6 +18,8 @@ import xxhash
 
 BLOCK_BYTES = 256
 """Bytes of a beginning between two of its hashes."""
+TOKEN_BYTES = 4
+"""Bytes of text for which a token stands, about."""
 MAX_BLOCKS = 256
 WORD_BUCKETS = 512
 MAX_WORDS = 400

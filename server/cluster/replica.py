@@ -23,7 +23,7 @@ from router.mask import ExpertMask
 from server.api.app import create_app
 from server.api.front import PassedRequest, answer_of
 from server.api.readiness import checked
-from server.cluster.likeness import Likeness
+from server.cluster.likeness import BLOCK_BYTES, TOKEN_BYTES, Likeness
 from server.cluster.statistics import TopicLedger, sketch_layers
 from server.engine.request import EngineStatus, GenerationRequest, Masking, OnEvent
 from server.errors import ServerError, message_of
@@ -131,7 +131,8 @@ class _Watch:
         self._experts = model.experts
         self._shape = (model.num_layers, model.num_experts)
         self._layers = sketch_layers(*self._shape)
-        self._ledger = TopicLedger(len(self._layers) * model.num_experts)
+        max_prefixes = model.engine.status().kv_capacity_tokens * TOKEN_BYTES // BLOCK_BYTES
+        self._ledger = TopicLedger(len(self._layers) * model.num_experts, max_prefixes)
         self._lock = threading.Lock()  # the engine's thread adds, the event loop begins and reads
 
     def submit(self, request: GenerationRequest, on_event: OnEvent) -> None:

@@ -43,6 +43,8 @@ class _Replicas:
             self.num_closed += 1
 
     async def ask_all(self, request: PassedRequest) -> Mapping[str, tuple[int, bytes]]:
+        if request.path == "/experts/reload":
+            return {"all-0": (200, b'{"added":1}'), "all-1": (409, b'{"error":"busy"}')}
         return {f"all-{at}": (200, b"# TYPE x gauge\nx 1.0\n") for at in range(2)}
 
 
@@ -142,6 +144,10 @@ def test_liveness_needs_no_replica() -> None:
 def test_metrics_are_those_of_all_replicas() -> None:
     sent = _ask(_Replicas(), "/metrics")
     assert sent[1]["body"] == b'# TYPE x gauge\nx{replica="all-0"} 1.0\nx{replica="all-1"} 1.0\n'
+
+
+def test_all_replicas_take_a_changed_store_and_a_refusal_of_one_is_told() -> None:
+    assert _json(_ask(_Replicas(), "/experts/reload")) == (409, {"error": "busy"})
 
 
 def _application() -> FastAPI:
