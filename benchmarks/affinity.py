@@ -116,6 +116,8 @@ class Traffic:
     known_share: float = 0.75
     """Conversations that begin as others of their kind do, as with a system prompt of an application."""
     statistics_seconds: float = 2.0
+    slow: float = 1.0
+    """Factor of the time of the first replica's steps."""
 
 
 @dataclass
@@ -348,6 +350,7 @@ class Simulation:
         wanted[index[:, None, None], layers, kinds.experts[tokens]] = True
         missed = (wanted & ~self.resident[due]).sum(axis=(1, 2))
         seconds += missed * machine.expert_bytes / machine.bytes_per_second
+        seconds[due == 0] *= self.traffic.slow
         self._use(due, wanted)
         ends = now + seconds
         self.free_at[due] = ends
@@ -506,6 +509,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
     parser.add_argument("--statistics-seconds", type=float, default=2.0, help="age of statistics")
+    parser.add_argument("--slow", type=float, default=1.0, help="factor of the time of one replica's steps")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/affinity.json and its figure")
     arguments = parser.parse_args()
     all_kinds = read_kinds(arguments.traces)
@@ -515,13 +519,15 @@ def main() -> None:
         "traces": [path.name for path in arguments.traces],
         "num_kinds": len(all_kinds.start),
         "statistics_seconds": arguments.statistics_seconds,
+        "slow": arguments.slow,
         "machine": asdict(H100),
         "says": {name: SCENARIOS[name].says for name in arguments.scenarios},
         "scenarios": {},
     }
     for name in arguments.scenarios:
         scenario = SCENARIOS[name]
-        scenario = replace(scenario, traffic=replace(scenario.traffic, statistics_seconds=arguments.statistics_seconds))
+        faults = {"statistics_seconds": arguments.statistics_seconds, "slow": arguments.slow}
+        scenario = replace(scenario, traffic=replace(scenario.traffic, **faults))
         count = scenario.profile_experts
         kinds = all_kinds if count is None else all_kinds.under_profiles(count)
         sizes = result["scenarios"][name] = {}

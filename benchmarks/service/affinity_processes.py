@@ -8,7 +8,7 @@ simulation of `benchmarks.affinity` gets the routing of the same texts under the
 - *fall*: share of these bytes that affinity saves.
 - *short*: median time of a request about the state.
 
-    python -m benchmarks.service.affinity_processes [--requests 90] [--save]     # needs deepfew[ray]
+    python -m benchmarks.service.affinity_processes [--requests 60] [--save]     # needs deepfew[ray]
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def recorded(folder: Path) -> Kinds:
             with torch.no_grad():
                 logits = model(torch.tensor([ids[start : start + 256]]), output_router_logits=True).router_logits
             picks = [
-                of_layer.masked_fill(~torch.from_numpy(allowed), -torch.inf).topk(8).indices
+                of_layer.masked_fill(~torch.tensor(allowed), -torch.inf).topk(8).indices
                 for of_layer, allowed in zip(logits, mask, strict=True)
             ]
             parts.append(torch.stack(picks, 1))
@@ -157,12 +157,12 @@ def simulate(kinds: Kinds, policy: str, expert_bytes: int) -> dict[str, float]:
         answer_tokens=(ANSWER_TOKENS, ANSWER_TOKENS), statistics_seconds=STATISTICS_SECONDS,
     )  # fmt: skip
     machine = Machine(SLOTS, expert_bytes, base_seconds=0.004, token_seconds=1e-5, bytes_per_second=1e9)
-    return summary(Simulation(kinds, machine, replace(traffic), 2, policy, 600.0).run())
+    return summary(Simulation(kinds, machine, replace(traffic), 2, policy, 300.0).run())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=90)
+    parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/affinity_processes.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -175,6 +175,7 @@ def main() -> None:
         for policy, options in POLICIES.items():
             simulated = simulate(kinds, policy, expert_bytes)["fetched_bytes_per_token"]
             rows[policy] = {"simulated_bytes_per_token": simulated, **measure(folder, options, arguments.requests)}
+            print(policy, rows[policy], flush=True)
     falls = {
         name: 1 - rows["affinity"][name] / rows["two choices"][name]
         for name in ("fetched_bytes_per_token", "simulated_bytes_per_token")

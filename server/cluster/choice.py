@@ -55,8 +55,8 @@ class Candidate(NamedTuple):
 
     Attributes:
         blocks: of the request's beginning that it holds.
-        held: share of the likely experts' mass that is in its slots.
-        wanted: likeness of the likely demand to the demand of its requests, 0 to 1.
+        held: share of the likely experts' mass that is in its slots; of the average replica where that is not known.
+        wanted: likeness of the likely demand to the demand of its requests, 0 to 1; likewise.
     """
 
     replica: str
@@ -113,9 +113,15 @@ class Fleet:
         names = list(loads)
         index, options = self._current(now), self.options
         load = np.array([loads[name] for name in names], dtype=np.float64)
-        is_fresh = [now - index.taken_at.get(name, -math.inf) <= options.max_age_seconds for name in names]
+        is_fresh = np.array(
+            [now - index.taken_at.get(name, -math.inf) <= options.max_age_seconds for name in names], bool
+        )
         blocks = np.array([index.blocks_held(name, likeness) for name in names]) * is_fresh
-        held, wanted = (of_all * is_fresh for of_all in index.overlaps(names, index.topics.likely(likeness)))
+        # A replica of which nothing is known now counts as an average one: at 0, all would go to the few known ones.
+        held, wanted = (
+            np.where(is_fresh, of_all, of_all[is_fresh].mean() if is_fresh.any() else 0.0)
+            for of_all in index.overlaps(names, index.topics.likely(likeness))
+        )
         worth = options.block * blocks + options.held * held + options.wanted * wanted
         mean = float(load.mean()) if names else 0.0
         may = load <= max(options.imbalance * mean + 1.0, float(load.min(initial=math.inf)))

@@ -107,6 +107,16 @@ def test_late_statistics_leave_two_choices() -> None:
     assert late["b"] > late["c"] > 0
 
 
+def test_an_unknown_replica_counts_as_an_average_one() -> None:
+    topics = (_topic(1, (0, 1)),)
+    fleet = _fleet(good=_statistics(held=(0, 1), topics=topics), bad=_statistics(held=(6, 7), topics=topics))
+    fleet.options = ChoiceOptions(wanted=0.0, load=0.0)
+    likeness = Likeness((), 1, (1,), words_of(""))
+    loads = {"good": 0.0, "bad": 0.0, "new": 0.0}
+    assert [candidate.replica for candidate in _ranked(fleet, likeness, **loads)] == ["good", "new"]
+    assert [candidate.held for candidate in _ranked(fleet, likeness, **loads)] == pytest.approx([1.0, 0.5])
+
+
 def test_newer_statistics_replace_older_ones_and_gone_replicas_are_forgotten() -> None:
     fleet = _fleet(a=_statistics(prefixes=(1,), taken_at=5.0), b=_statistics(taken_at=5.0))
     fleet.update("a", _statistics(taken_at=4.0).to_wire())
