@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @with_settings(*SECTIONS)
 def serve(resolved: Resolved) -> int:
-    """Serve a store over HTTP until a signal."""
+    """Serve a store over HTTP until a signal; in a browser the address is a page with a chat and the map of experts."""
     status = serve_settings(resolved)
     if status == 0:
         # All is saved. An interpreter that frees a model object by object takes seconds, or a minute on a busy machine.

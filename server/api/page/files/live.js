@@ -42,12 +42,10 @@ export class Live extends EventTarget {
   }
 
   #take(event) {
-    if (event.type === "now") {
-      this.now = event;
-    } else {
-      if (!event.ids) this.experts = Experts.of(event, this.experts);
-      else this.experts.change(event);
-    }
+    if (event.error) throw new ApiError(0, event.error);
+    if (event.type === "now") this.now = event;
+    else if (event.ids) this.experts.change(event);
+    else this.experts = Experts.of(event, this.experts);
     this.#tell(event.type, event);
   }
 

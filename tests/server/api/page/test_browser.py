@@ -109,6 +109,43 @@ def test_thinking_is_folded_and_told_apart_from_the_answer(tab: Any) -> None:
         assert page.locator(".thinking .text").inner_text() == "A capital?"
 
 
+def test_markup_in_an_answer_stays_text_and_links_lead_to_the_web_alone(tab: Any) -> None:
+    hostile = (
+        "<img src=x onerror=alert(1)><script>alert(1)</script> [a](javascript:alert(1)) [b](data:text/html,x) "
+        '[c](https://a.example/"onclick=alert(1)) **<b>x</b>** `<i>`\n\n```html\n<script>alert(1)</script>\n```\n'
+        "# <u>t</u>\n- <a href=javascript:alert(1)>l</a>\n> <iframe>"
+    )
+    model = loaded(ScriptedEngine(answer=[hostile], max_context=2000), max_context_tokens=2000)
+    with running(load=lambda progress: model) as server:
+        page = open_page(tab(), server.url)
+        ask(page, hostile)
+        made = page.evaluate("[...document.querySelectorAll('#messages *')].map(one => one.localName)")
+        assert not set(made) & {"img", "script", "b", "i", "u", "iframe"}
+        links = page.evaluate("[...document.querySelectorAll('#messages a')].map(a => [a.protocol, a.rel, a.onclick])")
+        assert links == [["https:", "noopener noreferrer", None]]
+        assert "onerror=alert(1)" in page.locator(".theirs .text").inner_text()
+
+
+def test_conversations_that_do_not_fit_go_the_oldest_first(tab: Any) -> None:
+    fill = """async (length) => {
+        const { Conversations } = await import("/page/conversations.js");
+        localStorage.clear();
+        const kept = new Conversations();
+        for (let at = 0; at < 60; at++) {
+            kept.begin();
+            kept.current.messages.push({ role: "user", content: at + "x".repeat(length) });
+            kept.save();
+        }
+        return new Conversations().all.map((one) => parseInt(one.messages[0].content));
+    }"""
+    with running() as server:
+        page = open_page(tab(), server.url)
+        assert page.evaluate(fill, 10) == list(range(59, 9, -1))
+        few = page.evaluate(fill, 100_000)
+        assert few == list(range(59, 59 - len(few), -1))
+        assert len(few) == 19
+
+
 def test_stop_ends_the_answer_in_the_engine_too(tab: Any) -> None:
     engine = ScriptedEngine(pause_after=2)
     with running(engine) as server:
