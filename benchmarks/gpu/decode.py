@@ -122,8 +122,16 @@ class Bench:
                 f"{rows} up rows": self._time(QWEN, trunk, pages, state, 1, self._tuned(up_rows=rows))
                 for rows in (2, 8)
             },
+            "blocks of KV memory in any order": self._in_any_order(trunk, pages, state),
         }
         return rows
+
+    def _in_any_order(self, trunk: TrunkWeights, pages: DevicePages, state: RowState) -> float:
+        in_order = state.table.clone()
+        state.table.copy_(torch.randperm(state.table.numel(), device=DEVICE).view(state.table.shape))
+        step_ms = self._time(QWEN, trunk, pages, state, 1, StepOptions(pdl=True))
+        state.table.copy_(in_order)
+        return step_ms
 
     def _resident_step(
         self, shape: DecodeShape, trunk: TrunkWeights, pages: DevicePages, state: RowState, batch: int
