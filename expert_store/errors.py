@@ -4,6 +4,7 @@
     ├── ManifestError            the manifest is missing, malformed, of an unknown version or contradicts itself
     ├── ShardCorruptError        a file of the store is not what the manifest says it is
     ├── ExpertUnavailableError   the store holds no such expert
+    ├── AdapterError             an adapter cannot be read, or is of another checkpoint
     └── SlotsError               the slots, or their memory, do not allow the operation
 
 Every message says what is wrong, what was found, what was expected and what to do.
@@ -30,6 +31,10 @@ class ShardCorruptError(StoreError):
 
 class ExpertUnavailableError(StoreError):
     """The requested expert is not in the store, or does not exist in the model."""
+
+
+class AdapterError(StoreError):
+    """An adapter cannot be read, is of another checkpoint, or is not in the store."""
 
 
 class SlotsError(StoreError):

@@ -49,13 +49,15 @@ def verify_files(root: Path, manifest: Manifest, progress: Progress | None = Non
         bad = [layer for layer, (got, want) in enumerate(zip(hashes, deep.span_hashes, strict=True)) if got != want]
         if bad:
             problems.append(f"{root / deep.file}: span_hashes of the manifest are wrong for the layers {bad}; {REMEDY}")
-    for file in manifest.trunk:
+    others = [(file.name, file.bytes, file.sha256) for file in manifest.trunk]
+    others += [(adapter.file, adapter.bytes, adapter.sha256) for adapter in manifest.adapters]
+    for name, size, sha256 in others:
         try:
-            _hash_file(root, file.name, file.bytes, file.sha256, [file.bytes], progress)
+            _hash_file(root, name, size, sha256, [size], progress)
         except ShardCorruptError as error:
             problems.append(str(error))
             continue
-        total += file.bytes
+        total += size
     if problems:
         raise ShardCorruptError("\n".join(problems))
     return total

@@ -1,9 +1,9 @@
 """The manifest: the files and experts that a store holds, and the hashes that prove them intact.
 
-Owns `manifest.json` (format "deepfew-store", version 2 if experts are encoded, else 1) and the records that it consists
-of. Invariant: a `Manifest` returned by `read_manifest` has no contradictions (sizes, offsets, ids, paths), names only
-files inside the store's directory, and was complete when it was written: it is the commit point of a store, written
-last, by rename.
+Owns `manifest.json` (format "deepfew-store", version 3 if the store has adapters, else 2 if experts are encoded, else
+1) and the records that it consists of. Invariant: a `Manifest` returned by `read_manifest` has no contradictions
+(sizes, offsets, ids, paths), names only files inside the store's directory, and was complete when it was written: it is
+the commit point of a store, written last, by rename.
 Sizes and offsets are bytes; `layer` counts the MoE layers from 0; an expert's id is the checkpoint's, per layer.
 """
 
@@ -26,8 +26,8 @@ from expert_store.errors import ManifestError
 from expert_store.files import replacing
 
 FORMAT = "deepfew-store"
-VERSION, ENCODED_VERSION = 1, 2
-"""Of stores with plain experts, which older programs read too, and of those with an encoding."""
+VERSION, ENCODED_VERSION, ADAPTED_VERSION = 1, 2, 3
+"""Of stores with plain experts, which older programs read too, of those with an encoding, of those with adapters."""
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 512 * 2**20
 REMEDY = "; the manifest was damaged or written by another program: extract into an empty directory"
@@ -184,6 +184,16 @@ class TrunkFile(_Record):
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterFile(_Record):
+    """The file of the adapter called `name`; `file` is its path below the store."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    file: _Path
+    bytes: _Positive
+    sha256: _Sha256
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest(_Record):
     """All that a reader knows about a store.
 
@@ -200,6 +210,7 @@ class Manifest(_Record):
     trunk: tuple[TrunkFile, ...]
     retired_below: _Positive = 0
     made: Making | None = None
+    adapters: tuple[AdapterFile, ...] = ()
 
     @property
     def next_index(self) -> int:
@@ -219,7 +230,7 @@ class _Document(Manifest):
     """The JSON document: a manifest, and the members that only the file has."""
 
     format: Literal["deepfew-store"]
-    version: Literal[1, 2]
+    version: Literal[1, 2, 3]
     absent: Annotated[tuple[_Ids, ...], Field(alias="absent_experts")]
 
 
@@ -269,6 +280,8 @@ def write_manifest(directory: str | os.PathLike[str], manifest: Manifest) -> Non
 def format_manifest(manifest: Manifest) -> bytes:
     """The bytes of `manifest.json`: equal manifests give equal bytes; one line a layer, deep expert and trunk file."""
     version = ENCODED_VERSION if any(layer.is_encoded for layer in manifest.layers) else VERSION
+    if manifest.adapters:
+        version = ADAPTED_VERSION
     members: list[str] = [f'"format": {json.dumps(FORMAT)}', f'"version": {version}']
     for name in ("source", "model", "alignment"):
         members.append(f'"{name}": {json.dumps(asdict(getattr(manifest, name)), sort_keys=name == "alignment")}')
@@ -278,7 +291,7 @@ def format_manifest(manifest: Manifest) -> bytes:
         members.append(f'"retired_below": {manifest.retired_below}')
     if manifest.made is not None:
         members.append(f'"made": {json.dumps(asdict(manifest.made))}')
-    for name in ("layers", "deep_experts", "trunk"):
+    for name in ("layers", "deep_experts", "trunk", *(["adapters"] if manifest.adapters else [])):
         items = ",\n  ".join(json.dumps(asdict(item, dict_factory=_without_none)) for item in getattr(manifest, name))
         members.append(f'"{name}": [\n  {items}\n ]')
     return ("{\n " + ",\n ".join(members) + "\n}\n").encode()
@@ -323,7 +336,7 @@ def _refusal(error: ValidationError) -> str:
     for one in details:
         if one["loc"] == ("version",) and one["type"] != "missing":
             return (
-                f"version is {one['input']!r}, this program reads versions {VERSION} and {ENCODED_VERSION}; "
+                f"version is {one['input']!r}, this program reads versions {VERSION} to {ADAPTED_VERSION}; "
                 "use the deepfew that wrote the store, or extract into an empty directory"
             )
     return _fault(details[0]) + REMEDY
@@ -392,7 +405,13 @@ def _check_consistency(manifest: Manifest) -> None:
     for position, file in enumerate(manifest.trunk):
         if not file.name.startswith("trunk/"):
             raise ManifestError(f"trunk[{position}].name is {file.name!r}, wanted a path below trunk/{REMEDY}")
+    for position, adapter in enumerate(manifest.adapters):
+        if not adapter.file.startswith("adapters/"):
+            raise ManifestError(f"adapters[{position}].file is {adapter.file!r}, wanted a path below adapters/{REMEDY}")
+    if len({adapter.name for adapter in manifest.adapters}) != len(manifest.adapters):
+        raise ManifestError(f"two adapters have one name{REMEDY}")
     files = [deep.file for deep in manifest.deep_experts] + [file.name for file in manifest.trunk]
+    files += [adapter.file for adapter in manifest.adapters]
     if len(set(files)) != len(files) or MANIFEST_NAME in files:
         raise ManifestError(f"two entries name the same file{REMEDY}")
     if not _ascending([deep.index for deep in manifest.deep_experts]):

@@ -306,7 +306,8 @@ class Store:
         for deep in view.manifest.deep_experts:
             os.close(open_shard(self.path, deep, view.layouts[deep.index]))
         named = {file.name: file.bytes for file in view.manifest.trunk}
-        for name, size in named.items():
+        adapters = {adapter.file: adapter.bytes for adapter in view.manifest.adapters}
+        for name, size in {**named, **adapters}.items():
             os.close(open_checked(self.path, name, size))
         for directory, _, files in os.walk(self.trunk_path):
             for file in files:

@@ -178,6 +178,7 @@ class Extraction:
             deep_experts=tuple(deep_experts),
             trunk=tuple(TrunkFile(name, digests[name].file_bytes, digests[name].sha256) for name in names),
             made=self.made,
+            adapters=() if self.existing is None else self.existing.adapters,
         )
 
     def _remove_leftovers(self) -> None:

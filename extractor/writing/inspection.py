@@ -63,6 +63,7 @@ def store_summary(path: str | os.PathLike[str]) -> dict[str, Any]:
         "shard_bytes": shard_bytes,
         "trunk_bytes": trunk_bytes,
         "total_bytes": shard_bytes + trunk_bytes,
+        "adapters": [{"name": one.name, "file": one.file, "bytes": one.bytes} for one in manifest.adapters],
         "damaged_files": _damaged(root, manifest),
     }
 
@@ -86,6 +87,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         ("alignment", summary["alignment"]),
         ("experts", _per_layer(summary)),
         ("on disk", f"{format_size(summary['total_bytes'])}, of it {format_size(summary['trunk_bytes'])} trunk"),
+        *([("adapters", ", ".join(one["name"] for one in summary["adapters"]))] if summary["adapters"] else []),
         ("files", _files(summary["damaged_files"])),
     ]
     console = Console(highlight=False, soft_wrap=True)
@@ -120,5 +122,6 @@ def _damaged(root: Path, manifest: Manifest) -> list[str]:
     sizes: Iterable[tuple[str, int]] = [
         *((deep.file, deep.bytes) for deep in manifest.deep_experts),
         *((file.name, file.bytes) for file in manifest.trunk),
+        *((adapter.file, adapter.bytes) for adapter in manifest.adapters),
     ]
     return [name for name, size in sizes if not (root / name).is_file() or (root / name).stat().st_size != size]

@@ -176,6 +176,11 @@ class TopKRule:
     expert_scale: str | None = None
     takes_temperature: ClassVar[bool] = True
 
+    @property
+    def scores_returned_logits(self) -> bool:
+        """Whether it scores the logits of the call's output, so that other logits there give another choice."""
+        return self.logits is TopKRule.logits
+
     def masked(self, call: RouterCall, mask: Tensor, temperature: Tensor | None = None) -> Output:
         """See `GatingRule.masked`."""
         module, picks = call.module, call.picks

@@ -111,15 +111,15 @@ def calibrate(
         from server.quality.calibration import calibrate as run
         from server.quality.texts import find_domains
 
-        _check(context)
+        check_sequence(context)
         require_writable(out, "--out")
         names = _encodings(encodings, source)
         from extractor.statistics.file import write_statistics
 
         domains = find_domains(texts)
         options = CalibrationOptions(TextOptions(context, max_tokens, half), price_tokens, weights, names)
-        model = stack.enter_context(_opened(source, out, slots_memory, device, dtype))
-        _check_context(context, model)
+        model = stack.enter_context(opened_model(source, out, slots_memory, device, dtype))
+        check_context(context, model)
         if not model.routing.mask.is_full:
             raise TextsError(
                 f"{source} holds only a part of its checkpoint's experts, and calibration measures the demand for all: "
@@ -164,7 +164,7 @@ def evaluate(
         from server.quality.evaluation import EvaluationRequest
         from server.quality.evaluation import evaluate as run
 
-        _check(context)
+        check_sequence(context)
         if not texts and not questions:
             raise TextsError("there is nothing to measure: give --texts or --questions")
         if prefix and not questions:
@@ -188,11 +188,11 @@ def evaluate(
             seeds=range(seeds),
             prefix=prefix,
         )
-        model = stack.enter_context(_opened(store, None, slots_memory, device, dtype))
-        _check_context(context, model)
+        model = stack.enter_context(opened_model(store, None, slots_memory, device, dtype))
+        check_context(context, model)
         whole = None
         if reference is not None:
-            whole = stack.enter_context(_opened(reference, None, slots_memory, device, dtype))
+            whole = stack.enter_context(opened_model(reference, None, slots_memory, device, dtype))
         progress = stack.enter_context(progress_bar("evaluating")).show
         report = run(model, whole, request, progress)
         if plot is not None:
@@ -217,18 +217,18 @@ def _encodings(text: str, source: str) -> tuple[ExpertsDtype, ...]:
     return cast("tuple[ExpertsDtype, ...]", names)
 
 
-def _check(context: int) -> None:
+def check_sequence(context: int) -> None:
     if context < MIN_SEQUENCE_TOKENS:
         raise TextsError(f"--context is {context}, wanted at least {MIN_SEQUENCE_TOKENS} tokens")
 
 
-def _check_context(context: int, model: HostModel) -> None:
+def check_context(context: int, model: HostModel) -> None:
     if context > model.context_tokens:
         raise TextsError(f"--context is {context}, wanted at most the model's {model.context_tokens} tokens")
 
 
 @contextmanager
-def _opened(
+def opened_model(
     source: str,
     out: Path | None,
     slots_memory: MemoryAmount | None,

@@ -86,10 +86,18 @@ def batches(model: SelectiveModel, sequences: Sequence[Tokens]) -> Iterator[list
 
 
 @torch.inference_mode()
-def run_batch(model: SelectiveModel, sequences: Sequence[Tokens], mask: ExpertMask | None = None) -> BatchOutput:
-    """Run sequences of one length from their first token, under a mask (None: the model's own)."""
+def run_batch(
+    model: SelectiveModel, sequences: Sequence[Tokens], mask: ExpertMask | None = None, adapter: str | None = None
+) -> BatchOutput:
+    """Run sequences of one length from their first token, under a mask (None: the model's own), with an adapter that
+    the model knows."""
     ids = torch.tensor([list(sequence) for sequence in sequences], device=model.device)
-    model.routing.begin(len(sequences), ids.shape[1], None if mask is None else [mask] * len(sequences))
+    model.routing.begin(
+        len(sequences),
+        ids.shape[1],
+        None if mask is None else [mask] * len(sequences),
+        adapters=None if adapter is None else [adapter] * len(sequences),
+    )
     try:
         logits = model.model(input_ids=ids, use_cache=False).logits
         record, share = model.routing.finish()

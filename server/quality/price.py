@@ -53,23 +53,39 @@ def with_wrong_experts(mask: ExpertMask, share: float) -> ExpertMask:
 def measure_price(
     model: SelectiveModel, statistics: ExpertStatistics, domain: str, sequences: Sequence[Tokens]
 ) -> list[PricePoint]:
-    """Deficit and change of loss of a domain's sequences under masks of several sizes.
-
-    The sequences are two parts, taken in turns, so that the curves of one part can be tried on the other.
-    """
-    parts = [part for part in (sequences[::2], sequences[1::2]) if part]
-    unmasked = [evaluate_text(model, part).loss for part in parts]
+    """Deficit and change of loss of a domain's sequences under masks of several sizes."""
     masks = []
     for share in PRICE_SHARES:
         count = max(1, round(share * statistics.num_experts))
         for criterion in PRICE_CRITERIA:
-            masks.append((share, masks_per_domain(statistics, [domain], criterion, count)[domain], False))
-    share, smallest, _ = masks[-1]
-    masks += [(share, with_wrong_experts(smallest, wrong), True) for wrong in WRONG_SHARES]
+            masks.append((share, masks_per_domain(statistics, [domain], criterion, count)[domain]))
+    return price_points(model, domain, sequences, masks)
+
+
+def price_points(
+    model: SelectiveModel,
+    domain: str,
+    sequences: Sequence[Tokens],
+    masks: Sequence[tuple[float, ExpertMask]],
+    adapter: str | None = None,
+) -> list[PricePoint]:
+    """Deficit and change of loss of a domain's sequences under each mask, and under the last one with wrong experts.
+
+    The sequences are two parts, taken in turns, so that the curves of one part can be tried on the other.
+
+    Args:
+        masks: each with its share of the experts.
+        adapter: that the masked runs have.
+    """
+    parts = [part for part in (sequences[::2], sequences[1::2]) if part]
+    unmasked = [evaluate_text(model, part).loss for part in parts]
+    share, smallest = masks[-1]
+    tried = [(share, mask, False) for share, mask in masks]
+    tried += [(share, with_wrong_experts(smallest, wrong), True) for wrong in WRONG_SHARES]
     points = []
-    for share, mask, is_wrong in masks:
+    for share, mask, is_wrong in tried:
         for number, part in enumerate(parts):
-            one = evaluate_text(model, part, mask)
+            one = evaluate_text(model, part, mask, adapter)
             change = one.loss - unmasked[number]
             per_layer = tuple(round(deficit, 6) for deficit in one.deficit_per_layer)
             points.append(

@@ -42,8 +42,11 @@ class TextResult:
         return math.exp(self.loss)
 
 
-def evaluate_text(model: SelectiveModel, sequences: Sequence[Tokens], mask: ExpertMask | None = None) -> TextResult:
-    """Loss and deficit over packed token sequences, under a mask (intersected with the model's own)."""
+def evaluate_text(
+    model: SelectiveModel, sequences: Sequence[Tokens], mask: ExpertMask | None = None, adapter: str | None = None
+) -> TextResult:
+    """Loss and deficit over packed token sequences, under a mask (intersected with the model's own), with an adapter
+    that the model knows."""
     own = model.routing.mask
     mask = None if mask is None else mask & own
     demanded, missed = np.zeros(model.num_layers), np.zeros(model.num_layers)
@@ -51,7 +54,7 @@ def evaluate_text(model: SelectiveModel, sequences: Sequence[Tokens], mask: Expe
     values: list[npt.NDArray[np.float64]] = []
     first_missing, num_choices = 0, 0
     for batch in batches(model, sequences):
-        output = run_batch(model, batch, mask)
+        output = run_batch(model, batch, mask, adapter)
         values.append(losses(output.logits, batch).ravel())
         demanded += output.share.demanded.sum(axis=0)
         missed += output.share.missed.sum(axis=0)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from expert_store.cache import ExpertCache
+from expert_store.rows import decode_rows
 from expert_store.slots import SlotPool
 from server.model.seam.observation import OutputObserver
 from server.model.seam.packed import kernels_for, packed_products
@@ -32,10 +33,38 @@ other steps compute expert by expert, without a copy."""
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The forward that transformers dispatches to: hidden_states [T, H], index and weights [T, K] → [T, H]."""
     layer: ExpertsLayer = getattr(self, LAYER_ATTRIBUTE)
+    if hidden_states.requires_grad or top_k_weights.requires_grad:
+        return frozen_experts(layer, self, hidden_states, top_k_index, top_k_weights)
     return layer.forward(self, hidden_states, top_k_index, top_k_weights)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+class _FrozenExperts(torch.autograd.Function):
+    """The forward of `ExpertsLayer` with gradients of its inputs, but not of the experts' weights.
+
+    Nothing between the inputs and the result is kept: `ExpertsLayer.backward` computes it again, so that the experts
+    may have left their slots meanwhile.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, layer: ExpertsLayer, module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        ctx.layer, ctx.module = layer, module
+        ctx.save_for_backward(hidden, index, weights)
+        return layer.forward(module, hidden, index, weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor, None, Tensor]:
+        hidden, index, weights = ctx.saved_tensors
+        of_hidden, of_weights = ctx.layer.backward(ctx.module, hidden, index, weights, grads[0])
+        return None, None, of_hidden, None, of_weights
+
+
+def frozen_experts(layer: ExpertsLayer, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """`layer.forward`, which autograd can differentiate by hidden and weights."""
+    result: Tensor = _FrozenExperts.apply(layer, module, hidden, index, weights)  # type: ignore[no-untyped-call]
+    return result
 
 
 class ExpertsLayer:
@@ -92,6 +121,38 @@ class ExpertsLayer:
         if observer is not None:
             observer.note(self._layer, hidden, outputs, result)
         return result
+
+    def backward(
+        self, module: Any, hidden: Tensor, index: Tensor, weights: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of `forward` by hidden [T, H] and weights [T, K], from that of its result [T, H].
+
+        The arguments are those of `forward`. Experts are fetched again; nothing is mutated but their slots.
+        """
+        num_picks = index.shape[1]
+        order = torch.argsort(index.reshape(-1), stable=True)
+        tokens = order.div(num_picks, rounding_mode="floor")
+        inputs, factors, grads = hidden[tokens], weights.reshape(-1, 1)[order], grad[tokens]  # [T·K, ..]
+        of_inputs, of_factors = torch.zeros_like(inputs), torch.zeros_like(factors)
+        groups = _groups(index.reshape(-1)[order].tolist(), self._cache.num_experts)
+        for wave in _waves(groups, self._cache.num_slots, self._resident):
+            experts = [expert for expert, _, _ in wave]
+            slots = self._cache.acquire(self._layer, experts)
+            try:
+                for (_, start, end), slot in zip(wave, slots, strict=True):
+                    with torch.enable_grad():
+                        x = inputs[start:end].detach().requires_grad_()
+                        y = _dense(module, self._cache.pools[self._layer], slot, x)
+                    of_factors[start:end] = (y.detach() * grads[start:end]).sum(dim=-1, keepdim=True)
+                    (of_inputs[start:end],) = torch.autograd.grad(
+                        y, x, (grads[start:end] * factors[start:end]).to(y.dtype)
+                    )
+            finally:
+                self._cache.release(self._layer, experts)
+        of_hidden = torch.zeros_like(hidden).index_add_(0, tokens, of_inputs)
+        of_weights = torch.empty_like(of_factors)
+        of_weights[order] = of_factors
+        return of_hidden, of_weights.view_as(weights)
 
     def _resident(self, expert: int) -> bool:
         return bool(self._cache.page_table[self._layer, expert] >= 0)
@@ -185,6 +246,24 @@ def _run_grouped(
         for _, start, end in wave:
             outputs[start:end] = module.post_expert_norm(outputs[start:end])
     return activated
+
+
+def _dense(module: Any, pool: SlotPool, slot: int, x: Tensor) -> Tensor:
+    """One expert's output for x [N, H], by operations that autograd can differentiate."""
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    up = _dense_linear(module, pool, up_name, slot, x)
+    activated = module._apply_gate(up) if module.has_gate else module.act_fn(up)
+    out = _dense_linear(module, pool, "down_proj", slot, activated)
+    return module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
+
+
+def _dense_linear(module: Any, pool: SlotPool, name: str, slot: int, x: Tensor) -> Tensor:
+    weight, encoding = pool.rows[name][slot], pool.encodings.get(name)
+    if encoding is not None:
+        weight = decode_rows(encoding, x.shape[1], weight).to(x.dtype)
+    elif module.is_transposed:
+        weight = weight.t()
+    return torch.nn.functional.linear(x, weight, pool.rows[name + "_bias"][slot] if module.has_bias else None)
 
 
 def _width(module: Any, pool: SlotPool, name: str) -> int:

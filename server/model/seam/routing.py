@@ -8,8 +8,8 @@ depends on its own tokens, mask and temperature alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from router.errors import UnsupportedGatingError
 from router.gating import GatingRule, Picks, RouterCall, find_gating_rule
+from router.gating.rules import TopKRule
 from router.ledger import StepRecord
 from router.mask import ExpertMask
+from server.model.seam.adapters import Part, StepAdapters
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ class StepRouting:
         num_layers: L.
         device: device of the routers.
         mask: the mask of every sequence that has no mask of its own.
+
+    Attributes:
+        adapters: changes of the trunk for rows that are masked.
     """
 
     def __init__(self, model_type: str, num_layers: int, device: torch.device, mask: ExpertMask) -> None:
@@ -65,6 +70,7 @@ class StepRouting:
         self._temperature: Tensor | None = None
         self._num_rows = 0
         self._tokens_per_row = 0
+        self.adapters = StepAdapters()
         self.set_mask(mask)
 
     def set_mask(self, mask: ExpertMask) -> None:
@@ -79,8 +85,8 @@ class StepRouting:
 
     def temperature_refusal(self) -> str | None:
         """The reason why the routers' logits cannot be divided by a temperature; None if they can."""
-        for layer, router in enumerate(self._routers):
-            assert router is not None, f"no router was installed for layer {layer}"
+        for layer in range(self._num_layers):
+            router = self.router(layer)
             try:
                 rule = self._rule(layer, router)
             except UnsupportedGatingError as error:
@@ -95,6 +101,7 @@ class StepRouting:
         tokens_per_row: int,
         masks: Sequence[ExpertMask | None] | None = None,
         temperatures: Sequence[float] | None = None,
+        adapters: Sequence[str | None] | None = None,
     ) -> None:
         """Start a step over `num_rows` × `tokens_per_row` tokens.
 
@@ -102,7 +109,10 @@ class StepRouting:
             masks: one for each row, which the caller has intersected with the default; None is the default.
             temperatures: one for each row, which divides the router's logits; None is 1 for all. A row's demand is the
                 unmasked choice at its temperature.
+            adapters: for each row the name of its adapter, or None; None is none for all. A row's demand is the choice
+                of the checkpoint's own router.
         """
+        self.adapters.begin_rows(num_rows, tokens_per_row, adapters or ())
         self._num_rows, self._tokens_per_row = num_rows, tokens_per_row
         self._steps = [None] * self._num_layers
         self._table = self._default
@@ -114,8 +124,33 @@ class StepRouting:
             table = np.stack([(mask or self.mask).allowed for mask in masks], axis=1)  # [L, B, E]
             self._token_masks = torch.from_numpy(table).to(self._device).repeat_interleave(tokens_per_row, dim=1)
 
+    def begin_tokens(self, num_rows: int, tokens_per_row: int, masks: Tensor, parts: Sequence[Part]) -> None:
+        """Start a step whose tokens differ in mask within a row; masks is bool [L, T, E]."""
+        self.begin(num_rows, tokens_per_row)
+        self._token_masks = masks
+        self.adapters.begin(num_rows * tokens_per_row, parts)
+
+    def install_adapters(self, model: nn.Module, modules: Iterable[str]) -> None:
+        """Hook the modules of the model that adapters change. Raises AdapterError."""
+        self.adapters.install(model, modules, [self.router(layer) for layer in range(self._num_layers)])
+
+    def router(self, layer: int) -> nn.Module:
+        """The router of MoE layer `layer`."""
+        router = self._routers[layer]
+        assert router is not None, f"no router was installed for layer {layer}"
+        return router
+
+    def takes_delta(self, layer: int) -> bool:
+        """Whether an adapter may change the logits of a layer's router."""
+        try:
+            rule = self._rule(layer, self.router(layer))
+        except UnsupportedGatingError:
+            return False
+        return isinstance(rule, TopKRule) and rule.scores_returned_logits
+
     def finish(self) -> tuple[StepRecord, RowShare]:
         """End the step and return its record; the only method that waits for the device."""
+        self.adapters.end()
         steps = [step for step in self._steps if step is not None]
         assert len(steps) == self._num_layers, f"{len(steps)} of {self._num_layers} routers ran in the step"
         served_index = torch.stack([step.served_index for step in steps]).cpu().numpy()
@@ -144,6 +179,7 @@ class StepRouting:
     def abandon(self) -> None:
         """Discard a step that failed."""
         self._steps = [None] * self._num_layers
+        self.adapters.end()
 
     def _choose(self, layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         wanted = Picks.of(output)
@@ -160,7 +196,13 @@ class StepRouting:
                 self._steps[layer] = _LayerStep(wanted.index, wanted.weights, wanted.index, wanted.weights, None)
                 return tempered
         assert mask is not None
+        if self.adapters.is_on:
+            logits = self.adapters.logits(module, call.hidden_states, call.picks.logits)
+            call = replace(call, picks=replace(call.picks, logits=logits))
         masked = rule.masked(call, mask, temperature)
+        if self.adapters.is_on:
+            index, weights = Picks.of(masked).index, masked[1]
+            masked = (masked[0], self.adapters.weights(module, index, weights), *masked[2:])
         served = Picks.of(masked)
         missed = wanted.weights.float().masked_fill(mask.gather(-1, wanted.index), 0.0).sum(dim=-1)  # [T]
         self._steps[layer] = _LayerStep(served.index, served.weights, wanted.index, wanted.weights, missed)

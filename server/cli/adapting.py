@@ -1,0 +1,169 @@
+"""The commands `adapt`, `attach` and `detach`, as functions that a typer application mounts.
+
+Invariant: standard output carries the result alone; forecast, progress and figures meanwhile go to standard error;
+errors are raised, for the application to print.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from extractor.cli.options import JsonOption
+from extractor.cli.progress import progress_bar
+from extractor.planning.sizes import parse_share
+from extractor.writing.disk import require_writable
+from server.cli.quality import (
+    ContextOption,
+    DeviceOption,
+    HalfOption,
+    SlotsOption,
+    TokensOption,
+    check_context,
+    check_sequence,
+    opened_model,
+)
+from server.errors import UsageError
+from server.quality.texts import TextOptions, find_domains
+from server.settings.values import Dtype
+
+if TYPE_CHECKING:
+    from server.adapting.target import Target
+    from server.model.host.assembly import HostModel
+
+POOLS = "12.5%:100%"
+StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="A store.")]
+
+
+def adapt(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A store of all experts, or a checkpoint (a store is made of it).")
+    ],
+    out: Annotated[Path, typer.Option(metavar="ADAPTER", help="File to write, such as pools.safetensors.")],
+    texts: Annotated[
+        list[str] | None, typer.Option(metavar="TEXTS", help="Text of a domain to train on: PATH or NAME=PATH.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Train for the mask of this plan alone: the strongest repair.")
+    ] = None,
+    pools: Annotated[
+        str | None,
+        typer.Option(metavar="LOW:HIGH", help=f"Train for any mask of these shares of the experts ({POOLS})."),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens to train on; the text is read again when it ends.")
+    ] = 4_000_000,
+    self_generated: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Tokens of text that the whole model writes, to train on too.")
+    ] = 0,
+    rank: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Of the changes of linear layers; 0 changes whole matrices.")
+    ] = 32,
+    rate: Annotated[float, typer.Option(metavar="RATE", min=1e-6, max=1.0, help="Highest rate of learning.")] = 3e-3,
+    batch_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a step.")] = 4096,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of all random choices.")] = 0,
+    max_tokens: TokensOption = 1 << 20,
+    half: HalfOption = "all",
+    context: ContextOption = 256,
+    slots_memory: SlotsOption = None,
+    device: DeviceOption = "auto",
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the computation; auto is float32 on a CPU, else the checkpoint's.")
+    ] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Train a small adapter of the trunk, with which rows that are masked answer almost as the whole model does.
+
+    The whole model teaches itself under masks; experts stay as they are, bit for bit. After an interruption, the same
+    command continues. `deepfew attach` puts the adapter into a store.
+    """
+    with ExitStack() as stack:
+        from server.adapting.run import AdaptRequest, remove
+        from server.adapting.run import adapt as run
+        from server.adapting.training import TrainingOptions
+        from server.model.host.assembly import resolve_device
+
+        check_sequence(context)
+        require_writable(out, "--out")
+        if not texts and not self_generated:
+            raise UsageError("there is nothing to train on: give --texts, or --self-generated")
+        domains = find_domains(texts) if texts else []
+        is_cpu = resolve_device(device).type == "cpu"
+        chosen: Dtype = "float32" if dtype == "auto" and is_cpu else dtype
+        model = stack.enter_context(opened_model(source, out, slots_memory, device, chosen))
+        check_context(context, model)
+        if not model.routing.mask.is_full:
+            raise UsageError(
+                f"{source} holds only a part of its checkpoint's experts, and the whole model is the teacher: name the "
+                "checkpoint, or a store of all of it"
+            )
+        options = TextOptions(context, max_tokens, half)
+        training = TrainingOptions(tokens, batch_tokens, rate, seed)
+        request = AdaptRequest(domains, options, _target(plan, pools, model), training, rank, self_generated)
+        folder = out.with_name(out.name + ".resume")
+        progress = stack.enter_context(progress_bar("adapting")).show
+        adapter = run(model, request, folder, lambda line: print(line, file=sys.stderr, flush=True), progress)
+        adapter.write(out)
+        remove(folder)
+    if as_json:
+        print(json.dumps({"adapter": str(out), "num_parameters": adapter.num_parameters, **adapter.training}))
+    else:
+        before, after = adapter.training["ratios_before"], adapter.training["ratios"][-1][1]
+        print(f"{out}: {adapter.num_parameters:,} numbers; held-out perplexity ÷ the whole model's")
+        for share, ratio in after.items():
+            print(f"  {float(share):.1%} of the experts: {ratio:.3f} (without the adapter {before[share]:.3f})")
+
+
+def attach(
+    store: StoreArgument,
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A file of `deepfew adapt`.")],
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Its name; by default the file's.")] = None,
+) -> None:
+    """Put an adapter into a store. A server uses it from its next start on, for requests whose masks it was made for.
+
+    It replaces an adapter of the same name. Requests without a mask never see an adapter.
+    """
+    from expert_store.adapter import Adapter
+    from expert_store.adapter import attach as put
+
+    called = name or adapter.stem
+    put(store, called, Adapter.read(adapter))
+    print(f"{store} has the adapter {called}")
+
+
+def detach(
+    store: StoreArgument, name: Annotated[str, typer.Argument(metavar="NAME", help="Of an adapter of the store.")]
+) -> None:
+    """Remove an adapter from a store."""
+    from expert_store.adapter import detach as take
+
+    take(store, name)
+    print(f"{store} has no adapter {name} any more")
+
+
+def _target(plan: Path | None, pools: str | None, model: HostModel) -> Target:
+    from extractor.planning.plan import read_plan
+    from server.adapting.target import Target
+    from server.masks.profiles import mask_of_plan
+
+    spec = model.store.manifest.model
+    if plan is not None and pools is not None:
+        raise UsageError("--plan and --pools contradict each other: give one of them")
+    if plan is not None:
+        mask = mask_of_plan(read_plan(plan), spec.num_layers, spec.num_experts)
+        if mask.is_full:
+            raise UsageError(f"{plan} has every expert, so there is nothing to repair: plan fewer, with --keep")
+        return Target(mask=mask)
+    low, _, high = (pools or POOLS).partition(":")
+    try:
+        shares = parse_share(low), parse_share(high or low)
+    except ValueError as error:
+        raise UsageError(f"--pools: {error}") from None
+    if not shares[0] <= shares[1] or shares[0] >= 0.999:
+        raise UsageError(f"--pools is {pools}, wanted two shares, the smaller one first and below 100%")
+    return Target(shares=shares)

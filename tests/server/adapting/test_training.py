@@ -1,0 +1,118 @@
+"""Training of adapters: the loss falls, held-out text is measured, and an interrupted run ends with the same bits."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from expert_store.errors import AdapterError
+from expert_store.store import Store
+from router.mask import ExpertMask
+from server.adapting.corpus import Corpus, read_corpus
+from server.adapting.parameters import make_parameters
+from server.adapting.run import AdaptRequest, adapt
+from server.adapting.target import Target, most_wanted
+from server.adapting.training import Training, TrainingOptions
+from server.model.host.assembly import HostModel, load_model
+from server.model.runner import RunnerOptions
+from server.quality.texts import Domain, TextOptions, TextsError
+
+OPTIONS = TrainingOptions(tokens=12 * 64, batch_tokens=64, rate=2e-2, measures=2)
+POOLS = Target(shares=(0.25, 1.0))
+
+
+@pytest.fixture
+def model(small_store: Path) -> Iterator[HostModel]:
+    found = load_model(
+        Store.open(small_store), RunnerOptions(device=torch.device("cpu"), dtype=torch.float32, num_slots=4)
+    )
+    yield found
+    found.close()
+
+
+def corpus(model: HostModel) -> Corpus:
+    random = np.random.default_rng(0)
+    texts = {name: random.integers(100, 140, size=(10, 32)).tolist() for name in ("one", "two")}
+    return read_corpus(model, texts, 32, 64)
+
+
+def train(model: HostModel, target: Target = POOLS) -> Training:
+    return Training(model, target, corpus(model), make_parameters(model, 4, 0), OPTIONS, {"seed": 0})
+
+
+def test_training_repairs_a_masked_model_on_text_that_it_did_not_see(model: HostModel) -> None:
+    mask = ExpertMask.same_in_every_layer([1, 4], 2, 8)
+    training = train(model, Target(mask=mask))
+    before = training.held_out(None)
+    done = training.run(None)
+    assert done.step == training.num_steps == 12
+    assert done.losses[-1][1] < 0.8 * done.losses[0][1]
+    assert done.ratios[-1][1]["0.25"] < before["0.25"]
+
+
+def test_no_sequence_is_trained_on_and_measured(model: HostModel) -> None:
+    found = corpus(model)
+    held_out = {tuple(tokens) for sequences in found.held_out.values() for tokens in sequences}
+    assert held_out
+    assert held_out.isdisjoint(tuple(tokens) for _, tokens in found.train)
+    with pytest.raises(TextsError, match="too little"):
+        read_corpus(model, {"one": [[5] * 32]}, 32, 64)
+
+
+def test_an_interrupted_run_continues_to_the_same_bits(model: HostModel, small_store: Path, tmp_path: Path) -> None:
+    whole = train(model)
+    whole.run(None)
+    options = RunnerOptions(device=torch.device("cpu"), dtype=torch.float32, num_slots=4)
+    others = [load_model(Store.open(small_store), options) for _ in range(2)]
+    first = train(others[0])
+    first.run(None, last=6)
+    first.save(tmp_path / "state")
+    second = train(others[1])
+    second.resume(tmp_path / "state")
+    done = second.run(None)
+    assert [loss for _, loss in done.losses] == [loss for _, loss in whole.done.losses]
+    for name, parts in whole.parameters.items():
+        for part, one in parts.items():
+            assert torch.equal(one, second.parameters[name][part]), name
+    second._work = {"seed": 1}
+    with pytest.raises(AdapterError, match="other texts or options"):
+        second.resume(tmp_path / "state")
+    for other in others:
+        other.close()
+
+
+def test_pools_are_the_most_wanted_experts_and_half_of_them_begin_after_a_prompt() -> None:
+    random, own = np.random.default_rng(0), np.arange(16.0).reshape(2, 8)
+    drawn = [POOLS.draw(random, own, own).num_allowed.tolist() for _ in range(50)]
+    assert {tuple(counts) for counts in drawn} == {(count, count) for count in range(2, 9)}
+    assert most_wanted(own, 0.25).allowed[0].tolist() == [False] * 6 + [True] * 2
+    starts = [POOLS.draw_start(random) for _ in range(200)]
+    assert 60 < sum(start == 0 for start in starts) < 140
+    assert max(starts) < 0.75
+    assert [share for share, _ in POOLS.measured(own)] == [0.5, 0.25]
+
+
+def test_the_whole_model_writes_text_when_there_is_none(model: HostModel, tmp_path: Path) -> None:
+    training = TrainingOptions(tokens=128, batch_tokens=64, measures=1)
+    request = AdaptRequest([], TextOptions(context=32), POOLS, training, rank=2, generated_tokens=128)
+    said: list[str] = []
+    adapter = adapt(model, request, tmp_path / "run", said.append)
+    assert all(word in said[0] for word in ("numbers to train", "minutes", "MiB"))
+    assert adapter.shares == (0.25, 1.0)
+    assert adapter.price["curves"].keys() == {"generated"}
+    assert adapter.training["ratios"][-1][0] == 2
+    again = adapt(model, request, tmp_path / "run", said.append)
+    assert said[-3:-2] != said[:1]
+    assert again.to_bytes() == adapter.to_bytes()
+
+
+def test_a_run_of_other_work_is_not_continued(model: HostModel, stories: Path, tmp_path: Path) -> None:
+    training = TrainingOptions(tokens=64, batch_tokens=64, measures=1)
+    text = TextOptions(context=32, max_tokens=160)
+    request = AdaptRequest([Domain("stories", (stories,))], text, POOLS, training, rank=2)
+    adapt(model, request, tmp_path / "run")
+    other = AdaptRequest(request.domains, text, Target(shares=(0.5, 1.0)), training, rank=2)
+    with pytest.raises(AdapterError, match="delete it"):
+        adapt(model, other, tmp_path / "run")
