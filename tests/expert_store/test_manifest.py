@@ -108,7 +108,7 @@ def test_a_crash_before_the_rename_leaves_the_old_manifest(
 
 REFUSED: dict[str, tuple[Edit, str]] = {
     "another format": (lambda d: d.update(format="zip"), "format is 'zip'"),
-    "a newer version": (lambda d: d.update(version=3), "version is 3, this program reads versions 1 and 2"),
+    "a newer version": (lambda d: d.update(version=4), "version is 4, this program reads versions 1 to 3"),
     "a missing key": (lambda d: d.pop("model"), "model is missing"),
     "an unknown key": (lambda d: d.update(extra=1), "unknown key.* extra"),
     "an unknown key inside": (lambda d: d["deep_experts"][0].update(extra=1), r"deep_experts\[0\].*unknown key"),
@@ -134,6 +134,10 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "an unknown dtype": (lambda d: d["layers"][0]["tensors"][1].update(dtype="F3"), "dtype is 'F3'"),
     "a span of another size": (lambda d: d["layers"][0].update(span_bytes=37), "do not fill span_bytes 37"),
     "more picks than experts": (lambda d: d["model"].update(top_k=5), "more than num_experts"),
+    "an adapter elsewhere": (
+        lambda d: d.update(adapters=[{"name": "a", "file": "trunk/a", "bytes": 9, "sha256": "0" * 64}]),
+        "below adapters/",
+    ),
     "wrong absent experts": (lambda d: d.update(absent_experts=["1", "0,2"]), "absent_experts is not what"),
 }
 
