@@ -37,44 +37,55 @@ if TYPE_CHECKING:
     from server.model.host.assembly import HostModel
 
 POOLS = "12.5%:100%"
+SourceArgument = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="A store of all experts, or a checkpoint (a store is made of it).")
+]
+OutOption = Annotated[Path, typer.Option(metavar="ADAPTER", help="File to write, such as pools.safetensors.")]
+TextsOption = Annotated[
+    list[str] | None, typer.Option(metavar="TEXTS", help="Text of a domain to train on: PATH or NAME=PATH.")
+]
+PlanOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Train for the mask of this plan alone: the strongest repair.")
+]
+PoolsOption = Annotated[
+    str | None, typer.Option(metavar="LOW:HIGH", help=f"Train for any mask of these shares of the experts ({POOLS}).")
+]
+TrainedOption = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Tokens to train on; the text is read again when it ends.")
+]
+GeneratedOption = Annotated[
+    int, typer.Option(metavar="N", min=0, help="Tokens of text that the whole model writes, to train on too.")
+]
+RankOption = Annotated[
+    int, typer.Option(metavar="N", min=0, help="Of the changes of linear layers; 0 changes whole matrices.")
+]
+RateOption = Annotated[float, typer.Option(metavar="RATE", min=1e-6, max=1.0, help="Highest rate of learning.")]
+BatchOption = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a step.")]
+SeedOption = Annotated[int, typer.Option(metavar="N", min=0, help="Of all random choices.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option(help="Of the computation; auto is float32 on a CPU, else the checkpoint's.")
+]
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="A store.")]
 
 
 def adapt(
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A store of all experts, or a checkpoint (a store is made of it).")
-    ],
-    out: Annotated[Path, typer.Option(metavar="ADAPTER", help="File to write, such as pools.safetensors.")],
-    texts: Annotated[
-        list[str] | None, typer.Option(metavar="TEXTS", help="Text of a domain to train on: PATH or NAME=PATH.")
-    ] = None,
-    plan: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Train for the mask of this plan alone: the strongest repair.")
-    ] = None,
-    pools: Annotated[
-        str | None,
-        typer.Option(metavar="LOW:HIGH", help=f"Train for any mask of these shares of the experts ({POOLS})."),
-    ] = None,
-    tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Tokens to train on; the text is read again when it ends.")
-    ] = 4_000_000,
-    self_generated: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Tokens of text that the whole model writes, to train on too.")
-    ] = 0,
-    rank: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Of the changes of linear layers; 0 changes whole matrices.")
-    ] = 32,
-    rate: Annotated[float, typer.Option(metavar="RATE", min=1e-6, max=1.0, help="Highest rate of learning.")] = 3e-3,
-    batch_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a step.")] = 4096,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of all random choices.")] = 0,
+    source: SourceArgument,
+    out: OutOption,
+    texts: TextsOption = None,
+    plan: PlanOption = None,
+    pools: PoolsOption = None,
+    tokens: TrainedOption = 4_000_000,
+    self_generated: GeneratedOption = 0,
+    rank: RankOption = 32,
+    rate: RateOption = 3e-3,
+    batch_tokens: BatchOption = 4096,
+    seed: SeedOption = 0,
     max_tokens: TokensOption = 1 << 20,
     half: HalfOption = "all",
     context: ContextOption = 256,
     slots_memory: SlotsOption = None,
     device: DeviceOption = "auto",
-    dtype: Annotated[
-        Dtype, typer.Option(help="Of the computation; auto is float32 on a CPU, else the checkpoint's.")
-    ] = "auto",
+    dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Train a small adapter of the trunk, with which rows that are masked answer almost as the whole model does.
