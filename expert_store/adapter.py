@@ -72,6 +72,17 @@ class Adapter:
         return self.shares[0] - 1e-6 <= share <= self.shares[1] + 1e-6
 
     @property
+    def ratios(self) -> dict[str, float]:
+        """Share of the experts → perplexity of held-out text under the mask ÷ that of the whole model, with it."""
+        found = self.training.get("ratios") or [[0, {}]]
+        return dict(found[-1][1])
+
+    @property
+    def ratios_before(self) -> dict[str, float]:
+        """The same without it."""
+        return dict(self.training.get("ratios_before", {}))
+
+    @property
     def num_parameters(self) -> int:
         """Numbers in all of its tensors."""
         return sum(tensor.numel() for parts in self.changes.values() for tensor in parts.values())
@@ -178,6 +189,20 @@ def store_adapters(root: Path, manifest: Manifest) -> dict[str, Adapter]:
             )
         found[entry.name] = Adapter.of_bytes(bytes(content), root / entry.file)
     return found
+
+
+def made_for(adapters: Mapping[str, Adapter], allowed: npt.NDArray[np.bool_]) -> str | None:
+    """The name of the adapter for rows that may choose among `allowed`, bool [L, E]; None if none was made for them.
+
+    One that was made for this mask alone comes first, then the one for the narrowest range of sizes.
+    """
+    fitting = [(name, adapter) for name, adapter in adapters.items() if adapter.is_for(allowed)]
+
+    def width(item: tuple[str, Adapter]) -> float:
+        shares = item[1].shares
+        return 0.0 if shares is None else 1.0 + shares[1] - shares[0]
+
+    return min(fitting, key=width)[0] if fitting else None
 
 
 def attach(root: Path, name: str, adapter: Adapter) -> None:

@@ -31,7 +31,7 @@ from server.quality.texts import Domain, TextOptions, texts_key
 
 BEGINNING_TOKENS = 32
 """Text is written from so many tokens of given text."""
-HELD_OUT_TOKENS = 1024
+HELD_OUT_TOKENS = 512
 """Held-out tokens of a domain that measure meanwhile."""
 
 
@@ -112,7 +112,7 @@ def adapt(
         if len(done.ratios) > said:
             said = len(done.ratios)
             say(f"step {done.step}: loss {done.losses[-1][1]:.4f}, held out {_shown(done.ratios[-1][1])}")
-        loss = f", loss {done.losses[-1][1]:.3f}" if done.losses else ""
+        loss = f", loss {done.recent[-1]:.3f}" if done.recent else ""
         notify(f"training{loss}", done.step, training.num_steps)
 
     done = training.run(state, step)

@@ -32,15 +32,15 @@ from server.model.seam.adapters import Part
 from server.quality.batches import Tokens, batches
 from server.quality.text_loss import evaluate_text, geometric_mean
 
-TRAINED = "trained"
-"""The name of the adapter in the model's routing while it is trained."""
+TRAINED = ""
+"""The name of the adapter in the model's routing while it is trained; no adapter of a store has it."""
 WARM_UP_SHARE, LAST_RATE_SHARE = 0.04, 0.05
 """The rate rises over this share of the steps, and ends as this share of its height."""
 MATRIX_RATE_SHARE = 0.25
 """Whole matrices take this share of the rate: a step of all their numbers adds up over the inputs."""
 CLIPPED_NORM = 1.0
 SAVE_SECONDS = 60.0
-STEP_COST = 5.0
+STEP_COST = 4.0
 """A step takes about so many times as long as the teacher's pass over its tokens."""
 KEPT_VECTORS, KEPT_LOGITS = 24, 6
 """Hidden vectors a layer, and copies of the logits, that a step keeps about for each token."""
@@ -62,7 +62,7 @@ class TrainingOptions:
     batch_tokens: int = 4096
     rate: float = 2e-3
     seed: int = 0
-    measures: int = 8
+    measures: int = 6
 
 
 @dataclass
@@ -74,12 +74,14 @@ class Trained:
         seconds: that they took, without measuring.
         losses: (step, mean loss since the last entry), nats a token.
         ratios: (step, share of the experts → perplexity ÷ the unmasked model's, geometric mean over the domains).
+        recent: loss of each step since the last entry of `losses`.
     """
 
     step: int
     seconds: float
     losses: list[tuple[int, float]]
     ratios: list[tuple[int, dict[str, float]]]
+    recent: list[float]
 
 
 class Training:
@@ -100,7 +102,7 @@ class Training:
     ) -> None:
         self.model, self.target, self.corpus, self.options = model, target, corpus, options
         self.parameters, self._work = parameters, work
-        self.done = Trained(0, 0.0, [], [])
+        self.done = Trained(0, 0.0, [], [], [])
         self._batch = max(1, options.batch_tokens // len(corpus.train[0][1]))
         self.num_steps = max(1, math.ceil(options.tokens / (self._batch * len(corpus.train[0][1]))))
         self._named = {f"{name}.{part}": one for name, parts in parameters.items() for part, one in parts.items()}
@@ -123,24 +125,24 @@ class Training:
             state: file that the state is saved to now and then; a run continues from it.
             notify: called after each step.
         """
-        losses: list[float] = []
+        done = self.done
         saved_at = time.monotonic()
         every = max(1, self.num_steps // self.options.measures)
         last = self.num_steps if last is None else last
-        while self.done.step < last:
+        while done.step < last:
             started = time.monotonic()
-            losses.append(self._step(self.done.step))
-            self.done.step += 1
-            self.done.seconds += time.monotonic() - started
-            if self.done.step % every == 0 or self.done.step == self.num_steps:
-                self.done.losses.append((self.done.step, round(sum(losses) / len(losses), 5)))
-                self.done.ratios.append((self.done.step, self.held_out()))
-                losses = []
-            notify(self.done)
-            if state is not None and not losses and time.monotonic() - saved_at > SAVE_SECONDS:
+            done.recent.append(self._step(done.step))
+            done.step += 1
+            done.seconds += time.monotonic() - started
+            if done.step % every == 0 or done.step == self.num_steps:
+                done.losses.append((done.step, round(sum(done.recent) / len(done.recent), 5)))
+                done.ratios.append((done.step, self.held_out()))
+                done.recent.clear()
+            notify(done)
+            if state is not None and time.monotonic() - saved_at > SAVE_SECONDS:
                 self.save(state)
                 saved_at = time.monotonic()
-        return self.done
+        return done
 
     def forecast(self) -> tuple[float, int]:
         """Seconds and bytes (beside the model) that the training takes about; runs a batch to measure the time."""
@@ -278,6 +280,7 @@ class Training:
             done["seconds"],
             [(step, loss) for step, loss in done["losses"]],
             [(step, ratios) for step, ratios in done["ratios"]],
+            done["recent"],
         )
 
 

@@ -106,7 +106,7 @@ def adapt(
         domains = find_domains(texts) if texts else []
         is_cpu = resolve_device(device).type == "cpu"
         chosen: Dtype = "float32" if dtype == "auto" and is_cpu else dtype
-        model = stack.enter_context(opened_model(source, out, slots_memory, device, chosen))
+        model = stack.enter_context(opened_model(source, out, slots_memory, device, chosen, adapters=False))
         check_context(context, model)
         if not model.routing.mask.is_full:
             raise UsageError(

@@ -30,7 +30,7 @@ from server.api.http.engine_requests import request_of
 from server.api.http.errors import validation_failed
 from server.api.openai.schemas import ChatRequest
 from server.cli.flags import with_settings
-from server.cli.generate import OnMissingOption, PoolOption, ProfileOption
+from server.cli.generate import AdapterOption, OnMissingOption, PoolOption, ProfileOption
 from server.engine.request import Event, FailedEvent, FinishedEvent
 from server.errors import ServerError
 from server.model.load_progress import LoadProgress
@@ -67,6 +67,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(metavar="N", help="The same seed gives the same answers.")] = None,
     profile: ProfileOption = None,
     pool: PoolOption = None,
+    adapter: AdapterOption = "auto",
     on_missing: OnMissingOption = "mask",
 ) -> None:
     """Chat in the terminal with a store, or with a running server by its address (http://…)."""
@@ -78,6 +79,7 @@ def chat(
         "seed": seed,
         "profile": profile,
         "pool": pool,
+        "adapter": None if adapter == "auto" else adapter,
         "on_missing": on_missing,
     }
     asked = {name: value for name, value in asked.items() if value is not None}

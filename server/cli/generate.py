@@ -61,6 +61,14 @@ PoolOption = Annotated[
         rich_help_panel=EXPERTS_PANEL,
     ),
 ]
+AdapterOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Adapter of the masked tokens: auto is the one made for the mask, none is none.",
+        rich_help_panel=EXPERTS_PANEL,
+    ),
+]
 OnMissingOption = Annotated[
     OnMissing,
     typer.Option(
@@ -84,6 +92,7 @@ def generate(
     stop: StopOption = None,
     profile: ProfileOption = None,
     pool: PoolOption = None,
+    adapter: AdapterOption = "auto",
     on_missing: OnMissingOption = "mask",
     router_temperature: Annotated[float, _number("Divides the routers' logits.", EXPERTS_PANEL)] = 1.0,
     chat: Annotated[bool, typer.Option("--chat", metavar="", help="Use the checkpoint's chat template.")] = False,
@@ -120,6 +129,7 @@ def generate(
             tuple(ids),
             sampling,
             masking=masking,
+            adapter=adapter,
             on_missing=on_missing,
             router_temperature=router_temperature,
         )

@@ -71,6 +71,9 @@ QuestionsOption = Annotated[list[Path] | None, typer.Option(metavar="FILE", help
 ReferenceOption = Annotated[
     str | None, typer.Option(metavar="STORE", help="Whole store or checkpoint to compare with.")
 ]
+AdapterOption = Annotated[
+    str, typer.Option(metavar="NAME", help="Adapter of the masked text: auto is the one made for the mask, or none.")
+]
 StatsOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Statistics: compare criteria at the sizes of --keep.")
 ]
@@ -146,6 +149,7 @@ def evaluate(
     prefix: PrefixOption = "",
     reference: ReferenceOption = None,
     plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Plan file to mask to.")] = None,
+    adapter: AdapterOption = "auto",
     stats: StatsOption = None,
     keep: SharesOption = "50%,25%,12.5%",
     criteria: CriteriaOption = "reap-sum,coverage",
@@ -187,6 +191,7 @@ def evaluate(
             criteria=names,
             seeds=range(seeds),
             prefix=prefix,
+            adapter=adapter,
         )
         model = stack.enter_context(opened_model(store, None, slots_memory, device, dtype))
         check_context(context, model)
@@ -235,6 +240,7 @@ def opened_model(
     device: str,
     dtype: str,
     experts_dtype: ExpertsDtype | None = None,
+    adapters: bool = True,
 ) -> Iterator[HostModel]:
     """The model of a store; a checkpoint becomes a store first, for as long as it is needed.
 
@@ -262,6 +268,7 @@ def opened_model(
                 device=resolve_device(device),
                 dtype=resolve_dtype(dtype, opened),
                 slots_memory_bytes=None if slots_memory is None else slots_memory.resolve(experts_bytes(opened)),
+                adapters=adapters,
             ),
         )
         stack.callback(model.close)

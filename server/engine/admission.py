@@ -92,13 +92,27 @@ def check_ability(request: GenerationRequest, runner: Runner) -> None:
                 f'on_missing "fetch" needs the checkpoint that the store was extracted from: '
                 f'{runner.model.source_problem}; use "mask"'
             )
-    elif request.masking is not None and request.masking.mask is not None:
+    if request.adapter not in ("auto", "none"):
+        _check_adapter(request, runner)
+    if request.on_missing != "fetch" and request.masking is not None and request.masking.mask is not None:
         try:
             request.masking.mask & runner.model.routing.mask
         except MaskError as error:
             raise InvalidRequestError(
                 f"the request's mask and what is served have too little in common: {error}"
             ) from error
+
+
+def _check_adapter(request: GenerationRequest, runner: Runner) -> None:
+    adapters = runner.model.adapters
+    if request.adapter not in adapters:
+        have = ", ".join(sorted(adapters)) or "none"
+        raise InvalidRequestError(f"there is no adapter {request.adapter!r}: this server has {have}")
+    if request.masking is None and (request.on_missing == "fetch" or runner.model.routing.mask.is_full):
+        raise InvalidRequestError(
+            f"adapter {request.adapter!r} is for masked tokens, and this request has no mask: give a profile or a "
+            "pool, or leave adapter out"
+        )
 
 
 def check_queue(request: GenerationRequest, limits: EngineLimits, waiting: Sequence[int]) -> None:

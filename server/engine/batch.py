@@ -192,6 +192,7 @@ class Batch:
                     sequence.row,
                     request.prompt_ids[start:end],
                     mask=masks[sequence],
+                    adapter=self._masks.adapter(sequence, masks[sequence]),
                     temperature=request.router_temperature,
                     fetches=request.on_missing == "fetch",
                     all_logits=request.prompt_logprobs,
@@ -236,7 +237,7 @@ class Batch:
             if not sequences:
                 return
             try:
-                output = self._runner.decode([_step(sequence, masks[sequence]) for sequence in sequences])
+                output = self._runner.decode([self._step(sequence, masks[sequence]) for sequence in sequences])
                 break
             except NoBlocksError as error:
                 preempted = self._preempt(error)
@@ -255,6 +256,23 @@ class Batch:
         for at, (sequence, logits) in enumerate(zip(sequences, output.logits, strict=True)):
             if sequence not in refused:
                 self._take_token(sequence, logits, output.chosen, at)
+
+    def _step(self, sequence: Sequence, mask: ExpertMask | None) -> RowStep:
+        """The input of one sequence to a decode step."""
+        request, sampler, constraint = sequence.request, sequence.sampler, sequence.constraint
+        assert sequence.row is not None
+        step = RowStep(
+            sequence.row,
+            sequence.generated[sequence.num_fed],
+            mask=mask,
+            adapter=self._masks.adapter(sequence, mask),
+            temperature=request.router_temperature,
+            fetches=request.on_missing == "fetch",
+        )
+        if sequence.is_rereading or not sampler.leaves_choice:
+            return step
+        allowed = None if constraint is None else constraint.allowed
+        return replace(step, choice=sequence.choice(), adjustment=sampler.adjustment, allowed=allowed)
 
     # -- KV memory -----------------------------------------------------------------------------------------------------
 
@@ -288,7 +306,9 @@ class Batch:
         """A name of all that the keys and values of the sequence's next tokens depend on but the tokens."""
         allowed = (mask or self._runner.model.routing.mask).allowed
         temperature = np.float64(sequence.request.router_temperature)
-        return hashlib.blake2b(np.packbits(allowed).tobytes() + temperature.tobytes(), digest_size=16).digest()
+        adapter = (self._masks.adapter(sequence, mask) or "").encode()
+        parts = np.packbits(allowed).tobytes() + temperature.tobytes() + adapter
+        return hashlib.blake2b(parts, digest_size=16).digest()
 
     def _preempt(self, error: NoBlocksError) -> Sequence:
         """Take the row from the sequence that came last, or fail it if it is the only one; returns it."""
@@ -446,20 +466,3 @@ class Batch:
                 self._runner.free(row)
         finally:
             sequence.on_end(sequence)
-
-
-def _step(sequence: Sequence, mask: ExpertMask | None) -> RowStep:
-    """The input of one sequence to a decode step."""
-    request, sampler, constraint = sequence.request, sequence.sampler, sequence.constraint
-    assert sequence.row is not None
-    step = RowStep(
-        sequence.row,
-        sequence.generated[sequence.num_fed],
-        mask=mask,
-        temperature=request.router_temperature,
-        fetches=request.on_missing == "fetch",
-    )
-    if sequence.is_rereading or not sampler.leaves_choice:
-        return step
-    allowed = None if constraint is None else constraint.allowed
-    return replace(step, choice=sequence.choice(), adjustment=sampler.adjustment, allowed=allowed)

@@ -1,4 +1,4 @@
-"""The mask of each running sequence, and the check of those that refuse to do without an expert.
+"""The mask and the adapter of each running sequence, and the check of those that refuse to do without an expert.
 
 A request may narrow the server's mask (`Masking`), read experts that the store lacks from the source
 (`on_missing="fetch"`), or fail when an expert that it demands is missing (`on_missing="refuse"`).
@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
+from expert_store.adapter import made_for
 from expert_store.errors import StoreError
 from router.ledger import StepRecord
 from router.mask import ExpertMask
@@ -33,6 +34,7 @@ class SequenceMasks:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._everything = ExpertMask(np.ones(runner.model.routing.mask.allowed.shape, dtype=np.bool_))
+        self._adapted: WeakKeyDictionary[Sequence, tuple[ExpertMask, str | None]] = WeakKeyDictionary()
         self._narrowed: WeakKeyDictionary[Sequence, tuple[ExpertMask, ExpertMask, ExpertMask]] = WeakKeyDictionary()
 
     def next(self, sequence: Sequence) -> ExpertMask | None:
@@ -68,6 +70,20 @@ class SequenceMasks:
         if sequence.request.on_missing == "fetch":
             return own or (None if served.is_full else self._everything)
         return None if own is None else self._narrow(sequence, own, served)
+
+    def adapter(self, sequence: Sequence, mask: ExpertMask | None) -> str | None:
+        """The name of the sequence's adapter under `mask`, that of its next step; notes it for the answer."""
+        used, adapters = mask or self._runner.model.routing.mask, self._runner.model.adapters
+        if not adapters or sequence.request.adapter == "none" or used.is_full:
+            return None
+        if sequence.request.adapter != "auto":
+            sequence.adapter = sequence.request.adapter
+            return sequence.adapter
+        known = self._adapted.get(sequence)
+        if known is None or known[0] is not used:
+            known = self._adapted[sequence] = (used, made_for(adapters, used.allowed))
+        sequence.adapter = known[1]
+        return known[1]
 
     def _narrow(self, sequence: Sequence, own: ExpertMask, served: ExpertMask) -> ExpertMask:
         """`own & served`; returns the same object while neither changes, so that runners see no new mask."""

@@ -217,6 +217,8 @@ class GenerationRequest:
         on_missing: the handling of a token that demands an expert that is not available. "mask": the router chooses
             among the available ones. "fetch": experts that the store lacks are read from the source checkpoint.
             "refuse": the request fails with `ExpertMissingError`.
+        adapter: the adapter of its masked tokens: "auto" is the one that was made for the mask, "none" is none, or a
+            name. Tokens without a mask never have one.
         router_temperature: > 0, divides the router's logits for choice and weights; 1 leaves the model as it is.
         constraint: the generated text matches it, unless `max_new_tokens` or a stop string ends it before. An end-of-
             sequence token comes only where the text matches; where nothing can follow, the text ends without one. With
@@ -230,6 +232,7 @@ class GenerationRequest:
     prompt_logprobs: bool = False
     masking: Masking | None = None
     on_missing: OnMissing = "mask"
+    adapter: str = "auto"
     router_temperature: float = 1.0
     constraint: CompiledConstraint | None = None
 
@@ -254,6 +257,7 @@ class Deficit:
         top1_missing_tokens: tokens whose most demanded expert was not available in at least one layer.
         top1_missing_per_layer: tokens whose most demanded expert of the layer was not available.
         demand: float64 [L, E], router mass that its tokens demanded of each expert; None if nothing was masked.
+        adapter: the adapter that its masked tokens had last; None if they had none.
     """
 
     overall: float
@@ -262,6 +266,7 @@ class Deficit:
     top1_missing_tokens: int = 0
     top1_missing_per_layer: tuple[int, ...] = ()
     demand: npt.NDArray[np.float64] | None = field(default=None, compare=False, repr=False)
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

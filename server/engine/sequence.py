@@ -48,6 +48,7 @@ class Sequence:
         demand: router mass that its tokens demanded of each expert, float64 [L, E]; None while nothing was masked.
         top1_missing: tokens whose most demanded expert was not available, int64 [L]; top1_missing_tokens: in any layer.
         num_routed: tokens whose routing these sums hold.
+        adapter: the adapter that its masked tokens had last; None if they had none.
         is_heard: whether the client still gets events; false after its `on_event` raised.
     """
 
@@ -71,6 +72,7 @@ class Sequence:
     top1_missing: npt.NDArray[np.int64] | None = None
     top1_missing_tokens: int = 0
     num_routed: int = 0
+    adapter: str | None = None
     is_heard: bool = True
 
     def tell(self, event: Event) -> None:
@@ -202,6 +204,7 @@ class Sequence:
             top1_missing_tokens=self.top1_missing_tokens,
             top1_missing_per_layer=tuple(missing.tolist()),
             demand=self.demand,
+            adapter=self.adapter,
         )
 
     def timing(self) -> Timing:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from expert_store.adapter import Adapter
 from expert_store.manifest import Manifest
 from extractor.planning.expectation import Expectation, cost_warning, expect
 from extractor.statistics.file import read_statistics
@@ -70,6 +71,19 @@ def known_price(manifest: Manifest, mask: ExpertMask, statistics: ExpertStatisti
         return KnownPrice(problem=str(error))
     is_of_mask = bool((mask.num_allowed == planned.get("num_planned")).all())
     return KnownPrice(price, expectations, is_of_mask)
+
+
+def ratio_warning(name: str, adapter: Adapter, mask: ExpertMask, warn_ratio: float) -> list[str]:
+    """A warning for a user whose requests have an adapter under `mask`; none if it costs little with the adapter."""
+    share = float(mask.allowed.mean())
+    nearest = min(adapter.ratios, key=lambda key: abs(float(key) - share), default=None)
+    if nearest is None or adapter.ratios[nearest] <= warn_ratio:
+        return []
+    before, after = adapter.ratios_before[nearest], adapter.ratios[nearest]
+    return [
+        f"{share:.0%} of the experts are served, with the adapter {name}: on held-out text perplexity was × "
+        f"{after:.3g} at {float(nearest):.0%} of them (without the adapter × {before:.3g})"
+    ]
 
 
 def price_warnings(known: KnownPrice, mask: ExpertMask, warn_ratio: float) -> list[str]:

@@ -8,8 +8,8 @@ engine may go on with other sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from expert_store.adapter import Adapter
 from expert_store.cache import CacheStatistics
 from expert_store.errors import StoreError
 from expert_store.store import Store
@@ -54,6 +55,7 @@ class RunnerOptions:
         batch_invariant: a row's bits do not depend on the other rows of the batch; this costs some speed.
         prefix_cache: keep the blocks of prompts that were read, for prompts that begin alike.
         resident_bias: lambda of cache-aware routing, of the device-driven path alone; 0: off.
+        adapters: whether the adapters of the store are loaded, for rows that are masked.
     """
 
     device: torch.device
@@ -72,6 +74,7 @@ class RunnerOptions:
     batch_invariant: bool = True
     prefix_cache: bool = True
     resident_bias: float = 0.0
+    adapters: bool = True
 
 
 class Residency(Protocol):
@@ -104,6 +107,7 @@ class SelectiveModel:
         context_tokens: most tokens that the model was made for.
         observer: records the norms of the experts' outputs; None while nothing collects them.
         source_problem: the reason why the store has no source attached; None if it has one.
+        adapters: those of the store that rows may have, by name.
     """
 
     model: PreTrainedModel
@@ -117,6 +121,7 @@ class SelectiveModel:
     context_tokens: int
     source_problem: str = "it was not looked for"
     observer: OutputObserver | None = None
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -168,6 +173,7 @@ class RowStep:
         row: handle from `Runner.allocate`.
         token: to append.
         mask: experts that the row may have; None: the server's mask.
+        adapter: name of the adapter that the row has; None: none.
         temperature: divides the logits of its routers.
         fetches: whether experts that the store lacks are read from the source for this row's request.
         choice: parameters for drawing the row's next token; None: take the most likely one.
@@ -179,6 +185,7 @@ class RowStep:
     row: int
     token: int
     mask: ExpertMask | None = None
+    adapter: str | None = None
     temperature: float = 1.0
     fetches: bool = False
     choice: Choice | None = None
@@ -345,6 +352,7 @@ class Runner(Protocol):
         tokens: Sequence[int],
         *,
         mask: ExpertMask | None = None,
+        adapter: str | None = None,
         temperature: float = 1.0,
         fetches: bool = False,
         all_logits: bool = False,
@@ -352,7 +360,7 @@ class Runner(Protocol):
         """Append `tokens` to a row: at least one, and no more than the row has room for.
 
         Args:
-            mask, temperature, fetches: see `RowStep`.
+            mask, adapter, temperature, fetches: see `RowStep`.
             all_logits: return the logits of every token, not only of the last.
 
         Raises:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from expert_store.adapter import made_for
+from expert_store.errors import AdapterError
 from extractor.planning.plan import read_plan
 from extractor.statistics.price import Price
 from extractor.statistics.statistics import ExpertStatistics
@@ -33,7 +35,7 @@ QUESTION_ROWS = 16
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """The work of one evaluation; see the options of `deepfew evaluate`."""
+    """The work of one evaluation; see the options of `deepfew evaluate`. `adapter` is as in a request to the engine."""
 
     domains: Sequence[Domain]
     questions: Sequence[Path]
@@ -44,6 +46,7 @@ class EvaluationRequest:
     criteria: Sequence[str] = ()
     seeds: Sequence[int] = ()
     prefix: str = ""
+    adapter: str = "auto"
 
 
 def evaluate(model: HostModel, whole: HostModel | None, request: EvaluationRequest, notify: Progress) -> Report:
@@ -69,19 +72,22 @@ def evaluate(model: HostModel, whole: HostModel | None, request: EvaluationReque
         mask = mask_of_plan(plan, manifest.model.num_layers, manifest.model.num_experts) & model.routing.mask
     if whole is None and (mask is not None or statistics is not None) and model.routing.mask.is_full:
         whole = model
+    adapter = report.adapter = _adapter(model, request, mask)
+    if adapter is not None:
+        price = Price.from_json(model.adapters[adapter].price) if model.adapters[adapter].price else None
     texts = {domain.name: token_sequences(model, domain, request.text) for domain in request.domains}
     for number, (name, tokens) in enumerate(texts.items()):
         notify(f"reading {name}", number, len(texts))
-        report.texts[name] = evaluate_text(model, tokens, mask)
+        report.texts[name] = evaluate_text(model, tokens, mask, adapter)
         if whole is not None:
             report.reference[name] = evaluate_text(whole, tokens)
         if price is not None:
             report.expected[name] = price.expected_loss(report.texts[name].deficit, name).nats
-    _ask(report, model, request, mask, notify)
+    _ask(report, model, request, mask, adapter, notify)
     if statistics is not None:
         comparison = Comparison(model, texts, report.reference)
         served_mask = mask or model.routing.mask
-        if report.reference and not served_mask.is_full:
+        if report.reference and not served_mask.is_full and adapter is None:
             served = comparison.relate("served", round(float(served_mask.num_allowed.mean())), report.texts)
             report.price = check_price(statistics, [served], report.reference)
         report.entropy = [float(value) for value in configuration_entropy(statistics.total("picks"))]
@@ -89,15 +95,34 @@ def evaluate(model: HostModel, whole: HostModel | None, request: EvaluationReque
     return report
 
 
+def _adapter(model: HostModel, request: EvaluationRequest, mask: ExpertMask | None) -> str | None:
+    """The adapter that the masked text has. Raises AdapterError: the store has none of the name that is asked for."""
+    used = mask or model.routing.mask
+    if request.adapter == "none" or (used.is_full and request.adapter == "auto"):
+        return None
+    if request.adapter == "auto":
+        return made_for(model.adapters, used.allowed)
+    if request.adapter not in model.adapters or used.is_full:
+        have = ", ".join(sorted(model.adapters)) or "none"
+        reason = "no mask is measured, give --plan" if used.is_full else f"this store has {have}"
+        raise AdapterError(f"adapter {request.adapter!r} cannot be measured: {reason}")
+    return request.adapter
+
+
 def _ask(
-    report: Report, model: HostModel, request: EvaluationRequest, mask: ExpertMask | None, notify: Progress
+    report: Report,
+    model: HostModel,
+    request: EvaluationRequest,
+    mask: ExpertMask | None,
+    adapter: str | None,
+    notify: Progress,
 ) -> None:
     runner = HostRunner(model, max_rows=QUESTION_ROWS, max_tokens=min(model.context_tokens, MAX_QUESTION_TOKENS))
     make_masking = None if mask is None else lambda num_prompt_tokens: FixedMasking(mask)
     for path in request.questions:
         found = read_questions(path)
         notify(f"asking {found.name}", 0, None)
-        accuracy = share_answered(runner, found.questions, make_masking, request.prefix)
+        accuracy = share_answered(runner, found.questions, make_masking, request.prefix, adapter)
         metrics = Parameters.of(model, mask).efficiency(accuracy, found.chance)
         head = {"name": found.name, "num_questions": len(found.questions), "prefix": request.prefix}
         report.questions.append({**head, **metrics})

@@ -69,7 +69,11 @@ def read_questions(path: Path) -> QuestionSet:
 
 
 def share_answered(
-    runner: Runner, questions: Sequence[Question], make_masking: MakeMasking | None = None, prefix: str = ""
+    runner: Runner,
+    questions: Sequence[Question],
+    make_masking: MakeMasking | None = None,
+    prefix: str = "",
+    adapter: str | None = None,
 ) -> float:
     """Share of the questions whose answer is a prefix of the greedy continuation.
 
@@ -78,6 +82,7 @@ def share_answered(
         make_masking: makes a masking for each question; None leaves the model's own mask.
         prefix: text before every prompt, such as the separator that a document begins with. Special tokens are written
             by name.
+        adapter: that masked tokens have.
     """
     waiting = list(reversed(questions))
     running: list[_Asked] = []
@@ -85,7 +90,7 @@ def share_answered(
     try:
         while waiting or running:
             while waiting and runner.num_free_rows:
-                running.append(_Asked(runner, waiting.pop(), make_masking, prefix))
+                running.append(_Asked(runner, waiting.pop(), make_masking, prefix, adapter))
             for asked in [one for one in running if one.is_answered is not None]:
                 running.remove(asked)
                 runner.free(asked.row)
@@ -102,7 +107,7 @@ def _step(runner: Runner, running: Sequence[_Asked]) -> None:
     asked = [one for one in running if one.is_answered is None]
     if not asked:
         return
-    output = runner.decode([RowStep(one.row, one.tokens[-1], mask=one.mask) for one in asked])
+    output = runner.decode([RowStep(one.row, one.tokens[-1], mask=one.mask, adapter=one.adapter) for one in asked])
     for at, one in enumerate(asked):
         one.take(output, at, slice(at, at + 1))
 
@@ -110,16 +115,23 @@ def _step(runner: Runner, running: Sequence[_Asked]) -> None:
 class _Asked:
     """A question in a row of its own. `is_answered` is None until the continuation decides it."""
 
-    def __init__(self, runner: Runner, question: Question, make_masking: MakeMasking | None, prefix: str) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        question: Question,
+        make_masking: MakeMasking | None,
+        prefix: str,
+        adapter: str | None,
+    ) -> None:
         self.is_answered: bool | None = None
         self.tokens: list[int] = []
-        self._model, self._question = runner.model, question
+        self._model, self._question, self._adapter = runner.model, question, adapter
         encode = encoder(runner.model)
         prompt = [*encode(prefix), *encode(question.prompt)]
         self._masking = None if make_masking is None else make_masking(len(prompt))
         self.row = runner.allocate()
         try:
-            self.take(runner.prefill(self.row, prompt, mask=self.mask), 0, slice(None))
+            self.take(runner.prefill(self.row, prompt, mask=self.mask, adapter=self.adapter), 0, slice(None))
         except BaseException:
             runner.free(self.row)
             raise
@@ -129,6 +141,11 @@ class _Asked:
         """For the next step; None is the model's own."""
         chosen = None if self._masking is None else self._masking.mask
         return None if chosen is None else self._model.routing.mask & chosen
+
+    @property
+    def adapter(self) -> str | None:
+        """For the next step: none without a mask."""
+        return None if (self.mask or self._model.routing.mask).is_full else self._adapter
 
     def take(self, output: StepOutput, at: int, tokens: slice) -> None:
         """Add the most likely token of row `at` of a step, whose routing is that of `tokens`."""

@@ -38,6 +38,7 @@ class Report:
         questions: name, accuracy and efficiency metrics of each set.
         entropy: CES of each layer, from the statistics.
         compared: criteria over kept shares.
+        adapter: that the texts and questions under the mask had; None: none.
         not_compared: the reason why there are none although statistics were given.
         price: how well the expected loss predicted the measured one.
     """
@@ -51,6 +52,7 @@ class Report:
     compared: list[MaskResult] = field(default_factory=list)
     price: PriceCheck | None = None
     not_compared: str | None = None
+    adapter: str | None = None
 
     def ratio(self, domain: str) -> float:
         """Perplexity ÷ the reference's."""
@@ -74,6 +76,7 @@ class Report:
         return {
             "texts": texts,
             "mean_ratio": geometric_mean(ratios) if ratios else None,
+            "adapter": self.adapter,
             "questions": self.questions,
             "ces": self.entropy,
             "sweeps": [one.to_json() for one in self.compared],
@@ -93,6 +96,8 @@ class Report:
         if self.reference and self.texts:
             mean = geometric_mean([self.ratio(name) for name in self.texts])
             lines.append(f"{'geometric mean':20} {'':10} {mean:8.4f}")
+        if self.adapter is not None:
+            lines.append(f"with the adapter {self.adapter}; expected is its price")
         for asked in self.questions:
             figures = ", ".join(f"{key} {asked[key]:.4g}" for key in FIGURES)
             lines.append(f"questions {asked['name']}: {asked['accuracy']:.1%} answered; {figures}")

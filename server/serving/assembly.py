@@ -15,12 +15,14 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
+from expert_store.adapter import made_for, store_adapters
 from expert_store.errors import ShardCorruptError
 from expert_store.integrity import TrunkCheck
 from expert_store.manifest import DTYPE_BYTES, expert_bits, expert_encodings
 from expert_store.store import Store
 from extractor.checkpoint.checkpoint import checkpoint_name
 from extractor.checkpoint.source import attach_source
+from extractor.statistics.price import Price
 from extractor.statistics.statistics import ExpertStatistics
 from router.mask import ExpertMask, parse_experts
 from server.constraints.compiler import ConstraintCompiler
@@ -29,7 +31,7 @@ from server.engine.engine import Engine
 from server.engine.snapshots import STATISTICS_FILE, USAGE_FILE, StatisticsFile, UsageFile
 from server.engine.unreadable import exclude_damaged
 from server.errors import SettingsError
-from server.masks.pricing import KnownPrice, known_price, load_statistics, price_warnings
+from server.masks.pricing import KnownPrice, known_price, load_statistics, price_warnings, ratio_warning
 from server.model.decode_path import DecodePathError, load_runner
 from server.model.host.assembly import resolve_device, resolve_dtype
 from server.model.kv_memory import context_bounds
@@ -167,6 +169,7 @@ def _options(
         kept_experts=model.kept_experts,
         resident_bias=model.resident_bias,
         batch_invariant=model.batch_invariant,
+        adapters=model.adapters,
     )
 
 
@@ -196,6 +199,8 @@ def _describe(settings: Settings, engine: Engine, store: Store, known: KnownPric
         engine=engine,
         experts=lambda: _snapshot(engine, store),
         price=known.price,
+        adapters=model.adapters,
+        adapter_prices={adapter: Price.from_json(one.price) for adapter, one in model.adapters.items() if one.price},
         constraints=ConstraintCompiler(model.tokenizer, model.vocab_size, model.eos_token_ids),
     )
 
@@ -248,7 +253,13 @@ def _known_price(
 
     served = ExpertMask.of(store.available) if mask is None else mask
     known = known_price(store.manifest, served, statistics)
-    for warning in price_warnings(known, served, settings.model.warn_perplexity_ratio):
+    adapters = store_adapters(store.path, store.manifest) if settings.model.adapters else {}
+    name = made_for(adapters, served.allowed)
+    if name is None:
+        warnings = price_warnings(known, served, settings.model.warn_perplexity_ratio)
+    else:
+        warnings = ratio_warning(name, adapters[name], served, settings.model.warn_perplexity_ratio)
+    for warning in warnings:
         log.warning("%s", warning)
     return known
 

@@ -1,7 +1,8 @@
 """The deficit of one request and its expected loss, as answers, metrics and the command line show them.
 
-Invariant: the expected loss comes from the curve of the request's profile if that names a calibrated kind of text, else
-from the kinds with routing similar to the request's, else from one curve through all measurements.
+Invariant: the expected loss is that of the request's adapter if it had one. It comes from the curve of the request's
+profile if that names a calibrated kind of text, else from the kinds with routing similar to the request's, else from
+one curve through all measurements.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ class DeficitDetails(BaseModel):
     tokens: int = Field(description="tokens routed, prompt included")
     top1_missing_tokens: int = Field(description="tokens that did without their most wanted expert in any layer")
     top1_missing_per_layer: list[int]
-    expected_loss: ExpectedLossDetails | None = Field(description="null where nothing was calibrated")
+    adapter: str | None = Field(None, description="adapter that the masked tokens had; null if they had none")
+    expected_loss: ExpectedLossDetails | None = Field(
+        description="of the adapter if the masked tokens had one; null where nothing was measured"
+    )
 
 
 def deficit_details(deficit: Deficit, model: LoadedModel, request: GenerationRequest) -> DeficitDetails:
@@ -48,18 +52,20 @@ def deficit_details(deficit: Deficit, model: LoadedModel, request: GenerationReq
         tokens=deficit.num_tokens,
         top1_missing_tokens=deficit.top1_missing_tokens,
         top1_missing_per_layer=list(deficit.top1_missing_per_layer),
+        adapter=deficit.adapter,
         expected_loss=expected_loss(deficit, model, request),
     )
 
 
 def expected_loss(deficit: Deficit, model: LoadedModel, request: GenerationRequest) -> ExpectedLossDetails | None:
     """Expected change of the loss of a finished request; None without a calibration."""
-    if model.price is None:
+    price = model.price if deficit.adapter is None else model.adapter_prices.get(deficit.adapter)
+    if price is None:
         return None
     _, profile = masking_label(request.masking)
     prior = None if model.masks is None else model.masks.prior
     kinds = None if prior is None or deficit.demand is None else prior.kinds(deficit.demand)
-    loss = model.price.expected_loss(deficit.overall, profile or None, kinds)
+    loss = price.expected_loss(deficit.overall, profile or None, kinds)
     return ExpectedLossDetails(
         nats=loss.nats,
         low=loss.low,

@@ -23,6 +23,7 @@ from server.masks.masking import RequestMasks
 from server.model.load_progress import LoadProgress, Phase
 
 if TYPE_CHECKING:
+    from expert_store.adapter import Adapter
     from expert_store.host_tier import TierStatistics
     from extractor.statistics.price import Price
     from server.constraints.compiler import ConstraintCompiler
@@ -106,6 +107,7 @@ class LoadedModel:
         other_names: more names that `/v1/models` lists.
         encodings: in words, of the experts' tensors that the store has in fewer bits, by their names.
         expert_bits, trunk_bits: of one weight of the experts and of the trunk in the store.
+        adapters: those that masked requests may have, by name; adapter_prices: of those whose price was measured.
         generation_defaults: values of the checkpoint's generation config, for requests that leave them out.
     """
 
@@ -138,6 +140,8 @@ class LoadedModel:
     expert_bits: float = 16.0
     trunk_bits: int = 16
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    adapter_prices: Mapping[str, Price] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -110,6 +110,7 @@ class InfoResponse(BaseModel):
     promised not to depend on what else is in the batch. `tool_calls`: the format of the model's calls; `unknown` where
     they stay text. `has_thinking`: whether thinking is told apart. `expert_encodings`: of the experts' tensors that the
     store has in fewer bits; `expert_bits` and `trunk_bits`: of one weight there, with its share of scales.
+    `adapters`: names of those that masked requests may have.
     """
 
     model_config = ConfigDict(protected_namespaces=())
@@ -124,6 +125,7 @@ class InfoResponse(BaseModel):
     expert_encodings: dict[str, str]
     expert_bits: float
     trunk_bits: int
+    adapters: list[str]
     num_layers: int
     num_experts: int
     top_k: int
@@ -259,12 +261,28 @@ class Profile(BaseModel):
     name: str
     kept_share: float
     available_share: float
+    adapter: str | None = Field(description="the adapter that requests under it have; null if none was made for it")
+
+
+class AdapterEntry(BaseModel):
+    """An adapter of the store: for one mask, or for masks of a range of sizes; shares are of all experts."""
+
+    name: str
+    is_for_one_mask: bool
+    least_share: float
+    largest_share: float
+    perplexity_ratios: dict[str, float] = Field(
+        description="share of the experts → perplexity of held-out text ÷ that of the whole model, with the adapter"
+    )
+    perplexity_ratios_before: dict[str, float] = Field(description="the same without the adapter")
 
 
 class ProfilesResponse(BaseModel):
-    """The masks that a request may choose. `max_pool` is the largest pool; `has_prior`: pools know usual text."""
+    """The masks that a request may choose, and the adapters. `max_pool` is the largest pool; `has_prior`: pools know
+    usual text."""
 
     profiles: list[Profile]
+    adapters: list[AdapterEntry]
     max_pool: int
     has_prior: bool
 

@@ -6,7 +6,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from expert_store.adapter import Adapter, made_for
 from server.api.admin.schemas import (
+    AdapterEntry,
     ExpertsResponse,
     HealthResponse,
     InfoResponse,
@@ -91,6 +93,7 @@ def info(request: Request) -> ModelResponse:
             expert_encodings=dict(model.encodings),
             expert_bits=model.expert_bits,
             trunk_bits=model.trunk_bits,
+            adapters=sorted(model.adapters),
             num_layers=model.num_layers,
             num_experts=model.num_experts,
             top_k=model.top_k,
@@ -143,12 +146,27 @@ def profiles(request: Request) -> ModelResponse:
                     name=name,
                     kept_share=float(mask.allowed.mean()),
                     available_share=float((mask.allowed & available).mean()),
+                    adapter=made_for(model.adapters, mask.allowed & available),
                 )
                 for name, mask in found
             ],
+            adapters=[_adapter_entry(name, adapter) for name, adapter in sorted(model.adapters.items())],
             max_pool=0 if masks is None else model.num_experts,
             has_prior=masks is not None and masks.prior is not None,
         )
+    )
+
+
+def _adapter_entry(name: str, adapter: Adapter) -> AdapterEntry:
+    own = 0.0 if adapter.mask is None else float(adapter.mask.mean())
+    least, largest = adapter.shares or (own, own)
+    return AdapterEntry(
+        name=name,
+        is_for_one_mask=adapter.mask is not None,
+        least_share=least,
+        largest_share=largest,
+        perplexity_ratios=adapter.ratios,
+        perplexity_ratios_before=adapter.ratios_before,
     )
 
 

@@ -247,6 +247,7 @@ class MessagesRequest(CountTokensRequest, MaskFields):
             profile=self.profile,
             pool=self.pool,
             on_missing=self.on_missing,
+            adapter=self.adapter,
             router_temperature=self.router_temperature,
         )
 

@@ -183,6 +183,7 @@ def request_of(
         num_logprobs=num_logprobs,
         prompt_logprobs=prompt_logprobs,
         masking=masking,
+        adapter=masks.adapter or "auto",
         on_missing=masks.on_missing or "mask",
         constraint=constraint,
         router_temperature=1.0 if masks.router_temperature is None else float(masks.router_temperature),

@@ -174,6 +174,11 @@ class MaskFields(Strict):
         None,
         description="experts of every layer, or a share of them, chosen from the prompt and anew as the text goes on",
     )
+    adapter: Annotated[str, Field(pattern=PROFILE_NAME)] | None = Field(
+        None,
+        description="adapter of the masked tokens: auto (default) is the one that was made for the mask, none is none, "
+        "or a name of GET /experts/profiles; tokens without a mask never have one",
+    )
     on_missing: Literal["mask", "fetch", "refuse"] | None = Field(
         None,
         description="where a demanded expert is missing: do without (default), fetch it from the checkpoint, fail",

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from expert_store.adapter import store_adapters
 from expert_store.cache import ExpertCache
 from expert_store.errors import SlotsError
 from expert_store.host_tier import HostTier
@@ -85,7 +86,8 @@ def load_model(store: Store, options: RunnerOptions, *, progress: Progress = lam
     """Assemble the model of a store, with a slot for every available expert unless `options` say otherwise.
 
     Raises:
-        ShardCorruptError: a file of the trunk is damaged. StoreError, TrunkError, MaskError: see there.
+        ShardCorruptError: a file of the trunk, or an adapter, is damaged.
+        AdapterError: one that does not fit the model. StoreError, TrunkError, MaskError: see there.
         SlotsError: memory does not suffice.
     """
     device, dtype = options.device, options.dtype
@@ -118,6 +120,10 @@ def load_model(store: Store, options: RunnerOptions, *, progress: Progress = lam
     _bind(model, store, cache, routing, options.batch_invariant)
     if options.batch_invariant:
         fix_rows(model)
+    adapters = store_adapters(store.path, store.manifest) if options.adapters else {}
+    for name, adapter in adapters.items():
+        routing.install_adapters(model, adapter.changes)
+        routing.adapters.add(name, adapter.changes, device, dtype)
     cache.preload(lambda done, total: progress(Phase.SLOTS, done / max(1, total)))
     tokenizer = AutoTokenizer.from_pretrained(store.trunk_path, trust_remote_code=False, local_files_only=True)
     return HostModel(
@@ -130,6 +136,7 @@ def load_model(store: Store, options: RunnerOptions, *, progress: Progress = lam
         dtype=dtype,
         eos_token_ids=eos_token_ids_of(model, tokenizer),
         context_tokens=context_tokens(store.trunk_path),
+        adapters=adapters,
     )
 
 

@@ -95,6 +95,7 @@ class HostRunner(HostDriven):
         tokens: Sequence[int],
         *,
         mask: ExpertMask | None = None,
+        adapter: str | None = None,
         temperature: float = 1.0,
         fetches: bool = False,
         all_logits: bool = False,
@@ -103,7 +104,7 @@ class HostRunner(HostDriven):
         start = self.cache.begin_prefill(row, len(tokens))
         ids = torch.tensor([list(tokens)], device=self.model.device)
         positions = torch.arange(start, start + len(tokens), device=self.model.device)[None]
-        self.model.routing.begin(1, len(tokens), [mask], [temperature])
+        self.model.routing.begin(1, len(tokens), [mask], [temperature], [adapter])
         # on a GPU, chunks have fixed bounds, and many small calls are slower than on a CPU
         rows = StepRows(start=start) if self.model.device.type == "cpu" else None
         return self._forward(ids, positions, rows, all_logits=all_logits)
@@ -114,7 +115,8 @@ class HostRunner(HostDriven):
         rows = [step.row for step in steps]
         positions = self.cache.begin_decode(rows)[:, None]
         ids = torch.tensor([[step.token] for step in steps], device=self.model.device)
-        self.model.routing.begin(len(rows), 1, [step.mask for step in steps], [step.temperature for step in steps])
+        masks, temperatures = [step.mask for step in steps], [step.temperature for step in steps]
+        self.model.routing.begin(len(rows), 1, masks, temperatures, [step.adapter for step in steps])
         lengths = self.cache.step_lengths
         step_rows = StepRows(lengths, apart=self.cache.apart)
         return self._forward(ids, positions, step_rows, longest=lengths.index(max(lengths)))

@@ -72,14 +72,16 @@ class SequenceRunner(HostDriven):
         tokens: Sequence[int],
         *,
         mask: ExpertMask | None = None,
+        adapter: str | None = None,
         temperature: float = 1.0,
         fetches: bool = False,
         all_logits: bool = False,
     ) -> StepOutput:
         """See `Runner.prefill`."""
         if self.kv.length(row) == 0 or self.model.model.config.model_type not in _CONTINUED_BY_ONE:
-            return self._append(row, tokens, mask, temperature, all_logits)
-        step = StepOutput.concat([self._append(row, [token], mask, temperature, all_logits) for token in tokens])
+            return self._append(row, tokens, mask, adapter, temperature, all_logits)
+        parts = [self._append(row, [token], mask, adapter, temperature, all_logits) for token in tokens]
+        step = StepOutput.concat(parts)
         share = RowShare(step.share.demanded.sum(axis=0, keepdims=True), step.share.missed.sum(axis=0, keepdims=True))
         return replace(step, logits=step.logits if all_logits else step.logits[-1:], share=share)
 
@@ -93,7 +95,8 @@ class SequenceRunner(HostDriven):
             if step.row in self._ahead:
                 continue
             try:
-                self._ahead[step.row] = self._append(step.row, [step.token], step.mask, step.temperature)
+                output = self._append(step.row, [step.token], step.mask, step.adapter, step.temperature)
+                self._ahead[step.row] = output
             except (StepFault, StepMemoryError, NoBlocksError) as error:
                 error.positions = (at,)
                 raise
@@ -104,6 +107,7 @@ class SequenceRunner(HostDriven):
         row: int,
         tokens: Sequence[int],
         mask: ExpertMask | None,
+        adapter: str | None,
         temperature: float,
         all_logits: bool = False,
     ) -> StepOutput:
@@ -112,7 +116,7 @@ class SequenceRunner(HostDriven):
         start = self.kv.length(row)
         self.kv.reserve([(row, start + len(tokens))])
         positions = torch.arange(start, start + len(tokens), device=device)[None]
-        self.model.routing.begin(1, len(tokens), [mask], [temperature])
+        self.model.routing.begin(1, len(tokens), [mask], [temperature], [adapter])
         output, self._caches[row] = run_forward(
             self.model, ids, positions, self._caches[row], kv_tokens=None, all_logits=all_logits, is_repeatable=False
         )

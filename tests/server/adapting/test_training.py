@@ -67,7 +67,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(model: HostModel, small_s
     options = RunnerOptions(device=torch.device("cpu"), dtype=torch.float32, num_slots=4)
     others = [load_model(Store.open(small_store), options) for _ in range(2)]
     first = train(others[0])
-    first.run(None, last=6)
+    first.run(None, last=5)
     first.save(tmp_path / "state")
     second = train(others[1])
     second.resume(tmp_path / "state")

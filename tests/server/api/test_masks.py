@@ -38,6 +38,7 @@ DEFICIT = {
     "tokens": 12,
     "top1_missing_tokens": 3,
     "top1_missing_per_layer": [0, 3],
+    "adapter": None,
 }
 CHAT: list[Any] = [{"role": "user", "content": "Where?"}]
 
@@ -158,7 +159,12 @@ def test_masks_are_refused_where_none_are_offered() -> None:
         wait_until(lambda: server.service.loaded is not None)
         assert generate(client, pool=2).status_code == 422
         assert generate(client).status_code == 200
-        assert client.get("/experts/profiles").json() == {"profiles": [], "max_pool": 0, "has_prior": False}
+        assert client.get("/experts/profiles").json() == {
+            "profiles": [],
+            "adapters": [],
+            "max_pool": 0,
+            "has_prior": False,
+        }
 
 
 def test_every_answer_says_what_it_did_without_and_what_that_costs(client: httpx.Client) -> None:
@@ -231,7 +237,8 @@ def test_profiles_are_listed(client: httpx.Client) -> None:
     found = client.get("/experts/profiles").json()
     ProfilesResponse.model_validate(found, strict=True)
     assert found == {
-        "profiles": [{"name": "code", "kept_share": 0.5, "available_share": 0.5}],
+        "profiles": [{"name": "code", "kept_share": 0.5, "available_share": 0.5, "adapter": None}],
+        "adapters": [],
         "max_pool": 4,
         "has_prior": False,
     }

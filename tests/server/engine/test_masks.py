@@ -1,11 +1,13 @@
 """Which experts a sequence may have: its own mask within the server's, one object for as long as neither changes."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from expert_store.adapter import Adapter
 from router.errors import MaskError
 from router.mask import ExpertMask
 from server.engine.masks import SequenceMasks
@@ -68,3 +70,39 @@ def test_without_a_mask_of_its_own_a_sequence_has_the_servers_and_one_that_fetch
     assert masks.of(sequence(own, "fetch")[0]) is own
     whole, _ = masks_of_server(ExpertMask(np.ones((L, E), dtype=np.bool_)))
     assert whole.of(sequence(None, "fetch")[0]) is None
+
+
+def adapters() -> dict[str, Adapter]:
+    of_mask = Adapter("0" * 64, L, E, {}, mask=only(0, 1).allowed)
+    return {
+        "wide": replace(of_mask, mask=None, shares=(0.25, 1.0)),
+        "planned": of_mask,
+        "narrow": replace(of_mask, mask=None, shares=(0.25, 0.5)),
+    }
+
+
+def test_a_row_has_the_adapter_that_was_made_for_its_mask_and_none_without_a_mask() -> None:
+    masks, routing = masks_of_server(ExpertMask(np.ones((L, E), dtype=np.bool_)))
+    masks._runner.model.adapters = adapters()
+    running, _ = sequence(None)
+    assert masks.adapter(running, None) is None
+    assert masks.adapter(running, only(0, 1)) == "planned"
+    assert masks.adapter(running, only(0, 2)) == "narrow"
+    assert masks.adapter(running, only(*range(6))) == "wide"
+    assert running.deficit().adapter is None, "nothing was routed"
+    assert running.adapter == "wide"
+    assert masks.adapter(running, only(0)) is None
+    routing.mask = only(0, 1)
+    assert masks.adapter(running, None) == "planned", "the server's own mask"
+    everything = masks.of(sequence(None, "fetch")[0])
+    assert masks.adapter(running, everything) is None
+
+
+def test_a_request_may_name_an_adapter_or_have_none() -> None:
+    masks, _ = masks_of_server(only(0, 1))
+    masks._runner.model.adapters = adapters()
+    for asked, wanted in (("none", None), ("wide", "wide"), ("auto", "planned")):
+        request = GenerationRequest("request", (1,), adapter=asked)
+        running = Sequence(request, print, print)
+        assert masks.adapter(running, None) == wanted
+        assert running.adapter == wanted

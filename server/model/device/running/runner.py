@@ -107,11 +107,13 @@ class DeviceRunner:
         tokens: Sequence[int],
         *,
         mask: ExpertMask | None = None,
+        adapter: str | None = None,
         temperature: float = 1.0,
         fetches: bool = False,
         all_logits: bool = False,
     ) -> StepOutput:
         """See `Runner.prefill`."""
+        assert adapter is None, "the device-driven path loads no adapters"
         try:
             return self._prefill(row, tokens, mask, temperature, all_logits)
         except (MemoryError, RuntimeError) as error:
