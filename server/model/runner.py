@@ -173,24 +173,24 @@ class RowStep:
         row: handle from `Runner.allocate`.
         token: to append.
         mask: experts that the row may have; None: the server's mask.
-        adapter: name of the adapter that the row has; None: none.
         temperature: divides the logits of its routers.
         fetches: whether experts that the store lacks are read from the source for this row's request.
         choice: parameters for drawing the row's next token; None: take the most likely one.
         adjustment: of the logits, before the choice.
         allowed: gives a bit for each token, uint32 [ceil(V / 32)], low bits first: only those may be chosen. A runner
             that chooses calls it once the step is on its way, so that the work is done meanwhile.
+        adapter: name of the adapter that the row has; None: none.
     """
 
     row: int
     token: int
     mask: ExpertMask | None = None
-    adapter: str | None = None
     temperature: float = 1.0
     fetches: bool = False
     choice: Choice | None = None
     adjustment: Adjustment | None = None
     allowed: Callable[[], npt.NDArray[np.uint32]] | None = None
+    adapter: str | None = None
 
     @property
     def takes_best(self) -> bool:
