@@ -129,7 +129,7 @@ def calibrate(
                 "name the checkpoint, or a store of all of it"
             )
         progress = stack.enter_context(progress_bar("calibrating")).show
-        encoded = partial(_opened, source, out, slots_memory, device, dtype)
+        encoded = partial(opened_model, source, out, slots_memory, device, dtype)
         statistics = run(model, domains, options, out.with_name(out.name + ".resume"), progress, encoded)
         write_statistics(out, statistics)
     counts = dict(zip(statistics.domains, (int(count) for count in statistics.num_tokens), strict=True))
