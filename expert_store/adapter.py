@@ -191,6 +191,12 @@ def store_adapters(root: Path, manifest: Manifest) -> dict[str, Adapter]:
     return found
 
 
+def find_adapter(root: Path, manifest: Manifest, name: str) -> Adapter:
+    """The adapter `name` of the store at `root`, else the one in the file of that path. Raises AdapterError."""
+    found = store_adapters(root, manifest)
+    return found[name] if name in found else Adapter.read(Path(name))
+
+
 def made_for(adapters: Mapping[str, Adapter], allowed: npt.NDArray[np.bool_]) -> str | None:
     """The name of the adapter for rows that may choose among `allowed`, bool [L, E]; None if none was made for them.
 

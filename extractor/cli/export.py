@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from expert_store.adapter import find_adapter
 from expert_store.store import Store
 from extractor.cli.options import DryRunOption, JsonOption, StoreArgument
 from extractor.cli.progress import progress_bar
@@ -35,15 +36,21 @@ def export(
         Literal["bfloat16", "float16", "float32"] | None,
         typer.Option(help="Dtype of the weights. By default as stored; experts in fewer bits are dequantised."),
     ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Adapter to merge: one of the store, or a file of `deepfew adapt`."),
+    ] = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a pruned checkpoint in the Hugging Face layout, which transformers, vLLM and llama.cpp's converter read.
 
-    Its logits are those of the whole model masked to the experts that it keeps. A model card says which these are.
+    Its logits are those of the whole model masked to the experts that it keeps, with the adapter if one is given. A
+    model card says which these are.
     """
     with Store.open(store) as opened:
-        work = prepare_export(opened, out, None if plan is None else read_plan(plan), dtype)
+        found = None if adapter is None else find_adapter(opened.path, opened.manifest, adapter)
+        work = prepare_export(opened, out, None if plan is None else read_plan(plan), dtype, found)
         model = opened.manifest.model
         if work.top_k < model.top_k:
             print(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from expert_store.adapter import Adapter
 from expert_store.manifest import Manifest, format_ids
 from extractor.planning.expectation import Expectation
 from extractor.planning.plan import Plan
@@ -17,7 +18,9 @@ from extractor.planning.plan import Plan
 MAX_CARD_BYTES = 2**20
 
 
-def model_card(manifest: Manifest, plan: Plan | None, kept: Sequence[Sequence[int]], top_k: int) -> str:
+def model_card(
+    manifest: Manifest, plan: Plan | None, kept: Sequence[Sequence[int]], top_k: int, adapter: Adapter | None = None
+) -> str:
     """README.md of the checkpoint that keeps the experts `kept` of each MoE layer, `top_k` of them for a token."""
     model = manifest.model
     alignment: dict[str, Any] = {"kind": manifest.alignment.kind, **manifest.alignment.statistics}
@@ -39,8 +42,7 @@ def model_card(manifest: Manifest, plan: Plan | None, kept: Sequence[Sequence[in
     lines += [
         f"Made by `deepfew export` from {manifest.source.name} (fingerprint `{manifest.source.fingerprint[:16]}`): "
         f"each of the {model.num_layers} MoE layers keeps {len(kept[0])} of {model.num_experts} experts, with their "
-        f"rows of the router, and a token takes {top_k} of them{fewer}. "
-        "Nothing was trained: the logits are those of the whole model masked to these experts.",
+        f"rows of the router, and a token takes {top_k} of them{fewer}. " + _trained(adapter),
         "",
         f"Licence: that of {manifest.source.name}{f', {licence}' * (licence is not None)}.",
         "",
@@ -53,6 +55,22 @@ def model_card(manifest: Manifest, plan: Plan | None, kept: Sequence[Sequence[in
     lines += ["## Experts kept", "", "| layer | ids in the source |", "|---|---|"]
     lines += [f"| {spec.model_layer} | {format_ids(ids)} |" for spec, ids in zip(manifest.layers, kept, strict=True)]
     return "\n".join(lines) + "\n"
+
+
+def _trained(adapter: Adapter | None) -> str:
+    if adapter is None:
+        return "Nothing was trained: the logits are those of the whole model masked to these experts."
+    found = [
+        f"{float(share):.4g} of the experts × {ratio:.3f} (without × {adapter.ratios_before[share]:.3f})"
+        for share, ratio in adapter.ratios.items()
+    ]
+    figures = (
+        f" Perplexity on text held out from its training, of the whole model's: {', '.join(found)}." if found else ""
+    )
+    return (
+        "An adapter is merged into the weights: small changes of the trunk, with which the masked model was trained to "
+        f"answer as the whole model does.{figures}"
+    )
 
 
 def _chosen_by(plan: Plan | None) -> str:

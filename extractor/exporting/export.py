@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from expert_store.adapter import Adapter
 from expert_store.files import sync_directory
 from expert_store.store import Store
 from extractor.checkpoint.checkpoint import Checkpoint
@@ -23,6 +24,7 @@ from extractor.checkpoint.tensor_file import TensorEntry
 from extractor.errors import DiskFullError, SelectionError, TargetError
 from extractor.exporting.card import model_card
 from extractor.exporting.config import check_choice, pruned_config, pruned_model
+from extractor.exporting.merging import Merging
 from extractor.exporting.tensors import Kept, experts_tensors, trunk_tensors
 from extractor.planning.plan import Plan
 from extractor.planning.selection import SelectionRequest, select
@@ -73,16 +75,24 @@ class Export:
                 raise DiskFullError(_disk_full(self, free_bytes(folder))) from error
 
 
-def prepare_export(store: Store, target: str | os.PathLike[str], plan: Plan | None, dtype: str | None) -> Export:
+def prepare_export(
+    store: Store,
+    target: str | os.PathLike[str],
+    plan: Plan | None,
+    dtype: str | None,
+    adapter: Adapter | None = None,
+) -> Export:
     """The work of exporting the experts of `plan`, or all of the store, to the directory `target`; writes nothing.
 
     Args:
         target: new or empty.
         dtype: bfloat16, float16 or float32; None leaves plain tensors as they are, and gives experts in fewer bits the
             dtype that they are computed in.
+        adapter: merged into the weights.
 
     Raises:
-        SelectionError: the store lacks an expert of the plan, or layers keep different numbers or groups of experts.
+        SelectionError: the store lacks an expert of the plan, or layers keep different numbers or groups of experts, or
+            the adapter is not for them.
         UnsupportedFamilyError: the family cannot have fewer experts. TargetError, CheckpointError.
     """
     target = Path(target).absolute()
@@ -96,14 +106,17 @@ def prepare_export(store: Store, target: str | os.PathLike[str], plan: Plan | No
     with tempfile.TemporaryDirectory(prefix="deepfew-export-") as folder:
         (Path(folder) / "config.json").write_bytes(json_bytes(document))
         pruned = pruned_model(Path(folder), model, len(kept[0]))
-        tensors = [*trunk_tensors(store, whole, pruned, kept, stored), *experts_tensors(store, whole, kept, stored)]
+        merging = Merging(adapter, store, whole, kept)
+        tensors = trunk_tensors(store, whole, pruned, kept, stored, merging)
+        tensors += experts_tensors(store, whole, kept, stored, merging)
+        merging.check_complete()
         top_k = trace(Path(folder), _as_entries(tensors, target)).top_k
     side_files = [
         file_of(path.name, path.read_bytes())
         for path in Checkpoint.open(store.trunk_path).sidecars
         if path.name not in ("config.json", "README.md")
     ]
-    card = model_card(store.manifest, plan, kept, top_k)
+    card = model_card(store.manifest, plan, kept, top_k, adapter)
     outputs = [
         file_of("config.json", json_bytes(document)),
         file_of("README.md", card.encode()),

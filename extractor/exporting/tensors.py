@@ -26,6 +26,7 @@ from extractor.checkpoint.conversion import model_names, publisher
 from extractor.checkpoint.quantised import read_part
 from extractor.checkpoint.tensor_file import ConvertedPiece, TensorEntry
 from extractor.errors import UnsupportedFamilyError
+from extractor.exporting.merging import Change, Merging
 from extractor.writing.outputs import OutputTensor
 
 Kept = Sequence[Sequence[int]]
@@ -37,12 +38,15 @@ _FURTHER_TOKENS = re.compile(r"(^|\.)(mtp|nextn|draft|eagle|medusa)(_\w+)?(\.|$)
 _FLOATS = ("F32", "F16", "BF16")
 
 
-def trunk_tensors(store: Store, whole: Any, pruned: Any, kept: Kept, dtype: str | None) -> list[OutputTensor]:
+def trunk_tensors(
+    store: Store, whole: Any, pruned: Any, kept: Kept, dtype: str | None, merging: Merging
+) -> list[OutputTensor]:
     """The trunk's tensors without the rows of experts that are not kept.
 
     Args:
         whole, pruned: the models with all experts and with the kept ones, on the meta device.
         dtype: safetensors name for the tensors of the model's dtype; others, such as biases of float32, stay.
+        merging: changes of an adapter.
 
     Raises:
         UnsupportedFamilyError: an axis of experts cannot be told from others.
@@ -58,11 +62,13 @@ def trunk_tensors(store: Store, whole: Any, pruned: Any, kept: Kept, dtype: str 
             if not _predicts_further_tokens(name, num_layers):
                 tensors.append(_copied(entries[key], wanted))
         elif before[name].shape == after[name].shape:
-            tensors.append(_copied(entries[key], wanted))
+            change = merging.change(name) if entries[key].shape == tuple(before[name].shape) else None
+            tensors.append(_copied(entries[key], wanted) if change is None else _merged(entries[key], wanted, change))
         else:
             axis = _experts_axis(entries[key], tuple(before[name].shape), tuple(after[name].shape), store)
             rows = _rows(store, name, entries[key].shape[axis], kept)
-            tensors.append(_cut(entries[key], axis, rows, wanted))
+            change = merging.change(name) if entries[key].shape == tuple(before[name].shape) else None
+            tensors.append(_cut(entries[key], axis, rows, wanted, change))
     return tensors
 
 
@@ -117,13 +123,24 @@ def _copied(entry: TensorEntry, dtype: str | None) -> OutputTensor:
     return OutputTensor(entry.name, dtype, entry.shape, size, pieces)
 
 
-def _cut(entry: TensorEntry, axis: int, rows: Sequence[int], dtype: str | None) -> OutputTensor:
+def _merged(entry: TensorEntry, dtype: str | None, change: Change) -> OutputTensor:
+    dtype = dtype or entry.dtype
+    size = math.prod(entry.shape) * DTYPE_BYTES[dtype]
+
+    def load() -> memoryview:
+        return _bytes(change(read_part(entry)), dtype)
+
+    return OutputTensor(entry.name, dtype, entry.shape, size, lambda: iter((ConvertedPiece(size, load),)))
+
+
+def _cut(entry: TensorEntry, axis: int, rows: Sequence[int], dtype: str | None, change: Change | None) -> OutputTensor:
     dtype = dtype or entry.dtype
     shape = (*entry.shape[:axis], len(rows), *entry.shape[axis + 1 :])
     size = math.prod(shape) * DTYPE_BYTES[dtype]
 
     def load() -> memoryview:
-        return _bytes(read_part(entry).index_select(axis, torch.tensor(rows)), dtype)
+        whole = read_part(entry) if change is None else change(read_part(entry))
+        return _bytes(whole.index_select(axis, torch.tensor(rows)), dtype)
 
     return OutputTensor(entry.name, dtype, shape, size, lambda: iter((ConvertedPiece(size, load),)))
 
@@ -133,20 +150,21 @@ def _bytes(tensor: Tensor, dtype: str) -> memoryview:
     return memoryview(stored.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def experts_tensors(store: Store, whole: Any, kept: Kept, dtype: str | None) -> list[OutputTensor]:
+def experts_tensors(store: Store, whole: Any, kept: Kept, dtype: str | None, merging: Merging) -> list[OutputTensor]:
     """The experts' tensors as checkpoints of the family have them: one for each expert, or one for all of a layer.
 
     Args: see `trunk_tensors`; experts in fewer bits are dequantised.
     """
-    reader = _ExpertsReader(store, whole, dtype)
+    reader = _ExpertsReader(store, whole, dtype, merging)
     return [tensor for spec in store.manifest.layers for tensor in reader.tensors(spec, kept[spec.layer])]
 
 
 class _ExpertsReader:
     """Reads experts as published tensors. Any thread may call it."""
 
-    def __init__(self, store: Store, whole: Any, dtype: str | None) -> None:
+    def __init__(self, store: Store, whole: Any, dtype: str | None, merging: Merging) -> None:
         self._store, self._whole, self._dtype = store, whole, dtype
+        self._gains = [merging.gain(spec) for spec in store.manifest.layers]
         self._publish = publisher(whole, Checkpoint.open(store.trunk_path).tensors)
         self._read = lru_cache(NUM_CACHED_EXPERTS)(self._published_expert)
 
@@ -212,10 +230,13 @@ class _ExpertsReader:
         self._store.read_expert(spec.layer, expert, span)
         is_transposed = self._whole.get_submodule(spec.module).is_transposed
         values, own = {}, span_values(spec, span)
+        gain = self._gains[spec.layer]
         for tensor in spec.tensors:
             value = own[tensor.name]
             if tensor.encoding is not None:
                 value = (value.t() if is_transposed else value).to(TORCH_DTYPES[tensor.dtype])
+            if gain is not None and tensor.name.startswith("down_proj"):
+                value = value.float() * gain[expert]
             values[f"{spec.module}.{tensor.name}"] = value.unsqueeze(0)
         return self._publish(values)
 
