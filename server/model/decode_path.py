@@ -52,7 +52,7 @@ def load_runner(
     if store.manifest.adapters and options.adapters and reason is None:
         names = ", ".join(entry.name for entry in store.manifest.adapters)
         reason = (
-            f"captured graphs cannot carry the store's adapters ({names}) yet; with adapters off, they serve without"
+            f"captured graphs cannot carry the store's adapters ({names}) yet; with --no-adapters, they serve without"
         )
     host_options = options
     if reason is None:

@@ -89,5 +89,5 @@ def test_a_row_without_a_mask_has_the_bits_of_a_store_without_adapters(
 
 def test_the_captured_path_is_refused_for_a_store_with_adapters_and_the_way_out_is_said(adapted: Path) -> None:
     options = RunnerOptions(device=torch.device("cpu"), dtype=torch.float32, path="device")
-    with Store.open(adapted) as store, pytest.raises(DecodePathError, match=r"planned, pools.*adapters off"):
+    with Store.open(adapted) as store, pytest.raises(DecodePathError, match=r"planned, pools.*--no-adapters"):
         load_runner(store, options)
