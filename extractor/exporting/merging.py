@@ -78,7 +78,7 @@ class Merging:
         return None
 
     def gain(self, spec: LayerSpec) -> Tensor | None:
-        """What the output of each expert of a layer is multiplied by, [E]; None if nothing."""
+        """The factor of the output of each expert of a layer, [E]; None if they stay."""
         block = spec.module.rpartition(".")[0]
         for module, parts in self._changes.items():
             if "gain" in parts and module.rpartition(".")[0] == block:
