@@ -40,7 +40,7 @@ from expert_store.store import Store
 from extractor.encoding.names import ExpertsDtype
 from server.fit import demand
 from server.fit.facts import ModelFacts
-from server.fit.timing import Misses, captured_step, host_step, prompt_seconds
+from server.fit.timing import Misses, captured_step, disk_seconds, host_step, prompt_seconds
 from server.machine.probe import probe
 from server.machine.rates import RATE_NAMES, MachineRates, known_machines
 from server.model.decode_path import load_runner
@@ -140,6 +140,7 @@ def h100_rows() -> Iterator[Row]:
     for row in plain["paging_recorded"]:
         yield _paged("16 bit, " + row["trace"], "decode_gpu", traced, plain, row)
     yield from _prompts(qwen, plain, packed)
+    yield from _from_disk(qwen, packed)
     for row in packed["paging_recorded_packed"]:
         yield _paged("int4 by 64, " + row["trace"], "packed_gpu", traced.encoded("int4-g64"), packed, row)
 
@@ -160,6 +161,18 @@ def _prompts(qwen: ModelFacts, plain: dict[str, Any], packed: dict[str, Any]) ->
         predicted = prompt_seconds(model, h100_rates(result), model.num_experts // 4, row["tokens"], row["tokens"])
         setting = f"{'16 bit' if model is qwen else 'int4 by 64'}, prompt of {row['tokens']}, 25 % in slots"
         yield Row(setting, name, row["quarter_ms"], 1e3 * predicted)
+
+
+def _from_disk(qwen: ModelFacts, packed: dict[str, Any]) -> Iterator[Row]:
+    """The steps that read experts from the disk: the measured one with all in host memory, and what the reads add."""
+    disk = _read("disk_gpu.json")
+    rates = replace(h100_rates(packed), disk_rate=disk["rates"]["cold"])
+    whole_ms = disk["shares"][0]["cold"]["token_ms"]
+    for share in disk["shares"][1:]:
+        row = share["cold"]
+        added = disk_seconds(row["reads"], qwen.span_bytes, rates, whole_ms / 1e3)
+        setting = f"16 bit, 18 layers, {100 * share['share']:g} % in host memory, the rest on a cold disk"
+        yield Row(setting, "disk_gpu", row["token_ms"], whole_ms + 1e3 * added)
 
 
 def _resident(setting: str, source: str, model: ModelFacts, result: dict[str, Any], row: dict[str, Any]) -> Row:

@@ -79,6 +79,9 @@ def fit(
     kv_memory: Annotated[int | None, _size("Memory for keys and values, such as 4GiB.")] = None,
     prompt: PromptOption = 512,
     device: DeviceOption = "auto",
+    stats: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Statistics of calibrate, for the hit rates.")
+    ] = None,
     probe: ProbeOption = False,
     machine: MachineOption = None,
     device_bandwidth: Annotated[int | None, _rate("Reading the device's memory, such as 3.2TB/s.")] = None,
@@ -105,7 +108,7 @@ def fit(
     )
     if rates.kind == "cpu" and device_memory is not None:
         raise UsageError("--device-memory is that of a GPU, and a CPU computes: leave it out, or set --machine h100")
-    with facts_of(source, experts_dtype, dtype) as model:
+    with facts_of(source, experts_dtype, dtype, stats) as model:
         most, least = context_bounds(context, model.max_context)
         wish = Wish(
             gpu=rates.kind == "gpu",

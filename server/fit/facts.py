@@ -23,6 +23,7 @@ from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.checkpoint.layout import ExpertsLayout
 from extractor.encoding.making import Maker
 from extractor.encoding.names import ExpertsDtype, experts_dtype_of
+from extractor.statistics.file import read_statistics
 from router.ledger import UsageLedger
 from server.errors import UsageError
 from server.fit.demand import Demand, of_counts, recorded
@@ -113,26 +114,45 @@ def _encoded(spec: LayerSpec, maker: Maker | None) -> LayerSpec:
 
 
 @contextmanager
-def facts_of(source: str, experts_dtype: ExpertsDtype | None, dtype: str) -> Iterator[ModelFacts]:
+def facts_of(
+    source: str, experts_dtype: ExpertsDtype | None, dtype: str, statistics: Path | None = None
+) -> Iterator[ModelFacts]:
     """The facts of a store or checkpoint in a directory, or of a model of the hub, valid until the context ends.
 
     Args:
         source: a directory, or owner/name.
         experts_dtype: the experts as `extract --experts-dtype` would make them; None: as they are.
         dtype: of the computation, or auto.
+        statistics: file of `calibrate`, for the popularity of experts; None: a store's usage.json, or the recorded one.
 
     Raises:
-        CheckpointError, UnsupportedFamilyError, ExtractError, ManifestError: see `extract`. UsageError: the experts of
-        a store are of another encoding.
+        CheckpointError, UnsupportedFamilyError, ExtractError, ManifestError: see `extract`. StatisticsError, OSError:
+        the statistics cannot be read. UsageError: they are of another model, or a store's experts of another encoding.
     """
     path = Path(source)
     if (path / MANIFEST_NAME).is_file():
-        yield _of_store(path, experts_dtype, dtype)
+        model = _of_store(path, experts_dtype, dtype)
+        yield model if statistics is None else _with_statistics(model, statistics)
     elif path.exists() or source.count("/") != 1:
-        yield _of_checkpoint(Checkpoint.open(path), experts_dtype, dtype)
+        model = _of_checkpoint(Checkpoint.open(path), experts_dtype, dtype)
+        yield model if statistics is None else _with_statistics(model, statistics)
     else:
         with described_checkpoint(source) as checkpoint:
-            yield _of_checkpoint(checkpoint, experts_dtype, dtype)
+            model = _of_checkpoint(checkpoint, experts_dtype, dtype)
+            yield model if statistics is None else _with_statistics(model, statistics)
+
+
+def _with_statistics(model: ModelFacts, path: Path) -> ModelFacts:
+    """The model with the popularity that statistics counted, over all of their domains."""
+    statistics = read_statistics(path)
+    counts = statistics.totals["demand"].sum(axis=0)
+    if counts.shape != model.demand.shares.shape:
+        raise UsageError(
+            f"{path} is of a model with {counts.shape[1]} experts in {counts.shape[0]} layers, and {model.name} has "
+            f"{model.num_experts} in {len(model.layers)}: name statistics of this model"
+        )
+    told = f"{path}, {int(statistics.num_tokens.sum())} tokens"
+    return replace(model, demand=of_counts(counts.astype(np.int64), model.top_k, told))
 
 
 def _of_store(path: Path, experts_dtype: ExpertsDtype | None, dtype: str) -> ModelFacts:

@@ -98,7 +98,8 @@ def captured_step(
     copies = max(copied + num_moe * (1 - none_missed) * FETCH_SECONDS - experts * (1 - none_missed), 0.0)
     layers = model.num_layers * LAYER_SECONDS + HEAD_SECONDS
     seconds = trunk + attention + experts + copies + layers
-    return StepTime(trunk, attention, experts, copies, layers, _again(model, rates, misses, seconds))
+    reads = num_moe * misses.distinct * misses.on_disk
+    return StepTime(trunk, attention, experts, copies, layers, disk_seconds(reads, span, rates, seconds))
 
 
 def _processors(rates: MachineRates) -> float:
@@ -106,11 +107,11 @@ def _processors(rates: MachineRates) -> float:
     return rates.code_rate / H100_CODE_RATE
 
 
-def _again(model: ModelFacts, rates: MachineRates, misses: Misses, step_seconds: float) -> float:
-    """Seconds for the experts that a step reads from the disk: the bytes, and the steps that run again for them."""
-    reads = len(model.layers) * misses.distinct * misses.on_disk
+def disk_seconds(reads: float, span_bytes: float, rates: MachineRates, step_seconds: float) -> float:
+    """Seconds that a step of the captured path takes longer for so many experts that it reads from the disk: their
+    bytes, and the steps that run again for them."""
     runs = 1.0 - math.exp(-reads) + 0.06 * reads
-    return reads * model.span_bytes / rates.disk_rate + runs * (AGAIN_SECONDS + step_seconds)
+    return reads * span_bytes / rates.disk_rate + runs * (AGAIN_SECONDS + step_seconds)
 
 
 def host_step(model: ModelFacts, rates: MachineRates, misses: Misses, num_rows: int, depth: int) -> StepTime:

@@ -31,6 +31,7 @@ PROMPT_ROWS = 16
 """Tokens that one expert gets of a prompt's chunk: 256 tokens, top-8 of 128."""
 OPERATIONS = 2000
 COPIED_BYTES = 256 << 20
+GPU_MATRIX = 4096
 REPEATS = 5
 COPY_SHARE = 3.0 / 3.16
 """Of an H100's rate of reading its memory that a copy on it reaches, read and written bytes together."""
@@ -146,25 +147,26 @@ def _probe_gpu(device: torch.device, files: list[Path], clock: Clock) -> Machine
         return seconds(finished, clock)
 
     properties = torch.cuda.get_device_properties(device)
+    free = torch.cuda.mem_get_info(device)[0]
     source = torch.zeros(COPIED_BYTES * 4, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     host = new_arena(1, COPIED_BYTES, torch.uint8, True)
     page_lock(host)
     memory_seconds = done(lambda: target.copy_(source)) * COPY_SHARE
     copy_seconds = done(lambda: target[:COPIED_BYTES].copy_(host[0], non_blocking=True))
-    matrix = torch.zeros(4096, 4096, dtype=torch.bfloat16, device=device)
+    matrix = torch.zeros(GPU_MATRIX, GPU_MATRIX, dtype=torch.bfloat16, device=device)
     rate = 2 * source.nbytes / memory_seconds
     return MachineRates(
         kind="gpu",
         name=properties.name,
-        device_memory=torch.cuda.mem_get_info(device)[0],
+        device_memory=free,
         host_memory=free_host_bytes() or 0,
         read_rate=rate,
         expert_rate=rate,
         copy_rate=host.nbytes / copy_seconds,
         disk_rate=_file_rates(files, clock)[0],
         code_rate=H100_CODE_RATE * properties.multi_processor_count / H100_PROCESSORS,
-        product_rate=2 * 4096**3 / done(lambda: matrix @ matrix),
+        product_rate=2 * GPU_MATRIX**3 / done(lambda: matrix @ matrix),
         operation_seconds=_operation_seconds(device, clock),
     )
 

@@ -17,6 +17,8 @@ from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.checkpoint.layout import ExpertsLayout
 from extractor.encoding.names import ExpertsDtype
 from extractor.errors import CheckpointError
+from extractor.statistics.file import write_statistics
+from extractor.statistics.statistics import ExpertStatistics
 from router.ledger import UsageLedger
 from server.errors import UsageError
 from server.fit.facts import facts_of
@@ -82,6 +84,26 @@ def test_usage_of_a_store_gives_the_popularity_of_its_experts(tiny_store: Path, 
         assert model.demand.source == "usage.json of the store, 100 tokens"
         assert np.array_equal(model.demand.shares[0] > 0.5, np.arange(spec.num_experts) < spec.top_k)
         assert model.demand.hit_rate(spec.top_k) == pytest.approx(1.0, abs=0.01)
+
+
+def test_statistics_of_calibration_give_it_too_and_those_of_another_model_are_refused(
+    tiny_store: Path, tmp_path: Path
+) -> None:
+    with Store.open(tiny_store) as opened:
+        spec = opened.manifest.model
+    statistics = ExpertStatistics("x", spec.num_layers, spec.num_experts, spec.top_k, domains=["a"])
+    statistics.totals["demand"][0, :, : spec.top_k] = 50
+    statistics.num_tokens[0] = 50
+    write_statistics(tmp_path / "stats.safetensors", statistics)
+    with facts_of(str(tiny_store), None, "auto", tmp_path / "stats.safetensors") as model:
+        assert model.demand.source == f"{tmp_path / 'stats.safetensors'}, 50 tokens"
+        assert model.demand.distinct(8) == pytest.approx(spec.top_k, abs=0.01)
+    write_statistics(tmp_path / "other.safetensors", ExpertStatistics("x", 2, 4, 1, domains=["a"]))
+    with (
+        pytest.raises(UsageError, match="4 experts in 2 layers"),
+        facts_of(str(tiny_store), None, "auto", tmp_path / "other.safetensors"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

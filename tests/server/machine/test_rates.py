@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,6 +48,29 @@ def test_a_probe_divides_what_it_did_by_the_time_that_passed(monkeypatch: pytest
     assert rates.operation_seconds == 0.1
     assert rates.copy_rate == 8 << 20
     assert all(value > 0 for name, value in asdict(rates).items() if name in RATE_NAMES and name != "device_memory")
+
+
+def test_a_probe_of_a_gpu_reckons_with_both_ways_of_a_copy_and_its_processors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measuring, "OPERATIONS", 10)
+    monkeypatch.setattr(measuring, "COPIED_BYTES", 8 << 20)
+    monkeypatch.setattr(measuring, "GPU_MATRIX", 64)
+    monkeypatch.setattr(measuring, "page_lock", lambda arena: None)
+    monkeypatch.setattr(
+        measuring, "new_arena", lambda num, elements, dtype, pinned: torch.empty(num, elements, dtype=dtype)
+    )
+    card = SimpleNamespace(name="half an H100", multi_processor_count=66)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    ticks = _ticks()
+    rates = measuring._probe_gpu(torch.device("cpu"), [], lambda: float(next(ticks)))
+    assert (rates.kind, rates.name, rates.device_memory) == ("gpu", "half an H100", 40 << 30)
+    assert rates.read_rate == rates.expert_rate == pytest.approx(2 * 4 * (8 << 20) / (3.0 / 3.16))
+    assert rates.copy_rate == 8 << 20
+    assert rates.code_rate == known_machines()["h100"].code_rate / 2
+    assert rates.product_rate == 2 * 64**3
 
 
 def test_the_disk_is_read_in_pieces_spread_over_all_files(tmp_path: Path) -> None:
