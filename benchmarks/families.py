@@ -22,18 +22,22 @@ from benchmarks.harness.reporting import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "families.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+CAPTURE_TESTS = ("tests/server/model/device/test_families.py",)
+CAPTURED, STEP = "captured", "step ÷ floor"
+STEPS = {"qwen3_moe": "1.56"}
+"""Of `docs/performance.md`: one row, every expert in a slot, on an H100, by the bytes that a step reads."""
 TESTS = ("tests/families/test_whole_model.py", "tests/router/test_gating.py")
 
 
-def run_tests(results: Path) -> int:
-    """Run the families' tests into a JUnit file that carries the release of transformers."""
+def run_tests(results: Path, tests: Sequence[str]) -> int:
+    """Run tests into a JUnit file that carries the release of transformers."""
     return subprocess.run(
         [
             sys.executable,
             "-m",
             "pytest",
             "-q",
-            *TESTS,
+            *tests,
             "-m",
             "exhaustive or not exhaustive",
             "-o",
@@ -73,6 +77,40 @@ def fact(cases: Sequence[ElementTree.Element], name: str) -> str:
     """A property that a test recorded."""
     found = [item.get("value", "") for case in cases for item in case.iter("property") if item.get("name") == name]
     return found[0] if found else ""
+
+
+def captured_families(results: Path) -> set[str]:
+    """The families whose tests of the captured step all passed."""
+    _, cases = read_results(results)
+    seen: dict[str, list[ElementTree.Element]] = {}
+    for case in (case for same in cases.values() for case in same):
+        for item in case.iter("property"):
+            if item.get("name") == CAPTURED:
+                seen.setdefault(item.get("value", ""), []).append(case)
+    return {family for family, same in seen.items() if verdict(same) == "yes"}
+
+
+def with_captured(text: str, captured: set[str]) -> str:
+    """The table with its columns of the captured step written again, after that of the memory."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()]
+    kept = [at for at, name in enumerate(rows[0]) if name not in (CAPTURED, STEP)]
+    lines = []
+    for number, row in enumerate(rows):
+        family = row[0].strip("`")
+        cells = ["yes" if family in captured else "–", STEPS.get(family, "–")]
+        cells = [CAPTURED, STEP] if number == 0 else ["---"] * 2 if number == 1 else cells
+        left = [row[at] for at in kept]
+        lines.append("| " + " | ".join([*left[:3], *cells, *left[3:]]) + " |")
+    return "\n".join(lines)
+
+
+def held_captured(page: str) -> set[str]:
+    """The families that the page's table says are captured."""
+    rows = [line.strip("|").split("|") for line in page[page.index(BEGIN) : page.index(END)].strip().splitlines()[1:]]
+    names = [name.strip() for name in rows[0]]
+    if CAPTURED not in names:
+        return set()
+    return {row[0].strip(" `") for row in rows if row[names.index(CAPTURED)].strip() == "yes"}
 
 
 def rule_of(model_type: str, describe: dict[str, str]) -> str:
@@ -131,14 +169,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--run", type=Path, metavar="XML", help="run the tests and keep their results in this file")
     parser.add_argument("--write", type=Path, nargs="+", metavar="XML", help="write the table from these results")
+    parser.add_argument("--run-captured", type=Path, metavar="XML", help="the same for the tests of the captured step")
+    parser.add_argument("--write-captured", type=Path, metavar="XML", help="write its column from these results")
     arguments = parser.parse_args()
     if arguments.run:
-        return run_tests(arguments.run.absolute())
-    if not arguments.write:
-        parser.error("give --run or --write")
-    text, verdicts = table(arguments.write)
+        return run_tests(arguments.run.absolute(), TESTS)
+    if arguments.run_captured:
+        return run_tests(arguments.run_captured.absolute(), CAPTURE_TESTS)
     page = PAGE.read_text()
     head, tail = page[: page.index(BEGIN) + len(BEGIN)], page[page.index(END) :]
+    if arguments.write_captured:
+        captured = captured_families(arguments.write_captured)
+        text = with_captured(page[len(head) : -len(tail)], captured)
+        PAGE.write_text(f"{head}\n{text}\n{tail}")
+        print(json.dumps({"benchmark": "families", "captured": sorted(captured)}))
+        return 0
+    if not arguments.write:
+        parser.error("give --run, --write, --run-captured or --write-captured")
+    text, verdicts = table(arguments.write)
+    text = with_captured(text, held_captured(page))
     PAGE.write_text(f"{head}\n{text}\n{tail}")
     counts = {
         value: sum(value in row.values() for row in verdicts.values()) for value in ("yes", "refused", "**fails**")

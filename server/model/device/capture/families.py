@@ -13,14 +13,20 @@ class FamilyParts:
     """Attributes:
     unrotated: the type of the layers (in the config's `layer_types`) that do not rotate queries and keys, where the
         config has a sliding window; empty: all do.
+    neighbours: an element of a head is rotated with the one beside it.
+    norms_rotated: queries and keys are normalised after they were rotated.
     """
 
     unrotated: str = ""
+    neighbours: bool = False
+    norms_rotated: bool = False
 
 
 _FAMILIES = {
+    "ernie4_5_moe": FamilyParts(neighbours=True),
     "exaone_moe": FamilyParts(unrotated="full_attention"),
     "flint": FamilyParts(unrotated="full_attention"),
+    "hunyuan_v1_moe": FamilyParts(norms_rotated=True),
 }
 
 

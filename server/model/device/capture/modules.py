@@ -23,16 +23,17 @@ _BLOCK = ("mlp", "block_sparse_moe")
 _ROUTER = ("gate", "router")
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_NORMS = ("q_norm", "k_norm")
+_NORMS = (("q_norm", "query_layernorm"), ("k_norm", "key_layernorm"))
 _MLP = (("gate_proj", "up_proj"), ("gate_up_proj",), ("input_linear",))
 _DOWN = ("down_proj", "output_linear")
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """A gated product that every token uses: products whose rows side by side are [2I, H], gate first; down; and the
-    product that a sigmoid makes a factor of the result."""
+    """A gated product that every token uses: the module; products whose rows side by side are [2I, H], gate first;
+    down; and the product that a sigmoid makes a factor of the result."""
 
+    module: nn.Module
     ups: tuple[nn.Linear, ...]
     down: nn.Linear
     switch: nn.Linear | None = None
@@ -133,14 +134,14 @@ def _layer(layer: Any, where: str, block: Any, router: Any) -> Layer:
 
 def _attention(attention: Any, where: str) -> Attention:
     where = f"{where}: attention"
-    check_children(attention, where, _PROJECTIONS, (*_NORMS, "sinks"))
+    check_children(attention, where, _PROJECTIONS, (*_NORMS[0], *_NORMS[1], "sinks"))
     q, k, v, o = (getattr(attention, name) for name in _PROJECTIONS)
     need(
         all(isinstance(one, nn.Linear) for one in (q, k, v, o)),
         f"{where} projects otherwise than by plain products",
     )
     need(len({one.bias is None for one in (q, k, v)}) == 1, f"{where}: only some of q, k and v have biases")
-    q_norm, k_norm = (getattr(attention, name, None) for name in _NORMS)
+    q_norm, k_norm = (_first(attention, names) for names in _NORMS)
     need((q_norm is None) == (k_norm is None), f"{where} normalises queries and keys differently")
     norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
     return Attention((q, k, v, o), norms, getattr(attention, "sinks", None), attention)
@@ -153,4 +154,4 @@ def _mlp(mlp: Any, where: str, switch: nn.Linear | None = None) -> Mlp:
     parts = [*(getattr(mlp, name) for name in names), _first(mlp, _DOWN)]
     for part in parts:
         need(isinstance(part, nn.Linear) and part.bias is None, f"{where} is no plain gated product")
-    return Mlp(tuple(parts[:-1]), parts[-1], switch)
+    return Mlp(mlp, tuple(parts[:-1]), parts[-1], switch)

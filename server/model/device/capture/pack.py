@@ -8,16 +8,16 @@ that a forward computes, so `capture.proof` compares the results.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from server.model.device.capture import NotCapturableError, need
-from server.model.device.capture.families import family_parts
+from server.model.device.capture.families import FamilyParts, family_parts
 from server.model.device.capture.modules import Attention, Layer, Mlp, layers_of, text_body
 from server.model.device.capture.parts import gate_kind, packed_norm
-from server.model.device.step.parts import ExpertKind
+from server.model.device.step.parts import SILU, ExpertKind, Scales
 from server.model.device.step.router_kind import (
     RouterKind,
     RouterRefusedError,
@@ -25,12 +25,15 @@ from server.model.device.step.router_kind import (
     router_product,
     selection_bias,
 )
-from server.model.device.step.weights import DecodeShape, LayerWeights, MlpWeights, TrunkWeights, rotary_tables
+from server.model.device.step.weights import DecodeShape, LayerWeights, MlpWeights, QkNorm, TrunkWeights, rotary_tables
 from server.model.seam.attention_mask import layer_windows
 
 MOST_ROWS = 32
 """The largest batch with which the kernels were tested."""
 
+_PROBED = 16
+"""Elements on which gated products are probed."""
+_ROUTED = "routed_scaling_factor"
 _SETTINGS = (
     "hidden_size", "num_attention_heads", "num_key_value_heads", "num_experts_per_tok", "rms_norm_eps", "model_type"
 )  # fmt: skip
@@ -48,14 +51,17 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
     need(not absent, f"the model's config has no {', '.join(absent)}")
     layers = layers_of(model)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    family = family_parts(config.model_type)
     norms = {_attention_norms(layer.attention, config, head_dim, layer.where) for layer in layers}
     need(len(norms) == 1, "norms of queries and keys differ between layers")
-    kinds = {_block_kind(config, layer, intermediate) for layer in layers if layer.block is not None}
+    kinds = {_block_kind(config, layer) for layer in layers if layer.block is not None}
     need(bool(kinds), "no layer has routed experts")
     need(len(kinds) == 1, "routers, experts or shared experts differ between layers")
     router, experts, top_k, num_experts, shared = kinds.pop()
     inner = {_mlp_size(layer.mlp) for layer in layers if layer.block is None}
     need(len(inner) <= 1, "layers without routed experts differ in size")
+    gates = {gate_kind(layer.mlp.module, _PROBED, layer.where) for layer in layers if layer.mlp is not None}
+    need(len(gates) <= 1, "shared experts and layers without routed experts have several gated products")
     dtype = model.lm_head.weight.dtype
     shape = DecodeShape(
         num_layers=len(layers),
@@ -71,14 +77,17 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
         max_tokens=max_tokens,
         eps=float(config.rms_norm_eps),
         scaling=float(getattr(layers[0].attention.module, "scaling", head_dim**-0.5)),
-        qk_norm=norms.pop(),
+        qk_norm=_qk_norm(norms.pop(), family),
         rotary=_rotary_elements(model, len(layers), head_dim),
+        neighbours=family.neighbours,
         windows=layer_windows(config, len(layers)),
         dense_layers=frozenset(at for at, layer in enumerate(layers) if layer.block is None),
         dense_intermediate=inner.pop() if inner else 0,
         shared_intermediate=shared,
         router=router,
         experts=experts,
+        mlp_gate=gates.pop() if gates else SILU,
+        scales=_scales(config, next(layer for layer in layers if layer.block is not None)),
         dtype=dtype,
     )
     sizes = (shape.hidden, intermediate)
@@ -86,20 +95,34 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
     return shape
 
 
-def _attention_norms(attention: Attention, config: Any, head_dim: int, where: str) -> Literal["none", "head", "row"]:
+def _attention_norms(attention: Attention, config: Any, head_dim: int, where: str) -> QkNorm:
     """The kind of a layer's norms of queries and keys; refuses attention without grouped queries."""
     heads, kv_heads = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     sizes = [one.out_features for one in attention.projections]
     wanted = [heads, kv_heads, kv_heads, config.hidden_size]
     fits = sizes == wanted and attention.projections[3].in_features == heads
     need(fits, f"{where}: attention projects to {sizes}, wanted {wanted}")
-    kinds: set[Literal["none", "head", "row"]] = set()
+    kinds: set[QkNorm] = set()
     for norm, projection in zip(attention.norms or (), attention.projections[:2], strict=False):
         size = packed_norm(norm, where).shape.numel()
         need(size in (head_dim, projection.out_features), f"{where}: attention has a norm over {size} elements")
         kinds.add("head" if size == head_dim else "row")
     need(len(kinds) <= 1, f"{where}: attention normalises queries and keys differently")
     return kinds.pop() if kinds else "none"
+
+
+def _qk_norm(kind: QkNorm, family: FamilyParts) -> QkNorm:
+    return "head, rotated" if kind == "head" and family.norms_rotated else kind
+
+
+def _scales(config: Any, layer: Layer) -> Scales:
+    """The multipliers that Granite's configs have, and a factor that the block multiplies by instead of the router."""
+    routed = 1.0 if hasattr(layer.router, _ROUTED) else float(getattr(layer.block, _ROUTED, 1.0))
+    embedding, residual, divisor = (
+        float(getattr(config, name, None) or 1.0)
+        for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+    )
+    return Scales(embedding, residual, 1.0 / divisor, routed)
 
 
 def _rotary_elements(model: Any, layers: int, head_dim: int) -> int:
@@ -130,7 +153,7 @@ def frequencies_of(model: Any, num_layers: int) -> list[str]:
     return names
 
 
-def _block_kind(config: Any, layer: Layer, intermediate: int) -> tuple[RouterKind, ExpertKind, int, int, int]:
+def _block_kind(config: Any, layer: Layer) -> tuple[RouterKind, ExpertKind, int, int, int]:
     """The kinds of router and experts, top-k, number of experts and the shared expert's size of one MoE layer."""
     try:
         kind = router_kind(config.model_type, layer.router, layer.block)
@@ -141,14 +164,14 @@ def _block_kind(config: Any, layer: Layer, intermediate: int) -> tuple[RouterKin
     need(width == config.hidden_size, f"{layer.where}: gate does not read the hidden state")
     top_k = getattr(layer.router, "top_k", None) or config.num_experts_per_tok
     shared = _mlp_size(layer.mlp) if layer.mlp is not None else 0
-    return kind, _expert_kind(layer, intermediate, weight.dtype), int(top_k), int(num_experts), shared
+    return kind, _expert_kind(layer, weight.dtype), int(top_k), int(num_experts), shared
 
 
-def _expert_kind(layer: Layer, intermediate: int, dtype: torch.dtype) -> ExpertKind:
+def _expert_kind(layer: Layer, dtype: torch.dtype) -> ExpertKind:
     experts = layer.experts
     need(experts.has_gate, f"{layer.where}: experts have no gate")
     need(not getattr(experts, "has_post_expert_norm", False), f"{layer.where}: experts have a norm of their own")
-    gate = gate_kind(experts, intermediate, layer.where)
+    gate = gate_kind(experts, _PROBED, layer.where)
     return ExpertKind(gate, not experts.is_concatenated, dtype if experts.has_bias else None)
 
 

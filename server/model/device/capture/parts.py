@@ -57,20 +57,46 @@ def _norm_kind(norm: nn.Module, where: str) -> tuple[bool, bool]:
     raise NotCapturableError(f"{where}: {type(norm).__name__} is no RMS norm that the captured step computes")
 
 
-def gate_kind(experts: Any, intermediate: int, where: str) -> GateKind:
-    """The gated product of an experts module. Raises NotCapturableError if it is not one of `GateKind`."""
-    alternates = not experts.is_concatenated
+def gate_kind(module: Any, intermediate: int, where: str) -> GateKind:
+    """The gated product of an experts module, or of one that every token goes through.
+
+    Raises NotCapturableError if it is not one of `GateKind`.
+    """
+    alternates = not getattr(module, "is_concatenated", True)
     gate, up = torch.randn((2, _PROBES, intermediate), generator=torch.Generator().manual_seed(0)) * 10.0
     rows = torch.stack([gate, up], dim=-1).flatten(-2) if alternates else torch.cat([gate, up], dim=-1)
-    found = _ran(experts._apply_gate, rows, where)
-    limits, alphas = ((0.0, *_floats(experts, _LIMITS)), (1.0, *_floats(experts, _ALPHAS)))
+    found = _ran(getattr(module, "_apply_gate", None) or _without_products(module, intermediate), rows, where)
+    alphas, limits = ((1.0, *_floats(module, _ALPHAS)), (0.0, *_floats(module, _LIMITS)))
     for alpha, limit, shift in product(alphas, limits, (0.0, 1.0)):
         low, high = (gate.clamp(max=limit), up.clamp(-limit, limit)) if limit else (gate, up)
-        if torch.allclose((high + shift) * low * torch.sigmoid(alpha * low), found, rtol=1e-4, atol=1e-5):
+        wanted = (high + shift) * low * torch.sigmoid(alpha * low)
+        if wanted.shape == found.shape and torch.allclose(wanted, found, rtol=1e-4, atol=1e-5):
             return GateKind(alpha, limit, shift)
     raise NotCapturableError(
-        f"{where}: {type(experts).__name__} gates by a product that the captured step does not compute"
+        f"{where}: {type(module).__name__} gates by a product that the captured step does not compute"
     )
+
+
+def _without_products(mlp: nn.Module, intermediate: int) -> nn.Module:
+    """The module as a function of what its first products give: it gets them side by side, and gives what its last
+    product would get."""
+    probe = copy.copy(mlp)
+    kinds = {name: nn.Identity() for name in ("gate_up_proj", "input_linear", "down_proj", "output_linear")}
+    halves = {"gate_proj": _Part(slice(None, intermediate)), "up_proj": _Part(slice(intermediate, None))}
+    found = {name: part for name, part in (kinds | halves).items() if name in mlp._modules}
+    object.__setattr__(probe, "_modules", mlp._modules | found)
+    return probe
+
+
+class _Part(nn.Module):
+    """A part of the last dimension."""
+
+    def __init__(self, part: slice) -> None:
+        super().__init__()
+        self._part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., self._part]
 
 
 def _floats(module: Any, names: tuple[str, ...]) -> list[float]:

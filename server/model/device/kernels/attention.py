@@ -4,8 +4,8 @@ A program handles one KV head of one sequence over one split of its cached token
 (counted on the device) joins the splits in their order, so the result does not depend on which one is last. Splits
 depend on the row's length alone, so its bits depend neither on the batch nor on the numbers of its blocks. The new
 token's key and value stay in registers: split 0 scores and stores them. Source of the split: Flash-Decoding (Dao et
-al., 2023). The rotary embedding works in halves, as transformers' `rotate_half`, on a head's first ROTARY elements; the
-other elements form pairs with an angle of 0.
+al., 2023). The rotary embedding works in halves, as transformers' `rotate_half`, or on NEIGHBOURS, on a head's first
+ROTARY elements; the other elements form pairs with an angle of 0.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def _pairs(D: tl.constexpr, ROTARY: tl.constexpr):
+def _pairs(D: tl.constexpr, ROTARY: tl.constexpr, NEIGHBOURS: tl.constexpr):
     """Offsets in a head of the first and the second element of each pair, [D / 2] both."""
     half = tl.arange(0, D // 2)
-    if ROTARY == D:
+    if NEIGHBOURS:
+        low = 2 * half
+        high = 2 * half + 1
+    elif ROTARY == D:
         low = half
         high = D // 2 + half
     else:
@@ -49,23 +52,32 @@ def _first_rounded(value, norm, dtype: tl.constexpr):
 
 
 @triton.jit
+def _norm_heads(low, high, norm, eps, D: tl.constexpr, first, second, dtype: tl.constexpr):
+    """Pairs [R, D / 2] of heads, each head normalised by itself, in fp32."""
+    scale = tl.rsqrt((tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / D + eps)
+    w_low = tl.load(norm + first).to(tl.float32)
+    w_high = tl.load(norm + second).to(tl.float32)
+    low = (_first_rounded(low * scale[:, None], norm, dtype) * w_low[None, :]).to(dtype).to(tl.float32)
+    high = (_first_rounded(high * scale[:, None], norm, dtype) * w_high[None, :]).to(dtype).to(tl.float32)
+    return low, high
+
+
+@triton.jit
 def _head(
     ptr, norm, cos, sin, eps, heads, valid,
-    D: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, dtype: tl.constexpr,
+    D: tl.constexpr, ROTARY: tl.constexpr, NEIGHBOURS: tl.constexpr, NORM: tl.constexpr, N: tl.constexpr,
+    NP: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Loads head rows [R, D], normalises and rotates them; returns the pairs' first and second elements [R, D / 2] in
-    the model's dtype. NORM: 0 none, 1 each head by itself, 2 all N elements of the token together.
+    the model's dtype. NORM: 0 none, 1 each head by itself, 2 all N elements of the token together, 3 as 1 but after the
+    rotation.
     """
-    first, second = _pairs(D, ROTARY)
+    first, second = _pairs(D, ROTARY, NEIGHBOURS)
     at = ptr + heads[:, None] * D
     low = tl.load(at + first[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
     high = tl.load(at + second[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
     if NORM == 1:
-        scale = tl.rsqrt((tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / D + eps)
-        w_low = tl.load(norm + first).to(tl.float32)
-        w_high = tl.load(norm + second).to(tl.float32)
-        low = (_first_rounded(low * scale[:, None], norm, dtype) * w_low[None, :]).to(dtype).to(tl.float32)
-        high = (_first_rounded(high * scale[:, None], norm, dtype) * w_high[None, :]).to(dtype).to(tl.float32)
+        low, high = _norm_heads(low, high, norm, eps, D, first, second, dtype)
     if NORM == 2:
         common = _row_scale(ptr, eps, N, NP)
         weight_at = norm + heads[:, None] * D
@@ -73,9 +85,15 @@ def _head(
         w_high = tl.load(weight_at + second[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
         low = (_first_rounded(low * common, norm, dtype) * w_low).to(dtype).to(tl.float32)
         high = (_first_rounded(high * common, norm, dtype) * w_high).to(dtype).to(tl.float32)
-    rotated_low = low * cos[None, :] - high * sin[None, :]
-    rotated_high = high * cos[None, :] + low * sin[None, :]
-    return rotated_low.to(dtype), rotated_high.to(dtype)
+    rotated_low = (low * cos[None, :] - high * sin[None, :]).to(dtype)
+    rotated_high = (high * cos[None, :] + low * sin[None, :]).to(dtype)
+    if NORM == 3:
+        low, high = _norm_heads(
+            rotated_low.to(tl.float32), rotated_high.to(tl.float32), norm, eps, D, first, second, dtype
+        )
+        rotated_low = low.to(dtype)
+        rotated_high = high.to(dtype)
+    return rotated_low, rotated_high
 
 
 @triton.jit
@@ -125,7 +143,8 @@ def attend(
     part_max, part_sum, part_out, arrived, eps, scaling, max_blocks,
     NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, G2: tl.constexpr,
     SPLITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, QP: tl.constexpr,
-    KP: tl.constexpr, ROTARY: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
+    KP: tl.constexpr, ROTARY: tl.constexpr, NEIGHBOURS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, NUM_HEADS * D] from qkv [B, (NUM_HEADS + 2 NUM_KV) * D]; writes position lengths[row] of the row's keys
     and values. Token t of a row is entry t % BLOCK of block table[row, t // BLOCK] of memory [blocks, 2, NUM_KV, BLOCK,
@@ -144,7 +163,7 @@ def attend(
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV
     HALF: tl.constexpr = D // 2
     half = tl.arange(0, HALF)
-    first, second = _pairs(D, ROTARY)
+    first, second = _pairs(D, ROTARY, NEIGHBOURS)
     full = tl.arange(0, D)
     tile = tl.arange(0, TILE)
     group = tl.arange(0, GP)
@@ -177,7 +196,7 @@ def attend(
         mine = qkv + batch * (NUM_HEADS + 2 * NUM_KV) * D
         q_low, q_high = _head(
             mine, q_norm, cos, sin, eps, kv_head * GROUP + group, group < GROUP,
-            D, ROTARY, NORM, NUM_HEADS * D, QP, dtype,
+            D, ROTARY, NEIGHBOURS, NORM, NUM_HEADS * D, QP, dtype,
         )  # fmt: skip
         peak = tl.full([GP], -float("inf"), tl.float32)
         total = tl.zeros([GP], tl.float32)
@@ -186,7 +205,7 @@ def attend(
             one = tl.arange(0, 1)
             new_low, new_high = _head(
                 mine + NUM_HEADS * D, k_norm, cos, sin, eps, kv_head + one, one < 1,
-                D, ROTARY, NORM, NUM_KV * D, KP, dtype,
+                D, ROTARY, NEIGHBOURS, NORM, NUM_KV * D, KP, dtype,
             )  # fmt: skip
             v_new = tl.load(mine + (NUM_HEADS + NUM_KV + kv_head) * D + full)
             here = _vectors(memory, own_block, kv_head, position, NUM_KV, BLOCK, D)

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expert_store.paging.kernels import FETCHED, copy_span
-from server.model.device.kernels.trunk import gated
+from server.model.device.kernels.trunk import gated, scaled
 
 
 @triton.jit
@@ -134,19 +134,19 @@ def _switched(shared, switch, normed, rows, inside, H: tl.constexpr, HP: tl.cons
 @triton.jit
 def with_shared(
     acc, residual, shared, switch, normed, out, batch, rows, inside, H: tl.constexpr, HP: tl.constexpr,
-    SHARED: tl.constexpr,
+    SHARED: tl.constexpr, SCALE: tl.constexpr, ROUTED: tl.constexpr,
 ):  # fmt: skip
-    """out [batch, rows] = residual + acc [rows] + the term of SHARED; see `down`."""
+    """out [batch, rows] = residual + SCALE * (ROUTED * acc [rows] + the term of SHARED); see `down`."""
     dtype: tl.constexpr = out.dtype.element_ty
     at = batch * H + rows
     before = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    routed = acc.to(dtype).to(tl.float32)
+    routed = scaled(acc, dtype, ROUTED).to(dtype).to(tl.float32)
     if SHARED == 1:
         routed = (routed + tl.load(shared + at, mask=inside, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
     if SHARED == 2:
         beside = _switched(shared + batch * H, switch, normed + batch * H, rows, inside, H, HP, dtype)
         routed = (routed + beside).to(dtype).to(tl.float32)
-    tl.store(out + at, (before + routed).to(dtype), mask=inside)
+    tl.store(out + at, (before + scaled(routed, dtype, SCALE).to(dtype).to(tl.float32)).to(dtype), mask=inside)
 
 
 @triton.jit
@@ -170,10 +170,11 @@ def down_biases(
 def down(
     act, anchor, pair_target, pair_source, weights, residual, shared, switch, normed, out,
     K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
-    SHARED: tl.constexpr, PAGED: tl.constexpr, FETCH: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    SHARED: tl.constexpr, PAGED: tl.constexpr, FETCH: tl.constexpr, BIAS: tl.constexpr,
+    SCALE: tl.constexpr, ROUTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [B, H] = residual + sum over a token's K picks of weight * (down · act + bias) + the term of SHARED. Grid (B,
-    ceil(H / BH)): programs of neighbouring tokens read the same rows of experts that they share.
+    """out [B, H] = residual + SCALE * (ROUTED * sum of a token's K picks of weight * (down · act + bias) + the term of
+    SHARED). Grid (B, ceil(H / BH)): programs of neighbouring tokens read the same rows of experts that they share.
 
     SHARED: 0 nothing, 1 shared [B, H], 2 shared [B, H] * sigmoid(switch [H] · normed [B, H]).
 
@@ -233,4 +234,4 @@ def down(
         acc += tl.sum(tile.to(tl.float32) * value[None, :], axis=1)
     if BIAS:
         acc += down_biases(anchor, pair_target, weights, first, rows, rows < H, BEFORE + H * I, 1, K)
-    with_shared(acc, residual, shared, switch, normed, out, batch, rows, rows < H, H, HP, SHARED)
+    with_shared(acc, residual, shared, switch, normed, out, batch, rows, rows < H, H, HP, SHARED, SCALE, ROUTED)

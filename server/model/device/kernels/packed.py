@@ -308,7 +308,7 @@ def down(
     SHARED: tl.constexpr, PAGED: tl.constexpr, BEFORE: tl.constexpr,
     V: tl.constexpr, QW: tl.constexpr, RW: tl.constexpr, GW: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr,
     S_AT: tl.constexpr, ZEROS: tl.constexpr, Z_AT: tl.constexpr, OVERALL: tl.constexpr, O_AT: tl.constexpr,
-    BIAS: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, ROUTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`experts.down` for packed rows: act [B * K, V, I / V]. RUNS: runs that a warp takes at a time; BEFORE: words of a
     span before its down rows. Rows of resident experts are read before the wait, those of fetched ones after it."""
@@ -350,7 +350,7 @@ def down(
         PER: tl.constexpr = 1 if BIAS == "F32" else 2
         biases = as_biases(anchor, BIAS)
         acc += down_biases(biases, pair_target, weights, first, rows, inside, (BEFORE + H * RW) * PER, PER, K)
-    with_shared(acc, residual, shared, switch, normed, out, batch, rows, inside, H, HP, SHARED)
+    with_shared(acc, residual, shared, switch, normed, out, batch, rows, inside, H, HP, SHARED, SCALE, ROUTED)
 
 
 @triton.jit

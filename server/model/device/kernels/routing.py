@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expert_store.paging.kernels import list_work
 from server.model.device.kernels.packed import factor
-from server.model.device.kernels.scores import top_k, weights_of, within_groups
+from server.model.device.kernels.scores import softmax, top_k, weights_of, within_groups
 from server.model.device.kernels.trunk import normalise
 
 # In a row's mask: the row may have the expert, but it is not in reach. The host finds it in the step's log, reads the
@@ -35,7 +35,7 @@ def route(
     BP: tl.constexpr, KP: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr, HP: tl.constexpr, PAIRS: tl.constexpr,
     STRIDE: tl.constexpr, BE: tl.constexpr, POLICY: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr,
     BIASED: tl.constexpr, PLANES: tl.constexpr, PLANE_CODES: tl.constexpr, SIGMOID: tl.constexpr,
-    RENORMALISE: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr,
+    RENORMALISE: tl.constexpr, EPS: tl.constexpr, FLOOR: tl.constexpr, SCALE: tl.constexpr,
     GROUPS: tl.constexpr, GP: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr,
     GATE_BIAS: tl.constexpr, SELECTION_BIAS: tl.constexpr, EXACT_LOGITS: tl.constexpr, EXACT_SCORES: tl.constexpr,
     EXACT_WEIGHTS: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr,
@@ -102,17 +102,20 @@ def route(
             score = (1.0 / (1.0 + tl.exp(-score))).to(scores_dtype).to(tl.float32)
         choice = score
         if SELECTION_BIAS:
-            choice = score + tl.load(selection_bias + experts, mask=experts < E, other=0.0)[None, :]
+            bias = tl.load(selection_bias + experts, mask=experts < E, other=0.0)[None, :]
+            choice = (score if SIGMOID else softmax(score, known)) + bias
         if MASKED:
             wanted = known
             if GROUPS > 1:
                 wanted = within_groups(choice, known, K, E, 1, EP, GROUPS, GP, KEPT, BEST)
             _, _, demand_ids, demand_values = top_k(choice, score, wanted, K, KP, 1, EP, SAME, NARROW)
             tl.store(log_demand + log_at, tl.where(demand_ids < 0, E, demand_ids), mask=log_mask)
-            mass = weights_of(demand_values, score, known, SIGMOID, RENORMALISE, EPS, SCALE, weights_dtype)
+            mass = weights_of(demand_values, score, known, SIGMOID, RENORMALISE, EPS, FLOOR, SCALE, weights_dtype)
             tl.store(log_mass + log_at, mass, mask=log_mask)
             visible = tl.load(masks + (row[:, None] * L + layer) * E + experts[None, :], mask=known, other=0)
             allowed = known & (visible != 0)
+            if SELECTION_BIAS and not SIGMOID:
+                choice = softmax(score, allowed) + bias
         if BIASED:
             spread = tl.max(tl.where(known, choice, -float("inf")), axis=1)
             spread -= tl.min(tl.where(known, choice, float("inf")), axis=1)
@@ -126,7 +129,7 @@ def route(
         chosen, order, ids, values = top_k(
             choice, score, eligible, K, KP, 1, EP, SAME and not BIASED, NARROW and not BIASED
         )  # fmt: skip
-        weight = weights_of(values, score, allowed, SIGMOID, RENORMALISE, EPS, SCALE, weights_dtype)
+        weight = weights_of(values, score, allowed, SIGMOID, RENORMALISE, EPS, FLOOR, SCALE, weights_dtype)
         tl.store(log_ids + log_at, tl.where(ids < 0, E, ids), mask=log_mask)
         tl.store(log_weights + log_at, weight, mask=log_mask)
         if MASKED:

@@ -114,15 +114,27 @@ def _sigmoid_weights(values, RENORMALISE: tl.constexpr, EPS: tl.constexpr):
 
 
 @triton.jit
-def _softmax_weights(values, logits, allowed, RENORMALISE: tl.constexpr):
-    """Softmax over the allowed logits, of the picked values [BP, KP]; 0 past the available."""
+def softmax(logits, allowed):
+    """Softmax over the allowed logits [BP, EP], 0 elsewhere."""
+    peak = tl.max(tl.where(allowed, logits, -float("inf")), axis=1)
+    peak = tl.where(peak == -float("inf"), 0.0, peak)
+    mass = tl.where(allowed, tl.exp(logits - peak[:, None]), 0.0)
+    total = tl.sum(mass, axis=1)
+    return mass / tl.where(total > 0.0, total, 1.0)[:, None]
+
+
+@triton.jit
+def _softmax_weights(values, logits, allowed, RENORMALISE: tl.constexpr, FLOOR: tl.constexpr):
+    """Softmax over the allowed logits, of the picked values [BP, KP]; 0 past the available. FLOOR: the least share of
+    the mass by which it is divided."""
     peak = tl.max(tl.where(allowed, logits, -float("inf")), axis=1)
     peak = tl.where(peak == -float("inf"), 0.0, peak)
     mass = tl.exp(values - peak[:, None])
     if RENORMALISE:
         total = tl.sum(mass, axis=1)
-    else:
-        total = tl.sum(tl.where(allowed, tl.exp(logits - peak[:, None]), 0.0), axis=1)
+    if FLOOR > 0.0 or not RENORMALISE:
+        everything = tl.sum(tl.where(allowed, tl.exp(logits - peak[:, None]), 0.0), axis=1)
+        total = tl.maximum(total, everything * FLOOR) if RENORMALISE else everything
     total = tl.where(total > 0.0, total, 1.0)
     return mass / total[:, None]
 
@@ -130,13 +142,14 @@ def _softmax_weights(values, logits, allowed, RENORMALISE: tl.constexpr):
 @triton.jit
 def weights_of(
     values, score, allowed,
-    SIGMOID: tl.constexpr, RENORMALISE: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr, dtype: tl.constexpr,
+    SIGMOID: tl.constexpr, RENORMALISE: tl.constexpr, EPS: tl.constexpr, FLOOR: tl.constexpr,
+    SCALE: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Weights [BP, KP] of the picked values, rounded to dtype as transformers does."""
     if SIGMOID:
         weight = _sigmoid_weights(values, RENORMALISE, EPS)
     else:
-        weight = _softmax_weights(values, score, allowed, RENORMALISE)
+        weight = _softmax_weights(values, score, allowed, RENORMALISE, FLOOR)
     if SCALE != 1.0:
         weight = weight * SCALE
     return weight.to(dtype).to(tl.float32)

@@ -47,15 +47,24 @@ def gated(gate, up, dtype: tl.constexpr, GATE: tl.constexpr):
 
 
 @triton.jit
-def embed(tokens, table, x, step, H: tl.constexpr, HP: tl.constexpr, PDL: tl.constexpr):
-    """x[b] = table[tokens[b]]. Program 0 begins a new step. Grid (B,)."""
+def scaled(value, dtype: tl.constexpr, SCALE: tl.constexpr):
+    """value * SCALE in fp32, rounded to dtype before it is multiplied."""
+    if SCALE != 1.0:
+        value = value.to(dtype).to(tl.float32) * SCALE
+    return value
+
+
+@triton.jit
+def embed(tokens, table, x, step, H: tl.constexpr, HP: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr):
+    """x[b] = table[tokens[b]] * SCALE. Program 0 begins a new step. Grid (B,)."""
     row = tl.program_id(0)
     if PDL:  # in this order, so that a kernel that starts early finds the step before complete
         gdc_wait()
         gdc_launch_dependents()
     cols = tl.arange(0, HP)
     token = tl.load(tokens + row).to(tl.int64)
-    tl.store(x + row * H + cols, tl.load(table + token * H + cols, mask=cols < H, other=0.0), mask=cols < H)
+    value = scaled(tl.load(table + token * H + cols, mask=cols < H, other=0.0), x.dtype.element_ty, SCALE)
+    tl.store(x + row * H + cols, value, mask=cols < H)
     if row == 0:
         tl.store(step, tl.load(step) + 1)
 
@@ -64,9 +73,9 @@ def embed(tokens, table, x, step, H: tl.constexpr, HP: tl.constexpr, PDL: tl.con
 def product(
     x, norm, weight, bias, residual, out, eps, N,
     B: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr,
-    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [B, N] = norm?(x [B, K]) · weight [N, K]ᵀ + bias? + residual?. Grid (ceil(N / BN),)."""
+    """out [B, N] = (norm?(x [B, K]) · weight [N, K]ᵀ + bias?) * SCALE + residual?. Grid (ceil(N / BN),)."""
     if PDL:
         gdc_launch_dependents()
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -87,6 +96,7 @@ def product(
         acc = tl.sum(w.to(tl.float32) * value.to(tl.float32)[None, :], axis=1)
         if BIAS:
             acc += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
+        acc = scaled(acc, x.dtype.element_ty, SCALE)
         if RESIDUAL:
             acc = acc.to(x.dtype.element_ty).to(tl.float32)
             acc += tl.load(residual + batch * N + rows, mask=inside, other=0.0).to(tl.float32)
@@ -110,7 +120,7 @@ def norm_rows(x, norm, out, eps, K: tl.constexpr, KP: tl.constexpr, PDL: tl.cons
 def tiled_product(
     x, weight, bias, residual, out, N,
     B: tl.constexpr, BP: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`product` without its norm by tensor cores, for several rows faster and with sums in another order; K % BK == 0.
     Grid (ceil(N / BN),).
@@ -133,6 +143,7 @@ def tiled_product(
     mask = inside[:, None] & (batch < B)[None, :]
     if BIAS:
         acc += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
+    acc = scaled(acc, x.dtype.element_ty, SCALE)
     if RESIDUAL:
         acc = acc.to(x.dtype.element_ty).to(tl.float32)
         acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)

@@ -48,3 +48,17 @@ class ExpertKind:
 
 
 PLAIN_EXPERT = ExpertKind()
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Factors of a token's embedding, of what a layer adds to the residual stream, of the logits, and of the sum of a
+    token's routed experts beside its shared one."""
+
+    embedding: float = 1.0
+    residual: float = 1.0
+    logits: float = 1.0
+    routed: float = 1.0
+
+
+UNSCALED = Scales()

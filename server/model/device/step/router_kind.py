@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -35,8 +36,8 @@ class RouterKind:
     """The way from gate logits [B, E] to the top-k and their weights.
 
     Attributes:
-        scores: softmax over the available experts, chosen by logits; or sigmoid of each expert.
-        renormalise: weights are divided by their sum, plus `eps`.
+        scores: softmax over the available experts, chosen by logits unless there is a bias; or sigmoid of each expert.
+        renormalise: weights are divided by their sum, plus `eps`, or by `floor` if that is more.
         selection_bias: name of the attribute of router or block that is added to scores for the choice; None: none.
         groups, kept_groups: the choice is among the best `kept_groups` of `groups` groups of experts.
         group_best: number of best members whose scores sum to the group's score, 1 or 2.
@@ -47,6 +48,7 @@ class RouterKind:
     scores: Scores = "softmax"
     renormalise: bool = True
     eps: float = 0.0
+    floor: float = 0.0
     selection_bias: str | None = None
     groups: int = 1
     kept_groups: int = 1
@@ -78,8 +80,8 @@ def router_kind(model_type: str, router: Any, block: Any) -> RouterKind:
         raise RouterRefusedError("the router weighs chosen logits otherwise than by a softmax")
     width = router_product(router)[0].shape[-1]
     bias = _bias_name(rule, router, block)
-    if bias is not None and _SCORES[rule.scores] != "sigmoid":
-        raise RouterRefusedError("the router adds a selection bias to softmax scores")
+    if bias is not None and rule.scores not in (rules.softmax, rules.sigmoid, rules.sigmoid_in_float32):
+        raise RouterRefusedError("the router adds a selection bias to logits or to rounded scores")
     renormalise, eps = _renormalised(rule, router, chosen_first)
     groups, kept, best = _groups(rule, router)
     if groups > 1 and _SCORES[rule.scores] != "sigmoid":
@@ -89,6 +91,7 @@ def router_kind(model_type: str, router: Any, block: Any) -> RouterKind:
         scores=_SCORES[rule.scores],
         renormalise=renormalise,
         eps=eps,
+        floor=_floor(rule, router),
         selection_bias=bias,
         groups=groups,
         kept_groups=kept,
@@ -117,8 +120,9 @@ def selection_bias(kind: RouterKind, router: Any, block: Any) -> torch.Tensor | 
     """The router's or block's bias [E] in float32; None if the kind has none."""
     if kind.selection_bias is None:
         return None
-    found: torch.Tensor = getattr(router if hasattr(router, kind.selection_bias) else block, kind.selection_bias)
-    return found.detach().float().contiguous()
+    owner = router if hasattr(router, kind.selection_bias.partition(".")[0]) else block
+    found: torch.Tensor = attrgetter(kind.selection_bias)(owner)
+    return found.detach().float().flatten().contiguous()
 
 
 def _bias_name(rule: TopKRule, router: Any, block: Any) -> str | None:
@@ -126,6 +130,8 @@ def _bias_name(rule: TopKRule, router: Any, block: Any) -> str | None:
         return None
     name = rule.bias.name if isinstance(rule.bias, BiasArgument) else "e_score_correction_bias"
     owner = block if isinstance(rule.bias, BiasArgument) else router
+    if rule.bias is rules.statics_bias:
+        return "moe_statics.e_score_correction_bias"
     if rule.bias is not rules.correction_bias and not isinstance(rule.bias, BiasArgument):
         raise RouterRefusedError("the router's selection bias is kept elsewhere than in the router")
     bias = getattr(owner, name, None)
@@ -141,10 +147,17 @@ def _renormalised(rule: TopKRule, router: Any, chosen_first: bool) -> tuple[bool
         return True, 0.0
     if rule.weights is rules.kept:
         return False, 0.0
-    if not isinstance(rule.weights, Renormalised) or rule.weights.floor is not None:
+    if not isinstance(rule.weights, Renormalised) or (
+        rule.weights.floor is not None and rule.scores is not rules.softmax
+    ):
         raise RouterRefusedError("the router's weights follow from the chosen scores in a way of their own")
     active = rule.weights.when is None or bool(getattr(router, rule.weights.when))
     return active, rule.weights.eps if active else 0.0
+
+
+def _floor(rule: TopKRule, router: Any) -> float:
+    named = isinstance(rule.weights, Renormalised) and rule.weights.floor
+    return float(getattr(router, named)) if named else 0.0
 
 
 def _groups(rule: TopKRule, router: Any) -> tuple[int, int, int]:
@@ -176,6 +189,7 @@ def switches(kind: RouterKind, dtype: torch.dtype) -> dict[str, bool | int | flo
         "SIGMOID": sigmoid,
         "RENORMALISE": kind.renormalise,
         "EPS": kind.eps,
+        "FLOOR": kind.floor,
         "SCALE": kind.scale,
         "GROUPS": kind.groups,
         "GP": 1 << (kind.groups - 1).bit_length(),
@@ -185,5 +199,5 @@ def switches(kind: RouterKind, dtype: torch.dtype) -> dict[str, bool | int | flo
         "EXACT_LOGITS": kind.exact_logits,
         "EXACT_SCORES": kind.exact_scores,
         "EXACT_WEIGHTS": kind.exact_weights,
-        "NARROW": dtype == torch.bfloat16 and not sigmoid and not kind.exact_logits,
+        "NARROW": dtype == torch.bfloat16 and not sigmoid and not kind.exact_logits and kind.selection_bias is None,
     }

@@ -11,7 +11,7 @@ makes the same calls as launching, so the compiled kernels are those that run.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import triton
@@ -24,7 +24,7 @@ from server.model.device.step.packed import expert_constants, plane_constants, r
 from server.model.device.step.router_kind import switches
 from server.model.device.step.state import Report, RowState
 from server.model.device.step.tuning import StepOptions, divisor, pow2
-from server.model.device.step.weights import DecodeShape, LayerWeights, MlpWeights, TrunkWeights
+from server.model.device.step.weights import DecodeShape, LayerWeights, MlpWeights, QkNorm, TrunkWeights
 
 FINISH_PARTS = 128
 FINISH_BLOCK = 2048
@@ -142,6 +142,7 @@ class DecodeStep:
         self._run(
             trunk.embed, (self.batch,),
             self.tokens, weights.embedding, self.x, self.pages.step, H=shape.hidden, HP=pow2(shape.hidden),
+            SCALE=shape.scales.embedding,
         )  # fmt: skip
 
     def shared_expert(self, layer: int) -> None:
@@ -178,10 +179,10 @@ class DecodeStep:
             self.arrived[1 + self.batch :], shape.eps, shape.scaling or shape.head_dim**-0.5, shape.max_blocks,
             NUM_HEADS=shape.num_heads, NUM_KV=shape.num_kv_heads, D=shape.head_dim, GP=max(16, pow2(group)),
             G2=pow2(group), SPLITS=tuning.attention_splits, TILE=tuning.attention_tile, BLOCK=shape.block_tokens,
-            NORM=("none", "head", "row").index(shape.qk_norm),
+            NORM=get_args(QkNorm).index(shape.qk_norm),
             QP=pow2(shape.num_heads * shape.head_dim), KP=pow2(shape.num_kv_heads * shape.head_dim),
             ROTARY=shape.rotary or shape.head_dim, WINDOW=self._window(layer),
-            SINKS=weights.sinks is not None, num_warps=4, num_stages=2,
+            NEIGHBOURS=shape.neighbours, SINKS=weights.sinks is not None, num_warps=4, num_stages=2,
         )  # fmt: skip
 
     def output_product(self, layer: int) -> None:
@@ -263,6 +264,7 @@ class DecodeStep:
             "K": shape.top_k, "H": shape.hidden, "HP": pow2(shape.hidden), "I": shape.intermediate,
             "SHARED": 0 if mlp is None else 1 if switch is None else 2, "PAGED": pages.shape.paged,
             "BIAS": expert_constants(shape.experts, packed=shape.packed is not None)["BIAS"],
+            "SCALE": shape.scales.residual, "ROUTED": shape.scales.routed,
         }  # fmt: skip
         if shape.packed is None:
             rows = tuning.down_rows
@@ -325,8 +327,14 @@ class DecodeStep:
             trunk.product, (triton.cdiv(num_rows, rows),),
             x, x if norm is None else norm, weight, x if bias is None else bias, x if residual is None else residual,
             out, self.shape.eps, num_rows, B=self.batch, K=width, KP=pow2(width), BN=rows, NORM=norm is not None,
-            BIAS=bias is not None, RESIDUAL=residual is not None, num_warps=self.options.tuning.product_warps,
+            BIAS=bias is not None, RESIDUAL=residual is not None, SCALE=self._scale(out, residual),
+            num_warps=self.options.tuning.product_warps,
         )  # fmt: skip
+
+    def _scale(self, out: Tensor, residual: Tensor | None) -> float:
+        """The factor of a product: logits and what joins the residual stream have one."""
+        scales = self.shape.scales
+        return scales.logits if out is self.logits else 1.0 if residual is None else scales.residual
 
     def _tiled_product(
         self, x: Tensor, norm: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
@@ -345,7 +353,7 @@ class DecodeStep:
             x, weight, x if bias is None else bias, x if residual is None else residual, out, num_rows,
             B=self.batch, BP=max(16, pow2(self.batch)), K=width, BN=tile,
             BK=divisor(width, tuning.tiled_bytes // weight.element_size()),
-            BIAS=bias is not None, RESIDUAL=residual is not None,
+            BIAS=bias is not None, RESIDUAL=residual is not None, SCALE=self._scale(out, residual),
             num_warps=4 if tile >= 32 else 2, num_stages=tuning.tiled_stages,
         )  # fmt: skip
 

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from expert_store.encoding import RowEncoding
-from server.model.device.step.parts import PLAIN_EXPERT, SILU, ExpertKind, GateKind
+from server.model.device.step.parts import PLAIN_EXPERT, SILU, UNSCALED, ExpertKind, GateKind, Scales
 from server.model.device.step.router_kind import SOFTMAX_TOP_K, RouterKind
 from server.model.kv.blocks import BLOCK_TOKENS
+
+QkNorm = Literal["none", "head", "row", "head, rotated"]
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,14 @@ class DecodeShape:
     Attributes:
         num_layers: layers of the model, including those without routed experts.
         block_tokens: tokens of a block of KV memory, a power of two.
-        qk_norm: queries and keys are normalised by head, over all heads together, or not.
+        qk_norm: queries and keys are normalised by head, over all heads together, by head after they were rotated, or
+            not.
         rotary: number of rotated elements of a head, its first ones; None: all.
+        neighbours: an element is rotated with the one beside it, not with the one half of them away.
         windows: for each layer the number of tokens to attend to, the new one included, 0: all; empty: all in each.
         dense_layers: layers that have no routed experts but one gated product, of `dense_intermediate`.
         shared_intermediate: I of the expert that every token uses beside the routed ones; 0: there is none.
+        scales: factors of a token's way through the layers.
         experts, mlp_gate: the parts of routed experts, and of the products that every token uses.
         packed: encodings of the routed experts' gate_up and down rows; None: they are plain, in `dtype`.
     """
@@ -50,8 +55,9 @@ class DecodeShape:
     block_tokens: int = BLOCK_TOKENS
     eps: float = 1e-6
     scaling: float | None = None
-    qk_norm: Literal["none", "head", "row"] = "head"
+    qk_norm: QkNorm = "head"
     rotary: int | None = None
+    neighbours: bool = False
     windows: tuple[int, ...] = ()
     dense_layers: frozenset[int] = frozenset()
     dense_intermediate: int = 0
@@ -59,6 +65,7 @@ class DecodeShape:
     router: RouterKind = SOFTMAX_TOP_K
     experts: ExpertKind = PLAIN_EXPERT
     mlp_gate: GateKind = SILU
+    scales: Scales = UNSCALED
     dtype: torch.dtype = torch.bfloat16
     packed: tuple[RowEncoding, RowEncoding] | None = None
 

@@ -24,7 +24,7 @@ from triton.runtime.driver import driver
 from expert_store.encoding import RowEncoding
 from expert_store.paging.pages import DevicePages, PagesShape
 from server.model.device.step.graphs import in_parallel
-from server.model.device.step.parts import ExpertKind, GateKind
+from server.model.device.step.parts import ExpertKind, GateKind, Scales
 from server.model.device.step.router_kind import RouterKind
 from server.model.device.step.sampling import DrawKind, DrawRoom, TokenDraw
 from server.model.device.step.state import RowState
@@ -90,6 +90,16 @@ GPT_OSS = replace(
     experts=ExpertKind(GateKind(1.702, 7.0, 1.0), alternates=True, bias=torch.bfloat16),
 )  # fmt: skip
 
+ERNIE = replace(
+    QWEN2, num_heads=20, num_kv_heads=4, hidden=2560, num_experts=64, top_k=6, intermediate=1536,
+    shared_intermediate=3072, neighbours=True, dense_layers=frozenset({0}), dense_intermediate=12288,
+    router=RouterKind(floor=1e-12, selection_bias="moe_statics.e_score_correction_bias", exact_logits=True),
+)  # fmt: skip
+HUNYUAN = replace(
+    QWEN3, num_layers=2, num_heads=32, num_kv_heads=8, hidden=4096, num_experts=64, intermediate=3072,
+    shared_intermediate=3072, qk_norm="head, rotated", scales=Scales(12.0, 0.22, 0.125, 2.0),
+)  # fmt: skip
+
 EVERY_KIND = replace(
     TINY, dense_layers=frozenset({0}), dense_intermediate=64, shared_intermediate=32, rotary=16, windows=(16, 0),
     qk_norm="none", router=replace(GLM4.router, groups=4, kept_groups=2),
@@ -111,6 +121,8 @@ CASES = {
     **{name: Case(shape, 32, (_PLAIN, (8, True, 0.0, "lru"))) for name, shape in PACKED.items()},
     "gpt-oss": Case(GPT_OSS, 16, (_PLAIN, (8, True, 0.0, "lru"))),
     "gpt-oss, mxfp4": Case(replace(GPT_OSS, packed=PACKED["mxfp4"].packed), 16, (_PLAIN, (8, True, 0.0, "lru"))),
+    "ernie": Case(ERNIE, 16, (_PLAIN, (8, True, 0.0, "lru"))),
+    "hunyuan": Case(HUNYUAN, 16, (_PLAIN, (8, True, 0.0, "lru"))),
     "qwen2": Case(QWEN2, 15, (_PLAIN, (2, False, 0.0, "lru"))),
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.model.device.step.parts import ExpertKind, GateKind
+from server.model.device.step.parts import ExpertKind, GateKind, Scales
 from tests.families.checkpoints import is_installed, random_model
 from tests.families.composites import TEXT_PARTS, composite_model
 
@@ -21,13 +21,21 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Captured:
-    """A family's config on top of the common sizes, and what of it the step must have seen."""
+    """A family's config on top of the common sizes, and what of it the step must have seen.
+
+    `is_whole`: its checkpoints are captured; else they have layers of another kind too.
+    """
 
     overrides: dict[str, Any] = field(default_factory=dict)
     seen: dict[str, Any] = field(default_factory=dict)
     family: str = ""
+    is_whole: bool = True
 
 
+_GRANITE = {
+    "hidden_size": 128, "intermediate_size": 16,
+    "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 4.0, "attention_multiplier": 0.1,
+}  # fmt: skip
 _MIXED = ["sliding_attention", "full_attention"]
 _DENSE_FIRST = {"dense_layers": frozenset({0})}
 
@@ -54,6 +62,15 @@ CAPTURED = {
     "flint": Captured({"sliding_window": 3, "layer_types": _MIXED}, {"windows": (3, 0)}),
     "exaone_moe": Captured({"sliding_window": 3, "layer_types": _MIXED}, {"windows": (3, 0), **_DENSE_FIRST}),
     "mellum": Captured({"sliding_window": 3, "layer_types": _MIXED}, {"windows": (3, 0)}),
+    "ernie4_5_moe": Captured({"moe_layer_start_index": 1}, {"neighbours": True, **_DENSE_FIRST}),
+    "hunyuan_v1_moe": Captured({"intermediate_size": 16}, {"qk_norm": "head, rotated", "shared_intermediate": 16}),
+    "granitemoe": Captured(_GRANITE, {"scales": Scales(3.0, 0.5, 0.25)}),
+    "granitemoeshared": Captured({"shared_intermediate_size": 16, **_GRANITE}, {"shared_intermediate": 16}),
+    "minimax_m3_vl_text": Captured(
+        {"layer_types": ["full_attention"] * 2, "dense_intermediate_size": 32, "shared_intermediate_size": 16},
+        {"shared_intermediate": 16, "mlp_gate": GateKind(1.702, 7.0, 1.0), "scales": Scales(routed=1.5)},
+        is_whole=False,
+    ),
     "qwen3_vl_moe": Captured({}, {"qk_norm": "head"}),
     "qwen3_omni_moe_thinker": Captured({}, {"qk_norm": "head"}),
     "gpt_oss": Captured(
@@ -77,7 +94,7 @@ def model_of(name: str) -> Any:
     if not is_installed(family):
         pytest.skip(f"this transformers has no {family}")
     overrides = {**SIZES, **wanted.overrides}
-    if family in ("olmoe", "qwen2_moe"):  # their heads share the hidden size
+    if family in ("olmoe", "qwen2_moe", "granitemoe", "granitemoeshared"):  # their heads share the hidden size
         overrides.pop("head_dim")
     return random_model(family, **overrides)
 

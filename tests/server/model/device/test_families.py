@@ -22,8 +22,12 @@ NUM_STEPS = 4
     ("name", "batch"),
     [*everyday(CAPTURED, 2), *(pytest.param(name, 1, marks=pytest.mark.exhaustive) for name in ALONE_TOO)],
 )
-def test_a_captured_family_agrees_with_float64_and_under_a_mask_and_a_temperature(name: str, batch: int) -> None:
+def test_a_captured_family_agrees_with_float64_and_under_a_mask_and_a_temperature(
+    name: str, batch: int, request: pytest.FixtureRequest
+) -> None:
     model = model_of(name)
+    if CAPTURED[name].is_whole:
+        request.node.user_properties.append(("captured", model.config.get_text_config().model_type))
     step = build(model, torch.float32, batch=batch, slots=4, masked=True)
     for key, value in CAPTURED[name].seen.items():
         assert getattr(step.shape, key) == value
@@ -41,6 +45,18 @@ def test_a_captured_family_agrees_with_float64_and_under_a_mask_and_a_temperatur
     served = {(layer, int(expert)) for layer in range(layers) for expert in picks[:, layer, 0].unique()}
     assert not served & hidden
     assert max(expert for _, expert in served) < experts
+    step.pages.check_integrity(contents=True)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("slots", [3, 4, 8], ids=["least slots", "half", "all"])
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_gpt_oss_agrees_with_float64_at_every_batch_and_slot_count(batch: int, slots: int) -> None:
+    model = model_of("gpt_oss")
+    step = build(model, torch.float32, batch=batch, slots=slots)
+    tokens = torch.randint(3, 90, (NUM_STEPS, batch), generator=torch.Generator().manual_seed(batch))
+    got, _ = run(step, tokens, list(range(batch)))
+    assert distance(got, Reference(model).logits(tokens)) < 2e-5
     step.pages.check_integrity(contents=True)
 
 

@@ -25,24 +25,33 @@ from server.model.device.step import graphs
 from server.model.host.assembly import load_model
 from server.model.host.runner import HostRunner
 from server.model.runner import RowStep, RunnerOptions
+from tests.expert_store.test_rows import ENCODINGS
 from tests.families.composites import as_omni
 from tests.server.model.device.captured import TUNING
 from tests.server.model.device.families import everyday, model_of
+from tests.server.model.repacked import repack
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-MORE = ["gpt_oss", "qwen3_vl_moe", "qwen3_omni_moe_thinker", "flint", "exaone_moe", "mellum"]
+MORE = [
+    "gpt_oss", "gpt_oss, mxfp4", "qwen3_vl_moe", "qwen3_omni_moe_thinker", "flint", "exaone_moe", "mellum",
+    "ernie4_5_moe", "hunyuan_v1_moe", "granitemoeshared", "minimax_m3_vl_text",
+]  # fmt: skip
 PROMPT, NUM_TOKENS = [40, 41, 42], 2
 
 
 def store_of(name: str, where: Path, repository: Path) -> Path:
     """A store of the family's tiny random model, with the bundled checkpoint's tokenizer."""
+    name, _, encoding = name.partition(", ")
     model_of(name).save_pretrained(where / "checkpoint")
     if name == "qwen3_omni_moe_thinker":
         as_omni(where / "checkpoint")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(repository / "models" / "tiny-moe" / file, where / "checkpoint")
     prepare(Checkpoint.open(where / "checkpoint"), where / "store", SelectionRequest()).run()
-    return where / "store"
+    if not encoding:
+        return where / "store"
+    rows = dict.fromkeys(("gate_up_proj", "down_proj"), ENCODINGS[encoding])
+    return repack(where / "store", where / encoding, rows, transposed=True)
 
 
 @pytest.mark.parametrize(
