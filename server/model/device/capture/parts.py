@@ -28,8 +28,9 @@ def packed_norm(norm: nn.Module, where: str) -> Tensor:
 
     Raises NotCapturableError for any other norm.
     """
-    weight = norm.weight
-    assert isinstance(weight, Tensor)
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise NotCapturableError(f"{where}: {type(norm).__name__} has no weight")
     is_centred, is_last = _norm_kind(norm, where)
     if is_last:
         weight = weight.float()
@@ -44,7 +45,7 @@ def _norm_kind(norm: nn.Module, where: str) -> tuple[bool, bool]:
     assert isinstance(weight, Tensor)
     weight.data = torch.randn(weight.shape, generator=generator).to(torch.bfloat16)
     x = torch.randn((_PROBES, *weight.shape), generator=generator).to(torch.bfloat16)
-    eps = next((float(vars(norm)[name]) for name in ("variance_epsilon", "eps") if name in vars(norm)), 0.0)
+    eps = next(iter(_floats(norm, ("variance_epsilon", "eps"))), 0.0)
     with torch.no_grad():
         found = _ran(probe, x, where)
         value = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
