@@ -94,6 +94,17 @@ def test_the_table_of_packed_steps_is_that_of_its_results() -> None:
         assert rows[name] == [*(f"{row['step_ms']:.2f}" for row in steps), floors]
 
 
+def test_the_table_of_budgets_is_that_of_its_results() -> None:
+    rows, wanted = _rows("Bold\nis what `plan` chose", "docs/selection.md"), {}
+    for checkpoint, found in _read("budgets")["checkpoints"].items():
+        for row in found:
+            name = "standard" if "standard" in checkpoint else "pool"
+            cell = f"{row['measured']:.3f} ({row['kept']})"
+            cells = wanted.setdefault(f"{name} {row['budget']:.0%} {row['plan']}", [])
+            cells.append(f"**{cell}**" if row["chosen"] == "100%" else cell)
+    assert rows == {"checkpoint budget plan": ["`int4`", "`int8`", "16 bit"]} | wanted
+
+
 def test_the_table_of_encodings_is_that_of_its_results() -> None:
     rows = _rows("KL tells encodings apart", "docs/selection.md")
     checkpoints = _read("encodings")["checkpoints"]

@@ -40,8 +40,8 @@ from server.quality.text_loss import evaluate_text
 from server.quality.texts import TextOptions, find_domains
 
 DATA = REPOSITORY / "benchmarks" / "data" / "selection"
-ENCODINGS: tuple[ExpertsDtype, ...] = ("int4", "int4-int8", "int8", "fp8")
-SHARES = (0.25, 0.35, 0.45, 0.65)
+ENCODINGS: tuple[ExpertsDtype, ...] = ("int4", "int8")
+SHARES = (0.25, 0.45, 0.65)
 COLUMNS = ("budget", "plan", "encoding", "kept", "bytes", "expected", "measured", "chosen")
 
 
