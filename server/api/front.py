@@ -89,9 +89,9 @@ class Front:
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
         elif scope["type"] == "http":
-            await self._answer(as_routed(scope), receive, send)
+            await self._answer(as_routed(scope), scope["method"], receive, send)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, method: str, receive: Receive, send: Send) -> None:
         path = scope["path"]
         if path in OPEN_PATHS:
             await ModelResponse(HealthResponse(status="ok"))(scope, receive, send)
@@ -102,7 +102,7 @@ class Front:
                 request, max_bytes=self._http.max_body_bytes, receive_seconds=self._http.receive_seconds
             )
             passed = PassedRequest(
-                scope["method"], path, scope.get("query_string", b""), tuple(map(tuple, scope["headers"])), body
+                method, path, scope.get("query_string", b""), tuple(map(tuple, scope["headers"])), body
             )
             if path in METRICS_PATHS:
                 await (await self._metrics(passed))(scope, receive, send)

@@ -48,7 +48,9 @@ class _Replicas:
         return {f"all-{at}": (200, b"# TYPE x gauge\nx 1.0\n") for at in range(2)}
 
 
-def _ask(replicas: _Replicas, path: str = "/generate", body: bytes = b"{}", leaves: bool = False) -> list[Message]:
+def _ask(
+    replicas: _Replicas, path: str = "/generate", body: bytes = b"{}", leaves: bool = False, method: str = "POST"
+) -> list[Message]:
     """The messages that a client gets; a client that leaves does so after the first of them."""
     sent: list[Message] = []
 
@@ -66,7 +68,7 @@ def _ask(replicas: _Replicas, path: str = "/generate", body: bytes = b"{}", leav
             sent.append(message)
             has_sent.set()
 
-        scope = {"type": "http", "method": "POST", "path": path, "headers": [(b"host", b"localhost")]}
+        scope = {"type": "http", "method": method, "path": path, "headers": [(b"host", b"localhost")]}
         await Front(replicas, HttpSettings(max_body_bytes=1000))(scope, receive, send)
 
     asyncio.run(run())
@@ -83,6 +85,12 @@ def test_a_request_is_passed_on_as_it_is_and_its_answer_back() -> None:
     (request,) = replicas.requests
     assert (request.method, request.path, request.body) == ("POST", "/generate", b'{"inputs": "a"}')
     assert request.headers == ((b"host", b"localhost"),)
+
+
+def test_head_stays_head_so_that_a_stream_without_an_end_ends() -> None:
+    replicas = _Replicas([START, _body(b"", more=False)])
+    _ask(replicas, "//experts/live/", body=b"", method="HEAD")
+    assert [(request.method, request.path) for request in replicas.requests] == [("HEAD", "/experts/live")]
 
 
 def test_a_request_runs_again_where_the_client_saw_nothing() -> None:
