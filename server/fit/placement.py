@@ -16,14 +16,11 @@ from expert_store.errors import SlotsError
 from expert_store.pinned import LOCKED_SHARE
 from server.fit.facts import ModelFacts
 from server.model.device.capture import NotCapturableError
-from server.model.host.kv_budget import KV_SHARE, blocks_within
 from server.model.kv.blocks import BLOCK_TOKENS, num_blocks_of
+from server.model.kv_memory import HOST_RESERVE_BYTES, blocks_within, slots_beside_kv
 
 if TYPE_CHECKING:
     from server.model.device.step.weights import DecodeShape
-
-HOST_RESERVE_BYTES = 1 << 30
-"""Host memory for Python, its libraries and activations: 452 MiB at the peak of importing, and what a step needs."""
 
 
 @dataclass(frozen=True)
@@ -184,17 +181,17 @@ def _host_driven(
     """Slots and KV memory in the `free` bytes of the memory that computes; `held` experts are behind the slots."""
     per_slot = len(model.layers) * model.span_bytes
     block_bytes = BLOCK_TOKENS * model.kv_bytes
-    most = wish.rows * num_blocks_of(wish.context) * block_bytes
-    least = num_blocks_of(wish.least_context) * block_bytes
-    for_kv = min(most, max(least, int(KV_SHARE * free)) if wish.kv_memory is None else wish.kv_memory)
-    room = free - for_kv if wish.slots_memory is None else wish.slots_memory
-    slots = max(0, min(model.num_available, int(room / per_slot)))
+    bounds = (model.kv_bytes, wish.rows, wish.context, wish.least_context, wish.kv_memory)
+    if wish.slots_memory is None:
+        slots = slots_beside_kv(per_slot, model.num_available, *bounds, free)
+    else:
+        slots = min(model.num_available, int(wish.slots_memory / per_slot))
     slots_bytes = int(slots * per_slot)
-    problem = None if slots else f"{room} bytes are free for slots, and one in each layer takes {int(per_slot)}"
+    problem = (
+        None if slots else f"{free} bytes are free for slots and KV memory, and a slot a layer takes {int(per_slot)}"
+    )
     try:
-        blocks = blocks_within(
-            model.kv_bytes, wish.rows, wish.context, wish.least_context, wish.kv_memory, max(0, free - slots_bytes)
-        )
+        blocks = blocks_within(*bounds, max(0, free - slots_bytes))
     except SlotsError as error:
         problem, blocks = problem or str(error), num_blocks_of(wish.least_context)
     if problem is None and slots_bytes + blocks * block_bytes > free:

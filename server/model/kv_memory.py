@@ -1,4 +1,4 @@
-"""The tokens of a row, and the bytes of their keys and values, from a model's config alone.
+"""The tokens of a row, the bytes of their keys and values, and the division of memory between them and slots.
 
 The bytes are those of the host-driven path; the captured path's `DeviceMemory.row_bytes` is the same for the attention
 that it captures. Source: transformers' configs; latent attention keeps keys and values of every head, as its forward
@@ -9,9 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from expert_store.errors import SlotsError
 from server.errors import SettingsError
+from server.model.kv.blocks import BLOCK_TOKENS, num_blocks_of
 
 DEFAULT_CONTEXT_TOKENS = 8192
+KV_SHARE = 1 / 4
+"""Share of the memory that is free after loading, for keys and values."""
+HOST_RESERVE_BYTES = 1 << 30
+"""Host memory for Python, its libraries and activations: 452 MiB at the peak of importing, and what a step needs."""
 _WITHOUT = ("linear_attention", "mamba", "mamba2", "conv", "recurrent")
 """Layer types that keep a state of fixed size instead of keys and values."""
 
@@ -59,3 +65,54 @@ def context_limit(wanted: int | None, most: int) -> int:
             f"max_context_tokens is {limit}, the model was made for {most}: set at most that, or leave it out"
         )
     return limit
+
+
+def blocks_within(
+    token_bytes: int, max_rows: int, max_tokens: int, least_tokens: int, kv_bytes: int | None, free: int | None
+) -> int:
+    """Blocks of KV memory: those that fit into `kv_bytes`, or without a wish into a share of the `free` bytes.
+
+    Args:
+        token_bytes: of one token's keys and values.
+        free: bytes that are free after loading; None if the system does not tell.
+
+    Raises:
+        SlotsError: one request of `least_tokens` does not fit.
+    """
+    block_bytes = BLOCK_TOKENS * token_bytes
+    most, least = max_rows * num_blocks_of(max_tokens), num_blocks_of(least_tokens)
+    if kv_bytes is not None:
+        num_blocks = min(most, kv_bytes // block_bytes)
+        room, said = kv_bytes, f"kv_memory of {kv_bytes} bytes holds"
+    else:
+        room = block_bytes * most if free is None else free
+        share = most if free is None else int(KV_SHARE * free) // block_bytes
+        num_blocks = min(most, max(least, share))
+        said = f"{room} bytes are free for KV memory, which hold"
+    if min(num_blocks, room // block_bytes) < least:
+        fits = room // block_bytes * BLOCK_TOKENS
+        raise SlotsError(
+            f"{said} {fits} tokens, and one request may have {least * BLOCK_TOKENS}, which take {least * block_bytes} "
+            f"bytes: {'set max_context_tokens to at most ' + str(fits) if fits else 'lower slots_memory'}, or give "
+            "KV memory more room"
+        )
+    return num_blocks
+
+
+def slots_beside_kv(
+    per_slot: float, most: int, token_bytes: int, max_rows: int, max_tokens: int, least_tokens: int,
+    kv_bytes: int | None, free: int,
+) -> int:  # fmt: skip
+    """Slots of each layer on the host-driven path without a wish: at most `most`, as many as fit beside KV memory.
+
+    Args:
+        per_slot: bytes of one slot in each layer.
+        free: bytes that are free beside the trunk; the others are those of `blocks_within`.
+
+    Returns:
+        0 if not one fits.
+    """
+    block_bytes = BLOCK_TOKENS * token_bytes
+    kept = max(num_blocks_of(least_tokens) * block_bytes, int(KV_SHARE * free)) if kv_bytes is None else kv_bytes
+    kept = min(kept, max_rows * num_blocks_of(max_tokens) * block_bytes)
+    return max(0, min(most, int((free - kept) / per_slot)))

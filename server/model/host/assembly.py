@@ -6,6 +6,7 @@ same layer; `load_model` refuses anything else.
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,13 @@ from expert_store.adapter import store_adapters
 from expert_store.cache import ExpertCache
 from expert_store.errors import SlotsError
 from expert_store.host_tier import HostTier
+from expert_store.pinned import free_host_bytes
 from expert_store.policy import POLICIES
 from expert_store.slots import TORCH_DTYPES, slot_bytes
 from expert_store.store import Store
 from router.mask import ExpertMask
 from server.model.host.kept import most_used_experts
+from server.model.kv_memory import HOST_RESERVE_BYTES, kv_token_bytes, slots_beside_kv
 from server.model.load_progress import Phase, Progress
 from server.model.runner import RunnerOptions, SelectiveModel
 from server.model.seam.experts import LAYER_ATTRIBUTE, ExpertsLayer
@@ -30,6 +33,7 @@ from server.model.seam.routing import StepRouting
 from server.model.seam.rows import fix_rows
 from server.model.seam.trunk import TrunkError, context_tokens, is_experts_module, load_trunk, trunk_is_checked
 
+log = logging.getLogger(__name__)
 ROUTER_NAMES = ("gate", "router")
 
 
@@ -102,6 +106,8 @@ def load_model(store: Store, options: RunnerOptions, *, progress: Progress = lam
         num_slots = int(mask.num_allowed.max())
         if options.slots_memory_bytes is not None:
             num_slots = min(num_slots, slots_for_memory(store, options.slots_memory_bytes, dtype))
+        elif device.type == "cpu":
+            num_slots = _slots_that_fit(store, options, num_slots, model.config.get_text_config(), free_host_bytes())
     progress(Phase.SLOTS, 0.0)
     host_tier = None
     if device.type == "cuda":
@@ -138,6 +144,28 @@ def load_model(store: Store, options: RunnerOptions, *, progress: Progress = lam
         context_tokens=context_tokens(store.trunk_path),
         adapters=adapters,
     )
+
+
+def _slots_that_fit(store: Store, options: RunnerOptions, most: int, config: Any, free: int | None) -> int:
+    """Slots of each layer where no wish bounds them: `most`, or those that the `free` host memory has room for."""
+    if free is None:
+        return most
+    per_slot = sum(slot_bytes(spec, options.dtype) for spec in store.manifest.layers)
+    num_slots = slots_beside_kv(
+        per_slot,
+        most,
+        kv_token_bytes(config, options.dtype.itemsize),
+        options.max_rows,
+        options.max_tokens,
+        options.max_tokens if options.least_tokens is None else options.least_tokens,
+        options.kv_memory_bytes,
+        free - HOST_RESERVE_BYTES,
+    )
+    if num_slots < most:
+        log.warning(
+            "host memory has room for %d of %d slots a layer: the disk holds the other experts", num_slots, most
+        )
+    return max(1, num_slots)
 
 
 def _host_tier(store: Store, budget_bytes: int | None) -> HostTier:

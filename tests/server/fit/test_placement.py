@@ -12,12 +12,16 @@ import torch
 from benchmarks.fit import RESULTS, shape_facts
 from benchmarks.gpu.decode import QWEN
 from expert_store.errors import SlotsError
+from expert_store.store import Store
 from server.fit import placement as placing
 from server.fit.facts import ModelFacts, facts_of
 from server.fit.placement import Wish, packed_bytes, place
 from server.fit.prediction import changes, predict
 from server.machine.rates import MachineRates, known_machines
 from server.model.device.memory.budget import DeviceMemory
+from server.model.host import assembly
+from server.model.kv_memory import HOST_RESERVE_BYTES
+from server.model.runner import RunnerOptions
 
 GIB = 1 << 30
 H100 = known_machines()["h100"]
@@ -95,7 +99,7 @@ def test_a_model_that_is_not_captured_is_driven_by_the_host(tiny: ModelFacts) ->
 
 @pytest.mark.parametrize(("spare", "slots"), [(1 << 30, 64), (12 << 20, 32), (6 << 20, 16)])
 def test_a_cpu_has_slots_for_what_is_left_of_its_memory(tiny: ModelFacts, spare: int, slots: int) -> None:
-    fixed = tiny.trunk_bytes + tiny.kv_bytes * 4 * 512 + placing.HOST_RESERVE_BYTES
+    fixed = tiny.trunk_bytes + tiny.kv_bytes * 4 * 512 + HOST_RESERVE_BYTES
     found = place(tiny, Wish(False, 0, fixed + spare, 512, 512, 4, kv_memory=tiny.kv_bytes * 4 * 512))
     assert found.slots == slots
     assert found.slots_bytes + found.host_bytes <= spare or found.slots == 64
@@ -135,3 +139,18 @@ def test_nothing_helps_a_model_that_is_all_in_slots_as_it_is(tiny: ModelFacts) -
     now = predict(tiny, H100, _wish(80 * GIB), 128, 256)
     assert now.hit_rate == 1.0
     assert [one.change for one in changes(tiny, H100, now, 256) if "memory" in one.change] == []
+
+
+def test_a_cpu_server_without_a_wish_takes_the_slots_that_fit_tells(
+    tiny: ModelFacts, tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = HOST_RESERVE_BYTES + tiny.kv_bytes * 512 + 6 * (1 << 20)  # 16 slots a layer
+    wish = Wish(False, 0, tiny.trunk_bytes + beside, 512, 512, 1)
+    monkeypatch.setattr(assembly, "free_host_bytes", lambda: beside)
+    options = RunnerOptions(torch.device("cpu"), tiny.dtype, path="host", max_rows=1, max_tokens=512)
+    loaded = assembly.load_model(Store.open(tiny_store), options)
+    try:
+        assert loaded.cache.num_slots == place(tiny, wish).slots
+        assert 4 < loaded.cache.num_slots < tiny.num_available
+    finally:
+        loaded.close()
