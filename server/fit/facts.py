@@ -29,7 +29,7 @@ from server.errors import UsageError
 from server.fit.demand import Demand, of_counts, recorded
 from server.fit.hub import described_checkpoint
 from server.model.kv_memory import kv_token_bytes
-from server.model.seam.trunk import context_tokens, trunk_skeleton
+from server.model.seam.trunk import context_tokens, is_experts_module, trunk_skeleton
 
 
 @dataclass(frozen=True)
@@ -94,21 +94,28 @@ class ModelFacts:
 
     def encoded(self, experts_dtype: ExpertsDtype) -> ModelFacts:
         """The same model with its experts in another encoding. Raises ExtractError if they cannot be made so."""
-        layers = tuple(_encoded(spec, Maker.of(experts_dtype)) for spec in self.layers)
+        modules = () if self.skeleton is None else self.skeleton.modules()
+        transposed = any(module.is_transposed for module in modules if is_experts_module(module))
+        layers = tuple(_encoded(spec, Maker.of(experts_dtype), transposed) for spec in self.layers)
         return replace(self, layers=layers, experts_dtype=experts_dtype)
 
 
-def _encoded(spec: LayerSpec, maker: Maker | None) -> LayerSpec:
-    """The span of a layer whose matrices `maker` makes; None: they are plain."""
+def _encoded(spec: LayerSpec, maker: Maker | None, transposed: bool) -> LayerSpec:
+    """The span of a layer whose matrices `maker` makes; None: they are plain. Plain ones of a `transposed` model have
+    their columns first, encoded ones never."""
     tensors: list[TensorSpec] = []
     offset = 0
     for tensor in spec.tensors:
         encoding = None
         size = math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
-        if maker is not None and len(tensor.shape) == 2:
-            encoding = maker.encoding(tensor.name, tensor.shape[1])
-            size = tensor.shape[0] * encoding.row_bytes(tensor.shape[1])
-        tensors.append(replace(tensor, offset=offset, bytes=size, encoding=encoding))
+        is_matrix = len(tensor.shape) == 2
+        shape = tensor.shape
+        if is_matrix and transposed and (tensor.encoding is None) != (maker is None):
+            shape = shape[::-1]
+        if maker is not None and is_matrix:
+            encoding = maker.encoding(tensor.name, shape[1])
+            size = shape[0] * encoding.row_bytes(shape[1])
+        tensors.append(replace(tensor, shape=shape, offset=offset, bytes=size, encoding=encoding))
         offset += size
     return replace(spec, span_bytes=offset, tensors=tuple(tensors))
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from expert_store.store import Store
 from extractor.checkpoint.checkpoint import Checkpoint
@@ -44,6 +45,18 @@ def test_spans_of_every_encoding_are_those_that_extraction_writes(
     layout = ExpertsLayout.of(Checkpoint.open(tiny_checkpoint), experts_dtype)
     with facts_of(str(tiny_checkpoint), None, "auto") as model:
         assert model.encoded(experts_dtype).layers == layout.layers
+
+
+def test_spans_of_a_transposed_model_are_those_that_extraction_writes(tmp_path: Path) -> None:
+    config = GptOssConfig(
+        num_hidden_layers=1, hidden_size=64, intermediate_size=96, num_local_experts=4, num_experts_per_tok=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32, vocab_size=64, layer_types=["full_attention"],
+    )  # fmt: skip
+    GptOssForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    with facts_of(str(tmp_path), None, "auto") as model:
+        made = ExpertsLayout.of(Checkpoint.open(tmp_path), "int4").layers
+        assert model.encoded("int4").layers == made
+        assert model.encoded("int4").encoded("16bit").layers == model.layers
 
 
 def test_a_store_and_its_checkpoint_have_the_same_sizes(tiny_store: Path, tiny_checkpoint: Path) -> None:
