@@ -13,7 +13,6 @@ from expert_store.errors import SlotsError
 from server.errors import SettingsError
 from server.model.kv.blocks import BLOCK_TOKENS, num_blocks_of
 
-DEFAULT_CONTEXT_TOKENS = 8192
 KV_SHARE = 1 / 4
 """Share of the memory that is free after loading, for keys and values."""
 HOST_RESERVE_BYTES = 1 << 30
@@ -46,25 +45,18 @@ LEAST_CONTEXT_TOKENS = 2048
 
 def context_bounds(wanted: int | None, most: int) -> tuple[int, int]:
     """Tokens that a row has at most, and at least if memory holds no more: those `wanted`, or without a wish what the
-    model was made for, `most`, but no less than `LEAST_CONTEXT_TOKENS`. Raises SettingsError as `context_limit`."""
-    if wanted is not None:
-        limit = context_limit(wanted, most)
-        return limit, limit
-    return most, min(most, LEAST_CONTEXT_TOKENS)
-
-
-def context_limit(wanted: int | None, most: int) -> int:
-    """Tokens of a row: `wanted`, or without a wish `DEFAULT_CONTEXT_TOKENS`, at most the `most` that a model takes.
+    model was made for, `most`, but no less than `LEAST_CONTEXT_TOKENS`.
 
     Raises:
         SettingsError: the model does not take so many.
     """
-    limit = wanted or min(most, DEFAULT_CONTEXT_TOKENS)
-    if limit > most:
+    if wanted is None:
+        return most, min(most, LEAST_CONTEXT_TOKENS)
+    if wanted > most:
         raise SettingsError(
-            f"max_context_tokens is {limit}, the model was made for {most}: set at most that, or leave it out"
+            f"max_context_tokens is {wanted}, the model was made for {most}: set at most that, or leave it out"
         )
-    return limit
+    return wanted, wanted
 
 
 def blocks_within(
