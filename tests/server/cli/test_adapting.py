@@ -1,0 +1,60 @@
+"""`deepfew adapt`, `attach` and `detach` as a user types them, and `evaluate` with what they made."""
+
+import json
+import shutil
+from pathlib import Path
+
+from expert_store.manifest import read_manifest
+from extractor.planning.plan import Plan, PlannedExpert, write_plan
+from tests.command_line import run
+
+
+def test_from_texts_to_an_adapter_that_evaluate_and_a_store_know(
+    small_store: Path, stories: Path, tmp_path: Path
+) -> None:
+    store, plan, out = tmp_path / "store", tmp_path / "plan.json", tmp_path / "half.safetensors"
+    shutil.copytree(small_store, store)
+    write_plan(plan, Plan(2, 8, {"kind": "index"}, tuple(PlannedExpert((expert, expert)) for expert in range(4))))
+    small = ["--texts", stories, "--context", "48", "--max-tokens", "480"]
+    ended = run(
+        "adapt", store, *small, "--plan", plan, "--out", out, "--tokens", "192", "--batch-tokens", "96", "--json"
+    )
+    assert ended.status == 0, ended.err
+    assert "numbers to train on" in ended.err
+    assert "without the adapter" in ended.err
+    assert json.loads(ended.out)["ratios"][-1][0] == 2
+    assert not list(tmp_path.glob("*.resume"))
+    assert run("attach", store, out).out == f"{store} has the adapter half\n"
+    assert "half" in run("inspect", store).out
+
+    def evaluated(*options: object) -> tuple[str | None, float]:
+        report = json.loads(run("evaluate", store, *small, "--plan", plan, "--json", *options).out)
+        (text,) = report["texts"].values()
+        return report["adapter"], text["loss"]
+
+    name, loss = evaluated()
+    assert name == "half"
+    assert evaluated("--adapter", "none") == (None, evaluated("--adapter", "none")[1])
+    assert evaluated("--adapter", "none")[1] != loss
+    refused = run("evaluate", store, *small, "--adapter", "half")
+    assert refused.status == 2
+    assert "no mask is measured" in refused.err
+    assert run("detach", store, "half").status == 0
+    assert not read_manifest(store).adapters
+
+
+def test_work_that_cannot_be_done_is_refused_before_it_begins(
+    small_store: Path, few_small_store: Path, stories: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "a.safetensors"
+    for arguments, reason in (
+        ((small_store, "--out", out), "nothing to train on"),
+        ((few_small_store, "--out", out, "--texts", stories), "the whole model is the teacher"),
+        ((small_store, "--out", out, "--texts", stories, "--pools", "half"), "--pools"),
+        ((small_store, "--out", out, "--texts", stories, "--pools", "100%:50%"), "the smaller one first"),
+        ((small_store, "--out", out, "--texts", stories, "--pools", "50%", "--plan", out), "contradict"),
+    ):
+        ended = run("adapt", *arguments, "--context", "48")
+        assert ended.status == 2
+        assert reason in " ".join(ended.err.split())
+    assert not out.exists()
