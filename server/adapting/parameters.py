@@ -64,12 +64,15 @@ def _by_token(model: SelectiveModel) -> dict[str, Any]:
     """Linear layers and norms of the layers that see [sequences, tokens, ...] or [sequences × tokens, ...], by name."""
     head: nn.Module | None = model.model.get_output_embeddings()  # type: ignore[no-untyped-call]
     taken: dict[str, Any] = {}
+    others: set[str] = set()
     num_sequences, num_tokens = _TRIAL
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         shape = tuple(args[0].shape) if args and isinstance(args[0], Tensor) else ()
         if shape[:2] == _TRIAL or (len(shape) == 2 and shape[0] == num_sequences * num_tokens):
             taken[name] = module
+        else:
+            others.add(name)
 
     hooks = []
     experts = tuple(f"{name}." for name, module in model.model.named_modules() if is_experts_module(module))
@@ -86,4 +89,4 @@ def _by_token(model: SelectiveModel) -> dict[str, Any]:
         model.routing.abandon()
         for hook in hooks:
             hook.remove()
-    return taken
+    return {name: module for name, module in taken.items() if name not in others}
