@@ -51,7 +51,8 @@ def model_card(
     ]
     if manifest.made is not None:
         lines += [f"The experts were in {manifest.made.experts_dtype}, and are dequantised here.", ""]
-    lines += _expected(alignment, len(kept[0]))
+    if adapter is None:  # the plan expects nothing of a changed trunk
+        lines += _expected(alignment, len(kept[0]))
     lines += ["## Experts kept", "", "| layer | ids in the source |", "|---|---|"]
     lines += [f"| {spec.model_layer} | {format_ids(ids)} |" for spec, ids in zip(manifest.layers, kept, strict=True)]
     return "\n".join(lines) + "\n"

@@ -7,6 +7,7 @@ fewer than top-k.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from expert_store.adapter import store_adapters
 from expert_store.store import Store
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.errors import SelectionError, UnsupportedFamilyError
@@ -24,6 +26,7 @@ from extractor.planning.plan import Plan, PlannedExpert
 from extractor.planning.selection import SelectionRequest
 from extractor.writing.prepare import prepare
 from router.mask import ExpertMask
+from server.quality.batches import run_batch
 from tests.families.checkpoints import NUM_EXPERTS, TOP_K, moe_blocks, random_model
 from tests.families.composites import TEXT_PARTS, as_omni, composite_model
 from tests.families.serving import (
@@ -36,11 +39,17 @@ from tests.families.serving import (
     stock_logits,
 )
 from tests.families.test_whole_model import extracted
+from tests.server.adapters import with_adapters
 
 QUICK = ("deepseek_v3", "gpt_oss", "qwen3_moe")
 """Groups and a correction bias; experts side by side in one tensor, with biases; experts one by one."""
 BY_LAYER = ([0, 1, 3, 4, 6, 7], [0, 2, 3, 5, 6, 7], [1, 2, 3, 4, 5, 7])
 FEW = [1, 6]
+MERGED = (
+    *("deepseek_v3", "ernie4_5_moe", "gemma4_text", "gpt_oss", "granitemoe"),
+    *("minimax_m2", "qwen2_moe", "qwen3_next"),
+)
+"""Families with other norms, routers and layers, whose adapters are merged."""
 
 
 def plan_of(kept: Sequence[Sequence[int]]) -> Plan:
@@ -93,6 +102,25 @@ def test_exported_checkpoint_has_the_logits_of_the_masked_model(family: str, tmp
                 prepare_export(store, tmp_path / "few", plan_of([[0, 1, 2, 3]] * num_layers), None)
         else:
             assert_exported(store, tmp_path / "few", few, model)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", MERGED)
+@torch.no_grad()
+def test_merged_adapter_gives_the_logits_of_masked_rows_with_it(family: str, tmp_path: Path, repository: Path) -> None:
+    """Every part of an adapter: of linear layers, norms, routers and experts."""
+    model = random_model(family)
+    with extracted(model, tmp_path, repository) as store:
+        kept = BY_LAYER[: store.manifest.model.num_layers]
+        adapted = with_adapters(store.path, tmp_path / "adapted", mask_of(kept))
+    with Store.open(adapted) as store:
+        adapter = store_adapters(store.path, store.manifest)["planned"]
+        prepare_export(store, tmp_path / "out", plan_of(kept), None, adapter).run()
+        merged = loader(model).from_pretrained(tmp_path / "out").eval()(input_ids=torch.tensor([PROMPTS[0]])).logits
+        selective = assembled(store, NUM_EXPERTS)
+        masked = partial(run_batch, selective, [PROMPTS[0]], mask_of(kept))
+        assert_same(masked("planned").logits, merged)
+        assert float((masked().logits - merged).abs().max()) > 0.01, "the adapter changes nothing"
 
 
 @pytest.mark.exhaustive
