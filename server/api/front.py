@@ -89,7 +89,21 @@ class Front:
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
         elif scope["type"] == "http":
-            await self._answer(as_routed(scope), scope["method"], receive, send)
+            has_begun = False
+
+            async def send_noted(message: Message) -> None:
+                nonlocal has_begun
+                has_begun = True
+                await send(message)
+
+            routed = as_routed(scope)
+            try:
+                await self._answer(routed, scope["method"], receive, send_noted)
+            except Exception as error:
+                log.exception("unexpected error")
+                if has_begun:
+                    raise  # the server underneath closes the connection
+                await error_response(error, routed["path"])(routed, receive, send)
 
     async def _answer(self, scope: Scope, method: str, receive: Receive, send: Send) -> None:
         path = scope["path"]

@@ -45,9 +45,12 @@ def application(arguments: Mapping[str, str]) -> serve.Application:
         arguments: `config`, the path of the settings file on every machine.
 
     Raises:
-        SettingsError: see `read_cluster`.
+        SettingsError: see `read_cluster`; or the address is reachable and no key is set.
     """
-    return build(*read_cluster(Path(arguments["config"])))
+    cluster, parts = read_cluster(Path(arguments["config"]))
+    for part in parts:
+        part.settings.require_safe_address()
+    return build(cluster, parts)
 
 
 def build(

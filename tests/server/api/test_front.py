@@ -128,6 +128,14 @@ def test_a_stream_that_the_client_has_seen_ends_with_an_error(path: str, last: b
     assert len(replicas.requests) == 1
 
 
+def test_an_unexpected_error_is_said_in_the_dialect_without_its_text() -> None:
+    status, answer = _json(_ask(_Replicas([KeyError("secret")]), "/v1/completions"))
+    assert (status, answer["error"]["code"]) == (500, "internal_error")
+    assert "secret" not in json.dumps(answer)
+    with pytest.raises(KeyError):
+        _ask(_Replicas([START, _body(b"data: 1\n\n"), KeyError("secret")]))
+
+
 def test_no_replica_in_time_is_503() -> None:
     status, answer = _json(_ask(_Replicas([NotReadyError("no replica took the request")])))
     assert (status, answer["error_type"]) == (503, "healthcheck")
