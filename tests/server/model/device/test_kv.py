@@ -35,6 +35,7 @@ def read_and_share(runner: Any, row: int) -> None:
     runner.kv.share(row, CHUNKS[0], SALT, [None])
 
 
+@pytest.mark.exhaustive
 def test_rows_that_cross_a_block_while_they_decode_agree_with_the_host_driven_path(small_store, runners):
     device, host = (runners(small_store, kind) for kind in ("device", "host"))
     prompts = [PROMPT[: BLOCK_TOKENS - 2], PROMPT[:3]]
@@ -59,6 +60,7 @@ def test_a_prompt_whose_beginning_was_found_has_the_bits_of_one_that_was_read(sm
     device.kv.check_integrity()
 
 
+@pytest.mark.exhaustive
 def test_rows_beside_one_another_read_the_same_blocks_and_write_their_own(small_store, runners):
     device = runners(small_store)
     rows = [device.allocate(), device.allocate()]
@@ -145,6 +147,7 @@ def test_memory_that_ends_in_a_prompt_fails_its_row_and_leaves_it_as_it_was(smal
     assert torch.equal(device.prefill(row, PROMPT[:5]).logits, wanted)
 
 
+@pytest.mark.exhaustive
 def test_an_error_that_is_no_lack_of_memory_is_raised_as_it_is(small_store, runners, monkeypatch):
     device = runners(small_store)
     row = device.allocate()
