@@ -13,9 +13,9 @@ is one life of one process, in which leaks are looked for. Counted, in words:
   last life the server must have finished what the clients read and no more than that and what they left.
 - *faults*: an exit status of SIGTERM other than 0, usage lost or counted twice by a restart, an unhealthy server, a
   traceback in the log, a file left in the store.
-- *leaked*: requests running or waiting or KV tokens in use after the last client left; more open files or threads at
-  rest than in the beginning; growth of the server's own memory (anonymous pages, a line fitted through the last life
-  without its first fifth) above `--max-growth-mib`.
+- *leaked*: requests running or waiting, or blocks of KV memory in use, after the last client left; more open files or
+  threads at rest than in the beginning; growth of the server's own memory (anonymous pages, a line fitted through the
+  last life without its first fifth) above `--max-growth-mib`.
 The figures so far are written to `--result` every half minute, so that an interrupted run still has them.
 
 Filling the disk takes a file system of its own, which takes the right to mount one; without it the result says so.
@@ -57,6 +57,7 @@ DRAIN_SECONDS = 30
 SAVE_USAGE_SECONDS = 3
 SAMPLE_SECONDS = 5
 REPORT_SECONDS = 30
+USED_BLOCKS = 'deepfew_kv_blocks{state="used"}'
 MAX_MORE_OPEN_FILES = 8
 MAX_MORE_THREADS = 40  # what the web framework's pool may keep
 
@@ -68,6 +69,8 @@ class Churn:
         limits = ["--slots", "16", "--max-queue-requests", "12", "--max-batch-size", "4"]
         others = ["--dtype", "float32", "--log-level", "warning", "--log-format", "json", "--idle-seconds", "10"]
         times = ["--drain-seconds", str(DRAIN_SECONDS), "--usage-save-seconds", str(SAVE_USAGE_SECONDS)]
+        # room for the beginnings of prompts, but not for those of all and four long requests besides
+        limits += ["--prefill-chunk-tokens", "32", "--kv-memory", "5MiB", "--max-context-tokens", "512"]
         serve = [sys.executable, "-m", "server.cli", "serve", str(store)]
         self.server = ChurnServer([*serve, *limits, *others, *times], store / "usage.json", log)
         self.disk = Disk(store, arguments.seed)
@@ -100,7 +103,9 @@ class Churn:
         await self.clients.close()
         await self._rest()
         values = await self._metrics()
-        return self.result(is_finished=True, num_finished=finished(values))
+        names = ("prompt_tokens", "cached_prompt_tokens", "preemptions")
+        kv_memory = {name: values[f"deepfew_{name}_total"] for name in names}
+        return self.result(is_finished=True, num_finished=finished(values)) | {"kv_memory_of_the_last_life": kv_memory}
 
     async def _inject(self, until: float) -> None:
         """Faults one after another: of the disk all the time, outages by turns in the first half."""
@@ -137,7 +142,7 @@ class Churn:
         """Wait until nothing runs and idle connections are closed, and note what the process holds then."""
         for _ in range(100):
             values = await self._metrics()
-            names = ("deepfew_requests_running", "deepfew_requests_waiting", "deepfew_kv_used_tokens")
+            names = ["deepfew_requests_running", "deepfew_requests_waiting", "deepfew_kv_used_tokens", USED_BLOCKS]
             self._left = {name: values[name] for name in names if values[name]}
             if not self._left:
                 break

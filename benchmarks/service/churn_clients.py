@@ -19,7 +19,20 @@ import httpx
 
 from benchmarks.service.churn_server import ChurnServer, Disk
 
-PROMPTS = ("The capital of France is", "Once upon a time", "Water is", "The moon", "In the city of")
+STORY = (
+    "Once there was a boy called Hugo. He lived in the meadow with his uncle, and he had a boat. One day he went far. "
+)
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time",
+    "Water is",
+    "The moon",
+    "In the city of",
+    STORY * 3,
+    STORY * 3 + "The boat was",
+    STORY * 5 + "Hugo said",
+)
+"""The last ones begin alike, and are long enough to be found in KV memory."""
 REFUSED = {400, 413, 415, 422, 429}
 NUM_TOKENS = 12
 HUNG_ANSWERS = 200

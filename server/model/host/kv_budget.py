@@ -9,6 +9,8 @@ import torch
 
 from expert_store.pinned import free_host_bytes
 from server.model.host.assembly import HostModel
+from server.model.host.sequence_runner import has_plain_memory
+from server.model.host.snapshots import SnapshotRows
 from server.model.kv.rows import KvRows
 from server.model.kv_memory import blocks_within, kv_token_bytes
 from server.model.runner import RunnerOptions
@@ -29,7 +31,8 @@ def kv_rows(model: HostModel, options: RunnerOptions) -> KvRows:
         options.kv_memory_bytes,
         _free_bytes(model.device),
     )
-    return KvRows(max_rows=options.max_rows, num_blocks=num_blocks, shares=options.prefix_cache)
+    kind = KvRows if has_plain_memory(model.model) else SnapshotRows
+    return kind(max_rows=options.max_rows, num_blocks=num_blocks, shares=options.prefix_cache)
 
 
 def _free_bytes(device: torch.device) -> int | None:

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from router.mask import ExpertMask
 from server.model.host.assembly import HostModel
 from server.model.host.runner import HostDriven, HostRunner
+from server.model.host.snapshots import SnapshotRows
 from server.model.kv.blocks import NoBlocksError, num_blocks_of
 from server.model.kv.rows import KvRows
 from server.model.runner import RowStep, Runner, StepFault, StepMemoryError, StepOutput
@@ -31,8 +32,10 @@ _CONTINUED_BY_ONE = frozenset({"jamba"})
 
 def make_runner(model: HostModel, *, max_rows: int, max_tokens: int, kv: KvRows | None = None) -> Runner:
     """The runner for the model: with rows of KV memory if it keeps only keys and values, else one cache a sequence."""
-    kind = HostRunner if has_plain_memory(model.model) else SequenceRunner
-    return kind(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv)
+    if has_plain_memory(model.model):
+        return HostRunner(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv)
+    assert kv is None or isinstance(kv, SnapshotRows), "the rows of this model keep states"
+    return SequenceRunner(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv)
 
 
 def has_plain_memory(model: Any) -> bool:
@@ -47,22 +50,20 @@ class SequenceRunner(HostDriven):
 
     cuts_anywhere = False
 
-    def __init__(self, model: HostModel, *, max_rows: int, max_tokens: int, kv: KvRows | None = None) -> None:
-        kv = kv or KvRows(max_rows=max_rows, num_blocks=max_rows * num_blocks_of(max_tokens), shares=False)
+    kv: SnapshotRows
+
+    def __init__(self, model: HostModel, *, max_rows: int, max_tokens: int, kv: SnapshotRows | None = None) -> None:
+        kv = kv or SnapshotRows(max_rows=max_rows, num_blocks=max_rows * num_blocks_of(max_tokens))
         super().__init__(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv)
-        self._caches: dict[int, Any] = {}
         self._ahead: dict[int, StepOutput] = {}  # outputs of rows whose decode step failed in another row
 
     def allocate(self) -> int:
         """Take a row for a sequence; returns its handle."""
-        row = self.kv.allocate()
-        self._caches[row] = None
-        return row
+        return self.kv.allocate()
 
     def free(self, row: int) -> None:
         """Free a row and its cache."""
         self.kv.free(row)
-        del self._caches[row]
         self._ahead.pop(row, None)
 
     @torch.inference_mode()
@@ -117,8 +118,8 @@ class SequenceRunner(HostDriven):
         self.kv.reserve([(row, start + len(tokens))])
         positions = torch.arange(start, start + len(tokens), device=device)[None]
         self.model.routing.begin(1, len(tokens), [mask], [temperature], [adapter])
-        output, self._caches[row] = run_forward(
-            self.model, ids, positions, self._caches[row], kv_tokens=None, all_logits=all_logits, is_repeatable=False
+        output, self.kv.states[row] = run_forward(
+            self.model, ids, positions, self.kv.states[row], kv_tokens=None, all_logits=all_logits, is_repeatable=False
         )
         self.kv.set_length(row, start + len(tokens))
         return output

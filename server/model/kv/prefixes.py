@@ -30,7 +30,7 @@ class Node:
         depth: blocks from the root, this one included.
     """
 
-    __slots__ = ("block", "children", "depth", "is_queued", "key", "note", "parent", "used_at")
+    __slots__ = ("__weakref__", "block", "children", "depth", "is_queued", "key", "note", "parent", "used_at")
 
     def __init__(self, parent: Node | None, key: Any, block: int | None, note: Any) -> None:
         self.parent, self.key, self.block, self.note = parent, key, block, note

@@ -98,6 +98,10 @@ class KvRows:
         with `reserve`, `reuse`, `share` and `free`."""
         return self._rows[handle].blocks
 
+    def last_node(self, handle: int) -> Node | None:
+        """The last of the row's blocks that is in the prefix tree."""
+        return self._rows[handle].node
+
     # -- growing -------------------------------------------------------------------------------------------------------
 
     def reserve(self, needs: Sequence[tuple[int, int]]) -> None:
@@ -158,9 +162,10 @@ class KvRows:
         most = (len(tokens) - 1) // multiple * multiple
         found = self._tree.find(salt, row.node, tokens[row.length : most])
         end = (row.length + len(found) * BLOCK_TOKENS) // multiple * multiple
-        found = found[: max(0, end - row.length) // BLOCK_TOKENS]
+        found = self._usable(found[: max(0, end - row.length) // BLOCK_TOKENS])
         if not found:
             return []
+        end = row.length + len(found) * BLOCK_TOKENS
         place = slice(row.length // BLOCK_TOKENS, end // BLOCK_TOKENS)  # blocks after it stay reserved
         for block in row.blocks[place]:
             self.pool.drop(block)
@@ -195,6 +200,10 @@ class KvRows:
                 row.blocks[at] = row.node.block
         if row.node is not None:
             self._tree.use(row.node)
+
+    def _usable(self, found: list[Node]) -> list[Node]:
+        """The nodes, of those that continue a row, with which its runner can go on."""
+        return found
 
     def _agrees(self, row: _Row, salt: bytes) -> bool:
         """Whether the row shares at all; keeps its first salt, and that it had another."""

@@ -19,6 +19,7 @@ from server.engine.unreadable import CorruptExperts
 from server.model.host.assembly import load_model
 from server.model.host.runner import HostRunner
 from server.model.host.sequence_runner import SequenceRunner
+from server.model.host.snapshots import SnapshotRows
 from server.model.kv.blocks import num_blocks_of
 from server.model.kv.rows import KvRows
 from server.model.runner import Runner, RunnerOptions
@@ -52,7 +53,9 @@ def make_engine(tiny_store: Path) -> Iterator[Callable[..., Engine]]:
                 progress=progress,
             )
             model.source_problem = attach_source(model.store)
-            kv = KvRows(max_rows=max_rows, num_blocks=kv_blocks or max_rows * num_blocks_of(max_tokens), shares=shares)
+            num_blocks = kv_blocks or max_rows * num_blocks_of(max_tokens)
+            kind = SnapshotRows if runner_type is SequenceRunner else KvRows
+            kv = kind(max_rows=max_rows, num_blocks=num_blocks, shares=shares)
             return runner_type(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv)
 
         def usage(empty: UsageLedger) -> UsageFile:

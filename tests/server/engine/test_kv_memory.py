@@ -12,6 +12,8 @@ from server.engine.engine import Engine
 from server.engine.request import ContextTooLongError, ExpertMissingError, FinishedEvent
 from server.masks.masking import FixedMasking, PoolMasking
 from server.masks.pools import PromptPool
+from server.model.host.runner import HostRunner
+from server.model.host.sequence_runner import SequenceRunner
 from tests.server.engine.clients import Client
 
 TURNS = (
@@ -58,10 +60,11 @@ def assert_nothing_is_held(engine: Engine) -> None:
     assert engine.status().kv.num_used == 0
 
 
+@pytest.mark.parametrize("runner_type", [HostRunner, SequenceRunner])
 def test_chats_get_the_same_answers_and_deficits_whether_their_beginnings_are_kept_or_not(
-    small_engine: Callable[..., Engine],
+    small_engine: Callable[..., Engine], runner_type: type[HostRunner | SequenceRunner]
 ) -> None:
-    kept, without = (small_engine(shares=shares) for shares in (True, False))
+    kept, without = (small_engine(shares=shares, runner_type=runner_type) for shares in (True, False))
     for kind in (*MASKS, *reversed(MASKS)):
         for (tokens, end), (wanted, wanted_end) in zip(chat(kept, kind), chat(without, kind), strict=True):
             assert tokens == wanted, kind
