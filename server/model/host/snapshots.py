@@ -1,8 +1,8 @@
 """Rows whose sequences keep more than keys and values: a prompt that was read goes on from a copy of its state.
 
 A state is of one place in a prompt, unlike keys and values, and grows with the tokens before it in most families. So of
-each prompt one copy is kept: at the last place where a chunk of a longer prompt would begin too. Invariant: all copies
-together hold at most half as many tokens as KV memory has room for; the ones that were not used for longest leave.
+each prompt one copy is kept: at the last place where a chunk of a longer prompt would begin too. Invariant: the copies
+but the newest hold at most half as many tokens as KV memory has room for; those not used for longest leave first.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class SnapshotRows(KvRows):
             return
         self._kept[node] = copy.deepcopy(self.states[handle])
         most = self.pool.num_blocks * BLOCK_TOKENS // 2
-        for old in list(self._kept):
+        for old in list(self._kept)[:-1]:
             if sum(map(_tokens, self._kept)) <= most:
                 break
             del self._kept[old]

@@ -1,0 +1,66 @@
+"""Every family goes on from a beginning that another request read, with the bits of reading it anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from expert_store.store import Store
+from server.model.host.assembly import HostModel
+from server.model.host.sequence_runner import make_runner
+from server.model.kv.blocks import BLOCK_TOKENS
+from server.model.runner import RowStep, Runner
+from tests.families.checkpoints import random_model
+from tests.families.serving import SERVED, assembled
+from tests.families.test_whole_model import extracted
+
+EVERYDAY = ("qwen3_moe", "deepseek_v3", "qwen3_next", "lfm2_moe")
+TOKENS = torch.randint(3, 90, (110,), generator=torch.Generator().manual_seed(7)).tolist()
+"""A prompt whose first 96 tokens are three blocks."""
+
+
+def families() -> list[Any]:
+    return [pytest.param(one, marks=() if one in EVERYDAY else pytest.mark.exhaustive) for one in SERVED]
+
+
+def read(runner: Runner, tokens: list[int]) -> tuple[Tensor, int]:
+    """Logits of a prompt's last token and of two decode steps, and the tokens of it that were found."""
+    row = runner.allocate()
+    found = 0
+    while (start := runner.kv.length(row)) < len(tokens):
+        runner.kv.reuse(row, tokens, b"")
+        found += runner.kv.length(row) - start
+        start = runner.kv.length(row)
+        last = runner.prefill(row, tokens[start : start + BLOCK_TOKENS]).logits[0]
+        end = runner.kv.length(row) // BLOCK_TOKENS
+        runner.kv.share(row, tokens[: end * BLOCK_TOKENS], b"", [None] * end)
+    logits = [last]
+    logits += [runner.decode([RowStep(row, token)]).logits[0].clone() for token in (5, 6)]
+    runner.free(row)
+    runner.kv.check_integrity()
+    return torch.stack(logits), found
+
+
+def fresh(model: HostModel, tokens: list[int]) -> Tensor:
+    logits, found = read(make_runner(model, max_rows=1, max_tokens=160), tokens)
+    assert found == 0
+    return logits
+
+
+@pytest.mark.parametrize("family", families())
+def test_a_prompt_that_begins_alike_has_the_logits_of_one_read_anew(
+    family: str, tmp_path: Path, repository: Path
+) -> None:
+    extracted(random_model(family), tmp_path, repository).close()
+    model = assembled(Store.open(tmp_path / "store"), 8)
+    runner = make_runner(model, max_rows=1, max_tokens=160)
+    read(runner, TOKENS[:100])
+    for tokens in (TOKENS, [*TOKENS[:97], 3, 4], TOKENS):
+        logits, found = read(runner, tokens)
+        assert found == 3 * BLOCK_TOKENS
+        assert torch.equal(logits, fresh(model, tokens))
+    model.close()
