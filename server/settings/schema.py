@@ -108,7 +108,9 @@ class EngineSettings(Section):
         262_144, description="prompt tokens of waiting requests before 429"
     )
     prefill_chunk_tokens: Annotated[int, Field(ge=1)] = Field(
-        256, description="prompt tokens computed at once, so that a long prompt does not stall the others"
+        256,
+        description="prompt tokens computed at once, so that a long prompt does not stall the others; below 32 no "
+        "prompt is kept",
     )
     corrupt_experts: Literal["fail", "mask"] = Field(
         "fail", description="damaged experts: fail the requests that need one, or mask it for all until a restart"

@@ -218,7 +218,7 @@ class KvRows:
     def usage(self) -> KvUsage:
         """The figures of now; any thread may ask."""
         idle = self._tree.num_idle
-        return KvUsage(self.pool.num_blocks, self.pool.num_used - idle, idle)
+        return KvUsage(self.pool.num_blocks, max(0, self.pool.num_used - idle), idle)  # they may change meanwhile
 
     def check_integrity(self) -> None:
         """Raise AssertionError if holders, lengths and the tree disagree."""
