@@ -81,6 +81,13 @@ def test_figures_in_sentences_are_those_of_their_results() -> None:
     assert f"{fast[0]} tokens/s to a greedy request" in text
     assert f"{fast[1]} to a sampled one, and {fast[2]} to four greedy ones" in text
     assert f"With the host driving the experts it would be {slow[0]}, {slow[1]} and {slow[2]}" in text
+    prefix = _read("prefix")
+    second = prefix["median"]
+    assert f"the first token came after {second['found_seconds']:.2f} s" in text
+    assert f"took {second['only_new_seconds']:.2f} s, without an engine" in text
+    assert f"all anew took {second['anew_seconds']:.1f} s" in text
+    assert f"in a round was {max(one['ratio'] for one in prefix['rounds']):.2f}," in text
+    assert prefix["http"]["same"] == prefix["http"]["turns"] == 40
     (alone,) = (row for row in _read("decode_gpu")["resident"] if row["batch"] == 1)
     assert f"takes {alone['step_ms']:.2f} ms, {alone['ratio']:.1f} times what its bytes need" in text
 
