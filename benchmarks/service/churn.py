@@ -70,7 +70,7 @@ class Churn:
         others = ["--dtype", "float32", "--log-level", "warning", "--log-format", "json", "--idle-seconds", "10"]
         times = ["--drain-seconds", str(DRAIN_SECONDS), "--usage-save-seconds", str(SAVE_USAGE_SECONDS)]
         # room for the beginnings of prompts, but not for those of all and four long requests besides
-        limits += ["--prefill-chunk-tokens", "32", "--kv-memory", "5MiB", "--max-context-tokens", "512"]
+        limits += ["--prefill-chunk-tokens", "32", "--kv-memory", "4MiB", "--max-context-tokens", "512"]
         serve = [sys.executable, "-m", "server.cli", "serve", str(store)]
         self.server = ChurnServer([*serve, *limits, *others, *times], store / "usage.json", log)
         self.disk = Disk(store, arguments.seed)

@@ -34,7 +34,7 @@ PROMPTS = (
 )
 """The last ones begin alike, and are long enough to be found in KV memory."""
 REFUSED = {400, 413, 415, 422, 429}
-NUM_TOKENS = 12
+NUM_TOKENS = 24
 HUNG_ANSWERS = 200
 OUTAGE_PAUSE_SECONDS = 0.3
 UNREAD = "could not be read"

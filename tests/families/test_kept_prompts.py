@@ -65,3 +65,25 @@ def test_a_prompt_that_begins_alike_has_the_logits_of_one_read_anew(
         assert found == 3 * BLOCK_TOKENS
         assert torch.equal(logits, fresh(model, tokens))
     model.close()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_rows_decode_together_as_alone_whether_attention_makes_keys_of_what_it_finds_or_not(
+    family: str, tmp_path: Path, repository: Path
+) -> None:
+    extracted(random_model(family), tmp_path, repository).close()
+    model = assembled(Store.open(tmp_path / "store"), 8)
+    prompts = [TOKENS[:9], TOKENS[20:60]]
+
+    def decoded(together: bool) -> list[Tensor]:
+        runner = make_runner(model, max_rows=2, max_tokens=64)
+        rows = [runner.allocate() for _ in prompts]
+        for row, prompt in zip(rows, prompts, strict=True):
+            runner.prefill(row, prompt)
+        steps = [[RowStep(row, 5) for row in rows]] if together else [[RowStep(row, 5)] for row in rows]
+        return [logits.clone() for step in steps for logits in runner.decode(step).logits]
+
+    for one, other in zip(decoded(True), decoded(False), strict=True):
+        assert torch.isfinite(one).all()
+        assert torch.equal(one, other)
+    model.close()

@@ -25,16 +25,18 @@ class BlockCache(Cache):
     Args:
         kv: the rows and their blocks.
         device: device of the KV memory.
-        by_rows: whether the model's attention reads each row's keys by itself (`seam.rows.attends_by_rows`).
+        by_rows: whether the model's attention reads each row's keys by itself (`seam.rows.attends_by_rows`), and does
+            nothing with the tensors that `update` returns but hand them over.
 
     Attributes:
+        by_rows: as given; may be changed between two steps.
         apart: in a step of several rows whose attention reads each row's keys by itself, those of the layer that runs:
             the tensor that `update` returned, and the rows' own, by the id of the former.
     """
 
     def __init__(self, kv: KvRows, device: torch.device, *, by_rows: bool) -> None:
         super().__init__(layers=[])
-        self.kv, self.device, self._by_rows = kv, device, by_rows
+        self.kv, self.device, self.by_rows = kv, device, by_rows
         self.apart: dict[int, tuple[Tensor, list[Tensor]]] = {}
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._step: list[tuple[int, int]] = []  # (row, tokens after the step)
@@ -125,7 +127,7 @@ class BlockCache(Cache):
             rows = [self._read(memory, place, end) for place, (_, end) in zip(self._places, self._step, strict=True)]
             if len(rows) == 1:
                 found.append(rows[0])
-            elif self._by_rows:
+            elif self.by_rows:
                 none = memory.new_full((1, 1, 1, 1), torch.nan)
                 found.append(none.expand(len(rows), states.shape[1], self.step_end, states.shape[3]))
                 self.apart[id(found[-1])] = found[-1], rows

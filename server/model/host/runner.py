@@ -21,7 +21,7 @@ from server.model.kv.blocks import num_blocks_of
 from server.model.kv.rows import KvRows
 from server.model.runner import RowStep, StepOutput
 from server.model.seam.forward import run_forward
-from server.model.seam.rows import StepRows, attends_by_rows, rows_of_step
+from server.model.seam.rows import NotApartError, StepRows, attends_by_rows, rows_of_step
 
 
 class HostDriven:
@@ -112,6 +112,13 @@ class HostRunner(HostDriven):
     @torch.inference_mode()
     def decode(self, steps: Sequence[RowStep]) -> StepOutput:
         """See `Runner.decode`."""
+        try:
+            return self._decode(steps)
+        except NotApartError:
+            self.cache.by_rows = False  # for good: latent attention makes keys of what it finds in the cache
+            return self._decode(steps)
+
+    def _decode(self, steps: Sequence[RowStep]) -> StepOutput:
         rows = [step.row for step in steps]
         positions = self.cache.begin_decode(rows)[:, None]
         ids = torch.tensor([[step.token] for step in steps], device=self.model.device)

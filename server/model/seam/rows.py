@@ -98,10 +98,17 @@ def _attention(
     return torch.cat(outputs), None
 
 
+class NotApartError(Exception):
+    """A model computes its keys or values from what its cache returned, so the cache must return numbers."""
+
+
 def _of_rows(rows: StepRows, together: Tensor) -> Sequence[Tensor]:
-    """The keys or values of each row, [1, KV heads, length, D]."""
-    _, apart = rows.apart.get(id(together), (None, None))
-    return apart or [together[at : at + 1, :, :length] for at, length in enumerate(rows.lengths)]
+    """The keys or values of each row, [1, KV heads, length, D]. Raises NotApartError."""
+    if not rows.apart:
+        return [together[at : at + 1, :, :length] for at, length in enumerate(rows.lengths)]
+    if id(together) not in rows.apart:
+        raise NotApartError
+    return rows.apart[id(together)][1]
 
 
 def _by_blocks(
