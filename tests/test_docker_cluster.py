@@ -24,7 +24,8 @@ POD_CONTAINERS = [
 
 
 def _check(*arguments: str) -> None:
-    tool = Path(sys.executable).parent / "check-jsonschema"
+    beside = Path(sys.executable).parent / "check-jsonschema"
+    tool = str(beside) if beside.exists() else "check-jsonschema"
     done = subprocess.run([tool, *arguments], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
