@@ -23,8 +23,8 @@ def _json(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) 
     return document
 
 
-def test_fit_says_places_speed_and_sources(tiny_store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fit", str(tiny_store), *H100, "--device-memory", "24GiB", "--slots-memory", "60%"]) == 0
+def test_fit_says_places_speed_and_sources(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", str(tiny_checkpoint), *H100, "--device-memory", "24GiB", "--slots-memory", "60%"]) == 0
     said = capsys.readouterr().out
     for part in (
         "fits: captured decoding",
