@@ -1,8 +1,7 @@
 """The tokens of a row, the bytes of their keys and values, and the division of memory between them and slots.
 
 The bytes are those of the host-driven path; the captured path's `DeviceMemory.row_bytes` is the same for the attention
-that it captures. Source: transformers' configs; latent attention keeps keys and values of every head, as its forward
-computes them.
+that it captures. Source: transformers' configs; its latent attention keeps the latent and the rotated part of the key.
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ HOST_RESERVE_BYTES = 1 << 30
 """Host memory for Python, its libraries and activations: 452 MiB at the peak of importing, and what a step needs."""
 _WITHOUT = ("linear_attention", "mamba", "mamba2", "conv", "recurrent")
 """Layer types that keep a state of fixed size instead of keys and values."""
+_TIMES_HEADS = {("mimo_v2_flash", "sliding_attention"): 2}
+"""Heads that a model's code multiplies, by model type and layer type."""
 
 
 def kv_token_bytes(config: Any, itemsize: int) -> int:
@@ -28,15 +29,23 @@ def kv_token_bytes(config: Any, itemsize: int) -> int:
         config: transformers' config of the text model.
         itemsize: bytes of a value.
     """
-    types = getattr(config, "layer_types", None) or ["full_attention"] * int(config.num_hidden_layers)
-    num_layers = sum(kind not in _WITHOUT for kind in types)
-    heads = int(config.num_attention_heads)
+    num_layers = int(config.num_hidden_layers)
+    layers = list(getattr(config, "per_layer_config", None) or [config] * num_layers)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * num_layers
+    kept = zip(layers, kinds, strict=True)
+    return sum(_layer_values(layer, kind) for layer, kind in kept if kind not in _WITHOUT) * itemsize
+
+
+def _layer_values(config: Any, kind: str) -> int:
+    """Numbers that a layer keeps of a token."""
     if getattr(config, "kv_lora_rank", None):
-        head = int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim) + int(config.v_head_dim)
-        return num_layers * heads * head * itemsize
+        return int(config.kv_lora_rank) + int(config.qk_rope_head_dim)
+    heads = int(config.num_attention_heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    value_dim = int(getattr(config, "v_head_dim", None) or head_dim)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    return 2 * num_layers * kv_heads * head_dim * itemsize
+    kv_heads *= _TIMES_HEADS.get((getattr(config, "model_type", ""), kind), 1)
+    return kv_heads * (head_dim + value_dim)
 
 
 LEAST_CONTEXT_TOKENS = 2048

@@ -48,7 +48,9 @@ def test_layer_with_experts_for_text_and_others_for_images_is_refused(tmp_path: 
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
     for key in ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"):
         text.pop(key, None)
-    config_class(text_config=text, vision_config=tiny_tower(default.vision_config, text["hidden_size"])).save_pretrained(tmp_path)
+    config_class(
+        text_config=text, vision_config=tiny_tower(default.vision_config, text["hidden_size"])
+    ).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     with pytest.raises(UnsupportedFamilyError, match="more than one set of routed experts"):
         ExpertsLayout.of(Checkpoint(tmp_path, "x", "x", config, (), ()))

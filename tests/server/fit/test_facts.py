@@ -125,7 +125,7 @@ def test_statistics_of_calibration_give_it_too_and_those_of_another_model_are_re
         ({"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}, 3 * 2 * 2 * 16),
         ({"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}, 2 * 2 * 4 * 16),
         ({"num_hidden_layers": 2, "num_attention_heads": 4, "kv_lora_rank": 8, "qk_nope_head_dim": 16,
-          "qk_rope_head_dim": 8, "v_head_dim": 12}, 2 * 4 * 36),
+          "qk_rope_head_dim": 4, "v_head_dim": 12}, 2 * (8 + 4)),
         ({"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16,
           "layer_types": ["linear_attention", "full_attention"]}, 2 * 16),
     ],
