@@ -6,6 +6,7 @@ model's shape compiles. Invariant: after `capture` and `prepare_draws` no reques
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -42,8 +43,25 @@ def in_parallel() -> Iterator[None]:
         log.info("this Triton compiles one kernel at a time")
         yield
         return
-    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads, AsyncCompileMode(threads):
+    with (
+        _without_garbage_collection(),
+        ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads,
+        AsyncCompileMode(threads),
+    ):
         yield
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Python 3.11 counts the depth of syntax trees for all threads together: where a collection lets another thread
+    parse in the middle of a tree, parsing fails (python/cpython#106905)."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class StepGraph:
