@@ -25,10 +25,9 @@ from torch import Tensor
 
 from expert_store.errors import AdapterError, ShardCorruptError
 from expert_store.files import open_checked, read_fully, replacing
-from expert_store.manifest import AdapterFile, Manifest, format_ids, read_manifest, write_manifest
+from expert_store.manifest import ADAPTER_NAME, AdapterFile, Manifest, format_ids, read_manifest, write_manifest
 
 FORMAT, VERSION, METADATA = "deepfew-adapter", 1, "adapter"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 PARTS = ("lora_A", "lora_B", "delta", "scale", "gain")
 """A linear layer y = x Wᵀ has `lora_A` [R, in] and `lora_B` [out, R], or `delta` [out, in]: y + x Aᵀ Bᵀ, or y + x Δᵀ. A
 router has `delta` [E, H], added to its logits in the same way, and `gain` [E]: the weight of expert e is multiplied by
@@ -218,7 +217,7 @@ def attach(root: Path, name: str, adapter: Adapter) -> None:
         AdapterError: a name that is none, or an adapter of another checkpoint. ManifestError. OSError.
     """
     manifest = read_manifest(root)
-    if not NAME.fullmatch(name) or name == "none":
+    if not re.fullmatch(ADAPTER_NAME, name) or name == "none":
         raise AdapterError(
             f"{name!r} names no adapter: wanted 1 to 64 letters, digits, '.', '_' and '-', and not none, by which "
             "requests say that they want no adapter"

@@ -183,11 +183,14 @@ class TrunkFile(_Record):
     sha256: _Sha256
 
 
+ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterFile(_Record):
     """The file of the adapter called `name`; `file` is its path below the store."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    name: Annotated[str, StringConstraints(pattern=ADAPTER_NAME)]
     file: _Path
     bytes: _Positive
     sha256: _Sha256

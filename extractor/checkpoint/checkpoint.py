@@ -153,7 +153,7 @@ def _weight_files(root: Path, config: dict[str, Any]) -> tuple[list[str], list[s
             "Hugging Face layout are read: convert it with transformers' save_pretrained, or download the safetensors "
             "files"
         )
-    names = sorted(set(_weight_map(root, first).values())) if first.endswith(INDEX_SUFFIX) else [first]
+    names = sorted(set(weight_map(root, first).values())) if first.endswith(INDEX_SUFFIX) else [first]
     unread = [name for name in found if name.endswith(".safetensors") and name not in names]
     if first != INDEX_NAME and (root / INDEX_NAME).exists():
         unread.insert(0, INDEX_NAME)
@@ -177,19 +177,23 @@ def _overridden(files: tuple[TensorFile, ...]) -> list[str]:
     ]
 
 
-def _weight_map(root: Path, index: str) -> dict[str, str]:
-    weight_map = _read_json(root, index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+def weight_map(root: Path, index: str) -> dict[str, str]:
+    """The weights file of each tensor, from an index in `root`: plain names of *.safetensors files.
+
+    Raises CheckpointError when the index is missing, is none, or names anything else.
+    """
+    found = _read_json(root, index).get("weight_map")
+    if not isinstance(found, dict) or not found:
         raise CheckpointError(
             f"{root / index} has no weight_map, so it is no index of weights; copy or download it again"
         )
-    for tensor, file in weight_map.items():
+    for tensor, file in found.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise CheckpointError(
                 f"{root / index} puts {tensor} into {file!r}, wanted the plain name of a *.safetensors file in "
                 "the same directory; the index is damaged or hostile: do not use this checkpoint"
             )
-    return weight_map
+    return found
 
 
 def _sidecars(root: Path) -> tuple[Path, ...]:

@@ -184,11 +184,11 @@ def _named_at_the_end(target: Path) -> Iterator[Path]:
             sync_directory(folder)
             _check_target(target)
             os.replace(folder, target)
-            sync_directory(target.parent)
         except BaseException:
             _empty(folder)
             folder.rmdir()
             raise
+        sync_directory(target.parent)
     finally:
         os.close(lock)
 

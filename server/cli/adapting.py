@@ -77,7 +77,7 @@ def adapt(
     tokens: TrainedOption = 4_000_000,
     self_generated: GeneratedOption = 0,
     rank: RankOption = 32,
-    rate: RateOption = 3e-3,
+    rate: RateOption = 2e-3,
     batch_tokens: BatchOption = 4096,
     seed: SeedOption = 0,
     max_tokens: TokensOption = 1 << 20,

@@ -157,7 +157,7 @@ def _own_rates(source: str, device: Any, probe: bool) -> tuple[MachineRates, str
 
     path = cache_directory() / f"machine-{str(device).replace(':', '-')}.json"
     if path.is_file() and not probe:
-        return read_rates(path), f"this machine's, from {path}"
+        return measuring.with_free_memory(read_rates(path), device), f"this machine's, from {path}"
     Console(stderr=True).print("measuring this machine, once; what else runs makes it look slower …")
     rates = measuring.probe(device, measuring.weights_of(Path(source)))
     write_rates(path, rates)

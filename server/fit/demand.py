@@ -30,11 +30,6 @@ class Demand:
     repeats: float
     source: str
 
-    @property
-    def top_k(self) -> float:
-        """Experts of a token in each layer."""
-        return float(self.shares.sum(axis=1).mean())
-
     def distinct(self, num_rows: int) -> float:
         """Distinct experts that a step of so many rows needs in a layer, mean over all layers."""
         return float(self._step(num_rows).sum(axis=1).mean())

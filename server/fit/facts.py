@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from router.ledger import UsageLedger
 from server.errors import UsageError
 from server.fit.demand import Demand, of_counts, recorded
 from server.fit.hub import described_checkpoint
+from server.model.host.assembly import COMPUTE_DTYPES
 from server.model.kv_memory import kv_token_bytes
 from server.model.seam.trunk import context_tokens, is_experts_module, trunk_skeleton
 
@@ -137,16 +138,14 @@ def facts_of(
         the statistics cannot be read. UsageError: they are of another model, or a store's experts of another encoding.
     """
     path = Path(source)
-    if (path / MANIFEST_NAME).is_file():
-        model = _of_store(path, experts_dtype, dtype)
+    with ExitStack() as stack:
+        if (path / MANIFEST_NAME).is_file():
+            model = _of_store(path, experts_dtype, dtype)
+        elif path.exists() or source.count("/") != 1:
+            model = _of_checkpoint(Checkpoint.open(path), experts_dtype, dtype)
+        else:
+            model = _of_checkpoint(stack.enter_context(described_checkpoint(source)), experts_dtype, dtype)
         yield model if statistics is None else _with_statistics(model, statistics)
-    elif path.exists() or source.count("/") != 1:
-        model = _of_checkpoint(Checkpoint.open(path), experts_dtype, dtype)
-        yield model if statistics is None else _with_statistics(model, statistics)
-    else:
-        with described_checkpoint(source) as checkpoint:
-            model = _of_checkpoint(checkpoint, experts_dtype, dtype)
-            yield model if statistics is None else _with_statistics(model, statistics)
 
 
 def _with_statistics(model: ModelFacts, path: Path) -> ModelFacts:
@@ -195,7 +194,7 @@ def _usage(path: Path, fingerprint: str) -> UsageLedger | None:
     return ledger if ledger.fingerprint == fingerprint and ledger.num_tokens else None
 
 
-_DTYPES = TORCH_DTYPES | {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = TORCH_DTYPES | COMPUTE_DTYPES
 
 
 def _facts(

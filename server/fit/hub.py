@@ -2,6 +2,7 @@
 
 Invariant: of a weights file its beginning alone is fetched: the header, at least 100 kB. The file that stands for it
 has the real header and size and is sparse behind them, so all that reads headers alone takes it for the checkpoint.
+Nothing is written outside the temporary directory, whatever names the model's index has.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from extractor.checkpoint.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from extractor.checkpoint.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, weight_map
 from extractor.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub.utils._safetensors import SafetensorsFileMetadata
 
 HEADER_THREADS = 8
 
@@ -34,31 +36,33 @@ def described_checkpoint(name: str) -> Iterator[Checkpoint]:
 
     with tempfile.TemporaryDirectory(prefix="deepfew-fit-") as temporary:
         root = Path(temporary)
-        try:
+        with _asking(name):
             snapshot_download(
                 name, allow_patterns="*.json", ignore_patterns=["*/*", "tokenizer*", "vocab*"], local_dir=root
             )
-            files = _weight_files(root)
-            with ThreadPoolExecutor(HEADER_THREADS, thread_name_prefix="hub-header") as threads:
-                list(threads.map(lambda file: _write_header(HfApi(), name, file, root / file), files))
-        except Exception as error:  # the hub's client raises its own, its transport's, and the system's errors
-            raise CheckpointError(
-                f"{name} is no local directory and could not be described by the hub ({error}); check the name and "
-                "the network, or name a directory"
-            ) from error
+        files = sorted(set(weight_map(root, INDEX_NAME).values())) if (root / INDEX_NAME).is_file() else [SINGLE_NAME]
+        with _asking(name), ThreadPoolExecutor(HEADER_THREADS, thread_name_prefix="hub-header") as threads:
+            headers = list(threads.map(partial(HfApi().parse_safetensors_file_metadata, name), files))
+        for file, header in zip(files, headers, strict=True):
+            _write_header(header, root / file)
         yield Checkpoint.open(root, name=name, location=name)
 
 
-def _weight_files(root: Path) -> list[str]:
-    index = root / INDEX_NAME
-    if not index.is_file():
-        return [SINGLE_NAME]
-    return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+@contextmanager
+def _asking(name: str) -> Iterator[None]:
+    """Raise the errors of the hub's client as CheckpointError. Only calls of the client belong inside."""
+    try:
+        yield
+    except Exception as error:  # the client raises its own, its transport's, and the system's errors
+        raise CheckpointError(
+            f"{name} is no local directory and could not be described by the hub ({error}); check the name and the "
+            "network, or name a directory"
+        ) from error
 
 
-def _write_header(api: HfApi, name: str, file: str, path: Path) -> None:
+def _write_header(metadata: SafetensorsFileMetadata, path: Path) -> None:
     """Write the header of a weights file of the hub, and make the file as long as the weights are."""
-    tensors = api.parse_safetensors_file_metadata(name, file).tensors
+    tensors = metadata.tensors
     entries = {
         tensor: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
         for tensor, info in tensors.items()

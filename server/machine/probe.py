@@ -12,6 +12,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -69,6 +70,12 @@ def probe(device: torch.device, files: list[Path], clock: Clock = time.perf_coun
         product_rate=2 * PROMPT_ROWS * few.numel() / product,
         operation_seconds=_operation_seconds(torch.device("cpu"), clock),
     )
+
+
+def with_free_memory(rates: MachineRates, device: torch.device) -> MachineRates:
+    """This machine's rates, measured some time ago, with the memory that is free now."""
+    device_memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    return replace(rates, device_memory=device_memory, host_memory=free_host_bytes() or 0)
 
 
 def seconds(run: Callable[[], object], clock: Clock) -> float:

@@ -55,16 +55,19 @@ def test_a_model_that_does_not_fit_ends_with_status_1(tiny_store: Path, capsys: 
     assert "does not fit" in capsys.readouterr().out
 
 
-def test_rates_are_measured_once_and_kept(
+def test_rates_are_measured_once_and_kept_without_the_free_memory(
     tiny_store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     rates = replace(known_machines()["h100"], kind="cpu", host_memory=8 << 30)
     calls: list[torch.device] = []
     monkeypatch.setattr(measuring, "probe", lambda device, files: calls.append(device) or rates)
+    monkeypatch.setattr(measuring, "free_host_bytes", lambda: 5 << 30)
     cpu = [str(tiny_store), "--device", "cpu"]
     assert "measured now" in _json(capsys, *cpu)["rates"]["from"]
-    assert "this machine's, from" in _json(capsys, *cpu)["rates"]["from"]
+    later = _json(capsys, *cpu)["rates"]
+    assert "this machine's, from" in later["from"]
+    assert (later["host_memory"], later["read_rate"]) == (5 << 30, rates.read_rate)
     assert len(calls) == 1
     _json(capsys, *cpu, "--probe")
     assert len(calls) == 2

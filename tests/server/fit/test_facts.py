@@ -26,7 +26,7 @@ from server.fit.facts import facts_of
 from server.model.decode_path import load_runner
 from server.model.kv_memory import kv_token_bytes
 from server.model.runner import RunnerOptions
-from tests.server.fit.fake_hub import NAME, served_hub
+from tests.server.fit.fake_hub import NAME, Hub, served_hub
 
 QUICK = ("16bit", "int4", "nvfp4")
 
@@ -139,11 +139,7 @@ def test_bytes_of_a_token_in_kv_memory(config: dict[str, object], wanted: int) -
 
 def test_a_model_of_the_hub_is_described_by_its_headers(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with served_hub(tiny_checkpoint) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-        )
+        _ask(hub, monkeypatch)
         with facts_of(NAME, None, "auto") as described, facts_of(str(tiny_checkpoint), None, "auto") as model:
             assert described.name == NAME
             assert described.layers == model.layers
@@ -152,3 +148,23 @@ def test_a_model_of_the_hub_is_described_by_its_headers(tiny_checkpoint: Path, m
             pass
     weights = sum(file.stat().st_size for file in tiny_checkpoint.glob("*.safetensors"))
     assert 0 < sum(hub.sent) < weights / 50
+
+
+def test_an_index_of_the_hub_that_names_other_folders_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    index = {"weight_map": {"a": "../outside.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with served_hub(tmp_path) as hub:
+        _ask(hub, monkeypatch)
+        with pytest.raises(CheckpointError, match="damaged or hostile"), facts_of(NAME, None, "auto"):
+            pass
+    assert not hub.sent
+
+
+def _ask(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

@@ -26,16 +26,16 @@ def _named(rows: list[Row], *, cpu: bool, prompts: bool) -> list[Row]:
     return [row for row in kept if ("prompt" in row.setting) == prompts]
 
 
-def test_steps_on_the_h100_are_predicted_within_15_percent(rows: list[Row]) -> None:
+def test_steps_on_the_h100_are_predicted_within_11_percent(rows: list[Row]) -> None:
     steps = _named(rows, cpu=False, prompts=False)
     assert len(steps) >= 50
-    assert [row for row in steps if abs(row.error) > 0.15] == []
+    assert [row for row in steps if abs(row.error) > 0.11] == []
 
 
-def test_steps_on_the_h100_are_predicted_by_popularity_within_15_percent(rows: list[Row]) -> None:
+def test_steps_on_the_h100_are_predicted_by_popularity_within_11_percent(rows: list[Row]) -> None:
     popular = [row for row in rows if row.popular_ms is not None]
     assert len(popular) == 12
-    assert [row for row in popular if abs((row.popular_ms or 0) / row.measured_ms - 1) > 0.15] == []
+    assert [row for row in popular if abs((row.popular_ms or 0) / row.measured_ms - 1) > 0.11] == []
 
 
 def test_steps_that_read_the_disk_are_predicted_within_20_percent(rows: list[Row]) -> None:
