@@ -1,7 +1,8 @@
 """The tokens of a row, the bytes of their keys and values, and the division of memory between them and slots.
 
-The bytes are those of the host-driven path; the captured path's `DeviceMemory.row_bytes` is the same for the attention
-that it captures. Source: transformers' configs; its latent attention keeps the latent and the rotated part of the key.
+The bytes are those of the host-driven path; the captured path's `DeviceMemory.token_bytes` is the same for the
+attention that it captures. Source: transformers' configs; its latent attention keeps the latent and the rotated part of
+the key.
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ def down_biases(
     its start; PER: elements of a bias in one of the slots' elements. Reads slots after `gate_up` has filled them."""
     total = tl.zeros(rows.shape, tl.float32)
     for k in tl.static_range(K):
-        pick = first + k + 0 * rows
+        pick = first + k + 0 * rows  # for each row: Triton's interpreter loads under no mask made with a number
         slot = tl.load(pair_target + pick)
         weight = tl.load(weights + pick)
         slot = tl.where(slot >= FETCHED, slot - FETCHED, slot)

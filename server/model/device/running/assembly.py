@@ -266,16 +266,12 @@ def _experts_of(layers: Sequence[LayerSpec], transposed: bool) -> tuple[int, tup
     """
     first = layers[0].tensors
     for spec in layers:
-        names = tuple(tensor.name for tensor in spec.tensors)
-        shapes = [_rows_first(tensor, transposed) for tensor in spec.tensors]
-        known = names in _EXPERTS and _is_gated(dict(zip(names, shapes, strict=True)))
-        if not known or [(tensor.shape, tensor.encoding) for tensor in spec.tensors] != [
-            (tensor.shape, tensor.encoding) for tensor in first
-        ]:
-            raise NotCapturableError(
-                f"experts hold {dict(zip(names, shapes, strict=True))}, not gate_up [2I, H] and down [H, I] alike in "
-                "every layer"
-            )
+        shapes = {tensor.name: _rows_first(tensor, transposed) for tensor in spec.tensors}
+        alike = [(one.shape, one.encoding) for one in spec.tensors] == [(one.shape, one.encoding) for one in first]
+        need(
+            tuple(shapes) in _EXPERTS and _is_gated(shapes) and alike,
+            f"experts hold {shapes}, not gate_up [2I, H] and down [H, I] alike in every layer",
+        )
     rows, columns = (tensor.encoding for tensor in first if len(tensor.shape) == 2)
     need((rows is None) == (columns is None), "one of gate_up and down is packed and the other is not")
     intermediate = _rows_first(next(tensor for tensor in first if tensor.name == "down_proj"), transposed)[1]

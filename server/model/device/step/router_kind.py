@@ -80,8 +80,8 @@ def router_kind(model_type: str, router: Any, block: Any) -> RouterKind:
         raise RouterRefusedError("the router weighs chosen logits otherwise than by a softmax")
     width = router_product(router)[0].shape[-1]
     bias = _bias_name(rule, router, block)
-    if bias is not None and rule.scores not in (rules.softmax, rules.sigmoid, rules.sigmoid_in_float32):
-        raise RouterRefusedError("the router adds a selection bias to logits or to rounded scores")
+    if bias is not None and chosen_first:
+        raise RouterRefusedError("the router adds a selection bias to logits")
     renormalise, eps = _renormalised(rule, router, chosen_first)
     groups, kept, best = _groups(rule, router)
     if groups > 1 and _SCORES[rule.scores] != "sigmoid":
@@ -128,10 +128,10 @@ def selection_bias(kind: RouterKind, router: Any, block: Any) -> torch.Tensor | 
 def _bias_name(rule: TopKRule, router: Any, block: Any) -> str | None:
     if rule.bias is rules.no_bias:
         return None
-    name = rule.bias.name if isinstance(rule.bias, BiasArgument) else "e_score_correction_bias"
-    owner = block if isinstance(rule.bias, BiasArgument) else router
     if rule.bias is rules.statics_bias:
         return "moe_statics.e_score_correction_bias"
+    name = rule.bias.name if isinstance(rule.bias, BiasArgument) else "e_score_correction_bias"
+    owner = block if isinstance(rule.bias, BiasArgument) else router
     if rule.bias is not rules.correction_bias and not isinstance(rule.bias, BiasArgument):
         raise RouterRefusedError("the router's selection bias is kept elsewhere than in the router")
     bias = getattr(owner, name, None)
@@ -177,7 +177,7 @@ def _dtypes(router: Any, block: Any, bias: str | None, rule: TopKRule, width: in
     given = (hidden, getattr(block, str(bias)).detach().to("meta")) if argument else (hidden,)
     try:
         picks = Picks.of(meta(*given))
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise RouterRefusedError(f"the router cannot be asked for its dtypes: {error}") from error
     return picks.logits.dtype, picks.weights.dtype
 

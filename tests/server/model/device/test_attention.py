@@ -74,9 +74,7 @@ def in_float64(step: DecodeStep, row: int) -> Tensor:
     def turned(heads: Tensor, norm: Tensor) -> Tensor:
         if shape.qk_norm == "head":
             heads = norm.double() * heads / (heads.square().mean(dim=-1, keepdim=True) + shape.eps).sqrt()
-        cos, sin = (
-            table[length].double().repeat(2) for table in (step.weights.layers[0].cos, step.weights.layers[0].sin)
-        )
+        cos, sin = (table[length].double().repeat(2) for table in (weights.cos, weights.sin))
         return heads * cos + torch.cat([-heads[:, shape.head_dim // 2 :], heads[:, : shape.head_dim // 2]], dim=1) * sin
 
     query, key = turned(query, weights.q_norm), turned(key, weights.k_norm)
