@@ -31,12 +31,13 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.harness.reporting import REPOSITORY, environment, finish, table
-from server.cluster.choice import ChoiceOptions, Fleet
+from server.cluster.choice import DEFAULT_OPTIONS, ChoiceOptions, Fleet
 from server.cluster.likeness import WORD_BUCKETS, Likeness
 from server.cluster.statistics import TopicLedger, sketch_layers
 
 POLICIES = ("random", "round robin", "two choices", "prefix", "affinity")
 BLOCK_TOKENS = 64
+SEED = 0
 EMPTY, PREFILL, DECODE = 0, 1, 2
 NO_WORDS = np.zeros(WORD_BUCKETS, dtype=np.bool_)
 
@@ -161,13 +162,10 @@ class Simulation:
 
     def __init__(
         self, kinds: Kinds, machine: Machine, traffic: Traffic, num_replicas: int, policy: str, seconds: float,
-        seed: int = 0,
-        options: ChoiceOptions | None = None,
     ) -> None:  # fmt: skip
         self.kinds, self.machine, self.traffic, self.policy = kinds, machine, traffic, policy
         self.num, self.seconds = num_replicas, seconds
-        self.draw = random.Random(seed)
-        self.seed = seed
+        self.draw = random.Random(SEED)
         _, layers, self.top_k = kinds.experts.shape
         self.last = np.zeros((self.num, layers, kinds.num_experts), dtype=np.float64)
         self.resident = np.zeros(self.last.shape, dtype=np.bool_)
@@ -182,9 +180,7 @@ class Simulation:
         self.load = np.zeros(self.num, dtype=np.int64)
         self.kv: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(self.num)]
         self.names = [str(at) for at in range(self.num)]
-        if options is None:
-            options = ChoiceOptions()
-        self.fleet = Fleet(replace(options, held=0.0, wanted=0.0) if policy == "prefix" else options)
+        self.fleet = Fleet(ChoiceOptions(held=0.0, wanted=0.0) if policy == "prefix" else DEFAULT_OPTIONS)
         self.layers = sketch_layers(layers, kinds.num_experts)
         self.ledgers = [TopicLedger(len(self.layers) * kinds.num_experts) for _ in self.names]
         self.counts = Counts()
@@ -224,7 +220,7 @@ class Simulation:
         return self.seconds / 3
 
     def _on_conversation(self, now: float, number: int) -> None:
-        traffic, draw = self.traffic, random.Random(f"{self.seed} {number}")  # the same under every policy
+        traffic, draw = self.traffic, random.Random(f"{SEED} {number}")  # the same under every policy
         self._at(now + draw.expovariate(traffic.rate * self.num), "conversation", number + 1)
         weights = [(rank + 1) ** -traffic.zipf for rank in range(len(self.kind_order))]
         kind = draw.choices(self.kind_order, weights)[0]
@@ -276,7 +272,7 @@ class Simulation:
             of_kind = self.kinds.words[turn.kind]
             first = (turn.first + turn.history) // BLOCK_TOKENS
             words = of_kind[(first + np.arange(1 + turn.prompt // BLOCK_TOKENS)) % len(of_kind)].any(axis=0)
-        return Likeness(tuple(beginning), max(1, blocks), keys, words)
+        return Likeness(tuple(beginning), keys, words)
 
     def _on_drift(self, now: float, _: None) -> None:
         self._at(now + self.traffic.drift_seconds, "drift", None)
@@ -293,7 +289,7 @@ class Simulation:
             return
         held = self.resident[at, self.layers].ravel()
         wire = self.ledgers[at].statistics(now, int(self.load[at]), held).to_wire()
-        self.counts.statistics_bytes = max(self.counts.statistics_bytes, wire_bytes(wire))
+        self.counts.statistics_bytes = max(self.counts.statistics_bytes, len(pickle.dumps(wire)))
         self.fleet.update(self.names[at], wire)
 
     def _on_done(self, now: float, turn: Turn) -> None:
@@ -388,11 +384,6 @@ class Simulation:
         self.state[at, row], self.row_turn[at][row] = EMPTY, None
         turn.done = now
         self._at(now, "done", turn)
-
-
-def wire_bytes(wire: dict[str, Any]) -> int:
-    """Bytes of a replica's statistics as they are sent."""
-    return len(pickle.dumps(wire))
 
 
 def summary(counts: Counts) -> dict[str, float]:

@@ -19,7 +19,6 @@ import random
 import re
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ import numpy.typing as npt
 
 from benchmarks.affinity import Kinds, Machine, Simulation, Traffic, summary
 from benchmarks.harness.reporting import BUNDLED, REPOSITORY, environment, finish, table
+from benchmarks.harness.servers import free_port
 from server.cli.main import main as deepfew
 from server.cluster.choice import ChoiceOptions
 
@@ -83,11 +83,12 @@ def measure(folder: Path, options: ChoiceOptions, count: int) -> dict[str, float
         f'store = "{folder}/store"\n[model]\nslots = {SLOTS}\ndevice = "cpu"\n[masks]\nprofiles = "{folder}/profiles"\n'
         f"[cluster]\nreplicas = 2\nstatistics_seconds = {STATISTICS_SECONDS}\n"
     )
+    port = free_port()
     ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": 8197})
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(build(*read_cluster(config, {}), options), name="deepfew", route_prefix="/")
-        with httpx.Client(base_url="http://127.0.0.1:8197", timeout=120) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
             return _measured(client, count)
     finally:
         serve.shutdown()
@@ -157,7 +158,7 @@ def simulate(kinds: Kinds, policy: str, expert_bytes: int) -> dict[str, float]:
         answer_tokens=(ANSWER_TOKENS, ANSWER_TOKENS), statistics_seconds=STATISTICS_SECONDS,
     )  # fmt: skip
     machine = Machine(SLOTS, expert_bytes, base_seconds=0.004, token_seconds=1e-5, bytes_per_second=1e9)
-    return summary(Simulation(kinds, machine, replace(traffic), 2, policy, 300.0).run())
+    return summary(Simulation(kinds, machine, traffic, 2, policy, 300.0).run())
 
 
 def main() -> None:

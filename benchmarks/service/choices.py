@@ -32,7 +32,7 @@ def full_statistics(draw: np.random.Generator, taken_at: float) -> dict[str, Any
     blocks = MAX_PREFIXES // MAX_TOPICS + 1
     for key in draw.choice(NUM_KEYS, MAX_TOPICS, replace=False):
         beginning = tuple(draw.integers(0, 2**63, blocks).tolist())
-        likeness = Likeness(beginning, blocks, (int(key),), draw.random(WORD_BUCKETS) < 0.2)
+        likeness = Likeness(beginning, (int(key),), draw.random(WORD_BUCKETS) < 0.2)
         ledger.add(ledger.begin(likeness), draw.random(SKETCH_EXPERTS) ** 4, 100)
     return ledger.statistics(taken_at, 3, draw.random(SKETCH_EXPERTS) < 0.5).to_wire()
 
@@ -46,7 +46,7 @@ def measured(num_replicas: int, num_choices: int = 200) -> dict[str, float]:
         fleet.update(str(at), wire)
     taken_in = (time.thread_time() - started) / num_replicas
     requests = [
-        Likeness(tuple(range(10)), 10, (at % NUM_KEYS,) if at % 2 else (), draw.random(WORD_BUCKETS) < 0.2)
+        Likeness(tuple(range(10)), (at % NUM_KEYS,) if at % 2 else (), draw.random(WORD_BUCKETS) < 0.2)
         for at in range(num_choices)
     ]
     started = time.thread_time()

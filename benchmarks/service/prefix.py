@@ -41,7 +41,7 @@ from server.engine.engine import Engine
 from server.engine.request import Event, FinishedEvent, GenerationRequest, SamplingParams, TokenEvent
 from server.model.host.assembly import HostModel, load_model
 from server.model.host.runner import HostRunner
-from server.model.kv.blocks import num_blocks_of
+from server.model.kv.blocks import BLOCK_TOKENS, num_blocks_of
 from server.model.kv.rows import KvRows
 from server.model.runner import RunnerOptions
 
@@ -126,7 +126,8 @@ def _round(engines: dict[bool, Engine], floor: HostRunner, first: list[int], new
     second = first + answer + new
     anew_answer, anew = _ask(engines[False], second)
     row = floor.allocate()
-    start = len(first) // 32 * 32 if floor.cuts_anywhere else len(first) // CHUNK_TOKENS * CHUNK_TOKENS
+    unit = BLOCK_TOKENS if floor.cuts_anywhere else CHUNK_TOKENS
+    start = len(first) // unit * unit
     _read(floor, row, second[:start])
     began = time.perf_counter()
     _read(floor, row, second[start:])

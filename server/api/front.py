@@ -35,7 +35,7 @@ RELOAD_PATH = "/experts/reload"
 MAX_TRIES = 3
 MAX_MESSAGES = 64
 """Messages of an answer that wait for a front that reads slowly."""
-UNREPEATABLE = ("/experts/grow", "/experts/shrink", "/experts/reload")
+UNREPEATABLE = ("/experts/grow", "/experts/shrink")
 
 
 class ReplicaLostError(EngineError):
@@ -99,8 +99,11 @@ class Front:
             routed = as_routed(scope)
             try:
                 await self._answer(routed, scope["method"], receive, send_noted)
+            except ClientDisconnect:
+                return
             except Exception as error:
-                log.exception("unexpected error")
+                if not isinstance(error, ApiError | EngineError):
+                    log.exception("unexpected error")
                 if has_begun:
                     raise  # the server underneath closes the connection
                 await error_response(error, routed["path"])(routed, receive, send)
@@ -111,23 +114,16 @@ class Front:
             await ModelResponse(HealthResponse(status="ok"))(scope, receive, send)
             return
         request = Request(scope, receive)
-        try:
-            body = await receive_body(
-                request, max_bytes=self._http.max_body_bytes, receive_seconds=self._http.receive_seconds
-            )
-            passed = PassedRequest(
-                method, path, scope.get("query_string", b""), tuple(map(tuple, scope["headers"])), body
-            )
-            if path in METRICS_PATHS:
-                await (await self._metrics(passed))(scope, receive, send)
-            elif path == RELOAD_PATH:
-                await (await self._all_alike(passed))(scope, receive, send)
-            else:
-                await unless_disconnected(request, self._pass_on(passed, scope, send))
-        except ClientDisconnect:
-            return
-        except (ApiError, EngineError) as error:
-            await error_response(error, path)(scope, receive, send)
+        body = await receive_body(
+            request, max_bytes=self._http.max_body_bytes, receive_seconds=self._http.receive_seconds
+        )
+        passed = PassedRequest(method, path, scope.get("query_string", b""), tuple(map(tuple, scope["headers"])), body)
+        if path in METRICS_PATHS:
+            await (await self._metrics(passed))(scope, receive, send)
+        elif path == RELOAD_PATH:
+            await (await self._all_alike(passed))(scope, receive, send)
+        else:
+            await unless_disconnected(request, self._pass_on(passed, scope, send))
 
     async def _pass_on(self, request: PassedRequest, scope: Scope, send: Send) -> None:
         for tries_left in reversed(range(1 if request.path in UNREPEATABLE else MAX_TRIES)):

@@ -181,9 +181,11 @@ class _Parts:
             except RayServeException as error:
                 raise NotReadyError(f"no replica of {part!r} is there") from error
             for result in results:
-                if isinstance(result, tuple):  # a replica that just ended gives an error, and has nothing to say
+                if isinstance(result, tuple):
                     name, status, content = result
                     answers[f"{part}-{name}"] = (status, content)
+                else:  # of a replica that just ended, or a bug of ours
+                    log.warning("a replica gave no answer", extra={"part": part, "path": request.path}, exc_info=result)
         if not answers:
             raise NotReadyError("no replica answers")
         return answers

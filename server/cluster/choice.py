@@ -56,14 +56,11 @@ class Candidate(NamedTuple):
     Attributes:
         blocks: of the request's beginning that it holds.
         held: share of the likely experts' mass that is in its slots; of the average replica where that is not known.
-        wanted: likeness of the likely demand to the demand of its requests, 0 to 1; likewise.
     """
 
     replica: str
-    load: float
     blocks: int
     held: float
-    wanted: float
 
 
 class Fleet:
@@ -130,9 +127,7 @@ class Fleet:
             chosen = sorted(range(len(names)), key=lambda at: (-score[at], draw.random()))[:2]
         else:
             chosen = sorted(draw.sample(range(len(names)), min(2, len(names))), key=lambda at: load[at])
-        return [
-            Candidate(names[at], float(load[at]), int(blocks[at]), float(held[at]), float(wanted[at])) for at in chosen
-        ]
+        return [Candidate(names[at], int(blocks[at]), float(held[at])) for at in chosen]
 
     def _current(self, now: float) -> _Index:
         if self._is_changed and not 0 <= now - self._indexed_at < INDEX_SECONDS:
@@ -162,7 +157,10 @@ class _Index:
         return count
 
     def overlaps(self, names: Sequence[str], likely: Weights | None) -> tuple[Weights, Weights]:
-        """`Candidate.held` and `Candidate.wanted` of each name; 0 where nothing is known."""
+        """Of each name `Candidate.held`, and the likeness of the likely demand to that of its requests, 0 to 1.
+
+        Both are 0 where nothing is known.
+        """
         held, wanted = np.zeros((2, len(names)), dtype=np.float32)
         if likely is not None:
             places = [at for at, name in enumerate(names) if name in self._row]

@@ -34,13 +34,11 @@ class Likeness:
 
     Attributes:
         beginning: hashes of its first 1, 2, … blocks; each covers all before it.
-        num_blocks: blocks of the whole prompt, the last one not full, at least 1.
         keys: hashes of what it belongs to, the most telling first: conversation, profile, beginning.
         words: bool [WORD_BUCKETS], the buckets of its words.
     """
 
     beginning: tuple[int, ...]
-    num_blocks: int
     keys: tuple[int, ...]
     words: npt.NDArray[np.bool_]
 
@@ -56,7 +54,7 @@ def likeness_of(body: Mapping[str, Any]) -> Likeness:
         ("beginning", beginning[0] if beginning else None),
     ]
     keys = tuple(_hash(f"{kind}:{value}".encode()) for kind, value in named if value)
-    return Likeness(beginning, max(1, -(-len(text) // BLOCK_BYTES)), keys, words_of(text.decode(errors="ignore")))
+    return Likeness(beginning, keys, words_of(text.decode(errors="ignore")))
 
 
 def parsed_body(body: bytes) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from router.ledger import sum_by_expert
 from router.mask import ExpertMask
 from server.api.app import create_app
-from server.api.front import PassedRequest, answer_of
+from server.api.front import AsgiMessage, PassedRequest, answer_of
 from server.api.readiness import checked
 from server.cluster.likeness import BLOCK_BYTES, TOKEN_BYTES, Likeness
 from server.cluster.statistics import TopicLedger, sketch_layers
@@ -83,7 +83,7 @@ class Replica:
                 raise ReplicaFailedError(message)
             await asyncio.sleep(POLL_SECONDS)
 
-    async def serve(self, request: PassedRequest, likeness: Likeness | None) -> AsyncGenerator[list[Any], None]:
+    async def serve(self, request: PassedRequest, likeness: Likeness | None) -> AsyncGenerator[list[AsgiMessage], None]:
         """The ASGI messages of the answer, as many at once as there are. Closing it cancels the request."""
         self._running += 1
         token = _LIKENESS.set(likeness)

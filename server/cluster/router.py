@@ -1,4 +1,6 @@
-"""The choice of a replica as a request router of Ray Serve; it runs in each front, and holds no state of its own.
+"""The choice of a replica as a request router of Ray Serve; it runs in each front.
+
+Invariant: all that it knows comes again with the next statistics, so a front can end at any time.
 
 Source: `ray.serve.request_router.RequestRouter`.
 """

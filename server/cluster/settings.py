@@ -6,6 +6,7 @@ Invariant: the same file without that table serves one replica with `deepfew ser
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,6 +73,9 @@ def read_cluster(path: Path, environ: Mapping[str, str] | None = None) -> tuple[
     asked = cluster.parts or (PartSettings(name="all", replicas=cluster.replicas),)
     if len({part.name for part in asked}) < len(asked):
         raise SettingsError(f"{path}: two parts of {TABLE}.parts have one name; give each its own")
+    profiles = Counter(profile for part in asked for profile in set(part.profiles))
+    if shared := [profile for profile, count in profiles.items() if count > 1]:
+        raise SettingsError(f"{path}: profile {shared[0]!r} is in two parts of {TABLE}.parts; name it in one")
     parts = []
     for part in asked:
         settings = load_settings(part.settings, config=path, environ=environ, other_tables={TABLE}).settings

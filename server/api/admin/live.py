@@ -153,8 +153,8 @@ async def _events(context: ApiContext) -> AsyncGenerator[bytes, None]:
         yield named_event(now)
         if model is not None and found is not None:
             cells = Cells.of(found)
-            is_same_store = told is not None and told[1] == found.shards
-            changes = _changes(model, found, cells, told[0] if told is not None and is_same_store else None)
+            before = told[0] if told is not None and told[1] == found.shards else None
+            changes = _changes(model, found, cells, before)
             if changes is not None:
                 yield named_event(changes)
             told = (cells, found.shards)

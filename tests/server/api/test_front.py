@@ -128,6 +128,12 @@ def test_a_stream_that_the_client_has_seen_ends_with_an_error(path: str, last: b
     assert len(replicas.requests) == 1
 
 
+def test_an_answer_that_is_no_stream_breaks_off_and_no_second_one_begins() -> None:
+    start = {**START, "headers": [(b"content-type", b"application/json")]}
+    with pytest.raises(ReplicaLostError):
+        _ask(_Replicas([start, _body(b'{"a":'), LOST]))
+
+
 def test_an_unexpected_error_is_said_in_the_dialect_without_its_text() -> None:
     status, answer = _json(_ask(_Replicas([KeyError("secret")]), "/v1/completions"))
     assert (status, answer["error"]["code"]) == (500, "internal_error")

@@ -13,7 +13,7 @@ from server.cluster.likeness import Likeness, words_of
 from server.cluster.statistics import ReplicaStatistics, Topic
 
 NUM = 8
-NONE = Likeness((), 1, (), words_of(""))
+NONE = Likeness((), (), words_of(""))
 
 
 def _statistics(
@@ -40,14 +40,14 @@ def _ranked(fleet: Fleet, likeness: Likeness, now: float = 1.0, **loads: float) 
 
 def test_the_replica_that_holds_the_beginning_is_first() -> None:
     fleet = _fleet(a=_statistics(), b=_statistics(prefixes=(1, 2, 3)), c=_statistics(prefixes=(1,)))
-    first, second = _ranked(fleet, Likeness((1, 2, 3, 4), 5, (), words_of("")), a=0, b=0, c=0)
+    first, second = _ranked(fleet, Likeness((1, 2, 3, 4), (), words_of("")), a=0, b=0, c=0)
     assert (first.replica, first.blocks) == ("b", 3)
     assert (second.replica, second.blocks) == ("c", 1)
 
 
 def test_a_beginning_counts_only_without_a_gap() -> None:
     fleet = _fleet(a=_statistics(prefixes=(2, 3, 4)), b=_statistics(prefixes=(1,)))
-    assert _ranked(fleet, Likeness((1, 2, 3, 4), 4, (), words_of("")), a=0, b=0)[0].replica == "b"
+    assert _ranked(fleet, Likeness((1, 2, 3, 4), (), words_of("")), a=0, b=0)[0].replica == "b"
 
 
 def test_the_replica_that_holds_the_likely_experts_is_first_whoever_learned_them() -> None:
@@ -55,14 +55,14 @@ def test_the_replica_that_holds_the_likely_experts_is_first_whoever_learned_them
     fleet = _fleet(a=_statistics(held=(4, 5), topics=(learned,)), b=_statistics(held=(0, 1)), c=_statistics())
     options = ChoiceOptions(wanted=0.0)
     fleet.options = options
-    first = _ranked(fleet, Likeness((), 1, (7,), words_of("")), a=0, b=0, c=0)[0]
+    first = _ranked(fleet, Likeness((), (7,), words_of("")), a=0, b=0, c=0)[0]
     assert (first.replica, first.held) == ("b", pytest.approx(1.0))
 
 
 def test_the_most_telling_key_says_what_is_likely() -> None:
     fleet = _fleet(a=_statistics(topics=(_topic(1, (0,)), _topic(2, (5,)))))
     for keys, expert in (((1, 2), 0), ((2, 1), 5), ((9, 2), 5)):
-        likely = fleet.likely_demand(Likeness((), 1, keys, words_of("")), 1.0)
+        likely = fleet.likely_demand(Likeness((), keys, words_of("")), 1.0)
         assert likely is not None
         assert likely.argmax() == expert
     assert fleet.likely_demand(NONE, 1.0) is None
@@ -71,10 +71,10 @@ def test_the_most_telling_key_says_what_is_likely() -> None:
 def test_words_say_what_is_likely_where_no_key_is_known() -> None:
     sea, sums = "ship sea harbour sail the of", "plus minus seven twelve the of"
     fleet = _fleet(a=_statistics(topics=(_topic(1, (0,), sea), _topic(2, (5,), sums))))
-    likely = fleet.likely_demand(Likeness((), 1, (), words_of("the ship at sea")), 1.0)
+    likely = fleet.likely_demand(Likeness((), (), words_of("the ship at sea")), 1.0)
     assert likely is not None
     assert likely.argmax() == 0
-    assert fleet.likely_demand(Likeness((), 1, (), words_of("entirely other things")), 1.0) is None
+    assert fleet.likely_demand(Likeness((), (), words_of("entirely other things")), 1.0) is None
 
 
 @given(
@@ -86,7 +86,7 @@ def test_no_replica_over_the_bound_is_chosen(loads: list[int], holders: set[int]
     names = [str(at) for at in range(len(loads))]
     fleet = _fleet(**{name: _statistics(prefixes=(1,) if int(name) in holders else ()) for name in names})
     by_name = {name: float(load) for name, load in zip(names, loads, strict=True)}
-    likeness = Likeness((1,), 1, (), words_of(""))
+    likeness = Likeness((1,), (), words_of(""))
     ranked = fleet.ranked(likeness, by_name, 1.0, random.Random(seed))
     assert ranked == fleet.ranked(likeness, by_name, 1.0, random.Random(seed))
     bound = 1.25 * sum(loads) / len(loads) + 1
@@ -98,7 +98,7 @@ def test_no_replica_over_the_bound_is_chosen(loads: list[int], holders: set[int]
 
 def test_late_statistics_leave_two_choices() -> None:
     fleet = _fleet(a=_statistics(prefixes=(1, 2, 3, 4)), b=_statistics(), c=_statistics())
-    likeness = Likeness((1, 2, 3, 4), 4, (), words_of(""))
+    likeness = Likeness((1, 2, 3, 4), (), words_of(""))
     loads = {"a": 3.0, "b": 1.0, "c": 2.0}
     draw = random.Random(0)
     assert all(fleet.ranked(likeness, loads, 1.0, draw)[0].replica == "a" for _ in range(20))
@@ -111,7 +111,7 @@ def test_an_unknown_replica_counts_as_an_average_one() -> None:
     topics = (_topic(1, (0, 1)),)
     fleet = _fleet(good=_statistics(held=(0, 1), topics=topics), bad=_statistics(held=(6, 7), topics=topics))
     fleet.options = ChoiceOptions(wanted=0.0, load=0.0)
-    likeness = Likeness((), 1, (1,), words_of(""))
+    likeness = Likeness((), (1,), words_of(""))
     loads = {"good": 0.0, "bad": 0.0, "new": 0.0}
     assert [candidate.replica for candidate in _ranked(fleet, likeness, **loads)] == ["good", "new"]
     assert [candidate.held for candidate in _ranked(fleet, likeness, **loads)] == pytest.approx([1.0, 0.5])
@@ -120,7 +120,7 @@ def test_an_unknown_replica_counts_as_an_average_one() -> None:
 def test_newer_statistics_replace_older_ones_and_gone_replicas_are_forgotten() -> None:
     fleet = _fleet(a=_statistics(prefixes=(1,), taken_at=5.0), b=_statistics(taken_at=5.0))
     fleet.update("a", _statistics(taken_at=4.0).to_wire())
-    likeness = Likeness((1,), 1, (), words_of(""))
+    likeness = Likeness((1,), (), words_of(""))
     assert _ranked(fleet, likeness, 6.0, a=0, b=0)[0].blocks == 1
     fleet.update("a", _statistics(taken_at=8.0).to_wire())
     assert _ranked(fleet, likeness, 9.0, a=0, b=0)[0].blocks == 0
@@ -132,7 +132,7 @@ def test_newer_statistics_replace_older_ones_and_gone_replicas_are_forgotten() -
 def test_a_replica_of_another_model_is_a_candidate_without_worth() -> None:
     other = ReplicaStatistics(2.0, 0, np.ones(2 * NUM, dtype=np.bool_))
     fleet = _fleet(a=_statistics(held=(0,), topics=(_topic(1, (0,)),)), b=other)
-    assert {candidate.replica for candidate in _ranked(fleet, Likeness((), 1, (1,), words_of("")), a=0, b=0)} == {
+    assert {candidate.replica for candidate in _ranked(fleet, Likeness((), (1,), words_of("")), a=0, b=0)} == {
         "a",
         "b",
     }

@@ -54,6 +54,10 @@ def test_the_same_file_without_its_table_serves_one_replica(tmp_path: Path) -> N
         ("[cluster]\nreplica = 2", r"cluster\.replica: Extra inputs"),
         ("[cluster]\nreplicas = 0", r"cluster\.replicas: .*greater than or equal to 1"),
         ('[[cluster.parts]]\nname = "a"\n[[cluster.parts]]\nname = "a"', "two parts of cluster.parts have one name"),
+        (
+            '[[cluster.parts]]\nname = "a"\nprofiles = ["x"]\n[[cluster.parts]]\nname = "b"\nprofiles = ["x"]',
+            "profile 'x' is in two parts",
+        ),
         ('[[cluster.parts]]\nname = "a"\nsettings = { slot = 3 }', r"unknown key slot \(did you mean slots\?\)"),
         ("[model]\nslot = 3", r"unknown key model\.slot"),
         ("[cluster", "cannot read the cluster's settings"),

@@ -23,7 +23,7 @@ NOTHING_HELD = np.zeros(NUM, dtype=np.bool_)
 
 
 def _likeness(*keys: int, words: str = "", beginning: tuple[int, ...] = ()) -> Likeness:
-    return Likeness(beginning, max(1, len(beginning)), keys, words_of(words))
+    return Likeness(beginning, keys, words_of(words))
 
 
 def _mass(expert: int) -> np.ndarray:
@@ -75,7 +75,7 @@ def test_full_statistics_are_small_and_say_the_same_after_they_were_sent() -> No
     ledger, draw = TopicLedger(SKETCH_EXPERTS), np.random.default_rng(0)
     for key in range(MAX_TOPICS):
         beginning = tuple(draw.integers(0, 2**63, MAX_PREFIXES // MAX_TOPICS + 1).tolist())
-        likeness = Likeness(beginning, len(beginning), (2**64 - 1 - key,), draw.random(WORD_BUCKETS) < 0.3)
+        likeness = Likeness(beginning, (2**64 - 1 - key,), draw.random(WORD_BUCKETS) < 0.3)
         ledger.add(ledger.begin(likeness), draw.random(SKETCH_EXPERTS) ** 4, 100)
     sent = ledger.statistics(12.5, 7, draw.random(SKETCH_EXPERTS) < 0.5)
     wire = sent.to_wire()

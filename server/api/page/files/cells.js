@@ -15,7 +15,6 @@ export class Experts {
     const experts = new Experts();
     experts.numLayers = event.num_layers;
     experts.numExperts = event.num_experts;
-    experts.topK = event.top_k;
     Object.assign(experts, columns(event));
     const size = experts.place.length;
     const same = before !== null && before.numLayers === event.num_layers && before.place.length === size;
@@ -82,7 +81,6 @@ export class Experts {
 
   /** `deepOf`: for each cell the place of its deep expert in the store, −1 for those of none. */
   #readDeep(table) {
-    this.numDeep = this.numLayers ? table.length / this.numLayers : 0;
     this.deepOf = new Int32Array(this.place.length).fill(-1);
     table.forEach((expert, at) => {
       this.deepOf[(at % this.numLayers) * this.numExperts + expert] = Math.floor(at / this.numLayers);
