@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,10 +22,10 @@ from extractor.statistics.statistics import EncodingPoint, ExpertStatistics, Sta
 from server.engine.statistics import empty_statistics
 from server.model.runner import SelectiveModel
 from server.model.seam.observation import OutputObserver, observe_outputs
-from server.quality.batches import Progress, batches, run_batch, token_sequences
+from server.quality.batches import Progress, Tokens, batches, run_batch, token_sequences
 from server.quality.price import measure_price
 from server.quality.sequence_statistics import add_sequence, weight_flatness
-from server.quality.text_loss import evaluate_text
+from server.quality.text_loss import TextResult, evaluate_text
 from server.quality.texts import Domain, TextOptions, sequence_key, texts_key
 
 SAVE_SECONDS = 30.0
@@ -96,35 +96,40 @@ def calibrate(
         for domain in domains:
             if not any(point.domain == domain.name for point in statistics.price):
                 notify(f"pricing {domain.name}", 0, None)
-                sequences = token_sequences(model, domain, options.text)
-                first = sequences[: max(1, options.price_tokens // options.text.context)]
-                statistics.price += measure_price(model, statistics, domain.name, first)
+                statistics.price += measure_price(model, statistics, domain.name, _priced(model, domain, options))
                 journal.save()
-    for name in options.encodings:
-        if not any(point.experts_dtype == name for point in statistics.encodings):
-            notify(f"measuring {name}", 0, None)
+    measured = {point.experts_dtype for point in statistics.encodings}
+    if unmeasured := [name for name in options.encodings if name not in measured]:
+        texts = {domain.name: _priced(model, domain, options) for domain in domains}
+        whole = {name: evaluate_text(model, sequences) for name, sequences in texts.items()}
+        for encoding in unmeasured:
+            notify(f"measuring {encoding}", 0, None)
             assert encoded is not None, "the options ask for encodings"
-            with encoded(name) as other:
-                statistics.encodings += _measure_encoding(model, other, name, domains, options)
+            with encoded(encoding) as other:
+                statistics.encodings += _measure_encoding(other, encoding, texts, whole)
             journal.save()
     journal.remove()
     return statistics
 
 
+def _priced(model: SelectiveModel, domain: Domain, options: CalibrationOptions) -> Sequence[Tokens]:
+    """The first sequences of a domain, on which masks and encodings are measured; all if there is no price."""
+    sequences = token_sequences(model, domain, options.text)
+    return sequences[: max(1, options.price_tokens // options.text.context)] if options.price_tokens else sequences
+
+
 def _measure_encoding(
-    model: SelectiveModel, other: SelectiveModel, name: str, domains: Sequence[Domain], options: CalibrationOptions
+    other: SelectiveModel, name: str, texts: Mapping[str, Sequence[Tokens]], whole: Mapping[str, TextResult]
 ) -> list[EncodingPoint]:
-    """The cost of the experts of `other` on every domain's first tokens."""
-    points = []
-    for domain in domains:
-        sequences = token_sequences(model, domain, options.text)
-        if options.price_tokens:
-            sequences = sequences[: max(1, options.price_tokens // options.text.context)]
-        whole = evaluate_text(model, sequences)
-        change = evaluate_text(other, sequences).loss - whole.loss
-        expert_bytes = max(deep.bytes for deep in other.store.manifest.deep_experts)
-        points.append(EncodingPoint(domain.name, name, expert_bytes, change, whole.num_tokens))
-    return points
+    """The cost of the experts of `other` on each domain's text, beside the results of the experts as calibrated."""
+    expert_bytes = max(deep.bytes for deep in other.store.manifest.deep_experts)
+    return [
+        EncodingPoint(
+            domain, name, expert_bytes, evaluate_text(other, sequences).loss - whole[domain].loss,
+            whole[domain].num_tokens,
+        )
+        for domain, sequences in texts.items()
+    ]  # fmt: skip
 
 
 @contextmanager
