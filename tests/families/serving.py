@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,13 @@ PROMPTS = [
 TOLERANCE = 2e-5
 
 
-def served_families() -> list[Any]:
-    """Parameters of a test: all that are served, exhaustive but for one of each gating rule and of each memory."""
+def served_families(everyday: Collection[str] = ()) -> list[Any]:
+    """Parameters of a test: all that are served, exhaustive but for those of `everyday`, or, where that is empty, but
+    for one of each gating rule and of each memory."""
     seen, found = [], []
     for name in SERVED:
         rule = RULES.get(name.removesuffix("_text"))
-        is_everyday = rule not in seen or name in OTHER_MEMORIES
+        is_everyday = name in everyday if everyday else rule not in seen or name in OTHER_MEMORIES
         seen.append(rule)
         found.append(pytest.param(name, marks=() if is_everyday else pytest.mark.exhaustive))
     return found

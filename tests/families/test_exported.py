@@ -31,10 +31,10 @@ from tests.families.checkpoints import NUM_EXPERTS, TOP_K, moe_blocks, random_mo
 from tests.families.composites import TEXT_PARTS, as_omni, composite_model
 from tests.families.serving import (
     PROMPTS,
-    SERVED,
     assembled,
     assert_same,
     checkpoint_of,
+    served_families,
     served_logits,
     stock_logits,
 )
@@ -84,9 +84,7 @@ def assert_exported(store: Store, out: Path, kept: Sequence[Sequence[int]], mode
         assert_same(masked, stock_logits(loaded.eval(), prompt))
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(one, marks=() if one in QUICK else pytest.mark.exhaustive) for one in SERVED]
-)
+@pytest.mark.parametrize("family", served_families(QUICK))
 @torch.no_grad()
 def test_exported_checkpoint_has_the_logits_of_the_masked_model(family: str, tmp_path: Path, repository: Path) -> None:
     model = random_model(family)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,17 +14,13 @@ from server.model.host.sequence_runner import make_runner
 from server.model.kv.blocks import BLOCK_TOKENS
 from server.model.runner import RowStep, Runner
 from tests.families.checkpoints import random_model
-from tests.families.serving import SERVED, assembled
+from tests.families.serving import assembled, served_families
 from tests.families.test_whole_model import extracted
 
 EVERYDAY = ("qwen3_moe", "qwen3_next")
 """One that keeps only keys and values, and one that keeps a state beside them."""
 TOKENS = torch.randint(3, 90, (110,), generator=torch.Generator().manual_seed(7)).tolist()
 """A prompt whose first 96 tokens are three blocks."""
-
-
-def families() -> list[Any]:
-    return [pytest.param(one, marks=() if one in EVERYDAY else pytest.mark.exhaustive) for one in SERVED]
 
 
 def read(runner: Runner, tokens: list[int]) -> tuple[Tensor, int]:
@@ -52,7 +47,7 @@ def fresh(model: HostModel, tokens: list[int]) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", served_families(EVERYDAY))
 def test_a_prompt_that_begins_alike_has_the_logits_of_one_read_anew(
     family: str, tmp_path: Path, repository: Path
 ) -> None:

@@ -11,18 +11,14 @@ from transformers.cache_utils import DynamicCache
 from server.model.host.sequence_runner import has_plain_memory
 from server.model.kv_memory import kv_token_bytes
 from tests.families.checkpoints import random_model
-from tests.families.serving import SERVED
+from tests.families.serving import served_families
 
 EVERYDAY = ("deepseek_v3", "gemma4_text", "mimo_v2_flash")
 """Latents, heads of two sizes, and more heads in some layers."""
 NUM_TOKENS = 5
 
 
-def families() -> list[Any]:
-    return [pytest.param(one, marks=() if one in EVERYDAY else pytest.mark.exhaustive) for one in SERVED]
-
-
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", served_families(EVERYDAY))
 @pytest.mark.filterwarnings("ignore")
 def test_the_bytes_reckoned_for_a_token_are_those_that_a_cache_holds(family: str) -> None:
     model: Any = random_model(family).eval()
