@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.admin.schemas import HealthResponse
@@ -25,6 +25,7 @@ from server.api.http.middleware import OPEN_PATHS, as_routed
 from server.api.http.responses import ModelResponse, abort, event, named_event, unless_disconnected
 from server.engine.request import EngineError
 from server.serving.exposition import merge_expositions
+from server.serving.metrics import CONTENT_TYPE
 from server.settings.schema import HttpSettings
 
 log = logging.getLogger(__name__)
@@ -141,13 +142,12 @@ class Front:
                         await send(message)
                 return
             except ReplicaLostError as error:
-                if not has_begun and tries_left:
-                    log.warning("a replica was lost; its request runs again", extra={"path": request.path})
-                elif has_begun:
+                if has_begun:
                     await _end_broken(error, start or {}, request.path, scope, send)
                     return
-                else:
+                if not tries_left:
                     raise
+                log.warning("a replica was lost; its request runs again", extra={"path": request.path})
 
     async def _all_alike(self, request: PassedRequest) -> Response:
         """One answer for a request that all replicas get: the first refusal, else the answer of any."""
@@ -161,7 +161,7 @@ class Front:
         if (refusal := _refusal(answers)) is not None:
             return refusal
         merged = merge_expositions({name: body.decode() for name, (_, body) in answers.items()})
-        return PlainTextResponse(merged, media_type="text/plain; version=0.0.4")
+        return Response(merged, headers={"Content-Type": CONTENT_TYPE})
 
 
 def _refusal(answers: Mapping[str, tuple[int, bytes]]) -> Response | None:

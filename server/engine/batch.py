@@ -17,11 +17,12 @@ from collections import Counter, deque
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from expert_store.errors import StoreError
 from router.errors import MaskError
-from router.ledger import UsageLedger
+from router.ledger import StepRecord, UsageLedger
 from router.mask import ExpertMask
 from server.engine.block_routing import BlockRouting
 from server.engine.logprobs import prompt_logprobs, token_logprob, top_logprobs
@@ -115,7 +116,7 @@ class Batch:
     @property
     def has_room(self) -> bool:
         """Whether a row is free for another sequence, and no older one waits for it."""
-        return self._runner.num_free_rows > 0 and not self._preempted
+        return self._runner.kv.num_free_rows > 0 and not self._preempted
 
     def admit(self, sequence: Sequence) -> bool:
         """Give a sequence a row and the blocks for its prompt; needs `has_room`. Its prompt is processed from the next
@@ -142,7 +143,7 @@ class Batch:
     def readmit(self) -> None:
         """Give the oldest sequences that lost their rows new ones, as far as rows and blocks are free."""
         for sequence in list(self._preempted):
-            if not (self._runner.num_free_rows and self.admit(sequence)):
+            if not (self._runner.kv.num_free_rows and self.admit(sequence)):
                 return
             if sequence.row is not None:
                 self._preempted.remove(sequence)
@@ -342,18 +343,32 @@ class Batch:
         for note in notes:
             if note.num_tokens == BLOCK_TOKENS:
                 sequence.notes.append(note)
-            if start >= sequence.num_routed:
-                may_miss = note.top1_missing is not None or sequence.request.masking is not None
-                record = note.record
-                tokens = slice(0, note.num_tokens)
-                demand = record.demand_mass_of(tokens, self._ledger.num_experts) if may_miss else None
-                sequence.add_share(note.num_tokens, note.demanded, note.missed, note.top1_missing, demand)
-                try:
-                    self._masks.observe(sequence, record, tokens, note.missed)
-                except ExpertMissingError as error:
-                    self.fail(sequence, error)
-                    return False
+            tokens, share = slice(0, note.num_tokens), (note.demanded, note.missed)
+            is_new = start >= sequence.num_routed
+            if is_new and not self._add_tokens(sequence, note.record, tokens, share, note.top1_missing):
+                return False
             start += note.num_tokens
+        return True
+
+    def _add_tokens(
+        self,
+        sequence: Sequence,
+        record: StepRecord,
+        tokens: slice,
+        share: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]],
+        top1_missing: npt.NDArray[np.bool_] | None,
+    ) -> bool:
+        """Add the routing of a sequence's tokens of a record to its deficit and mask; False if it failed for a missing
+        expert. `share` is the router mass that they demanded and missed, [L] each; top1_missing is [L, T]."""
+        demanded, missed = share
+        may_miss = top1_missing is not None or sequence.request.masking is not None
+        demand = record.demand_mass_of(tokens, self._ledger.num_experts) if may_miss else None
+        sequence.add_share(tokens.stop - tokens.start, demanded, missed, top1_missing, demand)
+        try:
+            self._masks.observe(sequence, record, tokens, missed)
+        except ExpertMissingError as error:
+            self.fail(sequence, error)
+            return False
         return True
 
     def _count(self, output: StepOutput, sequences: list[Sequence]) -> None:
@@ -370,15 +385,10 @@ class Batch:
         refused: list[Sequence] = []
         for at, sequence in enumerate(sequences):
             token = slice(at, at + 1)
+            share = output.share.demanded[at], output.share.missed[at]
             missing = None if top1_missing is None else top1_missing[:, token]
-            may_miss = missing is not None or sequence.request.masking is not None
-            demand = record.demand_mass_of(token, self._ledger.num_experts) if may_miss else None
-            sequence.add_share(1, output.share.demanded[at], output.share.missed[at], missing, demand)
-            try:
-                self._masks.observe(sequence, record, token, output.share.missed[at])
-            except ExpertMissingError as error:
+            if not self._add_tokens(sequence, record, token, share, missing):
                 refused.append(sequence)
-                self.fail(sequence, error)
         return refused
 
     def _masks_of(self, sequences: list[Sequence]) -> dict[Sequence, ExpertMask | None]:

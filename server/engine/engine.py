@@ -194,7 +194,7 @@ class Engine:
                 num_waiting=num_waiting,
                 num_waiting_tokens=num_waiting_tokens,
                 seconds_since_progress=time.monotonic() - self._last_progress,
-                kv_tokens=0 if runner is None else runner.num_cached_tokens,
+                kv_tokens=0 if runner is None else runner.kv.num_tokens,
                 kv_capacity_tokens=0 if runner is None else runner.kv.pool.num_blocks * BLOCK_TOKENS,
                 kv=NO_BLOCKS if runner is None else runner.kv.usage(),
                 totals=replace(totals, num_requests=self._num_requests, num_refused=self._num_refused),

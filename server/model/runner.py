@@ -332,14 +332,6 @@ class Runner(Protocol):
     def decode_path(self) -> Literal["host", "device"]:
         """Whether the host or the device looks up and fetches the experts of a decode step."""
 
-    @property
-    def num_free_rows(self) -> int:
-        """Rows that `allocate` can still give."""
-
-    @property
-    def num_cached_tokens(self) -> int:
-        """Tokens held in rows; any thread may ask."""
-
     def allocate(self) -> int:
         """Take a row for a sequence; returns its handle, that of `kv`."""
 

@@ -89,7 +89,7 @@ def share_answered(
     right = 0
     try:
         while waiting or running:
-            while waiting and runner.num_free_rows:
+            while waiting and runner.kv.num_free_rows:
                 running.append(_Asked(runner, waiting.pop(), make_masking, prefix, adapter))
             for asked in [one for one in running if one.is_answered is not None]:
                 running.remove(asked)

@@ -131,7 +131,6 @@ def usage_directory(settings: Settings, store: Store) -> Path:
 
 def _load_runner(settings: Settings, store: Store, options: RunnerOptions, progress: Progress) -> Runner:
     """Load the runner; leave out experts that are found damaged while loading, if the settings say so."""
-
     while True:
         try:
             return load_runner(store, options, progress=progress)
@@ -141,7 +140,6 @@ def _load_runner(settings: Settings, store: Store, options: RunnerOptions, progr
 
 
 def _statistics_file(settings: Settings, store: Store) -> Callable[[ExpertStatistics], StatisticsFile]:
-
     directory = usage_directory(settings, store)
     return lambda empty: StatisticsFile(directory / STATISTICS_FILE, empty, settings.usage.usage_save_seconds)
 
@@ -149,7 +147,6 @@ def _statistics_file(settings: Settings, store: Store) -> Callable[[ExpertStatis
 def _options(
     settings: Settings, store: Store, mask: ExpertMask | None, device: torch.device, dtype: torch.dtype
 ) -> RunnerOptions:
-
     model, of_bytes = settings.model, experts_bytes(store)
     max_tokens, least_tokens = context_bounds(settings.engine.max_context_tokens, context_tokens(store.trunk_path))
     return RunnerOptions(
@@ -238,7 +235,6 @@ def _snapshot(engine: Engine, store: Store) -> ExpertsSnapshot:
 
 
 def _mask(settings: Settings, store: Store) -> ExpertMask | None:
-
     if settings.model.experts is None:
         return None
     spec = store.manifest.model
@@ -250,7 +246,6 @@ def _known_price(
     settings: Settings, store: Store, mask: ExpertMask | None, statistics: ExpertStatistics | None
 ) -> KnownPrice:
     """The known price of the mask; warns where it is high, or unknown."""
-
     served = ExpertMask.of(store.available) if mask is None else mask
     known = known_price(store.manifest, served, statistics)
     adapters = store_adapters(store.path, store.manifest) if settings.model.adapters else {}

@@ -45,7 +45,7 @@ class _View(Collector):
         ):
             yield labelled(GaugeMetricFamily, name, text, names, [(values, value)])
         for name, text, total in (
-            ("vllm:prompt_tokens", "Prompt tokens computed.", status.totals.prompt_tokens),
+            ("vllm:prompt_tokens", "Prompt tokens of the requests taken.", status.totals.prompt_tokens),
             ("vllm:prefix_cache_queries", "Prompt tokens looked for in KV memory.", status.totals.prompt_tokens),
             ("vllm:prefix_cache_hits", "Prompt tokens found in KV memory.", status.totals.cached_tokens),
             ("vllm:num_preemptions", "Times a request lost its KV memory.", status.totals.num_preemptions),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from server.model.kv.blocks import BLOCK_TOKENS
+from server.model.kv.blocks import BLOCK_TOKENS, num_blocks_of
 from server.model.kv.rows import KvRows
 
 
@@ -88,7 +88,7 @@ class BlockCache(Cache):
         self.apart.clear()
 
     def _place(self, row: int, end: int) -> slice | Tensor:
-        blocks = self.kv.blocks(row)[: -(-end // BLOCK_TOKENS)]
+        blocks = self.kv.blocks(row)[: num_blocks_of(end)]
         if blocks[-1] - blocks[0] == len(blocks) - 1 and blocks == list(range(blocks[0], blocks[0] + len(blocks))):
             return slice(blocks[0] * BLOCK_TOKENS, blocks[0] * BLOCK_TOKENS + end)
         return torch.tensor(blocks, device=self.device)

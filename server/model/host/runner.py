@@ -40,15 +40,9 @@ class HostDriven:
         self.model, self.max_rows, self.max_tokens = model, max_rows, max_tokens
         self.kv = kv or KvRows(max_rows=max_rows, num_blocks=max_rows * num_blocks_of(max_tokens))
 
-    @property
-    def num_free_rows(self) -> int:
-        """Rows that `allocate` can still give."""
-        return self.kv.num_free_rows
-
-    @property
-    def num_cached_tokens(self) -> int:
-        """Tokens held in rows."""
-        return self.kv.num_tokens
+    def allocate(self) -> int:
+        """Take a row for a sequence; returns its handle."""
+        return self.kv.allocate()
 
     def fetch_refusal(self) -> str | None:
         """None: a miss reads the expert from the store or its source."""
@@ -78,10 +72,6 @@ class HostRunner(HostDriven):
     def cuts_anywhere(self) -> bool:
         """See `Runner.cuts_anywhere`."""
         return cuts_anywhere(self.model)
-
-    def allocate(self) -> int:
-        """Take a row for a sequence; returns its handle."""
-        return self.kv.allocate()
 
     def free(self, row: int) -> None:
         """Free a row."""

@@ -57,10 +57,6 @@ class SequenceRunner(HostDriven):
         super().__init__(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv)
         self._ahead: dict[int, StepOutput] = {}  # outputs of rows whose decode step failed in another row
 
-    def allocate(self) -> int:
-        """Take a row for a sequence; returns its handle."""
-        return self.kv.allocate()
-
     def free(self, row: int) -> None:
         """Free a row and its cache."""
         self.kv.free(row)

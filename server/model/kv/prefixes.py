@@ -1,9 +1,9 @@
 """The prefix tree: blocks of prompts that were read, found again by their tokens.
 
 A node is one block of tokens behind its parent's; below one root all keys and values were made alike (mask, router
-temperature: the *salt*). So a path from a root names the content of a block. Leaves leave in the order of their last
-use, but never while a row holds their block. Invariants: the tree holds each of its blocks once; a row that holds a
-node's block holds those of its parents, so the nodes without another holder can all be evicted.
+temperature, adapter: the *salt*). So a path from a root names the content of a block. Leaves leave in the order of
+their last use, but never while a row holds their block. Invariants: the tree holds each of its blocks once; a row that
+holds a node's block holds those of its parents, so the nodes without another holder can all be evicted.
 """
 
 from __future__ import annotations

@@ -41,17 +41,11 @@ class StepAdapters:
         self._names: dict[nn.Module, str] = {}
         self._parts: Sequence[Part] = ()
         self._num_tokens = 0
-        self._is_decode = False
 
     @property
     def is_on(self) -> bool:
         """Whether a token of the step has an adapter."""
         return bool(self._parts)
-
-    @property
-    def names(self) -> frozenset[str]:
-        """The adapters that rows may have."""
-        return frozenset(self._known)
 
     def add(self, name: str, changes: Changes, device: torch.device, dtype: torch.dtype | None) -> None:
         """Rows may have the adapter `name` from now on; its tensors are on the device, in `dtype` (None: their own)."""

@@ -360,7 +360,7 @@ def test_status_may_be_asked_while_rows_come_and_go(make_engine: Callable[..., E
     class Joining:
         @property
         def length(self) -> int:
-            if runner.num_free_rows:
+            if runner.kv.num_free_rows:
                 runner.allocate()  # as the engine's thread does while another one counts
             return 3
 

@@ -217,13 +217,13 @@ def test_a_step_fault_names_the_rows_and_leaves_the_others_as_they_were(
         return runner.decode([RowStep(rows[at], tokens[at][-1]) for at in order])
 
     for _ in range(23):
-        before = runner.num_cached_tokens
+        before = runner.kv.num_tokens
         try:
             output = step()
         except StepFault as fault:
             faults.append((fault.expert, [order[at] for at in fault.positions], fault.is_repeatable))
             if kind is HostRunner:
-                assert runner.num_cached_tokens == before
+                assert runner.kv.num_tokens == before
             runner.free(rows[OWNER])
             order.remove(OWNER)
             output = step()

@@ -45,7 +45,7 @@ def test_questions_are_answered_greedily_and_fail_under_a_bad_mask(selective: Ca
     asked = [Question("The capital of France is", " Paris."), Question("The capital of France is", " London.")]
     assert share_answered(runner, asked) == 0.5
     assert share_answered(runner, asked[:1], lambda num_prompt_tokens: FixedMasking(index_mask(1))) == 0.0
-    assert runner.num_free_rows == 1
+    assert runner.kv.num_free_rows == 1
 
 
 def test_questions_side_by_side_and_under_pools_are_answered_as_alone(
@@ -56,7 +56,7 @@ def test_questions_side_by_side_and_under_pools_are_answered_as_alone(
     asked = [Question(prompt, answer) for prompt in prompts for answer in (" Paris.", " Tokyo.", " 4")]
     alone, many = HostRunner(model, max_rows=1, max_tokens=64), HostRunner(model, max_rows=4, max_tokens=64)
     assert share_answered(many, asked) == share_answered(alone, asked) > 0.2
-    assert many.num_free_rows == 4
+    assert many.kv.num_free_rows == 4
     pools: list[PoolMasking] = []
 
     def pool(num_prompt_tokens: int) -> PoolMasking:

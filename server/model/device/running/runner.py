@@ -88,16 +88,6 @@ class DeviceRunner:
         """Free a row."""
         self.kv.free(row)
 
-    @property
-    def num_free_rows(self) -> int:
-        """Rows that `allocate` can still give."""
-        return self.kv.num_free_rows
-
-    @property
-    def num_cached_tokens(self) -> int:
-        """Tokens held in rows."""
-        return self.kv.num_tokens
-
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()

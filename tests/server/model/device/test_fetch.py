@@ -55,7 +55,7 @@ def test_a_step_that_fetched_is_told_as_if_it_had_had_everything(few_small_store
         row = runner.allocate()
         runner.prefill(row, PROMPT, mask=EVERYTHING, fetches=True)
         outputs.append(runner.decode([RowStep(row, 24, mask=EVERYTHING, fetches=True)]))
-        assert runner.num_cached_tokens == len(PROMPT) + 1
+        assert runner.kv.num_tokens == len(PROMPT) + 1
     got, wanted = outputs
     assert torch.allclose(got.logits, wanted.logits, rtol=1e-4, atol=1e-4)
     assert (got.record.served_index == wanted.record.served_index).all()
@@ -159,7 +159,7 @@ def test_a_damaged_expert_fails_the_rows_that_need_it_and_the_step_goes_on_witho
         device.decode([RowStep(row, token) for row, token in zip(held[device], [spare, need], strict=True)])
     assert fault.value.positions == (1,)
     assert isinstance(fault.value.cause, ShardCorruptError)
-    assert device.num_cached_tokens == 2
+    assert device.kv.num_tokens == 2
     alone = [runner.decode([RowStep(rows[0], spare)]).logits for runner, rows in held.items()]
     assert torch.allclose(alone[0], alone[1], rtol=1e-4, atol=1e-4)
     damage(path, *expert)  # flips the same bit back
@@ -181,7 +181,7 @@ def test_a_damaged_expert_fails_a_prompt_that_needs_it(small_store, runners, tmp
     with pytest.raises(StepFault) as fault:
         device.prefill(row, [need, need])
     assert fault.value.positions == (0,)
-    assert device.num_cached_tokens == 1
+    assert device.kv.num_tokens == 1
     with pytest.raises(StepFault):
         device.prefill(row, [need] * 50)  # so many would be streamed ahead of the routers' choice
 

@@ -137,8 +137,8 @@ def test_rows_join_and_leave_without_another_capture(small_store, runners):
     alone = [runner.decode([RowStep(second[runner], 33)]).logits for runner in (device, host)]
     assert torch.allclose(alone[0], alone[1], rtol=1e-4, atol=1e-4)
     assert device.graphs.steps == graphs
-    assert device.num_free_rows == 1
-    assert device.num_cached_tokens == 4
+    assert device.kv.num_free_rows == 1
+    assert device.kv.num_tokens == 4
 
 
 @pytest.mark.parametrize("num_slots", [4, pytest.param(EXPERTS, marks=pytest.mark.exhaustive)])
@@ -192,7 +192,7 @@ def test_warming_up_leaves_rows_and_pages_as_they_were(small_store, runners, mon
     phases = []
     assembly.warm_up(device, lambda phase, share: phases.append((phase, share)))
     assert phases == [("warming up", 0.0), ("warming up", 0.5)]
-    assert (device.num_free_rows, device.num_cached_tokens) == (2, 0)
+    assert (device.kv.num_free_rows, device.kv.num_tokens) == (2, 0)
     assert torch.equal(device.pages.page_table, table)
     assert torch.equal(device.pages.stats, stats)
     assert greedy(device, [7, 8], 3) == greedy(host, [7, 8], 3)
