@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -154,6 +154,7 @@ class LoadedModel:
 
 
 Loader = Callable[[LoadProgress], LoadedModel]
+HealthState = Literal["loading", "ready", "draining", "failed"]
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class Health:
 
     is_ready: bool
     is_healthy: bool
-    state: str
+    state: HealthState
     reason: str
     progress: float
     phase: str = ""

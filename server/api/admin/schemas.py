@@ -10,7 +10,7 @@ from server.api.http.fields import Strict
 from server.growth.status import Candidate, GrowthState, GrowthStatus
 from server.model.kv.blocks import BLOCK_TOKENS
 from server.model.kv.rows import KvUsage
-from server.serving.service import ExpertsSnapshot, Health
+from server.serving.service import ExpertsSnapshot, Health, HealthState
 
 MAX_CHANGE = 65536
 DEFAULT_CANDIDATES = 8
@@ -31,7 +31,7 @@ class ReadyResponse(BaseModel):
     `progress` is the share of loading that is done, over all phases: it never falls. `phase` names the one under way.
     """
 
-    state: Literal["loading", "ready", "draining", "failed"]
+    state: HealthState
     reason: str
     progress: float
     phase: str
@@ -39,9 +39,7 @@ class ReadyResponse(BaseModel):
     @classmethod
     def of(cls, health: Health) -> ReadyResponse:
         """The health as JSON."""
-        return cls.model_validate(
-            {"state": health.state, "reason": health.reason, "progress": health.progress, "phase": health.phase}
-        )
+        return cls(state=health.state, reason=health.reason, progress=health.progress, phase=health.phase)
 
 
 class NotReadyResponse(ReadyResponse):
