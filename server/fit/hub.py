@@ -61,7 +61,10 @@ def _asking(name: str) -> Iterator[None]:
 
 
 def _write_header(metadata: SafetensorsFileMetadata, path: Path) -> None:
-    """Write the header of a weights file of the hub, and make the file as long as the weights are."""
+    """Write the header of a weights file of the hub, and make the file as long as the weights are.
+
+    Raises CheckpointError where its offsets are no sizes of a file, which the client does not check.
+    """
     tensors = metadata.tensors
     entries = {
         tensor: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
@@ -70,4 +73,9 @@ def _write_header(metadata: SafetensorsFileMetadata, path: Path) -> None:
     header = json.dumps(entries).encode()
     with path.open("wb") as stream:
         stream.write(len(header).to_bytes(8, "little") + header)
-        stream.truncate(8 + len(header) + max((info.data_offsets[1] for info in tensors.values()), default=0))
+        try:
+            stream.truncate(8 + len(header) + max((info.data_offsets[1] for info in tensors.values()), default=0))
+        except (TypeError, IndexError, OverflowError, OSError) as error:
+            raise CheckpointError(
+                f"{path.name} of the hub has offsets that are no sizes of a file ({error}): do not use this checkpoint"
+            ) from error

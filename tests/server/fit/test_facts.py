@@ -163,6 +163,19 @@ def test_an_index_of_the_hub_that_names_other_folders_is_refused(
     assert not hub.sent
 
 
+@pytest.mark.parametrize("offsets", [[0, 10**30], [0, "x"], [0], [0, -100]])
+def test_a_header_of_the_hub_without_sizes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offsets: list[object]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": offsets}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with served_hub(tmp_path) as hub:
+        _ask(hub, monkeypatch)
+        with pytest.raises(CheckpointError, match="no sizes of a file"), facts_of(NAME, None, "auto"):
+            pass
+
+
 def _ask(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
