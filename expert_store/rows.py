@@ -13,8 +13,14 @@ from torch import Tensor
 
 from expert_store.encoding import CODE_BITS, RowEncoding
 from expert_store.manifest import LayerSpec
-from expert_store.slots import TORCH_DTYPES
 
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""Dtypes of plain weights by their safetensors names."""
 FIELD_DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,

@@ -12,7 +12,7 @@ The project's sets of experts, each bool [L, E]:
     allowed     may be chosen by the routing of a request or a server   `router.mask.ExpertMask.allowed`
     servable    in a slot or in host memory: a captured step can use    `expert_store.paging.pages.DevicePages.servable`
     alone       in a slot for good, and not in host memory              `expert_store.paging.pages.DevicePages.alone`
-    resident    in a slot now                                           `expert_store.cache.ExpertCache.resident`
+    resident    in a slot now                                           `residency.cache.ExpertCache.resident`
 """
 
 from __future__ import annotations

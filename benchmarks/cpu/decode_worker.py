@@ -113,7 +113,7 @@ def _stock_loop(model: Any, ids: torch.Tensor, job: Job, new_tokens: int) -> tup
 
 
 def _deepfew(job: Job) -> dict[str, Any]:
-    from expert_store.cache import CacheStatistics
+    from expert_store.residency.cache import CacheStatistics
     from expert_store.store import Store
     from server.engine.engine import Engine
     from server.engine.request import EngineStatus

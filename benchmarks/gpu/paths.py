@@ -18,10 +18,10 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks.gpu.steps import random_codes
 from benchmarks.gpu.timing import wall_ms
-from expert_store.cache import ExpertCache
-from expert_store.host_tier import HostTier
 from expert_store.manifest import LayerSpec, TensorSpec
 from expert_store.paging.pages import DevicePages, PagesShape
+from expert_store.residency.cache import ExpertCache
+from expert_store.residency.host_tier import HostTier
 from expert_store.store import Store
 from router.mask import ExpertMask
 from server.model.device.capture.pack import decode_shape, pack_trunk

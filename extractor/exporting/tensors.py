@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from expert_store.manifest import DTYPE_BYTES, LayerSpec
-from expert_store.rows import span_values
-from expert_store.slots import TORCH_DTYPES
+from expert_store.rows import TORCH_DTYPES, span_values
 from expert_store.store import Store
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.checkpoint.conversion import model_names, publisher

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from expert_store.manifest import DTYPE_BYTES, MANIFEST_NAME, LayerSpec, TensorSpec, expert_encodings, read_manifest
-from expert_store.slots import TORCH_DTYPES, slot_bytes
+from expert_store.residency.slots import slot_bytes
+from expert_store.rows import TORCH_DTYPES
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.checkpoint.layout import ExpertsLayout
 from extractor.encoding.making import Maker

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from expert_store.errors import SlotsError
-from expert_store.pinned import LOCKED_SHARE
+from expert_store.residency.pinned import LOCKED_SHARE
 from server.fit.facts import ModelFacts
 from server.model.device.capture import NotCapturableError
 from server.model.kv.blocks import BLOCK_TOKENS, num_blocks_of

@@ -16,7 +16,7 @@ import torch
 
 from expert_store.errors import SlotsError
 from expert_store.manifest import Manifest, read_manifest
-from expert_store.pinned import free_host_bytes, new_arena, page_lock
+from expert_store.residency.pinned import free_host_bytes, new_arena, page_lock
 from expert_store.store import MAX_OPEN_FILES
 from extractor.planning.sizes import format_size
 from extractor.writing.disk import DISK_MARGIN_BYTES, free_bytes

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from expert_store.host_tier import READ_THREADS
+from expert_store.residency.host_tier import READ_THREADS
 
 PIECE_BYTES = 8 << 20
 SAMPLE_BYTES = 256 << 20

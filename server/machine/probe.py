@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from expert_store.pinned import free_host_bytes, new_arena, page_lock
+from expert_store.residency.pinned import free_host_bytes, new_arena, page_lock
 from extractor.encoding.names import ENCODINGS
 from server.machine.disk import PIECE_BYTES, read_rate
 from server.machine.rates import H100_CODE_RATE, MachineRates

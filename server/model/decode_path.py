@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from expert_store.pinned import NotPinnableError
+from expert_store.residency.pinned import NotPinnableError
 from expert_store.store import Store
 from server.errors import ServerError
 from server.model.host.assembly import load_model

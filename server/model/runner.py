@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from expert_store.adapter import Adapter
-from expert_store.cache import CacheStatistics
 from expert_store.errors import StoreError
+from expert_store.residency.cache import CacheStatistics
 from expert_store.store import Store
 from router.ledger import StepRecord
 from router.mask import ExpertMask

@@ -24,7 +24,7 @@ from server.model.load_progress import LoadProgress, Phase
 
 if TYPE_CHECKING:
     from expert_store.adapter import Adapter
-    from expert_store.host_tier import TierStatistics
+    from expert_store.residency.host_tier import TierStatistics
     from extractor.statistics.price import Price
     from server.constraints.compiler import ConstraintCompiler
 

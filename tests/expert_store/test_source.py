@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from expert_store.cache import ExpertCache
 from expert_store.errors import ExpertUnavailableError
+from expert_store.residency.cache import ExpertCache
 from expert_store.store import Store
 from tests.expert_store.hand_made import COLUMNS, span, write_store
 

@@ -16,12 +16,13 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from expert_store.adapter import store_adapters
-from expert_store.cache import ExpertCache
 from expert_store.errors import SlotsError
-from expert_store.host_tier import HostTier
-from expert_store.pinned import free_host_bytes
-from expert_store.policy import POLICIES
-from expert_store.slots import TORCH_DTYPES, slot_bytes
+from expert_store.residency.cache import ExpertCache
+from expert_store.residency.host_tier import HostTier
+from expert_store.residency.pinned import free_host_bytes
+from expert_store.residency.policy import POLICIES
+from expert_store.residency.slots import slot_bytes
+from expert_store.rows import TORCH_DTYPES
 from expert_store.store import Store
 from router.mask import ExpertMask
 from server.model.host.kept import most_used_experts

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from expert_store.pinned import free_host_bytes
+from expert_store.residency.pinned import free_host_bytes
 from server.model.host.assembly import HostModel
 from server.model.host.sequence_runner import has_plain_memory
 from server.model.host.snapshots import SnapshotRows

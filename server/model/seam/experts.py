@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from expert_store.cache import ExpertCache
+from expert_store.residency.cache import ExpertCache
+from expert_store.residency.slots import SlotPool
 from expert_store.rows import decode_rows
-from expert_store.slots import SlotPool
 from server.model.seam.observation import OutputObserver
 from server.model.seam.packed import kernels_for, packed_products
 from server.model.seam.row_kernels import Run

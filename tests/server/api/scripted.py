@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from expert_store.host_tier import TierStatistics
 from expert_store.manifest import DeepExpert
+from expert_store.residency.host_tier import TierStatistics
 from extractor.statistics.price import Price
 from extractor.statistics.statistics import PricePoint
 from router.mask import ExpertMask

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from expert_store.cache import ExpertCache
 from expert_store.errors import ShardCorruptError
+from expert_store.residency.cache import ExpertCache
 from expert_store.store import Store
 from router.mask import ExpertMask
 from server.engine.engine import Engine

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from expert_store.encoding import RowEncoding
 from expert_store.manifest import LayerSpec, write_manifest
-from expert_store.rows import FIELD_DTYPES, pack_rows
+from expert_store.rows import FIELD_DTYPES, TORCH_DTYPES, pack_rows
 from expert_store.shard import ShardLayout
-from expert_store.slots import TORCH_DTYPES
 from expert_store.store import Store
 from extractor.encoding.quantise import quantise
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from expert_store.cache import CacheStatistics
 from expert_store.paging.pages import DevicePages
+from expert_store.residency.cache import CacheStatistics
 from expert_store.store import Store
 from server.model.device.memory.tier import SpanTier
 

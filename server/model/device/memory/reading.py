@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from expert_store.errors import StoreError
-from expert_store.slots import TORCH_DTYPES
+from expert_store.rows import TORCH_DTYPES
 from expert_store.store import Store
 from server.model.device.capture import need
 

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from expert_store.errors import SlotsError
-from expert_store.host_tier import TierStatistics
 from expert_store.paging.pages import DevicePages
-from expert_store.pinned import NotPinnableError, locked_arena, new_arena, page_lock
+from expert_store.residency.host_tier import TierStatistics
+from expert_store.residency.pinned import NotPinnableError, locked_arena, new_arena, page_lock
 from server.model.device.memory.ahead import AheadReads
 from server.model.device.memory.reading import READ_THREADS, Expert, Failures, SpanReader, log_failures
 

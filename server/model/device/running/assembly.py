@@ -23,8 +23,8 @@ from expert_store.encoding import RowEncoding
 from expert_store.errors import SlotsError
 from expert_store.manifest import LayerSpec, TensorSpec
 from expert_store.paging.pages import DevicePages
-from expert_store.pinned import lockable_bytes
-from expert_store.slots import TORCH_DTYPES
+from expert_store.residency.pinned import lockable_bytes
+from expert_store.rows import TORCH_DTYPES
 from expert_store.store import Store
 from router.errors import MaskError
 from router.mask import ExpertMask

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from expert_store.errors import ShardCorruptError, StoreError
 from expert_store.paging.pages import DevicePages, PagesShape
-from expert_store.pinned import NotPinnableError
+from expert_store.residency.pinned import NotPinnableError
 from server.model.device.memory import tier as device_tier
 from server.model.device.memory.filling import fill_slots, first_scores, in_turn
 from server.model.device.memory.tier import NoRoomError, SpanTier

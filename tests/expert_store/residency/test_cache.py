@@ -9,11 +9,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from expert_store.cache import ExpertCache
 from expert_store.errors import ExpertUnavailableError, ShardCorruptError, SlotsError
-from expert_store.host_tier import HostTier
 from expert_store.manifest import LayerSpec, TensorSpec
-from expert_store.policy import LFU, LRU
+from expert_store.residency.cache import ExpertCache
+from expert_store.residency.host_tier import HostTier
+from expert_store.residency.policy import LFU, LRU
 
 CPU = torch.device("cpu")
 NUM_LAYERS, NUM_EXPERTS = 2, 6

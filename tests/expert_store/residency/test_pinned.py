@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from expert_store.pinned import lockable_bytes
+from expert_store.residency.pinned import lockable_bytes
 
 MACHINE = {"proc/meminfo": "MemTotal:  4000 kB\nMemAvailable:  1000 kB\n"}
 GROUP = {"sys/fs/cgroup/memory.current": "700000\n", "sys/fs/cgroup/memory.stat": "anon 400000\nfile 300000\n"}

@@ -18,10 +18,10 @@ import numpy.typing as npt
 import torch
 
 from expert_store.errors import ExpertUnavailableError, SlotsError
-from expert_store.fetch import SpanFetcher
-from expert_store.host_tier import HostTier, TierStatistics
-from expert_store.policy import LRU, EvictionPolicy, KeepSome
-from expert_store.slots import SlotPool
+from expert_store.residency.fetch import SpanFetcher
+from expert_store.residency.host_tier import HostTier, TierStatistics
+from expert_store.residency.policy import LRU, EvictionPolicy, KeepSome
+from expert_store.residency.slots import SlotPool
 
 if TYPE_CHECKING:
     from expert_store.store import Store

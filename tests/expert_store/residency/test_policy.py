@@ -1,4 +1,4 @@
-from expert_store.policy import LFU, LRU, KeepSome
+from expert_store.residency.policy import LFU, LRU, KeepSome
 
 
 def never(expert: int) -> bool:

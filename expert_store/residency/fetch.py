@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from expert_store.host_tier import PARALLEL_READ_BYTES, READ_THREADS, HostTier
-from expert_store.slots import SlotPool
+from expert_store.residency.host_tier import PARALLEL_READ_BYTES, READ_THREADS, HostTier
+from expert_store.residency.slots import SlotPool
 
 if TYPE_CHECKING:
     from expert_store.store import Store

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from expert_store.errors import SlotsError
-from expert_store.pinned import locked_arena
+from expert_store.residency.pinned import locked_arena
 
 if TYPE_CHECKING:
     from expert_store.store import Store

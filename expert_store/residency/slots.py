@@ -15,17 +15,10 @@ import torch
 
 from expert_store.encoding import ROW_ALIGNMENT
 from expert_store.errors import SlotsError
+from expert_store.rows import TORCH_DTYPES
 
 if TYPE_CHECKING:
     from expert_store.manifest import LayerSpec, TensorSpec
-
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-"""safetensors dtype names of weights that a slot can hold."""
 
 
 def slot_bytes(spec: LayerSpec, dtype: torch.dtype) -> int:
