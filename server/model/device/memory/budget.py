@@ -57,7 +57,7 @@ class DeviceMemory:
         self._most_blocks = shape.max_rows * shape.max_blocks
         self._least_blocks = num_blocks_of(shape.max_tokens if least_tokens is None else least_tokens)
         self.span_bytes = shape.span_bytes
-        self.token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
+        self.token_bytes = shape.kv_token_bytes
         """KV memory of one token."""
         self.block_bytes = self.token_bytes * BLOCK_TOKENS
         self._attended_bytes = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim * shape.dtype.itemsize

@@ -20,10 +20,10 @@ from server.model.device.step.weights import DecodeShape
 class RowState:
     """KV memory and per-row device state, shared by the steps of all batch sizes.
 
-    memory [layers, blocks, 2, kv_heads, block_tokens, head_dim], keys then values; table [rows, max_blocks] int32, the
-    block of each stretch of a row's tokens; lengths [rows] int32; masks [rows, L, E] int8 (see `kernels.routing.route`)
-    and temperatures [rows] fp32 of the routers, both read by masked steps; bias_range [L] fp32, the running range of
-    the router's logits.
+    memory [layers, blocks, vectors, block_tokens, elements], `DecodeShape.kv_vectors` of each token, keys then values;
+    table [rows, max_blocks] int32, the block of each stretch of a row's tokens; lengths [rows] int32; masks
+    [rows, L, E] int8 (see `kernels.routing.route`) and temperatures [rows] fp32 of the routers, both read by masked
+    steps; bias_range [L] fp32, the running range of the router's logits.
 
     Args:
         num_blocks: of memory; None: as many as whole rows need, and the table gives each row blocks of its own.
@@ -32,7 +32,8 @@ class RowState:
     def __init__(self, shape: DecodeShape, device: torch.device | str, num_blocks: int | None = None) -> None:
         of_rows = shape.max_rows * shape.max_blocks
         num_blocks = of_rows if num_blocks is None else num_blocks
-        size = (shape.num_layers, num_blocks, 2, shape.num_kv_heads, shape.block_tokens, shape.head_dim)
+        vectors, width = shape.kv_vectors
+        size = (shape.num_layers, num_blocks, vectors, shape.block_tokens, width)
         self.memory = torch.zeros(size, dtype=shape.dtype, device=device)
         self.table = torch.arange(of_rows, dtype=torch.int32, device=device).view(shape.max_rows, -1)
         self.lengths = torch.zeros(shape.max_rows, dtype=torch.int32, device=device)
@@ -48,19 +49,19 @@ class PrefillRow(Cache):
     def __init__(self, state: RowState, row: int, start: int, end: int) -> None:
         super().__init__(layers=[])
         self._memory, self._start = state.memory, start
-        _, _, _, heads, block_tokens, _ = state.memory.shape
+        _, _, vectors, block_tokens, _ = state.memory.shape
         at = torch.arange(end, device=state.table.device)
         blocks = state.table[row, at // block_tokens].long()
-        head = torch.arange(2 * heads, device=at.device)[:, None] * block_tokens
-        self._index = blocks * (2 * heads * block_tokens) + head + at % block_tokens
-        """[2 kv_heads, end]: each token's place among the vectors of a layer's memory, of keys then of values."""
+        vector = torch.arange(vectors, device=at.device)[:, None] * block_tokens
+        self._index = blocks * (vectors * block_tokens) + vector + at % block_tokens
+        """[vectors, end]: each token's place among the vectors of a layer's memory, of keys then of values."""
         self._new = self._index[:, start:].flatten()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Writes [1, heads, tokens, dim]; returns the row up to the chunk's end, copied where blocks hold a part."""
-        vectors = self._memory[layer_idx].flatten(0, 3)
+        vectors = self._memory[layer_idx].flatten(0, 2)
         new = torch.cat([key_states[0], value_states[0]]).flatten(0, 1)
         vectors.index_copy_(0, self._new, new)
         if self._start == 0:

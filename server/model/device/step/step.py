@@ -76,7 +76,7 @@ class DecodeStep:
         planes = torch.bfloat16 if shape.dtype == torch.bfloat16 else torch.float32  # fp16 has too few exponents
         self.planes = self.normed if shape.packed is None else fresh(batch, hidden, dtype=planes)
         self.qkv = fresh(batch, shape.qkv)
-        self.attended = fresh(batch, heads * shape.head_dim)
+        self.attended = fresh(batch, shape.attended)
         self.part_max = fresh(batch, heads, splits, dtype=torch.float32)
         self.part_sum = fresh(batch, heads, splits, dtype=torch.float32)
         self.part_out = fresh(batch, heads, splits, shape.head_dim, dtype=torch.float32)

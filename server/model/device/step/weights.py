@@ -7,6 +7,7 @@ rounded to that dtype.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,6 +85,21 @@ class DecodeShape:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
     @property
+    def attended(self) -> int:
+        """Elements of the heads' values side by side, which the output product takes."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_vectors(self) -> tuple[int, int]:
+        """Vectors that a layer keeps of a token in KV memory, and their elements."""
+        return 2 * self.num_kv_heads, self.head_dim
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """KV memory of one token."""
+        return self.num_layers * math.prod(self.kv_vectors) * self.dtype.itemsize
+
+    @property
     def up_words(self) -> int:
         """Words of four bytes of the gate_up rows of a packed span, which precede its down rows."""
         assert self.packed is not None, "the experts are plain"
@@ -120,7 +136,7 @@ class DecodeShape:
     @property
     def trunk_bytes(self) -> int:
         """Bytes of trunk weights that one step reads: projections, gates and the head, without the embedding row."""
-        layer = self.qkv * self.hidden + self.hidden * self.num_heads * self.head_dim
+        layer = (self.qkv + self.attended) * self.hidden
         moe = self.num_experts * self.hidden + 3 * self.shared_intermediate * self.hidden
         dense = 3 * self.dense_intermediate * self.hidden
         every = self.num_layers * layer + self.num_moe_layers * moe + len(self.dense_layers) * dense
