@@ -8,6 +8,7 @@ that a forward computes, so `capture.proof` compares the results.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,15 @@ from server.model.device.step.router_kind import (
     router_product,
     selection_bias,
 )
-from server.model.device.step.weights import DecodeShape, LayerWeights, MlpWeights, QkNorm, TrunkWeights, rotary_tables
+from server.model.device.step.weights import (
+    DecodeShape,
+    LayerWeights,
+    MlpWeights,
+    OutputGate,
+    QkNorm,
+    TrunkWeights,
+    rotary_tables,
+)
 from server.model.seam.attention_mask import layer_windows
 
 MOST_ROWS = 32
@@ -52,8 +61,9 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
     layers = layers_of(model)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     family = family_parts(config.model_type)
-    norms = {_attention_norms(layer.attention, config, head_dim, layer.where) for layer in layers}
-    need(len(norms) == 1, "norms of queries and keys differ between layers")
+    mixed = {_attention_kind(layer.attention, config, head_dim, layer.where) for layer in layers}
+    need(len(mixed) == 1, "norms of queries and keys, or gates of what attention puts out, differ between layers")
+    norm, output_gate = mixed.pop()
     kinds = {_block_kind(config, layer) for layer in layers if layer.block is not None}
     need(bool(kinds), "no layer has routed experts")
     need(len(kinds) == 1, "routers, experts or shared experts differ between layers")
@@ -77,7 +87,8 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
         max_tokens=max_tokens,
         eps=float(config.rms_norm_eps),
         scaling=float(getattr(layers[0].attention.module, "scaling", head_dim**-0.5)),
-        qk_norm=_qk_norm(norms.pop(), family),
+        qk_norm=_qk_norm(norm, family),
+        output_gate=output_gate,
         rotary=_rotary_elements(model, len(layers), head_dim),
         neighbours=family.neighbours,
         windows=layer_windows(config, len(layers)),
@@ -95,20 +106,23 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
     return shape
 
 
-def _attention_norms(attention: Attention, config: Any, head_dim: int, where: str) -> QkNorm:
-    """The kind of a layer's norms of queries and keys; refuses attention without grouped queries."""
+def _attention_kind(attention: Attention, config: Any, head_dim: int, where: str) -> tuple[QkNorm, OutputGate]:
+    """The kinds of a layer's norms of queries and keys, and of its output gate, whose rows follow on each head's
+    queries; refuses attention without grouped queries."""
     heads, kv_heads = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     sizes = [one.out_features for one in attention.projections]
-    wanted = [heads, kv_heads, kv_heads, config.hidden_size]
+    gate: OutputGate = "sigmoid" if sizes[0] == 2 * heads else "none"
+    wanted = [heads if gate == "none" else 2 * heads, kv_heads, kv_heads, config.hidden_size]
     fits = sizes == wanted and attention.projections[3].in_features == heads
     need(fits, f"{where}: attention projects to {sizes}, wanted {wanted}")
     kinds: set[QkNorm] = set()
     for norm, projection in zip(attention.norms or (), attention.projections[:2], strict=False):
         size = packed_norm(norm, where).shape.numel()
         need(size in (head_dim, projection.out_features), f"{where}: attention has a norm over {size} elements")
+        need(gate == "none" or size == head_dim, f"{where}: attention has a norm over queries and gates")
         kinds.add("head" if size == head_dim else "row")
     need(len(kinds) <= 1, f"{where}: attention normalises queries and keys differently")
-    return kinds.pop() if kinds else "none"
+    return kinds.pop() if kinds else "none", gate
 
 
 def _qk_norm(kind: QkNorm, family: FamilyParts) -> QkNorm:
@@ -204,7 +218,7 @@ def _packed(layer: Layer, shape: DecodeShape, table: tuple[Tensor, Tensor]) -> L
     gate, gate_bias = (None, None) if layer.router is None else router_product(layer.router)
     return LayerWeights(
         input_norm=input_norm,
-        qkv=torch.cat([part.weight for part in parts]),
+        qkv=_gate_last([part.weight for part in parts], shape),
         q_norm=q_norm,
         k_norm=k_norm,
         output=output.weight,
@@ -212,13 +226,22 @@ def _packed(layer: Layer, shape: DecodeShape, table: tuple[Tensor, Tensor]) -> L
         gate=gate,
         cos=table[0],
         sin=table[1],
-        qkv_bias=torch.cat(biases) if biases else None,
+        qkv_bias=_gate_last(biases, shape) if biases else None,
         output_bias=output.bias,
         gate_bias=None if gate_bias is None else gate_bias.float(),
         selection_bias=None if gate is None else selection_bias(shape.router, layer.router, layer.block),
         sinks=None if attention.sinks is None else attention.sinks.float(),
         mlp=None if layer.mlp is None else _packed_mlp(layer.mlp),
     )
+
+
+def _gate_last(parts: Sequence[Tensor], shape: DecodeShape) -> Tensor:
+    """The rows of q, k and v, and then those of the output gate, each head's of which follow on its rows of q."""
+    if shape.output_gate == "none":
+        return torch.cat(list(parts))
+    q, k, v = parts
+    heads = q.view(shape.num_heads, 2, shape.head_dim, *q.shape[1:])
+    return torch.cat([heads[:, 0].flatten(0, 1), k, v, heads[:, 1].flatten(0, 1)])
 
 
 def _bias(linear: nn.Linear) -> Tensor | None:

@@ -97,11 +97,24 @@ def _head(
 
 
 @triton.jit
+def _through_gate(value, gate, mask, dtype: tl.constexpr, GATE: tl.constexpr):
+    """value * sigmoid(gate), rounded as transformers does, from pointers `gate`; without a GATE the value alone."""
+    value = value.to(dtype)
+    if GATE == 1:
+        heat = tl.load(gate, mask=mask, other=0.0).to(tl.float32)
+        share = (1.0 / (1.0 + tl.exp(-heat))).to(dtype).to(tl.float32)
+        value = (value.to(tl.float32) * share).to(dtype)
+    return value
+
+
+@triton.jit
 def _join(
-    part_max, part_sum, part_out, out, first_head, num_splits,
+    part_max, part_sum, part_out, gates, out, first_head, num_splits,
     GROUP: tl.constexpr, G2: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, dtype: tl.constexpr,
+    GATE: tl.constexpr,
 ):  # fmt: skip
-    """Joins the splits of the heads first_head ... first_head + GROUP - 1 in one sweep of independent loads."""
+    """Joins the splits of the heads first_head ... first_head + GROUP - 1 in one sweep of independent loads; `gates`
+    are those of these heads."""
     head = tl.arange(0, G2)
     split = tl.arange(0, SPLITS)
     full = tl.arange(0, D)
@@ -116,8 +129,9 @@ def _join(
     total = tl.sum(totals * gain, axis=1)
     gain = gain / tl.where(total > 0.0, total, 1.0)[:, None]
     joined = tl.sum(parts * gain[:, :, None], axis=1)
-    at = (first_head + head)[:, None] * D + full[None, :]
-    tl.store(out + at, joined.to(dtype), mask=(head < GROUP)[:, None])
+    at = head[:, None] * D + full[None, :]
+    live = (head < GROUP)[:, None]
+    tl.store(out + first_head * D + at, _through_gate(joined, gates + at, live, dtype, GATE), mask=live)
 
 
 @triton.jit
@@ -144,14 +158,14 @@ def attend(
     NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, G2: tl.constexpr,
     SPLITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, QP: tl.constexpr,
     KP: tl.constexpr, ROTARY: tl.constexpr, NEIGHBOURS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-    PDL: tl.constexpr,
+    GATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [B, NUM_HEADS * D] from qkv [B, (NUM_HEADS + 2 NUM_KV) * D]; writes position lengths[row] of the row's keys
-    and values. Token t of a row is entry t % BLOCK of block table[row, t // BLOCK] of memory [blocks, 2, NUM_KV, BLOCK,
-    D], keys then values; table is [rows, max_blocks]. A batch entry with row -1 is skipped. TILE: tokens of a product,
-    like BLOCK a power of two. WINDOW: number of tokens to attend to, the new one included; 0: all. SINKS: a head's
-    softmax has one more score, of sinks [NUM_HEADS] fp32, without a value. QP, KP: widths of all query and all key
-    heads, padded. Grid (SPLITS, NUM_KV, B).
+    """out [B, NUM_HEADS * D] from qkv [B, (NUM_HEADS + 2 NUM_KV) * D], with a GATE another NUM_HEADS * D; writes
+    position lengths[row] of the row's keys and values. Token t of a row is entry t % BLOCK of block table[row, t //
+    BLOCK] of memory [blocks, 2, NUM_KV, BLOCK, D], keys then values; table is [rows, max_blocks]. A batch entry with
+    row -1 is skipped. TILE: tokens of a product, like BLOCK a power of two. WINDOW: number of tokens to attend to, the
+    new one included; 0: all. SINKS: a head's softmax has one more score, of sinks [NUM_HEADS] fp32, without a value.
+    QP, KP: widths of all query and all key heads, padded. Grid (SPLITS, NUM_KV, B).
 
     The split's first tile of cached keys and values is loaded before the wait: no kernel of this step writes it, nor
     the table. Later tiles' blocks are looked up one tile ahead, so only the first waits for its entry of the table.
@@ -161,6 +175,7 @@ def attend(
     split, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dtype: tl.constexpr = qkv.dtype.element_ty
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV
+    WIDTH: tl.constexpr = (NUM_HEADS + 2 * NUM_KV + (NUM_HEADS if GATE else 0)) * D
     HALF: tl.constexpr = D // 2
     half = tl.arange(0, HALF)
     first, second = _pairs(D, ROTARY, NEIGHBOURS)
@@ -193,7 +208,7 @@ def attend(
     if PDL:
         gdc_wait()
     if (row >= 0) & (split < num_splits):
-        mine = qkv + batch * (NUM_HEADS + 2 * NUM_KV) * D
+        mine = qkv + batch * WIDTH
         q_low, q_high = _head(
             mine, q_norm, cos, sin, eps, kv_head * GROUP + group, group < GROUP,
             D, ROTARY, NEIGHBOURS, NORM, NUM_HEADS * D, QP, dtype,
@@ -244,8 +259,11 @@ def attend(
             next_block = _blocks(row_table, following + TILE, end, BLOCK, TILE)
         heads = batch * NUM_HEADS + kv_head * GROUP + group
         mask = group < GROUP
+        gates = mine + (NUM_HEADS + 2 * NUM_KV + kv_head * GROUP) * D
         if num_splits == 1:
-            tl.store(out + heads[:, None] * D + full[None, :], (acc / total[:, None]).to(dtype), mask=mask[:, None])
+            own = gates + group[:, None] * D + full[None, :]
+            value = _through_gate(acc / total[:, None], own, mask[:, None], dtype, GATE)
+            tl.store(out + heads[:, None] * D + full[None, :], value, mask=mask[:, None])
         else:
             part = heads * SPLITS + split
             tl.store(part_max + part, peak, mask=mask)
@@ -256,6 +274,6 @@ def attend(
             if tl.atomic_add(counter, 1) == num_splits - 1:
                 tl.store(counter, 0)
                 _join(
-                    part_max, part_sum, part_out, out, batch * NUM_HEADS + kv_head * GROUP, num_splits,
-                    GROUP, G2, D, SPLITS, dtype,
+                    part_max, part_sum, part_out, gates, out, batch * NUM_HEADS + kv_head * GROUP, num_splits,
+                    GROUP, G2, D, SPLITS, dtype, GATE,
                 )  # fmt: skip

@@ -24,7 +24,7 @@ from server.model.device.step.packed import expert_constants, plane_constants, r
 from server.model.device.step.router_kind import switches
 from server.model.device.step.state import Report, RowState
 from server.model.device.step.tuning import StepOptions, divisor, pow2
-from server.model.device.step.weights import DecodeShape, LayerWeights, MlpWeights, QkNorm, TrunkWeights
+from server.model.device.step.weights import DecodeShape, LayerWeights, MlpWeights, OutputGate, QkNorm, TrunkWeights
 
 FINISH_PARTS = 128
 FINISH_BLOCK = 2048
@@ -163,7 +163,7 @@ class DecodeStep:
         return self.shape.windows[layer] if self.shape.windows else 0
 
     def qkv_product(self, layer: int) -> None:
-        """Queries, keys and values of the new tokens into `qkv`."""
+        """Queries, keys, values and output gates of the new tokens into `qkv`."""
         weights, rows = self.weights.layers[layer], self.options.tuning.qkv_rows
         self._product(self.x, weights.input_norm, weights.qkv, weights.qkv_bias, None, self.qkv, rows)
 
@@ -182,7 +182,8 @@ class DecodeStep:
             NORM=get_args(QkNorm).index(shape.qk_norm),
             QP=pow2(shape.num_heads * shape.head_dim), KP=pow2(shape.num_kv_heads * shape.head_dim),
             ROTARY=shape.rotary or shape.head_dim, WINDOW=self._window(layer),
-            NEIGHBOURS=shape.neighbours, SINKS=weights.sinks is not None, num_warps=4, num_stages=2,
+            NEIGHBOURS=shape.neighbours, GATE=get_args(OutputGate).index(shape.output_gate),
+            SINKS=weights.sinks is not None, num_warps=4, num_stages=2,
         )  # fmt: skip
 
     def output_product(self, layer: int) -> None:

@@ -21,6 +21,7 @@ from server.model.device.step.router_kind import SOFTMAX_TOP_K, RouterKind
 from server.model.kv.blocks import BLOCK_TOKENS
 
 QkNorm = Literal["none", "head", "row", "head, rotated"]
+OutputGate = Literal["none", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class DecodeShape:
         qk_norm: queries and keys are normalised by head, over all heads together, by head after they were rotated, or
             not.
         rotary: number of rotated elements of a head, its first ones; None: all.
+        output_gate: what attention puts out is multiplied, element by element, by this function of a product of the
+            layer's input.
         neighbours: an element is rotated with the one beside it, not with the one half of them away.
         windows: for each layer the number of tokens to attend to, the new one included, 0: all; empty: all in each.
         dense_layers: layers that have no routed experts but one gated product, of `dense_intermediate`.
@@ -58,6 +61,7 @@ class DecodeShape:
     scaling: float | None = None
     qk_norm: QkNorm = "head"
     rotary: int | None = None
+    output_gate: OutputGate = "none"
     neighbours: bool = False
     windows: tuple[int, ...] = ()
     dense_layers: frozenset[int] = frozenset()
@@ -82,7 +86,9 @@ class DecodeShape:
 
     @property
     def qkv(self) -> int:
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        """Elements of a token's queries, keys, values and output gate."""
+        heads = self.num_heads * (1 if self.output_gate == "none" else 2)
+        return (heads + 2 * self.num_kv_heads) * self.head_dim
 
     @property
     def attended(self) -> int:
@@ -155,8 +161,8 @@ class MlpWeights:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer: norms [H], qkv [Q, H] rows q, k, v; output [H, heads * head_dim]; norms of queries and keys
-    [head_dim] or, over all heads, [heads * head_dim]; cos and sin [max_tokens, head_dim / 2], 1 and 0 past what is
+    """One layer: norms [H], qkv [Q, H] rows q, k, v, output gate; output [H, heads * head_dim]; norms of queries and
+    keys [head_dim] or, over all heads, [heads * head_dim]; cos and sin [max_tokens, head_dim / 2], 1 and 0 past what is
     rotated, which layers of one kind share.
 
     `gate` [E, H] is None in a layer without routed experts; `mlp` is then the layer's product, else the shared expert.

@@ -104,7 +104,7 @@ EVERY_KIND = replace(
     TINY, dense_layers=frozenset({0}), dense_intermediate=64, shared_intermediate=32, rotary=16, windows=(16, 0),
     qk_norm="none", router=replace(GLM4.router, groups=4, kept_groups=2),
     experts=ExpertKind(GateKind(1.702, 7.0, 1.0), alternates=True, bias=torch.float32), neighbours=True,
-    scales=Scales(3.0, 0.5, 0.25, 1.5),
+    scales=Scales(3.0, 0.5, 0.25, 1.5), output_gate="sigmoid",
 )  # fmt: skip
 
 _PLAIN, _ALL = (1, False, 0.0, "lru"), (1, True, 0.1, "lfu")

@@ -73,6 +73,10 @@ CAPTURED = {
     ),
     "qwen3_vl_moe": Captured({}, {"qk_norm": "head"}),
     "qwen3_omni_moe_thinker": Captured({}, {"qk_norm": "head"}),
+    "qwen3_next in full attention": Captured(
+        {"hidden_size": 128, "layer_types": ["full_attention"] * 2},
+        {"output_gate": "sigmoid", "rotary": 8, "shared_intermediate": 16}, "qwen3_next", is_whole=False,
+    ),
     "gpt_oss": Captured(
         {"sliding_window": 3, "intermediate_size": 16},
         {"windows": (3, 0), "experts": ExpertKind(GateKind(1.702, 7.0, 1.0), True, torch.float32)},
