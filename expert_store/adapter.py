@@ -28,10 +28,11 @@ from expert_store.files import open_checked, read_fully, replacing
 from expert_store.manifest import ADAPTER_NAME, AdapterFile, Manifest, format_ids, read_manifest, write_manifest
 
 FORMAT, VERSION, METADATA = "deepfew-adapter", 1, "adapter"
-PARTS = ("lora_A", "lora_B", "delta", "scale", "gain")
+PARTS = ("lora_A", "lora_B", "delta", "scale", "gain", "gate", "up", "down")
 """A linear layer y = x Wᵀ has `lora_A` [R, in] and `lora_B` [out, R], or `delta` [out, in]: y + x Aᵀ Bᵀ, or y + x Δᵀ. A
 router has `delta` [E, H], added to its logits in the same way, and `gain` [E]: the weight of expert e is multiplied by
-1 + gain[e] after the choice. A norm has `scale` [N]: its output is multiplied by 1 + scale."""
+1 + gain[e] after the choice. A norm has `scale` [N]: its output is multiplied by 1 + scale. A layer's experts have
+`gate` and `up` [W, H] and `down` [H, W], one more expert that every token has: y + (silu(x Gᵀ) · x Uᵀ) Dᵀ."""
 
 Changes = Mapping[str, Mapping[str, Tensor]]
 """Module of the trunk → part → tensor."""

@@ -1,53 +1,58 @@
 """Text that the whole model writes by itself, to train an adapter without a corpus.
 
-Invariant: the same beginnings, seed and model give the same text.
+Invariant: the same beginnings, seed, model and device give the same text. Many texts are written side by side by
+transformers' own forward and cache; no server does that, and their bits are promised to nobody.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from transformers import DynamicCache
 
 from server.model.host.assembly import HostModel
-from server.model.host.sequence_runner import make_runner
-from server.model.runner import RowStep
+from server.model.kv_memory import kv_token_bytes
 from server.quality.batches import Progress, Tokens
 
-ROWS = 16
-"""Texts that are written side by side."""
+ROWS = {"cpu": 64, "cuda": 16384}
+"""Texts that are written side by side, at most."""
+CACHE_BYTES = 1 << 30
+"""Most bytes of their keys and values on a CPU; on a GPU a quarter of the free memory."""
 
 
+@torch.inference_mode()
 def write_texts(
     model: HostModel, beginnings: Sequence[Tokens], num_tokens: int, seed: int, notify: Progress
-) -> list[list[int]]:
-    """Continue each beginning to `num_tokens` tokens, drawn at temperature 1 from the whole model.
+) -> npt.NDArray[np.int32]:
+    """Continue each beginning to `num_tokens` tokens, drawn at temperature 1 from the whole model: [texts, num_tokens].
 
     Args:
-        beginnings: at least one token each, fewer than `num_tokens`.
+        beginnings: of one length, at least one token, fewer than `num_tokens`.
     """
-    generator = torch.Generator().manual_seed(seed)
-    runner = make_runner(model, max_rows=ROWS, max_tokens=num_tokens)
-    written: list[list[int]] = []
-    for start in range(0, len(beginnings), ROWS):
-        notify("writing text", len(written) * num_tokens, len(beginnings) * num_tokens)
-        texts = [list(tokens) for tokens in beginnings[start : start + ROWS]]
-        rows = [runner.allocate() for _ in texts]
-        try:
-            for row, text in zip(rows, texts, strict=True):
-                text.append(_drawn(runner.prefill(row, text).logits, generator)[0])
-            while unfinished := [at for at, text in enumerate(texts) if len(text) < num_tokens]:
-                output = runner.decode([RowStep(rows[at], texts[at][-1]) for at in unfinished])
-                for at, token in zip(unfinished, _drawn(output.logits, generator), strict=True):
-                    texts[at].append(token)
-        finally:
-            for row in rows:
-                runner.free(row)
-        written += texts
-    return written
-
-
-def _drawn(logits: torch.Tensor, generator: torch.Generator) -> list[int]:
-    """A token for each row of logits [B, V]."""
-    drawn: list[int] = torch.multinomial(logits.cpu().softmax(dim=-1), 1, generator=generator).flatten().tolist()
-    return drawn
+    config, device = model.model.config, model.device
+    budget = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else CACHE_BYTES
+    text_bytes = num_tokens * kv_token_bytes(config.get_text_config(), model.dtype.itemsize)
+    rows = max(1, min(ROWS[device.type], budget // text_bytes))
+    generator = torch.Generator(device).manual_seed(seed)
+    written = []
+    for start in range(0, len(beginnings), rows):
+        notify("writing text", start * num_tokens, len(beginnings) * num_tokens)
+        begun = torch.tensor([list(tokens) for tokens in beginnings[start : start + rows]], device=device)
+        texts = torch.zeros(len(begun), num_tokens, dtype=torch.int64, device=device)
+        texts[:, : begun.shape[1]] = begun
+        cache, first = DynamicCache(config=config), 0
+        for at in range(begun.shape[1], num_tokens):
+            ids = texts[:, first:at]
+            model.routing.begin(*ids.shape)
+            try:
+                output = model.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            finally:
+                model.routing.abandon()
+            shares = output.logits[:, -1].float().softmax(dim=-1)
+            texts[:, at] = torch.multinomial(shares, 1, generator=generator).flatten()
+            first = at
+        written.append(texts.to(torch.int32).cpu().numpy())
+    return np.concatenate(written)

@@ -21,11 +21,12 @@ _TRIAL = (3, 5)
 """Sequences and tokens of the short forward: two numbers that no shape of a model is likely to have."""
 
 
-def make_parameters(model: SelectiveModel, rank: int, seed: int) -> Parameters:
+def make_parameters(model: SelectiveModel, rank: int, seed: int, shared_width: int = 0) -> Parameters:
     """Parameters that change nothing yet, hooked into the model.
 
     Args:
         rank: of the changes of linear layers; 0 changes whole matrices.
+        shared_width: intermediate columns of an expert that each layer gets for every token; 0: none.
     """
     generator = torch.Generator().manual_seed(seed)
     routers = {model.routing.router(layer): layer for layer in range(model.num_layers)}
@@ -44,6 +45,11 @@ def make_parameters(model: SelectiveModel, rank: int, seed: int) -> Parameters:
         else:
             parts = {"scale": torch.zeros(len(weight))}
         found[name] = _trainable(parts, model.device)
+    if shared_width:
+        hidden_size = int(model.model.config.get_text_config().hidden_size)
+        for module, name in names.items():
+            if is_experts_module(module):
+                found[name] = _trainable(_shared(shared_width, hidden_size, generator), model.device)
     model.routing.install_adapters(model.model, found)
     return found
 
@@ -54,6 +60,11 @@ def _linear(weight: Tensor, rank: int, generator: torch.Generator) -> dict[str, 
         return {"delta": torch.zeros(outputs, inputs)}
     first = torch.randn(rank, inputs, generator=generator) / math.sqrt(inputs)
     return {"lora_A": first, "lora_B": torch.zeros(outputs, rank)}
+
+
+def _shared(width: int, hidden_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    gate, up = torch.randn(2, width, hidden_size, generator=generator) / math.sqrt(hidden_size)
+    return {"gate": gate.clone(), "up": up.clone(), "down": torch.zeros(hidden_size, width)}
 
 
 def _trainable(parts: dict[str, Tensor], device: torch.device) -> dict[str, nn.Parameter]:

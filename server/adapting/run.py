@@ -6,15 +6,19 @@ of a run that was never interrupted.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 
 from expert_store.adapter import Adapter
 from expert_store.files import replacing
@@ -25,12 +29,15 @@ from server.adapting.parameters import make_parameters
 from server.adapting.target import Target
 from server.adapting.training import TRAINED, Trained, Training, TrainingOptions
 from server.model.host.assembly import HostModel
-from server.quality.batches import Progress, Tokens, token_sequences
+from server.model.seam.batched import batched_experts
+from server.quality.batches import Progress, token_sequences
 from server.quality.price import price_points
 from server.quality.texts import Domain, TextOptions, texts_key
 
-BEGINNING_TOKENS = 32
+BEGINNING_TOKENS = 16
 """Text is written from so many tokens of given text."""
+GIVEN_SHARE = 0.25
+"""Share of the training that is given text, where the model writes text too; both are read again when they end."""
 HELD_OUT_TOKENS = 512
 """Held-out tokens of a domain that measure meanwhile."""
 
@@ -44,7 +51,8 @@ class AdaptRequest:
         text: the part of each domain's text to take.
         target: the masks to train for.
         rank: of the changes of linear layers; 0 changes whole matrices.
-        generated_tokens: tokens of text that the whole model writes too, from the beginnings of the texts.
+        generated_tokens: tokens of text that the whole model writes too, as continuations of pieces of the texts.
+        shared_width: intermediate columns of an expert that each layer gets for every token; 0: none.
     """
 
     domains: Sequence[Domain]
@@ -53,6 +61,7 @@ class AdaptRequest:
     training: TrainingOptions
     rank: int
     generated_tokens: int = 0
+    shared_width: int = 0
 
     def work(self, model: HostModel) -> dict[str, Any]:
         """All that the result depends on, as JSON. Raises OSError."""
@@ -62,10 +71,11 @@ class AdaptRequest:
             "texts": [[domain.name, texts_key(domain)] for domain in self.domains],
             "text": asdict(self.text),
             "mask": None if mask is None else [np.flatnonzero(layer).tolist() for layer in mask.allowed],
-            "shares": self.target.shares,
+            "pools": [self.target.shares, self.target.late, self.target.skew],
             "training": asdict(self.training),
             "rank": self.rank,
             "generated_tokens": self.generated_tokens,
+            "shared_width": self.shared_width,
             "dtype": str(model.dtype),
         }
 
@@ -89,19 +99,37 @@ def adapt(
         StoreError: experts that cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    corpus = _corpus(model, request, folder, notify)
-    parameters = make_parameters(model, request.rank, request.training.seed)
-    training = Training(model, request.target, corpus, parameters, request.training, request.work(model))
-    state = folder / "state.safetensors"
+    with batched_experts(model.model, model.cache) if model.device.type == "cuda" else nullcontext(False) as batched:
+        if model.device.type == "cuda" and not batched:
+            say(
+                "experts are fetched or encoded, so every step waits for them: more slots, or plain experts, are faster"
+            )
+        corpus = _corpus(model, request, folder, notify)
+        parameters = make_parameters(model, request.rank, request.training.seed, request.shared_width)
+        work = request.work(model)
+        training = Training(model, request.target, corpus, parameters, request.training, work, graph=batched)
+        return _trained(model, request, training, folder / "state.safetensors", say, notify)
+
+
+def _trained(
+    model: HostModel,
+    request: AdaptRequest,
+    training: Training,
+    state: Path,
+    say: Callable[[str], None],
+    notify: Progress,
+) -> Adapter:
+    """Train to the end, from `state` if there is one."""
     if state.exists():
         training.resume(state)
         say(f"continuing after step {training.done.step} of {training.num_steps}")
     else:
         seconds, num_bytes = training.forecast()
-        num_parameters = sum(one.numel() for parts in parameters.values() for one in parts.values())
+        num_parameters = sum(one.numel() for parts in training.parameters.values() for one in parts.values())
         say(
-            f"{num_parameters:,} numbers to train on {corpus.num_tokens:,} tokens of text, {training.num_steps} steps: "
-            f"about {seconds / 60:.0f} minutes, and about {num_bytes / 2**20:,.0f} MiB beside the model"
+            f"{num_parameters:,} numbers to train on {training.corpus.num_tokens:,} tokens of text, "
+            f"{training.num_steps} steps: about {seconds / 60:.0f} minutes, and about {num_bytes / 2**20:,.0f} MiB "
+            "beside the model"
         )
     before = training.held_out(None)
     say(f"held-out perplexity ÷ the whole model's, without the adapter: {_shown(before)}")
@@ -155,9 +183,12 @@ def _adapter(
             "generated_tokens": request.generated_tokens,
             "text_tokens": training.corpus.num_tokens,
             "tokens": request.training.tokens,
+            "batch_tokens": request.training.batch_tokens,
+            "rate": request.training.rate,
             "seconds": round(done.seconds, 1),
             "seed": request.training.seed,
             "rank": request.rank,
+            "shared_width": request.shared_width,
             "ratios_before": before,
             "ratios": done.ratios,
             "losses": done.losses,
@@ -173,20 +204,38 @@ def _corpus(model: HostModel, request: AdaptRequest, folder: Path, notify: Progr
     if not request.generated_tokens:
         assert corpus is not None, "a request has texts, or has text written"
         return corpus
-    first = model.tokenizer.eos_token_id if model.tokenizer.bos_token_id is None else model.tokenizer.bos_token_id
-    starts: Sequence[tuple[str, Tokens]] = [("generated", [first or 0])] if corpus is None else corpus.train
-    order = np.random.default_rng([request.training.seed, 3]).permutation(len(starts))
-    chosen = [starts[int(order[at % len(order)])] for at in range(max(2, request.generated_tokens // context))]
     path = folder / "text.safetensors"
     if not path.exists():
-        beginnings = [tokens[:BEGINNING_TOKENS] for _, tokens in chosen]
-        texts = write_texts(model, beginnings, context, request.training.seed, notify)
+        names, written = _written(model, request, corpus, notify)
         with replacing(path) as file:
-            file.write(save({"tokens": torch.tensor(texts, dtype=torch.int32)}))
-    written: list[list[int]] = load_file(path)["tokens"].tolist()
+            file.write(save({"tokens": torch.from_numpy(written)}, {"domains": json.dumps(names)}))
+    with safe_open(path, framework="np") as held:
+        texts = list(held.get_tensor("tokens").astype(np.int64))
+        names = json.loads(held.metadata()["domains"])
     if corpus is None:
-        return read_corpus(model, {"generated": written}, context, HELD_OUT_TOKENS, notify)
-    return replace(corpus, train=[*corpus.train, *zip([name for name, _ in chosen], written, strict=True)])
+        return read_corpus(model, {"generated": texts}, context, HELD_OUT_TOKENS, notify)
+    times = max(1, round(GIVEN_SHARE / (1 - GIVEN_SHARE) * len(texts) / len(corpus.train)))
+    return replace(corpus, train=[*list(corpus.train) * times, *zip(names, texts, strict=True)])
+
+
+def _written(
+    model: HostModel, request: AdaptRequest, corpus: Corpus | None, notify: Progress
+) -> tuple[list[str], npt.NDArray[np.int32]]:
+    """The domains of the texts that the model writes, and their tokens [texts, context]."""
+    context, count = request.text.context, max(2, request.generated_tokens // request.text.context)
+    if corpus is None:
+        first = model.tokenizer.eos_token_id if model.tokenizer.bos_token_id is None else model.tokenizer.bos_token_id
+        names, beginnings = ["generated"] * count, [[int(first or 0)]] * count
+    else:
+        random = np.random.default_rng([request.training.seed, 3])
+        length = min(BEGINNING_TOKENS, context - 1)
+        names, beginnings = [], []
+        for at in random.integers(len(corpus.train), size=count).tolist():
+            name, tokens = corpus.train[at]
+            start = int(random.integers(context - length))
+            names.append(name)
+            beginnings.append(list(tokens[start : start + length]))
+    return names, write_texts(model, beginnings, context, request.training.seed, notify)
 
 
 def remove(folder: Path) -> None:

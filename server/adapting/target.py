@@ -1,7 +1,7 @@
 """The masks that an adapter is trained for: one mask, or pools of a range of sizes.
 
 Invariant: a drawn mask depends on the demand of its own text and on the random numbers given, not on the student, so a
-step can be repeated.
+step can be repeated. Pools are chosen on the device, which nothing waits for.
 """
 
 from __future__ import annotations
@@ -10,11 +10,28 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from router.mask import ExpertMask
 
 Demand = npt.NDArray[np.float64]
 """Router mass of each expert in the whole model, [L, E]."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random choices for a text.
+
+    Attributes:
+        share: of the experts that its pool has.
+        mixture: weight of its own demand in the choice of the pool; that of its domain has the rest.
+        start: share of the text that runs before its mask begins.
+    """
+
+    share: float
+    mixture: float
+    start: float
 
 
 @dataclass(frozen=True)
@@ -24,32 +41,24 @@ class Target:
     Attributes:
         mask: the only mask; None for pools.
         shares: least and largest share of the experts in a pool; None for one mask.
+        late: share of the texts under pools that begin without a mask, as the prompts of requests do.
+        skew: sizes of pools are evenly spread over the logarithm if it is 1, and small ones come more often above 1.
     """
 
     mask: ExpertMask | None = None
     shares: tuple[float, float] | None = None
+    late: float = 0.5
+    skew: float = 1.0
 
-    def draw_start(self, random: np.random.Generator) -> float:
-        """The share of a text that runs before its mask begins.
-
-        Half of the texts under pools begin without a mask, as the prompts of requests do.
-        """
-        if self.mask is not None or random.uniform() < 0.5:
-            return 0.0
-        return float(random.uniform(0.0, 0.75))
-
-    def draw(self, random: np.random.Generator, own: Demand, domain: Demand) -> ExpertMask:
-        """A mask for a text whose demand is `own` in a domain with the demand `domain`.
-
-        A pool has a random size, and its experts are the most wanted ones by a random mixture of both demands.
-        """
+    def draw(self, random: np.random.Generator) -> Draw:
+        """The random choices for a text."""
         if self.mask is not None:
-            return self.mask
+            return Draw(0.0, 0.0, 0.0)
         assert self.shares is not None
         low, high = self.shares
-        share = float(np.exp(random.uniform(np.log(low), np.log(high))))
-        mixture = random.uniform()
-        return most_wanted(mixture * _normalised(own) + (1 - mixture) * _normalised(domain), share)
+        share = low * (high / low) ** (random.uniform() ** self.skew)
+        starts_late = random.uniform() < self.late
+        return Draw(share, random.uniform(), random.uniform(0.0, 0.75) if starts_late else 0.0)
 
     def measured(self, domain: Demand) -> list[tuple[float, ExpertMask]]:
         """Masks for measuring text of a domain, each with its share of the experts, the largest first."""
@@ -69,6 +78,16 @@ def most_wanted(demand: Demand, share: float) -> ExpertMask:
     return ExpertMask(allowed)
 
 
-def _normalised(demand: Demand) -> Demand:
-    total = demand.sum(axis=1, keepdims=True)
-    return demand / np.where(total == 0, 1.0, total)
+def drawn_pools(own: Tensor, domain: Tensor, counts: Tensor, mixture: Tensor) -> Tensor:
+    """The pools of B texts, bool [L, B, E]: the experts with the most demand by a mixture of two.
+
+    Args:
+        own, domain: demand of each text and of its domain, [L, B, E].
+        counts: experts of each pool, [B].
+        mixture: weight of `own`, [B].
+    """
+    own, domain = (one / one.sum(dim=-1, keepdim=True).clamp(min=1e-20) for one in (own, domain))
+    mixed = torch.lerp(domain, own, mixture[None, :, None].to(own.dtype))
+    order = mixed.argsort(dim=-1, descending=True, stable=True)
+    among = torch.arange(own.shape[-1], device=own.device) < counts[:, None]  # [B, E]
+    return torch.zeros_like(mixed, dtype=torch.bool).scatter(-1, order, among.expand_as(order))

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -23,14 +24,13 @@ from torch import Tensor
 
 from expert_store.errors import AdapterError
 from expert_store.files import replacing
-from router.mask import ExpertMask
 from server.adapting.corpus import Corpus
+from server.adapting.measuring import evaluate_kinds
 from server.adapting.parameters import Parameters
-from server.adapting.target import Demand, Target
+from server.adapting.target import Target, drawn_pools
 from server.model.runner import SelectiveModel
 from server.model.seam.adapters import Part
-from server.quality.batches import Tokens, batches
-from server.quality.text_loss import evaluate_text, geometric_mean
+from server.quality.text_loss import geometric_mean
 
 TRAINED = ""
 """The name of the adapter in the model's routing while it is trained; no adapter of a store has it."""
@@ -40,6 +40,12 @@ MATRIX_RATE_SHARE = 0.25
 """Whole matrices take this share of the rate: a step of all their numbers adds up over the inputs."""
 CLIPPED_NORM = 1.0
 SAVE_SECONDS = 60.0
+READ_STEPS = 16
+"""Losses are read from the device once in so many steps."""
+MAX_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 27}
+"""Most values in the largest array of the sequences that run at once (logits, or the experts' outputs)."""
+EAGER_CALLS = 3
+"""Calls before a capture, in which libraries allocate what they keep."""
 STEP_COST = 4.0
 """A step takes about so many times as long as the teacher's pass over its tokens."""
 KEPT_VECTORS, KEPT_LOGITS = 24, 6
@@ -84,11 +90,32 @@ class Trained:
     recent: list[float]
 
 
+class Repeated:
+    """A function of fixed tensors; on a GPU a CUDA graph of it, if `graph`, from its fourth call on."""
+
+    def __init__(self, function: Callable[[], None], graph: bool) -> None:
+        self._function, self._wants_graph, self._calls = function, graph, 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        """Call it, or replay its graph."""
+        self._calls += 1
+        if self._graph is None and self._wants_graph and self._calls > EAGER_CALLS:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._function()
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._function()
+
+
 class Training:
     """Trains `parameters`, which are hooked into `model`.
 
     Args:
         work: what is trained, JSON; a saved state of other work is refused.
+        graph: capture a step in CUDA graphs, for which the experts are `batched_experts`.
     """
 
     def __init__(
@@ -99,22 +126,54 @@ class Training:
         parameters: Parameters,
         options: TrainingOptions,
         work: dict[str, Any],
+        graph: bool = False,
     ) -> None:
         self.model, self.target, self.corpus, self.options = model, target, corpus, options
         self.parameters, self._work = parameters, work
         self.done = Trained(0, 0.0, [], [], [])
-        self._batch = max(1, options.batch_tokens // len(corpus.train[0][1]))
-        self.num_steps = max(1, math.ceil(options.tokens / (self._batch * len(corpus.train[0][1]))))
+        self._set_text(corpus)
         self._named = {f"{name}.{part}": one for name, parts in parameters.items() for part, one in parts.items()}
         whole = [one for name, one in self._named.items() if name.endswith(".delta")]
         others = [one for name, one in self._named.items() if not name.endswith(".delta")]
         groups = [{"params": others, "share": 1.0}, {"params": whole, "share": MATRIX_RATE_SHARE}]
-        self._optimizer = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.95), weight_decay=0.0)
+        groups = [{**group, "lr": self._rate()} for group in groups if group["params"]]
+        self._optimizer = torch.optim.AdamW(
+            groups, betas=(0.9, 0.95), weight_decay=0.0, capturable=model.device.type == "cuda", foreach=True
+        )
         self._unmasked: dict[str, float] = {}
+        self._losses: list[Tensor] = []
+        self._gradients = Repeated(self._add_gradients, graph)
+        self._update = Repeated(self._change_parameters, graph)
         model.model.requires_grad_(False)
         for parameter in self._named.values():
             parameter.requires_grad_(True)
+            parameter.grad = torch.zeros_like(parameter)
         model.routing.adapters.add(TRAINED, parameters, model.device, None)
+
+    def _set_text(self, corpus: Corpus) -> None:
+        """Put texts, demand and the inputs of a step on the device."""
+        device, length = self.model.device, len(corpus.train[0][1])
+        names = list(corpus.demand)
+        self._text = torch.from_numpy(np.array([tokens for _, tokens in corpus.train], dtype=np.int32)).to(device)
+        self._domains = [names.index(name) for name, _ in corpus.train]
+        demand = np.stack([corpus.demand[name] for name in names], axis=1)
+        self._demand = torch.from_numpy(demand).float().to(device)  # [L, D, E]
+        mask = self.target.mask
+        self._masks = None if mask is None else torch.from_numpy(np.array(mask.allowed)[:, None]).to(device)
+        most = max(1, self.options.batch_tokens // length)
+        config = self.model.model.config.get_text_config()
+        width = max(self.model.vocab_size, int(config.hidden_size) * self.model.store.manifest.model.top_k)
+        self._rows = min(most, max(1, MAX_ELEMENTS[device.type] // (length * width)))
+        self._batch = most // self._rows * self._rows
+        self.num_steps = max(1, math.ceil(self.options.tokens / (self._batch * length)))
+        self._orders: dict[int, npt.NDArray[np.int64]] = {}
+        self._inputs = torch.zeros(self._rows, 6, dtype=torch.float64, device=device)
+        self._loss = torch.zeros((), device=device)
+
+    def _rate(self) -> float | Tensor:
+        """A rate that a graph reads from the device."""
+        is_cuda = self.model.device.type == "cuda"
+        return torch.tensor(self.options.rate, device=self.model.device) if is_cuda else self.options.rate
 
     def run(
         self, state: Path | None, notify: Callable[[Trained], None] = lambda done: None, last: int | None = None
@@ -131,117 +190,127 @@ class Training:
         last = self.num_steps if last is None else last
         while done.step < last:
             started = time.monotonic()
-            done.recent.append(self._step(done.step))
+            self._losses.append(self._step(done.step))
             done.step += 1
+            measures = done.step % every == 0 or done.step == self.num_steps
+            saves = state is not None and time.monotonic() - saved_at > SAVE_SECONDS
+            if measures or saves or len(self._losses) == READ_STEPS or done.step == last:
+                self._read_losses()
             done.seconds += time.monotonic() - started
-            if done.step % every == 0 or done.step == self.num_steps:
+            if measures:
                 done.losses.append((done.step, round(sum(done.recent) / len(done.recent), 5)))
                 done.ratios.append((done.step, self.held_out()))
                 done.recent.clear()
             notify(done)
-            if state is not None and time.monotonic() - saved_at > SAVE_SECONDS:
+            if saves and state is not None:
                 self.save(state)
                 saved_at = time.monotonic()
         return done
 
+    def _read_losses(self) -> None:
+        """Wait for the steps under way, and note their losses."""
+        self.done.recent += torch.stack(self._losses).tolist() if self._losses else []
+        self._losses.clear()
+
     def forecast(self) -> tuple[float, int]:
         """Seconds and bytes (beside the model) that the training takes about; runs a batch to measure the time."""
-        batch = next(batches(self.model, [tokens for _, tokens in self.corpus.train[: self._batch]]))
-        started = time.monotonic()
-        self._teach(batch)
-        num_tokens = len(batch) * len(batch[0])
-        seconds = STEP_COST * (time.monotonic() - started) / num_tokens * self.options.tokens
+        ids = self._text[: self._rows]
+        with torch.no_grad():
+            self._teach(ids)
+            started = time.monotonic()
+            self._teach(ids).sum().item()
+        seconds = STEP_COST * (time.monotonic() - started) / ids.numel() * self.options.tokens
         config = self.model.model.config.get_text_config()
         of_layers = KEPT_VECTORS * config.hidden_size * config.num_hidden_layers * self.model.dtype.itemsize
         of_parameters = 16 * sum(one.numel() for one in self._named.values())
-        return seconds, of_parameters + num_tokens * (of_layers + KEPT_LOGITS * 4 * self.model.vocab_size)
+        return seconds, of_parameters + ids.numel() * (of_layers + KEPT_LOGITS * 4 * self.model.vocab_size)
 
     def held_out(self, adapter: str | None = TRAINED) -> dict[str, float]:
         """Perplexity of held-out text under the target's masks ÷ that of the whole model, by share of the experts."""
-        ratios: dict[str, list[float]] = {}
-        for domain, sequences in self.corpus.held_out.items():
-            if domain not in self._unmasked:
-                self._unmasked[domain] = evaluate_text(self.model, sequences).loss
-            for share, mask in self.target.measured(self.corpus.demand[domain]):
-                loss = evaluate_text(self.model, sequences, mask, adapter).loss
-                ratios.setdefault(f"{share:.4g}", []).append(math.exp(loss - self._unmasked[domain]))
-        return {share: round(geometric_mean(values), 4) for share, values in ratios.items()}
+        held_out = self.corpus.held_out
+        if not self._unmasked:
+            self._unmasked = evaluate_kinds(self.model, held_out, None, None)
+        masks = {domain: self.target.measured(self.corpus.demand[domain]) for domain in held_out}
+        ratios = {}
+        for at, (share, _) in enumerate(next(iter(masks.values()))):
+            under = {domain: own[at][1] for domain, own in masks.items()}
+            losses = evaluate_kinds(self.model, held_out, under, adapter)
+            found = [math.exp(loss - self._unmasked[domain]) for domain, loss in losses.items()]
+            ratios[f"{share:.4g}"] = round(geometric_mean(found), 4)
+        return ratios
 
-    def _step(self, number: int) -> float:
-        """One step of the optimiser; returns its mean loss, nats a token."""
+    def _step(self, number: int) -> Tensor:
+        """One step of the optimiser; returns its mean loss, nats a token, which is not waited for."""
         random = np.random.default_rng([self.options.seed, 1, number])
-        chosen = [self.corpus.train[at] for at in self._sequences(number)]
-        length = len(chosen[0][1])
-        starts = [int(self.target.draw_start(random) * length) for _ in chosen]
-        total, loss, at = sum(length - start for start in starts), 0.0, 0
-        for batch in batches(self.model, [tokens for _, tokens in chosen]):
-            logits, demands = self._teach(batch)
-            names = [name for name, _ in chosen[at : at + len(batch)]]
-            masks = [
-                self.target.draw(random, demand, self.corpus.demand[name])
-                for name, demand in zip(names, demands, strict=True)
+        chosen = self._sequences(number)
+        draws = [self.target.draw(random) for _ in chosen]
+        length, num_experts = self._text.shape[1], self.model.store.manifest.model.num_experts
+        inputs = np.array(
+            [
+                [at, self._domains[at], max(1, round(draw.share * num_experts)), draw.mixture, int(draw.start * length)]
+                for at, draw in zip(chosen, draws, strict=True)
             ]
-            loss += self._learn(batch, logits, masks, starts[at : at + len(batch)], total)
-            at += len(batch)
-        torch.nn.utils.clip_grad_norm_(self._named.values(), CLIPPED_NORM)
+        )
+        inputs = np.column_stack([inputs, np.full(len(chosen), 1 / (len(chosen) * length - inputs[:, 4].sum()))])
         for group in self._optimizer.param_groups:
-            group["lr"] = self.options.rate * group["share"] * _rate_share(number, self.num_steps)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return loss
+            rate = self.options.rate * group["share"] * _rate_share(number, self.num_steps)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self._loss.zero_()
+        for start in range(0, len(chosen), self._rows):
+            self._inputs.copy_(torch.from_numpy(inputs[start : start + self._rows]))
+            self._gradients()
+        self._update()
+        return self._loss.clone()
 
     def _sequences(self, number: int) -> list[int]:
         """The sequences of a step: every sequence comes once before one comes again."""
         count, found = len(self.corpus.train), []
         for place in range(number * self._batch, (number + 1) * self._batch):
-            order = np.random.default_rng([self.options.seed, 2, place // count]).permutation(count)
-            found.append(int(order[place % count]))
+            if place // count not in self._orders:
+                self._orders = {
+                    place // count: np.random.default_rng([self.options.seed, 2, place // count]).permutation(count)
+                }
+            found.append(int(self._orders[place // count][place % count]))
         return found
 
-    @torch.no_grad()
-    def _teach(self, batch: Sequence[Tokens]) -> tuple[Tensor, list[Demand]]:
-        """Logits [B, T, V] of the whole model, and the demand of each sequence."""
-        ids = torch.tensor([list(tokens) for tokens in batch], device=self.model.device)
+    def _teach(self, ids: Tensor) -> Tensor:
+        """Logits [B, T, V] of the whole model; its step goes on, for the demand."""
         self.model.routing.begin(*ids.shape)
-        logits = self.model.model(input_ids=ids, use_cache=False).logits
-        record, _ = self.model.routing.finish()
-        length, num_experts = ids.shape[1], self.model.store.manifest.model.num_experts
-        spans = [slice(row * length, (row + 1) * length) for row in range(len(batch))]
-        return logits, [record.demand_mass_of(span, num_experts) for span in spans]
+        return self.model.model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
 
-    def _learn(
-        self, batch: Sequence[Tokens], teacher: Tensor, masks: Sequence[ExpertMask], starts: Sequence[int], total: int
-    ) -> float:
-        """Add the gradients of some sequences; returns their part of the step's mean loss.
-
-        Args:
-            masks: of each sequence; starts: its first tokens that are under the mask.
-            total: tokens of the step that are under a mask.
-        """
-        device = self.model.device
-        ids = torch.tensor([list(tokens) for tokens in batch], device=device)
-        length = ids.shape[1]
-        is_masked = torch.arange(length, device=device) >= torch.tensor(starts, device=device)[:, None]  # [B, T]
-        table = (
-            torch.from_numpy(np.stack([mask.allowed for mask in masks], axis=1))
-            .to(device)
-            .repeat_interleave(length, dim=1)
-        )  # [L, B·T, E]
-        table |= ~is_masked.flatten()[None, :, None]
-        tokens = None if bool(is_masked.all()) else is_masked.flatten().nonzero().flatten()
-        self.model.routing.begin_tokens(len(batch), length, table, [Part(self.parameters, tokens)])
+    def _add_gradients(self) -> None:
+        """Add the gradients and the loss of the sequences that `_inputs` names."""
+        routing, length = self.model.routing, self._text.shape[1]
+        at, domain, counts, mixture, starts, weight = self._inputs.unbind(dim=1)
+        ids = self._text[at.long()]
+        with torch.no_grad():
+            teacher = self._teach(ids)
+            pools = self._masks
+            if pools is None:
+                pools = drawn_pools(routing.demand_mass(), self._demand[:, domain.long()], counts, mixture)
+        is_masked = torch.arange(length, device=ids.device) >= starts[:, None]  # [B, T]
+        table = (pools[:, :, None] | ~is_masked[None, :, :, None]).expand(-1, len(ids), length, -1).flatten(1, 2)
+        share = None if self.target.mask is not None else is_masked.reshape(-1, 1)
+        routing.begin_tokens(len(ids), length, table, [Part(self.parameters, None, share)])
         try:
             student = self.model.model(input_ids=ids, use_cache=False).logits
-            if tokens is not None:
-                teacher, student = teacher[is_masked], student[is_masked]
-            loss = _divergence(teacher.float(), student.float()).sum() / total
+            loss: Tensor = _Divergence.apply(teacher, student, is_masked * weight[:, None].float())  # type: ignore[no-untyped-call]
             torch.autograd.backward(loss)
         finally:
-            self.model.routing.abandon()
-        return float(loss.detach())
+            routing.abandon()
+        self._loss += loss.detach()
+
+    def _change_parameters(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self._named.values(), CLIPPED_NORM, foreach=True)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=False)
 
     def save(self, path: Path) -> None:
         """Save parameters, optimiser and figures to `path`, which is replaced as a whole. Raises OSError."""
+        self._read_losses()
         tensors = {f"parameter/{name}": one.detach() for name, one in self._named.items()}
         for name, one in self._named.items():
             for key in ("exp_avg", "exp_avg_sq", "step"):
@@ -271,7 +340,7 @@ class Training:
             for name, one in self._named.items():
                 one.copy_(tensors[f"parameter/{name}"])
                 self._optimizer.state[one] = {
-                    key: tensors[f"{key}/{name}"].to(one.device if key != "step" else "cpu")
+                    key: tensors[f"{key}/{name}"].to("cpu" if key == "step" and not one.is_cuda else one.device)
                     for key in ("exp_avg", "exp_avg_sq", "step")
                 }
         done = about["done"]
@@ -284,10 +353,22 @@ class Training:
         )
 
 
-def _divergence(wanted: Tensor, got: Tensor) -> Tensor:
-    """KL divergence from the distribution of `wanted` to that of `got`, logits [.., V], in nats [..]."""
-    shares = wanted.softmax(dim=-1)
-    return (shares * (wanted - got)).sum(dim=-1) - wanted.logsumexp(dim=-1) + got.logsumexp(dim=-1)
+class _Divergence(torch.autograd.Function):
+    """Σ weight · KL divergence from the distribution of `wanted` to that of `got`: logits [B, T, V], weights [B, T]."""
+
+    @staticmethod
+    def forward(ctx: Any, wanted: Tensor, got: Tensor, weights: Tensor) -> Tensor:
+        log_wanted = wanted.log_softmax(dim=-1, dtype=torch.float32)
+        log_got = got.log_softmax(dim=-1, dtype=torch.float32)
+        shares = log_wanted.exp()
+        loss = ((shares * (log_wanted - log_got)).sum(dim=-1) * weights).sum()
+        ctx.save_for_backward(((log_got.exp_() - shares) * weights[..., None]).to(got.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+        (of_got,) = ctx.saved_tensors
+        return None, of_got * grads[0].to(of_got.dtype), None
 
 
 def _rate_share(step: int, num_steps: int) -> float:

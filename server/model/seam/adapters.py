@@ -27,10 +27,16 @@ class Part:
     Attributes:
         changes: of the adapter, by module and part, on the model's device.
         tokens: int64 [N], positions among the step's tokens; None: all of them.
+        share: [N, 1], the factor of each token's change, 0 or 1; None: 1 for all.
     """
 
     changes: Changes
     tokens: Tensor | None
+    share: Tensor | None = None
+
+    def of(self, change: Tensor) -> Tensor:
+        """The change [N, ..] of its tokens."""
+        return change if self.share is None else change * self.share.to(change.dtype)
 
 
 class StepAdapters:
@@ -100,7 +106,7 @@ class StepAdapters:
             parts = part.changes.get(name or "", {})
             if "delta" in parts:
                 rows = hidden if part.tokens is None else hidden[part.tokens]
-                logits = _added(logits, part.tokens, self._linear(parts, rows).to(logits.dtype))
+                logits = _added(logits, part.tokens, part.of(self._linear(parts, rows)).to(logits.dtype))
         return logits
 
     def weights(self, router: nn.Module, index: Tensor, weights: Tensor) -> Tensor:
@@ -111,12 +117,12 @@ class StepAdapters:
             if gain is not None:
                 tokens = part.tokens
                 chosen, own = (index, weights) if tokens is None else (index[tokens], weights[tokens])
-                factor = functional.pad(1 + gain, (0, 1), value=1.0)[chosen]  # a pick that does not exist has id E
+                factor = 1 + part.of(functional.pad(gain, (0, 1))[chosen])  # a pick that does not exist has id E
                 weights = _replaced(weights, tokens, own * factor.to(own.dtype))
         return weights
 
     def _changed(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """The forward hook of a linear layer or a norm."""
+        """The forward hook of a linear layer, a norm or a layer's experts."""
         if not self._parts:
             return None
         flat = output.reshape(self._num_tokens, -1, output.shape[-1])
@@ -126,15 +132,17 @@ class StepAdapters:
                 continue
             if "scale" in parts:
                 own = flat if tokens is None else flat[tokens]
-                flat = _replaced(flat, tokens, own * (1 + parts["scale"]).to(own.dtype))
+                scale = parts["scale"] if part.share is None else parts["scale"] * part.share[:, None]
+                flat = _replaced(flat, tokens, own * (1 + scale).to(own.dtype))
             else:
                 x = args[0].reshape(self._num_tokens, args[0].shape[-1])
                 change = self._linear(parts, x if tokens is None else x[tokens])
-                flat = _added(flat, tokens, change[:, None].to(flat.dtype))
+                flat = _added(flat, tokens, part.of(change)[:, None].to(flat.dtype))
         return flat.view_as(output)
 
     def _linear(self, parts: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """The change of a linear layer's output for x [N, in]; in decode steps each row is computed by itself."""
+        """The change of a linear layer's or of experts' output for x [N, in]; in decode steps each row is computed by
+        itself."""
         if is_decode(self._num_tokens) and len(x) > 1:
             return torch.cat([_product(parts, row) for row in torch.split(x, 1)])
         return _product(parts, x)
@@ -143,6 +151,9 @@ class StepAdapters:
 def _product(parts: Mapping[str, Tensor], x: Tensor) -> Tensor:
     if "delta" in parts:
         return functional.linear(x, parts["delta"].to(x.dtype))
+    if "down" in parts:
+        gate, up, down = (parts[part].to(x.dtype) for part in ("gate", "up", "down"))
+        return functional.linear(functional.silu(functional.linear(x, gate)) * functional.linear(x, up), down)
     return functional.linear(functional.linear(x, parts["lora_A"].to(x.dtype)), parts["lora_B"].to(x.dtype))
 
 

@@ -7,7 +7,7 @@ the order of waves. Source: `transformers/integrations/moe.py` (layouts and flag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ other steps compute expert by expert, without a copy."""
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The forward that transformers dispatches to: hidden_states [T, H], index and weights [T, K] → [T, H]."""
     layer: ExpertsLayer = getattr(self, LAYER_ATTRIBUTE)
+    if layer.batched is not None:
+        return layer.batched(self, hidden_states, top_k_index, top_k_weights)
     if hidden_states.requires_grad or top_k_weights.requires_grad:
         return frozen_experts(layer, self, hidden_states, top_k_index, top_k_weights)
     return layer.forward(self, hidden_states, top_k_index, top_k_weights)
@@ -76,13 +78,16 @@ class ExpertsLayer:
         batch_invariant: in decode steps, compute pair by pair if a product's bits depend on its number of rows.
 
     Attributes:
+        layer: MoE layer.
         observer: records the experts' outputs while it is on.
+        batched: computes all experts together instead, while `server.model.seam.batched` says so.
     """
 
     def __init__(self, layer: int, cache: ExpertCache, batch_invariant: bool = True) -> None:
         self._batch_invariant = batch_invariant
-        self._layer = layer
+        self.layer = self._layer = layer
         self._cache = cache
+        self.batched: Callable[[Any, Tensor, Tensor, Tensor], Tensor] | None = None
         self.observer: OutputObserver | None = None
         for tensor in cache.pools[layer].spec.tensors:
             if tensor.encoding is not None:

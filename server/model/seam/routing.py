@@ -168,6 +168,16 @@ class StepRouting:
         demanded = demand_weight.reshape(shape).sum(axis=2, dtype=np.float64)
         return record, RowShare(demanded.T, per_row.T)
 
+    def demand_mass(self) -> Tensor:
+        """Router mass [L, B, E] that each row of the step demands, float32; the step goes on, nothing waits."""
+        found = []
+        for step in self._steps:
+            assert step is not None, "a router has not run yet"
+            index, weight = (one.reshape(self._num_rows, -1) for one in (step.demand_index, step.demand_weight))
+            mass = torch.zeros(self._num_rows, self.mask.allowed.shape[1], device=index.device)
+            found.append(mass.scatter_add_(1, index.long(), weight.float()))
+        return torch.stack(found)
+
     def rows_served_by(self, layer: int, expert: int) -> list[int]:
         """Rows of the step whose tokens chose (layer, expert); empty if that layer's router has not run."""
         step = self._steps[layer]

@@ -13,7 +13,7 @@ from router.mask import ExpertMask
 from server.adapting.corpus import Corpus, read_corpus
 from server.adapting.parameters import make_parameters
 from server.adapting.run import AdaptRequest, adapt
-from server.adapting.target import Target, most_wanted
+from server.adapting.target import Target, drawn_pools, most_wanted
 from server.adapting.training import Training, TrainingOptions
 from server.model.host.assembly import HostModel, load_model
 from server.model.runner import RunnerOptions
@@ -85,10 +85,14 @@ def test_an_interrupted_run_continues_to_the_same_bits(model: HostModel, small_s
 
 def test_pools_are_the_most_wanted_experts_and_half_of_them_begin_after_a_prompt() -> None:
     random, own = np.random.default_rng(0), np.arange(16.0).reshape(2, 8)
-    drawn = [POOLS.draw(random, own, own).num_allowed.tolist() for _ in range(50)]
-    assert {tuple(counts) for counts in drawn} == {(count, count) for count in range(2, 9)}
+    counts = torch.tensor([round(POOLS.draw(random).share * 8) for _ in range(50)])
+    demand = torch.from_numpy(own)[:, None].expand(-1, 50, -1)
+    pools = drawn_pools(demand, demand, counts, torch.rand(50))
+    assert {tuple(sizes) for sizes in pools.sum(dim=-1).T.tolist()} == {(count, count) for count in range(2, 9)}
+    for at, count in enumerate(counts.tolist()):
+        assert np.array_equal(pools[:, at].numpy(), most_wanted(own, count / 8).allowed)
     assert most_wanted(own, 0.25).allowed[0].tolist() == [False] * 6 + [True] * 2
-    starts = [POOLS.draw_start(random) for _ in range(200)]
+    starts = [POOLS.draw(random).start for _ in range(200)]
     assert 60 < sum(start == 0 for start in starts) < 140
     assert max(starts) < 0.75
     assert [share for share, _ in POOLS.measured(own)] == [0.5, 0.25]
