@@ -72,12 +72,14 @@ class Replay:
 
 
 def random_codes(shape: DecodeShape, spans: Tensor) -> None:
-    """Fill packed spans [n, words] with random codes, and scales that keep activations in range; mutates `spans`."""
+    """Fill packed spans [n, words] with random codes, scales that keep activations in range, and biases of zero;
+    mutates `spans`."""
     assert shape.packed is not None
-    at = 0
-    for encoding, rows, columns in (
-        (shape.packed[0], 2 * shape.intermediate, shape.hidden),
-        (shape.packed[1], shape.hidden, shape.intermediate),
+    if shape.experts.bias is not None:
+        spans.zero_()
+    for at, encoding, rows, columns in (
+        (0, shape.packed[0], 2 * shape.intermediate, shape.hidden),
+        (4 * shape.down_at, shape.packed[1], shape.hidden, shape.intermediate),
     ):
         size = encoding.row_bytes(columns)
         for some in spans.view(torch.uint8)[:, at : at + rows * size].split(256):
@@ -95,7 +97,6 @@ def random_codes(shape: DecodeShape, spans: Tensor) -> None:
                 dtype = torch.float32 if name == "overall" else FIELD_DTYPES[getattr(encoding, name)]
                 field = torch.full((count,), value, device=spans.device).to(dtype).view(torch.uint8)
                 part[..., offset : offset + len(field)] = field
-        at += rows * size
 
 
 def random_trunk(shape: DecodeShape, device: torch.device | str, seed: int = 0) -> TrunkWeights:
