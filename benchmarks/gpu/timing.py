@@ -65,7 +65,7 @@ def read_rate() -> float:
         median_ms(
             lambda tile=tile, warps=warps: trunk.product[(rows // tile,)](
                 x, x, matrix, x, x, out, 1e-6, rows, B=1, K=width, KP=width, BN=tile, NORM=False, BIAS=False,
-                RESIDUAL=False, PDL=False, num_warps=warps,
+                RESIDUAL=False, SCALE=1.0, PDL=False, num_warps=warps,
             ),
             repeats=10,
         )
