@@ -146,7 +146,7 @@ def packed_bytes(shape: DecodeShape) -> int:
     """Bytes of the trunk's tensors that the captured step packs anew, beside transformers' own: q, k, v side by side,
     and gate and up of dense layers and shared experts."""
     gated = len(shape.dense_layers) * shape.dense_intermediate + shape.num_moe_layers * shape.shared_intermediate
-    return (shape.num_layers * shape.qkv + 2 * gated) * shape.hidden * shape.dtype.itemsize
+    return (sum(kind.qkv for kind in shape.each_attention) + 2 * gated) * shape.hidden * shape.dtype.itemsize
 
 
 def _on_gpu(model: ModelFacts, wish: Wish, reason: str) -> Placement:

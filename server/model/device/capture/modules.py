@@ -22,7 +22,6 @@ _LAYER = ("self_attn", "input_layernorm", "post_attention_layernorm")
 _BLOCK = ("mlp", "block_sparse_moe")
 _ROUTER = ("gate", "router")
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = (("q_norm", "query_layernorm"), ("k_norm", "key_layernorm"))
 _MLP = (("gate_proj", "up_proj"), ("gate_up_proj",), ("input_linear",))
 _DOWN = ("down_proj", "output_linear")
@@ -41,10 +40,12 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Attention:
-    """Grouped-query attention: q, k, v, o; norms of queries and keys; sinks [heads]; the module itself."""
+    """Grouped-query attention: q, k, v, o, where v is None if values are what k gives; norms of queries and keys; the
+    norm of values; sinks [heads]; the module itself."""
 
-    projections: tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]
+    projections: tuple[nn.Linear, nn.Linear, nn.Linear | None, nn.Linear]
     norms: tuple[nn.Module, nn.Module] | None
+    value_norm: nn.Module | None
     sinks: Tensor | None
     module: Any
 
@@ -134,17 +135,19 @@ def _layer(layer: Any, where: str, block: Any, router: Any) -> Layer:
 
 def _attention(attention: Any, where: str) -> Attention:
     where = f"{where}: attention"
-    check_children(attention, where, _PROJECTIONS, (*_NORMS[0], *_NORMS[1], "sinks"))
-    q, k, v, o = (getattr(attention, name) for name in _PROJECTIONS)
+    check_children(attention, where, ("q_proj", "k_proj", "o_proj"), ("v_proj", *_NORMS[0], *_NORMS[1], "sinks"))
+    q, k, o = (getattr(attention, name) for name in ("q_proj", "k_proj", "o_proj"))
+    v = getattr(attention, "v_proj", None)
     need(
-        all(isinstance(one, nn.Linear) for one in (q, k, v, o)),
+        all(isinstance(one, nn.Linear) for one in (q, k, v or k, o)),
         f"{where} projects otherwise than by plain products",
     )
-    need(len({one.bias is None for one in (q, k, v)}) == 1, f"{where}: only some of q, k and v have biases")
+    need(len({one.bias is None for one in (q, k, v or k)}) == 1, f"{where}: only some of q, k and v have biases")
     q_norm, k_norm = (_first(attention, names) for names in _NORMS)
     need((q_norm is None) == (k_norm is None), f"{where} normalises queries and keys differently")
     norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
-    return Attention((q, k, v, o), norms, getattr(attention, "sinks", None), attention)
+    value_norm = getattr(attention, "v_norm", None)
+    return Attention((q, k, v, o), norms, value_norm, getattr(attention, "sinks", None), attention)
 
 
 def _mlp(mlp: Any, where: str, switch: nn.Linear | None = None) -> Mlp:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from server.model.device.capture import NotCapturableError, need
 from server.model.device.capture.families import FamilyParts, family_parts
-from server.model.device.capture.modules import Attention, Layer, Mlp, layers_of, text_body
-from server.model.device.capture.parts import gate_kind, packed_norm
-from server.model.device.step.parts import SILU, ExpertKind, Scales
+from server.model.device.capture.modules import Layer, Mlp, layers_of, text_body
+from server.model.device.capture.parts import check_unweighted, gate_kind, packed_norm
+from server.model.device.step.parts import SILU, AttentionKind, ExpertKind, OutputGate, Scales
 from server.model.device.step.router_kind import (
     RouterKind,
     RouterRefusedError,
@@ -30,7 +30,6 @@ from server.model.device.step.weights import (
     DecodeShape,
     LayerWeights,
     MlpWeights,
-    OutputGate,
     QkNorm,
     TrunkWeights,
     rotary_tables,
@@ -59,11 +58,14 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
     absent = [name for name in _SETTINGS if getattr(config, name, None) is None]
     need(not absent, f"the model's config has no {', '.join(absent)}")
     layers = layers_of(model)
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     family = family_parts(config.model_type)
-    mixed = {_attention_kind(layer.attention, config, head_dim, layer.where) for layer in layers}
-    need(len(mixed) == 1, "norms of queries and keys, or gates of what attention puts out, differ between layers")
-    norm, output_gate = mixed.pop()
+    names = frequencies_of(model, len(layers))
+    attentions = tuple(_attention_kind(model, layer, name) for layer, name in zip(layers, names, strict=True))
+    norms = {_attention_norms(layer, kind) for layer, kind in zip(layers, attentions, strict=True)}
+    need(len(norms) == 1, "norms of queries and keys differ between layers")
+    scalings = {_scaling(layer) for layer in layers}
+    need(len(scalings) == 1, "layers scale the scores of attention by different factors")
+    first = attentions[0]
     kinds = {_block_kind(config, layer) for layer in layers if layer.block is not None}
     need(bool(kinds), "no layer has routed experts")
     need(len(kinds) == 1, "routers, experts or shared experts differ between layers")
@@ -76,9 +78,9 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
     shape = DecodeShape(
         num_layers=len(layers),
         hidden=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
+        num_heads=first.num_heads,
+        num_kv_heads=first.num_kv_heads,
+        head_dim=first.head_dim,
         vocab=model.lm_head.weight.shape[0],
         num_experts=num_experts,
         top_k=top_k,
@@ -86,10 +88,11 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
         max_rows=max_rows,
         max_tokens=max_tokens,
         eps=float(config.rms_norm_eps),
-        scaling=float(getattr(layers[0].attention.module, "scaling", head_dim**-0.5)),
-        qk_norm=_qk_norm(norm, family),
-        output_gate=output_gate,
-        rotary=_rotary_elements(model, len(layers), head_dim),
+        scaling=scalings.pop(),
+        qk_norm=_qk_norm(norms.pop(), family),
+        output_gate=first.gate,
+        rotary=first.rotary,
+        attentions=attentions,
         neighbours=family.neighbours,
         windows=layer_windows(config, len(layers)),
         dense_layers=frozenset(at for at, layer in enumerate(layers) if layer.block is None),
@@ -106,23 +109,50 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
     return shape
 
 
-def _attention_kind(attention: Attention, config: Any, head_dim: int, where: str) -> tuple[QkNorm, OutputGate]:
-    """The kinds of a layer's norms of queries and keys, and of its output gate, whose rows follow on each head's
-    queries; refuses attention without grouped queries."""
-    heads, kv_heads = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    sizes = [one.out_features for one in attention.projections]
-    gate: OutputGate = "sigmoid" if sizes[0] == 2 * heads else "none"
-    wanted = [heads if gate == "none" else 2 * heads, kv_heads, kv_heads, config.hidden_size]
-    fits = sizes == wanted and attention.projections[3].in_features == heads
-    need(fits, f"{where}: attention projects to {sizes}, wanted {wanted}")
+def _attention_kind(model: Any, layer: Layer, frequencies: str) -> AttentionKind:
+    """The attention of a layer whose frequencies are that attribute of the model's rotary embedding; refuses attention
+    without grouped queries."""
+    attention, config, where = layer.attention, model.config.get_text_config(), f"{layer.where}: attention"
+    q, k, v, o = attention.projections
+    head_dim = int(getattr(attention.module, "head_dim", config.hidden_size // config.num_attention_heads))
+    need(head_dim % 2 == 0, f"{where} has heads of {head_dim} elements: wanted an even number")
+    kv_heads = max(1, k.out_features // head_dim)
+    value_dim = (k if v is None else v).out_features // kv_heads
+    heads = o.in_features // max(1, value_dim)
+    gate: OutputGate = "sigmoid" if q.out_features == 2 * heads * head_dim else "none"
+    sizes = [q.out_features, k.out_features, (k if v is None else v).out_features, o.in_features, o.out_features]
+    wanted = [heads * head_dim, kv_heads * head_dim, kv_heads * value_dim, heads * value_dim, config.hidden_size]
+    wanted[0] *= 1 if gate == "none" else 2  # gates follow on each head's queries
+    fits = sizes == wanted and heads % kv_heads == 0
+    need(fits, f"{where} projects to {sizes}, wanted {wanted} by heads of {head_dim} elements")
+    rotary = 2 * len(getattr(text_body(model).rotary_emb, frequencies)) if frequencies else head_dim
+    need(rotary <= head_dim, f"{where} rotates {rotary} of {head_dim} elements of a head")
+    if attention.value_norm is not None:
+        check_unweighted(attention.value_norm, value_dim, where)
+    scale = float(getattr(attention.module, "v_scale", 1.0))
+    return AttentionKind(
+        heads, kv_heads, head_dim, value_dim, rotary, v is None, attention.value_norm is not None, scale, gate
+    )
+
+
+def _scaling(layer: Layer) -> float:
+    """The factor of the scores of attention."""
+    module = layer.attention.module
+    return float(getattr(module, "scaling", None) or module.head_dim**-0.5)
+
+
+def _attention_norms(layer: Layer, kind: AttentionKind) -> QkNorm:
+    """The kind of a layer's norms of queries and keys."""
+    where = f"{layer.where}: attention"
     kinds: set[QkNorm] = set()
-    for norm, projection in zip(attention.norms or (), attention.projections[:2], strict=False):
+    for norm, projection in zip(layer.attention.norms or (), layer.attention.projections[:2], strict=False):
+        assert projection is not None
         size = packed_norm(norm, where).shape.numel()
-        need(size in (head_dim, projection.out_features), f"{where}: attention has a norm over {size} elements")
-        need(gate == "none" or size == head_dim, f"{where}: attention has a norm over queries and gates")
-        kinds.add("head" if size == head_dim else "row")
-    need(len(kinds) <= 1, f"{where}: attention normalises queries and keys differently")
-    return kinds.pop() if kinds else "none", gate
+        sizes = (kind.head_dim, projection.out_features if kind.gate == "none" else kind.head_dim)
+        need(size in sizes, f"{where} has a norm over {size} elements, wanted one of {sizes}")
+        kinds.add("head" if size == kind.head_dim else "row")
+    need(len(kinds) <= 1, f"{where} normalises queries and keys differently")
+    return kinds.pop() if kinds else "none"
 
 
 def _qk_norm(kind: QkNorm, family: FamilyParts) -> QkNorm:
@@ -137,20 +167,6 @@ def _scales(config: Any, layer: Layer) -> Scales:
         for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling")
     )
     return Scales(embedding, residual, 1.0 / divisor, routed)
-
-
-def _rotary_elements(model: Any, layers: int, head_dim: int) -> int:
-    """The number of rotated elements of a head; they are its first ones."""
-    need(
-        head_dim & (head_dim - 1) == 0 and head_dim >= 32,
-        f"heads of {head_dim} elements: wanted a power of two from 32",
-    )
-    rotary = text_body(model).rotary_emb
-    sizes = {2 * int(getattr(rotary, name).shape[0]) for name in set(frequencies_of(model, layers)) if name}
-    need(len(sizes) == 1, f"layers rotate {sorted(sizes)} elements: wanted one number for those that rotate")
-    elements = sizes.pop()
-    need(elements <= head_dim and elements % 4 == 0, f"{elements} of {head_dim} elements of a head are rotated")
-    return elements
 
 
 def frequencies_of(model: Any, num_layers: int) -> list[str]:
@@ -200,25 +216,29 @@ def pack_trunk(model: Any, shape: DecodeShape) -> TrunkWeights:
     """Trunk tensors of a model that `decode_shape` accepted, on the model's device. Packed copies are new memory; the
     rest are the model's own tensors."""
     body = text_body(model)
-    tables = rotary_tables_of(model, shape)
+    layers, tables = layers_of(model), rotary_tables_of(model, shape)
     return TrunkWeights(
         embedding=body.embed_tokens.weight,
-        layers=tuple(_packed(layer, shape, table) for layer, table in zip(layers_of(model), tables, strict=True)),
+        layers=tuple(
+            _packed(layer, shape, kind, table)
+            for layer, kind, table in zip(layers, shape.each_attention, tables, strict=True)
+        ),
         norm=packed_norm(body.norm, "the model"),
         head=model.lm_head.weight,
     )
 
 
-def _packed(layer: Layer, shape: DecodeShape, table: tuple[Tensor, Tensor]) -> LayerWeights:
+def _packed(layer: Layer, shape: DecodeShape, kind: AttentionKind, table: tuple[Tensor, Tensor]) -> LayerWeights:
     attention = layer.attention
-    *parts, output = attention.projections
+    *found, output = attention.projections
+    parts = [part for part in found if part is not None]
     biases = [bias for part in parts if (bias := _bias(part)) is not None]
     input_norm = packed_norm(layer.input_norm, layer.where)
     q_norm, k_norm = (packed_norm(norm, layer.where) for norm in attention.norms or (layer.input_norm,) * 2)
     gate, gate_bias = (None, None) if layer.router is None else router_product(layer.router)
     return LayerWeights(
         input_norm=input_norm,
-        qkv=_gate_last([part.weight for part in parts], shape),
+        qkv=_gate_last([part.weight for part in parts], kind),
         q_norm=q_norm,
         k_norm=k_norm,
         output=output.weight,
@@ -226,7 +246,7 @@ def _packed(layer: Layer, shape: DecodeShape, table: tuple[Tensor, Tensor]) -> L
         gate=gate,
         cos=table[0],
         sin=table[1],
-        qkv_bias=_gate_last(biases, shape) if biases else None,
+        qkv_bias=_gate_last(biases, kind) if biases else None,
         output_bias=output.bias,
         gate_bias=None if gate_bias is None else gate_bias.float(),
         selection_bias=None if gate is None else selection_bias(shape.router, layer.router, layer.block),
@@ -235,13 +255,13 @@ def _packed(layer: Layer, shape: DecodeShape, table: tuple[Tensor, Tensor]) -> L
     )
 
 
-def _gate_last(parts: Sequence[Tensor], shape: DecodeShape) -> Tensor:
+def _gate_last(parts: Sequence[Tensor], kind: AttentionKind) -> Tensor:
     """The rows of q, k and v, and then those of the output gate, each head's of which follow on its rows of q."""
-    if shape.output_gate == "none":
+    if kind.gate == "none":
         return torch.cat(list(parts))
-    q, k, v = parts
-    heads = q.view(shape.num_heads, 2, shape.head_dim, *q.shape[1:])
-    return torch.cat([heads[:, 0].flatten(0, 1), k, v, heads[:, 1].flatten(0, 1)])
+    q, *others = parts
+    heads = q.view(kind.num_heads, 2, kind.head_dim, *q.shape[1:])
+    return torch.cat([heads[:, 0].flatten(0, 1), *others, heads[:, 1].flatten(0, 1)])
 
 
 def _bias(linear: nn.Linear) -> Tensor | None:
@@ -259,12 +279,12 @@ def _packed_mlp(mlp: Mlp) -> MlpWeights:
 def rotary_tables_of(model: Any, shape: DecodeShape) -> list[tuple[Tensor, Tensor]]:
     """For each layer cos and sin [max_tokens, head_dim / 2] of its rotary embedding: see `rotary_tables`. Layers of one
     kind share their tables."""
-    rotary = text_body(model).rotary_emb
+    rotary, device = text_body(model).rotary_emb, model.lm_head.weight.device
     names = frequencies_of(model, shape.num_layers)
+    keys = [(name, shape.attention(layer).head_dim // 2) for layer, name in enumerate(names)]
     tables = {}
-    for name in set(names):
+    for name, half in set(keys):
         scaling = float(getattr(rotary, name.replace("inv_freq", "attention_scaling"), 1.0)) if name else 1.0
-        frequencies = getattr(rotary, name or next(filter(None, names)))
-        frequencies = frequencies if name else torch.zeros_like(frequencies)
-        tables[name] = rotary_tables(frequencies, shape.max_tokens, shape.dtype, scaling, shape.head_dim // 2)
-    return [tables[name] for name in names]
+        frequencies = getattr(rotary, name) if name else torch.zeros(half, device=device)
+        tables[name, half] = rotary_tables(frequencies, shape.max_tokens, shape.dtype, scaling, half)
+    return [tables[key] for key in keys]

@@ -37,6 +37,21 @@ def packed_norm(norm: nn.Module, where: str) -> Tensor:
     return 1.0 + weight if is_centred else weight
 
 
+def check_unweighted(norm: nn.Module, size: int, where: str) -> None:
+    """Raises NotCapturableError unless the module is an RMS norm over `size` elements without weights."""
+    x = torch.randn((_PROBES, size), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    value = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + _epsilon(norm))
+    same = _ran(norm, x, where) == value.to(torch.bfloat16)
+    need(
+        not list(norm.parameters()) and bool(same.float().mean() > 0.99),
+        f"{where}: {type(norm).__name__} is no RMS norm without weights",
+    )
+
+
+def _epsilon(norm: nn.Module) -> float:
+    return next(iter(_floats(norm, ("variance_epsilon", "eps"))), 0.0)
+
+
 def _norm_kind(norm: nn.Module, where: str) -> tuple[bool, bool]:
     """Whether the norm's weights are kept around 0, and whether it rounds after the multiplication."""
     generator = torch.Generator().manual_seed(0)
@@ -45,7 +60,7 @@ def _norm_kind(norm: nn.Module, where: str) -> tuple[bool, bool]:
     assert isinstance(weight, Tensor)
     weight.data = torch.randn(weight.shape, generator=generator).to(torch.bfloat16)
     x = torch.randn((_PROBES, *weight.shape), generator=generator).to(torch.bfloat16)
-    eps = next(iter(_floats(norm, ("variance_epsilon", "eps"))), 0.0)
+    eps = _epsilon(norm)
     with torch.no_grad():
         found = _ran(probe, x, where)
         value = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)

@@ -142,6 +142,7 @@ def _excerpt(model: Any, shape: DecodeShape, kept: list[int], device: torch.devi
         intermediate=INTERMEDIATE,
         max_rows=2,
         max_tokens=2 * NUM_TOKENS,
+        attentions=tuple(shape.attention(index) for index in kept),
         windows=layer_windows(config, len(kept)),
         dense_layers=frozenset(at for at, index in enumerate(kept) if index in shape.dense_layers),
         dtype=torch.float32,

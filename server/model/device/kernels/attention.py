@@ -5,7 +5,8 @@ A program handles one KV head of one sequence over one split of its cached token
 depend on the row's length alone, so its bits depend neither on the batch nor on the numbers of its blocks. The new
 token's key and value stay in registers: split 0 scores and stores them. Source of the split: Flash-Decoding (Dao et
 al., 2023). The rotary embedding works in halves, as transformers' `rotate_half`, or on NEIGHBOURS, on a head's first
-ROTARY elements; the other elements form pairs with an angle of 0.
+ROTARY elements; the other elements form pairs with an angle of 0. Heads have D elements of queries and keys and DV of
+values; HP and VP are D / 2 and DV as powers of two.
 """
 
 from __future__ import annotations
@@ -16,9 +17,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def _pairs(D: tl.constexpr, ROTARY: tl.constexpr, NEIGHBOURS: tl.constexpr):
-    """Offsets in a head of the first and the second element of each pair, [D / 2] both."""
-    half = tl.arange(0, D // 2)
+def _within(mask, index, N: tl.constexpr, P: tl.constexpr):
+    """mask where index, of [0, P), is below N."""
+    if N != P:
+        mask = mask & (index < N)
+    return mask
+
+
+@triton.jit
+def _pairs(D: tl.constexpr, HP: tl.constexpr, ROTARY: tl.constexpr, NEIGHBOURS: tl.constexpr):
+    """Offsets in a head of the first and the second element of each pair, [HP] both."""
+    half = tl.arange(0, HP)
     if NEIGHBOURS:
         low = 2 * half
         high = 2 * half + 1
@@ -52,11 +61,12 @@ def _first_rounded(value, norm, dtype: tl.constexpr):
 
 
 @triton.jit
-def _norm_heads(low, high, norm, eps, D: tl.constexpr, first, second, dtype: tl.constexpr):
-    """Pairs [R, D / 2] of heads, each head normalised by itself, in fp32."""
+def _norm_heads(low, high, norm, eps, D: tl.constexpr, HP: tl.constexpr, first, second, dtype: tl.constexpr):
+    """Pairs [R, HP] of heads, each head normalised by itself, in fp32."""
+    half = tl.arange(0, HP)
     scale = tl.rsqrt((tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / D + eps)
-    w_low = tl.load(norm + first).to(tl.float32)
-    w_high = tl.load(norm + second).to(tl.float32)
+    w_low = tl.load(norm + first, mask=half < D // 2, other=0.0).to(tl.float32)
+    w_high = tl.load(norm + second, mask=half < D // 2, other=0.0).to(tl.float32)
     low = (_first_rounded(low * scale[:, None], norm, dtype) * w_low[None, :]).to(dtype).to(tl.float32)
     high = (_first_rounded(high * scale[:, None], norm, dtype) * w_high[None, :]).to(dtype).to(tl.float32)
     return low, high
@@ -65,31 +75,32 @@ def _norm_heads(low, high, norm, eps, D: tl.constexpr, first, second, dtype: tl.
 @triton.jit
 def _head(
     ptr, norm, cos, sin, eps, heads, valid,
-    D: tl.constexpr, ROTARY: tl.constexpr, NEIGHBOURS: tl.constexpr, NORM: tl.constexpr, N: tl.constexpr,
-    NP: tl.constexpr, dtype: tl.constexpr,
+    D: tl.constexpr, HP: tl.constexpr, ROTARY: tl.constexpr, NEIGHBOURS: tl.constexpr, NORM: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Loads head rows [R, D], normalises and rotates them; returns the pairs' first and second elements [R, D / 2] in
-    the model's dtype. NORM: 0 none, 1 each head by itself, 2 all N elements of the token together, 3 as 1 but after the
-    rotation.
+    """Loads head rows [R, D], normalises and rotates them; returns the pairs' first and second elements [R, HP] in the
+    model's dtype, 0 past D / 2. NORM: 0 none, 1 each head by itself, 2 all N elements of the token together, 3 as 1 but
+    after the rotation.
     """
-    first, second = _pairs(D, ROTARY, NEIGHBOURS)
+    first, second = _pairs(D, HP, ROTARY, NEIGHBOURS)
     at = ptr + heads[:, None] * D
-    low = tl.load(at + first[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
-    high = tl.load(at + second[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
+    real = _within(valid[:, None], tl.arange(0, HP)[None, :], D // 2, HP)
+    low = tl.load(at + first[None, :], mask=real, other=0.0).to(tl.float32)
+    high = tl.load(at + second[None, :], mask=real, other=0.0).to(tl.float32)
     if NORM == 1:
-        low, high = _norm_heads(low, high, norm, eps, D, first, second, dtype)
+        low, high = _norm_heads(low, high, norm, eps, D, HP, first, second, dtype)
     if NORM == 2:
         common = _row_scale(ptr, eps, N, NP)
         weight_at = norm + heads[:, None] * D
-        w_low = tl.load(weight_at + first[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
-        w_high = tl.load(weight_at + second[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
+        w_low = tl.load(weight_at + first[None, :], mask=real, other=0.0).to(tl.float32)
+        w_high = tl.load(weight_at + second[None, :], mask=real, other=0.0).to(tl.float32)
         low = (_first_rounded(low * common, norm, dtype) * w_low).to(dtype).to(tl.float32)
         high = (_first_rounded(high * common, norm, dtype) * w_high).to(dtype).to(tl.float32)
     rotated_low = (low * cos[None, :] - high * sin[None, :]).to(dtype)
     rotated_high = (high * cos[None, :] + low * sin[None, :]).to(dtype)
     if NORM == 3:
         low, high = _norm_heads(
-            rotated_low.to(tl.float32), rotated_high.to(tl.float32), norm, eps, D, first, second, dtype
+            rotated_low.to(tl.float32), rotated_high.to(tl.float32), norm, eps, D, HP, first, second, dtype
         )
         rotated_low = low.to(dtype)
         rotated_high = high.to(dtype)
@@ -108,30 +119,46 @@ def _through_gate(value, gate, mask, dtype: tl.constexpr, GATE: tl.constexpr):
 
 
 @triton.jit
+def _value(
+    ptr, eps, full, DV: tl.constexpr, VP: tl.constexpr, VALUE_NORM: tl.constexpr, VALUE_SCALE: tl.constexpr,
+    dtype: tl.constexpr,
+):  # fmt: skip
+    """The value [VP] of a head at ptr, normalised without weights and multiplied where the layer does so."""
+    value = tl.load(ptr + full, mask=full < DV, other=0.0)
+    if VALUE_NORM:
+        wide = value.to(tl.float32)
+        value = (wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / DV + eps)).to(dtype)
+    if VALUE_SCALE != 1.0:
+        value = (value.to(tl.float32) * VALUE_SCALE).to(dtype)
+    return value
+
+
+@triton.jit
 def _join(
-    part_max, part_sum, part_out, gates, out, first_head, num_splits,
-    GROUP: tl.constexpr, G2: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, dtype: tl.constexpr,
+    part_max, part_sum, part_out, gates, out, first_head, num_heads, num_splits,
+    G2: tl.constexpr, DV: tl.constexpr, VP: tl.constexpr, SPLITS: tl.constexpr, dtype: tl.constexpr,
     GATE: tl.constexpr,
 ):  # fmt: skip
-    """Joins the splits of the heads first_head ... first_head + GROUP - 1 in one sweep of independent loads; `gates`
-    are those of these heads."""
+    """Joins the splits of at most G2 heads, first_head ... first_head + num_heads - 1, in one sweep of independent
+    loads; `gates` are those of these heads."""
     head = tl.arange(0, G2)
     split = tl.arange(0, SPLITS)
-    full = tl.arange(0, D)
+    full = tl.arange(0, VP)
     part = (first_head + head)[:, None] * SPLITS + split[None, :]
-    mask = (head < GROUP)[:, None] & (split < num_splits)[None, :]
+    mask = (head < num_heads)[:, None] & (split < num_splits)[None, :]
     peaks = tl.load(part_max + part, mask=mask, other=-1.0e30, cache_modifier=".cg")
     totals = tl.load(part_sum + part, mask=mask, other=0.0, cache_modifier=".cg")
     parts = tl.load(
-        part_out + part[:, :, None] * D + full[None, None, :], mask=mask[:, :, None], other=0.0, cache_modifier=".cg"
-    )
+        part_out + part[:, :, None] * DV + full[None, None, :],
+        mask=_within(mask[:, :, None], full[None, None, :], DV, VP), other=0.0, cache_modifier=".cg",
+    )  # fmt: skip
     gain = tl.exp(peaks - tl.max(peaks, axis=1)[:, None])
     total = tl.sum(totals * gain, axis=1)
     gain = gain / tl.where(total > 0.0, total, 1.0)[:, None]
     joined = tl.sum(parts * gain[:, :, None], axis=1)
-    at = head[:, None] * D + full[None, :]
-    live = (head < GROUP)[:, None]
-    tl.store(out + first_head * D + at, _through_gate(joined, gates + at, live, dtype, GATE), mask=live)
+    at = head[:, None] * DV + full[None, :]
+    live = _within((head < num_heads)[:, None], full[None, :], DV, VP)
+    tl.store(out + first_head * DV + at, _through_gate(joined, gates + at, live, dtype, GATE), mask=live)
 
 
 @triton.jit
@@ -146,26 +173,34 @@ def _blocks(row_table, start, end, BLOCK: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _vectors(memory, block, kv_head, position, NUM_KV: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr):
-    """Pointers to the keys of the tokens at `position`, which are in `block`; both may be tensors."""
-    return memory + (block.to(tl.int64) * 2 * NUM_KV + kv_head) * BLOCK * D + position % BLOCK * D
+def _vectors(
+    memory, block, kv_head, position, NUM_KV: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr
+):
+    """Pointers to the keys and to the values of the tokens at `position`, which are in `block`; both may be tensors."""
+    keys = memory + block.to(tl.int64) * (NUM_KV * BLOCK * (D + DV))
+    values = keys + NUM_KV * BLOCK * D + (kv_head * BLOCK + position % BLOCK) * DV
+    return keys + (kv_head * BLOCK + position % BLOCK) * D, values
 
 
 @triton.jit
 def attend(
     qkv, q_norm, k_norm, sinks, cos_table, sin_table, rows, lengths, table, memory, out,
     part_max, part_sum, part_out, arrived, eps, scaling, max_blocks,
-    NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, G2: tl.constexpr,
-    SPLITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, QP: tl.constexpr,
-    KP: tl.constexpr, ROTARY: tl.constexpr, NEIGHBOURS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DV: tl.constexpr,
+    VP: tl.constexpr, VALUES_AT: tl.constexpr, VALUE_NORM: tl.constexpr, VALUE_SCALE: tl.constexpr,
+    QKV: tl.constexpr, GP: tl.constexpr, JOINED: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, NORM: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr,
+    ROTARY: tl.constexpr, NEIGHBOURS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     GATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [B, NUM_HEADS * D] from qkv [B, (NUM_HEADS + 2 NUM_KV) * D], with a GATE another NUM_HEADS * D; writes
-    position lengths[row] of the row's keys and values. Token t of a row is entry t % BLOCK of block table[row, t //
-    BLOCK] of memory [blocks, 2, NUM_KV, BLOCK, D], keys then values; table is [rows, max_blocks]. A batch entry with
-    row -1 is skipped. TILE: tokens of a product, like BLOCK a power of two. WINDOW: number of tokens to attend to, the
-    new one included; 0: all. SINKS: a head's softmax has one more score, of sinks [NUM_HEADS] fp32, without a value.
-    QP, KP: widths of all query and all key heads, padded. Grid (SPLITS, NUM_KV, B).
+    """out [B, NUM_HEADS * DV] from qkv [B, QKV], heads of queries, keys and values, those of values from VALUES_AT on
+    (which may be the keys' place), and with a GATE the queries' gates; writes position lengths[row] of the row's keys
+    and values. Token t of a row is entry t % BLOCK of block table[row, t // BLOCK] of memory, whose blocks are keys
+    [NUM_KV, BLOCK, D] then values [NUM_KV, BLOCK, DV]; table is [rows, max_blocks]. A batch entry with row -1 is
+    skipped. TILE: tokens of a product, like BLOCK a power of two. WINDOW: number of tokens to attend to, the new one
+    included; 0: all. SINKS: a head's softmax has one more score, of sinks [NUM_HEADS] fp32, without a value. QP, KP:
+    widths of all query and all key heads, padded. JOINED: heads whose splits are joined together. Grid (SPLITS, NUM_KV,
+    B).
 
     The split's first tile of cached keys and values is loaded before the wait: no kernel of this step writes it, nor
     the table. Later tiles' blocks are looked up one tile ahead, so only the first waits for its entry of the table.
@@ -175,11 +210,10 @@ def attend(
     split, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dtype: tl.constexpr = qkv.dtype.element_ty
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV
-    WIDTH: tl.constexpr = (NUM_HEADS + 2 * NUM_KV + (NUM_HEADS if GATE else 0)) * D
     HALF: tl.constexpr = D // 2
-    half = tl.arange(0, HALF)
-    first, second = _pairs(D, ROTARY, NEIGHBOURS)
-    full = tl.arange(0, D)
+    half = tl.arange(0, HP)
+    first, second = _pairs(D, HP, ROTARY, NEIGHBOURS)
+    full = tl.arange(0, VP)
     tile = tl.arange(0, TILE)
     group = tl.arange(0, GP)
     row = tl.load(rows + batch)
@@ -197,36 +231,36 @@ def attend(
     block = _blocks(row_table, begin, end, BLOCK, TILE)
     next_block = _blocks(row_table, begin + TILE, end, BLOCK, TILE)
     own_block = tl.load(row_table + position // BLOCK, mask=row >= 0, other=0)
-    cos = tl.load(cos_table + position * HALF + half)
-    sin = tl.load(sin_table + position * HALF + half)
-    VALUES: tl.constexpr = NUM_KV * BLOCK * D
+    cos = tl.load(cos_table + position * HALF + half, mask=half < HALF, other=1.0)
+    sin = tl.load(sin_table + position * HALF + half, mask=half < HALF, other=0.0)
     inside = (begin + tile >= oldest) & (begin + tile < end)
-    at = _vectors(memory, block, kv_head, begin + tile, NUM_KV, BLOCK, D)
-    k_low = tl.load(at[None, :] + first[:, None], mask=inside[None, :], other=0.0)
-    k_high = tl.load(at[None, :] + second[:, None], mask=inside[None, :], other=0.0)
-    v = tl.load(at[:, None] + VALUES + full[None, :], mask=inside[:, None], other=0.0)
+    k_at, v_at = _vectors(memory, block, kv_head, begin + tile, NUM_KV, BLOCK, D, DV)
+    k_inside = _within(inside[None, :], half[:, None], HALF, HP)
+    k_low = tl.load(k_at[None, :] + first[:, None], mask=k_inside, other=0.0)
+    k_high = tl.load(k_at[None, :] + second[:, None], mask=k_inside, other=0.0)
+    v = tl.load(v_at[:, None] + full[None, :], mask=_within(inside[:, None], full[None, :], DV, VP), other=0.0)
     if PDL:
         gdc_wait()
     if (row >= 0) & (split < num_splits):
-        mine = qkv + batch * WIDTH
+        mine = qkv + batch * QKV
         q_low, q_high = _head(
             mine, q_norm, cos, sin, eps, kv_head * GROUP + group, group < GROUP,
-            D, ROTARY, NEIGHBOURS, NORM, NUM_HEADS * D, QP, dtype,
+            D, HP, ROTARY, NEIGHBOURS, NORM, NUM_HEADS * D, QP, dtype,
         )  # fmt: skip
         peak = tl.full([GP], -float("inf"), tl.float32)
         total = tl.zeros([GP], tl.float32)
-        acc = tl.zeros([GP, D], tl.float32)
+        acc = tl.zeros([GP, VP], tl.float32)
         if split == 0:
             one = tl.arange(0, 1)
             new_low, new_high = _head(
                 mine + NUM_HEADS * D, k_norm, cos, sin, eps, kv_head + one, one < 1,
-                D, ROTARY, NEIGHBOURS, NORM, NUM_KV * D, KP, dtype,
+                D, HP, ROTARY, NEIGHBOURS, NORM, NUM_KV * D, KP, dtype,
             )  # fmt: skip
-            v_new = tl.load(mine + (NUM_HEADS + NUM_KV + kv_head) * D + full)
-            here = _vectors(memory, own_block, kv_head, position, NUM_KV, BLOCK, D)
-            tl.store(here + first[None, :], new_low)
-            tl.store(here + second[None, :], new_high)
-            tl.store(here + VALUES + full, v_new)
+            v_new = _value(mine + VALUES_AT + kv_head * DV, eps, full, DV, VP, VALUE_NORM, VALUE_SCALE, dtype)
+            k_here, v_here = _vectors(memory, own_block, kv_head, position, NUM_KV, BLOCK, D, DV)
+            tl.store(k_here + first[None, :], new_low, mask=(half < HALF)[None, :])
+            tl.store(k_here + second[None, :], new_high, mask=(half < HALF)[None, :])
+            tl.store(v_here + full, v_new, mask=full < DV)
             peak = scaling * (
                 tl.sum(q_low.to(tl.float32) * new_low.to(tl.float32), axis=1)
                 + tl.sum(q_high.to(tl.float32) * new_high.to(tl.float32), axis=1)
@@ -252,28 +286,32 @@ def attend(
             peak = new_peak
             following = start + TILE
             inside = following + tile < end
-            at = _vectors(memory, next_block, kv_head, following + tile, NUM_KV, BLOCK, D)
-            k_low = tl.load(at[None, :] + first[:, None], mask=inside[None, :], other=0.0)
-            k_high = tl.load(at[None, :] + second[:, None], mask=inside[None, :], other=0.0)
-            v = tl.load(at[:, None] + VALUES + full[None, :], mask=inside[:, None], other=0.0)
+            k_at, v_at = _vectors(memory, next_block, kv_head, following + tile, NUM_KV, BLOCK, D, DV)
+            k_inside = _within(inside[None, :], half[:, None], HALF, HP)
+            k_low = tl.load(k_at[None, :] + first[:, None], mask=k_inside, other=0.0)
+            k_high = tl.load(k_at[None, :] + second[:, None], mask=k_inside, other=0.0)
+            v = tl.load(v_at[:, None] + full[None, :], mask=_within(inside[:, None], full[None, :], DV, VP), other=0.0)
             next_block = _blocks(row_table, following + TILE, end, BLOCK, TILE)
         heads = batch * NUM_HEADS + kv_head * GROUP + group
         mask = group < GROUP
-        gates = mine + (NUM_HEADS + 2 * NUM_KV + kv_head * GROUP) * D
+        wide = _within(mask[:, None], full[None, :], DV, VP)
+        gates = mine + VALUES_AT + (NUM_KV + kv_head * GROUP) * DV
         if num_splits == 1:
-            own = gates + group[:, None] * D + full[None, :]
-            value = _through_gate(acc / total[:, None], own, mask[:, None], dtype, GATE)
-            tl.store(out + heads[:, None] * D + full[None, :], value, mask=mask[:, None])
+            own = gates + group[:, None] * DV + full[None, :]
+            value = _through_gate(acc / total[:, None], own, wide, dtype, GATE)
+            tl.store(out + heads[:, None] * DV + full[None, :], value, mask=wide)
         else:
             part = heads * SPLITS + split
             tl.store(part_max + part, peak, mask=mask)
             tl.store(part_sum + part, total, mask=mask)
-            tl.store(part_out + part[:, None] * D + full[None, :], acc, mask=mask[:, None])
+            tl.store(part_out + part[:, None] * DV + full[None, :], acc, mask=wide)
             tl.debug_barrier()
             counter = arrived + batch * NUM_KV + kv_head
             if tl.atomic_add(counter, 1) == num_splits - 1:
                 tl.store(counter, 0)
-                _join(
-                    part_max, part_sum, part_out, gates, out, batch * NUM_HEADS + kv_head * GROUP, num_splits,
-                    GROUP, G2, D, SPLITS, dtype, GATE,
-                )  # fmt: skip
+                for joined in range(0, GROUP, JOINED):
+                    _join(
+                        part_max, part_sum, part_out, gates + joined * DV, out,
+                        batch * NUM_HEADS + kv_head * GROUP + joined, GROUP - joined, num_splits,
+                        JOINED, DV, VP, SPLITS, dtype, GATE,
+                    )  # fmt: skip

@@ -8,8 +8,11 @@ parts of Qwen3-MoE.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+
+OutputGate = Literal["none", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,53 @@ class GateKind:
 
 
 SILU = GateKind()
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """Grouped-query attention of one layer.
+
+    Attributes:
+        num_heads, num_kv_heads: heads of queries, and of keys and values.
+        head_dim, value_dim: elements of a head of queries and keys, and of values.
+        rotary: number of rotated elements of a head of queries and keys, its first ones.
+        values_are_keys: values are what the product for keys gives, before norm and rotation.
+        value_norm: values are normalised head by head, without weights.
+        value_scale: factor of values.
+        gate: what attention puts out is multiplied, element by element, by this function of a product of the layer's
+            input, whose rows follow on those for queries, keys and values.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    rotary: int
+    values_are_keys: bool = False
+    value_norm: bool = False
+    value_scale: float = 1.0
+    gate: OutputGate = "none"
+
+    @property
+    def qkv(self) -> int:
+        """Rows of the product for queries, keys, values and output gates."""
+        gates = 0 if self.gate == "none" else self.width
+        return self.values_at + self.num_kv_heads * self.value_dim + gates
+
+    @property
+    def values_at(self) -> int:
+        """The place of values in a token's queries, keys and values."""
+        return (self.num_heads + (0 if self.values_are_keys else self.num_kv_heads)) * self.head_dim
+
+    @property
+    def width(self) -> int:
+        """Elements of a token's result before the output product."""
+        return self.num_heads * self.value_dim
+
+    @property
+    def token_elements(self) -> int:
+        """Elements of a token's keys and values in KV memory."""
+        return self.num_kv_heads * (self.head_dim + self.value_dim)
 
 
 @dataclass(frozen=True)

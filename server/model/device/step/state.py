@@ -20,10 +20,10 @@ from server.model.device.step.weights import DecodeShape
 class RowState:
     """KV memory and per-row device state, shared by the steps of all batch sizes.
 
-    memory [layers, blocks, vectors, block_tokens, elements], `DecodeShape.kv_vectors` of each token, keys then values;
-    table [rows, max_blocks] int32, the block of each stretch of a row's tokens; lengths [rows] int32; masks
-    [rows, L, E] int8 (see `kernels.routing.route`) and temperatures [rows] fp32 of the routers, both read by masked
-    steps; bias_range [L] fp32, the running range of the router's logits.
+    memory: for each layer [blocks, elements], a block of keys [kv_heads, block_tokens, head_dim] and then values
+    [kv_heads, block_tokens, value_dim]; table [rows, max_blocks] int32, the block of each stretch of a row's tokens;
+    lengths [rows] int32; masks [rows, L, E] int8 (see `kernels.routing.route`) and temperatures [rows] fp32 of the
+    routers, both read by masked steps; bias_range [L] fp32, the running range of the router's logits.
 
     Args:
         num_blocks: of memory; None: as many as whole rows need, and the table gives each row blocks of its own.
@@ -32,9 +32,11 @@ class RowState:
     def __init__(self, shape: DecodeShape, device: torch.device | str, num_blocks: int | None = None) -> None:
         of_rows = shape.max_rows * shape.max_blocks
         num_blocks = of_rows if num_blocks is None else num_blocks
-        vectors, width = shape.kv_vectors
-        size = (shape.num_layers, num_blocks, vectors, shape.block_tokens, width)
-        self.memory = torch.zeros(size, dtype=shape.dtype, device=device)
+        self.attentions, self.block_tokens = shape.each_attention, shape.block_tokens
+        self.memory = [
+            torch.zeros(num_blocks, shape.block_tokens * kind.token_elements, dtype=shape.dtype, device=device)
+            for kind in self.attentions
+        ]
         self.table = torch.arange(of_rows, dtype=torch.int32, device=device).view(shape.max_rows, -1)
         self.lengths = torch.zeros(shape.max_rows, dtype=torch.int32, device=device)
         layers = shape.num_moe_layers
@@ -42,31 +44,35 @@ class RowState:
         self.temperatures = torch.ones(shape.max_rows, dtype=torch.float32, device=device)
         self.bias_range = torch.zeros(layers, dtype=torch.float32, device=device)
 
+    def blocks(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys [blocks, kv_heads, block_tokens, head_dim] and values [..., value_dim], views of `memory`."""
+        memory, kind = self.memory[layer], self.attentions[layer]
+        size, keys = (len(memory), kind.num_kv_heads, self.block_tokens), kind.num_kv_heads * kind.head_dim
+        keys *= self.block_tokens
+        return memory[:, :keys].view(*size, kind.head_dim), memory[:, keys:].view(*size, kind.value_dim)
+
 
 class PrefillRow(Cache):
     """One row of the device's KV memory as transformers' cache: appends a chunk's keys and values at `start`."""
 
     def __init__(self, state: RowState, row: int, start: int, end: int) -> None:
         super().__init__(layers=[])
-        self._memory, self._start = state.memory, start
-        _, _, vectors, block_tokens, _ = state.memory.shape
+        self._state, self._start = state, start
         at = torch.arange(end, device=state.table.device)
-        blocks = state.table[row, at // block_tokens].long()
-        vector = torch.arange(vectors, device=at.device)[:, None] * block_tokens
-        self._index = blocks * (vectors * block_tokens) + vector + at % block_tokens
-        """[vectors, end]: each token's place among the vectors of a layer's memory, of keys then of values."""
-        self._new = self._index[:, start:].flatten()
+        self._blocks, self._entries = state.table[row, at // state.block_tokens].long(), at % state.block_tokens
+        """Each token's block, and its place in it, [end]."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Writes [1, heads, tokens, dim]; returns the row up to the chunk's end, copied where blocks hold a part."""
-        vectors = self._memory[layer_idx].flatten(0, 2)
-        new = torch.cat([key_states[0], value_states[0]]).flatten(0, 1)
-        vectors.index_copy_(0, self._new, new)
+        keys, values = self._state.blocks(layer_idx)
+        new = self._blocks[self._start :], self._entries[self._start :]
+        keys[new[0], :, new[1]] = key_states[0].transpose(0, 1)
+        values[new[0], :, new[1]] = value_states[0].transpose(0, 1)
         if self._start == 0:
             return key_states, value_states
-        keys, values = vectors[self._index].chunk(2)
+        keys, values = (held[self._blocks, :, self._entries].transpose(0, 1) for held in (keys, values))
         return keys[None], values[None]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

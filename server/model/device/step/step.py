@@ -21,10 +21,11 @@ from expert_store.paging.kernels import LFU, LRU
 from expert_store.paging.pages import DevicePages
 from server.model.device.kernels import attention, experts, packed, routing, trunk
 from server.model.device.step.packed import expert_constants, plane_constants, row_constants
+from server.model.device.step.parts import OutputGate
 from server.model.device.step.router_kind import switches
 from server.model.device.step.state import Report, RowState
 from server.model.device.step.tuning import StepOptions, divisor, pow2
-from server.model.device.step.weights import DecodeShape, LayerWeights, MlpWeights, OutputGate, QkNorm, TrunkWeights
+from server.model.device.step.weights import DecodeShape, LayerWeights, MlpWeights, QkNorm, TrunkWeights
 
 FINISH_PARTS = 128
 FINISH_BLOCK = 2048
@@ -35,6 +36,10 @@ THREADS = 32
 included, and then fails to compile the router. So a row's experts are padded to one for each thread."""
 MOST_DOWN_ELEMENTS = 28 << 10
 """Weights that one program of `down` holds in registers; more would halve the number of programs of an SM."""
+MOST_TILE = 8 << 10
+"""Elements of keys, or of values, that one product of attention takes."""
+MOST_JOINED = 16 << 10
+"""Elements of heads' splits that a program of attention joins together."""
 WARP_WORDS = 2 << 10
 """Words of codes, of four bytes, that one warp of a packed product holds in registers, beside their scales."""
 
@@ -65,7 +70,7 @@ class DecodeStep:
         hidden, top_k, layers = shape.hidden, shape.top_k, shape.num_moe_layers
         moe = iter(range(layers))
         self._moe_layer = [-1 if layer in shape.dense_layers else next(moe) for layer in range(shape.num_layers)]
-        heads, splits = shape.num_heads, self.options.tuning.attention_splits
+        splits = self.options.tuning.attention_splits
 
         def fresh(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
@@ -75,12 +80,13 @@ class DecodeStep:
         self.x, self.mid, self.normed = fresh(batch, hidden), fresh(batch, hidden), fresh(batch, hidden)
         planes = torch.bfloat16 if shape.dtype == torch.bfloat16 else torch.float32  # fp16 has too few exponents
         self.planes = self.normed if shape.packed is None else fresh(batch, hidden, dtype=planes)
-        self.qkv = fresh(batch, shape.qkv)
-        self.attended = fresh(batch, shape.attended)
+        attentions = shape.each_attention
+        heads, kv_heads = (max(getattr(kind, name) for kind in attentions) for name in ("num_heads", "num_kv_heads"))
+        self.qkv, self.attended = fresh(batch, shape.qkv), fresh(batch, shape.attended)
         self.part_max = fresh(batch, heads, splits, dtype=torch.float32)
         self.part_sum = fresh(batch, heads, splits, dtype=torch.float32)
-        self.part_out = fresh(batch, heads, splits, shape.head_dim, dtype=torch.float32)
-        self.arrived = fresh(1 + batch + batch * shape.num_kv_heads, dtype=torch.int32)
+        self.part_out = fresh(batch, splits, shape.attended, dtype=torch.float32)
+        self.arrived = fresh(1 + batch + batch * kv_heads, dtype=torch.int32)
         self.choices = fresh(batch, shape.num_experts, dtype=torch.int8)
         self.ranges = fresh(batch, dtype=torch.float32)
         self.router_logits = fresh(batch, shape.num_experts, dtype=torch.float32)
@@ -105,7 +111,7 @@ class DecodeStep:
         self._compiles = True
         self.embed()
         layers = enumerate(self.weights.layers)
-        kinds = {(self._window(at), weights.sinks is None): at for at, weights in layers}
+        kinds = {(self._window(at), self.shape.attention(at), weights.sinks is None): at for at, weights in layers}
         for layer in kinds.values():
             self.attend(layer)
         for layer in [self._moe_layer.index(0), *sorted(self.shape.dense_layers)[:1]]:
@@ -165,31 +171,37 @@ class DecodeStep:
     def qkv_product(self, layer: int) -> None:
         """Queries, keys, values and output gates of the new tokens into `qkv`."""
         weights, rows = self.weights.layers[layer], self.options.tuning.qkv_rows
-        self._product(self.x, weights.input_norm, weights.qkv, weights.qkv_bias, None, self.qkv, rows)
+        out = self._rows_of(self.qkv, self.shape.attention(layer).qkv)
+        self._product(self.x, weights.input_norm, weights.qkv, weights.qkv_bias, None, out, rows)
 
     def attend(self, layer: int) -> None:
         """Attention over each row's blocks of KV memory, which get the new token, into `attended`."""
         shape, weights, state, tuning = self.shape, self.weights.layers[layer], self.state, self.options.tuning
-        group = shape.num_heads // shape.num_kv_heads
+        kind = shape.attention(layer)
+        group, splits = kind.num_heads // kind.num_kv_heads, tuning.attention_splits
+        half, value = pow2(kind.head_dim // 2), pow2(kind.value_dim)
         self._run(
-            attention.attend, (tuning.attention_splits, shape.num_kv_heads, self.batch),
+            attention.attend, (splits, kind.num_kv_heads, self.batch),
             self.qkv, weights.q_norm, weights.k_norm, weights.cos if weights.sinks is None else weights.sinks,
             weights.cos, weights.sin, self.rows, state.lengths,
             state.table, state.memory[layer], self.attended, self.part_max, self.part_sum, self.part_out,
-            self.arrived[1 + self.batch :], shape.eps, shape.scaling or shape.head_dim**-0.5, shape.max_blocks,
-            NUM_HEADS=shape.num_heads, NUM_KV=shape.num_kv_heads, D=shape.head_dim, GP=max(16, pow2(group)),
-            G2=pow2(group), SPLITS=tuning.attention_splits, TILE=tuning.attention_tile, BLOCK=shape.block_tokens,
-            NORM=get_args(QkNorm).index(shape.qk_norm),
-            QP=pow2(shape.num_heads * shape.head_dim), KP=pow2(shape.num_kv_heads * shape.head_dim),
-            ROTARY=shape.rotary or shape.head_dim, WINDOW=self._window(layer),
-            NEIGHBOURS=shape.neighbours, GATE=get_args(OutputGate).index(shape.output_gate),
+            self.arrived[1 + self.batch :], shape.eps, shape.scaling or kind.head_dim**-0.5, shape.max_blocks,
+            NUM_HEADS=kind.num_heads, NUM_KV=kind.num_kv_heads, D=kind.head_dim, HP=half, DV=kind.value_dim, VP=value,
+            VALUES_AT=kind.values_at, VALUE_NORM=kind.value_norm, VALUE_SCALE=kind.value_scale, QKV=kind.qkv,
+            GP=max(16, pow2(group)), JOINED=min(pow2(group), max(1, MOST_JOINED // (splits * value))),
+            SPLITS=splits, TILE=min(tuning.attention_tile, max(16, MOST_TILE // max(2 * half, value))),
+            BLOCK=shape.block_tokens, NORM=get_args(QkNorm).index(shape.qk_norm),
+            QP=pow2(kind.num_heads * kind.head_dim), KP=pow2(kind.num_kv_heads * kind.head_dim),
+            ROTARY=kind.rotary, WINDOW=self._window(layer),
+            NEIGHBOURS=shape.neighbours, GATE=get_args(OutputGate).index(kind.gate),
             SINKS=weights.sinks is not None, num_warps=4, num_stages=2,
         )  # fmt: skip
 
     def output_product(self, layer: int) -> None:
         """Attention's output product with the residual, into `mid`."""
         weights, rows = self.weights.layers[layer], self.options.tuning.output_rows
-        self._product(self.attended, None, weights.output, weights.output_bias, self.x, self.mid, rows)
+        attended = self._rows_of(self.attended, self.shape.attention(layer).width)
+        self._product(attended, None, weights.output, weights.output_bias, self.x, self.mid, rows)
 
     def route(self, layer: int) -> None:
         """Each token's experts and their weights, and the layer's work list."""
@@ -358,10 +370,14 @@ class DecodeStep:
             num_warps=4 if tile >= 32 else 2, num_stages=tuning.tiled_stages,
         )  # fmt: skip
 
+    def _rows_of(self, buffer: Tensor, width: int) -> Tensor:
+        """The first elements of a buffer as [B, width]."""
+        return buffer.view(-1)[: self.batch * width].view(self.batch, width)
+
     def _gated(self, layer: int, mlp: MlpWeights) -> Tensor:
         """The gated product [B, I] of gate · y and up · y, a view of `inner`; y is the norm of `mid`."""
         num_rows, width = mlp.up.shape[0] // 2, mlp.up.shape[1]
-        out = self.inner.view(-1)[: self.batch * num_rows].view(self.batch, num_rows)
+        out = self._rows_of(self.inner, num_rows)
         rows = max(1, min(self.options.tuning.up_rows, MOST_ROW_ELEMENTS // 2 // pow2(width)))
         self._run(
             trunk.gated_product, (triton.cdiv(num_rows, rows),),

@@ -7,7 +7,6 @@ rounded to that dtype.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,12 +15,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from expert_store.encoding import RowEncoding
-from server.model.device.step.parts import PLAIN_EXPERT, SILU, UNSCALED, ExpertKind, GateKind, Scales
+from server.model.device.step.parts import (
+    PLAIN_EXPERT,
+    SILU,
+    UNSCALED,
+    AttentionKind,
+    ExpertKind,
+    GateKind,
+    OutputGate,
+    Scales,
+)
 from server.model.device.step.router_kind import SOFTMAX_TOP_K, RouterKind
 from server.model.kv.blocks import BLOCK_TOKENS
 
 QkNorm = Literal["none", "head", "row", "head, rotated"]
-OutputGate = Literal["none", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,8 @@ class DecodeShape:
         rotary: number of rotated elements of a head, its first ones; None: all.
         output_gate: what attention puts out is multiplied, element by element, by this function of a product of the
             layer's input.
+        attentions: the attention of each layer; empty: all have `num_heads`, `num_kv_heads`, `head_dim`, `rotary`
+            and `output_gate`.
         neighbours: an element is rotated with the one beside it, not with the one half of them away.
         windows: for each layer the number of tokens to attend to, the new one included, 0: all; empty: all in each.
         dense_layers: layers that have no routed experts but one gated product, of `dense_intermediate`.
@@ -62,6 +71,7 @@ class DecodeShape:
     qk_norm: QkNorm = "head"
     rotary: int | None = None
     output_gate: OutputGate = "none"
+    attentions: tuple[AttentionKind, ...] = ()
     neighbours: bool = False
     windows: tuple[int, ...] = ()
     dense_layers: frozenset[int] = frozenset()
@@ -84,26 +94,32 @@ class DecodeShape:
         """Blocks of KV memory of the longest row."""
         return -(-self.max_tokens // self.block_tokens)
 
+    def attention(self, layer: int) -> AttentionKind:
+        """The attention of a layer of the model."""
+        if self.attentions:
+            return self.attentions[layer]
+        sizes = (self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim)
+        return AttentionKind(*sizes, rotary=self.rotary or self.head_dim, gate=self.output_gate)
+
+    @property
+    def each_attention(self) -> list[AttentionKind]:
+        """The attention of every layer, first layer first."""
+        return [self.attention(layer) for layer in range(self.num_layers)]
+
     @property
     def qkv(self) -> int:
-        """Elements of a token's queries, keys, values and output gate."""
-        heads = self.num_heads * (1 if self.output_gate == "none" else 2)
-        return (heads + 2 * self.num_kv_heads) * self.head_dim
+        """Most rows of a layer's product for queries, keys, values and output gates."""
+        return max(kind.qkv for kind in self.each_attention)
 
     @property
     def attended(self) -> int:
-        """Elements of the heads' values side by side, which the output product takes."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def kv_vectors(self) -> tuple[int, int]:
-        """Vectors that a layer keeps of a token in KV memory, and their elements."""
-        return 2 * self.num_kv_heads, self.head_dim
+        """Most elements of the heads' values of a layer side by side, which the output product takes."""
+        return max(kind.width for kind in self.each_attention)
 
     @property
     def kv_token_bytes(self) -> int:
         """KV memory of one token."""
-        return self.num_layers * math.prod(self.kv_vectors) * self.dtype.itemsize
+        return sum(kind.token_elements for kind in self.each_attention) * self.dtype.itemsize
 
     @property
     def up_words(self) -> int:
@@ -142,10 +158,10 @@ class DecodeShape:
     @property
     def trunk_bytes(self) -> int:
         """Bytes of trunk weights that one step reads: projections, gates and the head, without the embedding row."""
-        layer = (self.qkv + self.attended) * self.hidden
+        attention = sum(kind.qkv + kind.width for kind in self.each_attention) * self.hidden
         moe = self.num_experts * self.hidden + 3 * self.shared_intermediate * self.hidden
         dense = 3 * self.dense_intermediate * self.hidden
-        every = self.num_layers * layer + self.num_moe_layers * moe + len(self.dense_layers) * dense
+        every = attention + self.num_moe_layers * moe + len(self.dense_layers) * dense
         return (every + self.vocab * self.hidden) * self.dtype.itemsize
 
 
@@ -161,7 +177,7 @@ class MlpWeights:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer: norms [H], qkv [Q, H] rows q, k, v, output gate; output [H, heads * head_dim]; norms of queries and
+    """One layer: norms [H], qkv [Q, H] rows q, k, v, output gate; output [H, heads * value_dim]; norms of queries and
     keys [head_dim] or, over all heads, [heads * head_dim]; cos and sin [max_tokens, head_dim / 2], 1 and 0 past what is
     rotated, which layers of one kind share.
 

@@ -24,7 +24,7 @@ from triton.runtime.driver import driver
 from expert_store.encoding import RowEncoding
 from expert_store.paging.pages import DevicePages, PagesShape
 from server.model.device.step.graphs import in_parallel
-from server.model.device.step.parts import ExpertKind, GateKind, Scales
+from server.model.device.step.parts import AttentionKind, ExpertKind, GateKind, Scales
 from server.model.device.step.router_kind import RouterKind
 from server.model.device.step.sampling import DrawKind, DrawRoom, TokenDraw
 from server.model.device.step.state import RowState
@@ -100,6 +100,11 @@ HUNYUAN = replace(
     shared_intermediate=3072, qk_norm="head, rotated", scales=Scales(12.0, 0.22, 0.125, 2.0),
 )  # fmt: skip
 
+MIMO = replace(
+    MINIMAX, num_layers=2, num_heads=64, hidden=4096, qk_norm="none", windows=(0, 129),
+    attentions=tuple(AttentionKind(64, kv_heads, 192, 128, 64, value_scale=0.707) for kv_heads in (4, 8)),
+)  # fmt: skip
+
 EVERY_KIND = replace(
     TINY, dense_layers=frozenset({0}), dense_intermediate=64, shared_intermediate=32, rotary=16, windows=(16, 0),
     qk_norm="none", router=replace(GLM4.router, groups=4, kept_groups=2),
@@ -124,6 +129,7 @@ CASES = {
     "gpt-oss, mxfp4": Case(replace(GPT_OSS, packed=PACKED["mxfp4"].packed), 16, (_PLAIN, (8, True, 0.0, "lru"))),
     "ernie": Case(ERNIE, 16, (_PLAIN, (8, True, 0.0, "lru"))),
     "hunyuan": Case(HUNYUAN, 16, (_PLAIN, (8, True, 0.0, "lru"))),
+    "mimo": Case(MIMO, 40, (_PLAIN, (8, True, 0.0, "lru"))),
     "qwen2": Case(QWEN2, 15, (_PLAIN, (2, False, 0.0, "lru"))),
 }
 
@@ -148,7 +154,7 @@ class Ahead:
 
 
 def trunk(shape: DecodeShape) -> TrunkWeights:
-    """Weights without memory; two layers stand for all of a kind."""
+    """Weights without memory."""
 
     def matrix(*size: int) -> Tensor:
         return torch.empty(size, dtype=shape.dtype, device="meta")
@@ -157,25 +163,25 @@ def trunk(shape: DecodeShape) -> TrunkWeights:
         switch = matrix(shape.hidden) if shape.qk_norm == "none" else None
         return MlpWeights(matrix(2 * inner, shape.hidden), matrix(shape.hidden, inner), switch)
 
-    def layer(dense: bool) -> LayerWeights:
-        norms = shape.head_dim * (shape.num_heads if shape.qk_norm == "row" else 1)
+    def layer(at: int) -> LayerWeights:
+        dense, attention = at in shape.dense_layers, shape.attention(at)
+        norms = attention.head_dim * (attention.num_heads if shape.qk_norm == "row" else 1)
+        table = torch.empty(shape.max_tokens, attention.head_dim // 2, device="meta")
         inner = shape.dense_intermediate if dense else shape.shared_intermediate
         bias = torch.empty(shape.num_experts, device="meta")
         norm = torch.empty(shape.hidden, device="meta") if shape.experts.alternates else matrix(shape.hidden)
         return LayerWeights(
-            norm, matrix(shape.qkv, shape.hidden), matrix(norms), matrix(norms),
-            matrix(shape.hidden, shape.num_heads * shape.head_dim), matrix(shape.hidden),
+            norm, matrix(attention.qkv, shape.hidden), matrix(norms), matrix(norms),
+            matrix(shape.hidden, attention.width), matrix(shape.hidden),
             None if dense else matrix(shape.num_experts, shape.hidden), table, table,
-            qkv_bias=matrix(shape.qkv) if shape.qk_norm == "none" else None,
+            qkv_bias=matrix(attention.qkv) if shape.qk_norm == "none" else None,
             selection_bias=None if shape.router.selection_bias is None else bias,
             sinks=torch.empty(shape.num_heads, device="meta") if shape.experts.alternates else None,
             mlp=mlp(inner) if inner else None,
         )  # fmt: skip
 
-    table = torch.empty(shape.max_tokens, shape.head_dim // 2, device="meta")
-    kinds = {dense: layer(dense) for dense in (False, True)}
     return TrunkWeights(
-        matrix(shape.vocab, shape.hidden), tuple(kinds[at in shape.dense_layers] for at in range(shape.num_layers)),
+        matrix(shape.vocab, shape.hidden), tuple(layer(at) for at in range(shape.num_layers)),
         matrix(shape.hidden), matrix(shape.vocab, shape.hidden),
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.model.device.step.parts import ExpertKind, GateKind, Scales
+from server.model.device.step.parts import AttentionKind, ExpertKind, GateKind, Scales
 from tests.families.checkpoints import is_installed, random_model
 from tests.families.composites import TEXT_PARTS, composite_model
 
@@ -70,6 +70,16 @@ CAPTURED = {
         {"layer_types": ["full_attention"] * 2, "dense_intermediate_size": 32, "shared_intermediate_size": 16},
         {"shared_intermediate": 16, "mlp_gate": GateKind(1.702, 7.0, 1.0), "scales": Scales(routed=1.5)},
         is_whole=False,
+    ),
+    "mimo_v2_flash": Captured(
+        {
+            "head_dim": 48, "v_head_dim": 32, "num_key_value_heads": 1, "sliding_window": 3,
+            "layer_types": _MIXED[::-1], "mlp_layer_types": ["sparse", "sparse"],
+        },
+        {
+            "windows": (0, 3),
+            "attentions": tuple(AttentionKind(4, heads, 48, 32, 16, value_scale=0.707) for heads in (1, 2)),
+        },
     ),
     "qwen3_vl_moe": Captured({}, {"qk_norm": "head"}),
     "qwen3_omni_moe_thinker": Captured({}, {"qk_norm": "head"}),

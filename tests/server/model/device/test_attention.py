@@ -40,12 +40,12 @@ def keys_and_values(step: DecodeStep, row: int) -> Tensor:
     """Random ones of a row of that number, [2, kv_heads, max_tokens, head_dim]; all rows begin alike."""
     size = (2, step.shape.num_kv_heads, MAX_TOKENS, step.shape.head_dim)
     common, own = (torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in (99, row))
-    return torch.cat([common[:, :, :COMMON], own[:, :, COMMON:]], dim=2).to(step.state.memory)
+    return torch.cat([common[:, :, :COMMON], own[:, :, COMMON:]], dim=2).to(step.state.memory[1])
 
 
 def fill(step: DecodeStep, rows: list[int]) -> None:
     """Writes the rows, as prompts do."""
-    step.state.memory.fill_(torch.nan)
+    step.state.memory[1].fill_(torch.nan)
     for row in rows:
         keys, values = keys_and_values(step, row)[:, None, :, : LENGTHS[row]]
         half = LENGTHS[row] // 2  # a chunk may begin in the middle of a block
@@ -117,6 +117,6 @@ def test_bits_depend_neither_on_blocks_nor_on_the_batch(models, name, block_toke
     assert torch.equal(attended(step, rows), wanted)
     for row in rows[:-1]:
         if LENGTHS[row] >= COMMON:
-            step.state.memory[:, table[row, : COMMON // block_tokens]] = torch.nan
+            step.state.memory[1][table[row, : COMMON // block_tokens]] = torch.nan
             table[row, : COMMON // block_tokens] = table[rows[-1], : COMMON // block_tokens]
     assert torch.equal(attended(step, rows), wanted)

@@ -34,7 +34,7 @@ LARGE = [name for name in CASES if name not in (*KINDS, *SMALL, *PACKED)]
                 (90, LARGE[:2]),
                 (90, LARGE[2:]),
                 (90, PACKED),
-                (80, [*KINDS, "bundled", "int4", "gpt-oss", "gpt-oss, mxfp4", "ernie"]),
+                (80, [*KINDS, "bundled", "int4", "gpt-oss", "gpt-oss, mxfp4", "ernie", "mimo"]),
             )
         ),
     ],
