@@ -22,6 +22,8 @@ _LAYER = ("self_attn", "input_layernorm", "post_attention_layernorm")
 _BLOCK = ("mlp", "block_sparse_moe")
 _ROUTER = ("gate", "router")
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
+_LATENT = ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
+_QUERIES = ("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj")
 _NORMS = (("q_norm", "query_layernorm"), ("k_norm", "key_layernorm"))
 _MLP = (("gate_proj", "up_proj"), ("gate_up_proj",), ("input_linear",))
 _DOWN = ("down_proj", "output_linear")
@@ -51,13 +53,26 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class LatentAttention:
+    """Latent attention (MLA): products of queries or of their latent, of the latent with the shared key, and of the
+    output; norms of both latents, the second one in place of a missing first; the product that expands a latent to keys
+    and values, and that of the queries' latent, if they have one; the module itself."""
+
+    projections: tuple[nn.Linear, nn.Linear, nn.Linear]
+    norms: tuple[nn.Module, nn.Module]
+    expand: nn.Linear
+    queries: nn.Linear | None
+    module: Any
+
+
+@dataclass(frozen=True)
 class Layer:
     """A decoder layer. `block`, `router` and `experts` are None without routed experts; `mlp` is then the layer's own
     product, else its shared expert."""
 
     where: str
     input_norm: nn.Module
-    attention: Attention
+    attention: Attention | LatentAttention
     post_norm: nn.Module
     mlp: Mlp | None
     block: Any = None
@@ -133,8 +148,10 @@ def _layer(layer: Any, where: str, block: Any, router: Any) -> Layer:
     return Layer(where, *ours, _mlp(shared[0], where, switch) if shared else None, block, router, block.experts)
 
 
-def _attention(attention: Any, where: str) -> Attention:
+def _attention(attention: Any, where: str) -> Attention | LatentAttention:
     where = f"{where}: attention"
+    if hasattr(attention, "kv_b_proj"):
+        return _latent_attention(attention, where)
     check_children(attention, where, ("q_proj", "k_proj", "o_proj"), ("v_proj", *_NORMS[0], *_NORMS[1], "sinks"))
     q, k, o = (getattr(attention, name) for name in ("q_proj", "k_proj", "o_proj"))
     v = getattr(attention, "v_proj", None)
@@ -148,6 +165,23 @@ def _attention(attention: Any, where: str) -> Attention:
     norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
     value_norm = getattr(attention, "v_norm", None)
     return Attention((q, k, v, o), norms, value_norm, getattr(attention, "sinks", None), attention)
+
+
+def _latent_attention(attention: Any, where: str) -> LatentAttention:
+    check_children(attention, where, _LATENT, _QUERIES)
+    down, norm, expand, output = (getattr(attention, name) for name in _LATENT)
+    queries = [getattr(attention, name, None) for name in _QUERIES]
+    given = [one is not None for one in queries]
+    need(given in ([True, False, False, False], [False, True, True, True]), f"{where} has no plain queries")
+    whole, down_queries, query_norm, second = queries
+    first: Any = whole if down_queries is None else down_queries
+    need(
+        all(isinstance(one, nn.Linear) for one in (first, second or first, down, expand, output)),
+        f"{where} projects otherwise than by plain products",
+    )
+    need((first.bias is None) == (down.bias is None), f"{where}: only some products of the hidden state have biases")
+    need(all(one is None or one.bias is None for one in (second, expand)), f"{where}: products of latents have biases")
+    return LatentAttention((first, down, output), (query_norm or norm, norm), expand, second, attention)
 
 
 def _mlp(mlp: Any, where: str, switch: nn.Linear | None = None) -> Mlp:

@@ -1,9 +1,9 @@
 """Packs a transformers model in memory into the shape and the tensors of the captured decode step.
 
-Accepts decoders of grouped-query attention and gated products. `capture.modules` finds the modules, `capture.parts` and
-`step.router_kind` find out which parts they are, and gating rules come from `router.gating`; `capture.families` adds
-what neither shows. Invariant: a model with an unknown module or part is refused. Modules do not describe everything
-that a forward computes, so `capture.proof` compares the results.
+Accepts decoders of grouped-query or latent attention and gated products. `capture.modules` finds the modules,
+`capture.parts`, `capture.latent` and `step.router_kind` find out which parts they are, and gating rules come from
+`router.gating`; `capture.families` adds what neither shows. Invariant: a model with an unknown module or part is
+refused. Modules do not describe everything that a forward computes, so `capture.proof` compares the results.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from server.model.device.capture import NotCapturableError, need
 from server.model.device.capture.families import FamilyParts, family_parts
-from server.model.device.capture.modules import Layer, Mlp, layers_of, text_body
+from server.model.device.capture.latent import latent_kind, packed_latent
+from server.model.device.capture.modules import LatentAttention, Layer, Mlp, layers_of, text_body
 from server.model.device.capture.parts import check_unweighted, gate_kind, packed_norm
-from server.model.device.step.parts import SILU, AttentionKind, ExpertKind, OutputGate, Scales
+from server.model.device.step.parts import SILU, AttentionKind, ExpertKind, LatentKind, OutputGate, Scales
 from server.model.device.step.router_kind import (
     RouterKind,
     RouterRefusedError,
@@ -66,6 +67,7 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
     scalings = {_scaling(layer) for layer in layers}
     need(len(scalings) == 1, "layers scale the scores of attention by different factors")
     first = attentions[0]
+    (kv_heads, _), _ = first.vectors
     kinds = {_block_kind(config, layer) for layer in layers if layer.block is not None}
     need(bool(kinds), "no layer has routed experts")
     need(len(kinds) == 1, "routers, experts or shared experts differ between layers")
@@ -79,7 +81,7 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
         num_layers=len(layers),
         hidden=config.hidden_size,
         num_heads=first.num_heads,
-        num_kv_heads=first.num_kv_heads,
+        num_kv_heads=kv_heads,
         head_dim=first.head_dim,
         vocab=model.lm_head.weight.shape[0],
         num_experts=num_experts,
@@ -109,10 +111,12 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
     return shape
 
 
-def _attention_kind(model: Any, layer: Layer, frequencies: str) -> AttentionKind:
+def _attention_kind(model: Any, layer: Layer, frequencies: str) -> AttentionKind | LatentKind:
     """The attention of a layer whose frequencies are that attribute of the model's rotary embedding; refuses attention
-    without grouped queries."""
+    without grouped queries or latents."""
     attention, config, where = layer.attention, model.config.get_text_config(), f"{layer.where}: attention"
+    if isinstance(attention, LatentAttention):
+        return latent_kind(attention, config, text_body(model).rotary_emb, where)
     q, k, v, o = attention.projections
     head_dim = int(getattr(attention.module, "head_dim", config.hidden_size // config.num_attention_heads))
     need(head_dim % 2 == 0, f"{where} has heads of {head_dim} elements: wanted an even number")
@@ -141,8 +145,10 @@ def _scaling(layer: Layer) -> float:
     return float(getattr(module, "scaling", None) or module.head_dim**-0.5)
 
 
-def _attention_norms(layer: Layer, kind: AttentionKind) -> QkNorm:
+def _attention_norms(layer: Layer, kind: AttentionKind | LatentKind) -> QkNorm:
     """The kind of a layer's norms of queries and keys."""
+    if isinstance(kind, LatentKind):
+        return "none"
     where = f"{layer.where}: attention"
     kinds: set[QkNorm] = set()
     for norm, projection in zip(layer.attention.norms or (), layer.attention.projections[:2], strict=False):
@@ -228,8 +234,11 @@ def pack_trunk(model: Any, shape: DecodeShape) -> TrunkWeights:
     )
 
 
-def _packed(layer: Layer, shape: DecodeShape, kind: AttentionKind, table: tuple[Tensor, Tensor]) -> LayerWeights:
+def _packed(
+    layer: Layer, shape: DecodeShape, kind: AttentionKind | LatentKind, table: tuple[Tensor, Tensor]
+) -> LayerWeights:
     attention = layer.attention
+    sinks = None if isinstance(attention, LatentAttention) else attention.sinks
     *found, output = attention.projections
     parts = [part for part in found if part is not None]
     biases = [bias for part in parts if (bias := _bias(part)) is not None]
@@ -250,12 +259,13 @@ def _packed(layer: Layer, shape: DecodeShape, kind: AttentionKind, table: tuple[
         output_bias=output.bias,
         gate_bias=None if gate_bias is None else gate_bias.float(),
         selection_bias=None if gate is None else selection_bias(shape.router, layer.router, layer.block),
-        sinks=None if attention.sinks is None else attention.sinks.float(),
+        sinks=None if sinks is None else sinks.float(),
+        latent=packed_latent(attention) if isinstance(attention, LatentAttention) else None,
         mlp=None if layer.mlp is None else _packed_mlp(layer.mlp),
     )
 
 
-def _gate_last(parts: Sequence[Tensor], kind: AttentionKind) -> Tensor:
+def _gate_last(parts: Sequence[Tensor], kind: AttentionKind | LatentKind) -> Tensor:
     """The rows of q, k and v, and then those of the output gate, each head's of which follow on its rows of q."""
     if kind.gate == "none":
         return torch.cat(list(parts))
@@ -281,10 +291,13 @@ def rotary_tables_of(model: Any, shape: DecodeShape) -> list[tuple[Tensor, Tenso
     kind share their tables."""
     rotary, device = text_body(model).rotary_emb, model.lm_head.weight.device
     names = frequencies_of(model, shape.num_layers)
-    keys = [(name, shape.attention(layer).head_dim // 2) for layer, name in enumerate(names)]
+    keys = [(name, kind.head_dim // 2) for name, kind in zip(names, shape.each_attention, strict=True)]
+    latents = [kind for kind in shape.each_attention if isinstance(kind, LatentKind)]
+    exact = any(kind.pairs == "neighbours" for kind in latents)  # complex numbers are never rounded
     tables = {}
     for name, half in set(keys):
         scaling = float(getattr(rotary, name.replace("inv_freq", "attention_scaling"), 1.0)) if name else 1.0
         frequencies = getattr(rotary, name) if name else torch.zeros(half, device=device)
-        tables[name, half] = rotary_tables(frequencies, shape.max_tokens, shape.dtype, scaling, half)
+        dtype = torch.float32 if exact else shape.dtype
+        tables[name, half] = rotary_tables(frequencies, shape.max_tokens, dtype, scaling, half)
     return [tables[key] for key in keys]

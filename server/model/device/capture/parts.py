@@ -40,7 +40,7 @@ def packed_norm(norm: nn.Module, where: str) -> Tensor:
 def check_unweighted(norm: nn.Module, size: int, where: str) -> None:
     """Raises NotCapturableError unless the module is an RMS norm over `size` elements without weights."""
     x = torch.randn((_PROBES, size), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    value = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + _epsilon(norm))
+    value = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + norm_eps(norm))
     same = _ran(norm, x, where) == value.to(torch.bfloat16)
     need(
         not list(norm.parameters()) and bool(same.float().mean() > 0.99),
@@ -48,7 +48,8 @@ def check_unweighted(norm: nn.Module, size: int, where: str) -> None:
     )
 
 
-def _epsilon(norm: nn.Module) -> float:
+def norm_eps(norm: nn.Module) -> float:
+    """The number that an RMS norm adds to the mean of squares; 0 if it has none."""
     return next(iter(_floats(norm, ("variance_epsilon", "eps"))), 0.0)
 
 
@@ -60,7 +61,7 @@ def _norm_kind(norm: nn.Module, where: str) -> tuple[bool, bool]:
     assert isinstance(weight, Tensor)
     weight.data = torch.randn(weight.shape, generator=generator).to(torch.bfloat16)
     x = torch.randn((_PROBES, *weight.shape), generator=generator).to(torch.bfloat16)
-    eps = _epsilon(norm)
+    eps = norm_eps(norm)
     with torch.no_grad():
         found = _ran(probe, x, where)
         value = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)

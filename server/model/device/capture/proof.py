@@ -162,6 +162,7 @@ def _check_rotary(excerpt: Any, shape: DecodeShape) -> None:
         rotary = copy.deepcopy(text_body(excerpt).rotary_emb)  # some kinds change with the positions that they get
         kind = [] if name == "inv_freq" else [name.removesuffix("_inv_freq")]
         found = rotary(excerpt.lm_head.weight[None], positions, *kind)
+        found = (found.real, found.imag) if isinstance(found, Tensor) else found
         for table, own in zip(tables, found, strict=False):
             angles = own[0, :, : getattr(rotary, name).shape[0]].float()
             same = torch.allclose(table[positions[0], : angles.shape[1]], angles, atol=1e-3)

@@ -25,7 +25,7 @@ def _within(mask, index, N: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _pairs(D: tl.constexpr, HP: tl.constexpr, ROTARY: tl.constexpr, NEIGHBOURS: tl.constexpr):
+def pairs_of(D: tl.constexpr, HP: tl.constexpr, ROTARY: tl.constexpr, NEIGHBOURS: tl.constexpr):
     """Offsets in a head of the first and the second element of each pair, [HP] both."""
     half = tl.arange(0, HP)
     if NEIGHBOURS:
@@ -82,7 +82,7 @@ def _head(
     model's dtype, 0 past D / 2. NORM: 0 none, 1 each head by itself, 2 all N elements of the token together, 3 as 1 but
     after the rotation.
     """
-    first, second = _pairs(D, HP, ROTARY, NEIGHBOURS)
+    first, second = pairs_of(D, HP, ROTARY, NEIGHBOURS)
     at = ptr + heads[:, None] * D
     real = _within(valid[:, None], tl.arange(0, HP)[None, :], D // 2, HP)
     low = tl.load(at + first[None, :], mask=real, other=0.0).to(tl.float32)
@@ -162,7 +162,7 @@ def _join(
 
 
 @triton.jit
-def _blocks(row_table, start, end, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def blocks_at(row_table, start, end, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """The row's block at `start`, or that of each token of the tile there, [TILE], if blocks are smaller."""
     block = tl.load(row_table + start // BLOCK, mask=start < end, other=0)
     for part in tl.static_range(1, TILE // BLOCK):
@@ -212,7 +212,7 @@ def attend(
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV
     HALF: tl.constexpr = D // 2
     half = tl.arange(0, HP)
-    first, second = _pairs(D, HP, ROTARY, NEIGHBOURS)
+    first, second = pairs_of(D, HP, ROTARY, NEIGHBOURS)
     full = tl.arange(0, VP)
     tile = tl.arange(0, TILE)
     group = tl.arange(0, GP)
@@ -228,8 +228,8 @@ def attend(
     begin = origin + split * per_split
     end = tl.where(row >= 0, tl.minimum(begin + per_split, position), 0)
     row_table = table + row.to(tl.int64) * max_blocks
-    block = _blocks(row_table, begin, end, BLOCK, TILE)
-    next_block = _blocks(row_table, begin + TILE, end, BLOCK, TILE)
+    block = blocks_at(row_table, begin, end, BLOCK, TILE)
+    next_block = blocks_at(row_table, begin + TILE, end, BLOCK, TILE)
     own_block = tl.load(row_table + position // BLOCK, mask=row >= 0, other=0)
     cos = tl.load(cos_table + position * HALF + half, mask=half < HALF, other=1.0)
     sin = tl.load(sin_table + position * HALF + half, mask=half < HALF, other=0.0)
@@ -291,7 +291,7 @@ def attend(
             k_low = tl.load(k_at[None, :] + first[:, None], mask=k_inside, other=0.0)
             k_high = tl.load(k_at[None, :] + second[:, None], mask=k_inside, other=0.0)
             v = tl.load(v_at[:, None] + full[None, :], mask=_within(inside[:, None], full[None, :], DV, VP), other=0.0)
-            next_block = _blocks(row_table, following + TILE, end, BLOCK, TILE)
+            next_block = blocks_at(row_table, following + TILE, end, BLOCK, TILE)
         heads = batch * NUM_HEADS + kv_head * GROUP + group
         mask = group < GROUP
         wide = _within(mask[:, None], full[None, :], DV, VP)

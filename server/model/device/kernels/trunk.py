@@ -72,10 +72,12 @@ def embed(tokens, table, x, step, H: tl.constexpr, HP: tl.constexpr, SCALE: tl.c
 @triton.jit
 def product(
     x, norm, weight, bias, residual, out, eps, N,
-    B: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr,
+    B: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, STRIDE: tl.constexpr, BN: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [B, N] = (norm?(x [B, K]) · weight [N, K]ᵀ + bias?) * SCALE + residual?. Grid (ceil(N / BN),)."""
+    """out [B, N] = (norm?(x [B, K]) · weight [N, K]ᵀ + bias?) * SCALE + residual?; rows of x are STRIDE apart. Grid
+    (ceil(N / BN),).
+    """
     if PDL:
         gdc_launch_dependents()
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -90,7 +92,7 @@ def product(
     if PDL:
         gdc_wait()
     for batch in range(B):
-        value = tl.load(x + batch * K + cols, mask=cols < K, other=0.0)
+        value = tl.load(x + batch * STRIDE + cols, mask=cols < K, other=0.0)
         if NORM:
             value = normalise(value.to(tl.float32), scale, eps, K, x.dtype.element_ty)
         acc = tl.sum(w.to(tl.float32) * value.to(tl.float32)[None, :], axis=1)
@@ -104,14 +106,16 @@ def product(
 
 
 @triton.jit
-def norm_rows(x, norm, out, eps, K: tl.constexpr, KP: tl.constexpr, PDL: tl.constexpr):
-    """out [B, K] = norm(x [B, K]). Grid (B,)."""
+def norm_rows(
+    x, norm, out, eps, K: tl.constexpr, KP: tl.constexpr, STRIDE: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """out [B, K] = norm(x [B, K]), whose rows are STRIDE apart. Grid (B,)."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0)
     cols = tl.arange(0, KP)
-    value = tl.load(x + row * K + cols, mask=cols < K, other=0.0).to(tl.float32)
+    value = tl.load(x + row * STRIDE + cols, mask=cols < K, other=0.0).to(tl.float32)
     weight = tl.load(norm + cols, mask=cols < K, other=0.0)
     tl.store(out + row * K + cols, normalise(value, weight, eps, K, x.dtype.element_ty), mask=cols < K)
 

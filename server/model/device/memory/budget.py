@@ -60,10 +60,8 @@ class DeviceMemory:
         self.token_bytes = shape.kv_token_bytes
         """KV memory of one token."""
         self.block_bytes = self.token_bytes * BLOCK_TOKENS
-        self._attended_bytes = shape.dtype.itemsize * max(
-            (kind.num_heads + kind.num_kv_heads) * (kind.head_dim + kind.value_dim) for kind in shape.each_attention
-        )
-        """Keys and values of one token of one layer as a prompt's attention reads them: together, and for each head."""
+        self._attended_bytes = shape.dtype.itemsize * max(kind.prompt_elements for kind in shape.each_attention)
+        """Of one token of one layer, as a prompt's attention reads them."""
 
     def kv_bytes(self, num_blocks: int) -> int:
         """Bytes of so many blocks, and of one layer's attention over the longest row that they hold."""

@@ -8,11 +8,12 @@ parts of Qwen3-MoE.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 OutputGate = Literal["none", "sigmoid"]
+PairOrder = Literal["halves", "neighbours", "neighbours to halves"]
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,102 @@ class AttentionKind:
         return self.num_heads * self.value_dim
 
     @property
+    def summed(self) -> int:
+        """Elements of the sum over tokens that a split of them gives."""
+        return self.width
+
+    @property
+    def vectors(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """A token's keys, then its values, in KV memory: their number and their elements."""
+        return (self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.value_dim)
+
+    @property
     def token_elements(self) -> int:
         """Elements of a token's keys and values in KV memory."""
         return self.num_kv_heads * (self.head_dim + self.value_dim)
+
+    @property
+    def prompt_elements(self) -> int:
+        """Elements of a token's keys and values as a prompt's attention reads them: together, and for each head."""
+        return self.token_elements + self.num_heads * (self.head_dim + self.value_dim)
+
+
+@dataclass(frozen=True)
+class LatentKind:
+    """Latent attention (MLA) of one layer: keys and values of a token are products of one latent, and all heads share a
+    rotated key.
+
+    Attributes:
+        num_heads: heads of queries and values.
+        rank: elements of a latent.
+        nope, head_dim: elements of a head's query that are not rotated, and of the rest and the shared key, which are.
+        value_dim: elements of a head's value.
+        query_rank: elements of the latent that queries are a product of; 0: they are one of the layer's input.
+        pairs: an element is rotated with the one half of them away, or with the one beside it; where it stays there, or
+            all first elements come before the second ones.
+        eps: of the norms of latents.
+    """
+
+    num_heads: int
+    rank: int
+    nope: int
+    head_dim: int
+    value_dim: int
+    query_rank: int = 0
+    pairs: PairOrder = "neighbours to halves"
+    eps: float = 1e-6
+    gate: ClassVar[OutputGate] = "none"
+
+    @property
+    def rotary(self) -> int:
+        """Number of rotated elements of the shared key."""
+        return self.head_dim
+
+    @property
+    def query(self) -> int:
+        """Elements of a head's query."""
+        return self.nope + self.head_dim
+
+    @property
+    def queries(self) -> int:
+        """Elements of what the layer's first product gives for queries: they, or their latent."""
+        return self.query_rank or self.num_heads * self.query
+
+    @property
+    def qkv(self) -> int:
+        """Rows of the product for queries or their latent, the latent, and the shared key."""
+        return self.queries + self.token_elements
+
+    @property
+    def width(self) -> int:
+        """Elements of a token's result before the output product."""
+        return self.num_heads * self.value_dim
+
+    @property
+    def summed(self) -> int:
+        """Elements of the sum over tokens that a split of them gives."""
+        return self.num_heads * self.rank
+
+    @property
+    def vectors(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """A token's latent, then its rotated key, in KV memory: their number and their elements."""
+        return (1, self.rank), (1, self.head_dim)
+
+    @property
+    def token_elements(self) -> int:
+        """Elements of a token's latent and key in KV memory."""
+        return self.rank + self.head_dim
+
+    @property
+    def prompt_elements(self) -> int:
+        """Elements of a token as a prompt's attention reads them: its latent and key, what the latent expands to, and
+        from it the keys and values of each head."""
+        return self.token_elements + self.num_heads * (self.nope + self.query + 2 * self.value_dim)
+
+    @property
+    def between(self) -> int:
+        """Weights between the latents and the heads."""
+        return self.num_heads * ((self.nope + self.value_dim) * self.rank + self.query * self.query_rank)
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,8 @@ def router_kind(model_type: str, router: Any, block: Any) -> RouterKind:
         raise RouterRefusedError("the router adds a selection bias to logits")
     renormalise, eps = _renormalised(rule, router, chosen_first)
     groups, kept, best = _groups(rule, router)
-    if groups > 1 and _SCORES[rule.scores] != "sigmoid":
-        raise RouterRefusedError("the router limits groups of experts by softmax scores")
+    if groups > 1 and _SCORES[rule.scores] != "sigmoid" and (best > 1 or bias is not None):
+        raise RouterRefusedError("the router limits groups of experts by sums of softmax scores")
     logits_dtype, weights_dtype = _dtypes(router, block, bias, rule, width)
     return RouterKind(
         scores=_SCORES[rule.scores],

@@ -21,9 +21,10 @@ class RowState:
     """KV memory and per-row device state, shared by the steps of all batch sizes.
 
     memory: for each layer [blocks, elements], a block of keys [kv_heads, block_tokens, head_dim] and then values
-    [kv_heads, block_tokens, value_dim]; table [rows, max_blocks] int32, the block of each stretch of a row's tokens;
-    lengths [rows] int32; masks [rows, L, E] int8 (see `kernels.routing.route`) and temperatures [rows] fp32 of the
-    routers, both read by masked steps; bias_range [L] fp32, the running range of the router's logits.
+    [kv_heads, block_tokens, value_dim], or of latents [block_tokens, rank] and then keys; table [rows, max_blocks]
+    int32, the block of each stretch of a row's tokens; lengths [rows] int32; masks [rows, L, E] int8 (see
+    `kernels.routing.route`) and temperatures [rows] fp32 of the routers, both read by masked steps; bias_range [L]
+    fp32, the running range of the router's logits.
 
     Args:
         num_blocks: of memory; None: as many as whole rows need, and the table gives each row blocks of its own.
@@ -45,11 +46,12 @@ class RowState:
         self.bias_range = torch.zeros(layers, dtype=torch.float32, device=device)
 
     def blocks(self, layer: int) -> tuple[Tensor, Tensor]:
-        """A layer's keys [blocks, kv_heads, block_tokens, head_dim] and values [..., value_dim], views of `memory`."""
-        memory, kind = self.memory[layer], self.attentions[layer]
-        size, keys = (len(memory), kind.num_kv_heads, self.block_tokens), kind.num_kv_heads * kind.head_dim
-        keys *= self.block_tokens
-        return memory[:, :keys].view(*size, kind.head_dim), memory[:, keys:].view(*size, kind.value_dim)
+        """A layer's keys [blocks, kv_heads, block_tokens, head_dim] and values [..., value_dim], or latents and keys,
+        views of `memory`."""
+        memory, ((heads, head_dim), (others, value_dim)) = self.memory[layer], self.attentions[layer].vectors
+        tokens = self.block_tokens
+        keys, values = torch.split(memory, [tokens * heads * head_dim, tokens * others * value_dim], dim=1)
+        return keys.view(-1, heads, tokens, head_dim), values.view(-1, others, tokens, value_dim)
 
 
 class PrefillRow(Cache):

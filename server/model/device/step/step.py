@@ -20,8 +20,9 @@ from torch import Tensor
 from expert_store.paging.kernels import LFU, LRU
 from expert_store.paging.pages import DevicePages
 from server.model.device.kernels import attention, experts, packed, routing, trunk
+from server.model.device.step.latent import LatentAttention
 from server.model.device.step.packed import expert_constants, plane_constants, row_constants
-from server.model.device.step.parts import OutputGate
+from server.model.device.step.parts import LatentKind, OutputGate
 from server.model.device.step.router_kind import switches
 from server.model.device.step.state import Report, RowState
 from server.model.device.step.tuning import StepOptions, divisor, pow2
@@ -81,11 +82,11 @@ class DecodeStep:
         planes = torch.bfloat16 if shape.dtype == torch.bfloat16 else torch.float32  # fp16 has too few exponents
         self.planes = self.normed if shape.packed is None else fresh(batch, hidden, dtype=planes)
         attentions = shape.each_attention
-        heads, kv_heads = (max(getattr(kind, name) for kind in attentions) for name in ("num_heads", "num_kv_heads"))
+        heads, kv_heads = max(kind.num_heads for kind in attentions), max(kind.vectors[0][0] for kind in attentions)
         self.qkv, self.attended = fresh(batch, shape.qkv), fresh(batch, shape.attended)
         self.part_max = fresh(batch, heads, splits, dtype=torch.float32)
         self.part_sum = fresh(batch, heads, splits, dtype=torch.float32)
-        self.part_out = fresh(batch, splits, shape.attended, dtype=torch.float32)
+        self.part_out = fresh(batch, splits, max(kind.summed for kind in attentions), dtype=torch.float32)
         self.arrived = fresh(1 + batch + batch * kv_heads, dtype=torch.int32)
         self.choices = fresh(batch, shape.num_experts, dtype=torch.int8)
         self.ranges = fresh(batch, dtype=torch.float32)
@@ -105,6 +106,13 @@ class DecodeStep:
         log = Report.of(self.report, layers, batch, top_k)
         self.best_token, self.best_logit, self.normaliser = log.best_token, log.best_logit, log.normaliser
         self.log_ids, self.log_weights, self.log_demand, self.log_mass = log.ids, log.weights, log.demand, log.mass
+
+        latents = [kind for kind in attentions if isinstance(kind, LatentKind)]
+        parts = (self.part_max, self.part_sum, self.part_out)
+        self._latent = None
+        if latents:
+            own = (latents, self.rows, parts, self._run, self._product)
+            self._latent = LatentAttention(shape, state, self.options.tuning, *own)
 
     def compile(self) -> None:
         """Compiles the step's kernels without a launch; one layer compiles those of all. See `graphs.in_parallel`."""
@@ -178,6 +186,11 @@ class DecodeStep:
         """Attention over each row's blocks of KV memory, which get the new token, into `attended`."""
         shape, weights, state, tuning = self.shape, self.weights.layers[layer], self.state, self.options.tuning
         kind = shape.attention(layer)
+        if isinstance(kind, LatentKind):
+            assert self._latent is not None
+            qkv, out = self._rows_of(self.qkv, kind.qkv), self._rows_of(self.attended, kind.width)
+            self._latent.attend(kind, weights, qkv, state.memory[layer], out)
+            return
         group, splits = kind.num_heads // kind.num_kv_heads, tuning.attention_splits
         half, value = pow2(kind.head_dim // 2), pow2(kind.value_dim)
         self._run(
@@ -331,16 +344,18 @@ class DecodeStep:
 
     def _row_product(
         self, x: Tensor, norm: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-        out: Tensor, rows: int,
+        out: Tensor, rows: int, eps: float | None = None,
     ) -> None:  # fmt: skip
-        """out = norm(x) · weightᵀ + bias + residual, `rows` of the weight in each program."""
+        """out = norm(x) · weightᵀ + bias + residual, `rows` of the weight in each program; eps of the norm, None: that
+        of the layers."""
         num_rows, width = weight.shape
         rows = max(1, min(rows, MOST_ROW_ELEMENTS // pow2(width)))
         self._run(
             trunk.product, (triton.cdiv(num_rows, rows),),
             x, x if norm is None else norm, weight, x if bias is None else bias, x if residual is None else residual,
-            out, self.shape.eps, num_rows, B=self.batch, K=width, KP=pow2(width), BN=rows, NORM=norm is not None,
-            BIAS=bias is not None, RESIDUAL=residual is not None, SCALE=self._scale(out, residual),
+            out, self.shape.eps if eps is None else eps, num_rows, B=self.batch, K=width, KP=pow2(width),
+            STRIDE=x.stride(0), BN=rows, NORM=norm is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
+            SCALE=self._scale(out, residual),
             num_warps=self.options.tuning.product_warps,
         )  # fmt: skip
 
@@ -351,14 +366,15 @@ class DecodeStep:
 
     def _tiled_product(
         self, x: Tensor, norm: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-        out: Tensor, rows: int,
+        out: Tensor, rows: int, eps: float | None = None,
     ) -> None:  # fmt: skip
         """The same by tensor cores, in tiles of weights and all rows of the batch; `rows` is for the other."""
         num_rows, width = weight.shape
         tuning = self.options.tuning
         if norm is not None:
-            sizes = {"K": width, "KP": pow2(width)}
-            self._run(trunk.norm_rows, (self.batch,), x, norm, self.normed, self.shape.eps, **sizes, num_warps=8)
+            sizes = {"K": width, "KP": pow2(width), "STRIDE": x.stride(0)}
+            eps = self.shape.eps if eps is None else eps
+            self._run(trunk.norm_rows, (self.batch,), x, norm, self.normed, eps, **sizes, num_warps=8)
             x = self.normed
         tile = tuning.tiled_rows if num_rows >= 132 * tuning.tiled_rows else 16
         self._run(

@@ -42,6 +42,10 @@ class Tuning:
     route_warps: int = 2
     attention_splits: int = 16
     attention_tile: int = 64
+    latent_columns: int = 64
+    latent_rows: int = 32
+    latent_tile: int = 32
+    latent_warps: int = 4
     fetchers: int = 64
     packed_fetchers: int = 256
     copy_elements: int = 16384

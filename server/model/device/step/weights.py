@@ -22,6 +22,7 @@ from server.model.device.step.parts import (
     AttentionKind,
     ExpertKind,
     GateKind,
+    LatentKind,
     OutputGate,
     Scales,
 )
@@ -71,7 +72,7 @@ class DecodeShape:
     qk_norm: QkNorm = "head"
     rotary: int | None = None
     output_gate: OutputGate = "none"
-    attentions: tuple[AttentionKind, ...] = ()
+    attentions: tuple[AttentionKind | LatentKind, ...] = ()
     neighbours: bool = False
     windows: tuple[int, ...] = ()
     dense_layers: frozenset[int] = frozenset()
@@ -94,7 +95,7 @@ class DecodeShape:
         """Blocks of KV memory of the longest row."""
         return -(-self.max_tokens // self.block_tokens)
 
-    def attention(self, layer: int) -> AttentionKind:
+    def attention(self, layer: int) -> AttentionKind | LatentKind:
         """The attention of a layer of the model."""
         if self.attentions:
             return self.attentions[layer]
@@ -102,7 +103,7 @@ class DecodeShape:
         return AttentionKind(*sizes, rotary=self.rotary or self.head_dim, gate=self.output_gate)
 
     @property
-    def each_attention(self) -> list[AttentionKind]:
+    def each_attention(self) -> list[AttentionKind | LatentKind]:
         """The attention of every layer, first layer first."""
         return [self.attention(layer) for layer in range(self.num_layers)]
 
@@ -159,6 +160,7 @@ class DecodeShape:
     def trunk_bytes(self) -> int:
         """Bytes of trunk weights that one step reads: projections, gates and the head, without the embedding row."""
         attention = sum(kind.qkv + kind.width for kind in self.each_attention) * self.hidden
+        attention += sum(kind.between for kind in self.each_attention if isinstance(kind, LatentKind))
         moe = self.num_experts * self.hidden + 3 * self.shared_intermediate * self.hidden
         dense = 3 * self.dense_intermediate * self.hidden
         every = attention + self.num_moe_layers * moe + len(self.dense_layers) * dense
@@ -176,10 +178,19 @@ class MlpWeights:
 
 
 @dataclass(frozen=True)
+class LatentWeights:
+    """The products of latents: expand [heads * (nope + value_dim), rank], rows of the keys then of the values of each
+    head; queries [heads * query, query_rank]; None: there is no latent of queries."""
+
+    expand: Tensor
+    queries: Tensor | None
+
+
+@dataclass(frozen=True)
 class LayerWeights:
     """One layer: norms [H], qkv [Q, H] rows q, k, v, output gate; output [H, heads * value_dim]; norms of queries and
-    keys [head_dim] or, over all heads, [heads * head_dim]; cos and sin [max_tokens, head_dim / 2], 1 and 0 past what is
-    rotated, which layers of one kind share.
+    keys [head_dim] or, over all heads, [heads * head_dim], or of their latents; cos and sin [max_tokens, head_dim / 2],
+    1 and 0 past what is rotated, which layers of one kind share.
 
     `gate` [E, H] is None in a layer without routed experts; `mlp` is then the layer's product, else the shared expert.
     `gate_bias` [E] fp32 is part of the logits, `selection_bias` [E] fp32 only of the choice; `sinks` [heads] fp32 are
@@ -202,6 +213,7 @@ class LayerWeights:
     gate_bias: Tensor | None = None
     selection_bias: Tensor | None = None
     sinks: Tensor | None = None
+    latent: LatentWeights | None = None
     mlp: MlpWeights | None = None
 
 

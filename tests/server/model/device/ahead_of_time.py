@@ -24,13 +24,13 @@ from triton.runtime.driver import driver
 from expert_store.encoding import RowEncoding
 from expert_store.paging.pages import DevicePages, PagesShape
 from server.model.device.step.graphs import in_parallel
-from server.model.device.step.parts import AttentionKind, ExpertKind, GateKind, Scales
+from server.model.device.step.parts import AttentionKind, ExpertKind, GateKind, LatentKind, Scales
 from server.model.device.step.router_kind import RouterKind
 from server.model.device.step.sampling import DrawKind, DrawRoom, TokenDraw
 from server.model.device.step.state import RowState
 from server.model.device.step.step import DecodeStep
 from server.model.device.step.tuning import StepOptions
-from server.model.device.step.weights import DecodeShape, LayerWeights, MlpWeights, TrunkWeights
+from server.model.device.step.weights import DecodeShape, LatentWeights, LayerWeights, MlpWeights, TrunkWeights
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,26 @@ MIMO = replace(
     attentions=tuple(AttentionKind(64, kv_heads, 192, 128, 64, value_scale=0.707) for kv_heads in (4, 8)),
 )  # fmt: skip
 
+LATENTS = replace(
+    TINY, attentions=(LatentKind(5, 16, 24, 32, 40, 48),) * 2, qk_norm="none", scaling=0.1,
+    dense_layers=frozenset({0}), dense_intermediate=64, shared_intermediate=32,
+)  # fmt: skip
+DEEPSEEK_V3 = replace(
+    GLM4, num_layers=2, hidden=7168, vocab=129280, attentions=(LatentKind(128, 512, 128, 64, 128, 1536),) * 2,
+    qk_norm="none", scaling=0.13, num_experts=256, intermediate=2048, dense_layers=frozenset({0}),
+    dense_intermediate=18432, shared_intermediate=2048, router=replace(GLM4.router, groups=8, kept_groups=4, scale=2.5),
+)  # fmt: skip
+DEEPSEEK_V2_LITE = replace(
+    DEEPSEEK_V3, hidden=2048, vocab=102400, num_experts=64, top_k=6, intermediate=1408,
+    attentions=(LatentKind(16, 512, 128, 64, 128, 0, "neighbours"),) * 2, dense_intermediate=10944,
+    shared_intermediate=2816, router=RouterKind(renormalise=False, exact_logits=True, exact_weights=True),
+)  # fmt: skip
+GLM4_LITE = replace(
+    DEEPSEEK_V3, hidden=2048, vocab=154880, num_experts=64, top_k=4, intermediate=1536,
+    attentions=(LatentKind(20, 512, 192, 64, 256, 768),) * 2, dense_intermediate=10240, shared_intermediate=1536,
+    router=replace(GLM4.router, groups=1, kept_groups=1, scale=1.8),
+)  # fmt: skip
+
 EVERY_KIND = replace(
     TINY, dense_layers=frozenset({0}), dense_intermediate=64, shared_intermediate=32, rotary=16, windows=(16, 0),
     qk_norm="none", router=replace(GLM4.router, groups=4, kept_groups=2),
@@ -130,6 +150,11 @@ CASES = {
     "ernie": Case(ERNIE, 16, (_PLAIN, (8, True, 0.0, "lru"))),
     "hunyuan": Case(HUNYUAN, 16, (_PLAIN, (8, True, 0.0, "lru"))),
     "mimo": Case(MIMO, 40, (_PLAIN, (8, True, 0.0, "lru"))),
+    "tiny, latents": Case(LATENTS, 6, (_PLAIN, (2, True, 0.0, "lru"))),
+    "deepseek-v3": Case(DEEPSEEK_V3, 16, (_PLAIN, (8, True, 0.0, "lru"))),
+    "deepseek-v3 in float32": Case(replace(DEEPSEEK_V3, dtype=torch.float32), 16, ((2, True, 0.0, "lru"),)),
+    "deepseek-v2-lite": Case(DEEPSEEK_V2_LITE, 16, (_PLAIN, (8, True, 0.0, "lru"))),
+    "glm-4-lite": Case(GLM4_LITE, 16, (_PLAIN, (8, True, 0.0, "lru"))),
     "qwen2": Case(QWEN2, 15, (_PLAIN, (2, False, 0.0, "lru"))),
 }
 
@@ -163,6 +188,11 @@ def trunk(shape: DecodeShape) -> TrunkWeights:
         switch = matrix(shape.hidden) if shape.qk_norm == "none" else None
         return MlpWeights(matrix(2 * inner, shape.hidden), matrix(shape.hidden, inner), switch)
 
+    def latent_weights(kind: LatentKind) -> LatentWeights:
+        expand = matrix(kind.num_heads * (kind.nope + kind.value_dim), kind.rank)
+        has_latent = kind.query_rank > 0
+        return LatentWeights(expand, matrix(kind.num_heads * kind.query, kind.query_rank) if has_latent else None)
+
     def layer(at: int) -> LayerWeights:
         dense, attention = at in shape.dense_layers, shape.attention(at)
         norms = attention.head_dim * (attention.num_heads if shape.qk_norm == "row" else 1)
@@ -177,6 +207,7 @@ def trunk(shape: DecodeShape) -> TrunkWeights:
             qkv_bias=matrix(attention.qkv) if shape.qk_norm == "none" else None,
             selection_bias=None if shape.router.selection_bias is None else bias,
             sinks=torch.empty(shape.num_heads, device="meta") if shape.experts.alternates else None,
+            latent=latent_weights(attention) if isinstance(attention, LatentKind) else None,
             mlp=mlp(inner) if inner else None,
         )  # fmt: skip
 

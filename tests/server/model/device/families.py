@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.model.device.step.parts import AttentionKind, ExpertKind, GateKind, Scales
+from server.model.device.step.parts import AttentionKind, ExpertKind, GateKind, LatentKind, PairOrder, Scales
 from tests.families.checkpoints import is_installed, random_model
 from tests.families.composites import TEXT_PARTS, composite_model
 
@@ -38,6 +38,18 @@ _GRANITE = {
 }  # fmt: skip
 _MIXED = ["sliding_attention", "full_attention"]
 _DENSE_FIRST = {"dense_layers": frozenset({0})}
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
+    "mscale_all_dim": 1.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
+_LATENTS = {
+    "kv_lora_rank": 16, "qk_nope_head_dim": 24, "qk_rope_head_dim": 32, "v_head_dim": 40, "head_dim": 32,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+
+
+def _latents(heads: int, query_rank: int, pairs: PairOrder) -> dict[str, Any]:
+    return {"attentions": (LatentKind(heads, 16, 24, 32, 40, query_rank, pairs),) * 2, **_DENSE_FIRST}
 
 
 CAPTURED = {
@@ -81,6 +93,24 @@ CAPTURED = {
             "attentions": tuple(AttentionKind(4, heads, 48, 32, 16, value_scale=0.707) for heads in (1, 2)),
         },
     ),
+    "deepseek_v2": Captured(
+        {
+            **_LATENTS, "q_lora_rank": None, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
+            "num_experts_per_tok": 2,
+        },
+        _latents(4, 0, "neighbours"),
+    ),
+    "deepseek_v3": Captured(
+        {**_LATENTS, "q_lora_rank": 48, "rope_parameters": _YARN}, _latents(4, 48, "neighbours to halves")
+    ),
+    "deepseek_v3 in halves": Captured(
+        {**_LATENTS, "q_lora_rank": None, "rope_interleave": False, "n_group": 1}, _latents(4, 0, "halves"),
+        "deepseek_v3",
+    ),
+    "glm4_moe_lite": Captured(
+        {**_LATENTS, "q_lora_rank": 16, "num_attention_heads": 5, "num_key_value_heads": 5},
+        _latents(5, 16, "neighbours to halves"),
+    ),
     "qwen3_vl_moe": Captured({}, {"qk_norm": "head"}),
     "qwen3_omni_moe_thinker": Captured({}, {"qk_norm": "head"}),
     "qwen3_next in full attention": Captured(
@@ -94,8 +124,9 @@ CAPTURED = {
 }  # fmt: skip
 
 
-EVERYDAY = ("mixtral in a window", "qwen2_moe partly in windows", "glm4_moe in groups", "minimax_m2")
-"""One of each kind of router, between them with every kind of norm, window, dense layer and shared expert."""
+EVERYDAY = ("mixtral in a window", "qwen2_moe partly in windows", "glm4_moe in groups", "minimax_m2", "deepseek_v3")
+"""One of each kind of router and attention, between them with every kind of norm, window, dense layer and shared
+expert."""
 ALONE_TOO = ["olmoe", "qwen2_moe", "glm4_moe in groups", "minimax_m2"]
 
 

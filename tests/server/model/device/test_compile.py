@@ -16,10 +16,11 @@ import triton
 from tests.server.model.device.ahead_of_time import CASES
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-KINDS = ["tiny, every kind"]
+KINDS = ["tiny, every kind", "tiny, latents"]
 SMALL = ["tiny", "tiny, few slots", "bundled", "half", "mixtral"]
 PACKED = ["fp8", "mxfp4", "nvfp4", "int8"]
-LARGE = [name for name in CASES if name not in (*KINDS, *SMALL, *PACKED)]
+LATENTS = ["deepseek-v3", "deepseek-v3 in float32", "deepseek-v2-lite", "glm-4-lite"]
+LARGE = [name for name in CASES if name not in (*KINDS, *SMALL, *PACKED, *LATENTS)]
 
 
 @pytest.mark.skipif(not PTXAS.exists(), reason="this Triton brings no ptxas")
@@ -34,7 +35,8 @@ LARGE = [name for name in CASES if name not in (*KINDS, *SMALL, *PACKED)]
                 (90, LARGE[:2]),
                 (90, LARGE[2:]),
                 (90, PACKED),
-                (80, [*KINDS, "bundled", "int4", "gpt-oss", "gpt-oss, mxfp4", "ernie", "mimo"]),
+                (90, LATENTS),
+                (80, [*KINDS, "bundled", "int4", "gpt-oss", "gpt-oss, mxfp4", "ernie", "mimo", "deepseek-v3"]),
             )
         ),
     ],

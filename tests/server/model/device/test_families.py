@@ -50,18 +50,18 @@ def test_a_captured_family_agrees_with_float64_and_under_a_mask_and_a_temperatur
 
 
 @pytest.mark.parametrize(
-    ("batch", "slots"),
+    ("name", "batch", "slots"),
     [
-        (1, 3),
+        ("gpt_oss", 1, 3),
         *(
             pytest.param(*more, marks=pytest.mark.exhaustive)
-            for more in product((1, 2, 7), (3, 4, 8))
-            if more != (1, 3)
+            for more in product(("gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"), (1, 2, 7), (3, 4, 8))
+            if more != ("gpt_oss", 1, 3)
         ),
     ],
 )
-def test_gpt_oss_agrees_with_float64_at_every_batch_and_slot_count(batch: int, slots: int) -> None:
-    model = model_of("gpt_oss")
+def test_a_family_agrees_with_float64_at_every_batch_and_slot_count(name: str, batch: int, slots: int) -> None:
+    model = model_of(name)
     step = build(model, torch.float32, batch=batch, slots=slots)
     tokens = torch.randint(3, 90, (NUM_STEPS, batch), generator=torch.Generator().manual_seed(batch))
     got, _ = run(step, tokens, list(range(batch)))

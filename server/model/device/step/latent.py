@@ -1,0 +1,81 @@
+"""Launches of latent attention for the new tokens of a step, and the buffers between its kernels.
+
+Queries come from one product, or from two with a norm between; `kernels.latent` has the rest. Invariant: KV memory
+holds a token's latent after its norm and its key after its rotation, as transformers' cache does, so prompts that
+transformers computes and steps write the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import triton
+from torch import Tensor
+
+from server.model.device.kernels import latent
+from server.model.device.step.parts import LatentKind
+from server.model.device.step.state import RowState
+from server.model.device.step.tuning import Tuning, divisor, pow2
+from server.model.device.step.weights import DecodeShape, LayerWeights
+
+HEADS = 16
+"""Heads of a program, the least rows of a product by tensor cores."""
+TILE_BYTES = 32 << 10
+"""Latents that a program holds at a time; more would not fit beside its queries on small GPUs."""
+
+
+class LatentAttention:
+    """Latent attention of a step's entries; mutates KV memory.
+
+    Args:
+        kinds: those of the model's layers.
+        rows: [B], KV row of each entry.
+        parts: buffers for the results of splits, as `kernels.latent.attend_latent` has them.
+        run: launches a kernel; of `DecodeStep`, as the next.
+        product: multiplies all entries with a weight.
+    """
+
+    def __init__(
+        self, shape: DecodeShape, state: RowState, tuning: Tuning, kinds: Sequence[LatentKind], rows: Tensor,
+        parts: tuple[Tensor, Tensor, Tensor], run: Callable[..., None], product: Callable[..., None],
+    ) -> None:  # fmt: skip
+        self._shape, self._state, self._tuning = shape, state, tuning
+        self._rows, self._parts, self._run, self._product = rows, parts, run, product
+        self._batch, device = len(rows), rows.device
+        queries = max(kind.num_heads * kind.query if kind.query_rank else 0 for kind in kinds)
+        self._queries = rows.new_zeros(self._batch * queries, dtype=shape.dtype, device=device)
+        absorbed = max(kind.summed for kind in kinds)
+        self._absorbed = rows.new_zeros(self._batch * absorbed, dtype=shape.dtype, device=device)
+
+    def attend(self, kind: LatentKind, weights: LayerWeights, qkv: Tensor, memory: Tensor, out: Tensor) -> None:
+        """Attention of one layer over each row's blocks of its KV memory, which gets the new token, into out [B,
+        width]; qkv [B, qkv] has queries or their latents, then the new latents and keys."""
+        assert weights.latent is not None, "the layer's attention has no latents"
+        shape, state, tuning, expand = self._shape, self._state, self._tuning, weights.latent.expand
+        queries, new = qkv[:, : kind.queries], qkv[:, kind.queries :]
+        if weights.latent.queries is not None:
+            latents, size = queries, kind.num_heads * kind.query
+            queries = self._queries[: self._batch * size].view(self._batch, size)
+            rows = tuning.qkv_rows
+            self._product(latents, weights.q_norm, weights.latent.queries, None, None, queries, rows, kind.eps)
+        heads, splits, columns = kind.num_heads, tuning.attention_splits, divisor(kind.rank, tuning.latent_columns)
+        tile = min(tuning.latent_tile, TILE_BYTES // (kind.rank * memory.element_size()))
+        sizes = {"HEADS": heads, "NOPE": kind.nope, "RANK": kind.rank}
+        self._run(
+            latent.absorb, (heads, kind.rank // columns),
+            queries, expand, self._absorbed, B=self._batch, **sizes, NP=pow2(kind.nope),
+            ROTARY=kind.head_dim, VALUE=kind.value_dim, STRIDE=queries.stride(0), BR=columns, num_warps=4,
+        )  # fmt: skip
+        self._run(
+            latent.attend_latent, (splits, triton.cdiv(heads, HEADS), self._batch),
+            queries, self._absorbed, new, weights.k_norm, weights.cos, weights.sin, self._rows, state.lengths,
+            state.table, memory, *self._parts, kind.eps, shape.scaling or kind.query**-0.5, shape.max_blocks,
+            **sizes, GP=HEADS, ROTARY=kind.head_dim, NEIGHBOURS=kind.pairs != "halves",
+            HALVES=kind.pairs != "neighbours", SPLITS=splits, TILE=tile, BLOCK=shape.block_tokens,
+            Q_STRIDE=queries.stride(0), NEW_STRIDE=new.stride(0), num_warps=tuning.latent_warps, num_stages=2,
+        )  # fmt: skip
+        self._run(
+            latent.expand_values, (heads, triton.cdiv(kind.value_dim, tuning.latent_rows)),
+            *self._parts, expand, self._rows, state.lengths, out, B=self._batch, **sizes, VALUE=kind.value_dim,
+            SPLITS=splits, TILE=tile, BV=tuning.latent_rows, num_warps=4,
+        )  # fmt: skip
