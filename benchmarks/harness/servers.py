@@ -40,9 +40,9 @@ class Served:
 
 
 def ours(store: Path, slots: int, rows: int) -> Served:
-    """`deepfew serve` in float32 with so many slots in every layer and at most `rows` requests at once."""
+    """`deepfew serve` in float32 with so many slots in every layer throughout, and at most `rows` requests at once."""
     serve = (sys.executable, "-m", "server.cli", "serve", str(store), "--dtype", "float32", "--log-level", "warning")
-    flags = ("--slots", str(slots), "--max-batch-size", str(rows))
+    flags = ("--slots", str(slots), "--memory-balance", "fixed", "--max-batch-size", str(rows))
     return Served(f"deepfew, {slots} of 64 slots", (*serve, *flags), BUNDLED.name)
 
 

@@ -1,9 +1,9 @@
 """The expert cache: slots on the compute device, the page table over them, leases and evictions.
 
-Every MoE layer has `num_slots` slots of one span each. `acquire` makes experts of one layer resident and leases their
-slots, `release` ends the lease; a leased slot is never evicted. One thread owns the cache; `statistics` may be called
-from any. Invariant (checked by `check_integrity`): page table and slot owners are inverse to each other, and each
-layer's policy knows exactly the resident experts.
+Every MoE layer has `num_slots` slots of one span each; `resize` opens and closes some. `acquire` makes experts of one
+layer resident and leases their slots, `release` ends the lease; a leased slot is never evicted. One thread owns the
+cache; `statistics` may be called from any. Invariant (checked by `check_integrity`): page table and slot owners are
+inverse to each other, each layer's policy knows exactly the resident experts, and no expert is in a closed slot.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class CacheStatistics:
         evictions: experts that were evicted from a slot.
         fetch_bytes, fetch_seconds: bytes copied into slots, and the owner thread's time for that.
         resident: experts in slots now.
-        num_slots: slots of each layer.
-        slot_bytes: bytes of all slots together.
+        num_slots: slots of each layer that are open.
+        slot_bytes: bytes of them all.
         host_hits, host_misses: fetches served by the host tier, and from disk through it (0 without one).
         tier: the host tier, and reads from the disk.
     """
@@ -60,7 +60,7 @@ class ExpertCache:
 
     Args:
         store: the store to serve.
-        num_slots: slots of each layer, at least 1; at most as many as the store has experts in a layer are allocated.
+        num_slots: slots of each layer, at least 1; at most as many as the model has experts in a layer are allocated.
         device: device of the slots.
         dtype: dtype of the weights in slots; spans of another dtype are converted while they are fetched.
         host_tier: host memory between disk and slots; None reads from disk into the slots' memory (CPU).
@@ -68,6 +68,10 @@ class ExpertCache:
         mask: bool [L, E], the experts that `preload` may fetch; None is all of the store.
         kept: for each layer the experts to keep in slots, loaded first; they are evicted only if a step needs every
             slot of a layer.
+        most_slots: slots of each layer that `resize` may open; None: `num_slots`.
+
+    Attributes:
+        num_slots: slots of each layer that are open; most_slots: all of them.
 
     Raises:
         SlotsError: `num_slots` < 1, fewer than are kept, or the device has too little memory for them.
@@ -84,6 +88,7 @@ class ExpertCache:
         policy: Callable[[], EvictionPolicy] = LRU,
         mask: npt.NDArray[np.bool_] | None = None,
         kept: Sequence[Sequence[int]] | None = None,
+        most_slots: int | None = None,
     ) -> None:
         if num_slots < 1:
             raise SlotsError(f"{num_slots} slots a layer; at least 1 is needed: pass --slots 1 or more")
@@ -95,15 +100,17 @@ class ExpertCache:
         self.num_layers = len(store.manifest.layers)
         self.num_experts = store.manifest.model.num_experts
         self.num_slots = min(num_slots, self.num_experts)
+        self.most_slots = max(self.num_slots, min(most_slots or 0, self.num_experts))
         self.device = device
         self.host_tier = host_tier
         self._mask = mask
         self.pools = [
-            SlotPool(spec, num_slots=self.num_slots, device=device, dtype=dtype) for spec in store.manifest.layers
+            SlotPool(spec, num_slots=self.most_slots, device=device, dtype=dtype) for spec in store.manifest.layers
         ]
         self.page_table = np.full((self.num_layers, self.num_experts), -1, dtype=np.int32)
-        self._owners = np.full((self.num_layers, self.num_slots), -1, dtype=np.int32)
+        self._owners = np.full((self.num_layers, self.most_slots), -1, dtype=np.int32)
         self._free = [list(range(self.num_slots - 1, -1, -1)) for _ in range(self.num_layers)]
+        self._closed = [list(range(self.most_slots - 1, self.num_slots - 1, -1)) for _ in range(self.num_layers)]
         self._leases: list[dict[int, int]] = [{} for _ in range(self.num_layers)]
         self._policies = [KeepSome(policy(), experts) if experts else policy() for experts in self._kept]
         self._fetcher = SpanFetcher(store, self.pools, host_tier)
@@ -162,6 +169,34 @@ class ExpertCache:
             else:
                 leases[expert] -= 1
 
+    @property
+    def least_slots(self) -> int:
+        """The fewest slots that `resize` may leave open now: one, those of the kept experts, and the leased ones."""
+        return max(1, *map(len, self._kept), *map(len, self._leases))
+
+    def resize(self, num_slots: int) -> None:
+        """Open or close slots until every layer has `num_slots`. An expert in a slot that closes is evicted, the next
+        victims first, and the slot's memory is given back to the system.
+
+        Raises:
+            SlotsError: fewer than are kept or leased, or more than `most_slots`; nothing was changed.
+        """
+        if not self.least_slots <= num_slots <= self.most_slots:
+            raise SlotsError(f"{num_slots} slots a layer, wanted {self.least_slots} to {self.most_slots}")
+        more = num_slots - self.num_slots
+        for layer, pool in enumerate(self.pools):
+            for _ in range(more):
+                self._free[layer].append(self._closed[layer].pop())
+            for _ in range(-more):
+                slot = self._claim(layer)
+                self._closed[layer].append(slot)
+                pool.give_back(slot)
+        self.num_slots = num_slots
+
+    def misses_of_full_layers(self) -> int:
+        """Misses since start in the layers that have no free slot now: what more slots might have saved."""
+        return int(sum(count for count, free in zip(self._misses, self._free, strict=True) if not free))
+
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Make experts resident without a lease, in the order given, as many as there are slots that are not leased."""
         room = self.num_slots - len(self._leases[layer])
@@ -191,6 +226,11 @@ class ExpertCache:
             if progress is not None:
                 progress(done, total)
 
+    @property
+    def layers_slot_bytes(self) -> int:
+        """Bytes of one slot in each layer."""
+        return sum(pool.slot_bytes for pool in self.pools)
+
     def resident(self, layer: int) -> list[int]:
         """Ids of the experts of a layer that are in slots now, next victim first."""
         return list(self._policies[layer].resident())
@@ -205,7 +245,7 @@ class ExpertCache:
             fetch_seconds=self._fetch_seconds.copy(),
             resident=(self.page_table >= 0).sum(axis=1),
             num_slots=self.num_slots,
-            slot_bytes=sum(pool.nbytes for pool in self.pools),
+            slot_bytes=self.num_slots * self.layers_slot_bytes,
             host_hits=self.host_tier.hits if self.host_tier else 0,
             host_misses=self.host_tier.misses if self.host_tier else 0,
             tier=self.host_tier.statistics() if self.host_tier else self._from_disk(),
@@ -234,7 +274,12 @@ class ExpertCache:
             assert set(self._policies[layer].resident()) == set(resident), f"layer {layer}: the policy lost track"
             free = self._free[layer]
             assert len(set(free)) == len(free), f"layer {layer}: a free slot is listed twice: {free}"
-            assert set(free) == set(range(self.num_slots)) - set(resident.values()), f"layer {layer}: free slots {free}"
+            closed = self._closed[layer]
+            assert len(set(closed)) == len(closed) == self.most_slots - self.num_slots, (
+                f"layer {layer}: closed {closed}"
+            )
+            others = set(range(self.most_slots)) - set(closed) - set(resident.values())
+            assert set(free) == others, f"layer {layer}: free slots {free}"
             assert all(count > 0 for count in self._leases[layer].values()), f"layer {layer}: a lease of 0"
             assert set(self._leases[layer]) <= set(resident), f"layer {layer}: a lease of an absent expert"
         if self.host_tier is not None:

@@ -15,6 +15,7 @@ import torch
 
 from expert_store.encoding import ROW_ALIGNMENT
 from expert_store.errors import SlotsError
+from expert_store.residency.returnable import ReturnableMemory
 from expert_store.rows import TORCH_DTYPES
 
 if TYPE_CHECKING:
@@ -60,9 +61,10 @@ class SlotPool:
         plain = [tensor for tensor in spec.tensors if tensor.encoding is None]
         self._is_verbatim = all(TORCH_DTYPES[tensor.dtype] == dtype for tensor in plain)
         self.slot_bytes = slot_bytes(spec, dtype)
+        self._returnable: ReturnableMemory | None = None
         try:
-            self._memory = torch.zeros((num_slots, self.slot_bytes), dtype=torch.uint8, device=device)
-        except (RuntimeError, MemoryError) as error:
+            self._memory = self._zeros()
+        except (OSError, RuntimeError, MemoryError) as error:
             raise SlotsError(
                 f"no memory on {device} for {num_slots} slots of {self.slot_bytes} bytes for layer {spec.layer}: "
                 f"{error}; pass a smaller --slots or --slots-memory"
@@ -70,10 +72,18 @@ class SlotPool:
         self.params = self._as_params(self._memory)
         self.rows = {name: list(param.unbind(0)) for name, param in self.params.items()}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the pool."""
-        return self.num_slots * self.slot_bytes
+    def _zeros(self) -> torch.Tensor:
+        """uint8 [S, slot_bytes]; on a CPU the system gives the memory of a slot when it is first filled."""
+        shape = (self.num_slots, self.slot_bytes)
+        if self.device.type != "cpu":
+            return torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        self._returnable = ReturnableMemory(self.num_slots * self.slot_bytes)
+        return self._returnable.bytes.view(shape)
+
+    def give_back(self, slot: int) -> None:
+        """Give the memory of a slot back to the system until it is filled again; does nothing on a GPU."""
+        if self._returnable is not None:
+            self._returnable.give_back(slot * self.slot_bytes, (slot + 1) * self.slot_bytes)
 
     def gather(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
         """Copies of slots' parameters, name → [N, *shape], made as one block; slots is int64 [N] on the device."""

@@ -170,6 +170,7 @@ class Batch:
             self._prefill(self._prefilling[0])
         if self._running:
             self._decode(list(self._running))
+        self._runner.after_step()
         self.num_steps += 1
         if self.collector is not None:
             self.collector.end_step(time.perf_counter() - started)

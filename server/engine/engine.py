@@ -39,6 +39,7 @@ from server.engine.statistics import OnlineStatistics, collect_from, empty_stati
 from server.engine.unreadable import CorruptExperts
 from server.model.kv.blocks import BLOCK_TOKENS
 from server.model.kv.rows import NO_BLOCKS
+from server.model.kv_memory import NO_MEMORY
 from server.model.load_progress import Phase, Progress
 from server.model.runner import Runner
 
@@ -197,6 +198,7 @@ class Engine:
                 kv_tokens=0 if runner is None else runner.kv.num_tokens,
                 kv_capacity_tokens=0 if runner is None else runner.kv.pool.num_blocks * BLOCK_TOKENS,
                 kv=NO_BLOCKS if runner is None else runner.kv.usage(),
+                memory=NO_MEMORY if runner is None else runner.shares(),
                 totals=replace(totals, num_requests=self._num_requests, num_refused=self._num_refused),
             )
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from router.mask import ExpertMask
 from server.errors import ServerError
 from server.model.kv.rows import NO_BLOCKS, KvUsage
+from server.model.kv_memory import NO_MEMORY, MemoryShares
 
 if TYPE_CHECKING:
     from server.constraints.compiler import CompiledConstraint
@@ -391,6 +392,7 @@ class EngineStatus:
         num_waiting_tokens: prompt tokens of the waiting requests.
         seconds_since_progress: since the loop last completed a step or found nothing to do.
         kv: blocks of KV memory in all, in use, and kept for prompts to come.
+        memory: how it is divided between slots and KV memory.
         kv_tokens, kv_capacity_tokens: tokens in rows, and room for tokens in all.
         totals: counters since start.
         is_wedged: the thread was asked to end and did not end in time.
@@ -408,3 +410,4 @@ class EngineStatus:
     totals: EngineTotals
     is_wedged: bool = False
     kv: KvUsage = NO_BLOCKS
+    memory: MemoryShares = NO_MEMORY

@@ -94,13 +94,13 @@ def _host_runner(
     expected = options.path == "host" or options.device.type == "cpu"
     log.log(logging.INFO if expected else logging.WARNING, "decoding on the host-driven path: %s%s", reason, held)
     try:
-        kv = kv_rows(model, options)
+        kv, balance = kv_rows(model, options)
     except BaseException:
         model.close()
         raise
     max_tokens = min(options.max_tokens, kv.pool.num_blocks * BLOCK_TOKENS)
     log.info("KV memory of %d tokens, at most %d a request", kv.pool.num_blocks * BLOCK_TOKENS, max_tokens)
-    return make_runner(model, max_rows=options.max_rows, max_tokens=max_tokens, kv=kv)
+    return make_runner(model, max_rows=options.max_rows, max_tokens=max_tokens, kv=kv, balance=balance)
 
 
 def _why_not(device: torch.device, path: DecodePath) -> str | None:

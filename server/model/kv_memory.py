@@ -7,7 +7,8 @@ the key.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from expert_store.errors import SlotsError
 from server.errors import SettingsError
@@ -17,10 +18,36 @@ KV_SHARE = 1 / 4
 """Share of the memory that is free after loading, for keys and values."""
 HOST_RESERVE_BYTES = 1 << 30
 """Host memory for Python, its libraries and activations: 452 MiB at the peak of importing, and what a step needs."""
+MemoryBalance = Literal["moving", "fixed"]
+"""Whether slots and KV memory lend one another memory while serving."""
 _WITHOUT = ("linear_attention", "mamba", "mamba2", "conv", "recurrent")
 """Layer types that keep a state of fixed size instead of keys and values."""
 _TIMES_HEADS = {("mimo_v2_flash", "sliding_attention"): 2}
 """Heads that a model's code multiplies, by model type and layer type."""
+
+
+@dataclass(frozen=True)
+class MemoryShares:
+    """The memory of slots and of keys and values at one moment.
+
+    Attributes:
+        is_moving: whether they lend one another memory; else `reason` says why not.
+        slot_bytes, kv_bytes: of the open slots of all layers, and of the open blocks.
+        least_slot_bytes, least_kv_bytes: below which they never fall.
+        moves_to_slots, moves_to_kv: times since start that one got memory of the other.
+    """
+
+    is_moving: bool
+    reason: str
+    slot_bytes: int
+    kv_bytes: int
+    least_slot_bytes: int
+    least_kv_bytes: int
+    moves_to_slots: int = 0
+    moves_to_kv: int = 0
+
+
+NO_MEMORY = MemoryShares(False, "no model is loaded", 0, 0, 0, 0)
 
 
 def kv_token_bytes(config: Any, itemsize: int) -> int:

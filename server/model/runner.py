@@ -26,6 +26,7 @@ from router.ledger import StepRecord
 from router.mask import ExpertMask
 from server.errors import ServerError
 from server.model.kv.rows import KvRows
+from server.model.kv_memory import MemoryBalance, MemoryShares
 from server.model.seam.observation import ExpertOutputs, OutputObserver
 from server.model.seam.routing import RowShare, StepRouting
 
@@ -53,6 +54,7 @@ class RunnerOptions:
         cache_policy: of eviction.
         kept_experts: most used experts a layer that keep their slots.
         batch_invariant: a row's bits do not depend on the other rows of the batch; this costs some speed.
+        memory_balance: whether slots and KV memory lend one another memory while serving, where that is possible.
         prefix_cache: keep the blocks of prompts that were read, for prompts that begin alike.
         resident_bias: lambda of cache-aware routing, of the device-driven path alone; 0: off.
         adapters: whether the adapters of the store are loaded, for rows that are masked.
@@ -72,6 +74,7 @@ class RunnerOptions:
     cache_policy: CachePolicy = "lru"
     kept_experts: int = 0
     batch_invariant: bool = True
+    memory_balance: MemoryBalance = "fixed"
     prefix_cache: bool = True
     resident_bias: float = 0.0
     adapters: bool = True
@@ -331,6 +334,12 @@ class Runner(Protocol):
     @property
     def decode_path(self) -> Literal["host", "device"]:
         """Whether the host or the device looks up and fetches the experts of a decode step."""
+
+    def shares(self) -> MemoryShares:
+        """The memory of slots and KV memory; any thread may ask."""
+
+    def after_step(self) -> None:
+        """Move memory between slots and KV memory, if one needs what the other does not; call it between two steps."""
 
     def allocate(self) -> int:
         """Take a row for a sequence; returns its handle, that of `kv`."""

@@ -180,6 +180,13 @@ def _of_the_engine(status: EngineStatus) -> Iterator[Metric]:
     blocks = [(("used",), status.kv.num_used), (("cached",), status.kv.num_cached), (("free",), status.kv.num_free)]
     text = "Blocks of KV memory: held by requests, kept for prompts to come, free."
     yield labelled(GaugeMetricFamily, "deepfew_kv_blocks", text, ("state",), blocks)
+    memory = status.memory
+    sizes = [(("slots",), memory.slot_bytes), (("kv",), memory.kv_bytes)]
+    text = "Memory of slots and of keys and values, which may move between them."
+    yield labelled(GaugeMetricFamily, "deepfew_memory_bytes", text, ("kind",), sizes)
+    moves = [(("slots",), memory.moves_to_slots), (("kv",), memory.moves_to_kv)]
+    text = "Times that slots, or KV memory, got memory of the other."
+    yield labelled(CounterMetricFamily, "deepfew_memory_moves", text, ("kind",), moves)
     yield _counter("deepfew_preemptions", "Times a request gave its KV memory to older ones.", totals.num_preemptions)
     yield _counter("deepfew_prompt_tokens", "Prompt tokens of the requests taken.", totals.prompt_tokens)
     yield _counter("deepfew_cached_prompt_tokens", "Of them those found in KV memory.", totals.cached_tokens)

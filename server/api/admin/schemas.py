@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,6 +11,7 @@ from server.api.http.fields import Strict
 from server.growth.status import Candidate, GrowthState, GrowthStatus
 from server.model.kv.blocks import BLOCK_TOKENS
 from server.model.kv.rows import KvUsage
+from server.model.kv_memory import MemoryShares
 from server.serving.service import ExpertsSnapshot, Health, HealthState
 
 MAX_CHANGE = 65536
@@ -100,6 +102,28 @@ class KvMemory(BaseModel):
         )
 
 
+class Memory(BaseModel):
+    """Memory of slots and of keys and values, in bytes, and the least that stays of each.
+
+    `is_moving`: one gets what the other does not need; `reason` says why not. `moves_to_slots`, `moves_to_kv`: times
+    since the start.
+    """
+
+    is_moving: bool
+    reason: str
+    slot_bytes: int
+    kv_bytes: int
+    least_slot_bytes: int
+    least_kv_bytes: int
+    moves_to_slots: int
+    moves_to_kv: int
+
+    @classmethod
+    def of(cls, shares: MemoryShares) -> Memory:
+        """The shares as JSON."""
+        return cls(**asdict(shares))
+
+
 class InfoResponse(BaseModel):
     """The served model and its limits; names are TGI's if TGI has the field.
 
@@ -129,6 +153,7 @@ class InfoResponse(BaseModel):
     top_k: int
     tiers: TiersResponse
     kv_memory: KvMemory
+    memory: Memory
     max_input_tokens: int
     max_total_tokens: int
     max_best_of: int

@@ -13,6 +13,7 @@ from server.api.admin.schemas import (
     HealthResponse,
     InfoResponse,
     KvMemory,
+    Memory,
     NotReadyResponse,
     Profile,
     ProfilesResponse,
@@ -80,6 +81,7 @@ def info(request: Request) -> ModelResponse:
     """The model, where its experts are, and the limits of a request."""
     context = context_of(request)
     model = context.loaded()
+    status = model.engine.status()
     answers = answer_format_of(model.tokenizer)
     return ModelResponse(
         InfoResponse(
@@ -98,7 +100,8 @@ def info(request: Request) -> ModelResponse:
             num_experts=model.num_experts,
             top_k=model.top_k,
             tiers=TiersResponse.of(model.experts()),
-            kv_memory=KvMemory.of(model.engine.status().kv),
+            kv_memory=KvMemory.of(status.kv),
+            memory=Memory.of(status.memory),
             max_input_tokens=model.max_context_tokens - 1,
             max_total_tokens=model.max_context_tokens,
             max_best_of=1,

@@ -25,6 +25,7 @@ from expert_store.residency.slots import slot_bytes
 from expert_store.rows import TORCH_DTYPES
 from expert_store.store import Store
 from router.mask import ExpertMask
+from server.model.host.balance import refusal
 from server.model.host.kept import most_used_experts
 from server.model.kv_memory import HOST_RESERVE_BYTES, kv_token_bytes, slots_beside_kv
 from server.model.load_progress import Phase, Progress
@@ -122,6 +123,7 @@ def load_model(store: Store, options: RunnerOptions, *, progress: Progress = lam
         policy=POLICIES[options.cache_policy],
         mask=mask.allowed,
         kept=most_used_experts(store, mask, options.kept_experts),
+        most_slots=None if refusal(options.memory_balance, device) else store.manifest.model.num_experts,
     )
     routing = StepRouting(store.manifest.model.family, len(store.manifest.layers), device, mask)
     _bind(model, store, cache, routing, options.batch_invariant)

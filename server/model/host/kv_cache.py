@@ -7,6 +7,7 @@ Invariant: `kv` says which blocks are whose; a step without `commit` changes no 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from expert_store.residency.returnable import ReturnableMemory
 from server.model.kv.blocks import BLOCK_TOKENS, num_blocks_of
 from server.model.kv.rows import KvRows
 
@@ -38,7 +40,9 @@ class BlockCache(Cache):
         super().__init__(layers=[])
         self.kv, self.device, self.by_rows = kv, device, by_rows
         self.apart: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        kv.on_close = self.give_back
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._returnable: list[ReturnableMemory] = []  # that the layers' tensors show
         self._step: list[tuple[int, int]] = []  # (row, tokens after the step)
         self._places: list[slice | Tensor] = []  # of each row's tokens: positions, or blocks to be gathered
         self._write = torch.empty(0)
@@ -48,12 +52,20 @@ class BlockCache(Cache):
     def nbytes(self) -> int:
         """Bytes of KV memory in blocks that a row or the prefix tree holds."""
         whole = sum(tensor.nbytes for both in list(self._layers.values()) for tensor in both)
-        return whole * self.kv.pool.num_used // self.kv.pool.num_blocks
+        return whole * self.kv.pool.num_used // self.kv.pool.most_blocks
 
     def release(self) -> None:
         """Free the memory if no block is in use."""
         if not self.kv.pool.num_used:
             self._layers.clear()
+            self._returnable.clear()
+
+    def give_back(self, blocks: list[int]) -> None:
+        """Give the memory of blocks that were closed back to the system."""
+        for memory in self._returnable:
+            block_bytes = len(memory.bytes) // self.kv.pool.most_blocks
+            for first, last in _runs(blocks):
+                memory.give_back(first * block_bytes, (last + 1) * block_bytes)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -150,11 +162,18 @@ class BlockCache(Cache):
 
     def _empty(self, like: Tensor) -> Tensor:
         """Zeros for all blocks; on a CPU the system gives the memory of a block when it is first written."""
-        shape = (self.kv.pool.num_blocks * BLOCK_TOKENS, like.shape[1], like.shape[3])
+        shape = (self.kv.pool.most_blocks * BLOCK_TOKENS, like.shape[1], like.shape[3])
         if self.device.type != "cpu":
             return torch.zeros(shape, dtype=like.dtype, device=self.device)
-        num_bytes = like.dtype.itemsize * shape[0] * shape[1] * shape[2]
-        return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(like.dtype).view(shape)
+        memory = ReturnableMemory(like.dtype.itemsize * shape[0] * shape[1] * shape[2])
+        self._returnable.append(memory)
+        return memory.bytes.view(like.dtype).view(shape)
+
+
+def _runs(blocks: list[int]) -> list[tuple[int, int]]:
+    """(first, last) of each run of consecutive blocks, which must be in order: pages across two of them count too."""
+    edges = [at for at in range(1, len(blocks)) if blocks[at] != blocks[at - 1] + 1]
+    return [(blocks[start], blocks[end - 1]) for start, end in itertools.pairwise([0, *edges, len(blocks)])]
 
 
 def _padded(rows: Sequence[Tensor], end: int) -> Tensor:

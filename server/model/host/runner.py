@@ -15,13 +15,20 @@ import torch
 
 from router.mask import ExpertMask
 from server.model.host.assembly import HostModel
+from server.model.host.balance import SlotsAndBlocks
 from server.model.host.cuts import cuts_anywhere
 from server.model.host.kv_cache import BlockCache
-from server.model.kv.blocks import num_blocks_of
+from server.model.kv.blocks import BLOCK_TOKENS, num_blocks_of
 from server.model.kv.rows import KvRows
+from server.model.kv_memory import MemoryShares, kv_token_bytes
 from server.model.runner import RowStep, StepOutput
 from server.model.seam.forward import run_forward
 from server.model.seam.rows import NotApartError, StepRows, attends_by_rows, rows_of_step
+
+
+def block_bytes_of(model: HostModel) -> int:
+    """Bytes of one block of KV memory in all layers of a model."""
+    return BLOCK_TOKENS * kv_token_bytes(model.model.config.get_text_config(), model.dtype.itemsize)
 
 
 class HostDriven:
@@ -32,13 +39,33 @@ class HostDriven:
         max_rows: most sequences at once.
         max_tokens: most tokens of a row.
         kv: the blocks of the rows; None takes as many as rows of `max_tokens` need, and shares them.
+        balance: moves memory between them and the model's slots; None: nothing does.
     """
 
     decode_path: Literal["host"] = "host"
 
-    def __init__(self, model: HostModel, *, max_rows: int, max_tokens: int, kv: KvRows | None = None) -> None:
+    def __init__(
+        self,
+        model: HostModel,
+        *,
+        max_rows: int,
+        max_tokens: int,
+        kv: KvRows | None = None,
+        balance: SlotsAndBlocks | None = None,
+    ) -> None:
         self.model, self.max_rows, self.max_tokens = model, max_rows, max_tokens
         self.kv = kv or KvRows(max_rows=max_rows, num_blocks=max_rows * num_blocks_of(max_tokens))
+        self.balance = balance or SlotsAndBlocks(
+            model.cache, self.kv, block_bytes=block_bytes_of(model), reason="this runner was made without"
+        )
+
+    def shares(self) -> MemoryShares:
+        """See `Runner.shares`."""
+        return self.balance.shares()
+
+    def after_step(self) -> None:
+        """See `Runner.after_step`."""
+        self.balance.after_step()
 
     def allocate(self) -> int:
         """Take a row for a sequence; returns its handle."""
@@ -64,8 +91,16 @@ class HostDriven:
 class HostRunner(HostDriven):
     """`Runner` over blocks of one KV memory. `RowStep.fetches` has no effect on a row's mask."""
 
-    def __init__(self, model: HostModel, *, max_rows: int, max_tokens: int, kv: KvRows | None = None) -> None:
-        super().__init__(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv)
+    def __init__(
+        self,
+        model: HostModel,
+        *,
+        max_rows: int,
+        max_tokens: int,
+        kv: KvRows | None = None,
+        balance: SlotsAndBlocks | None = None,
+    ) -> None:
+        super().__init__(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv, balance=balance)
         self.cache = BlockCache(self.kv, model.device, by_rows=attends_by_rows(model.model))
 
     @cached_property

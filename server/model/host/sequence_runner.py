@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from router.mask import ExpertMask
 from server.model.host.assembly import HostModel
+from server.model.host.balance import SlotsAndBlocks
 from server.model.host.runner import HostDriven, HostRunner
 from server.model.host.snapshots import SnapshotRows
 from server.model.kv.blocks import NoBlocksError, num_blocks_of
@@ -30,12 +31,19 @@ _CONTINUED_BY_ONE = frozenset({"jamba"})
 """Model types whose scan restarts when several tokens follow the first chunk (transformers 5.17 to 5.23)."""
 
 
-def make_runner(model: HostModel, *, max_rows: int, max_tokens: int, kv: KvRows | None = None) -> Runner:
+def make_runner(
+    model: HostModel,
+    *,
+    max_rows: int,
+    max_tokens: int,
+    kv: KvRows | None = None,
+    balance: SlotsAndBlocks | None = None,
+) -> Runner:
     """The runner for the model: with rows of KV memory if it keeps only keys and values, else one cache a sequence."""
     if has_plain_memory(model.model):
-        return HostRunner(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv)
+        return HostRunner(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv, balance=balance)
     assert kv is None or isinstance(kv, SnapshotRows), "the rows of this model keep states"
-    return SequenceRunner(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv)
+    return SequenceRunner(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv, balance=balance)
 
 
 def has_plain_memory(model: Any) -> bool:
@@ -52,9 +60,17 @@ class SequenceRunner(HostDriven):
 
     kv: SnapshotRows
 
-    def __init__(self, model: HostModel, *, max_rows: int, max_tokens: int, kv: SnapshotRows | None = None) -> None:
+    def __init__(
+        self,
+        model: HostModel,
+        *,
+        max_rows: int,
+        max_tokens: int,
+        kv: SnapshotRows | None = None,
+        balance: SlotsAndBlocks | None = None,
+    ) -> None:
         kv = kv or SnapshotRows(max_rows=max_rows, num_blocks=max_rows * num_blocks_of(max_tokens))
-        super().__init__(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv)
+        super().__init__(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv, balance=balance)
         self._ahead: dict[int, StepOutput] = {}  # outputs of rows whose decode step failed in another row
 
     def free(self, row: int) -> None:

@@ -20,8 +20,8 @@ from server.model.kv.rows import KvRows
 class SnapshotRows(KvRows):
     """`KvRows` that also keeps `states`: of each row transformers' cache, None before its first token."""
 
-    def __init__(self, *, max_rows: int, num_blocks: int, shares: bool = True) -> None:
-        super().__init__(max_rows=max_rows, num_blocks=num_blocks, shares=shares)
+    def __init__(self, *, max_rows: int, num_blocks: int, shares: bool = True, most_blocks: int | None = None) -> None:
+        super().__init__(max_rows=max_rows, num_blocks=num_blocks, shares=shares, most_blocks=most_blocks)
         self.states: dict[int, Any] = {}
         self._kept: WeakKeyDictionary[Node, Any] = WeakKeyDictionary()  # those used last at the end
         self._ends: dict[int, int] = {}

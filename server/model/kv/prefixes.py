@@ -30,31 +30,40 @@ class Node:
         depth: blocks from the root, this one included.
     """
 
-    __slots__ = ("__weakref__", "block", "children", "depth", "is_queued", "key", "note", "parent", "used_at")
+    __slots__ = ("__weakref__", "block", "children", "depth", "is_queued", "key", "note", "parent")
 
     def __init__(self, parent: Node | None, key: Any, block: int | None, note: Any) -> None:
         self.parent, self.key, self.block, self.note = parent, key, block, note
         self.depth: int = 0 if parent is None else parent.depth + 1
         self.children: dict[tuple[int, ...], Node] = {}
-        self.used_at = 0
         self.is_queued = False
 
 
 class PrefixTree:
-    """The tree over a pool's blocks, of which it is a holder."""
+    """The tree over a pool's blocks, of which it is a holder.
+
+    Attributes:
+        clock: counts uses.
+    """
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
         self._roots: dict[bytes, Node] = {}
-        self._clock = itertools.count(1)
-        self._leaves: list[tuple[int, int, Node]] = []  # heap over (used_at, order, node); may be out of date
+        self.clock = 0
+        self._leaves: list[tuple[int, int, Node]] = []  # heap over (used at, order, node); may be out of date
         self._order = itertools.count()
-        self._is_held = np.zeros(pool.num_blocks, dtype=np.bool_)
+        self._is_held = np.zeros(pool.most_blocks, dtype=np.bool_)
+        self._used_at = np.zeros(pool.most_blocks, dtype=np.int64)  # the clock at the last use of each block
 
     @property
     def num_idle(self) -> int:
         """Blocks that the tree alone holds, all of which `evict` could free; any thread may ask."""
         return int(np.count_nonzero(self._is_held & (self._pool.num_holders == 1)))
+
+    def num_idle_since(self, clock: int) -> int:
+        """Those of them that were not used after the clock showed `clock`."""
+        idle = self._is_held & (self._pool.num_holders == 1)
+        return int(np.count_nonzero(idle & (self._used_at <= clock)))
 
     def find(self, salt: bytes, node: Node | None, tokens: Tokens) -> list[Node]:
         """The nodes behind `node` (None: from the beginning) for the complete blocks of `tokens`, until one lacks."""
@@ -79,15 +88,15 @@ class PrefixTree:
         if child is None:
             child = node.children[key] = Node(node, key, block, note)
             self._pool.hold(block)
-            self._is_held[block] = True
+            self._is_held[block], self._used_at[block] = True, 0
             self._push(child)
         return child
 
     def use(self, node: Node) -> None:
         """Count a use of a node and of its parents."""
-        now = next(self._clock)
+        self.clock += 1
         while node.parent is not None:
-            node.used_at = now
+            self._used_at[_block(node)] = self.clock
             node = node.parent
 
     def evict(self, count: int) -> int:
@@ -98,7 +107,7 @@ class PrefixTree:
             node.is_queued = False
             if node.children:
                 continue  # pushed again when the last child leaves
-            if used_at != node.used_at:
+            if used_at != self._used_at[_block(node)]:
                 self._push(node)
             elif self._pool.num_holders[_block(node)] > 1:
                 held.append(node)
@@ -125,7 +134,7 @@ class PrefixTree:
         if node.is_queued:
             return
         node.is_queued = True
-        heapq.heappush(self._leaves, (node.used_at, next(self._order), node))
+        heapq.heappush(self._leaves, (int(self._used_at[_block(node)]), next(self._order), node))
 
     def nodes(self) -> Iterator[Node]:
         """All nodes but the roots."""

@@ -9,7 +9,7 @@ written again, so a row only writes blocks that it alone holds.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from server.model.kv.prefixes import Node, PrefixTree
 
 @dataclass(frozen=True)
 class KvUsage:
-    """The blocks of KV memory: `num_blocks` in all, `num_used` of them held by rows, `num_cached` by the prefix tree
+    """The blocks of KV memory: `num_blocks` are open, `num_used` of them held by rows, `num_cached` by the prefix tree
     alone."""
 
     num_blocks: int
@@ -28,7 +28,7 @@ class KvUsage:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds."""
+        """Open blocks that nobody holds."""
         return self.num_blocks - self.num_used - self.num_cached
 
 
@@ -52,13 +52,19 @@ class KvRows:
     """At most `max_rows` rows over a pool of blocks.
 
     Args:
-        num_blocks: of KV memory.
+        num_blocks: of KV memory, at first; most_blocks: those that `resize` may open; None: as many.
         shares: whether blocks of prompts are kept and shared; without it every row has its own.
+
+    Attributes:
+        on_lack: called by `reserve` with the number of blocks that lack; it may `resize`.
+        on_close: called with the blocks that were closed.
     """
 
-    def __init__(self, *, max_rows: int, num_blocks: int, shares: bool = True) -> None:
+    def __init__(self, *, max_rows: int, num_blocks: int, shares: bool = True, most_blocks: int | None = None) -> None:
         self.max_rows = max_rows
-        self.pool = BlockPool(num_blocks)
+        self.pool = BlockPool(num_blocks, most_blocks)
+        self.on_lack: Callable[[int], None] = lambda count: None
+        self.on_close: Callable[[list[int]], None] = lambda blocks: None
         self._tree = PrefixTree(self.pool)
         self._shares = shares
         self._rows: dict[int, _Row] = {}
@@ -116,7 +122,10 @@ class KvRows:
         """
         missing = [max(0, num_blocks_of(num_tokens) - len(self._rows[row].blocks)) for row, num_tokens in needs]
         wanted = sum(missing)
-        left = self.pool.num_free + self._tree.num_idle
+        left = self._num_obtainable
+        if wanted > left:
+            self.on_lack(wanted - left)
+            left = self._num_obtainable
         if wanted > left:
             free = left
             lacking = []
@@ -134,6 +143,32 @@ class KvRows:
             if count:
                 row = self._rows[handle]
                 row.blocks += self.pool.take(count, row.blocks[-1] if row.blocks else None)
+
+    @property
+    def _num_obtainable(self) -> int:
+        return self.pool.num_free + self._tree.num_idle
+
+    @property
+    def num_held(self) -> int:
+        """Blocks that rows hold."""
+        return self.pool.num_used - self._tree.num_idle
+
+    @property
+    def clock(self) -> int:
+        """Counts uses of blocks of the prefix tree, for `num_needed`."""
+        return self._tree.clock
+
+    def num_needed(self, clock: int) -> int:
+        """Blocks that rows hold, and those of the tree that were used since `clock`."""
+        return self.pool.num_used - self._tree.num_idle_since(clock)
+
+    def resize(self, num_blocks: int) -> None:
+        """Open or close blocks until `num_blocks` are open: no fewer than rows hold. What only the tree holds is
+        evicted where it must be."""
+        self._tree.evict(self.pool.num_used - num_blocks)
+        closed = self.pool.resize(num_blocks)
+        if closed:
+            self.on_close(closed)
 
     def set_length(self, handle: int, length: int) -> None:
         """Count the tokens that a step has written to a row's blocks, or take its last ones back."""

@@ -50,7 +50,9 @@ def value_of(layer: int, expert: int) -> float:
     return 100.0 * layer + expert + 1
 
 
-def make_cache(store: MemoryStore, num_slots: int, host_entries: int | None = None, policy=LRU) -> ExpertCache:
+def make_cache(
+    store: MemoryStore, num_slots: int, host_entries: int | None = None, policy=LRU, most_slots: int | None = None
+) -> ExpertCache:
     host = None
     if host_entries is not None:
         host = HostTier(store, budget_bytes=48 * host_entries, pinned=False)  # type: ignore[arg-type]
@@ -61,6 +63,7 @@ def make_cache(store: MemoryStore, num_slots: int, host_entries: int | None = No
         dtype=torch.float32,
         host_tier=host,
         policy=policy,
+        most_slots=most_slots,
     )
 
 
@@ -163,8 +166,37 @@ def test_no_slots_is_refused() -> None:
         make_cache(MemoryStore(), 0)
 
 
+def test_slots_that_close_evict_the_least_recently_used_and_open_again_empty() -> None:
+    cache = make_cache(MemoryStore(), 4, most_slots=6)
+    for expert in (0, 1, 2, 3, 0):
+        cache.acquire(0, [expert])
+        cache.release(0, [expert])
+    cache.resize(2)
+    cache.check_integrity()
+    assert cache.resident(0) == [3, 0]
+    assert cache.statistics().slot_bytes == NUM_LAYERS * 2 * 48
+    cache.resize(6)
+    cache.check_integrity()
+    slots = cache.acquire(0, range(6))
+    assert [float(cache.pools[0].params["down_proj"][slot][0, 0]) for slot in slots] == [1, 2, 3, 4, 5, 6]
+    assert cache.statistics().evictions[0] == 2
+
+
+def test_slots_never_become_fewer_than_leases_nor_more_than_there_is_room_for() -> None:
+    cache = make_cache(MemoryStore(), 4, most_slots=5)
+    cache.acquire(1, [0, 1, 2])
+    for wanted in (0, 2, 6):
+        with pytest.raises(SlotsError, match=f"{wanted} slots a layer, wanted 3 to 5"):
+            cache.resize(wanted)
+    cache.resize(3)
+    cache.check_integrity()
+    cache.release(1, [0, 1, 2])
+    cache.resize(1)
+
+
 class CacheMachine(RuleBasedStateMachine):
-    """Random leases, releases and broken reads: the tables agree at every point, and weights are the right ones."""
+    """Random leases, releases, broken reads and numbers of slots: the tables agree at every point, and weights are the
+    right ones."""
 
     @initialize(
         num_slots=st.integers(1, NUM_EXPERTS),
@@ -173,7 +205,7 @@ class CacheMachine(RuleBasedStateMachine):
     )
     def start(self, num_slots: int, host: int | None, policy: type[LRU] | type[LFU]) -> None:
         self.store = MemoryStore(absent=(5,))
-        self.cache = make_cache(self.store, num_slots, host, policy)
+        self.cache = make_cache(self.store, num_slots, host, policy, most_slots=NUM_EXPERTS)
         self.held: list[tuple[int, list[int], list[int]]] = []
 
     @rule(layer=st.integers(0, NUM_LAYERS - 1), experts=st.sets(st.integers(0, NUM_EXPERTS - 1), min_size=1))
@@ -193,6 +225,15 @@ class CacheMachine(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         layer, ids, _ = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
         self.cache.release(layer, ids)
+
+    @rule(num_slots=st.integers(0, NUM_EXPERTS + 1))
+    def resize(self, num_slots: int) -> None:
+        most_leased = max(len({e for at, held, _ in self.held for e in held if at == layer}) for layer in (0, 1))
+        if max(1, most_leased) <= num_slots <= NUM_EXPERTS:
+            self.cache.resize(num_slots)
+        else:
+            with pytest.raises(SlotsError):
+                self.cache.resize(num_slots)
 
     @rule(key=st.tuples(st.integers(0, NUM_LAYERS - 1), st.integers(0, NUM_EXPERTS - 1)))
     def break_or_mend(self, key: tuple[int, int]) -> None:

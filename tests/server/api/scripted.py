@@ -36,6 +36,7 @@ from server.engine.text import Detokenizer, Vocabulary
 from server.growth.status import Candidate, GrowthBusyError, GrowthStatus, Reloaded, Shrunk
 from server.masks.masking import RequestMasks
 from server.model.kv.rows import KvUsage
+from server.model.kv_memory import MemoryShares
 from server.serving.service import ExpertsSnapshot, LoadedModel, ShardInfo
 
 LAYERS, EXPERTS = 2, 4
@@ -167,6 +168,7 @@ class ScriptedEngine:
             kv_tokens=3,
             kv_capacity_tokens=100,
             kv=KvUsage(num_blocks=10, num_used=3, num_cached=2),
+            memory=MemoryShares(True, "", 3000, 1000, 600, 500, moves_to_slots=2, moves_to_kv=1),
             totals=EngineTotals(
                 num_requests=len(self.submitted),
                 prompt_tokens=5,

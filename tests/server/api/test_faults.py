@@ -16,8 +16,8 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 
+from expert_store.residency import slots
 from server.model.load_progress import LoadProgress
 from server.serving.loading import load
 from server.serving.service import LoadedModel
@@ -217,14 +217,10 @@ def test_read_only_store_is_served_and_costs_only_the_usage_file(
 
 
 def test_slots_that_cannot_be_allocated_are_said_with_what_to_set(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    zeros = torch.zeros
+    def fail(num_bytes: int) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    def fail(*shape: Any, **options: Any) -> torch.Tensor:
-        if options.get("dtype") == torch.uint8:  # only slots are made of bytes
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return zeros(*shape, **options)
-
-    monkeypatch.setattr(torch, "zeros", fail)
+    monkeypatch.setattr(slots, "ReturnableMemory", fail)
     with running(load=loader(store, slots=64)) as server:
         wait_until(lambda: server.service.error is not None, seconds=120)
     assert re.search(r"no memory on cpu for 64 slots of \d+ bytes .*--slots", str(server.service.error))

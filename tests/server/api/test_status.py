@@ -112,6 +112,10 @@ def test_info_and_experts_have_their_documented_shape() -> None:
         assert (info["model_id"], info["max_total_tokens"]) == ("scripted", 200)
         assert (info["expert_encodings"], info["expert_bits"], info["trunk_bits"]) == (encodings, 4.375, 16)
         assert info["kv_memory"] == {"block_tokens": 32, "num_blocks": 10, "used_blocks": 3, "cached_blocks": 2}
+        assert info["memory"] == {
+            "is_moving": True, "reason": "", "slot_bytes": 3000, "kv_bytes": 1000, "least_slot_bytes": 600,
+            "least_kv_bytes": 500, "moves_to_slots": 2, "moves_to_kv": 1,
+        }  # fmt: skip
         experts = client.get("/experts").json()
     ExpertsResponse.model_validate(experts, strict=True)
     for name in ("available", "resident", "uses", "demand", "served_mass", "demand_mass"):

@@ -17,7 +17,8 @@ from server.engine.engine import Engine
 from server.engine.snapshots import StatisticsFile, UsageFile
 from server.engine.unreadable import CorruptExperts
 from server.model.host.assembly import load_model
-from server.model.host.runner import HostRunner
+from server.model.host.balance import SlotsAndBlocks
+from server.model.host.runner import HostRunner, block_bytes_of
 from server.model.host.sequence_runner import SequenceRunner
 from server.model.host.snapshots import SnapshotRows
 from server.model.kv.blocks import num_blocks_of
@@ -44,19 +45,30 @@ def make_engine(tiny_store: Path) -> Iterator[Callable[..., Engine]]:
         max_tokens: int = 256,
         kv_blocks: int | None = None,
         shares: bool = True,
+        moving: dict[str, int] | None = None,
         **limits,
     ) -> Engine:
         def loader(progress) -> Runner:
             model = load_model(
                 Store.open(store_path),
-                RunnerOptions(device=torch.device("cpu"), dtype=dtype, num_slots=num_slots, mask=mask),
+                RunnerOptions(
+                    device=torch.device("cpu"),
+                    dtype=dtype,
+                    num_slots=num_slots,
+                    mask=mask,
+                    memory_balance="fixed" if moving is None else "moving",
+                ),
                 progress=progress,
             )
             model.source_problem = attach_source(model.store)
             num_blocks = kv_blocks or max_rows * num_blocks_of(max_tokens)
             kind = SnapshotRows if runner_type is SequenceRunner else KvRows
-            kv = kind(max_rows=max_rows, num_blocks=num_blocks, shares=shares)
-            return runner_type(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv)
+            of_rows = max_rows * num_blocks_of(max_tokens)
+            kv = kind(max_rows=max_rows, num_blocks=num_blocks, shares=shares, most_blocks=of_rows)
+            balance = None
+            if moving is not None:
+                balance = SlotsAndBlocks(model.cache, kv, block_bytes=block_bytes_of(model), **moving)
+            return runner_type(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv, balance=balance)
 
         def usage(empty: UsageLedger) -> UsageFile:
             assert usage_path is not None

@@ -146,6 +146,46 @@ def test_where_blocks_run_out_the_youngest_wait_and_every_answer_is_that_of_the_
     assert_nothing_is_held(narrow)
 
 
+@pytest.mark.parametrize("runner_type", [HostRunner, pytest.param(SequenceRunner, marks=pytest.mark.exhaustive)])
+def test_every_answer_is_the_same_while_slots_and_kv_memory_take_memory_from_one_another(
+    small_engine: Callable[..., Engine], runner_type: type[HostRunner | SequenceRunner]
+) -> None:
+    moving = small_engine(
+        runner_type=runner_type,
+        num_slots=6,
+        max_tokens=128,
+        kv_blocks=4,
+        moving={"least_slots": 2, "look_steps": 8, "kept_looks": 2},
+    )
+    fixed = small_engine(runner_type=runner_type, num_slots=8, max_tokens=128, shares=False)
+
+    def ask(engine: Engine, seed: int) -> list[Client]:
+        """Three requests at once, which KV memory has no room for, then three short ones alone."""
+        options = {"ignore_eos": True, "temperature": 0.9, "seed": seed, "num_logprobs": 1}
+        blocker = Client(engine, "Once", hold=True, **OPTIONS)
+        blocker.first.wait(60)
+        clients = [Client(engine, text, max_new_tokens=40, **options) for text in TURNS]
+        blocker.go_on.set()
+        for client in clients:
+            client.result()
+        for text in ("The", "A", "In"):
+            clients.append(Client(engine, text, max_new_tokens=20, **options))
+            clients[-1].result()
+        return clients
+
+    for round_number in range(2):
+        for one, other in zip(ask(moving, round_number), ask(fixed, round_number), strict=True):
+            assert [(token.token_id, token.logprob) for token in one.tokens] == [
+                (token.token_id, token.logprob) for token in other.tokens
+            ]
+    memory = moving.status().memory
+    assert min(memory.moves_to_kv, memory.moves_to_slots) >= 2, memory
+    assert fixed.status().memory.moves_to_kv == fixed.status().memory.moves_to_slots == 0
+    moving.runner.balance.check_integrity()  # type: ignore[attr-defined]
+    moving.runner.model.cache.check_integrity()
+    assert_nothing_is_held(moving)
+
+
 def test_a_request_that_lost_its_row_can_be_cancelled(small_engine: Callable[..., Engine]) -> None:
     engine = small_engine(max_tokens=160, kv_blocks=5)
     held: list[Client] = []

@@ -75,6 +75,8 @@ def test_requests_and_tokens_are_counted(families: Families) -> None:
     assert value(families, "deepfew_generated_tokens_total") == 7
     assert value(families, "deepfew_cached_prompt_tokens_total") == 2
     assert [value(families, "deepfew_kv_blocks", state=state) for state in ("used", "cached", "free")] == [3, 2, 5]
+    assert [value(families, "deepfew_memory_bytes", kind=kind) for kind in ("slots", "kv")] == [3000, 1000]
+    assert [value(families, "deepfew_memory_moves_total", kind=kind) for kind in ("slots", "kv")] == [2, 1]
 
 
 def test_experts_are_read_from_the_snapshot(families: Families) -> None:

@@ -27,6 +27,7 @@ from server.model.device.step.tuning import StepOptions
 from server.model.device.step.weights import DecodeShape, TrunkWeights
 from server.model.kv.blocks import BLOCK_TOKENS
 from server.model.kv.rows import KvRows
+from server.model.kv_memory import MemoryShares
 from server.model.load_progress import Progress
 from server.model.runner import RowStep, SelectiveModel, StepFault, StepOutput
 from server.model.seam.forward import memory_ended, ran_out, run_forward
@@ -77,6 +78,15 @@ class DeviceRunner:
         request waits for it."""
         full = self._bias == 0.0 and bool(self.model.routing.mask.allowed.all())
         self.graphs.capture(self._stream, full, progress)
+
+    def shares(self) -> MemoryShares:
+        """See `Runner.shares`."""
+        slot_bytes, kv_bytes = self.pages.slots.nbytes, sum(layer.nbytes for layer in self._state.memory)
+        reason = "captured graphs read slots and blocks at fixed addresses; see docs/adr/0009"
+        return MemoryShares(False, reason, slot_bytes, kv_bytes, slot_bytes, kv_bytes)
+
+    def after_step(self) -> None:
+        """See `Runner.after_step`. Does nothing."""
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from server.model.kv.blocks import BLOCK_TOKENS, BlockPool, NoBlocksError, num_blocks_of
-from server.model.kv.rows import KvRows
+from server.model.kv.rows import KvRows, KvUsage
 
 SALT, OTHER = b"one mask", b"another mask"
 
@@ -149,12 +149,44 @@ def test_a_row_grows_in_consecutive_blocks_beside_others_as_long_as_there_are_so
     assert other == list(range(other[0], other[0] + 22))
 
 
+def test_blocks_close_from_the_end_and_what_only_the_tree_holds_leaves_first() -> None:
+    rows = KvRows(max_rows=2, num_blocks=6, most_blocks=8)
+    closed: list[list[int]] = []
+    rows.on_close = closed.append
+    rows.free(read(rows, prompt(1, 2))[0])
+    rows.resize(4)
+    assert closed == [[4, 5]]
+    assert rows.usage().num_cached == 2
+    rows.resize(1)
+    assert rows.usage() == KvUsage(num_blocks=1, num_used=0, num_cached=1)
+    rows.resize(8)
+    assert rows.usage().num_free == 7
+    rows.check_integrity()
+
+
+def test_a_row_that_lacks_blocks_gets_those_that_are_lent_to_it() -> None:
+    rows = KvRows(max_rows=2, num_blocks=2, most_blocks=8)
+    lacking: list[int] = []
+
+    def lend(count: int) -> None:
+        lacking.append(count)
+        rows.resize(min(rows.pool.num_blocks + count, 5))
+
+    rows.on_lack = lend
+    rows.reserve([(rows.allocate(), 4 * BLOCK_TOKENS)])
+    assert (lacking, rows.usage().num_blocks) == ([2], 4)
+    with pytest.raises(NoBlocksError, match="2 more blocks of 32 tokens are needed; 1 of the KV memory's 5 are free"):
+        rows.reserve([(rows.allocate(), 2 * BLOCK_TOKENS)])
+
+
 class Operations(RuleBasedStateMachine):
-    """Requests come, read their prompts in pieces, generate, are preempted and leave, in any order."""
+    """Requests come, read their prompts in pieces, generate, are preempted and leave, in any order, while blocks open
+    and close."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows = KvRows(max_rows=4, num_blocks=12)
+        self.rows = KvRows(max_rows=4, num_blocks=12, most_blocks=16)
+        self.rows.on_close = self._lose
         self.held: dict[int, tuple[list[int], bytes]] = {}
         self.content: dict[int, tuple[bytes, list[int]]] = {}  # the beginning that a block's tokens end
 
@@ -173,6 +205,16 @@ class Operations(RuleBasedStateMachine):
             self.content[block] = (salt, tokens[: at + 1])
         self.rows.set_length(row, end)
         return True
+
+    def _lose(self, blocks: list[int]) -> None:
+        for block in blocks:
+            self.content.pop(block, None)
+
+    @rule(num_blocks=st.integers(0, 16))
+    def resize(self, num_blocks: int) -> None:
+        wanted = max(num_blocks, self.rows.num_held)
+        self.rows.resize(wanted)
+        assert self.rows.usage().num_blocks == wanted
 
     @precondition(lambda self: self.rows.num_free_rows)
     @rule(kinds=st.lists(st.integers(1, 2), min_size=1, max_size=5), salt=st.sampled_from([SALT, OTHER]))
