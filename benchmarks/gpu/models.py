@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.gpu import timing as gpu_timing
-from benchmarks.gpu.steps import Replay, random_codes
+from benchmarks.gpu.steps import STAGES, Replay, random_codes
 from benchmarks.harness.reporting import environment, finish, table
 from expert_store.paging.pages import DevicePages, PagesShape
 from extractor.encoding import names
@@ -38,6 +38,13 @@ from server.model.seam.trunk import is_experts_module
 
 DEVICE = torch.device("cuda:0")
 MAX_TOKENS = 4096
+TUNED: tuple[dict[str, Any], ...] = (
+    {"qkv_rows": 2}, {"qkv_rows": 4}, {"output_rows": 2}, {"output_rows": 8}, {"head_rows": 4}, {"head_rows": 16},
+    {"packed_up_rows": 1}, {"packed_up_rows": 4}, {"packed_down_rows": 2}, {"attention_splits": 4},
+    {"attention_splits": 8}, {"attention_splits": 32}, {"attention_tile": 32}, {"attention_tile": 128},
+    {"route_warps": 1}, {"route_warps": 4}, {"gate_rows": 1}, {"gate_rows": 4}, {"product_warps": 2},
+    {"product_warps": 8},
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -198,10 +205,33 @@ def steps(name: str, batches: list[int], read_rate: float) -> list[dict[str, Any
     return rows
 
 
+def tuning(name: str) -> dict[str, float]:
+    """Milliseconds of a model's step of one row: as it is, without each stage, and with other tile sizes."""
+    model = MODELS[name]
+    built = random_model(model)
+    shape = shape_of(model, built, 8)
+    trunk, pages, state = pack_trunk(built, shape), full_pages(shape), RowState(shape, DEVICE)
+    del built
+    base = StepOptions(pdl=True)
+    changed = {json.dumps(one): replace(base, tuning=replace(base.tuning, **one)) for one in TUNED}
+    with in_parallel():
+        for options in (base, *changed.values()):
+            DecodeStep(shape, trunk, pages, state, 1, options).compile()
+
+    def timed(options: StepOptions, *without: str) -> float:
+        return gpu_timing.median_ms(Replay(shape, trunk, pages, state, 1, options, without=without))
+
+    whole = timed(base)
+    stages = {f"stage {stage}": whole - timed(base, stage) for stage in STAGES}
+    others = {label: timed(options) for label, options in changed.items()}
+    return {"whole": whole, **stages, **others, "whole again": timed(base)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", choices=list(MODELS), help="by default all", default=list(MODELS))
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 32])
+    parser.add_argument("--tune", action="store_true", help="stages and other tile sizes of steps of one row instead")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/models_gpu.json")
     arguments = parser.parse_args()
     result: dict[str, Any] = {"environment": environment("cuda:0"), "read_rate": gpu_timing.read_rate(), "failed": {}}
@@ -209,7 +239,11 @@ def main() -> None:
     for name in arguments.models:
         began = time.perf_counter()
         try:
-            rows += steps(name, arguments.batches, result["read_rate"])
+            if arguments.tune:
+                result.setdefault("tuning", {})[name] = tuning(name)
+                print(json.dumps(result["tuning"][name], indent=0))
+            else:
+                rows += steps(name, arguments.batches, result["read_rate"])
         except NotCapturableError as error:
             result["failed"][name] = f"not captured: {error}"
         except Exception as error:
