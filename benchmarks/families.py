@@ -18,14 +18,14 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.harness.reporting import REPOSITORY
+from benchmarks.harness.reporting import REPOSITORY, RESULTS
 
 PAGE = REPOSITORY / "docs" / "families.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 CAPTURE_TESTS = ("tests/server/model/device/test_families.py",)
 CAPTURED, STEP = "captured", "step ÷ floor"
-STEPS = {"qwen3_moe": "1.57"}
-"""`ratio` of one row in `benchmarks/results/decode_gpu.json`: every expert in a slot, on an H100, by the bytes read."""
+STEPS = RESULTS / "models_gpu.json"
+"""Steps on an H100, every expert in a slot, written by `python -m benchmarks.gpu.models --save`."""
 TESTS = ("tests/families/test_whole_model.py", "tests/router/test_gating.py")
 
 
@@ -89,14 +89,24 @@ def captured_families(results: Path) -> set[str]:
     return {family for family, same in seen.items() if verdict(same) == "yes"}
 
 
+def step_ratios() -> dict[str, str]:
+    """For each family the times of its models' steps of one row by those of reading their bytes."""
+    found: dict[str, list[str]] = {}
+    for row in json.loads(STEPS.read_text())["steps"]:
+        if row["batch"] == 1:
+            found.setdefault(row["family"], []).append(f"{row['ratio']:.2f} ({row['model']}, {row['experts']})")
+    return {family: "; ".join(ratios) for family, ratios in found.items()}
+
+
 def with_captured(text: str, captured: set[str]) -> str:
     """The table with its columns of the captured step written again, after that of the memory."""
+    ratios = step_ratios()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()]
     kept = [at for at, name in enumerate(rows[0]) if name not in (CAPTURED, STEP)]
     lines = []
     for number, row in enumerate(rows):
         family = row[0].strip("`")
-        cells = ["yes" if family in captured else "–", STEPS.get(family, "–")]
+        cells = ["yes" if family in captured else "–", ratios.get(family, "–")]
         cells = [CAPTURED, STEP] if number == 0 else ["---"] * 2 if number == 1 else cells
         left = [row[at] for at in kept]
         lines.append("| " + " | ".join([*left[:3], *cells, *left[3:]]) + " |")

@@ -67,16 +67,14 @@ _DEEPSEEK = {
     "q_lora_rank": 1536, "n_routed_experts": 256, "num_experts_per_tok": 8, "n_shared_experts": 1, "n_group": 8,
     "topk_group": 4, "routed_scaling_factor": 2.5, "rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
 }  # fmt: skip
+_QWEN3 = {
+    "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128,
+    "num_experts_per_tok": 8, "norm_topk_prob": True,
+}  # fmt: skip
 MODELS = {
-    "Qwen3-30B-A3B": Model(
-        "qwen3_moe",
-        {
-            "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32,
-            "num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128,
-            "num_experts_per_tok": 8, "norm_topk_prob": True,
-        },
-        768,
-    ),
+    "Qwen3-30B-A3B": Model("qwen3_moe", _QWEN3, 768, None),
+    "Qwen3-30B-A3B-int4": Model("qwen3_moe", _QWEN3, 768),
     "gpt-oss-20b": Model("gpt_oss", {"num_hidden_layers": 24, "num_local_experts": 32}, 2880, "mxfp4", True),
     "gpt-oss-120b": Model("gpt_oss", {}, 2880, "mxfp4", True),
     "Qwen3.6-35B-A3B": Model("qwen3_5_moe_text", {}, 512),
@@ -193,13 +191,9 @@ def steps(name: str, batches: list[int], read_rate: float) -> list[dict[str, Any
         ids = replay.step.log_ids.cpu()
         distinct = sum(len(set(layer.flatten().tolist())) for layer in ids)
         floor_ms = (trunk_bytes + distinct * one.span_bytes) / read_rate * 1e3
-        rows.append(
-            {
-                "model": name, "experts": model.encoding or "bf16", "batch": batch, "step_ms": step_ms,
-                "floor_ms": floor_ms, "ratio": step_ms / floor_ms, "trunk_bytes": trunk_bytes, "distinct": distinct,
-                "held_bytes": torch.cuda.memory_allocated(),
-            }
-        )  # fmt: skip
+        row = {"model": name, "family": model.family, "experts": model.encoding or "bf16", "batch": batch}
+        row |= {"step_ms": step_ms, "floor_ms": floor_ms, "ratio": step_ms / floor_ms, "trunk_bytes": trunk_bytes}
+        rows.append(row | {"distinct": distinct, "held_bytes": torch.cuda.memory_allocated()})
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         del state, replay
     return rows
