@@ -63,11 +63,13 @@ class StreamLayer:
 
     Attributes:
         observer: notified of the experts' outputs while it is on.
+        batched: see `ExpertsLayer`; no adapter is trained over a stream.
     """
 
     def __init__(self, layer: int, stream: ExpertStream) -> None:
         self._layer, self._stream = layer, stream
         self.observer: OutputObserver | None = None
+        self.batched = None
 
     def forward(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """[T, H] -> [T, H]: see `ExpertStream.forward`."""
