@@ -9,23 +9,15 @@ from __future__ import annotations
 
 import importlib
 from types import CodeType
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from router.errors import UnsupportedGatingError
 from router.gating import rules
-from router.gating.call import GatingRule, RouterCall
+from router.gating.call import GatingRule
 from router.gating.rules import BiasArgument, GroupLimit, Renormalised, TopKRule
 from router.gating.special import SharedSoftmaxRule, SkipClassRule, SparseMixerRule
-
-
-def _gemma_logits(call: RouterCall) -> Tensor:
-    """Gemma's router returns probabilities; its logits follow from the normalised and scaled hidden states."""
-    router = cast(Any, call.module)
-    logits: Tensor = router.proj(router.norm(call.hidden_states) * router.scale * router.scalar_root_size)
-    return logits
-
 
 _SOFTMAX = TopKRule(weights=Renormalised(when="norm_topk_prob"))
 _SOFTMAX_RENORMALISED = TopKRule(weights=Renormalised())
@@ -43,7 +35,7 @@ _GROUPED_SIGMOID = TopKRule(
 )
 _SOFTMAX_OF_CHOSEN = TopKRule(scores=rules.logits_as_scores, weights=rules.softmax_of_chosen)
 _ERNIE = TopKRule(bias=rules.statics_bias, weights=Renormalised(floor="norm_min"))
-_GEMMA = TopKRule(logits=_gemma_logits, weights=Renormalised(), expert_scale="per_expert_scale")
+_GEMMA = TopKRule(logits=rules.logits_of_normed, weights=Renormalised(), expert_scale="per_expert_scale")
 _CONFIGURED_SCORE = TopKRule(
     scores=rules.configured_score,
     bias=rules.correction_bias,

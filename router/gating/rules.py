@@ -51,6 +51,16 @@ def logits_as_scores(call: RouterCall, logits: Tensor) -> Tensor:
     return logits
 
 
+# -- logits [T, E], where the router does not return them --------------------------------------------------------------
+
+
+def logits_of_normed(call: RouterCall) -> Tensor:
+    """Of a router that returns probabilities, and normalises and scales the hidden states by itself (Gemma's)."""
+    router = cast(Any, call.module)
+    logits: Tensor = router.proj(router.norm(call.hidden_states) * router.scale * router.scalar_root_size)
+    return logits
+
+
 # -- selection bias: added to the scores for the choice alone ----------------------------------------------------------
 
 

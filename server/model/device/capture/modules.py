@@ -7,7 +7,7 @@ holds weights is left out of a step; `capture.proof` finds what a forward comput
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +18,11 @@ _MODEL = ("model", "lm_head")
 TOWERS = ("visual", "vision_tower", "audio_tower", "multi_modal_projector")
 """Modules for images and sound, which no text goes through."""
 _BODY = ("embed_tokens", "layers", "norm", "rotary_emb")
-_LAYER = ("self_attn", "input_layernorm", "post_attention_layernorm")
+_BEFORE = ("pre_mlp_layernorm", "pre_feedforward_layernorm")
+_AFTER = ("post_mlp_layernorm", "post_feedforward_layernorm")
+_APART = ("pre_feedforward_layernorm_2", "post_feedforward_layernorm_2", "post_feedforward_layernorm_1")
+"""Norms before the routed experts, after them, and after the product beside them."""
+_AROUND = ("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", *_BEFORE, *_AFTER, *_APART)
 _BLOCK = ("mlp", "block_sparse_moe")
 _ROUTER = ("gate", "router")
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
@@ -32,12 +36,14 @@ _DOWN = ("down_proj", "output_linear")
 @dataclass(frozen=True)
 class Mlp:
     """A gated product that every token uses: the module; products whose rows side by side are [2I, H], gate first;
-    down; and the product that a sigmoid makes a factor of the result."""
+    down; the product that a sigmoid makes a factor of the result; and norms of its own, before and after."""
 
     module: nn.Module
     ups: tuple[nn.Linear, ...]
     down: nn.Linear
     switch: nn.Linear | None = None
+    norm: nn.Module | None = None
+    after: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -68,16 +74,21 @@ class LatentAttention:
 @dataclass(frozen=True)
 class Layer:
     """A decoder layer. `block`, `router` and `experts` are None without routed experts; `mlp` is then the layer's own
-    product, else its shared expert."""
+    product, else its shared expert. Norms before attention and before the others; after attention, after the others,
+    and after the routed experts alone; a factor [1] of the result."""
 
     where: str
-    input_norm: nn.Module
+    input_norm: nn.Module | None
     attention: Attention | LatentAttention
-    post_norm: nn.Module
+    post_norm: nn.Module | None
     mlp: Mlp | None
     block: Any = None
     router: Any = None
     experts: Any = None
+    attention_norm: nn.Module | None = None
+    branch_norm: nn.Module | None = None
+    routed_norm: nn.Module | None = None
+    factor: Tensor | None = None
 
 
 def text_body(model: Any) -> Any:
@@ -90,7 +101,7 @@ def moe_blocks(model: Any) -> list[tuple[int, Any, Any]]:
     """(layer of the model, its MoE block, the router in it), first layer first."""
     found = []
     for index, layer in enumerate(getattr(text_body(model), "layers", ())):
-        block = _first(layer, _BLOCK)
+        block = layer if hasattr(layer, "experts") else _first(layer, _BLOCK)
         if hasattr(block, "experts"):
             found.append((index, block, _first(block, _ROUTER)))
     return found
@@ -125,27 +136,51 @@ def _first(owner: Any, names: Sequence[str]) -> Any:
 
 
 def _layer(layer: Any, where: str, block: Any, router: Any) -> Layer:
-    check_children(layer, where, _LAYER, (*_BLOCK, *_SHARED))
-    ours = (layer.input_layernorm, _attention(layer.self_attn, where), layer.post_attention_layernorm)
+    beside = ("experts", *_ROUTER) if block is layer else ()
+    check_children(layer, where, ("self_attn",), (*_AROUND, *_BLOCK, *_SHARED, *beside))
+    attention, mlp = _attention(layer.self_attn, where), _first(layer, _BLOCK)
+    norms = _norms(layer)
     if block is None:
-        mlp = _first(layer, _BLOCK)
         need(mlp is not None, f"{where} has no {' or '.join(_BLOCK)}")
-        return Layer(where, *ours, _mlp(mlp, where))
-    check_children(block, where, (), ("experts", "shared_expert_gate", *_ROUTER, *_SHARED))
+        return Layer(where, attention=attention, mlp=_mlp(mlp, where), **norms)
+    if block is not layer:
+        check_children(block, where, (), ("experts", "shared_expert_gate", *_ROUTER, *_SHARED))
     need(router is not None, f"{where}: is not a plain MoE layer")
-    shared = [
-        module
-        for owner in (layer, block)
-        for name in _SHARED
-        if isinstance(module := getattr(owner, name, None), nn.Module)
-    ]
+    owners = (layer,) if block is layer else (layer, block)
+    names = (*_SHARED, *(_BLOCK if block is layer else ()))
+    shared = [found for owner in owners for name in names if isinstance(found := getattr(owner, name, None), nn.Module)]
     need(len(shared) <= 1, f"{where}: has several shared experts")
     switch = getattr(block, "shared_expert_gate", None)
     need(
         switch is None or (isinstance(switch, nn.Linear) and switch.out_features == 1 and switch.bias is None),
         f"{where}: the shared expert's gate is not one plain product",
     )
-    return Layer(where, *ours, _mlp(shared[0], where, switch) if shared else None, block, router, block.experts)
+    used = _mlp(shared[0], where, switch) if shared else None
+    before, after, mlp_after = (_first(layer, (name,)) for name in _APART)
+    if before is not None:
+        need(used is not None, f"{where} has norms of a product beside its experts, and no such product")
+        assert used is not None
+        used, norms["post_norm"] = replace(used, norm=norms["post_norm"], after=mlp_after), before
+    return Layer(
+        where, attention=attention, mlp=used, block=block, router=router, experts=block.experts, routed_norm=after,
+        **norms,
+    )  # fmt: skip
+
+
+def _norms(layer: Any) -> dict[str, Any]:
+    """The norms around attention and around what follows it, and the factor of the result. The norm that is called one
+    after attention is one before the others, unless there is another before them, or none before attention."""
+    first, second = getattr(layer, "input_layernorm", None), getattr(layer, "post_attention_layernorm", None)
+    before, own = _first(layer, _BEFORE), getattr(layer, "post_self_attn_layernorm", None)
+    if own is None and (before is not None or first is None):
+        own, second = second, before
+    return {
+        "input_norm": first,
+        "attention_norm": own,
+        "post_norm": second,
+        "branch_norm": _first(layer, _AFTER),
+        "factor": getattr(layer, "layer_scalar", None),
+    }
 
 
 def _attention(attention: Any, where: str) -> Attention | LatentAttention:

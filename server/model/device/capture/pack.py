@@ -43,9 +43,8 @@ MOST_ROWS = 32
 _PROBED = 16
 """Elements on which gated products are probed."""
 _ROUTED = "routed_scaling_factor"
-_SETTINGS = (
-    "hidden_size", "num_attention_heads", "num_key_value_heads", "num_experts_per_tok", "rms_norm_eps", "model_type"
-)  # fmt: skip
+_SETTINGS = ("hidden_size", "num_attention_heads", "rms_norm_eps", "model_type")
+_TOP_K = ("num_experts_per_tok", "top_k_experts")
 
 
 def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: int) -> DecodeShape:
@@ -103,7 +102,9 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
         router=router,
         experts=experts,
         mlp_gate=gates.pop() if gates else SILU,
-        scales=_scales(config, next(layer for layer in layers if layer.block is not None)),
+        scales=_scales(
+            config, text_body(model).embed_tokens, next(layer for layer in layers if layer.block is not None)
+        ),
         dtype=dtype,
     )
     sizes = (shape.hidden, intermediate)
@@ -165,14 +166,21 @@ def _qk_norm(kind: QkNorm, family: FamilyParts) -> QkNorm:
     return "head, rotated" if kind == "head" and family.norms_rotated else kind
 
 
-def _scales(config: Any, layer: Layer) -> Scales:
-    """The multipliers that Granite's configs have, and a factor that the block multiplies by instead of the router."""
+def _scales(config: Any, table: Any, layer: Layer) -> Scales:
+    """The multipliers that configs have, of the embedding also its module, and a factor that the block multiplies by
+    instead of the router."""
     routed = 1.0 if hasattr(layer.router, _ROUTED) else float(getattr(layer.block, _ROUTED, 1.0))
-    embedding, residual, divisor = (
+    embedding, residual, divisor, factor = (
         float(getattr(config, name, None) or 1.0)
-        for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+        for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale")
     )
-    return Scales(embedding, residual, 1.0 / divisor, routed)
+    own = getattr(table, "scalar_embed_scale", None)
+    if getattr(config, "mup_enabled", False):
+        embedding = float(config.hidden_size) ** 0.5
+    return Scales(
+        embedding if own is None else float(own), residual, factor / divisor, routed, own is not None,
+        float(getattr(config, "final_logit_softcapping", None) or 0.0),
+    )  # fmt: skip
 
 
 def frequencies_of(model: Any, num_layers: int) -> list[str]:
@@ -198,9 +206,11 @@ def _block_kind(config: Any, layer: Layer) -> tuple[RouterKind, ExpertKind, int,
         raise NotCapturableError(f"{layer.where}: {error}") from error
     num_experts, width = weight.shape
     need(width == config.hidden_size, f"{layer.where}: gate does not read the hidden state")
-    top_k = getattr(layer.router, "top_k", None) or config.num_experts_per_tok
+    found = [getattr(layer.router, "top_k", None), *(getattr(config, name, None) for name in _TOP_K)]
+    top_k = next((int(one) for one in found if one), 0)
+    need(top_k > 0, f"{layer.where}: neither router nor config tells top-k")
     shared = _mlp_size(layer.mlp) if layer.mlp is not None else 0
-    return kind, _expert_kind(layer, weight.dtype), int(top_k), int(num_experts), shared
+    return kind, _expert_kind(layer, weight.dtype), top_k, int(num_experts), shared
 
 
 def _expert_kind(layer: Layer, dtype: torch.dtype) -> ExpertKind:
@@ -231,6 +241,7 @@ def pack_trunk(model: Any, shape: DecodeShape) -> TrunkWeights:
         ),
         norm=packed_norm(body.norm, "the model"),
         head=model.lm_head.weight,
+        head_bias=_bias(model.lm_head),
     )
 
 
@@ -242,16 +253,19 @@ def _packed(
     *found, output = attention.projections
     parts = [part for part in found if part is not None]
     biases = [bias for part in parts if (bias := _bias(part)) is not None]
-    input_norm = packed_norm(layer.input_norm, layer.where)
-    q_norm, k_norm = (packed_norm(norm, layer.where) for norm in attention.norms or (layer.input_norm,) * 2)
+    q_norm, k_norm = (
+        (packed_norm(norm, layer.where) for norm in attention.norms) if attention.norms else (table[0],) * 2
+    )
     gate, gate_bias = (None, None) if layer.router is None else router_product(layer.router)
+    names = ("input_norm", "post_norm", "attention_norm", "branch_norm", "routed_norm")
+    norms = {name: _norm(getattr(layer, name), layer.where) for name in names}
+    factors = shape.router.expert_factors
     return LayerWeights(
-        input_norm=input_norm,
+        **norms,
         qkv=_gate_last([part.weight for part in parts], kind),
         q_norm=q_norm,
         k_norm=k_norm,
         output=output.weight,
-        post_norm=packed_norm(layer.post_norm, layer.where),
         gate=gate,
         cos=table[0],
         sin=table[1],
@@ -261,8 +275,15 @@ def _packed(
         selection_bias=None if gate is None else selection_bias(shape.router, layer.router, layer.block),
         sinks=None if sinks is None else sinks.float(),
         latent=packed_latent(attention) if isinstance(attention, LatentAttention) else None,
-        mlp=None if layer.mlp is None else _packed_mlp(layer.mlp),
+        mlp=None if layer.mlp is None else _packed_mlp(layer.mlp, layer.where),
+        gate_norm=layer.router.scale if gate is not None and shape.router.own_norm else None,
+        expert_factors=None if gate is None or factors is None else getattr(layer.router, factors).float(),
+        factor=layer.factor,
     )
+
+
+def _norm(norm: nn.Module | None, where: str) -> Tensor | None:
+    return None if norm is None else packed_norm(norm, where)
 
 
 def _gate_last(parts: Sequence[Tensor], kind: AttentionKind | LatentKind) -> Tensor:
@@ -278,11 +299,13 @@ def _bias(linear: nn.Linear) -> Tensor | None:
     return linear.bias  # which torch's types never have as None
 
 
-def _packed_mlp(mlp: Mlp) -> MlpWeights:
+def _packed_mlp(mlp: Mlp, where: str) -> MlpWeights:
     return MlpWeights(
         up=torch.cat([part.weight for part in mlp.ups]),
         down=mlp.down.weight,
         switch=None if mlp.switch is None else mlp.switch.weight.view(-1),
+        norm=_norm(mlp.norm, where),
+        after=_norm(mlp.after, where),
     )
 
 

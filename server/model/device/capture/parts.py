@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from server.model.device.capture import NotCapturableError, need
-from server.model.device.step.parts import GateKind
+from server.model.device.step.parts import GELU, GateKind
 
 _PROBES = 8
 _LIMITS, _ALPHAS = ("limit", "swiglu_limit"), ("alpha", "swiglu_alpha")
@@ -84,11 +84,12 @@ def gate_kind(module: Any, intermediate: int, where: str) -> GateKind:
     rows = torch.stack([gate, up], dim=-1).flatten(-2) if alternates else torch.cat([gate, up], dim=-1)
     found = _ran(getattr(module, "_apply_gate", None) or _without_products(module, intermediate), rows, where)
     alphas, limits = ((1.0, *_floats(module, _ALPHAS)), (0.0, *_floats(module, _LIMITS)))
-    for alpha, limit, shift in product(alphas, limits, (0.0, 1.0)):
+    slopes = [*((alpha, 0.0) for alpha in alphas), (GELU.alpha, GELU.cubic)]
+    for (alpha, cubic), limit, shift in product(slopes, limits, (0.0, 1.0)):
         low, high = (gate.clamp(max=limit), up.clamp(-limit, limit)) if limit else (gate, up)
-        wanted = (high + shift) * low * torch.sigmoid(alpha * low)
+        wanted = (high + shift) * low * torch.sigmoid(alpha * (low + cubic * low**3))
         if wanted.shape == found.shape and torch.allclose(wanted, found, rtol=1e-4, atol=1e-5):
-            return GateKind(alpha, limit, shift)
+            return GateKind(alpha, limit, shift, cubic)
     raise NotCapturableError(
         f"{where}: {type(module).__name__} gates by a product that the captured step does not compute"
     )

@@ -133,6 +133,8 @@ def _excerpt(model: Any, shape: DecodeShape, kept: list[int], device: torch.devi
             tensor.mul_(EMBEDDING_SCALE if tensor is body.embed_tokens.weight else tensor.shape[-1] ** -0.5)
         else:  # a router's correction must not be negative: some families give hidden experts the score 0
             tensor.mul_(0.2).abs_().add_(1.0 if "norm" in name else 0.0)
+    if hasattr(body.embed_tokens, "scalar_embed_scale"):  # a constant that is kept in a buffer
+        body.embed_tokens.embed_scale.fill_(body.embed_tokens.scalar_embed_scale)
     body.rotary_emb = type(body.rotary_emb)(config=config).to(device)
     excerpt.set_experts_implementation("eager")
     return excerpt.eval(), replace(

@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from expert_store.paging.kernels import list_work
 from server.model.device.kernels.packed import factor
 from server.model.device.kernels.scores import softmax, top_k, weights_of, within_groups
-from server.model.device.kernels.trunk import normalise
+from server.model.device.kernels.trunk import normalise, scaled
 
 # In a row's mask: the row may have the expert, but it is not in reach. The host finds it in the step's log, reads the
 # expert and runs the step again.
@@ -26,28 +26,32 @@ ABSENT = tl.constexpr(2)
 
 @triton.jit(do_not_specialize=["layer"])
 def route(
-    x, norm, gate, gate_bias, selection_bias, normed, planes, logits, arrived, choices, ranges, rows, masks,
-    temperatures, bias_range,
+    x, norm, gate_norm, gate, gate_bias, selection_bias, expert_factors, normed, planes, logits, arrived, choices,
+    ranges, rows, masks, temperatures, bias_range,
     log_ids, log_weights, log_demand, log_mass, layer, step_at,
     page_table, slot_owner, last_use, use_count, kept, host_offset, pool_offset, stats,
     header, target, source, count, pairs, pair_target, pair_source, weights, scratch, span, eps, resident_bias,
     B: tl.constexpr, K: tl.constexpr, E: tl.constexpr, S: tl.constexpr, H: tl.constexpr, L: tl.constexpr,
     BP: tl.constexpr, KP: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr, HP: tl.constexpr, PAIRS: tl.constexpr,
     STRIDE: tl.constexpr, BE: tl.constexpr, POLICY: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr,
-    BIASED: tl.constexpr, PLANES: tl.constexpr, PLANE_CODES: tl.constexpr, SIGMOID: tl.constexpr,
+    BIASED: tl.constexpr, PLANES: tl.constexpr, PLANE_CODES: tl.constexpr, NORM: tl.constexpr,
+    GATE_NORM: tl.constexpr, SIGMOID: tl.constexpr, BY_LOGITS: tl.constexpr,
     RENORMALISE: tl.constexpr, EPS: tl.constexpr, FLOOR: tl.constexpr, SCALE: tl.constexpr,
     GROUPS: tl.constexpr, GP: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr,
-    GATE_BIAS: tl.constexpr, SELECTION_BIAS: tl.constexpr, EXACT_LOGITS: tl.constexpr, EXACT_SCORES: tl.constexpr,
-    EXACT_WEIGHTS: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr,
+    GATE_BIAS: tl.constexpr, EXPERT_FACTORS: tl.constexpr, SELECTION_BIAS: tl.constexpr,
+    EXACT_LOGITS: tl.constexpr, EXACT_SCORES: tl.constexpr, EXACT_WEIGHTS: tl.constexpr, NARROW: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Routes x [B, H]; writes normed [B, H], the same in `planes` [B, PLANES, H / PLANES] (see `packed`), weights
-    [B, K], the work list (see `list_work`) and the step's log [L, B, K].
+    """Routes x [B, H]; writes its norm, that of experts, to normed [B, H], the same in `planes` [B, PLANES, H / PLANES]
+    (see `packed`), weights [B, K], the work list (see `list_work`) and the step's log [L, B, K].
 
     masks [rows, L, E] int8 (0: hidden, 1: available, ABSENT: chosen and logged as if it were there, then left out of
     work list and experts) and temperatures [rows] fp32, which divide the logits, are a row's own (MASKED); bias_range
-    [L] fp32 is the running range of what the choice is made by, logits or scores (BIASED; mutated). gate_bias and
-    selection_bias [E] fp32. choices [B, E] int8 and ranges [B] fp32 carry the rows' choices to the last program.
-    NARROW: the choice is made by values that bf16 holds. Grid (E / BE, B); the last program lists the work.
+    [L] fp32 is the running range of what the choice is made by, logits or scores (BIASED; mutated). gate_bias,
+    selection_bias and expert_factors, which multiply the weights, are [E] fp32. GATE_NORM: if it is not 0, the gate
+    reads this times x normalised by gate_norm, and not what experts read. choices [B, E] int8 and ranges [B] fp32 carry
+    the rows' choices to the last program. NARROW: the choice is made by values that bf16 holds. Grid (E / BE, B); the
+    last program lists the work.
     """
     if PDL:
         gdc_launch_dependents()
@@ -60,7 +64,8 @@ def route(
     inside = cols < H
     mine = part * BE + tl.arange(0, BE)
     w = tl.load(gate + mine[:, None] * H + cols[None, :], mask=(mine < E)[:, None] & inside[None, :], other=0.0)
-    scale = tl.load(norm + cols, mask=inside, other=0.0)
+    if NORM:
+        scale = tl.load(norm + cols, mask=inside, other=0.0)
     one = batch + tl.arange(0, 1)
     experts = tl.arange(0, EP)
     row = tl.load(rows + one)
@@ -70,10 +75,16 @@ def route(
     if PDL:
         gdc_wait()
     hidden = tl.load(x + batch * H + cols, mask=inside, other=0.0)
-    hidden = normalise(hidden.to(tl.float32), scale, eps, H, dtype)
+    stream = hidden
+    if NORM:
+        hidden = normalise(stream.to(tl.float32), scale, eps, H, dtype)
     if part == 0:
         tl.store(normed + batch * H + cols, hidden, mask=inside)
-    gate_score = tl.sum(w.to(tl.float32) * hidden.to(tl.float32)[None, :], axis=1)
+    gated = hidden
+    if GATE_NORM != 0.0:
+        own = tl.load(gate_norm + cols, mask=inside, other=0.0)
+        gated = scaled(normalise(stream.to(tl.float32), own, eps, H, dtype), dtype, GATE_NORM).to(dtype)
+    gate_score = tl.sum(w.to(tl.float32) * gated.to(tl.float32)[None, :], axis=1)
     if GATE_BIAS:
         gate_score += tl.load(gate_bias + mine, mask=mine < E, other=0.0)
     gate_score = gate_score.to(logits_dtype).to(tl.float32)
@@ -81,8 +92,8 @@ def route(
     tl.debug_barrier()
     num_arrived = tl.atomic_add(arrived + 1 + batch, 1)
     if PLANES > 1 and part == 0:
-        scaled = hidden.to(tl.float32) * factor(cols % PLANES, PLANE_CODES)
-        tl.store(planes + batch * H + cols % PLANES * (H // PLANES) + cols // PLANES, scaled, mask=inside)
+        in_planes = hidden.to(tl.float32) * factor(cols % PLANES, PLANE_CODES)
+        tl.store(planes + batch * H + cols % PLANES * (H // PLANES) + cols // PLANES, in_planes, mask=inside)
     if num_arrived == tl.num_programs(0) - 1:
         tl.store(arrived + 1 + batch, 0)
         step = tl.load(step_at)
@@ -94,16 +105,18 @@ def route(
         log_at = (layer * B + one[:, None]) * K + picks[None, :]
         log_mask = (picks < K)[None, :]
         allowed = known
-        SAME: tl.constexpr = not SELECTION_BIAS
+        SAME: tl.constexpr = not SELECTION_BIAS and not BY_LOGITS
         if MASKED:
             heat = tl.load(temperatures + row, mask=row >= 0, other=1.0).to(logits_dtype).to(tl.float32)
             score = tl.div_rn(score, tl.broadcast_to(heat[:, None], [1, EP])).to(logits_dtype).to(tl.float32)
+        choice = score
         if SIGMOID:
             score = (1.0 / (1.0 + tl.exp(-score))).to(scores_dtype).to(tl.float32)
-        choice = score
+            if not BY_LOGITS:
+                choice = score
         if SELECTION_BIAS:
             bias = tl.load(selection_bias + experts, mask=experts < E, other=0.0)[None, :]
-            choice = (score if SIGMOID else softmax(score, known)) + bias
+            choice = (choice if SIGMOID else softmax(score, known)) + bias
         if MASKED:
             wanted = known
             if GROUPS > 1:
@@ -111,6 +124,8 @@ def route(
             _, _, demand_ids, demand_values = top_k(choice, score, wanted, K, KP, 1, EP, SAME, NARROW)
             tl.store(log_demand + log_at, tl.where(demand_ids < 0, E, demand_ids), mask=log_mask)
             mass = weights_of(demand_values, score, known, SIGMOID, RENORMALISE, EPS, FLOOR, SCALE, weights_dtype)
+            if EXPERT_FACTORS:
+                mass *= tl.load(expert_factors + demand_ids, mask=demand_ids >= 0, other=0.0)
             tl.store(log_mass + log_at, mass, mask=log_mask)
             visible = tl.load(masks + (row[:, None] * L + layer) * E + experts[None, :], mask=known, other=0)
             allowed = known & (visible != 0)
@@ -130,6 +145,8 @@ def route(
             choice, score, eligible, K, KP, 1, EP, SAME and not BIASED, NARROW and not BIASED
         )  # fmt: skip
         weight = weights_of(values, score, allowed, SIGMOID, RENORMALISE, EPS, FLOOR, SCALE, weights_dtype)
+        if EXPERT_FACTORS:
+            weight *= tl.load(expert_factors + ids, mask=ids >= 0, other=0.0)
         tl.store(log_ids + log_at, tl.where(ids < 0, E, ids), mask=log_mask)
         tl.store(log_weights + log_at, weight, mask=log_mask)
         if MASKED:

@@ -26,17 +26,21 @@ def normalise(x, weight, eps, n, dtype: tl.constexpr):
 
 @triton.jit
 def gated(gate, up, dtype: tl.constexpr, GATE: tl.constexpr):
-    """(up + shift) * gate * sigmoid(alpha * gate) within a limit, with transformers' roundings to the model's dtype.
-    GATE: (alpha, limit, shift) of `step.parts.GateKind`."""
+    """(up + shift) * gate * sigmoid(alpha * (gate + cubic * gate³)) within a limit, with transformers' roundings to the
+    model's dtype. GATE: (alpha, limit, shift, cubic) of `step.parts.GateKind`."""
     ALPHA: tl.constexpr = GATE[0]
     LIMIT: tl.constexpr = GATE[1]
     SHIFT: tl.constexpr = GATE[2]
+    CUBIC: tl.constexpr = GATE[3]
     gate = gate.to(dtype).to(tl.float32)
     up = up.to(dtype).to(tl.float32)
     if LIMIT > 0.0:
         gate = tl.minimum(gate, LIMIT)
         up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
-    if ALPHA == 1.0:
+    if CUBIC != 0.0:
+        heat = ALPHA * (gate + CUBIC * gate * gate * gate)
+        gate = (gate / (1.0 + tl.exp(-heat))).to(dtype).to(tl.float32)
+    elif ALPHA == 1.0:
         gate = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
     else:
         heat = (gate * ALPHA).to(dtype).to(tl.float32)
@@ -51,6 +55,14 @@ def scaled(value, dtype: tl.constexpr, SCALE: tl.constexpr):
     """value * SCALE in fp32, rounded to dtype before it is multiplied."""
     if SCALE != 1.0:
         value = value.to(dtype).to(tl.float32) * SCALE
+    return value
+
+
+@triton.jit
+def capped(value, CAP: tl.constexpr):
+    """CAP * tanh(value / CAP) in fp32; CAP 0: the value."""
+    if CAP != 0.0:
+        value = CAP * (2.0 / (1.0 + tl.exp(value * (-2.0 / CAP))) - 1.0)
     return value
 
 
@@ -73,10 +85,11 @@ def embed(tokens, table, x, step, H: tl.constexpr, HP: tl.constexpr, SCALE: tl.c
 def product(
     x, norm, weight, bias, residual, out, eps, N,
     B: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, STRIDE: tl.constexpr, BN: tl.constexpr,
-    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [B, N] = (norm?(x [B, K]) · weight [N, K]ᵀ + bias?) * SCALE + residual?; rows of x are STRIDE apart. Grid
-    (ceil(N / BN),).
+    """out [B, N] = capped((norm?(x [B, K]) · weight [N, K]ᵀ + bias?) * SCALE) + residual?; rows of x are STRIDE apart.
+    Grid (ceil(N / BN),).
     """
     if PDL:
         gdc_launch_dependents()
@@ -98,7 +111,7 @@ def product(
         acc = tl.sum(w.to(tl.float32) * value.to(tl.float32)[None, :], axis=1)
         if BIAS:
             acc += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
-        acc = scaled(acc, x.dtype.element_ty, SCALE)
+        acc = capped(scaled(acc, x.dtype.element_ty, SCALE), CAP)
         if RESIDUAL:
             acc = acc.to(x.dtype.element_ty).to(tl.float32)
             acc += tl.load(residual + batch * N + rows, mask=inside, other=0.0).to(tl.float32)
@@ -121,10 +134,44 @@ def norm_rows(
 
 
 @triton.jit
+def join(
+    residual, branch, branch_norm, beside, beside_norm, norm, factor, out, eps,
+    H: tl.constexpr, HP: tl.constexpr, BRANCH_NORM: tl.constexpr, BESIDE: tl.constexpr, BESIDE_NORM: tl.constexpr,
+    NORM: tl.constexpr, FACTOR: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [B, H] = (residual + SCALE * norm?(branch_norm?(branch) + beside_norm?(beside?))) * factor?, all [B, H] but
+    the norms' weights [H] and factor [1]. Grid (B,)."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    dtype: tl.constexpr = out.dtype.element_ty
+    cols = tl.arange(0, HP)
+    inside = cols < H
+    at = tl.program_id(0) * H + cols
+    value = tl.load(branch + at, mask=inside, other=0.0)
+    if BRANCH_NORM:
+        weight = tl.load(branch_norm + cols, mask=inside, other=0.0)
+        value = normalise(value.to(tl.float32), weight, eps, H, dtype)
+    if BESIDE:
+        other = tl.load(beside + at, mask=inside, other=0.0)
+        if BESIDE_NORM:
+            weight = tl.load(beside_norm + cols, mask=inside, other=0.0)
+            other = normalise(other.to(tl.float32), weight, eps, H, dtype)
+        value = (value.to(tl.float32) + other.to(tl.float32)).to(dtype)
+    if NORM:
+        value = normalise(value.to(tl.float32), tl.load(norm + cols, mask=inside, other=0.0), eps, H, dtype)
+    value = scaled(value, dtype, SCALE).to(dtype).to(tl.float32)
+    value = (value + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)).to(dtype)
+    if FACTOR:
+        value = (value.to(tl.float32) * tl.load(factor).to(tl.float32)).to(dtype)
+    tl.store(out + at, value, mask=inside)
+
+
+@triton.jit
 def tiled_product(
     x, weight, bias, residual, out, N,
     B: tl.constexpr, BP: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`product` without its norm by tensor cores, for several rows faster and with sums in another order; K % BK == 0.
     Grid (ceil(N / BN),).
@@ -147,7 +194,7 @@ def tiled_product(
     mask = inside[:, None] & (batch < B)[None, :]
     if BIAS:
         acc += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
-    acc = scaled(acc, x.dtype.element_ty, SCALE)
+    acc = capped(scaled(acc, x.dtype.element_ty, SCALE), CAP)
     if RESIDUAL:
         acc = acc.to(x.dtype.element_ty).to(tl.float32)
         acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
@@ -157,9 +204,10 @@ def tiled_product(
 @triton.jit
 def gated_product(
     x, norm, weight, out, eps, N,
-    B: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
+    B: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [B, N] = gated(gate · y, up · y), y = norm(x [B, K]), weight [2N, K] is gate then up. Grid (ceil(N /
+    """out [B, N] = gated(gate · y, up · y), y = norm?(x [B, K]), weight [2N, K] is gate then up. Grid (ceil(N /
     BN),).
     """
     if PDL:
@@ -171,12 +219,15 @@ def gated_product(
     at = weight + rows.to(tl.int64)[:, None] * K + cols[None, :]
     w_gate = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
     w_up = tl.load(at + N.to(tl.int64) * K, mask=mask, other=0.0, cache_modifier=".cg")
-    scale = tl.load(norm + cols, mask=cols < K, other=0.0)
+    if NORM:
+        scale = tl.load(norm + cols, mask=cols < K, other=0.0)
     if PDL:
         gdc_wait()
     for batch in range(B):
         value = tl.load(x + batch * K + cols, mask=cols < K, other=0.0)
-        value = normalise(value.to(tl.float32), scale, eps, K, x.dtype.element_ty).to(tl.float32)[None, :]
+        if NORM:
+            value = normalise(value.to(tl.float32), scale, eps, K, x.dtype.element_ty)
+        value = value.to(tl.float32)[None, :]
         gate = tl.sum(w_gate.to(tl.float32) * value, axis=1)
         up = tl.sum(w_up.to(tl.float32) * value, axis=1)
         tl.store(out + batch * N + rows, gated(gate, up, out.dtype.element_ty, GATE), mask=inside)

@@ -7,6 +7,7 @@ parts of Qwen3-MoE.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -18,7 +19,7 @@ PairOrder = Literal["halves", "neighbours", "neighbours to halves"]
 
 @dataclass(frozen=True)
 class GateKind:
-    """The product between an expert's two matrices: (up + shift) * gate * sigmoid(alpha * gate).
+    """The product between an expert's two matrices: (up + shift) * gate * sigmoid(alpha * (gate + cubic * gate³)).
 
     Attributes:
         limit: gate is at most this, and up between minus this and this, before the product; 0: no limit.
@@ -27,14 +28,17 @@ class GateKind:
     alpha: float = 1.0
     limit: float = 0.0
     shift: float = 0.0
+    cubic: float = 0.0
 
     @property
-    def constants(self) -> tuple[float, float, float]:
+    def constants(self) -> tuple[float, float, float, float]:
         """As the kernels get it; see `kernels.trunk.gated`."""
-        return self.alpha, self.limit, self.shift
+        return self.alpha, self.limit, self.shift, self.cubic
 
 
 SILU = GateKind()
+GELU = GateKind(alpha=2 * math.sqrt(2 / math.pi), cubic=0.044715)
+"""GELU with its approximation by tanh, since (1 + tanh x) / 2 is sigmoid 2x."""
 
 
 @dataclass(frozen=True)
@@ -197,12 +201,19 @@ PLAIN_EXPERT = ExpertKind()
 @dataclass(frozen=True)
 class Scales:
     """Factors of a token's embedding, of what a layer adds to the residual stream, of the logits, and of the sum of a
-    token's routed experts beside its shared one."""
+    token's routed experts beside its shared one.
+
+    Attributes:
+        rounds_embedding: the factor of embeddings is rounded to the model's dtype.
+        cap: logits x become cap * tanh(x / cap); 0: they stay as they are.
+    """
 
     embedding: float = 1.0
     residual: float = 1.0
     logits: float = 1.0
     routed: float = 1.0
+    rounds_embedding: bool = False
+    cap: float = 0.0
 
 
 UNSCALED = Scales()

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from router.errors import UnsupportedGatingError
-from router.gating import Picks, find_gating_rule, rules
+from router.gating import RouterCall, find_gating_rule, rules
 from router.gating.rules import BiasArgument, Renormalised, TopKRule
 from server.errors import ServerError
 
@@ -41,7 +41,10 @@ class RouterKind:
         selection_bias: name of the attribute of router or block that is added to scores for the choice; None: none.
         groups, kept_groups: the choice is among the best `kept_groups` of `groups` groups of experts.
         group_best: number of best members whose scores sum to the group's score, 1 or 2.
+        by_logits: the choice is by logits, plus the bias, though scores are a sigmoid of each.
         scale: factor of the weights.
+        own_norm: the gate reads the hidden state normalised for it alone, times this factor; 0: as the experts do.
+        expert_factors: name of the router's attribute [E] by which weights are multiplied; None: none.
         exact_logits, exact_scores, exact_weights: kept in float32 where the model's dtype is a half one.
     """
 
@@ -53,7 +56,10 @@ class RouterKind:
     groups: int = 1
     kept_groups: int = 1
     group_best: int = 2
+    by_logits: bool = False
     scale: float = 1.0
+    own_norm: float = 0.0
+    expert_factors: str | None = None
     exact_logits: bool = False
     exact_scores: bool = True
     exact_weights: bool = False
@@ -71,24 +77,24 @@ def router_kind(model_type: str, router: Any, block: Any) -> RouterKind:
         rule = find_gating_rule(model_type, router)
     except UnsupportedGatingError as error:
         raise RouterRefusedError(str(error)) from error
-    if type(rule) is not TopKRule or rule.logits is not TopKRule().logits or rule.expert_scale is not None:
+    has_norm = type(rule) is TopKRule and rule.logits is rules.logits_of_normed
+    if type(rule) is not TopKRule or not (rule.scores_returned_logits or has_norm):
         raise RouterRefusedError(f"the router {type(router).__name__} is no plain scored top-k")
     if rule.scores not in _SCORES:
         raise RouterRefusedError(f"the router's scores are {getattr(rule.scores, '__name__', rule.scores)}")
     chosen_first = rule.scores is rules.logits_as_scores
-    if chosen_first and rule.weights is not rules.softmax_of_chosen:
-        raise RouterRefusedError("the router weighs chosen logits otherwise than by a softmax")
+    scores = _scores_of_chosen(rule, router) if chosen_first else _SCORES[rule.scores]
     width = router_product(router)[0].shape[-1]
     bias = _bias_name(rule, router, block)
-    if bias is not None and chosen_first:
-        raise RouterRefusedError("the router adds a selection bias to logits")
+    if bias is not None and chosen_first and scores == "softmax":
+        raise RouterRefusedError("the router adds a selection bias to logits that it weighs by a softmax")
     renormalise, eps = _renormalised(rule, router, chosen_first)
     groups, kept, best = _groups(rule, router)
-    if groups > 1 and _SCORES[rule.scores] != "sigmoid" and (best > 1 or bias is not None):
+    if groups > 1 and scores != "sigmoid" and (best > 1 or bias is not None):
         raise RouterRefusedError("the router limits groups of experts by sums of softmax scores")
     logits_dtype, weights_dtype = _dtypes(router, block, bias, rule, width)
     return RouterKind(
-        scores=_SCORES[rule.scores],
+        scores=scores,
         renormalise=renormalise,
         eps=eps,
         floor=_floor(rule, router),
@@ -96,20 +102,23 @@ def router_kind(model_type: str, router: Any, block: Any) -> RouterKind:
         groups=groups,
         kept_groups=kept,
         group_best=best,
+        by_logits=chosen_first and scores == "sigmoid",
         scale=1.0 if rule.scale is None else float(getattr(router, rule.scale)),
+        own_norm=float(router.scalar_root_size) if has_norm else 0.0,
+        expert_factors=rule.expert_scale,
         exact_logits=logits_dtype == torch.float32,
-        exact_scores=rule.scores is not rules.sigmoid or logits_dtype == torch.float32,
+        exact_scores=scores != "sigmoid" or rule.scores is rules.sigmoid_in_float32 or logits_dtype == torch.float32,
         exact_weights=weights_dtype == torch.float32,
     )
 
 
 def router_product(router: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weight [E, H] and the bias [E] of a router, which holds them itself or in one plain product.
+    """The weight [E, H] and the bias [E] of a router, which holds them itself or in its one plain product.
 
     Raises RouterRefusedError if it does neither.
     """
-    children = list(router.children())
-    owner = children[0] if len(children) == 1 and isinstance(children[0], nn.Linear) else router
+    products = [child for child in router.children() if isinstance(child, nn.Linear)]
+    owner = products[0] if len(products) == 1 else router
     weight, bias = getattr(owner, "weight", None), getattr(owner, "bias", None)
     if not isinstance(weight, torch.Tensor):
         raise RouterRefusedError(f"the router {type(router).__name__} is not one product")
@@ -142,9 +151,20 @@ def _bias_name(rule: TopKRule, router: Any, block: Any) -> str | None:
     return None if bias is None else name
 
 
+def _scores_of_chosen(rule: TopKRule, router: Any) -> Scores:
+    """The function that weighs the chosen logits."""
+    if rule.weights is rules.softmax_of_chosen:
+        return "softmax"
+    if rule.weights is rules.configured_weights_of_chosen:
+        return "softmax" if router.expert_selection_fn == "softmax" else "sigmoid"
+    if rule.weights is rules.renormalised_sigmoid_of_chosen:
+        return "sigmoid"
+    raise RouterRefusedError("the router weighs chosen logits otherwise than by a softmax or a sigmoid")
+
+
 def _renormalised(rule: TopKRule, router: Any, chosen_first: bool) -> tuple[bool, float]:
     if chosen_first:
-        return True, 0.0
+        return _scores_of_chosen(rule, router) == "softmax" or bool(router.norm_topk_prob), 0.0
     if rule.weights is rules.kept:
         return False, 0.0
     if not isinstance(rule.weights, Renormalised) or (
@@ -170,16 +190,18 @@ def _groups(rule: TopKRule, router: Any) -> tuple[int, int, int]:
 
 
 def _dtypes(router: Any, block: Any, bias: str | None, rule: TopKRule, width: int) -> tuple[torch.dtype, torch.dtype]:
-    """Dtypes of logits and weights of the same router in bfloat16, on the meta device."""
+    """Dtypes of the logits that the rule scores, and of the weights, of the same router in bfloat16, on the meta
+    device."""
     meta = copy.deepcopy(router).to("meta").to(torch.bfloat16)
     hidden = torch.empty(1, width, dtype=torch.bfloat16, device="meta")
     argument = isinstance(rule.bias, BiasArgument) and bias is not None
     given = (hidden, getattr(block, str(bias)).detach().to("meta")) if argument else (hidden,)
     try:
-        picks = Picks.of(meta(*given))
+        call = RouterCall.of(meta, given, {}, meta(*given))
+        logits = rule.logits(call)
     except (RuntimeError, TypeError, ValueError) as error:
         raise RouterRefusedError(f"the router cannot be asked for its dtypes: {error}") from error
-    return picks.logits.dtype, picks.weights.dtype
+    return logits.dtype, call.picks.weights.dtype
 
 
 def switches(kind: RouterKind, dtype: torch.dtype) -> dict[str, bool | int | float]:
@@ -187,6 +209,8 @@ def switches(kind: RouterKind, dtype: torch.dtype) -> dict[str, bool | int | flo
     sigmoid = kind.scores == "sigmoid"
     return {
         "SIGMOID": sigmoid,
+        "BY_LOGITS": kind.by_logits,
+        "GATE_NORM": kind.own_norm,
         "RENORMALISE": kind.renormalise,
         "EPS": kind.eps,
         "FLOOR": kind.floor,

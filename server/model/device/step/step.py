@@ -11,6 +11,7 @@ makes the same calls as launching, so the compiled kernels are those that run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
@@ -71,7 +72,6 @@ class DecodeStep:
         hidden, top_k, layers = shape.hidden, shape.top_k, shape.num_moe_layers
         moe = iter(range(layers))
         self._moe_layer = [-1 if layer in shape.dense_layers else next(moe) for layer in range(shape.num_layers)]
-        splits = self.options.tuning.attention_splits
 
         def fresh(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
@@ -81,13 +81,7 @@ class DecodeStep:
         self.x, self.mid, self.normed = fresh(batch, hidden), fresh(batch, hidden), fresh(batch, hidden)
         planes = torch.bfloat16 if shape.dtype == torch.bfloat16 else torch.float32  # fp16 has too few exponents
         self.planes = self.normed if shape.packed is None else fresh(batch, hidden, dtype=planes)
-        attentions = shape.each_attention
-        heads, kv_heads = max(kind.num_heads for kind in attentions), max(kind.vectors[0][0] for kind in attentions)
-        self.qkv, self.attended = fresh(batch, shape.qkv), fresh(batch, shape.attended)
-        self.part_max = fresh(batch, heads, splits, dtype=torch.float32)
-        self.part_sum = fresh(batch, heads, splits, dtype=torch.float32)
-        self.part_out = fresh(batch, splits, max(kind.summed for kind in attentions), dtype=torch.float32)
-        self.arrived = fresh(1 + batch + batch * kv_heads, dtype=torch.int32)
+        self._attention_buffers(fresh)
         self.choices = fresh(batch, shape.num_experts, dtype=torch.int8)
         self.ranges = fresh(batch, dtype=torch.float32)
         self.router_logits = fresh(batch, shape.num_experts, dtype=torch.float32)
@@ -96,6 +90,7 @@ class DecodeStep:
         self.act = fresh(batch * top_k, shape.intermediate, dtype=act_dtype)
         self.inner = fresh(batch, max(shape.dense_intermediate, shape.shared_intermediate))
         self.shared = fresh(batch, hidden) if shape.shared_intermediate else self.mid
+        self.branch, self.nothing = fresh(batch, hidden), fresh(batch, hidden)
         self.num_parts = min(FINISH_PARTS, pow2(triton.cdiv(shape.vocab, FINISH_BLOCK)))
         self.part_best = fresh(batch, self.num_parts, dtype=torch.float32)
         self.part_total = fresh(batch, self.num_parts, dtype=torch.float32)
@@ -107,12 +102,22 @@ class DecodeStep:
         self.best_token, self.best_logit, self.normaliser = log.best_token, log.best_logit, log.normaliser
         self.log_ids, self.log_weights, self.log_demand, self.log_mass = log.ids, log.weights, log.demand, log.mass
 
+    def _attention_buffers(self, fresh: Callable[..., Tensor]) -> None:
+        """Makes the buffers of attention, of sizes that hold each layer's."""
+        shape, batch, splits = self.shape, self.batch, self.options.tuning.attention_splits
+        attentions = shape.each_attention
+        heads, kv_heads = max(kind.num_heads for kind in attentions), max(kind.vectors[0][0] for kind in attentions)
+        self.qkv, self.attended = fresh(batch, shape.qkv), fresh(batch, shape.attended)
+        self.part_max = fresh(batch, heads, splits, dtype=torch.float32)
+        self.part_sum = fresh(batch, heads, splits, dtype=torch.float32)
+        self.part_out = fresh(batch, splits, max(kind.summed for kind in attentions), dtype=torch.float32)
+        self.arrived = fresh(1 + batch + batch * kv_heads, dtype=torch.int32)
         latents = [kind for kind in attentions if isinstance(kind, LatentKind)]
         parts = (self.part_max, self.part_sum, self.part_out)
         self._latent = None
         if latents:
             own = (latents, self.rows, parts, self._run, self._product)
-            self._latent = LatentAttention(shape, state, self.options.tuning, *own)
+            self._latent = LatentAttention(shape, self.state, self.options.tuning, *own)
 
     def compile(self) -> None:
         """Compiles the step's kernels without a launch; one layer compiles those of all. See `graphs.in_parallel`."""
@@ -149,6 +154,8 @@ class DecodeStep:
         self.shared_expert(layer)
         self.gate_up(layer)
         self.down(layer)
+        if self.weights.layers[layer].joins:
+            self._join(layer)
 
     def embed(self) -> None:
         """Tokens' embeddings into `x`; begins a new step of the pages."""
@@ -156,8 +163,14 @@ class DecodeStep:
         self._run(
             trunk.embed, (self.batch,),
             self.tokens, weights.embedding, self.x, self.pages.step, H=shape.hidden, HP=pow2(shape.hidden),
-            SCALE=shape.scales.embedding,
+            SCALE=self._embedding_factor,
         )  # fmt: skip
+
+    @property
+    def _embedding_factor(self) -> float:
+        scales = self.shape.scales
+        rounded = torch.tensor(scales.embedding, dtype=self.shape.dtype if scales.rounds_embedding else torch.float64)
+        return float(rounded)
 
     def shared_expert(self, layer: int) -> None:
         """The shared expert of a layer into `shared` [B, H], if it has one."""
@@ -170,8 +183,12 @@ class DecodeStep:
         """The gated product of a layer without routed experts, into `x`."""
         mlp = self.weights.layers[layer].mlp
         assert mlp is not None
-        inner = self._gated(layer, mlp)
-        self._product(inner, None, mlp.down, None, self.mid, self.x, self.options.tuning.output_rows)
+        inner, rows = self._gated(layer, mlp), self.options.tuning.output_rows
+        if self.weights.layers[layer].joins:
+            self._product(inner, None, mlp.down, None, None, self.branch, rows)
+            self._join(layer)
+        else:
+            self._product(inner, None, mlp.down, None, self.mid, self.x, rows)
 
     def _window(self, layer: int) -> int:
         return self.shape.windows[layer] if self.shape.windows else 0
@@ -213,19 +230,50 @@ class DecodeStep:
     def output_product(self, layer: int) -> None:
         """Attention's output product with the residual, into `mid`."""
         weights, rows = self.weights.layers[layer], self.options.tuning.output_rows
-        attended = self._rows_of(self.attended, self.shape.attention(layer).width)
-        self._product(attended, None, weights.output, weights.output_bias, self.x, self.mid, rows)
+        attended, norm = self._rows_of(self.attended, self.shape.attention(layer).width), weights.attention_norm
+        if norm is None:
+            self._product(attended, None, weights.output, weights.output_bias, self.x, self.mid, rows)
+            return
+        self._product(attended, None, weights.output, weights.output_bias, None, self.branch, rows)
+        self._add(self.x, self.branch, self.mid, norm=norm)
+
+    def _join(self, layer: int) -> None:
+        """Adds what the layer's experts, or its product, put into `branch` to the stream, changed as a whole."""
+        weights = self.weights.layers[layer]
+        beside = weights.mlp if weights.adds_apart else None
+        self._add(
+            self.mid, self.branch, self.x, norm=weights.branch_norm, branch_norm=weights.routed_norm,
+            beside=None if beside is None else self.shared, beside_norm=None if beside is None else beside.after,
+            factor=weights.factor,
+        )  # fmt: skip
+
+    def _add(
+        self, residual: Tensor, branch: Tensor, out: Tensor, *, norm: Tensor | None, branch_norm: Tensor | None = None,
+        beside: Tensor | None = None, beside_norm: Tensor | None = None, factor: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """See `kernels.trunk.join`."""
+        shape = self.shape
+        given = (branch_norm, beside, beside_norm, norm, factor)
+        tensors = (branch if one is None else one for one in given)
+        names = ("BRANCH_NORM", "BESIDE", "BESIDE_NORM", "NORM", "FACTOR")
+        self._run(
+            trunk.join, (self.batch,), residual, branch, *tensors, out, shape.eps,
+            H=shape.hidden, HP=pow2(shape.hidden), SCALE=shape.scales.residual,
+            **{name: one is not None for name, one in zip(names, given, strict=True)}, num_warps=8,
+        )  # fmt: skip
 
     def route(self, layer: int) -> None:
         """Each token's experts and their weights, and the layer's work list."""
         shape, weights, pages, state = self.shape, self.weights.layers[layer], self.pages, self.state
         options, tuning = self.options, self.options.tuning
         gate, at = _gate(weights), self._moe_layer[layer]
+        norms = (gate if norm is None else norm for norm in (weights.post_norm, weights.gate_norm))
         rows, warps = tuning.gate_rows, tuning.route_warps
         self._run(
             routing.route, (triton.cdiv(shape.num_experts, rows), self.batch),
-            self.mid, weights.post_norm, gate, gate if weights.gate_bias is None else weights.gate_bias,
-            gate if weights.selection_bias is None else weights.selection_bias, self.normed, self.planes,
+            self.mid, *norms, gate, gate if weights.gate_bias is None else weights.gate_bias,
+            gate if weights.selection_bias is None else weights.selection_bias,
+            gate if weights.expert_factors is None else weights.expert_factors, self.normed, self.planes,
             self.router_logits,
             self.arrived, self.choices, self.ranges, self.rows, state.masks, state.temperatures,
             state.bias_range, self.log_ids, self.log_weights, self.log_demand, self.log_mass, at, pages.step,
@@ -242,7 +290,8 @@ class DecodeStep:
             STRIDE=pages.pairs.shape[1], BE=rows,
             POLICY=LFU.value if pages.policy == "lfu" else LRU.value, PAGED=pages.shape.paged, MASKED=options.masked,
             BIASED=options.resident_bias != 0.0, **plane_constants(shape.packed),
-            GATE_BIAS=weights.gate_bias is not None,
+            GATE_BIAS=weights.gate_bias is not None, NORM=weights.post_norm is not None,
+            EXPERT_FACTORS=weights.expert_factors is not None,
             **switches(shape.router, shape.dtype),
             num_warps=warps,
         )  # fmt: skip
@@ -282,15 +331,17 @@ class DecodeStep:
     def down(self, layer: int) -> None:
         """The picked experts' second product, weighted, with the shared expert and the residual, into `x`."""
         shape, pages, tuning = self.shape, self.pages, self.options.tuning
-        mlp = self.weights.layers[layer].mlp
+        weights = self.weights.layers[layer]
+        mlp = None if weights.adds_apart else weights.mlp
         switch = None if mlp is None else mlp.switch
         picks = shape.top_k * shape.intermediate
-        beside = (self.mid, self.shared, self.mid if switch is None else switch, self.normed, self.x)
+        stream, out = (self.nothing, self.branch) if weights.joins else (self.mid, self.x)
+        beside = (stream, self.shared, stream if switch is None else switch, self.normed, out)
         sizes = {
             "K": shape.top_k, "H": shape.hidden, "HP": pow2(shape.hidden), "I": shape.intermediate,
             "SHARED": 0 if mlp is None else 1 if switch is None else 2, "PAGED": pages.shape.paged,
             "BIAS": expert_constants(shape.experts, packed=shape.packed is not None)["BIAS"],
-            "SCALE": shape.scales.residual, "ROUTED": shape.scales.routed,
+            "SCALE": 1.0 if weights.joins else shape.scales.residual, "ROUTED": shape.scales.routed,
         }  # fmt: skip
         if shape.packed is None:
             rows = tuning.down_rows
@@ -319,7 +370,8 @@ class DecodeStep:
     def head(self) -> None:
         """Logits of the new tokens."""
         weights = self.weights
-        self._product(self.x, weights.norm, weights.head, None, None, self.logits, self.options.tuning.head_rows)
+        rows = self.options.tuning.head_rows
+        self._product(self.x, weights.norm, weights.head, weights.head_bias, None, self.logits, rows)
 
     def finish(self) -> None:
         """The most likely token of each row, its logit and the logits' logsumexp; lengths advance."""
@@ -355,14 +407,16 @@ class DecodeStep:
             x, x if norm is None else norm, weight, x if bias is None else bias, x if residual is None else residual,
             out, self.shape.eps if eps is None else eps, num_rows, B=self.batch, K=width, KP=pow2(width),
             STRIDE=x.stride(0), BN=rows, NORM=norm is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
-            SCALE=self._scale(out, residual),
+            **self._factors(out, residual),
             num_warps=self.options.tuning.product_warps,
         )  # fmt: skip
 
-    def _scale(self, out: Tensor, residual: Tensor | None) -> float:
-        """The factor of a product: logits and what joins the residual stream have one."""
+    def _factors(self, out: Tensor, residual: Tensor | None) -> dict[str, float]:
+        """The factor of a product, which logits and what joins the residual stream have, and the cap of logits."""
         scales = self.shape.scales
-        return scales.logits if out is self.logits else 1.0 if residual is None else scales.residual
+        if out is self.logits:
+            return {"SCALE": scales.logits, "CAP": scales.cap}
+        return {"SCALE": 1.0 if residual is None else scales.residual, "CAP": 0.0}
 
     def _tiled_product(
         self, x: Tensor, norm: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
@@ -382,7 +436,7 @@ class DecodeStep:
             x, weight, x if bias is None else bias, x if residual is None else residual, out, num_rows,
             B=self.batch, BP=max(16, pow2(self.batch)), K=width, BN=tile,
             BK=divisor(width, tuning.tiled_bytes // weight.element_size()),
-            BIAS=bias is not None, RESIDUAL=residual is not None, SCALE=self._scale(out, residual),
+            BIAS=bias is not None, RESIDUAL=residual is not None, **self._factors(out, residual),
             num_warps=4 if tile >= 32 else 2, num_stages=tuning.tiled_stages,
         )  # fmt: skip
 
@@ -394,11 +448,12 @@ class DecodeStep:
         """The gated product [B, I] of gate · y and up · y, a view of `inner`; y is the norm of `mid`."""
         num_rows, width = mlp.up.shape[0] // 2, mlp.up.shape[1]
         out = self._rows_of(self.inner, num_rows)
+        norm = self.weights.layers[layer].post_norm if mlp.norm is None else mlp.norm
         rows = max(1, min(self.options.tuning.up_rows, MOST_ROW_ELEMENTS // 2 // pow2(width)))
         self._run(
             trunk.gated_product, (triton.cdiv(num_rows, rows),),
-            self.mid, self.weights.layers[layer].post_norm, mlp.up, out, self.shape.eps, num_rows,
-            B=self.batch, K=width, KP=pow2(width), BN=rows, GATE=self.shape.mlp_gate.constants,
+            self.mid, mlp.up if norm is None else norm, mlp.up, out, self.shape.eps, num_rows,
+            B=self.batch, K=width, KP=pow2(width), BN=rows, NORM=norm is not None, GATE=self.shape.mlp_gate.constants,
             num_warps=self.options.tuning.product_warps,
         )  # fmt: skip
         return out

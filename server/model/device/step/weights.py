@@ -170,11 +170,14 @@ class DecodeShape:
 @dataclass(frozen=True)
 class MlpWeights:
     """A gated product that every token uses: up [2I, H], rows of gate then of up; down [H, I]; switch [H]: the result
-    is multiplied by sigmoid(switch · x)."""
+    is multiplied by sigmoid(switch · x); norm [H] of its input, if that is not the layer's `post_norm`; after [H]: the
+    norm of its result beside routed experts."""
 
     up: Tensor
     down: Tensor
     switch: Tensor | None = None
+    norm: Tensor | None = None
+    after: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -194,17 +197,22 @@ class LayerWeights:
 
     `gate` [E, H] is None in a layer without routed experts; `mlp` is then the layer's product, else the shared expert.
     `gate_bias` [E] fp32 is part of the logits, `selection_bias` [E] fp32 only of the choice; `sinks` [heads] fp32 are
-    scores of each head beside those of the tokens.
+    scores of each head beside those of the tokens. `gate_norm` [H] is the norm before the gate, if it is not
+    `post_norm`; `expert_factors` [E] fp32 multiply the weights of picks.
+
+    Norms [H] before attention and before experts or the product (`input_norm`, `post_norm`) may be missing; those after
+    (`attention_norm` of what attention adds to the stream, `branch_norm` of what the others add, `routed_norm` of the
+    routed experts alone) mostly are. `factor` [1] multiplies the layer's result.
 
     Norms in fp32 beside a half dtype are applied before the result is rounded, those in the model's dtype after it was.
     """
 
-    input_norm: Tensor
+    input_norm: Tensor | None
     qkv: Tensor
     q_norm: Tensor
     k_norm: Tensor
     output: Tensor
-    post_norm: Tensor
+    post_norm: Tensor | None
     gate: Tensor | None
     cos: Tensor
     sin: Tensor
@@ -215,16 +223,33 @@ class LayerWeights:
     sinks: Tensor | None = None
     latent: LatentWeights | None = None
     mlp: MlpWeights | None = None
+    attention_norm: Tensor | None = None
+    branch_norm: Tensor | None = None
+    routed_norm: Tensor | None = None
+    gate_norm: Tensor | None = None
+    expert_factors: Tensor | None = None
+    factor: Tensor | None = None
+
+    @property
+    def joins(self) -> bool:
+        """Whether what experts or the product add to the stream is changed as a whole."""
+        return self.branch_norm is not None or self.factor is not None or self.adds_apart
+
+    @property
+    def adds_apart(self) -> bool:
+        """Whether the routed experts' sum and the shared expert's result are normalised before they are added."""
+        return self.routed_norm is not None or (self.mlp is not None and self.mlp.after is not None)
 
 
 @dataclass(frozen=True)
 class TrunkWeights:
-    """embedding [V, H], layers, final norm [H], head [V, H] (may be the embedding)."""
+    """embedding [V, H], layers, final norm [H], head [V, H] (may be the embedding) and its bias [V]."""
 
     embedding: Tensor
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     head: Tensor
+    head_bias: Tensor | None = None
 
 
 def rotary_tables(

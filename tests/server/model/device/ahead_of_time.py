@@ -24,7 +24,7 @@ from triton.runtime.driver import driver
 from expert_store.encoding import RowEncoding
 from expert_store.paging.pages import DevicePages, PagesShape
 from server.model.device.step.graphs import in_parallel
-from server.model.device.step.parts import AttentionKind, ExpertKind, GateKind, LatentKind, Scales
+from server.model.device.step.parts import GELU, AttentionKind, ExpertKind, GateKind, LatentKind, Scales
 from server.model.device.step.router_kind import RouterKind
 from server.model.device.step.sampling import DrawKind, DrawRoom, TokenDraw
 from server.model.device.step.state import RowState
@@ -124,6 +124,15 @@ GLM4_LITE = replace(
     attentions=(LatentKind(20, 512, 192, 64, 256, 768),) * 2, dense_intermediate=10240, shared_intermediate=1536,
     router=replace(GLM4.router, groups=1, kept_groups=1, scale=1.8),
 )  # fmt: skip
+GEMMA = replace(
+    QWEN3, num_layers=2, hidden=2816, vocab=262144, intermediate=704, shared_intermediate=2112, windows=(1024, 0),
+    attentions=(
+        AttentionKind(16, 8, 256, 256, 256, value_norm=True),
+        AttentionKind(16, 2, 512, 512, 512, values_are_keys=True, value_norm=True),
+    ),
+    experts=ExpertKind(GELU), mlp_gate=GELU, scales=Scales(53.0, rounds_embedding=True, cap=30.0),
+    router=RouterKind(own_norm=2816**-0.5, expert_factors="per_expert_scale", exact_weights=True),
+)  # fmt: skip
 
 EVERY_KIND = replace(
     TINY, dense_layers=frozenset({0}), dense_intermediate=64, shared_intermediate=32, rotary=16, windows=(16, 0),
@@ -155,6 +164,7 @@ CASES = {
     "deepseek-v3 in float32": Case(replace(DEEPSEEK_V3, dtype=torch.float32), 16, ((2, True, 0.0, "lru"),)),
     "deepseek-v2-lite": Case(DEEPSEEK_V2_LITE, 16, (_PLAIN, (8, True, 0.0, "lru"))),
     "glm-4-lite": Case(GLM4_LITE, 16, (_PLAIN, (8, True, 0.0, "lru"))),
+    "gemma": Case(GEMMA, 40, (_PLAIN, (8, True, 0.0, "lru"))),
     "qwen2": Case(QWEN2, 15, (_PLAIN, (2, False, 0.0, "lru"))),
 }
 
@@ -186,7 +196,8 @@ def trunk(shape: DecodeShape) -> TrunkWeights:
 
     def mlp(inner: int) -> MlpWeights:
         switch = matrix(shape.hidden) if shape.qk_norm == "none" else None
-        return MlpWeights(matrix(2 * inner, shape.hidden), matrix(shape.hidden, inner), switch)
+        norms = dict.fromkeys(("norm", "after"), matrix(shape.hidden)) if shape.router.own_norm else {}
+        return MlpWeights(matrix(2 * inner, shape.hidden), matrix(shape.hidden, inner), switch, **norms)
 
     def latent_weights(kind: LatentKind) -> LatentWeights:
         expand = matrix(kind.num_heads * (kind.nope + kind.value_dim), kind.rank)
@@ -209,7 +220,12 @@ def trunk(shape: DecodeShape) -> TrunkWeights:
             sinks=torch.empty(shape.num_heads, device="meta") if shape.experts.alternates else None,
             latent=latent_weights(attention) if isinstance(attention, LatentKind) else None,
             mlp=mlp(inner) if inner else None,
+            expert_factors=None if shape.router.expert_factors is None else bias,
+            factor=torch.empty(1, dtype=shape.dtype, device="meta") if shape.router.own_norm else None,
+            **dict.fromkeys(more if shape.router.own_norm else (), matrix(shape.hidden)),
         )  # fmt: skip
+
+    more = ("attention_norm", "branch_norm", "routed_norm", "gate_norm")
 
     return TrunkWeights(
         matrix(shape.vocab, shape.hidden), tuple(layer(at) for at in range(shape.num_layers)),

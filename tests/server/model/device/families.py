@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.model.device.step.parts import AttentionKind, ExpertKind, GateKind, LatentKind, PairOrder, Scales
+from server.model.device.step.parts import GELU, AttentionKind, ExpertKind, GateKind, LatentKind, PairOrder, Scales
 from tests.families.checkpoints import is_installed, random_model
 from tests.families.composites import TEXT_PARTS, composite_model
 
@@ -111,6 +111,21 @@ CAPTURED = {
         {**_LATENTS, "q_lora_rank": 16, "num_attention_heads": 5, "num_key_value_heads": 5},
         _latents(5, 16, "neighbours to halves"),
     ),
+    "gemma4_text": Captured(
+        {
+            "hidden_size_per_layer_input": 0, "global_head_dim": 64, "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True, "sliding_window": 3, "layer_types": _MIXED, "final_logit_softcapping": 3.0,
+            "intermediate_size": 48,
+        },
+        {
+            "windows": (3, 0), "mlp_gate": GELU, "experts": ExpertKind(GELU), "shared_intermediate": 48,
+            "attentions": (
+                AttentionKind(4, 2, 32, 32, 32, value_norm=True), AttentionKind(4, 1, 64, 64, 64, True, True),
+            ),
+            "scales": Scales(8.0, rounds_embedding=True, cap=3.0),
+        },
+    ),
+    "flex_olmo": Captured({"intermediate_size": 16}, {"qk_norm": "row"}),
     "qwen3_vl_moe": Captured({}, {"qk_norm": "head"}),
     "qwen3_omni_moe_thinker": Captured({}, {"qk_norm": "head"}),
     "qwen3_next in full attention": Captured(
@@ -124,9 +139,12 @@ CAPTURED = {
 }  # fmt: skip
 
 
-EVERYDAY = ("mixtral in a window", "qwen2_moe partly in windows", "glm4_moe in groups", "minimax_m2", "deepseek_v3")
+EVERYDAY = (
+    "mixtral in a window", "qwen2_moe partly in windows", "glm4_moe in groups", "minimax_m2", "deepseek_v3",
+    "gemma4_text",
+)  # fmt: skip
 """One of each kind of router and attention, between them with every kind of norm, window, dense layer and shared
-expert."""
+expert, and heads of other sizes by layer."""
 ALONE_TOO = ["olmoe", "qwen2_moe", "glm4_moe in groups", "minimax_m2"]
 
 

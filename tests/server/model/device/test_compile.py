@@ -36,7 +36,7 @@ LARGE = [name for name in CASES if name not in (*KINDS, *SMALL, *PACKED, *LATENT
                 (90, LARGE[2:]),
                 (90, PACKED),
                 (90, LATENTS),
-                (80, [*KINDS, "bundled", "int4", "gpt-oss", "gpt-oss, mxfp4", "ernie", "mimo", "deepseek-v3"]),
+                (80, [*KINDS, "bundled", "int4", "gpt-oss", "gpt-oss, mxfp4", "ernie", "mimo", "gemma", "deepseek-v3"]),
             )
         ),
     ],
