@@ -104,7 +104,7 @@ def adapt(
             say(
                 "experts are fetched or encoded, so every step waits for them: more slots, or plain experts, are faster"
             )
-        corpus = _corpus(model, request, folder, notify)
+        corpus = make_corpus(model, request, folder, notify)
         parameters = make_parameters(model, request.rank, request.training.seed, request.shared_width)
         work = request.work(model)
         training = Training(model, request.target, corpus, parameters, request.training, work, graph=batched)
@@ -171,10 +171,7 @@ def _adapter(
         fingerprint=model.store.manifest.source.fingerprint,
         num_layers=spec.num_layers,
         num_experts=spec.num_experts,
-        changes={
-            name: {part: one.detach().float().cpu() for part, one in parts.items()}
-            for name, parts in training.parameters.items()
-        },
+        changes=training.changes,
         mask=None if request.target.mask is None else request.target.mask.allowed,
         shares=request.target.shares,
         price={} if price is None else price.to_json(),
@@ -196,7 +193,7 @@ def _adapter(
     )
 
 
-def _corpus(model: HostModel, request: AdaptRequest, folder: Path, notify: Progress) -> Corpus:
+def make_corpus(model: HostModel, request: AdaptRequest, folder: Path, notify: Progress) -> Corpus:
     """The corpus of the texts, with the text that the model wrote, which is kept in `folder`."""
     context = request.text.context
     given = {domain.name: token_sequences(model, domain, request.text) for domain in request.domains}

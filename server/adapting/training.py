@@ -8,6 +8,7 @@ a step depends on its number, the seed and the state alone, so a run that was in
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -30,8 +31,10 @@ from server.adapting.parameters import Parameters
 from server.adapting.target import Target, drawn_pools
 from server.model.runner import SelectiveModel
 from server.model.seam.adapters import Part
+from server.quality.batches import MAX_ELEMENTS
 from server.quality.text_loss import geometric_mean
 
+log = logging.getLogger(__name__)
 TRAINED = ""
 """The name of the adapter in the model's routing while it is trained; no adapter of a store has it."""
 WARM_UP_SHARE, LAST_RATE_SHARE = 0.04, 0.05
@@ -42,8 +45,6 @@ CLIPPED_NORM = 1.0
 SAVE_SECONDS = 60.0
 READ_STEPS = 16
 """Losses are read from the device once in so many steps."""
-MAX_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 27}
-"""Most values in the largest array of the sequences that run at once (logits, or the experts' outputs)."""
 EAGER_CALLS = 3
 """Calls before a capture, in which libraries allocate what they keep."""
 STEP_COST = 4.0
@@ -91,23 +92,46 @@ class Trained:
 
 
 class Repeated:
-    """A function of fixed tensors; on a GPU a CUDA graph of it, if `graph`, from its fourth call on."""
+    """A function of fixed tensors, which is called again and again.
+
+    Args:
+        graph: whether to capture it in a CUDA graph after some calls. A function that cannot be captured, as those of
+            families whose forward waits for the device, is called as it is, with a warning.
+    """
 
     def __init__(self, function: Callable[[], None], graph: bool) -> None:
-        self._function, self._wants_graph, self._calls = function, graph, 0
+        self._function, self._calls = function, 0
+        self._stream = torch.cuda.Stream() if graph else None  # type: ignore[no-untyped-call]
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
         """Call it, or replay its graph."""
+        if self._stream is None:
+            self._function()
+            return
         self._calls += 1
-        if self._graph is None and self._wants_graph and self._calls > EAGER_CALLS:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._function()
+        if self._calls == EAGER_CALLS + 1:
+            self._graph = self._captured()
         if self._graph is not None:
             self._graph.replay()
-        else:
+            return
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             self._function()
+        current.wait_stream(self._stream)
+
+    def _captured(self) -> torch.cuda.CUDAGraph | None:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the graph has memory of its own
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream):
+                self._function()
+        except RuntimeError as error:
+            log.warning("steps run without a CUDA graph, which is slower: %s", str(error).partition("\n")[0])
+            return None
+        return graph
 
 
 class Training:
@@ -163,7 +187,7 @@ class Training:
         most = max(1, self.options.batch_tokens // length)
         config = self.model.model.config.get_text_config()
         width = max(self.model.vocab_size, int(config.hidden_size) * self.model.store.manifest.model.top_k)
-        self._rows = min(most, max(1, MAX_ELEMENTS[device.type] // (length * width)))
+        self._rows = min(most, max(1, MAX_ELEMENTS // (length * width)))
         self._batch = most // self._rows * self._rows
         self.num_steps = max(1, math.ceil(self.options.tokens / (self._batch * length)))
         self._orders: dict[int, npt.NDArray[np.int64]] = {}
@@ -211,6 +235,19 @@ class Training:
         """Wait for the steps under way, and note their losses."""
         self.done.recent += torch.stack(self._losses).tolist() if self._losses else []
         self._losses.clear()
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one step."""
+        return self._batch * self._text.shape[1]
+
+    @property
+    def changes(self) -> dict[str, dict[str, Tensor]]:
+        """The adapter's tensors as they are now, float32 on the CPU."""
+        return {
+            name: {part: one.detach().float().cpu().clone() for part, one in parts.items()}
+            for name, parts in self.parameters.items()
+        }
 
     def forecast(self) -> tuple[float, int]:
         """Seconds and bytes (beside the model) that the training takes about; runs a batch to measure the time."""
@@ -260,7 +297,7 @@ class Training:
                 group["lr"] = rate
         self._loss.zero_()
         for start in range(0, len(chosen), self._rows):
-            self._inputs.copy_(torch.from_numpy(inputs[start : start + self._rows]))
+            self._inputs.copy_(torch.from_numpy(inputs[start : start + self._rows]), non_blocking=True)
             self._gradients()
         self._update()
         return self._loss.clone()
