@@ -265,7 +265,8 @@ def _fit(training: Training, seconds: float) -> None:
     started = time.monotonic()
     training.run(None, last=last)
     a_step = (time.monotonic() - started) / (last - first)
-    training.num_steps = max(last + 8, last + int(seconds / a_step))
+    steps = last + int(seconds / a_step)
+    training.num_steps = steps + -steps % training.options.measures
 
 
 def _case(part: str, share: float, ratios: Mapping[str, float]) -> Row:

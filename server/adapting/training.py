@@ -31,7 +31,6 @@ from server.adapting.parameters import Parameters
 from server.adapting.target import Target, drawn_pools
 from server.model.runner import SelectiveModel
 from server.model.seam.adapters import Part
-from server.quality.batches import MAX_ELEMENTS
 from server.quality.text_loss import geometric_mean
 
 log = logging.getLogger(__name__)
@@ -45,6 +44,8 @@ CLIPPED_NORM = 1.0
 SAVE_SECONDS = 60.0
 READ_STEPS = 16
 """Losses are read from the device once in so many steps."""
+MAX_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 27}
+"""Most values in the largest array of the sequences that run at once (logits, or the experts' outputs)."""
 EAGER_CALLS = 3
 """Calls before a capture, in which libraries allocate what they keep."""
 STEP_COST = 4.0
@@ -187,7 +188,7 @@ class Training:
         most = max(1, self.options.batch_tokens // length)
         config = self.model.model.config.get_text_config()
         width = max(self.model.vocab_size, int(config.hidden_size) * self.model.store.manifest.model.top_k)
-        self._rows = min(most, max(1, MAX_ELEMENTS // (length * width)))
+        self._rows = min(most, max(1, MAX_ELEMENTS[device.type] // (length * width)))
         self._batch = most // self._rows * self._rows
         self.num_steps = max(1, math.ceil(self.options.tokens / (self._batch * length)))
         self._orders: dict[int, npt.NDArray[np.int64]] = {}

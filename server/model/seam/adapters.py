@@ -117,7 +117,9 @@ class StepAdapters:
             if gain is not None:
                 tokens = part.tokens
                 chosen, own = (index, weights) if tokens is None else (index[tokens], weights[tokens])
-                factor = 1 + part.of(functional.pad(gain, (0, 1))[chosen])  # a pick that does not exist has id E
+                factor = 1 + part.of(
+                    _taken(functional.pad(gain, (0, 1)), chosen)
+                )  # a pick that does not exist has id E
                 weights = _replaced(weights, tokens, own * factor.to(own.dtype))
         return weights
 
@@ -155,6 +157,13 @@ def _product(parts: Mapping[str, Tensor], x: Tensor) -> Tensor:
         gate, up, down = (parts[part].to(x.dtype) for part in ("gate", "up", "down"))
         return functional.linear(functional.silu(functional.linear(x, gate)) * functional.linear(x, up), down)
     return functional.linear(functional.linear(x, parts["lora_A"].to(x.dtype)), parts["lora_B"].to(x.dtype))
+
+
+def _taken(values: Tensor, index: Tensor) -> Tensor:
+    """values [N] at index [T, K]; in training by a product, since many additions to one number would wait in line."""
+    if not values.requires_grad:
+        return values[index]
+    return (index[..., None] == torch.arange(len(values), device=index.device)).to(values.dtype) @ values
 
 
 def _added(values: Tensor, tokens: Tensor | None, change: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.integrations.moe import grouped_mm_experts_forward
+from transformers.integrations.moe import _default_apply_gate, grouped_mm_experts_forward
 
 from expert_store.residency.cache import ExpertCache
 from server.model.seam.experts import LAYER_ATTRIBUTE, ExpertsLayer
@@ -51,19 +51,20 @@ def batched_experts(model: nn.Module, cache: ExpertCache) -> Iterator[bool]:
 def _dense(module: Any, params: dict[str, Tensor], slots: Tensor) -> Forward | None:
     """Every expert for every token; None for experts that are too large or of another form."""
     plain = module.has_gate and not (module.is_transposed or module.has_bias)
-    if not plain or getattr(module, "has_post_expert_norm", False):
+    is_usual = getattr(type(module), "_apply_gate", None) is _default_apply_gate  # act_fn(gate) * up
+    if not (plain and is_usual) or getattr(module, "has_post_expert_norm", False):
         return None
     num_experts, hidden_size, width = params["down_proj"].shape
     if num_experts * width > DENSE_COLUMNS:
         return None
-    up = params["gate_up_proj"].reshape(-1, hidden_size)
+    gate, up = (half.reshape(-1, hidden_size) for half in params["gate_up_proj"].chunk(2, dim=1))  # [E·I, H]
     down = params["down_proj"].transpose(1, 2).reshape(-1, hidden_size)  # [E·I, H]
     places = functional.pad(slots, (0, 1), value=num_experts)  # a pick that does not exist has id E
 
     def forward(self: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         gates = weights.new_zeros(len(hidden), num_experts + 1).scatter(1, places[index], weights)[:, :num_experts]
-        activated = self._apply_gate(functional.linear(hidden, up).view(len(hidden), num_experts, -1))  # [T, E, I]
-        weighted: Tensor = activated * gates.to(hidden.dtype).unsqueeze(-1)
+        activated = self.act_fn(functional.linear(hidden, gate)) * functional.linear(hidden, up)  # [T, E·I]
+        weighted: Tensor = activated.view(len(hidden), num_experts, -1) * gates.to(hidden.dtype).unsqueeze(-1)
         return weighted.flatten(1) @ down
 
     return forward
