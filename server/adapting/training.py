@@ -46,6 +46,8 @@ READ_STEPS = 16
 """Losses are read from the device once in so many steps."""
 MAX_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 27}
 """Most values in the largest array of the sequences that run at once (logits, or the experts' outputs)."""
+DIVERGENCE_ROWS = 8
+"""Sequences whose divergence is computed at once."""
 EAGER_CALLS = 3
 """Calls before a capture, in which libraries allocate what they keep."""
 STEP_COST = 4.0
@@ -396,11 +398,15 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, wanted: Tensor, got: Tensor, weights: Tensor) -> Tensor:
-        log_wanted = wanted.log_softmax(dim=-1, dtype=torch.float32)
-        log_got = got.log_softmax(dim=-1, dtype=torch.float32)
-        shares = log_wanted.exp()
-        loss = ((shares * (log_wanted - log_got)).sum(dim=-1) * weights).sum()
-        ctx.save_for_backward(((log_got.exp_() - shares) * weights[..., None]).to(got.dtype))
+        loss, of_got = torch.zeros((), device=got.device), torch.empty_like(got)
+        for start in range(0, len(got), DIVERGENCE_ROWS):  # float32 copies of all logits would take much memory
+            rows = slice(start, start + DIVERGENCE_ROWS)
+            log_wanted = wanted[rows].log_softmax(dim=-1, dtype=torch.float32)
+            log_got = got[rows].log_softmax(dim=-1, dtype=torch.float32)
+            shares, weight = log_wanted.exp(), weights[rows]
+            loss += ((shares * (log_wanted - log_got)).sum(dim=-1) * weight).sum()
+            of_got[rows] = (log_got.exp_() - shares) * weight[..., None]
+        ctx.save_for_backward(of_got)
         return loss
 
     @staticmethod
