@@ -337,7 +337,7 @@ class Training:
         routing.begin_tokens(len(ids), length, table, [Part(self.parameters, None, share)])
         try:
             student = self.model.model(input_ids=ids, use_cache=False).logits
-            loss: Tensor = _Divergence.apply(teacher, student, is_masked * weight[:, None].float())  # type: ignore[no-untyped-call]
+            loss = divergence(teacher, student, is_masked * weight[:, None].float())
             torch.autograd.backward(loss)
         finally:
             routing.abandon()
@@ -393,9 +393,18 @@ class Training:
         )
 
 
-class _Divergence(torch.autograd.Function):
-    """Σ weight · KL divergence from the distribution of `wanted` to that of `got`: logits [B, T, V], weights [B, T]."""
+def divergence(wanted: Tensor, got: Tensor, weights: Tensor) -> Tensor:
+    """Σ weight · KL divergence from the distribution of `wanted` to that of `got`, in nats; differentiable by `got`.
 
+    Args:
+        wanted, got: logits [B, T, V].
+        weights: [B, T].
+    """
+    loss: Tensor = _Divergence.apply(wanted, got, weights)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, wanted: Tensor, got: Tensor, weights: Tensor) -> Tensor:
         loss, of_got = torch.zeros((), device=got.device), torch.empty_like(got)

@@ -14,7 +14,7 @@ from server.adapting.corpus import Corpus, read_corpus
 from server.adapting.parameters import make_parameters
 from server.adapting.run import AdaptRequest, adapt
 from server.adapting.target import Target, drawn_pools, most_wanted
-from server.adapting.training import Training, TrainingOptions
+from server.adapting.training import DIVERGENCE_ROWS, Training, TrainingOptions, divergence
 from server.model.host.assembly import HostModel, load_model
 from server.model.runner import RunnerOptions
 from server.quality.texts import Domain, TextOptions, TextsError
@@ -50,6 +50,32 @@ def test_training_repairs_a_masked_model_on_text_that_it_did_not_see(model: Host
     assert done.step == training.num_steps == 12
     assert done.losses[-1][1] < 0.8 * done.losses[0][1]
     assert done.ratios[-1][1]["0.25"] < before["0.25"]
+
+
+def test_the_loss_is_the_divergence_and_its_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    wanted, got = torch.randn(2, DIVERGENCE_ROWS + 3, 4, 9, generator=generator)
+    weights = torch.rand(DIVERGENCE_ROWS + 3, 4, generator=generator)
+    got.requires_grad_()
+    loss = divergence(wanted, got, weights)
+    each = torch.nn.functional.kl_div(
+        got.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True
+    ).sum(-1)
+    (gradient,) = torch.autograd.grad(3 * loss, got)
+    (wanted_gradient,) = torch.autograd.grad(3 * (each * weights).sum(), got)
+    torch.testing.assert_close(loss, (each * weights).sum())
+    torch.testing.assert_close(gradient, wanted_gradient)
+
+
+def test_a_shared_expert_changes_nothing_before_it_is_trained_and_repairs_more(model: HostModel) -> None:
+    mask, losses = ExpertMask.same_in_every_layer([1, 4], 2, 8), []
+    for width in (0, 8):
+        parameters = make_parameters(model, 1, 0, width)
+        assert sum("down" in parts for parts in parameters.values()) == (2 if width else 0)
+        training = Training(model, Target(mask=mask), corpus(model), parameters, OPTIONS, {})
+        assert training.held_out() == training.held_out(None)
+        losses.append(training.run(None).losses[-1][1])
+    assert losses[1] < losses[0]
 
 
 def test_no_sequence_is_trained_on_and_measured(model: HostModel) -> None:
