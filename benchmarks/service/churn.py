@@ -66,11 +66,12 @@ class Churn:
     """One run: the server, its disk, its clients, and what came of them."""
 
     def __init__(self, store: Path, log: Path, arguments: argparse.Namespace, can_fill: bool) -> None:
-        limits = ["--slots", "16", "--max-queue-requests", "12", "--max-batch-size", "4"]
+        limits = ["--slots", "36", "--max-queue-requests", "12", "--max-batch-size", "4"]
         others = ["--dtype", "float32", "--log-level", "warning", "--log-format", "json", "--idle-seconds", "10"]
         times = ["--drain-seconds", str(DRAIN_SECONDS), "--usage-save-seconds", str(SAVE_USAGE_SECONDS)]
-        # room for the beginnings of prompts, but not for those of all and four long requests besides
-        limits += ["--prefill-chunk-tokens", "32", "--kv-memory", "4MiB", "--max-context-tokens", "512"]
+        # room for the beginnings of prompts, but not for those of all and four long requests besides, for which slots
+        # lend memory
+        limits += ["--prefill-chunk-tokens", "32", "--kv-memory", "6MiB", "--max-context-tokens", "512"]
         serve = [sys.executable, "-m", "server.cli", "serve", str(store)]
         self.server = ChurnServer([*serve, *limits, *others, *times], store / "usage.json", log)
         self.disk = Disk(store, arguments.seed)
@@ -105,6 +106,8 @@ class Churn:
         values = await self._metrics()
         names = ("prompt_tokens", "cached_prompt_tokens", "preemptions")
         kv_memory = {name: values[f"deepfew_{name}_total"] for name in names}
+        for kind in ("slots", "kv"):
+            kv_memory[f"moves_to_{kind}"] = values[f'deepfew_memory_moves_total{{kind="{kind}"}}']
         return self.result(is_finished=True, num_finished=finished(values)) | {"kv_memory_of_the_last_life": kv_memory}
 
     async def _inject(self, until: float) -> None:
