@@ -53,7 +53,7 @@ from benchmarks.service.churn_server import (
     mount_small_disk,
 )
 
-DRAIN_SECONDS = 30
+DRAIN_SECONDS = 90
 SAVE_USAGE_SECONDS = 3
 SAMPLE_SECONDS = 5
 REPORT_SECONDS = 30
@@ -71,7 +71,7 @@ class Churn:
         times = ["--drain-seconds", str(DRAIN_SECONDS), "--usage-save-seconds", str(SAVE_USAGE_SECONDS)]
         # room for the beginnings of prompts, but not for those of all and four long requests besides, for which slots
         # lend memory
-        limits += ["--prefill-chunk-tokens", "32", "--kv-memory", "6MiB", "--max-context-tokens", "512"]
+        limits += ["--prefill-chunk-tokens", "32", "--kv-memory", "4MiB", "--max-context-tokens", "384"]
         serve = [sys.executable, "-m", "server.cli", "serve", str(store)]
         self.server = ChurnServer([*serve, *limits, *others, *times], store / "usage.json", log)
         self.disk = Disk(store, arguments.seed)
