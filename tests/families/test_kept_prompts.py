@@ -62,6 +62,22 @@ def test_a_prompt_that_begins_alike_has_the_logits_of_one_read_anew(
     model.close()
 
 
+@pytest.mark.parametrize("family", EVERYDAY)
+def test_the_common_beginning_of_two_prompts_is_found_with_the_logits_of_reading_it_anew(
+    family: str, tmp_path: Path, repository: Path
+) -> None:
+    extracted(random_model(family), tmp_path, repository).close()
+    model = assembled(Store.open(tmp_path / "store"), 8)
+    runner = make_runner(model, max_rows=1, max_tokens=640)
+    read(runner, TOKENS)
+    for common in (64, 64, 32):
+        tokens = [*TOKENS[:common], *reversed(TOKENS[: 100 - common])]
+        logits, found = read(runner, tokens)
+        assert found >= common
+        assert torch.equal(logits, fresh(model, tokens))
+    model.close()
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_rows_decode_together_as_alone_whether_attention_makes_keys_of_what_it_finds_or_not(
     family: str, tmp_path: Path, repository: Path
