@@ -40,6 +40,7 @@ TEXT_PARTS = {
     "glm4v_moe": "glm4v_moe_text",
     "minimax_m3_vl": "minimax_m3_vl_text",
     "aria": "aria_text",
+    "kimi_k25": "deepseek_v3",
     "qwen3_omni_moe_thinker": "qwen3_omni_moe_text",
 }
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from server.model.device.capture import need
 
 _MODEL = ("model", "lm_head")
-TOWERS = ("visual", "vision_tower", "audio_tower", "multi_modal_projector")
+TOWERS = ("visual", "vision_tower", "audio_tower", "multi_modal_projector", "mm_projector")
 """Modules for images and sound, which no text goes through."""
 _BODY = ("embed_tokens", "layers", "norm", "rotary_emb")
 _BEFORE = ("pre_mlp_layernorm", "pre_feedforward_layernorm")
