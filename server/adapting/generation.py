@@ -7,11 +7,14 @@ transformers' own forward and cache; no server does that, and their bits are pro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from server.model.host.assembly import HostModel
 from server.model.kv_memory import kv_token_bytes
@@ -44,6 +47,7 @@ def write_texts(
         texts = torch.zeros(len(begun), num_tokens, dtype=torch.int64, device=device)
         texts[:, : begun.shape[1]] = begun
         cache, first = DynamicCache(config=config), 0
+        cache.layers = [_HeldLayer(num_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
         for at in range(begun.shape[1], num_tokens):
             ids = texts[:, first:at]
             model.routing.begin(*ids.shape)
@@ -56,3 +60,25 @@ def write_texts(
             first = at
         written.append(texts.to(torch.int32).cpu().numpy())
     return np.concatenate(written)
+
+
+class _HeldLayer(DynamicLayer):
+    """Keys and values of a layer in memory for `num_tokens` tokens that is taken once: a step copies its own alone."""
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._num_tokens = num_tokens
+        self._held: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add the step's keys and values [B, heads, T, D]; returns those of all tokens, views that live until reset."""
+        if not self._held:
+            self.lazy_initialization(key_states, value_states)
+            states = (key_states, value_states)
+            self._held = [one.new_empty(*one.shape[:2], self._num_tokens, one.shape[-1]) for one in states]
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        for held, own in zip(self._held, (key_states, value_states), strict=True):
+            held[:, :, start:end] = own
+        self.keys, self.values = (held[:, :, :end] for held in self._held)
+        return self.keys, self.values

@@ -11,6 +11,7 @@ from expert_store.errors import AdapterError
 from expert_store.store import Store
 from router.mask import ExpertMask
 from server.adapting.corpus import Corpus, read_corpus
+from server.adapting.generation import write_texts
 from server.adapting.parameters import make_parameters
 from server.adapting.run import AdaptRequest, adapt
 from server.adapting.target import Target, drawn_pools, most_wanted
@@ -136,6 +137,18 @@ def test_the_whole_model_writes_text_when_there_is_none(model: HostModel, tmp_pa
     again = adapt(model, request, tmp_path / "run", said.append)
     assert said[-3:-2] != said[:1]
     assert again.to_bytes() == adapter.to_bytes()
+
+
+def test_text_is_drawn_from_the_whole_model(model: HostModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "multinomial", lambda shares, count, generator: shares.argmax(dim=-1, keepdim=True))
+    beginnings = [[5, 9, 300], [7, 120, 44], [5, 8, 301]]
+    for begun, text in zip(beginnings, write_texts(model, beginnings, 12, 0, lambda *step: None).tolist(), strict=True):
+        assert text[:3] == begun
+        model.routing.begin(1, 11)
+        with torch.no_grad():
+            logits = model.model(input_ids=torch.tensor([text[:-1]]), use_cache=False).logits
+        model.routing.abandon()
+        assert text[3:] == logits[0, 2:].argmax(dim=-1).tolist()
 
 
 def test_a_run_of_other_work_is_not_continued(model: HostModel, stories: Path, tmp_path: Path) -> None:
