@@ -39,6 +39,7 @@ class Merging:
 
     def __init__(self, adapter: Adapter | None, store: Store, whole: Any, kept: Sequence[Sequence[int]]) -> None:
         self._changes = {} if adapter is None else dict(adapter.changes)
+        self._family = store.manifest.model.family
         self._whole = whole
         self._merged: set[str] = set()
         if adapter is None:
@@ -88,6 +89,12 @@ class Merging:
 
     def check_complete(self) -> None:
         """Raise UnsupportedFamilyError if a change of the adapter found no tensor to be merged into."""
+        added = next((module for module, parts in self._changes.items() if "down" in parts), None)
+        if added is not None:
+            raise UnsupportedFamilyError(
+                f"the adapter adds an expert to {added}, which {self._family!r} has no place for: export without the "
+                "adapter, or train one with --shared-width 0"
+            )
         left = {f"{module}.{part}" for module, parts in self._changes.items() for part in parts} - self._merged
         if left:
             raise UnsupportedFamilyError(

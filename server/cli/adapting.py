@@ -59,6 +59,10 @@ GeneratedOption = Annotated[
 RankOption = Annotated[
     int, typer.Option(metavar="N", min=0, help="Of the changes of linear layers; 0 changes whole matrices.")
 ]
+SharedOption = Annotated[
+    int,
+    typer.Option(metavar="N", min=0, help="Width of an expert that each layer gets for all masked tokens; 0: none."),
+]
 RateOption = Annotated[float, typer.Option(metavar="RATE", min=1e-6, max=1.0, help="Highest rate of learning.")]
 BatchOption = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a step.")]
 SeedOption = Annotated[int, typer.Option(metavar="N", min=0, help="Of all random choices.")]
@@ -77,6 +81,7 @@ def adapt(
     tokens: TrainedOption = 4_000_000,
     self_generated: GeneratedOption = 0,
     rank: RankOption = 32,
+    shared_width: SharedOption = 64,
     rate: RateOption = 2e-3,
     batch_tokens: BatchOption = 4096,
     seed: SeedOption = 0,
@@ -115,7 +120,9 @@ def adapt(
             )
         options = TextOptions(context, max_tokens, half)
         training = TrainingOptions(tokens, batch_tokens, rate, seed)
-        request = AdaptRequest(domains, options, _target(plan, pools, model), training, rank, self_generated)
+        request = AdaptRequest(
+            domains, options, _target(plan, pools, model), training, rank, self_generated, shared_width
+        )
         folder = out.with_name(out.name + ".resume")
         progress = stack.enter_context(progress_bar("adapting")).show
         adapter = run(model, request, folder, lambda line: print(line, file=sys.stderr, flush=True), progress)

@@ -80,6 +80,10 @@ def test_an_adapter_for_other_experts_or_of_another_checkpoint_is_refused(
         odd = replace(adapter, changes={**adapter.changes, "model.nowhere": {"delta": torch.zeros(2, 2)}})
         with pytest.raises(UnsupportedFamilyError, match=r"no tensor for model\.nowhere\.delta"):
             prepare_export(store, tmp_path / "out", PLAN, None, odd)
+        added = {"gate": torch.zeros(3, 32), "up": torch.zeros(3, 32), "down": torch.zeros(32, 3)}
+        wide = replace(adapter, changes={**adapter.changes, "model.layers.0.mlp.experts": added})
+        with pytest.raises(UnsupportedFamilyError, match=r"adds an expert to model\.layers\.0.*--shared-width 0"):
+            prepare_export(store, tmp_path / "out", PLAN, None, wide)
 
 
 def replace_last(plan: Plan) -> Plan:
