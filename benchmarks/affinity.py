@@ -257,7 +257,9 @@ class Simulation:
         if self.policy == "two choices":
             return min(self.draw.sample(range(self.num), 2), key=lambda at: self.load[at])
         loads = dict(zip(self.names, self.load.tolist(), strict=True))
-        return int(self.fleet.ranked(likeness, loads, now, self.draw)[0].replica)
+        chosen = self.fleet.ranked(likeness, loads, now, self.draw)[0].replica
+        self.fleet.sent(chosen, likeness, now)
+        return int(chosen)
 
     def _likeness(self, turn: Turn) -> Likeness:
         blocks = (turn.history + turn.prompt) // BLOCK_TOKENS

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Mapping
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -188,8 +189,14 @@ async def _lifespan(receive: Receive, send: Send) -> None:
             return
 
 
-async def answer_of(application: ASGIApp, request: PassedRequest) -> AsyncGenerator[list[Message], None]:
-    """The messages of an application's answer, as many at once as there are. Closing it is as if the client left."""
+async def answer_of(
+    application: ASGIApp, request: PassedRequest, context: Context | None = None
+) -> AsyncGenerator[list[Message], None]:
+    """The messages of an application's answer, as many at once as there are. Closing it is as if the client left.
+
+    Args:
+        context: in which the application runs; None is a copy of the caller's.
+    """
     messages: asyncio.Queue[Message | None] = asyncio.Queue(MAX_MESSAGES)
     unread: list[Message] = [{"type": "http.request", "body": request.body, "more_body": False}]
 
@@ -202,7 +209,7 @@ async def answer_of(application: ASGIApp, request: PassedRequest) -> AsyncGenera
         finally:
             await messages.put(None)
 
-    task = asyncio.ensure_future(run())
+    task = asyncio.create_task(run(), context=context)
     try:
         while True:
             batch = [await messages.get()]

@@ -23,7 +23,7 @@ from ray.serve.handle import DeploymentHandle
 
 from server.api.front import AsgiMessage, Front, PassedRequest, ReplicaLostError
 from server.cluster.choice import DEFAULT_OPTIONS, ChoiceOptions
-from server.cluster.likeness import Likeness, likeness_of, parsed_body
+from server.cluster.likeness import Likeness, likeness_of, parsed_body, profile_of
 from server.cluster.replica import Replica
 from server.cluster.router import AffinityRouter
 from server.cluster.settings import ClusterSettings, Part, read_cluster
@@ -149,7 +149,7 @@ class _Parts:
     async def open(self, request: PassedRequest) -> AsyncGenerator[AsgiMessage, None]:
         body = parsed_body(request.body) if request.method == "POST" else None
         likeness = None if body is None else likeness_of(body)
-        part = self._profiles.get(str((body or {}).get("profile")), self._first)
+        part = self._profiles.get(profile_of(body or {}) or "", self._first)
         answer = self._replicas[part].options(stream=True).serve.remote(request, likeness)
         try:
             await self._taken(answer, part)

@@ -1,23 +1,23 @@
 """The choice of a replica for a request: who holds its beginning and its experts, and is not busier than the others.
 
-Invariant: a choice depends on its arguments alone, and all knowledge comes from the replicas' statistics, so a router
-can be replaced at any time. A replica over the bound of load is chosen only where all are. Sources: power of two
-choices (Mitzenmacher 2001), consistent hashing with bounded loads (Mirrokni and others 2018).
+Invariant: all knowledge comes from the replicas' statistics and the choices of the last seconds, so a router can be
+replaced at any time. A replica over the bound of load is chosen only where all are. Sources: power of two choices
+(Mitzenmacher 2001), consistent hashing with bounded loads (Mirrokni and others 2018).
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from server.cluster.likeness import WORD_BUCKETS, Likeness
-from server.cluster.statistics import ReplicaStatistics, Topic, Weights
+from server.cluster.statistics import MAX_PREFIXES, ReplicaStatistics, Topic, Weights
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,13 @@ class Candidate(NamedTuple):
 
 
 class Fleet:
-    """The last statistics of every replica. `update` and `keep` change it; not thread-safe."""
+    """The last statistics of every replica, and what was sent there since. `update`, `keep` and `sent` change it; not
+    thread-safe."""
 
     def __init__(self, options: ChoiceOptions = DEFAULT_OPTIONS) -> None:
         self.options = options
         self._known: dict[str, ReplicaStatistics] = {}
+        self._sent: dict[str, OrderedDict[int, float]] = defaultdict(OrderedDict)
         self._index = _Index({})
         self._indexed_at = -math.inf
         self._is_changed = False
@@ -85,10 +87,25 @@ class Fleet:
             if statistics is not None:
                 self._known[replica] = known = statistics
                 self._is_changed = True
+                sent = self._sent[replica]
+                while sent and next(iter(sent.values())) < statistics.taken_at:  # the statistics have them
+                    sent.popitem(last=False)
         return known
+
+    def sent(self, replica: str, likeness: Likeness, now: float) -> None:
+        """Count a request that was sent to a replica: until its next statistics nobody else says that it holds the
+        beginning. A turn that comes back sooner than they do finds its replica so."""
+        sent = self._sent[replica]
+        for block in likeness.beginning:
+            sent[block] = now
+            sent.move_to_end(block)
+        while len(sent) > MAX_PREFIXES:
+            sent.popitem(last=False)
 
     def keep(self, replicas: Collection[str]) -> None:
         """Forget all other replicas."""
+        for gone in self._sent.keys() - set(replicas):
+            del self._sent[gone]
         for gone in self._known.keys() - set(replicas):
             del self._known[gone]
             self._is_changed = True
@@ -113,7 +130,9 @@ class Fleet:
         is_fresh = np.array(
             [now - index.taken_at.get(name, -math.inf) <= options.max_age_seconds for name in names], bool
         )
-        blocks = np.array([index.blocks_held(name, likeness) for name in names]) * is_fresh
+        reported = (index.prefixes(name) if fresh else frozenset() for name, fresh in zip(names, is_fresh, strict=True))
+        held_blocks = [(of_one, self._sent.get(name, {})) for name, of_one in zip(names, reported, strict=True)]
+        blocks = np.array([_num_first(likeness.beginning, *of_one) for of_one in held_blocks])
         # A replica of which nothing is known now counts as an average one: at 0, all would go to the few known ones.
         held, wanted = (
             np.where(is_fresh, of_all, of_all[is_fresh].mean() if is_fresh.any() else 0.0)
@@ -150,11 +169,9 @@ class _Index:
         self._wanted = unit(np.array([_all_demand(statistics) for statistics in alike.values()], dtype=np.float32))
         self.topics = _Topics([topic for statistics in alike.values() for topic in statistics.topics])
 
-    def blocks_held(self, name: str, likeness: Likeness) -> int:
-        held, count = self._prefixes.get(name, ()), 0
-        while count < len(likeness.beginning) and likeness.beginning[count] in held:
-            count += 1
-        return count
+    def prefixes(self, name: str) -> frozenset[int]:
+        """The hashes of the beginnings that a replica holds."""
+        return self._prefixes.get(name, frozenset())
 
     def overlaps(self, names: Sequence[str], likely: Weights | None) -> tuple[Weights, Weights]:
         """Of each name `Candidate.held`, and the likeness of the likely demand to that of its requests, 0 to 1.
@@ -197,6 +214,14 @@ class _Topics:
             return None
         # The power leaves little to topics that are only half as like as the likest.
         return _mean_demand([self._demand[at] for at in likest], [likenesses[at] ** 4 for at in likest])
+
+
+def _num_first(blocks: Sequence[int], *held: Container[int]) -> int:
+    """The number of the first blocks, without a gap, that are in any of `held`."""
+    count = 0
+    while count < len(blocks) and any(blocks[count] in one for one in held):
+        count += 1
+    return count
 
 
 def _mean_demand(demands: Sequence[Weights], weights: Sequence[float]) -> Weights:

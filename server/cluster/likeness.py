@@ -1,7 +1,8 @@
 """The likeness of a request: few bytes that say how it begins, whose it is and what it is about, made without a model.
 
 It is made of the body that a client sent, whatever its dialect. Invariant: bodies whose conversations begin with the
-same bytes share the hashes of that beginning, and no text can be read back from a likeness.
+same bytes, and whose keys and values depend on the same mask, temperature and adapter, share the hashes of that
+beginning; no text can be read back from a likeness.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ WORD_BUCKETS = 512
 MAX_WORDS = 400
 TEXT_FIELDS = ("system", "tools", "instructions", "messages", "input", "inputs", "prompt")
 """Fields of all dialects that make the prompt, in the order in which it is made of them."""
+SALT_FIELDS = ("profile", "adapter", "router_temperature", "on_missing")
+"""Fields on which keys and values of a prompt depend; a pool's prompt is read without a mask."""
 _WORD = re.compile(r"[^\W_]{2,}")
 
 
@@ -33,7 +36,7 @@ class Likeness:
     """A request as a router sees it.
 
     Attributes:
-        beginning: hashes of its first 1, 2, … blocks; each covers all before it.
+        beginning: hashes of its first 1, 2, … blocks; each covers all before it, and the salt.
         keys: hashes of what it belongs to, the most telling first: conversation, profile, beginning.
         words: bool [WORD_BUCKETS], the buckets of its words.
     """
@@ -47,14 +50,31 @@ def likeness_of(body: Mapping[str, Any]) -> Likeness:
     """The likeness of a request's parsed body; anything that is no request has an empty one."""
     parts = [_bytes_of(value) for field in TEXT_FIELDS if (value := body.get(field)) is not None]
     text = b"".join(parts)[: BLOCK_BYTES * MAX_BLOCKS]
-    beginning = _block_hashes(text)
     named = [
         ("conversation", body.get("prompt_cache_key") or body.get("user") or _user_of(body.get("metadata"))),
-        ("profile", body.get("profile")),
-        ("beginning", beginning[0] if beginning else None),
+        ("profile", profile_of(body)),
+        ("beginning", _hash(text[:BLOCK_BYTES]) if len(text) >= BLOCK_BYTES else None),
     ]
-    keys = tuple(_hash(f"{kind}:{value}".encode()) for kind, value in named if value)
+    keys = tuple(_hash(_encoded(f"{kind}:{value}")) for kind, value in named if value)
+    salt = [(name, value) for name in SALT_FIELDS if (value := _mask_field(body, name)) is not None]
+    beginning = _block_hashes(text, _encoded(repr(salt)) if salt else b"")
     return Likeness(beginning, keys, words_of(text.decode(errors="ignore")))
+
+
+def profile_of(body: Mapping[str, Any]) -> str | None:
+    """The name of the profile that a body asks for, whatever its dialect; None if it asks for none."""
+    profile = _mask_field(body, "profile")
+    return profile if isinstance(profile, str) else None
+
+
+def _mask_field(body: Mapping[str, Any], name: str) -> Any:
+    parameters = body.get("parameters")
+    inner = parameters.get(name) if isinstance(parameters, dict) else None
+    return body.get(name) if inner is None else inner
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode(errors="surrogatepass")
 
 
 def parsed_body(body: bytes) -> dict[str, Any] | None:
@@ -77,15 +97,13 @@ def words_of(text: str) -> npt.NDArray[np.bool_]:
 def _bytes_of(value: Any) -> bytes:
     """A field of the prompt as bytes; a list is its items one after the other, so that a longer one continues it."""
     if isinstance(value, str):
-        return value.encode(errors="surrogatepass")
+        return _encoded(value)
     items = value if isinstance(value, list) else [value]
-    return b"".join(
-        json.dumps(item, sort_keys=True, ensure_ascii=False).encode(errors="surrogatepass") for item in items
-    )
+    return b"".join(_encoded(json.dumps(item, sort_keys=True, ensure_ascii=False)) for item in items)
 
 
-def _block_hashes(text: bytes) -> tuple[int, ...]:
-    state, hashes = xxhash.xxh3_64(), []
+def _block_hashes(text: bytes, salt: bytes) -> tuple[int, ...]:
+    state, hashes = xxhash.xxh3_64(salt), []
     for start in range(0, len(text) - BLOCK_BYTES + 1, BLOCK_BYTES):
         state.update(text[start : start + BLOCK_BYTES])
         hashes.append(state.intdigest())

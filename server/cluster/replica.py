@@ -11,21 +11,21 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from router.ledger import sum_by_expert
-from router.mask import ExpertMask
 from server.api.app import create_app
 from server.api.front import AsgiMessage, PassedRequest, answer_of
 from server.api.readiness import checked
 from server.cluster.likeness import BLOCK_BYTES, TOKEN_BYTES, Likeness
 from server.cluster.statistics import TopicLedger, sketch_layers
-from server.engine.request import EngineStatus, GenerationRequest, Masking, OnEvent
+from server.engine.request import EngineStatus, GenerationRequest, OnEvent
 from server.errors import ServerError, message_of
 from server.model.load_progress import LoadProgress
 from server.serving.loading import check_store, load
@@ -86,14 +86,14 @@ class Replica:
     async def serve(self, request: PassedRequest, likeness: Likeness | None) -> AsyncGenerator[list[AsgiMessage], None]:
         """The ASGI messages of the answer, as many at once as there are. Closing it cancels the request."""
         self._running += 1
-        token = _LIKENESS.set(likeness)
+        context = copy_context()  # of the application alone: the steps of a generator may run in different contexts
+        context.run(_LIKENESS.set, likeness)
         try:
-            async with aclosing(answer_of(self._application, request)) as batches:
+            async with aclosing(answer_of(self._application, request, context)) as batches:
                 async for batch in batches:
                     yield batch
         finally:
             self._running -= 1
-            _LIKENESS.reset(token)
 
     async def answer(self, request: PassedRequest) -> tuple[int, bytes]:
         """The status and the body of a short answer."""
@@ -140,7 +140,7 @@ class _Watch:
         if likeness is not None:
             with self._lock:
                 keys = self._ledger.begin(likeness)
-            request = replace(request, masking=_Observed(self, keys, request.masking))
+            request = replace(request, observe_demand=partial(self._count, keys))
         self._engine.submit(request, on_event)
 
     def cancel(self, request_id: str) -> None:
@@ -155,7 +155,7 @@ class _Watch:
     def status(self) -> EngineStatus:
         return self._engine.status()
 
-    def count(
+    def _count(
         self, keys: Sequence[int], demand_index: npt.NDArray[np.int64], demand_weight: npt.NDArray[np.float32]
     ) -> None:
         """Add the demand [L, T, K] of a step's tokens to the topics."""
@@ -167,19 +167,3 @@ class _Watch:
         held = self._experts().resident[self._layers].ravel()
         with self._lock:
             return self._ledger.statistics(time.time(), load, held).to_wire()
-
-
-class _Observed:
-    """A request's masking, and the count of what it demands."""
-
-    def __init__(self, watch: _Watch, keys: Sequence[int], masking: Masking | None) -> None:
-        self._watch, self._keys, self._masking = watch, keys, masking
-
-    @property
-    def mask(self) -> ExpertMask | None:
-        return None if self._masking is None else self._masking.mask
-
-    def observe(self, demand_index: npt.NDArray[np.int64], demand_weight: npt.NDArray[np.float32]) -> None:
-        self._watch.count(self._keys, demand_index, demand_weight)
-        if self._masking is not None:
-            self._masking.observe(demand_index, demand_weight)

@@ -46,7 +46,10 @@ class AffinityRouter(RequestRouter):
         return [*([by_name[candidate.replica]] for candidate in ranked), candidate_replicas]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
-        """From now on Ray's own count has the request."""
+        """From now on Ray's own count has the request, and the replica its beginning."""
+        likeness = _likeness(pending_request)
+        if likeness is not None:
+            self._fleet.sent(replica_id.to_full_id_str(), likeness, time.time())
         self._on_their_way.pop(pending_request.metadata.internal_request_id, None)
 
     def _loads(self, replicas: Mapping[str, RunningReplica], now: float) -> dict[str, float]:

@@ -93,7 +93,7 @@ class SequenceMasks:
         return known[2]
 
     def observe(self, sequence: Sequence, record: StepRecord, tokens: slice, missed: npt.NDArray[np.float64]) -> None:
-        """Notify the request's masking of the demand of its tokens of a step; it may change its mask.
+        """Tell the request's observer and its masking what its tokens of a step demand; the mask may change.
 
         Args:
             tokens: the sequence's in `record`.
@@ -105,6 +105,8 @@ class SequenceMasks:
         request = sequence.request
         if request.on_missing == "refuse" and missed.any():
             check_nothing_missing(*record.demand_of(tokens), self.of(sequence) or self._runner.model.routing.mask)
+        if request.observe_demand is not None:
+            request.observe_demand(*record.demand_of(tokens))
         if request.masking is None:
             return
         before = request.masking.mask

@@ -204,6 +204,10 @@ class Masking(Protocol):
         """Receive the demand of the request's tokens of a step, index and weight [L, T, K]; may change `mask`."""
 
 
+ObserveDemand = Callable[[npt.NDArray[np.int64], npt.NDArray[np.float32]], None]
+"""Receives the demand of the request's tokens of a step, index and weight [L, T, K], on the engine thread."""
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One prompt to continue.
@@ -221,6 +225,7 @@ class GenerationRequest:
         adapter: the adapter of its masked tokens: "auto" is the one that was made for the mask, "none" is none, or a
             name. Tokens without a mask never have one.
         router_temperature: > 0, divides the router's logits for choice and weights; 1 leaves the model as it is.
+        observe_demand: sees what its tokens demand and changes nothing.
         constraint: the generated text matches it, unless `max_new_tokens` or a stop string ends it before. An end-of-
             sequence token comes only where the text matches; where nothing can follow, the text ends without one. With
             `min_tokens` and `ignore_eos` the text goes on where it can.
@@ -235,6 +240,7 @@ class GenerationRequest:
     on_missing: OnMissing = "mask"
     adapter: str = "auto"
     router_temperature: float = 1.0
+    observe_demand: ObserveDemand | None = None
     constraint: CompiledConstraint | None = None
 
 

@@ -141,3 +141,15 @@ def test_a_replica_of_another_model_is_a_candidate_without_worth() -> None:
 def test_one_replica_or_none() -> None:
     assert [candidate.replica for candidate in _ranked(Fleet(), NONE, a=3)] == ["a"]
     assert _ranked(Fleet(), NONE) == []
+
+
+def test_what_was_just_sent_counts_until_statistics_say_more() -> None:
+    fleet = _fleet(a=_statistics(), b=_statistics())
+    likeness = Likeness((1, 2, 3), (), words_of(""))
+    fleet.sent("b", likeness, 1.0)
+    assert _ranked(fleet, likeness, a=0, b=0)[0] == Candidate("b", 3, 0.0)
+    fleet.update("b", _statistics(taken_at=2.0).to_wire())
+    assert _ranked(fleet, likeness, 4.0, a=0, b=0)[0].blocks == 0
+    fleet.sent("b", likeness, 5.0)
+    fleet.keep(["a"])
+    assert _ranked(fleet, likeness, 5.0, a=0, b=0)[0].blocks == 0

@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.cluster.likeness import BLOCK_BYTES, MAX_BLOCKS, likeness_of, parsed_body, words_of
+from server.cluster.likeness import BLOCK_BYTES, MAX_BLOCKS, likeness_of, parsed_body, profile_of, words_of
 
 
 def _chat(*texts: str, **fields: Any) -> dict[str, Any]:
@@ -29,6 +29,22 @@ def test_another_first_block_changes_all_later_hashes() -> None:
 def test_parameters_of_sampling_do_not_count() -> None:
     plain, sampled = ({"prompt": "p" * 600}, {"prompt": "p" * 600, "temperature": 0.3, "max_tokens": 7})
     assert likeness_of(plain).beginning == likeness_of(sampled).beginning
+
+
+def test_beginnings_differ_with_what_their_keys_and_values_depend_on() -> None:
+    prompt = "p" * 600
+    plain = likeness_of({"prompt": prompt, "on_missing": None})
+    assert plain.beginning == likeness_of({"prompt": prompt}).beginning
+    salted = [{"profile": "law"}, {"profile": "art"}, {"adapter": "none"}, {"router_temperature": 2.0}]
+    others = {likeness_of({"prompt": prompt, **fields}).beginning for fields in salted}
+    assert len(others | {plain.beginning}) == 1 + len(salted)
+    assert likeness_of({"prompt": prompt, "pool": 8}).beginning == plain.beginning
+
+
+def test_a_profile_is_found_in_every_dialect() -> None:
+    assert profile_of({"inputs": "a", "parameters": {"profile": "law"}}) == "law"
+    assert profile_of({"prompt": "a", "profile": "law"}) == "law"
+    assert [profile_of(body) for body in ({}, {"profile": 3}, {"parameters": [1]})] == [None] * 3
 
 
 def test_keys_are_of_the_conversation_then_the_profile_then_the_beginning() -> None:
