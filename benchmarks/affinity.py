@@ -290,7 +290,7 @@ class Simulation:
         if self.policy not in ("prefix", "affinity"):
             return
         held = self.resident[at, self.layers].ravel()
-        wire = self.ledgers[at].statistics(now, int(self.load[at]), held).to_wire()
+        wire = self.ledgers[at].statistics(now, int(self.load[at]), held, np.ones_like(held)).to_wire()
         self.counts.statistics_bytes = max(self.counts.statistics_bytes, len(pickle.dumps(wire)))
         self.fleet.update(self.names[at], wire)
 

@@ -34,7 +34,7 @@ def full_statistics(draw: np.random.Generator, taken_at: float) -> dict[str, Any
         beginning = tuple(draw.integers(0, 2**63, blocks).tolist())
         likeness = Likeness(beginning, (int(key),), draw.random(WORD_BUCKETS) < 0.2)
         ledger.add(ledger.begin(likeness), draw.random(SKETCH_EXPERTS) ** 4, 100)
-    return ledger.statistics(taken_at, 3, draw.random(SKETCH_EXPERTS) < 0.5).to_wire()
+    return ledger.statistics(taken_at, 3, *draw.random((2, SKETCH_EXPERTS)) < 0.5).to_wire()
 
 
 def measured(num_replicas: int, num_choices: int = 200) -> dict[str, float]:

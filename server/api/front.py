@@ -10,20 +10,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextvars import Context
-from dataclasses import dataclass
-from typing import Protocol
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api import fleet
 from server.api.admin.schemas import HealthResponse
 from server.api.http.body import receive_body
 from server.api.http.errors import ApiError, dialect_of, error_body, error_response
 from server.api.http.middleware import OPEN_PATHS, as_routed
 from server.api.http.responses import ModelResponse, abort, event, named_event, unless_disconnected
+from server.api.replicas import PassedRequest, ReplicaLostError, Replicas
 from server.engine.request import EngineError
 from server.serving.exposition import merge_expositions
 from server.serving.metrics import CONTENT_TYPE
@@ -31,48 +31,12 @@ from server.settings.schema import HttpSettings
 
 log = logging.getLogger(__name__)
 
-AsgiMessage = Message
 METRICS_PATHS = ("/metrics", "/metrics/vllm")
 RELOAD_PATH = "/experts/reload"
 MAX_TRIES = 3
 MAX_MESSAGES = 64
 """Messages of an answer that wait for a front that reads slowly."""
 UNREPEATABLE = ("/experts/grow", "/experts/shrink")
-
-
-class ReplicaLostError(EngineError):
-    """The replica that ran the request ended."""
-
-
-@dataclass(frozen=True)
-class PassedRequest:
-    """A request on its way to a replica; headers as ASGI has them."""
-
-    method: str
-    path: str
-    query: bytes
-    headers: tuple[tuple[bytes, bytes], ...]
-    body: bytes
-
-
-class Replicas(Protocol):
-    """The replicas behind a front."""
-
-    def open(self, request: PassedRequest) -> AsyncGenerator[Message, None]:
-        """The ASGI messages of one replica's answer; closing the generator cancels the request there.
-
-        Raises:
-            NotReadyError: no replica took it in time. ReplicaLostError: the replica ended.
-        """
-        ...
-
-    async def ask_all(self, request: PassedRequest) -> Mapping[str, tuple[int, bytes]]:
-        """The status and the body of every replica's answer, by the replica's name; at least one.
-
-        Raises:
-            NotReadyError: there is no replica, or none answers.
-        """
-        ...
 
 
 class Front:
@@ -124,6 +88,8 @@ class Front:
             await (await self._metrics(passed))(scope, receive, send)
         elif path == RELOAD_PATH:
             await (await self._all_alike(passed))(scope, receive, send)
+        elif (together := await fleet.answer(self._replicas, passed)) is not None:
+            await together(scope, receive, send)
         else:
             await unless_disconnected(request, self._pass_on(passed, scope, send))
 
@@ -154,20 +120,15 @@ class Front:
         """One answer for a request that all replicas get: the first refusal, else the answer of any."""
         answers = await self._replicas.ask_all(request)
         status, body = next(iter(answers.values()))
-        return _refusal(answers) or Response(body, status, media_type="application/json")
+        return fleet.refusal(answers) or Response(body, status, media_type="application/json")
 
     async def _metrics(self, request: PassedRequest) -> Response:
         """The metrics of all replicas; the first refusal, if there is one, as it is."""
         answers = await self._replicas.ask_all(request)
-        if (refusal := _refusal(answers)) is not None:
+        if (refusal := fleet.refusal(answers)) is not None:
             return refusal
         merged = merge_expositions({name: body.decode() for name, (_, body) in answers.items()})
         return Response(merged, headers={"Content-Type": CONTENT_TYPE})
-
-
-def _refusal(answers: Mapping[str, tuple[int, bytes]]) -> Response | None:
-    refusals = [answer for answer in answers.values() if answer[0] != 200]
-    return Response(refusals[0][1], refusals[0][0], media_type="application/json") if refusals else None
 
 
 async def _end_broken(error: ReplicaLostError, start: Message, path: str, scope: Scope, send: Send) -> None:

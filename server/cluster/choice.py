@@ -27,21 +27,27 @@ class ChoiceOptions:
     Attributes:
         block: worth of each block of the beginning that a replica holds.
         held: worth of holding all experts that the request is likely to want.
+        available: worth of being able to serve all of them, which is not computing without some of them.
         wanted: worth of having been wanted for the same experts before, which lasts longer than what is held.
         load: cost of a load that is over the least one by the mean load and one request.
         imbalance: a replica over `imbalance` times the mean load and one request is not chosen.
+        patience_blocks: of a beginning that a replica holds, for which its load may be over that bound by one request,
+            by `MAX_PATIENCE` at most: computing a long history again costs more than waiting for a request.
         max_age_seconds: statistics older than this say nothing about experts and beginnings.
     """
 
     block: float = 0.25
     held: float = 2.0
     wanted: float = 2.0
+    available: float = 16.0
     load: float = 0.5
     imbalance: float = 1.25
+    patience_blocks: float = 8.0
     max_age_seconds: float = 15.0
 
 
 DEFAULT_OPTIONS = ChoiceOptions()
+MAX_PATIENCE = 2.0
 MIN_TOPIC_TOKENS = 16.0
 """A topic with fewer tokens says nothing about its requests."""
 MIN_WORD_LIKENESS = 0.25
@@ -131,16 +137,22 @@ class Fleet:
             [now - index.taken_at.get(name, -math.inf) <= options.max_age_seconds for name in names], bool
         )
         reported = (index.prefixes(name) if fresh else frozenset() for name, fresh in zip(names, is_fresh, strict=True))
-        held_blocks = [(of_one, self._sent.get(name, {})) for name, of_one in zip(names, reported, strict=True)]
-        blocks = np.array([_num_first(likeness.beginning, *of_one) for of_one in held_blocks])
+        blocks = np.array(
+            [
+                _num_first(likeness.beginning, of_one, self._sent.get(name, {}))
+                for name, of_one in zip(names, reported, strict=True)
+            ]
+        )
         # A replica of which nothing is known now counts as an average one: at 0, all would go to the few known ones.
-        held, wanted = (
+        held, wanted, available = (
             np.where(is_fresh, of_all, of_all[is_fresh].mean() if is_fresh.any() else 0.0)
             for of_all in index.overlaps(names, index.topics.likely(likeness))
         )
         worth = options.block * blocks + options.held * held + options.wanted * wanted
+        worth += options.available * (available - available.min(initial=1.0))  # 0 where all have the same
         mean = float(load.mean()) if names else 0.0
-        may = load <= max(options.imbalance * mean + 1.0, float(load.min(initial=math.inf)))
+        patience = np.minimum(blocks / options.patience_blocks, MAX_PATIENCE)
+        may = load <= np.maximum(options.imbalance * mean + 1.0 + patience, float(load.min(initial=math.inf)))
         if worth[may].any():
             score = np.where(may, worth - options.load * (load - load.min()) / (mean + 1.0), -math.inf)
             chosen = sorted(range(len(names)), key=lambda at: (-score[at], draw.random()))[:2]
@@ -166,6 +178,7 @@ class _Index:
         alike = {name: statistics for name, statistics in known.items() if statistics.held.shape == shape}
         self._row = {name: at for at, name in enumerate(alike)}
         self._held = np.array([statistics.held for statistics in alike.values()], dtype=np.float32)
+        self._available = np.array([statistics.available for statistics in alike.values()], dtype=np.float32)
         self._wanted = unit(np.array([_all_demand(statistics) for statistics in alike.values()], dtype=np.float32))
         self.topics = _Topics([topic for statistics in alike.values() for topic in statistics.topics])
 
@@ -173,18 +186,20 @@ class _Index:
         """The hashes of the beginnings that a replica holds."""
         return self._prefixes.get(name, frozenset())
 
-    def overlaps(self, names: Sequence[str], likely: Weights | None) -> tuple[Weights, Weights]:
-        """Of each name `Candidate.held`, and the likeness of the likely demand to that of its requests, 0 to 1.
+    def overlaps(self, names: Sequence[str], likely: Weights | None) -> tuple[Weights, Weights, Weights]:
+        """Of each name `Candidate.held`, the likeness of the likely demand to that of its requests, 0 to 1, and the
+        share of the likely demand that it may serve.
 
-        Both are 0 where nothing is known.
+        All are 0 where nothing is known.
         """
-        held, wanted = np.zeros((2, len(names)), dtype=np.float32)
+        held, wanted, available = np.zeros((3, len(names)), dtype=np.float32)
         if likely is not None:
             places = [at for at, name in enumerate(names) if name in self._row]
             rows = [self._row[names[at]] for at in places]
             held[places] = (self._held @ likely)[rows]
             wanted[places] = (self._wanted @ unit(likely))[rows]
-        return held, wanted
+            available[places] = (self._available @ likely)[rows]
+        return held, wanted, available
 
 
 class _Topics:

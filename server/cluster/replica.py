@@ -7,37 +7,51 @@ batch.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar, copy_context
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from expert_store.manifest import MANIFEST_NAME
 from router.ledger import sum_by_expert
 from server.api.app import create_app
-from server.api.front import AsgiMessage, PassedRequest, answer_of
+from server.api.front import answer_of
 from server.api.readiness import checked
+from server.api.replicas import AsgiMessage, PassedRequest
 from server.cluster.likeness import BLOCK_BYTES, TOKEN_BYTES, Likeness
 from server.cluster.statistics import TopicLedger, sketch_layers
 from server.engine.request import EngineStatus, GenerationRequest, OnEvent
 from server.errors import ServerError, message_of
+from server.growth.status import GrowthBusyError, GrowthError, GrowthLike, StoreDemand
 from server.model.load_progress import LoadProgress
 from server.serving.loading import check_store, load
 from server.serving.metrics import Metrics
 from server.serving.service import EngineLike, LoadedModel, Loader, Service
 from server.settings.schema import Settings
 
+log = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
 
 
 class ReplicaFailedError(ServerError):
     """A replica cannot serve; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class ReplicaFacts:
+    """The profiles that a replica knows, and the share of the checkpoint's experts that it has."""
+
+    profiles: tuple[str, ...]
+    share: float
 
 
 class Replica:
@@ -50,6 +64,9 @@ class Replica:
 
     def __init__(self, settings: Settings, version: str) -> None:
         check_store(settings)
+        assert settings.store is not None
+        self._store = settings.store
+        self._stamp = _stamp(self._store)  # before it is read, so that no change is missed
         self._drain_seconds = settings.http.drain_seconds
         self._watch: _Watch | None = None
         self._running = 0
@@ -61,7 +78,7 @@ class Replica:
 
     def _loader(self, settings: Settings) -> Loader:
         def load_watched(progress: LoadProgress) -> LoadedModel:
-            model = checked(load(settings, progress))
+            model = checked(load(settings, progress, grows_by_itself=False))  # growth is decided for all stores
             self._watch = _Watch(model)
             return replace(model, engine=self._watch)
 
@@ -114,9 +131,57 @@ class Replica:
         """`ReplicaStatistics` as sent to routers; empty until the model is loaded."""
         return {} if self._watch is None else self._watch.statistics(self._running)
 
+    def facts(self) -> ReplicaFacts:
+        """What of the checkpoint it serves. Raises NotReadyError."""
+        model = self._service.model()
+        profiles = () if model.masks is None else tuple(sorted(model.masks.profiles))
+        return ReplicaFacts(profiles, float(model.experts().available.mean()))
+
+    def demand(self) -> StoreDemand | None:
+        """What its store has and is wanted for; None if the store cannot change. Raises NotReadyError."""
+        growth = self._service.model().growth
+        return None if growth is None else growth.demand()
+
+    async def grow(self, named: Sequence[tuple[int, ...]]) -> None:
+        """Begin to add these deep experts. Raises GrowthError, NotReadyError."""
+        await asyncio.to_thread(self._growth().grow, len(named), named)
+
+    async def shrink(self, index: int) -> None:
+        """Remove a deep expert. Raises GrowthError, NotReadyError."""
+        await asyncio.to_thread(self._growth().shrink, [index])
+
+    def _growth(self) -> GrowthLike:
+        growth = self._service.model().growth
+        if growth is None:
+            raise GrowthError("what is served here cannot change: it has no store on disk")
+        return growth
+
+    async def follow_store(self) -> None:
+        """Serve what the manifest on disk says, if another replica has changed it since the last call."""
+        growth = self._service.model().growth
+        now = _stamp(self._store)
+        if growth is None or now == self._stamp or growth.status().state != "idle":
+            return
+        try:
+            found = await asyncio.to_thread(growth.reload)
+        except GrowthBusyError:
+            return  # seen again at the next call
+        except GrowthError as error:
+            log.warning("the changed store is not taken over: %s", error)
+        else:
+            if found.num_added or found.num_removed:
+                log.info("took over a changed store", extra={"added": found.num_added, "removed": found.num_removed})
+        self._stamp = now
+
     def close(self) -> None:
         """Finish what runs, save the usage and stop. Blocks."""
         self._service.close(self._drain_seconds)
+
+
+def _stamp(store: Path) -> tuple[int, int]:
+    """What changes with the manifest, which is replaced as a whole."""
+    found = (store / MANIFEST_NAME).stat()
+    return found.st_ino, found.st_mtime_ns
 
 
 _LIKENESS: ContextVar[Likeness | None] = ContextVar("likeness", default=None)
@@ -164,6 +229,7 @@ class _Watch:
             self._ledger.add(keys, mass.ravel(), demand_index.shape[1])
 
     def statistics(self, load: int) -> dict[str, Any]:
-        held = self._experts().resident[self._layers].ravel()
+        found = self._experts()
+        held, available = (places[self._layers].ravel() for places in (found.resident, found.available))
         with self._lock:
-            return self._ledger.statistics(time.time(), load, held).to_wire()
+            return self._ledger.statistics(time.time(), load, held, available).to_wire()

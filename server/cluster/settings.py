@@ -35,7 +35,14 @@ class ClusterSettings(Section):
     """Replicas, the resources of each, and the age of what is known of them."""
 
     replicas: Annotated[int, Field(ge=1)] = Field(2, description="replicas, where no parts are named")
-    parts: tuple[PartSettings, ...] = Field((), description="parts; requests without a profile go to the first")
+    parts: tuple[PartSettings, ...] = Field(
+        (), description="parts; requests without a profile go to the first with all experts, or with the most"
+    )
+    own_stores: Path | None = Field(
+        None,
+        description="folder in which each replica has a store of its own, at first a copy of its part's, so that the "
+        "replicas' stores can grow apart",
+    )
     fronts: Annotated[int, Field(ge=1)] = Field(1, description="processes that take requests and choose replicas")
     gpus_per_replica: Annotated[float, Field(ge=0)] = Field(0.0, description="GPUs of each replica, 1 on a GPU machine")
     cpus_per_replica: Annotated[float, Field(gt=0)] = Field(1.0, description="cores of each replica")

@@ -17,7 +17,7 @@ import xxhash
 
 from server.cluster.likeness import WORD_BUCKETS, Likeness
 
-VERSION = 1
+VERSION = 2
 SKETCH_EXPERTS = 1024
 """Most experts, counted over the layers of a sketch."""
 MAX_TOPICS = 24
@@ -64,7 +64,7 @@ class ReplicaStatistics:
     Attributes:
         taken_at: seconds of the system's clock.
         load: requests that it runs or that wait there.
-        held: bool [N], of the sketch's experts those in its slots.
+        held: bool [N], of the sketch's experts those in its slots; available: those that it may serve.
         topics: of the requests that it served.
         prefixes: hashes of beginnings that its KV memory may still hold, the most recent last.
     """
@@ -72,6 +72,7 @@ class ReplicaStatistics:
     taken_at: float
     load: int
     held: npt.NDArray[np.bool_]
+    available: npt.NDArray[np.bool_]
     topics: tuple[Topic, ...] = ()
     prefixes: tuple[int, ...] = ()
 
@@ -83,6 +84,7 @@ class ReplicaStatistics:
             "load": self.load,
             "num_experts": len(self.held),
             "held": np.packbits(self.held).tobytes(),
+            "available": np.packbits(self.available).tobytes(),
             "topics": [
                 (topic.key, np.packbits(topic.words).tobytes(), _pack(topic.demand), round(topic.num_tokens))
                 for topic in self.topics
@@ -100,6 +102,7 @@ class ReplicaStatistics:
             wire["taken_at"],
             wire["load"],
             _bits(wire["held"], count),
+            _bits(wire["available"], count),
             tuple(
                 Topic(key, _bits(words, WORD_BUCKETS), _unpack(demand, count), float(num_tokens))
                 for key, words, demand, num_tokens in wire["topics"]
@@ -157,10 +160,12 @@ class TopicLedger:
             counted.mass = counted.mass * decay + mass
             counted.num_tokens = counted.num_tokens * decay + num_tokens
 
-    def statistics(self, taken_at: float, load: int, held: npt.NDArray[np.bool_]) -> ReplicaStatistics:
+    def statistics(
+        self, taken_at: float, load: int, held: npt.NDArray[np.bool_], available: npt.NDArray[np.bool_]
+    ) -> ReplicaStatistics:
         """All of it at this moment; arguments as the attributes of `ReplicaStatistics`."""
         topics = tuple(counted.frozen(key) for key, counted in self._topics.items() if counted.num_tokens)
-        return ReplicaStatistics(taken_at, load, held, topics, tuple(self._prefixes))
+        return ReplicaStatistics(taken_at, load, held, available, topics, tuple(self._prefixes))
 
     def _like(self, likeness: Likeness) -> int:
         """The key of the topic whose words are most like the request's, or a new one if none is like it."""

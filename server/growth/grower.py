@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from server.growth.ranking import (
     Float,
     check_masks,
     deep_expert_bytes,
+    expected_norms,
     rank_held,
     rank_missing,
     score_held,
@@ -44,6 +45,7 @@ from server.growth.status import (
     NothingToGrowError,
     Reloaded,
     Shrunk,
+    StoreDemand,
 )
 from server.growth.store import grow_store, unfinished_growth
 
@@ -142,13 +144,28 @@ class Grower:
         worse = [deep for score, deep in scored if score * REPLACE_FACTOR < missing[0].score]
         return (missing[0], worse) if worse else None
 
-    def grow(self, count: int) -> list[Candidate]:
-        """Start to extract the `count` best candidates and return them; `error` names a later failure.
+    def demand(self) -> StoreDemand:
+        """What the store has, and what was wanted of it, for a growth that is decided for several stores."""
+        manifest, available = self._store.manifest, self._store.available.copy()
+        demand_mass = self._demand_mass()
+        return StoreDemand(
+            available,
+            demand_mass if self._served is None else np.where(self._served.allowed, demand_mass, 0.0),
+            expected_norms(self._statistics, available),
+            {deep.index: deep.experts for deep in manifest.deep_experts},
+            deep_expert_bytes(manifest),
+            self.status(),
+        )
+
+    def grow(self, count: int, named: Sequence[tuple[int, ...]] = ()) -> list[Candidate]:
+        """Start to extract the `count` best candidates, or the `named` deep experts, and return them; `error` names a
+        later failure.
 
         If an earlier growth was interrupted, finish that one instead.
 
         Raises:
-            GrowthError: another change runs, the count is below 1, no candidate is left, or the source is missing.
+            GrowthError: another change runs, the count is below 1, no candidate is left, a named one has an expert that
+                the model or the budget does not allow or that the store has already, or the source is missing.
         """
         if count < 1:
             raise GrowthError(f"growing by {count} deep experts, wanted at least 1: name a larger number")
@@ -160,9 +177,12 @@ class Grower:
         self._take_turn("growing")
         try:
             begun, ranked = unfinished_growth(self._store.path), self.candidates()
-            known = {one.experts: one for one in ranked}
             num_bytes = deep_expert_bytes(self._store.manifest)
-            chosen = [known.get(experts) or Candidate(experts, 0.0, 0.0, num_bytes) for experts in begun]
+            if named and not begun:
+                self._check_named(named, most=len(ranked))
+            known = {one.experts: one for one in ranked}
+            asked = begun or list(named)
+            chosen = [known.get(experts) or Candidate(experts, 0.0, 0.0, num_bytes) for experts in asked]
             chosen = chosen or ranked[:count]
             if not chosen:
                 raise NothingToGrowError(NOTHING_LEFT)
@@ -248,6 +268,28 @@ class Grower:
             wanted = np.where(self._served.allowed, wanted, 0.0)
         num_bytes = deep_expert_bytes(self._store.manifest)
         return rank_missing(self._store.available, wanted, num_bytes, self._statistics)
+
+    def _check_named(self, named: Sequence[tuple[int, ...]], most: int) -> None:
+        available = self._store.available.copy()
+        num_layers, num_experts = available.shape
+        if len(named) > most:
+            raise NothingToGrowError(
+                f"{len(named)} deep experts were named, and there is room for {most}: name fewer, raise "
+                "the budget, or remove deep experts first"
+            )
+        for experts in named:
+            if len(experts) != num_layers or not all(0 <= expert < num_experts for expert in experts):
+                raise GrowthError(
+                    f"a deep expert to add is {list(experts)}, wanted one expert from 0 to {num_experts - 1} for "
+                    f"each of {num_layers} layers"
+                )
+            for layer, expert in enumerate(experts):
+                if available[layer, expert]:
+                    raise GrowthError(
+                        f"expert {expert} of layer {layer} is in the store, or was named twice: name missing ones, as "
+                        "GET /experts/plan does"
+                    )
+                available[layer, expert] = True
 
     def _take_turn(self, state: GrowthState) -> None:
         if not self._turn.acquire(blocking=False):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from expert_store.manifest import DeepExpert
 from server.errors import ServerError
@@ -82,6 +85,32 @@ class GrowthStatus:
 
 
 @dataclass(frozen=True)
+class StoreDemand:
+    """What a store has and what its requests want, as one of its readers saw it.
+
+    Attributes:
+        available: bool [L, E]; demand_mass: float64 [L, E], recent demand within the server's mask.
+        norms: float64 [L, E], the mean size of each expert's output.
+        deep_experts: the expert of each layer, by index; num_bytes: of one more deep expert.
+        status: of the reader's changes of the store.
+    """
+
+    available: npt.NDArray[np.bool_]
+    demand_mass: npt.NDArray[np.float64]
+    norms: npt.NDArray[np.float64]
+    deep_experts: Mapping[int, tuple[int, ...]]
+    num_bytes: int
+    status: GrowthStatus
+
+    @property
+    def room(self) -> int | None:
+        """Deep experts that the budget still holds; None without a budget."""
+        if self.status.budget_bytes is None:
+            return None
+        return max(0, (self.status.budget_bytes - self.status.held_bytes) // max(self.num_bytes, 1))
+
+
+@dataclass(frozen=True)
 class Shrunk:
     """The deep experts that a store removed; `freed_bytes` is None while another reader keeps the files."""
 
@@ -103,7 +132,8 @@ class GrowthLike(Protocol):
 
     def status(self) -> GrowthStatus: ...
     def candidates(self) -> list[Candidate]: ...
-    def grow(self, count: int) -> list[Candidate]: ...
+    def demand(self) -> StoreDemand: ...
+    def grow(self, count: int, named: Sequence[tuple[int, ...]] = ()) -> list[Candidate]: ...
     def shrink(self, indices: Collection[int] | None = None, *, count: int | None = None) -> Shrunk: ...
     def reload(self) -> Reloaded: ...
     def stop(self) -> None: ...

@@ -46,12 +46,15 @@ from server.settings.schema import Settings
 log = logging.getLogger(__name__)
 
 
-def assemble(settings: Settings, trunk_check: TrunkCheck, progress: LoadProgress) -> LoadedModel:
+def assemble(
+    settings: Settings, trunk_check: TrunkCheck, progress: LoadProgress, *, grows_by_itself: bool
+) -> LoadedModel:
     """Open the store that the settings name, load its model on the engine's thread, and return when it is ready.
 
     Args:
         trunk_check: the running check of the store's trunk.
         progress: called for every phase, on this thread and then on the engine's.
+        grows_by_itself: see `server.serving.loading.load`.
 
     Raises:
         StoreError, MaskError, SettingsError, TrunkError: see `server.serving.loading.load`.
@@ -94,7 +97,8 @@ def assemble(settings: Settings, trunk_check: TrunkCheck, progress: LoadProgress
     engine.start()
     engine.loaded.result()
     model, grower = _describe(settings, engine, store, known), masks_and_growth.grower(engine, settings)
-    masks_and_growth.start_growing(grower, settings)
+    if grows_by_itself:
+        masks_and_growth.start_growing(grower, settings)
     return replace(model, growth=grower, masks=masks_and_growth.masks(engine))
 
 

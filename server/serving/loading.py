@@ -25,8 +25,11 @@ def check_store(settings: Settings) -> Manifest:
     return read_manifest(_store_path(settings))
 
 
-def load(settings: Settings, progress: LoadProgress) -> LoadedModel:
+def load(settings: Settings, progress: LoadProgress, *, grows_by_itself: bool = True) -> LoadedModel:
     """Open the store, load the model on the engine's thread, and return when requests are taken. Blocks for long.
+
+    Args:
+        grows_by_itself: take up the growth without commands that the settings ask for.
 
     Raises:
         StoreError, MaskError, SettingsError, TrunkError: the store, the mask or the memory does not allow it.
@@ -39,7 +42,7 @@ def load(settings: Settings, progress: LoadProgress) -> LoadedModel:
     trunk_check = TrunkCheck(_store_path(settings).resolve(), manifest)  # its threads hash during the imports
     from server.serving.assembly import assemble
 
-    return assemble(settings, trunk_check, progress)
+    return assemble(settings, trunk_check, progress, grows_by_itself=grows_by_itself)
 
 
 def _store_path(settings: Settings) -> Path:

@@ -7,6 +7,7 @@ model between two steps of the engine, so no request is dropped for it.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from fastapi import APIRouter, Depends
 from starlette.requests import Request
@@ -59,7 +60,7 @@ _COUNT_PARAMETER = {
 )
 async def plan(request: Request) -> ModelResponse:
     """Deep experts that the store lacks, ranked by missing router mass, within the byte budget."""
-    count, growth = _count(request), _growth_of(request)
+    count, growth = num_candidates(request.query_params.multi_items()), _growth_of(request)
     found = await asyncio.to_thread(growth.candidates)
     return ModelResponse(
         PlanResponse(
@@ -92,7 +93,10 @@ async def grow(request: Request) -> ModelResponse:
     """Begins in the background; `GET /experts/growth` shows the progress. Requests are served meanwhile."""
     body = await context_of(request).read(request, GrowRequest, optional=True)
     growth = _growth_of(request, ready=True)
-    started = [CandidateResponse.of(one) for one in await asyncio.to_thread(growth.grow, body.count)]
+    if body.count is not None and body.experts is not None:
+        raise ValidationFailed("give `count` or `experts`, not both", param="experts")
+    named = [tuple(experts) for experts in body.experts or ()]
+    started = [CandidateResponse.of(one) for one in await asyncio.to_thread(growth.grow, body.count or 1, named)]
     return ModelResponse(GrowResponse(started=started, growth=GrowthResponse.of(growth.status())), status_code=202)
 
 
@@ -139,8 +143,8 @@ def _growth_of(request: Request, *, ready: bool = False) -> GrowthLike:
     return model.growth
 
 
-def _count(request: Request) -> int:
-    given = request.query_params.multi_items()
+def num_candidates(given: Sequence[tuple[str, str]]) -> int:
+    """The value of `count` among the parameters of a plan's query. Raises ValidationFailed."""
     if not given:
         return DEFAULT_CANDIDATES
     (name, text), *more = given

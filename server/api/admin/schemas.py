@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.api.http.fields import Strict
+from server.growth.fleet import FleetCandidate
 from server.growth.status import Candidate, GrowthState, GrowthStatus
 from server.model.kv.blocks import BLOCK_TOKENS
 from server.model.kv.rows import KvUsage
@@ -17,6 +18,7 @@ from server.serving.service import ExpertsSnapshot, Health, HealthState
 MAX_CHANGE = 65536
 DEFAULT_CANDIDATES = 8
 MAX_CANDIDATES = 1024
+MAX_LAYERS = 4096
 
 DeepExpertCount = Annotated[int, Field(ge=1, le=MAX_CHANGE)]
 
@@ -311,9 +313,16 @@ class ProfilesResponse(BaseModel):
 
 
 class GrowRequest(Strict):
-    """The number of best candidates to add."""
+    """The number of best candidates to add, or the deep experts to add; at most one of the two."""
 
-    count: DeepExpertCount = Field(1, description="deep experts to add; default 1")
+    count: DeepExpertCount | None = Field(None, description="deep experts to add, the best ones; default 1")
+    experts: (
+        Annotated[
+            list[Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(min_length=1, max_length=MAX_LAYERS)]],
+            Field(min_length=1, max_length=MAX_CANDIDATES),
+        ]
+        | None
+    ) = Field(None, description="add these: for each the expert of every layer, as GET /experts/plan lists them")
 
 
 class ShrinkRequest(Strict):
@@ -423,3 +432,44 @@ class ReloadResponse(BaseModel):
     added: int
     removed: int
     growth: GrowthResponse
+
+
+class StoreResponse(BaseModel):
+    """A store of a cluster, and the replicas that read it; the first of them changes it."""
+
+    name: str
+    replicas: list[str]
+    growth: GrowthResponse
+
+
+class FleetCandidateResponse(CandidateResponse):
+    """A deep expert for one of a cluster's stores; other stores have `experts_elsewhere` of its experts."""
+
+    store: str
+    experts_elsewhere: int
+
+    @classmethod
+    def of_fleet(cls, found: FleetCandidate) -> FleetCandidateResponse:
+        """The candidate as JSON."""
+        of_one = CandidateResponse.of(found.candidate).model_dump()
+        return cls(**of_one, store=found.store, experts_elsewhere=found.num_elsewhere)
+
+
+class FleetGrowthResponse(GrowthResponse):
+    """The sums over a cluster's stores, and each store."""
+
+    stores: list[StoreResponse]
+
+
+class FleetPlanResponse(PlanResponse):
+    """Deep experts to add to a cluster's stores, best first; each counts as added for those after it."""
+
+    candidates: list[FleetCandidateResponse]  # type: ignore[assignment]  # of one server's kind, and more
+    growth: FleetGrowthResponse
+
+
+class FleetChangeResponse(BaseModel):
+    """The answers of the stores that were changed, and of those that refused, by the stores' names."""
+
+    changed: dict[str, Any]
+    refused: dict[str, Any]

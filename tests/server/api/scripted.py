@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -33,7 +33,7 @@ from server.engine.request import (
     TokenLogprob,
 )
 from server.engine.text import Detokenizer, Vocabulary
-from server.growth.status import Candidate, GrowthBusyError, GrowthStatus, Reloaded, Shrunk
+from server.growth.status import Candidate, GrowthBusyError, GrowthStatus, Reloaded, Shrunk, StoreDemand
 from server.masks.masking import RequestMasks
 from server.model.kv.rows import KvUsage
 from server.model.kv_memory import MemoryShares
@@ -307,8 +307,13 @@ class ScriptedGrowth:
     def candidates(self) -> list[Candidate]:
         return [Candidate((place, 3 - place), 0.5 / (place + 1), 0.25 / (place + 1), 512) for place in range(3)]
 
-    def grow(self, count: int) -> list[Candidate]:
-        self._change(("grow", count))
+    def demand(self) -> StoreDemand:
+        available = np.zeros((LAYERS, EXPERTS), dtype=np.bool_)
+        mass = np.ones((LAYERS, EXPERTS))
+        return StoreDemand(available, mass, np.ones((LAYERS, EXPERTS)), {1: (0, 1)}, 512, self.status())
+
+    def grow(self, count: int, named: Sequence[tuple[int, ...]] = ()) -> list[Candidate]:
+        self._change(("grow", [*named] or count))
         return self.candidates()[:count]
 
     def shrink(self, indices: Collection[int] | None = None, *, count: int | None = None) -> Shrunk:

@@ -10,7 +10,9 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse
 from starlette.types import Message
 
-from server.api.front import MAX_TRIES, Front, PassedRequest, ReplicaLostError, answer_of
+from server.api.front import MAX_TRIES, Front, answer_of
+from server.api.replicas import PassedRequest, ReplicaLostError
+from server.growth.fleet import FleetStore
 from server.serving.service import NotReadyError
 from server.settings.schema import HttpSettings
 
@@ -41,6 +43,9 @@ class _Replicas:
                 yield message
         finally:
             self.num_closed += 1
+
+    async def stores(self) -> Mapping[str, FleetStore]:
+        return {}  # of replicas whose store cannot change
 
     async def ask_all(self, request: PassedRequest) -> Mapping[str, tuple[int, bytes]]:
         if request.path == "/experts/reload":

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -17,9 +18,16 @@ NONE = Likeness((), (), words_of(""))
 
 
 def _statistics(
-    *, held: tuple[int, ...] = (), topics: tuple[Topic, ...] = (), prefixes: tuple[int, ...] = (), taken_at: float = 0.0
+    *,
+    held: tuple[int, ...] = (),
+    available: Sequence[int] = range(NUM),
+    topics: tuple[Topic, ...] = (),
+    prefixes: tuple[int, ...] = (),
+    taken_at: float = 0.0,
 ) -> ReplicaStatistics:
-    return ReplicaStatistics(taken_at, 0, np.isin(np.arange(NUM), held), topics, prefixes)
+    return ReplicaStatistics(
+        taken_at, 0, np.isin(np.arange(NUM), held), np.isin(np.arange(NUM), available), topics, prefixes
+    )
 
 
 def _topic(key: int, experts: tuple[int, ...], words: str = "") -> Topic:
@@ -130,7 +138,7 @@ def test_newer_statistics_replace_older_ones_and_gone_replicas_are_forgotten() -
 
 
 def test_a_replica_of_another_model_is_a_candidate_without_worth() -> None:
-    other = ReplicaStatistics(2.0, 0, np.ones(2 * NUM, dtype=np.bool_))
+    other = ReplicaStatistics(2.0, 0, *np.ones((2, 2 * NUM), dtype=np.bool_))
     fleet = _fleet(a=_statistics(held=(0,), topics=(_topic(1, (0,)),)), b=other)
     assert {candidate.replica for candidate in _ranked(fleet, Likeness((), (1,), words_of("")), a=0, b=0)} == {
         "a",

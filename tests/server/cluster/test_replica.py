@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from router.mask import ExpertMask
-from server.api.front import PassedRequest
+from server.api.replicas import PassedRequest
 from server.cluster.likeness import likeness_of
 from server.cluster.replica import Replica
 from server.cluster.statistics import ReplicaStatistics

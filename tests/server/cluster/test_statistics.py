@@ -35,7 +35,7 @@ def test_demand_goes_to_the_topics_of_its_request() -> None:
     law, sea = ledger.begin(_likeness(1)), ledger.begin(_likeness(2))
     ledger.add(law, 3 * _mass(4), 20)
     ledger.add(sea, 5 * _mass(9), 30)
-    topics = {topic.key: topic for topic in ledger.statistics(0.0, 0, NOTHING_HELD).topics}
+    topics = {topic.key: topic for topic in ledger.statistics(0.0, 0, NOTHING_HELD, NOTHING_HELD).topics}
     assert topics[1].demand.tolist() == _mass(4).tolist()
     assert topics[2].demand.tolist() == _mass(9).tolist()
     assert (topics[1].num_tokens, topics[2].num_tokens) == (20, 30)
@@ -54,7 +54,7 @@ def test_old_demand_counts_less() -> None:
     topic = ledger.begin(_likeness(1))
     ledger.add(topic, 1000 * _mass(0), 1000)
     ledger.add(topic, 1000 * _mass(1), 1000)
-    (found,) = ledger.statistics(0.0, 0, NOTHING_HELD).topics
+    (found,) = ledger.statistics(0.0, 0, NOTHING_HELD, NOTHING_HELD).topics
     assert found.demand[1] > found.demand[0] > 0
 
 
@@ -64,7 +64,7 @@ def test_the_last_topics_and_beginnings_stay(keys: list[int]) -> None:
     ledger = TopicLedger(NUM, max_prefixes=32)
     for key in keys:
         ledger.add(ledger.begin(_likeness(key, beginning=(key, 1000 + key))), _mass(key % NUM), 1)
-    found = ledger.statistics(0.0, 0, NOTHING_HELD)
+    found = ledger.statistics(0.0, 0, NOTHING_HELD, NOTHING_HELD)
     last = list(dict.fromkeys(reversed(keys)))
     assert [topic.key for topic in reversed(found.topics)] == last[:MAX_TOPICS]
     assert set(found.prefixes) >= {prefix for key in last[:16] for prefix in (key, 1000 + key)}
@@ -77,13 +77,14 @@ def test_full_statistics_are_small_and_say_the_same_after_they_were_sent() -> No
         beginning = tuple(draw.integers(0, 2**63, MAX_PREFIXES // MAX_TOPICS + 1).tolist())
         likeness = Likeness(beginning, (2**64 - 1 - key,), draw.random(WORD_BUCKETS) < 0.3)
         ledger.add(ledger.begin(likeness), draw.random(SKETCH_EXPERTS) ** 4, 100)
-    sent = ledger.statistics(12.5, 7, draw.random(SKETCH_EXPERTS) < 0.5)
+    sent = ledger.statistics(12.5, 7, *draw.random((2, SKETCH_EXPERTS)) < 0.5)
     wire = sent.to_wire()
     assert len(pickle.dumps(wire)) < MAX_BYTES
     got = ReplicaStatistics.from_wire(wire)
     assert got is not None
     assert (got.taken_at, got.load, got.prefixes) == (sent.taken_at, sent.load, sent.prefixes)
     assert (got.held == sent.held).all()
+    assert (got.available == sent.available).all()
     for before, after in zip(sent.topics, got.topics, strict=True):
         assert before.key == after.key
         assert (before.words == after.words).all()

@@ -203,6 +203,32 @@ def test_the_byte_budget_bounds_growth(small_store: Path, tiny_checkpoint: Path)
         full.grow(0)
 
 
+def test_named_deep_experts_are_added_and_only_where_they_are_missing(small_store: Path, tiny_checkpoint: Path) -> None:
+    store = Store.open(small_store)
+    one = sum(spec.span_bytes for spec in store.manifest.layers)
+    held = sum(deep.bytes for deep in store.manifest.deep_experts)
+    demand = np.ones(store.available.shape)
+    arguments = (store, str(tiny_checkpoint), lambda: demand, lambda action: action(), store.reload)
+    grower = Grower(*arguments, budget_bytes=held + 5 * one // 2)
+    for named, says in [
+        ([(20,) * 8, (20,) * 8], "expert 20 of layer 0 is in the store, or was named twice"),
+        ([(20,) * 7 + (3,)], "expert 3 of layer 7 is in the store"),
+        ([(20,) * 7], "wanted one expert from 0 to 63 for each of 8 layers"),
+        ([(64,) * 8], "wanted one expert from 0 to 63"),
+        ([(at,) * 8 for at in (20, 30, 40)], "there is room for 2"),
+    ]:
+        with pytest.raises(GrowthError, match=says):
+            grower.grow(1, named)
+    assert [chosen.experts for chosen in grower.grow(1, [(20,) * 8])] == [(20,) * 8]
+    grower.wait()
+    assert grower.error is None
+    found = grower.demand()
+    assert (found.available == store.available).all()
+    assert found.available[:, 20].all()
+    assert found.deep_experts[12] == (20,) * 8
+    assert (found.room, found.num_bytes) == (1, one)
+
+
 def test_an_action_that_fails_does_not_stop_the_engine(small_store: Path) -> None:
     engine = start(Store.open(small_store))
 
