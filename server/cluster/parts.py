@@ -27,8 +27,8 @@ from server.serving.service import NotReadyError
 
 log = logging.getLogger(__name__)
 ASK_SECONDS = 10.0
-FACTS_SECONDS = 10.0
-"""What a part has is asked again after so long."""
+FACTS_SECONDS, FIRST_FACTS_SECONDS = 10.0, 0.5
+"""What a part has is asked again after so long, and if it never answered, after so long."""
 
 
 class Parts:
@@ -65,29 +65,40 @@ class Parts:
             answer.cancel()
 
     async def _part_of(self, profile: str | None) -> str:
-        """The part for a request. Raises ValidationFailed: no part has the profile."""
+        """The part for a request.
+
+        Raises:
+            ValidationFailed: no part has the profile. NotReadyError: a part that may be the one has never answered.
+        """
         if profile is not None and profile in self._profiles:
             return self._profiles[profile]
         if len(self._replicas) == 1:
             return next(iter(self._replicas))  # its replicas say what they lack
-        await self._ask_facts(is_first=not self._facts)
-        known = [(part, self._facts[part]) for part in self._replicas if part in self._facts]
+        await self._ask_facts()
+        known = {part: self._facts[part] for part in self._replicas if part in self._facts}
+        silent = [part for part in self._replicas if part not in known]
         if profile is None:
-            return max(known, key=lambda one: one[1].share)[0] if known else next(iter(self._replicas))
-        found = next((part for part, facts in known if profile in facts.profiles), None)
-        if found is None and len(known) < len(self._replicas):
-            raise NotReadyError(f"no part that has answered knows the profile {profile!r}; try again")
-        if found is None:
-            raise ValidationFailed(
-                f"no part of this cluster has the profile {profile!r}: GET /experts/profiles lists all", param="profile"
-            )
-        return found
+            best = max(known, key=lambda part: known[part].share, default="")
+            if best and (known[best].share == 1.0 or not silent):
+                return best
+        else:
+            found = next((part for part, facts in known.items() if profile in facts.profiles), None)
+            if found is not None:
+                return found
+            if not silent:
+                raise ValidationFailed(
+                    f"no part of this cluster has the profile {profile!r}: GET /experts/profiles lists all",
+                    param="profile",
+                )
+        raise NotReadyError(f"it is not known yet what the parts {', '.join(silent)} have; try again")
 
-    async def _ask_facts(self, is_first: bool) -> None:
-        """Ask all parts what they have, if that was long ago; only the first time does a request wait for it."""
-        if self._asking is None and time.monotonic() - self._asked_at > FACTS_SECONDS:
+    async def _ask_facts(self) -> None:
+        """Ask all parts what they have, if that was long ago; a request waits for it only if a part never answered."""
+        is_complete = len(self._facts) == len(self._replicas)
+        age = time.monotonic() - self._asked_at
+        if self._asking is None and age > (FACTS_SECONDS if is_complete else FIRST_FACTS_SECONDS):
             self._asking = asyncio.ensure_future(self._learn_facts())
-        if self._asking is not None and is_first:
+        if self._asking is not None and not is_complete:
             await asyncio.shield(self._asking)
 
     async def _learn_facts(self) -> None:

@@ -3,78 +3,27 @@
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
+
+from tests.server.cluster.processes import Cluster
 
 pytestmark = pytest.mark.exhaustive
 pytest.importorskip("ray")
 LONG = {"prompt": "One day", "max_tokens": 900, "ignore_eos": True, "stream": True, "model": "tiny-moe"}
 
 
-class _Cluster:
-    def __init__(self, store: Path, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        config = folder / "cluster.toml"
-        config.write_text(
-            f'store = "{store}"\n[http]\nport = {port}\n[usage]\nusage_directory = "{folder}/usage"\n'
-            '[model]\ndevice = "cpu"\nslots = 24\n[cluster]\nreplicas = 2\nstatistics_seconds = 0.5\n'
-        )
-        self.usage = folder / "usage"
-        self.log = folder / "log"
-        command = [sys.executable, "-m", "server.cli", "cluster", str(config)]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
-        self.wait(lambda: self._is_ready() and len(self.replicas()) == 2)
-
-    def _is_ready(self) -> bool:
-        try:
-            return self.client.get("/health/ready").status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    def wait(self, is_so: Callable[[], bool]) -> None:
-        until = time.monotonic() + 180
-        while not is_so():
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < until, self.log.read_text()
-
-    def replicas(self) -> list[int]:
-        """Their process ids."""
-        found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                if process.cmdline()[:1] == ["ray::ServeReplica:deepfew:all"]:
-                    found.append(process.pid)
-            except (psutil.NoSuchProcess, psutil.ZombieProcess):
-                continue
-        return found
-
-    def running(self) -> float:
-        text = self.client.get("/metrics").text
-        lines = [line for line in text.splitlines() if line.startswith("deepfew_requests_running{")]
-        return sum(float(line.split()[-1]) for line in lines)
-
-
 @pytest.fixture(scope="module")
-def cluster(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Cluster]:
-    started = _Cluster(tiny_store, tmp_path_factory.mktemp("cluster"))
+def cluster(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    text = f'store = "{tiny_store}"\n[model]\ndevice = "cpu"\nslots = 24\n[cluster]\nstatistics_seconds = 0.5\n'
+    started = Cluster(text, tmp_path_factory.mktemp("cluster"), 2)
     yield started
-    started.client.close()
-    started.process.terminate()
-    assert started.process.wait(timeout=90) == 0
+    started.stop()
     assert list(started.usage.glob("all-*/usage.json")), "the usage is saved at the end"
 
 
@@ -99,7 +48,7 @@ def _events(response: httpx.Response) -> list[Any]:
         ("/v1/responses", {"input": "Hello", "max_output_tokens": 6, "stream": True, "model": "tiny-moe"}),
     ],
 )
-def test_every_dialect_streams_and_answers_whole(cluster: _Cluster, path: str, body: dict[str, Any]) -> None:
+def test_every_dialect_streams_and_answers_whole(cluster: Cluster, path: str, body: dict[str, Any]) -> None:
     with cluster.client.stream("POST", path, json=body) as response:
         assert response.status_code == 200
         assert len(_events(response)) > 2
@@ -109,7 +58,7 @@ def test_every_dialect_streams_and_answers_whole(cluster: _Cluster, path: str, b
     assert "no_such_field" in refused.text
 
 
-def test_a_client_that_leaves_ends_its_request(cluster: _Cluster) -> None:
+def test_a_client_that_leaves_ends_its_request(cluster: Cluster) -> None:
     with cluster.client.stream("POST", "/v1/completions", json=LONG) as response:
         lines = response.iter_lines()  # the connection is closed with it
         next(lines)
@@ -117,7 +66,7 @@ def test_a_client_that_leaves_ends_its_request(cluster: _Cluster) -> None:
     cluster.wait(lambda: cluster.running() == 0)
 
 
-def test_a_killed_replica_ends_its_streams_with_an_error_and_the_others_go_on(cluster: _Cluster) -> None:
+def test_a_killed_replica_ends_its_streams_with_an_error_and_the_others_go_on(cluster: Cluster) -> None:
     endings: list[Any] = []
 
     def stream(number: int) -> None:
