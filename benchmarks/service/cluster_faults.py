@@ -1,4 +1,4 @@
-"""What clients see when a process of `deepfew cluster` is killed or slowed: real processes, two CPU replicas.
+"""Answers that clients get when a process of `deepfew cluster` is killed or slowed: real processes, two CPU replicas.
 
 Clients stream answers of the bundled checkpoint, one after the other, from two replicas. After some seconds a process
 gets a signal: a replica, Ray's proxy, Serve's controller or the head's store of its state (GCS) is killed, or a replica
@@ -78,7 +78,7 @@ class Clients:
 
 
 def outcome_of(client: httpx.Client, body: dict[str, Any]) -> str:
-    """How a stream ends."""
+    """The way in which a stream ends."""
     last = ""
     try:
         with client.stream("POST", "/v1/completions", json=body) as response:

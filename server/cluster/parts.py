@@ -28,7 +28,7 @@ from server.serving.service import NotReadyError
 log = logging.getLogger(__name__)
 ASK_SECONDS = 10.0
 FACTS_SECONDS, FIRST_FACTS_SECONDS = 10.0, 0.5
-"""What a part has is asked again after so long, and if it never answered, after so long."""
+"""A part is asked again what it has after the first, and after the second if a part never answered."""
 
 
 class Parts:
@@ -153,7 +153,7 @@ class Parts:
         return results[0]
 
     async def _broadcast(self, method: str, *arguments: Any) -> dict[str, list[Any]]:
-        """What the replicas of each part return, but None; those that fail are logged."""
+        """The results of each part's replicas, but None; failures are logged."""
         found = await asyncio.gather(*(self._of_part(part, method, *arguments) for part in self._replicas))
         return dict(zip(self._replicas, found, strict=True))
 

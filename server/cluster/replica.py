@@ -132,13 +132,13 @@ class Replica:
         return {} if self._watch is None else self._watch.statistics(self._running)
 
     def facts(self) -> ReplicaFacts:
-        """What of the checkpoint it serves. Raises NotReadyError."""
+        """Its profiles and its share of the checkpoint. Raises NotReadyError."""
         model = self._service.model()
         profiles = () if model.masks is None else tuple(sorted(model.masks.profiles))
         return ReplicaFacts(profiles, float(model.experts().available.mean()))
 
     def demand(self) -> StoreDemand | None:
-        """What its store has and is wanted for; None if the store cannot change. Raises NotReadyError."""
+        """Its store's experts and their demand; None if the store cannot change. Raises NotReadyError."""
         growth = self._service.model().growth
         return None if growth is None else growth.demand()
 
@@ -179,7 +179,7 @@ class Replica:
 
 
 def _stamp(store: Path) -> tuple[int, int]:
-    """What changes with the manifest, which is replaced as a whole."""
+    """A value that changes with the manifest, which is replaced as a whole."""
     found = (store / MANIFEST_NAME).stat()
     return found.st_ino, found.st_mtime_ns
 

@@ -145,7 +145,7 @@ class Grower:
         return (missing[0], worse) if worse else None
 
     def demand(self) -> StoreDemand:
-        """What the store has, and what was wanted of it, for a growth that is decided for several stores."""
+        """The store's experts and what was wanted of it, for a growth that is decided for several stores."""
         manifest, available = self._store.manifest, self._store.available.copy()
         demand_mass = self._demand_mass()
         return StoreDemand(

@@ -86,7 +86,7 @@ class GrowthStatus:
 
 @dataclass(frozen=True)
 class StoreDemand:
-    """What a store has and what its requests want, as one of its readers saw it.
+    """The experts of a store and the demand of its requests, as one of its readers saw it.
 
     Attributes:
         available: bool [L, E]; demand_mass: float64 [L, E], recent demand within the server's mask.

@@ -1,4 +1,4 @@
-"""What a cluster says of all of its replicas together, and changes that are decided for all of its stores."""
+"""A cluster speaks for all of its replicas together, and decides changes for all of its stores."""
 
 import asyncio
 import json

@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import httpx
@@ -30,15 +30,16 @@ class Cluster:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | environment)
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
         try:
-            self.wait(lambda: self._is_ready() and len(self.replicas()) == num_replicas)
+            self.wait(lambda: self.is_ready(self.client) and len(self.replicas()) == num_replicas)
         except BaseException:
             self.client.close()
             self.process.terminate()
             raise
 
-    def _is_ready(self) -> bool:
+    @staticmethod
+    def is_ready(client: httpx.Client, headers: Mapping[str, str] | None = None) -> bool:
         try:
-            return self.client.get("/health/ready").status_code == 200
+            return client.get("/health/ready", headers=headers).status_code == 200
         except httpx.HTTPError:
             return False
 
