@@ -79,8 +79,13 @@ class Adapter:
 
     @property
     def ratios_before(self) -> dict[str, float]:
-        """The same without it."""
+        """The same without it, for those shares that were measured."""
         return dict(self.training.get("ratios_before", {}))
+
+    def told_ratio(self, share: str) -> str:
+        """The ratio at a share of `ratios`, as text, beside that without the adapter if it was measured."""
+        before = self.ratios_before.get(share)
+        return f"× {self.ratios[share]:.3f}" + ("" if before is None else f" (without × {before:.3f})")
 
     @property
     def num_parameters(self) -> int:

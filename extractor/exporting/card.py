@@ -61,10 +61,7 @@ def model_card(
 def _trained(adapter: Adapter | None) -> str:
     if adapter is None:
         return "Nothing was trained: the logits are those of the whole model masked to these experts."
-    found = [
-        f"{float(share):.4g} of the experts × {ratio:.3f} (without × {adapter.ratios_before[share]:.3f})"
-        for share, ratio in adapter.ratios.items()
-    ]
+    found = [f"{float(share):.4g} of the experts {adapter.told_ratio(share)}" for share in adapter.ratios]
     figures = (
         f" Perplexity on text held out from its training, of the whole model's: {', '.join(found)}." if found else ""
     )

@@ -131,10 +131,9 @@ def adapt(
     if as_json:
         print(json.dumps({"adapter": str(out), "num_parameters": adapter.num_parameters, **adapter.training}))
     else:
-        before, after = adapter.training["ratios_before"], adapter.training["ratios"][-1][1]
         print(f"{out}: {adapter.num_parameters:,} numbers; held-out perplexity ÷ the whole model's")
-        for share, ratio in after.items():
-            print(f"  {float(share):.1%} of the experts: {ratio:.3f} (without the adapter {before[share]:.3f})")
+        for share in adapter.ratios:
+            print(f"  {float(share):.1%} of the experts: {adapter.told_ratio(share)}")
 
 
 def attach(

@@ -79,10 +79,9 @@ def ratio_warning(name: str, adapter: Adapter, mask: ExpertMask, warn_ratio: flo
     nearest = min(adapter.ratios, key=lambda key: abs(float(key) - share), default=None)
     if nearest is None or adapter.ratios[nearest] <= warn_ratio:
         return []
-    before, after = adapter.ratios_before[nearest], adapter.ratios[nearest]
     return [
-        f"{share:.0%} of the experts are served, with the adapter {name}: on held-out text perplexity was × "
-        f"{after:.3g} at {float(nearest):.0%} of them (without the adapter × {before:.3g})"
+        f"{share:.0%} of the experts are served, with the adapter {name}: on held-out text perplexity at "
+        f"{float(nearest):.0%} of them was {adapter.told_ratio(nearest)}"
     ]
 
 

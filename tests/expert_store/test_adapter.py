@@ -54,6 +54,13 @@ def test_an_adapter_is_for_its_mask_or_for_masks_of_its_sizes_and_never_for_a_fu
     assert not replace(pools, shares=(0.25, 0.5)).is_for(planned.mask)
 
 
+def test_a_ratio_is_told_with_the_one_before_only_where_that_was_measured() -> None:
+    training = {"ratios_before": {"0.5": 2.0}, "ratios": [[1, {"0.5": 1.5}], [2, {"0.5": 1.25, "0.25": 3.0}]]}
+    adapter = replace(an_adapter(), training=training)
+    assert adapter.told_ratio("0.5") == "× 1.250 (without × 2.000)"
+    assert adapter.told_ratio("0.25") == "× 3.000"
+
+
 @pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{}      ", b"nothing that such a file begins with"])
 def test_other_files_are_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(content)

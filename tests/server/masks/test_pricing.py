@@ -4,12 +4,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from expert_store.adapter import Adapter
 from expert_store.manifest import Alignment, Manifest, read_manifest
 from extractor.planning.planner import PlanRequest, make_plan
 from extractor.statistics.file import write_statistics
 from extractor.statistics.statistics import ExpertStatistics, StatisticsError
 from router.mask import ExpertMask
-from server.masks.pricing import KnownPrice, known_price, load_statistics, price_warnings
+from server.masks.pricing import KnownPrice, known_price, load_statistics, price_warnings, ratio_warning
 from tests.extractor.selection_statistics import make_statistics
 
 
@@ -80,3 +81,10 @@ def test_a_damaged_price_in_a_store_is_unknown_and_said_to_be(manifest: Manifest
     known = known_price(damaged, mask(2), None)
     assert known.price is None
     assert "is unknown (the price is damaged" in price_warnings(known, mask(2), 1.1)[0]
+
+
+def test_an_adapter_whose_cost_without_was_not_measured_is_told_with_its_own_alone() -> None:
+    adapter = Adapter("ab" * 32, 3, 8, {}, shares=(0.1, 1.0), training={"ratios": [[1, {"0.5": 1.4, "0.25": 2.5}]]})
+    (warning,) = ratio_warning("pools", adapter, mask(2), 1.1)
+    assert warning.endswith("at 25% of them was × 2.500")
+    assert ratio_warning("pools", adapter, mask(4), 1.5) == []
