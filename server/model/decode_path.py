@@ -49,11 +49,6 @@ def load_runner(
     if options.path == "host":
         return _host_runner(store, options, "it was asked for", progress)
     reason = _why_not(options.device, options.path)
-    if store.manifest.adapters and options.adapters and reason is None:
-        names = ", ".join(entry.name for entry in store.manifest.adapters)
-        reason = (
-            f"captured graphs cannot carry the store's adapters ({names}) yet; with --no-adapters, they serve without"
-        )
     host_options = options
     if reason is None:
         from server.model.device.capture import NotCapturableError

@@ -69,9 +69,7 @@ class ModelSettings(Section):
     resident_bias: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = Field(
         0.0, description="cache-aware routing: bonus of experts in slots, in ranges of the logits; device path only"
     )
-    adapters: bool = Field(
-        True, description="masked requests have the store's adapters; they need the host path, off leaves the choice"
-    )
+    adapters: bool = Field(True, description="masked requests have the store's adapters; off serves them without")
 
     statistics: Path | None = Field(
         None, description="statistics file of `deepfew calibrate`, for what masks are expected to cost"

@@ -262,14 +262,14 @@ def _packed(
     factors = shape.router.expert_factors
     return LayerWeights(
         **norms,
-        qkv=_gate_last([part.weight for part in parts], kind),
+        qkv=gate_last([part.weight for part in parts], kind),
         q_norm=q_norm,
         k_norm=k_norm,
         output=output.weight,
         gate=gate,
         cos=table[0],
         sin=table[1],
-        qkv_bias=_gate_last(biases, kind) if biases else None,
+        qkv_bias=gate_last(biases, kind) if biases else None,
         output_bias=output.bias,
         gate_bias=None if gate_bias is None else gate_bias.float(),
         selection_bias=None if gate is None else selection_bias(shape.router, layer.router, layer.block),
@@ -286,7 +286,7 @@ def _norm(norm: nn.Module | None, where: str) -> Tensor | None:
     return None if norm is None else packed_norm(norm, where)
 
 
-def _gate_last(parts: Sequence[Tensor], kind: AttentionKind | LatentKind) -> Tensor:
+def gate_last(parts: Sequence[Tensor], kind: AttentionKind | LatentKind) -> Tensor:
     """The rows of q, k and v, and then those of the output gate, each head's of which follow on its rows of q."""
     if kind.gate == "none":
         return torch.cat(list(parts))

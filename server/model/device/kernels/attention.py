@@ -184,14 +184,14 @@ def _vectors(
 
 @triton.jit
 def attend(
-    qkv, q_norm, k_norm, sinks, cos_table, sin_table, rows, lengths, table, memory, out,
+    qkv, q_norm, k_norm, sinks, cos_table, sin_table, rows, adapters, lengths, table, memory, out,
     part_max, part_sum, part_out, arrived, eps, scaling, max_blocks,
     NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DV: tl.constexpr,
     VP: tl.constexpr, VALUES_AT: tl.constexpr, VALUE_NORM: tl.constexpr, VALUE_SCALE: tl.constexpr,
     QKV: tl.constexpr, GP: tl.constexpr, JOINED: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr, NORM: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr,
     ROTARY: tl.constexpr, NEIGHBOURS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-    GATE: tl.constexpr, PDL: tl.constexpr,
+    GATE: tl.constexpr, ADAPTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, NUM_HEADS * DV] from qkv [B, QKV], heads of queries, keys and values, those of values from VALUES_AT on
     (which may be the keys' place), and with a GATE the queries' gates; writes position lengths[row] of the row's keys
@@ -199,8 +199,8 @@ def attend(
     [NUM_KV, BLOCK, D] then values [NUM_KV, BLOCK, DV]; table is [rows, max_blocks]. A batch entry with row -1 is
     skipped. TILE: tokens of a product, like BLOCK a power of two. WINDOW: number of tokens to attend to, the new one
     included; 0: all. SINKS: a head's softmax has one more score, of sinks [NUM_HEADS] fp32, without a value. QP, KP:
-    widths of all query and all key heads, padded. JOINED: heads whose splits are joined together. Grid (SPLITS, NUM_KV,
-    B).
+    widths of all query and all key heads, padded. JOINED: heads whose splits are joined together. ADAPTED: see
+    `trunk`. Grid (SPLITS, NUM_KV, B).
 
     The split's first tile of cached keys and values is loaded before the wait: no kernel of this step writes it, nor
     the table. Later tiles' blocks are looked up one tile ahead, so only the first waits for its entry of the table.
@@ -217,6 +217,10 @@ def attend(
     tile = tl.arange(0, TILE)
     group = tl.arange(0, GP)
     row = tl.load(rows + batch)
+    if ADAPTED:
+        adapter = tl.load(adapters + batch)
+        q_norm += adapter * (NUM_HEADS * D if NORM == 2 else D)
+        k_norm += adapter * (NUM_KV * D if NORM == 2 else D)
     position = tl.load(lengths + row, mask=row >= 0, other=0)
     seen = position
     if WINDOW > 0:

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expert_store.paging.kernels import FETCHED, copy_span
-from server.model.device.kernels.trunk import gated, scaled
+from server.model.device.kernels.trunk import gated, scaled, with_change
 
 
 @triton.jit
@@ -133,8 +133,8 @@ def _switched(shared, switch, normed, rows, inside, H: tl.constexpr, HP: tl.cons
 
 @triton.jit
 def with_shared(
-    acc, residual, shared, switch, normed, out, batch, rows, inside, H: tl.constexpr, HP: tl.constexpr,
-    SHARED: tl.constexpr, SCALE: tl.constexpr, ROUTED: tl.constexpr,
+    acc, residual, shared, switch, normed, adapters, out, batch, rows, inside, H: tl.constexpr, HP: tl.constexpr,
+    SHARED: tl.constexpr, SCALE: tl.constexpr, ROUTED: tl.constexpr, ADAPTED: tl.constexpr,
 ):  # fmt: skip
     """out [batch, rows] = residual + SCALE * (ROUTED * acc [rows] + the term of SHARED); see `down`."""
     dtype: tl.constexpr = out.dtype.element_ty
@@ -144,6 +144,8 @@ def with_shared(
     if SHARED == 1:
         routed = (routed + tl.load(shared + at, mask=inside, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
     if SHARED == 2:
+        if ADAPTED:
+            switch += tl.load(adapters + batch) * H
         beside = _switched(shared + batch * H, switch, normed + batch * H, rows, inside, H, HP, dtype)
         routed = (routed + beside).to(dtype).to(tl.float32)
     tl.store(out + at, (before + scaled(routed, dtype, SCALE).to(dtype).to(tl.float32)).to(dtype), mask=inside)
@@ -168,15 +170,16 @@ def down_biases(
 
 @triton.jit
 def down(
-    act, anchor, pair_target, pair_source, weights, residual, shared, switch, normed, out,
+    act, anchor, pair_target, pair_source, weights, residual, shared, switch, normed, adapters, lora_b, low, out,
     K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
     SHARED: tl.constexpr, PAGED: tl.constexpr, FETCH: tl.constexpr, BIAS: tl.constexpr,
-    SCALE: tl.constexpr, ROUTED: tl.constexpr, PDL: tl.constexpr,
+    SCALE: tl.constexpr, ROUTED: tl.constexpr, ADAPTED: tl.constexpr, RANK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, H] = residual + SCALE * (ROUTED * sum of a token's K picks of weight * (down · act + bias) + the term of
     SHARED). Grid (B, ceil(H / BH)): programs of neighbouring tokens read the same rows of experts that they share.
 
-    SHARED: 0 nothing, 1 shared [B, H], 2 shared [B, H] * sigmoid(switch [H] · normed [B, H]).
+    SHARED: 0 nothing, 1 shared [B, H], 2 shared [B, H] * sigmoid(switch [H] · normed [B, H]); ADAPTED: a switch for
+    each adapter, see `trunk`. RANK: lora_b [adapters, H, RANK] · low [B, RANK] is added to the sum of the picks.
 
     The picks' down rows are read side by side as one row of K * I columns, before the wait: see the package's note.
     FETCH: rows of missing experts are read from host memory and also stored in their slots, so that PCIe stays busy
@@ -234,4 +237,9 @@ def down(
         acc += tl.sum(tile.to(tl.float32) * value[None, :], axis=1)
     if BIAS:
         acc += down_biases(anchor, pair_target, weights, first, rows, rows < H, BEFORE + H * I, 1, K)
-    with_shared(acc, residual, shared, switch, normed, out, batch, rows, rows < H, H, HP, SHARED, SCALE, ROUTED)
+    if RANK > 0:
+        acc = with_change(acc, tl.load(adapters + batch), lora_b, low, batch, rows, rows < H, H, RANK)
+    with_shared(
+        acc, residual, shared, switch, normed, adapters, out, batch, rows, rows < H, H, HP, SHARED, SCALE, ROUTED,
+        ADAPTED,
+    )  # fmt: skip

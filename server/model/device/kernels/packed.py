@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expert_store.paging.kernels import FETCHED, copy_span
 from server.model.device.kernels.experts import down_biases, with_shared
-from server.model.device.kernels.trunk import gated
+from server.model.device.kernels.trunk import gated, with_change
 
 INT4 = tl.constexpr(0)
 INT8 = tl.constexpr(1)
@@ -303,12 +303,13 @@ def _down_tile(
 
 @triton.jit
 def down(
-    act, anchor, pair_target, weights, residual, shared, switch, normed, out, magic,
+    act, anchor, pair_target, weights, residual, shared, switch, normed, adapters, lora_b, low, out, magic,
     K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr, BH: tl.constexpr, RUNS: tl.constexpr,
     SHARED: tl.constexpr, PAGED: tl.constexpr, BEFORE: tl.constexpr,
     V: tl.constexpr, QW: tl.constexpr, RW: tl.constexpr, GW: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr,
     S_AT: tl.constexpr, ZEROS: tl.constexpr, Z_AT: tl.constexpr, OVERALL: tl.constexpr, O_AT: tl.constexpr,
-    BIAS: tl.constexpr, SCALE: tl.constexpr, ROUTED: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, ROUTED: tl.constexpr, ADAPTED: tl.constexpr, RANK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """`experts.down` for packed rows: act [B * K, V, I / V]. RUNS: runs that a warp takes at a time; BEFORE: words of a
     span before its down rows. Rows of resident experts are read before the wait, those of fetched ones after it."""
@@ -350,7 +351,11 @@ def down(
         PER: tl.constexpr = 1 if BIAS == "F32" else 2
         biases = as_biases(anchor, BIAS)
         acc += down_biases(biases, pair_target, weights, first, rows, inside, (BEFORE + H * RW) * PER, PER, K)
-    with_shared(acc, residual, shared, switch, normed, out, batch, rows, inside, H, HP, SHARED, SCALE, ROUTED)
+    if RANK > 0:
+        acc = with_change(acc, tl.load(adapters + batch), lora_b, low, batch, rows, inside, H, RANK)
+    with_shared(
+        acc, residual, shared, switch, normed, adapters, out, batch, rows, inside, H, HP, SHARED, SCALE, ROUTED, ADAPTED
+    )
 
 
 @triton.jit

@@ -24,10 +24,28 @@ from server.model.device.kernels.trunk import normalise, scaled
 ABSENT = tl.constexpr(2)
 
 
+@triton.jit
+def _scores(
+    logits, at, known, temperatures, row, EP: tl.constexpr, TEMPERED: tl.constexpr, SIGMOID: tl.constexpr,
+    BY_LOGITS: tl.constexpr, logits_dtype: tl.constexpr, scores_dtype: tl.constexpr,
+):  # fmt: skip
+    """The scores [1, EP] of the experts from a row's logits, -inf outside `known`, and what the choice is made by."""
+    score = tl.load(logits + at, mask=known, other=-float("inf"), cache_modifier=".cg")
+    if TEMPERED:
+        heat = tl.load(temperatures + row, mask=row >= 0, other=1.0).to(logits_dtype).to(tl.float32)
+        score = tl.div_rn(score, tl.broadcast_to(heat[:, None], [1, EP])).to(logits_dtype).to(tl.float32)
+    choice = score
+    if SIGMOID:
+        score = (1.0 / (1.0 + tl.exp(-score))).to(scores_dtype).to(tl.float32)
+        if not BY_LOGITS:
+            choice = score
+    return score, choice
+
+
 @triton.jit(do_not_specialize=["layer"])
 def route(
     x, norm, gate_norm, gate, gate_bias, selection_bias, expert_factors, normed, planes, logits, arrived, choices,
-    ranges, rows, masks, temperatures, bias_range,
+    ranges, rows, masks, temperatures, bias_range, adapters, delta, gains, changed,
     log_ids, log_weights, log_demand, log_mass, layer, step_at,
     page_table, slot_owner, last_use, use_count, kept, host_offset, pool_offset, stats,
     header, target, source, count, pairs, pair_target, pair_source, weights, scratch, span, eps, resident_bias,
@@ -40,7 +58,7 @@ def route(
     GROUPS: tl.constexpr, GP: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr,
     GATE_BIAS: tl.constexpr, EXPERT_FACTORS: tl.constexpr, SELECTION_BIAS: tl.constexpr,
     EXACT_LOGITS: tl.constexpr, EXACT_SCORES: tl.constexpr, EXACT_WEIGHTS: tl.constexpr, NARROW: tl.constexpr,
-    PDL: tl.constexpr,
+    ADAPTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Routes x [B, H]; writes its norm, that of experts, to normed [B, H], the same in `planes` [B, PLANES, H / PLANES]
     (see `packed`), weights [B, K], the work list (see `list_work`) and the step's log [L, B, K].
@@ -52,6 +70,10 @@ def route(
     reads this times x normalised by gate_norm, and not what experts read. choices [B, E] int8 and ranges [B] fp32 carry
     the rows' choices to the last program. NARROW: the choice is made by values that bf16 holds. Grid (E / BE, B); the
     last program lists the work.
+
+    ADAPTED (with MASKED; see `trunk`): delta [adapters, E, H] is added to the gate for the choice, not for the demand,
+    whose logits are those of `logits`; `changed` [B, E] has those of the choice. The weight of a chosen expert is
+    multiplied by gains [1 + adapters, E] fp32.
     """
     if PDL:
         gdc_launch_dependents()
@@ -64,6 +86,10 @@ def route(
     inside = cols < H
     mine = part * BE + tl.arange(0, BE)
     w = tl.load(gate + mine[:, None] * H + cols[None, :], mask=(mine < E)[:, None] & inside[None, :], other=0.0)
+    if ADAPTED:
+        adapter = tl.load(adapters + batch)
+        norm += adapter * H
+        gains += adapter * E
     if NORM:
         scale = tl.load(norm + cols, mask=inside, other=0.0)
     one = batch + tl.arange(0, 1)
@@ -89,6 +115,13 @@ def route(
         gate_score += tl.load(gate_bias + mine, mask=mine < E, other=0.0)
     gate_score = gate_score.to(logits_dtype).to(tl.float32)
     tl.store(logits + batch * E + mine, gate_score, mask=mine < E)
+    if ADAPTED:
+        if adapter > 0:
+            d_at = delta + ((adapter - 1).to(tl.int64) * E + mine)[:, None] * H + cols[None, :]
+            d = tl.load(d_at, mask=(mine < E)[:, None] & inside[None, :], other=0.0)
+            change = tl.sum(d.to(tl.float32) * gated.to(tl.float32)[None, :], axis=1)
+            gate_score = (gate_score + change.to(logits_dtype).to(tl.float32)).to(logits_dtype).to(tl.float32)
+        tl.store(changed + batch * E + mine, gate_score, mask=mine < E)
     tl.debug_barrier()
     num_arrived = tl.atomic_add(arrived + 1 + batch, 1)
     if PLANES > 1 and part == 0:
@@ -99,21 +132,14 @@ def route(
         step = tl.load(step_at)
         picks = tl.arange(0, KP)
         known = (row >= 0)[:, None] & (experts < E)[None, :]
-        score = tl.load(
-            logits + one[:, None] * E + experts[None, :], mask=known, other=-float("inf"), cache_modifier=".cg"
-        )
+        at = one[:, None] * E + experts[None, :]
         log_at = (layer * B + one[:, None]) * K + picks[None, :]
         log_mask = (picks < K)[None, :]
         allowed = known
         SAME: tl.constexpr = not SELECTION_BIAS and not BY_LOGITS
-        if MASKED:
-            heat = tl.load(temperatures + row, mask=row >= 0, other=1.0).to(logits_dtype).to(tl.float32)
-            score = tl.div_rn(score, tl.broadcast_to(heat[:, None], [1, EP])).to(logits_dtype).to(tl.float32)
-        choice = score
-        if SIGMOID:
-            score = (1.0 / (1.0 + tl.exp(-score))).to(scores_dtype).to(tl.float32)
-            if not BY_LOGITS:
-                choice = score
+        score, choice = _scores(
+            logits, at, known, temperatures, row, EP, MASKED, SIGMOID, BY_LOGITS, logits_dtype, scores_dtype
+        )
         if SELECTION_BIAS:
             bias = tl.load(selection_bias + experts, mask=experts < E, other=0.0)[None, :]
             choice = (choice if SIGMOID else softmax(score, known)) + bias
@@ -129,6 +155,12 @@ def route(
             tl.store(log_mass + log_at, mass, mask=log_mask)
             visible = tl.load(masks + (row[:, None] * L + layer) * E + experts[None, :], mask=known, other=0)
             allowed = known & (visible != 0)
+            if ADAPTED:
+                score, choice = _scores(
+                    changed, at, known, temperatures, row, EP, True, SIGMOID, BY_LOGITS, logits_dtype, scores_dtype
+                )
+                if SELECTION_BIAS:
+                    choice += bias
             if SELECTION_BIAS and not SIGMOID:
                 choice = softmax(score, allowed) + bias
         if BIASED:
@@ -147,6 +179,9 @@ def route(
         weight = weights_of(values, score, allowed, SIGMOID, RENORMALISE, EPS, FLOOR, SCALE, weights_dtype)
         if EXPERT_FACTORS:
             weight *= tl.load(expert_factors + ids, mask=ids >= 0, other=0.0)
+        if ADAPTED:
+            gain = tl.load(gains + ids, mask=ids >= 0, other=1.0)
+            weight = (weight * gain).to(weights_dtype).to(tl.float32)
         tl.store(log_ids + log_at, tl.where(ids < 0, E, ids), mask=log_mask)
         tl.store(log_weights + log_at, weight, mask=log_mask)
         if MASKED:

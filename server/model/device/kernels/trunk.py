@@ -5,6 +5,10 @@ through the batch with them; a program of `tiled_product` takes a tile of weight
 Sums are fp32. Invariant: a batch entry's sums are the same instructions in the same order for every batch size, so its
 bits do not depend on the other entries; the two kinds of products differ from each other.
 Results are rounded to the model's dtype where transformers rounds.
+
+ADAPTED steps have entries with adapters: `adapters` [B] int32 is the adapter of each, from 1 on, 0: none. Norms then
+have a row for each adapter, row 0 for none, and RANK > 0 says that adapters change a product by lora_b · lora_a · x,
+where `shrink` has computed the first half into `low` [B, RANK]. An entry without an adapter skips all of it.
 """
 
 from __future__ import annotations
@@ -67,6 +71,49 @@ def capped(value, CAP: tl.constexpr):
 
 
 @triton.jit
+def with_change(acc, adapter, lora_b, low, batch, rows, inside, N, RANK: tl.constexpr):
+    """acc [rows] of one entry, with the change of its adapter at `rows` of lora_b [adapters, N, RANK]."""
+    if adapter > 0:
+        ranks = tl.arange(0, RANK)
+        at = lora_b + ((adapter - 1).to(tl.int64) * N + rows)[:, None] * RANK + ranks[None, :]
+        b = tl.load(at, mask=inside[:, None], other=0.0)
+        acc += tl.sum(b.to(tl.float32) * tl.load(low + batch * RANK + ranks)[None, :], axis=1)
+    return acc
+
+
+@triton.jit
+def shrink(
+    x, norm, lora_a, adapters, low, eps,
+    K: tl.constexpr, KP: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """low [B, RANK] fp32 = lora_a[adapter] [RANK, K] · norm?(x [B, K]) of the entries that have an adapter; norm is
+    [1 + adapters, K]. GATED: lora_a has RANK rows of gate, then as many of up, and low is silu(gate · x) * (up · x).
+    Grid (RANK / BR, B)."""
+    if PDL:
+        gdc_launch_dependents()
+    ranks = tl.program_id(0) * BR + tl.arange(0, BR)
+    batch = tl.program_id(1)
+    cols = tl.arange(0, KP)
+    adapter = tl.load(adapters + batch)
+    if PDL:
+        gdc_wait()
+    if adapter > 0:
+        ROWS: tl.constexpr = 2 * RANK if GATED else RANK
+        a_at = lora_a + ((adapter - 1).to(tl.int64) * ROWS + ranks)[:, None] * K + cols[None, :]
+        a = tl.load(a_at, mask=(cols < K)[None, :], other=0.0)
+        value = tl.load(x + batch * K + cols, mask=cols < K, other=0.0)
+        if NORM:
+            scale = tl.load(norm + adapter * K + cols, mask=cols < K, other=0.0)
+            value = normalise(value.to(tl.float32), scale, eps, K, x.dtype.element_ty)
+        first = tl.sum(a.to(tl.float32) * value.to(tl.float32)[None, :], axis=1)
+        if GATED:
+            up = tl.load(a_at + RANK * K, mask=(cols < K)[None, :], other=0.0)
+            first = first / (1.0 + tl.exp(-first)) * tl.sum(up.to(tl.float32) * value.to(tl.float32)[None, :], axis=1)
+        tl.store(low + batch * RANK + ranks, first)
+
+
+@triton.jit
 def embed(tokens, table, x, step, H: tl.constexpr, HP: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr):
     """x[b] = table[tokens[b]] * SCALE. Program 0 begins a new step. Grid (B,)."""
     row = tl.program_id(0)
@@ -83,10 +130,10 @@ def embed(tokens, table, x, step, H: tl.constexpr, HP: tl.constexpr, SCALE: tl.c
 
 @triton.jit
 def product(
-    x, norm, weight, bias, residual, out, eps, N,
+    x, norm, weight, bias, residual, out, adapters, lora_b, low, eps, N,
     B: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, STRIDE: tl.constexpr, BN: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
-    PDL: tl.constexpr,
+    ADAPTED: tl.constexpr, RANK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, N] = capped((norm?(x [B, K]) · weight [N, K]ᵀ + bias?) * SCALE) + residual?; rows of x are STRIDE apart.
     Grid (ceil(N / BN),).
@@ -100,17 +147,23 @@ def product(
         weight + rows.to(tl.int64)[:, None] * K + cols[None, :],
         mask=inside[:, None] & (cols[None, :] < K), other=0.0, cache_modifier=".cg",
     )  # fmt: skip
-    if NORM:
+    if NORM and not ADAPTED:
         scale = tl.load(norm + cols, mask=cols < K, other=0.0)
     if PDL:
         gdc_wait()
     for batch in range(B):
         value = tl.load(x + batch * STRIDE + cols, mask=cols < K, other=0.0)
+        if ADAPTED:
+            adapter = tl.load(adapters + batch)
+            if NORM:
+                scale = tl.load(norm + adapter * K + cols, mask=cols < K, other=0.0)
         if NORM:
             value = normalise(value.to(tl.float32), scale, eps, K, x.dtype.element_ty)
         acc = tl.sum(w.to(tl.float32) * value.to(tl.float32)[None, :], axis=1)
         if BIAS:
             acc += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
+        if RANK > 0:
+            acc = with_change(acc, adapter, lora_b, low, batch, rows, inside, N, RANK)
         acc = capped(scaled(acc, x.dtype.element_ty, SCALE), CAP)
         if RESIDUAL:
             acc = acc.to(x.dtype.element_ty).to(tl.float32)
@@ -120,7 +173,8 @@ def product(
 
 @triton.jit
 def norm_rows(
-    x, norm, out, eps, K: tl.constexpr, KP: tl.constexpr, STRIDE: tl.constexpr, PDL: tl.constexpr
+    x, norm, out, adapters, eps,
+    K: tl.constexpr, KP: tl.constexpr, STRIDE: tl.constexpr, ADAPTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, K] = norm(x [B, K]), whose rows are STRIDE apart. Grid (B,)."""
     if PDL:
@@ -129,15 +183,17 @@ def norm_rows(
     row = tl.program_id(0)
     cols = tl.arange(0, KP)
     value = tl.load(x + row * STRIDE + cols, mask=cols < K, other=0.0).to(tl.float32)
+    if ADAPTED:
+        norm += tl.load(adapters + row) * K
     weight = tl.load(norm + cols, mask=cols < K, other=0.0)
     tl.store(out + row * K + cols, normalise(value, weight, eps, K, x.dtype.element_ty), mask=cols < K)
 
 
 @triton.jit
 def join(
-    residual, branch, branch_norm, beside, beside_norm, norm, factor, out, eps,
+    residual, branch, branch_norm, beside, beside_norm, norm, factor, out, adapters, eps,
     H: tl.constexpr, HP: tl.constexpr, BRANCH_NORM: tl.constexpr, BESIDE: tl.constexpr, BESIDE_NORM: tl.constexpr,
-    NORM: tl.constexpr, FACTOR: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, FACTOR: tl.constexpr, SCALE: tl.constexpr, ADAPTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, H] = (residual + SCALE * norm?(branch_norm?(branch) + beside_norm?(beside?))) * factor?, all [B, H] but
     the norms' weights [H] and factor [1]. Grid (B,)."""
@@ -148,6 +204,11 @@ def join(
     cols = tl.arange(0, HP)
     inside = cols < H
     at = tl.program_id(0) * H + cols
+    if ADAPTED:
+        own = tl.load(adapters + tl.program_id(0)) * H
+        branch_norm += own
+        beside_norm += own
+        norm += own
     value = tl.load(branch + at, mask=inside, other=0.0)
     if BRANCH_NORM:
         weight = tl.load(branch_norm + cols, mask=inside, other=0.0)
@@ -169,9 +230,10 @@ def join(
 
 @triton.jit
 def tiled_product(
-    x, weight, bias, residual, out, N,
+    x, weight, bias, residual, out, adapters, lora_b, low, N,
     B: tl.constexpr, BP: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, RANK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """`product` without its norm by tensor cores, for several rows faster and with sums in another order; K % BK == 0.
     Grid (ceil(N / BN),).
@@ -194,6 +256,13 @@ def tiled_product(
     mask = inside[:, None] & (batch < B)[None, :]
     if BIAS:
         acc += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
+    if RANK > 0:
+        for entry in range(B):
+            adapter = tl.load(adapters + entry)
+            if adapter > 0:
+                change = tl.zeros([BN], tl.float32)
+                change = with_change(change, adapter, lora_b, low, entry, rows, inside, N, RANK)
+                acc = tl.where((batch == entry)[None, :], acc + change[:, None], acc)
     acc = capped(scaled(acc, x.dtype.element_ty, SCALE), CAP)
     if RESIDUAL:
         acc = acc.to(x.dtype.element_ty).to(tl.float32)
@@ -203,9 +272,9 @@ def tiled_product(
 
 @triton.jit
 def gated_product(
-    x, norm, weight, out, eps, N,
+    x, norm, weight, out, adapters, lora_b, low, eps, N,
     B: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr,
-    PDL: tl.constexpr,
+    ADAPTED: tl.constexpr, RANK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, N] = gated(gate · y, up · y), y = norm?(x [B, K]), weight [2N, K] is gate then up. Grid (ceil(N /
     BN),).
@@ -219,17 +288,24 @@ def gated_product(
     at = weight + rows.to(tl.int64)[:, None] * K + cols[None, :]
     w_gate = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
     w_up = tl.load(at + N.to(tl.int64) * K, mask=mask, other=0.0, cache_modifier=".cg")
-    if NORM:
+    if NORM and not ADAPTED:
         scale = tl.load(norm + cols, mask=cols < K, other=0.0)
     if PDL:
         gdc_wait()
     for batch in range(B):
         value = tl.load(x + batch * K + cols, mask=cols < K, other=0.0)
+        if ADAPTED:
+            adapter = tl.load(adapters + batch)
+            if NORM:
+                scale = tl.load(norm + adapter * K + cols, mask=cols < K, other=0.0)
         if NORM:
             value = normalise(value.to(tl.float32), scale, eps, K, x.dtype.element_ty)
         value = value.to(tl.float32)[None, :]
         gate = tl.sum(w_gate.to(tl.float32) * value, axis=1)
         up = tl.sum(w_up.to(tl.float32) * value, axis=1)
+        if RANK > 0:
+            gate = with_change(gate, adapter, lora_b, low, batch, rows, inside, 2 * N, RANK)
+            up = with_change(up, adapter, lora_b, low, batch, N + rows, inside, 2 * N, RANK)
         tl.store(out + batch * N + rows, gated(gate, up, out.dtype.element_ty, GATE), mask=inside)
 
 

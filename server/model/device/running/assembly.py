@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from triton.runtime.driver import driver
 from triton.runtime.errors import OutOfResources
 
+from expert_store.adapter import Adapter, store_adapters
 from expert_store.encoding import RowEncoding
 from expert_store.errors import SlotsError
 from expert_store.manifest import LayerSpec, TensorSpec
@@ -29,6 +30,7 @@ from expert_store.store import Store
 from router.errors import MaskError
 from router.mask import ExpertMask
 from server.model.device.capture import NotCapturableError, need
+from server.model.device.capture.adapters import adapted_trunk, check_adapters
 from server.model.device.capture.modules import moe_blocks
 from server.model.device.capture.pack import decode_shape, pack_trunk
 from server.model.device.capture.proof import prove
@@ -40,7 +42,7 @@ from server.model.device.memory.tier import SpanTier, rows_within
 from server.model.device.running.runner import DeviceRunner
 from server.model.device.step.prefill import ExpertStream
 from server.model.device.step.tuning import StepOptions
-from server.model.device.step.weights import DecodeShape, TrunkWeights
+from server.model.device.step.weights import AdaptedTrunk, DecodeShape, TrunkWeights
 from server.model.host.assembly import eos_token_ids_of
 from server.model.host.kept import experts_by_use
 from server.model.kv.blocks import BLOCK_TOKENS
@@ -92,7 +94,8 @@ def load_device_runner(
         NotPinnableError: the host page-locks less memory than the first steps need.
         SlotsError: the device's memory does not suffice, or `host_memory_bytes` holds less than one step's experts; the
             message names values that fit.
-        ShardCorruptError: a file of the trunk is damaged. StoreError: no expert of a layer can be read.
+        ShardCorruptError: a file of the trunk, or an adapter, is damaged. AdapterError: one that cannot be read.
+        StoreError: no expert of a layer can be read.
     """
     device, dtype = options.device, options.dtype
     available = ExpertMask.of(store.available)
@@ -101,6 +104,7 @@ def load_device_runner(
     _check_gpu(device)
     skeleton = trunk_skeleton(store.trunk_path)
     shape = captured_shape(skeleton, store.manifest.layers, dtype, options.max_rows, options.max_tokens)
+    adapters = _adapters(store, skeleton) if options.adapters else {}
     reader = SpanReader(store, dtype, transposed=_is_transposed(skeleton))
     if proof:
         progress(Phase.PROVING, 0.0)
@@ -117,11 +121,9 @@ def load_device_runner(
         keeps_most=num_rows < num_served,
         least_tokens=options.least_tokens,
     )
-    progress(Phase.TRUNK, 0.0)
-    model = load_trunk(
-        store.trunk_path, device=device, dtype=dtype, progress=lambda share: progress(Phase.TRUNK, share)
-    )
+    model = _trunk(store, options, progress)
     weights = pack_trunk(model, shape)
+    adapted = adapted_trunk(model, shape, weights, adapters) if adapters else None
     slots, num_blocks = memory.divide(
         int(mask.num_allowed.max()), options.num_slots, options.slots_memory_bytes, options.kv_memory_bytes
     )
@@ -145,11 +147,28 @@ def load_device_runner(
     log_failures(unread)
     log.info("%d slots a layer; KV memory of %d tokens; %s", slots, num_blocks * BLOCK_TOKENS, tier.summary())
     tier.fill(one for one in in_turn(order) if one not in unread)
-    runner = _runner(store, model, shape, weights, pages, mask, tier, options, num_blocks)
+    runner = _runner(store, model, shape, weights, pages, mask, tier, options, num_blocks, adapters, adapted)
     _capture(runner, progress)
     if device.type == "cuda":
         warm_up(runner, progress)
     return runner
+
+
+def _trunk(store: Store, options: RunnerOptions, progress: Progress) -> PreTrainedModel:
+    progress(Phase.TRUNK, 0.0)
+    return load_trunk(
+        store.trunk_path,
+        device=options.device,
+        dtype=options.dtype,
+        progress=lambda share: progress(Phase.TRUNK, share),
+    )
+
+
+def _adapters(store: Store, skeleton: PreTrainedModel) -> dict[str, Adapter]:
+    """The store's adapters. Raises NotCapturableError for one that the step does not carry."""
+    adapters = store_adapters(store.path, store.manifest)
+    check_adapters(skeleton, adapters)
+    return adapters
 
 
 def _host_budget(wanted_bytes: int | None, experts_bytes: int) -> int | None:
@@ -199,6 +218,8 @@ def _runner(
     tier: SpanTier,
     options: RunnerOptions,
     num_blocks: int,
+    adapters: Mapping[str, Adapter],
+    adapted: AdaptedTrunk | None,
 ) -> DeviceRunner:
     """Bind the model's experts and routers to the pages, and make the runner over them."""
     stream = ExpertStream(pages, shape)
@@ -207,6 +228,9 @@ def _runner(
     for layer, (_, block, router) in enumerate(moe_blocks(model)):
         object.__setattr__(block.experts, LAYER_ATTRIBUTE, StreamLayer(layer, stream))
         routing.install(layer, router)
+    for name, adapter in adapters.items():
+        routing.install_adapters(model, adapter.changes)
+        routing.adapters.add(name, adapter.changes, device, shape.dtype)
     tokenizer = AutoTokenizer.from_pretrained(store.trunk_path, trust_remote_code=False, local_files_only=True)
     selective = SelectiveModel(
         model=model,
@@ -218,10 +242,13 @@ def _runner(
         dtype=shape.dtype,
         eos_token_ids=eos_token_ids_of(model, tokenizer),
         context_tokens=context_tokens(store.trunk_path),
+        adapters=adapters,
     )
     kv = KvRows(max_rows=shape.max_rows, num_blocks=num_blocks, shares=options.prefix_cache)
     step_options = StepOptions(resident_bias=options.resident_bias, batch_invariant=options.batch_invariant)
-    return DeviceRunner(selective, shape, weights, pages, stream, kv=kv, tier=tier, options=step_options)
+    return DeviceRunner(
+        selective, shape, weights, pages, stream, kv=kv, tier=tier, options=step_options, adapted=adapted
+    )
 
 
 def captured_shape(

@@ -31,7 +31,7 @@ def routing_of(
 
     The mass of demanded experts that were not served counts as missed. With `hidden` [L, B, E], the experts that rows
     may not choose, only their mass counts: under a mask, a router with groups may reject a demanded expert that is
-    available, because its group is not chosen.
+    available, because its group is not chosen, and an adapter may choose another one.
     """
     served = report.ids[:, :num].numpy().astype(np.int64)
     weight = report.weights[:, :num].numpy().copy()

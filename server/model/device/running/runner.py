@@ -24,7 +24,7 @@ from server.model.device.step.graphs import StepGraphs
 from server.model.device.step.prefill import ExpertStream
 from server.model.device.step.state import PrefillRow, Report, RowState
 from server.model.device.step.tuning import StepOptions
-from server.model.device.step.weights import DecodeShape, TrunkWeights
+from server.model.device.step.weights import AdaptedTrunk, DecodeShape, TrunkWeights
 from server.model.kv.blocks import BLOCK_TOKENS
 from server.model.kv.rows import KvRows
 from server.model.kv_memory import MemoryShares
@@ -42,7 +42,8 @@ class DeviceRunner:
         pages, stream: of the experts.
         kv: the blocks of KV memory; None takes as many as rows of `max_tokens` need, and shares them.
         tier: reads experts that are in no memory; None if all are in memory for good.
-        options: of every captured step; `pdl` and `masked` are set for each.
+        options: of every captured step; `pdl`, `masked` and `adapted` are set for each.
+        adapted: the trunk with the adapters that rows may have, which `model.routing` has too; None: they have none.
     """
 
     decode_path: Literal["device"] = "device"
@@ -60,6 +61,7 @@ class DeviceRunner:
         kv: KvRows | None = None,
         tier: SpanTier | None = None,
         options: StepOptions | None = None,
+        adapted: AdaptedTrunk | None = None,
     ) -> None:
         self.model, self.shape, self.pages = model, shape, pages
         self.max_rows, self.max_tokens = shape.max_rows, shape.max_tokens
@@ -70,12 +72,13 @@ class DeviceRunner:
         self.kv = kv or KvRows(max_rows=shape.max_rows, num_blocks=shape.max_rows * shape.max_blocks)
         self._state = RowState(shape, model.device, self.kv.pool.num_blocks)
         self.rows = Rows(self._state, self.kv, pages.servable.numpy())
-        self.graphs = StepGraphs(shape, weights, pages, self._state, options)
+        self._adapted = adapted
+        self.graphs = StepGraphs(shape, weights, pages, self._state, options, adapted)
         self._seen = -1
 
     def capture(self, progress: Progress = lambda phase, share: None) -> None:
-        """Compiles and captures the step of every batch size up to `max_rows`, with masks and without, so that no
-        request waits for it."""
+        """Compiles and captures the step of every batch size up to `max_rows`, without masks, with them, and with
+        adapters if there are any, so that no request waits for it."""
         full = self._bias == 0.0 and bool(self.model.routing.mask.allowed.all())
         self.graphs.capture(self._stream, full, progress)
 
@@ -113,9 +116,8 @@ class DeviceRunner:
         all_logits: bool = False,
     ) -> StepOutput:
         """See `Runner.prefill`."""
-        assert adapter is None, "the device-driven path loads no adapters"
         try:
-            return self._prefill(row, tokens, mask, temperature, all_logits)
+            return self._prefill(row, tokens, mask, adapter, temperature, all_logits)
         except (MemoryError, RuntimeError) as error:
             if not ran_out(error):
                 raise
@@ -123,7 +125,13 @@ class DeviceRunner:
         raise problem
 
     def _prefill(
-        self, row: int, tokens: Sequence[int], mask: ExpertMask | None, temperature: float, all_logits: bool
+        self,
+        row: int,
+        tokens: Sequence[int],
+        mask: ExpertMask | None,
+        adapter: str | None,
+        temperature: float,
+        all_logits: bool,
     ) -> StepOutput:
         self._look()
         start, routing = self.kv.length(row), self.model.routing
@@ -132,7 +140,7 @@ class DeviceRunner:
         self.rows.begin([(row, end)])
         positions = torch.arange(start, end, device=self.model.device)[None]
         given = mask or routing.mask
-        routing.begin(1, len(tokens), None if given is routing.mask else [given], [temperature])
+        routing.begin(1, len(tokens), None if given is routing.mask else [given], [temperature], [adapter])
         ids = torch.tensor([list(tokens)], device=self.model.device)
         past = PrefillRow(self._state, row, start, end)
         try:
@@ -183,23 +191,24 @@ class DeviceRunner:
 
     def _decode_at_once(self, steps: Sequence[RowStep]) -> StepOutput:
         num, rows = len(steps), [step.row for step in steps]
+        adapters = [0 if self._adapted is None else self._adapted.index(step.adapter) for step in steps]
         while True:
             self._look()
             for step in steps:
                 self.rows.settle(step.row, step.mask or self.model.routing.mask, step.temperature)
             masked = self._bias != 0.0 or not all(self.rows.is_plain(row) for row in rows)
-            graph = self.graphs.step(num, masked)
+            graph = self.graphs.step(num, masked, any(adapters))
             masked = graph.step.options.masked
             draw = self.graphs.draw(graph, steps)
-            graph.enqueue(rows, [step.token for step in steps])
+            graph.enqueue(rows, [step.token for step in steps], adapters)
             if draw is not None:
                 draw.enqueue(steps)
             report = graph.wait()
             if self._has_everything(report, rows):
                 break
         self.rows.advanced(rows)
-        in_groups = self.shape.router.groups > 1 and self._bias == 0.0
-        record, share = routing_of(report, num, masked, self.rows.hidden(rows) if in_groups else None)
+        by_mask = (self.shape.router.groups > 1 or any(adapters)) and self._bias == 0.0
+        record, share = routing_of(report, num, masked, self.rows.hidden(rows) if by_mask else None)
         return StepOutput(graph.step.logits[:num], record, share, chosen=chosen_tokens(report, draw, num))
 
     def _has_everything(self, report: Report, rows: Sequence[int]) -> bool:

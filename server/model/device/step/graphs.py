@@ -1,4 +1,4 @@
-"""The captured graphs: of decode steps, one for each batch size with and without masks, and of drawing tokens.
+"""The captured graphs: of decode steps, by batch size and whether rows have masks and adapters, and of drawing tokens.
 
 All of them read the same rows, weights and pages. Triton keeps compiled kernels on disk, so only the first start with a
 model's shape compiles. Invariant: after `capture` and `prepare_draws` no request waits for a compilation or a capture.
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from server.model.device.step.sampling import DrawKind, DrawRoom, TokenDraw
 from server.model.device.step.state import Report, RowState
 from server.model.device.step.step import DecodeStep
 from server.model.device.step.tuning import StepOptions, Tuning, pow2
-from server.model.device.step.weights import DecodeShape, TrunkWeights
+from server.model.device.step.weights import AdaptedTrunk, DecodeShape, TrunkWeights
 from server.model.load_progress import Phase, Progress
 from server.model.runner import RowStep
 
@@ -95,11 +96,15 @@ class StepGraph:
             self._launch()
         self._graph = graph
 
-    def enqueue(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
-        """Enqueues one step that appends a token to each row. Call `wait` before the next step."""
+    def enqueue(self, rows: Sequence[int], tokens: Sequence[int], adapters: Sequence[int] = ()) -> None:
+        """Enqueues one step that appends a token to each row. Call `wait` before the next step.
+
+        Args:
+            adapters: of each row, by `AdaptedTrunk.index`; empty: none.
+        """
         inputs = self._inputs.numpy()
-        inputs[0], inputs[1] = -1, 0
-        inputs[:, : len(rows)] = np.array([rows, tokens])
+        inputs[0], inputs[1:] = -1, 0
+        inputs[:, : len(rows)] = np.array([rows, tokens, adapters or [0] * len(rows)])
         if self._graph is None:
             self._launch()
         else:
@@ -118,27 +123,42 @@ class StepGraph:
         self._report.copy_(self.step.report, non_blocking=True)
 
 
+class Captured(NamedTuple):
+    """A graph is for steps of `batch` rows, or fewer. A step without masks or adapters may run where they are read."""
+
+    batch: int
+    masked: bool
+    adapted: bool = False
+
+
 class StepGraphs:
     """Graphs over `state`, `weights` and `pages`.
 
     Args:
-        options: options of every step; `pdl`, `masked` and tile sizes are set for each.
+        options: options of every step; `pdl`, `masked`, `adapted` and tile sizes are set for each.
+        adapted: the trunk with adapters; None: rows have none.
     """
 
     def __init__(
-        self, shape: DecodeShape, weights: TrunkWeights, pages: DevicePages, state: RowState, options: StepOptions
+        self,
+        shape: DecodeShape,
+        weights: TrunkWeights,
+        pages: DevicePages,
+        state: RowState,
+        options: StepOptions,
+        adapted: AdaptedTrunk | None = None,
     ) -> None:
         self._shape, self._weights, self._pages, self._state = shape, weights, pages, state
-        self._options = options
+        self._options, self._adapted = options, adapted
         self._device = pages.device
-        self._graphs: dict[tuple[int, bool], StepGraph] = {}
+        self._graphs: dict[Captured, StepGraph] = {}
         self._draws: dict[tuple[StepGraph, DrawKind], TokenDraw] = {}
         self._room = DrawRoom(pow2(shape.max_rows), shape.vocab, self._device)
         self._memory = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None  # of all draws
 
     @property
-    def steps(self) -> dict[tuple[int, bool], StepGraph]:
-        """The captured graphs, by batch size and whether they read masks; a copy."""
+    def steps(self) -> dict[Captured, StepGraph]:
+        """The captured graphs by what they are for; a copy."""
         return dict(self._graphs)
 
     def capture(self, stream: ExpertStream, full: bool, progress: Progress) -> None:
@@ -148,7 +168,8 @@ class StepGraphs:
             full: whether requests may run without a mask; steps with masks are always captured.
         """
         sizes = sorted({pow2(rows) for rows in range(1, self._shape.max_rows + 1)})
-        wanted = [(size, masked) for masked in ((False, True) if full else (True,)) for size in sizes]
+        kinds = [(False, False)] * full + [(True, False)] + [(True, True)] * (self._adapted is not None)
+        wanted = [Captured(size, *kind) for kind in kinds for size in sizes]
         graphs = {key: self._new(*key) for key in wanted if key not in self._graphs}
         if self._device.type == "cuda":
             progress(Phase.COMPILING, 0.0)
@@ -161,11 +182,11 @@ class StepGraphs:
             graph.capture()
             self._graphs[key] = graph
 
-    def step(self, num_rows: int, masked: bool) -> StepGraph:
+    def step(self, num_rows: int, masked: bool, adapted: bool = False) -> StepGraph:
         """The graph for a step of this many rows; a graph that reads masks also serves rows without one."""
-        key = (pow2(num_rows), masked or self._options.resident_bias != 0.0)
-        if key not in self._graphs and (key[0], True) in self._graphs:
-            key = (key[0], True)
+        key = Captured(pow2(num_rows), masked or adapted or self._options.resident_bias != 0.0, adapted)
+        if key not in self._graphs and key._replace(masked=True) in self._graphs:
+            key = key._replace(masked=True)
         if key not in self._graphs:
             self._graphs[key] = self._new(*key)
             self._graphs[key].capture()
@@ -198,11 +219,11 @@ class StepGraphs:
             self._draws[graph, kind].capture()
         return self._draws[graph, kind]
 
-    def _new(self, batch: int, masked: bool) -> StepGraph:
+    def _new(self, batch: int, masked: bool, adapted: bool) -> StepGraph:
         pdl = batch == 1 and _launches_dependents(self._device)
-        options = replace(self._options, pdl=pdl, masked=masked, tuning=Tuning())
-        step = DecodeStep(self._shape, self._weights, self._pages, self._state, batch, options)
-        return StepGraph(step)
+        options = replace(self._options, pdl=pdl, masked=masked, adapted=adapted, tuning=Tuning())
+        weights = self._adapted.weights if adapted and self._adapted is not None else self._weights
+        return StepGraph(DecodeStep(self._shape, weights, self._pages, self._state, batch, options))
 
 
 def _launches_dependents(device: torch.device) -> bool:

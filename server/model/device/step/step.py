@@ -2,8 +2,9 @@
 
 `DecodeStep.launch()` enqueues a step on the current stream and touches no host memory, so it can be captured once per
 batch size and replayed (`step.graphs`). All inputs are device tensors that the owner fills before a step: `inputs`
-[2, B], that is `rows` (KV row of each batch entry, -1: none) and `tokens`; the step itself advances `lengths`. All
-results for the host are in one tensor, `report`, so that one copy is enough. Invariants: batch entries without a row
+[3, B], that is `rows` (KV row of each batch entry, -1: none), `tokens` and `adapters` (from 1 on, 0: none; read by
+adapted steps alone); the step itself advances `lengths`. All results for the host are in one tensor, `report`, so that
+one copy is enough. Invariants: batch entries without a row
 change no expert slot, no KV memory and no statistics; if the step is `batch_invariant`, an entry's bits depend neither
 on the other entries nor on their number, since every batch size runs the same kernels with the same tiles; compiling
 makes the same calls as launching, so the compiled kernels are those that run.
@@ -27,7 +28,15 @@ from server.model.device.step.parts import LatentKind, OutputGate
 from server.model.device.step.router_kind import switches
 from server.model.device.step.state import Report, RowState
 from server.model.device.step.tuning import StepOptions, divisor, pow2
-from server.model.device.step.weights import DecodeShape, LayerWeights, MlpWeights, QkNorm, TrunkWeights
+from server.model.device.step.weights import (
+    DecodeShape,
+    LayerChanges,
+    LayerWeights,
+    LowRank,
+    MlpWeights,
+    QkNorm,
+    TrunkWeights,
+)
 
 FINISH_PARTS = 128
 FINISH_BLOCK = 2048
@@ -52,7 +61,11 @@ some four on. A row's bits are the same for every batch size either way, but not
 
 
 class DecodeStep:
-    """The kernels of one step for `batch` entries; reads weights and pages, mutates rows and pages."""
+    """The kernels of one step for `batch` entries; reads weights and pages, mutates rows and pages.
+
+    Args:
+        weights: of the trunk; those of `AdaptedTrunk` if the step is `adapted`.
+    """
 
     def __init__(
         self,
@@ -65,6 +78,7 @@ class DecodeStep:
     ) -> None:
         self.shape, self.weights, self.pages, self.state, self.batch = shape, weights, pages, state, batch
         self.options = options or StepOptions()
+        assert self.options.masked or not self.options.adapted, "an adapter is for masked rows"
         is_many = shape.max_rows > MANY_ROWS if self.options.batch_invariant else batch > 1
         self._product = self._tiled_product if is_many else self._row_product
         self._compiles = False  # True: kernels are compiled instead of launched
@@ -76,15 +90,16 @@ class DecodeStep:
         def fresh(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
-        self.inputs = torch.tensor([[-1], [0]], dtype=torch.int32).repeat(1, batch).to(device)
-        self.rows, self.tokens = self.inputs[0], self.inputs[1]
+        self.inputs = torch.tensor([[-1], [0], [0]], dtype=torch.int32).repeat(1, batch).to(device)
+        self.rows, self.tokens, self.adapters = self.inputs
         self.x, self.mid, self.normed = fresh(batch, hidden), fresh(batch, hidden), fresh(batch, hidden)
         planes = torch.bfloat16 if shape.dtype == torch.bfloat16 else torch.float32  # fp16 has too few exponents
         self.planes = self.normed if shape.packed is None else fresh(batch, hidden, dtype=planes)
         self._attention_buffers(fresh)
         self.choices = fresh(batch, shape.num_experts, dtype=torch.int8)
         self.ranges = fresh(batch, dtype=torch.float32)
-        self.router_logits = fresh(batch, shape.num_experts, dtype=torch.float32)
+        self.router_logits, self.changed_logits = fresh(2, batch, shape.num_experts, dtype=torch.float32)
+        self.low = fresh(batch * max(map(_most_rank, weights.layers)), dtype=torch.float32)
         self.pick_weights = fresh(batch, top_k, dtype=torch.float32)
         act_dtype = shape.dtype if shape.packed is None else planes
         self.act = fresh(batch * top_k, shape.intermediate, dtype=act_dtype)
@@ -176,19 +191,22 @@ class DecodeStep:
         """The shared expert of a layer into `shared` [B, H], if it has one."""
         mlp = self.weights.layers[layer].mlp
         if mlp is not None:
-            inner = self._gated(layer, mlp)
-            self._product(inner, None, mlp.down, None, None, self.shared, self.options.tuning.output_rows)
+            inner, change = self._gated(layer, mlp), self._changes(layer).down
+            self._product(inner, None, mlp.down, None, None, self.shared, self.options.tuning.output_rows, change)
 
     def dense_layer(self, layer: int) -> None:
         """The gated product of a layer without routed experts, into `x`."""
         mlp = self.weights.layers[layer].mlp
         assert mlp is not None
-        inner, rows = self._gated(layer, mlp), self.options.tuning.output_rows
+        inner, rows, change = self._gated(layer, mlp), self.options.tuning.output_rows, self._changes(layer).down
         if self.weights.layers[layer].joins:
-            self._product(inner, None, mlp.down, None, None, self.branch, rows)
+            self._product(inner, None, mlp.down, None, None, self.branch, rows, change)
             self._join(layer)
         else:
-            self._product(inner, None, mlp.down, None, self.mid, self.x, rows)
+            self._product(inner, None, mlp.down, None, self.mid, self.x, rows, change)
+
+    def _changes(self, layer: int) -> LayerChanges:
+        return self.weights.layers[layer].changes or LayerChanges()
 
     def _window(self, layer: int) -> int:
         return self.shape.windows[layer] if self.shape.windows else 0
@@ -197,7 +215,8 @@ class DecodeStep:
         """Queries, keys, values and output gates of the new tokens into `qkv`."""
         weights, rows = self.weights.layers[layer], self.options.tuning.qkv_rows
         out = self._rows_of(self.qkv, self.shape.attention(layer).qkv)
-        self._product(self.x, weights.input_norm, weights.qkv, weights.qkv_bias, None, out, rows)
+        change = self._changes(layer).qkv
+        self._product(self.x, weights.input_norm, weights.qkv, weights.qkv_bias, None, out, rows, change)
 
     def attend(self, layer: int) -> None:
         """Attention over each row's blocks of KV memory, which get the new token, into `attended`."""
@@ -213,7 +232,7 @@ class DecodeStep:
         self._run(
             attention.attend, (splits, kind.num_kv_heads, self.batch),
             self.qkv, weights.q_norm, weights.k_norm, weights.cos if weights.sinks is None else weights.sinks,
-            weights.cos, weights.sin, self.rows, state.lengths,
+            weights.cos, weights.sin, self.rows, self.adapters, state.lengths,
             state.table, state.memory[layer], self.attended, self.part_max, self.part_sum, self.part_out,
             self.arrived[1 + self.batch :], shape.eps, shape.scaling or kind.head_dim**-0.5, shape.max_blocks,
             NUM_HEADS=kind.num_heads, NUM_KV=kind.num_kv_heads, D=kind.head_dim, HP=half, DV=kind.value_dim, VP=value,
@@ -224,17 +243,18 @@ class DecodeStep:
             QP=pow2(kind.num_heads * kind.head_dim), KP=pow2(kind.num_kv_heads * kind.head_dim),
             ROTARY=kind.rotary, WINDOW=self._window(layer),
             NEIGHBOURS=shape.neighbours, GATE=get_args(OutputGate).index(kind.gate),
-            SINKS=weights.sinks is not None, num_warps=4, num_stages=2,
+            SINKS=weights.sinks is not None, ADAPTED=self.options.adapted, num_warps=4, num_stages=2,
         )  # fmt: skip
 
     def output_product(self, layer: int) -> None:
         """Attention's output product with the residual, into `mid`."""
         weights, rows = self.weights.layers[layer], self.options.tuning.output_rows
         attended, norm = self._rows_of(self.attended, self.shape.attention(layer).width), weights.attention_norm
+        change = self._changes(layer).output
         if norm is None:
-            self._product(attended, None, weights.output, weights.output_bias, self.x, self.mid, rows)
+            self._product(attended, None, weights.output, weights.output_bias, self.x, self.mid, rows, change)
             return
-        self._product(attended, None, weights.output, weights.output_bias, None, self.branch, rows)
+        self._product(attended, None, weights.output, weights.output_bias, None, self.branch, rows, change)
         self._add(self.x, self.branch, self.mid, norm=norm)
 
     def _join(self, layer: int) -> None:
@@ -257,8 +277,8 @@ class DecodeStep:
         tensors = (branch if one is None else one for one in given)
         names = ("BRANCH_NORM", "BESIDE", "BESIDE_NORM", "NORM", "FACTOR")
         self._run(
-            trunk.join, (self.batch,), residual, branch, *tensors, out, shape.eps,
-            H=shape.hidden, HP=pow2(shape.hidden), SCALE=shape.scales.residual,
+            trunk.join, (self.batch,), residual, branch, *tensors, out, self.adapters, shape.eps,
+            ADAPTED=self.options.adapted, H=shape.hidden, HP=pow2(shape.hidden), SCALE=shape.scales.residual,
             **{name: one is not None for name, one in zip(names, given, strict=True)}, num_warps=8,
         )  # fmt: skip
 
@@ -266,7 +286,7 @@ class DecodeStep:
         """Each token's experts and their weights, and the layer's work list."""
         shape, weights, pages, state = self.shape, self.weights.layers[layer], self.pages, self.state
         options, tuning = self.options, self.options.tuning
-        gate, at = _gate(weights), self._moe_layer[layer]
+        gate, at, changes = _gate(weights), self._moe_layer[layer], self._changes(layer)
         norms = (gate if norm is None else norm for norm in (weights.post_norm, weights.gate_norm))
         rows, warps = tuning.gate_rows, tuning.route_warps
         self._run(
@@ -276,7 +296,9 @@ class DecodeStep:
             gate if weights.expert_factors is None else weights.expert_factors, self.normed, self.planes,
             self.router_logits,
             self.arrived, self.choices, self.ranges, self.rows, state.masks, state.temperatures,
-            state.bias_range, self.log_ids, self.log_weights, self.log_demand, self.log_mass, at, pages.step,
+            state.bias_range, self.adapters, gate if changes.delta is None else changes.delta,
+            self.ranges if changes.gains is None else changes.gains, self.changed_logits,
+            self.log_ids, self.log_weights, self.log_demand, self.log_mass, at, pages.step,
             pages.page_table, pages.slot_owner, pages.last_use, pages.use_count, pages.kept, pages.host_offset,
             pages.pool_offset, pages.stats, pages.header, pages.target, pages.source, pages.count, pages.pairs,
             pages.pair_target, pages.pair_source, self.pick_weights, pages.scratch, pages.shape.span_elements,
@@ -291,7 +313,7 @@ class DecodeStep:
             POLICY=LFU.value if pages.policy == "lfu" else LRU.value, PAGED=pages.shape.paged, MASKED=options.masked,
             BIASED=options.resident_bias != 0.0, **plane_constants(shape.packed),
             GATE_BIAS=weights.gate_bias is not None, NORM=weights.post_norm is not None,
-            EXPERT_FACTORS=weights.expert_factors is not None,
+            EXPERT_FACTORS=weights.expert_factors is not None, ADAPTED=options.adapted,
             **switches(shape.router, shape.dtype),
             num_warps=warps,
         )  # fmt: skip
@@ -336,12 +358,14 @@ class DecodeStep:
         switch = None if mlp is None else mlp.switch
         picks = shape.top_k * shape.intermediate
         stream, out = (self.nothing, self.branch) if weights.joins else (self.mid, self.x)
-        beside = (stream, self.shared, stream if switch is None else switch, self.normed, out)
+        lora, rank = self._shrink(self.normed, None, self._changes(layer).expert, gated=True)
+        beside = (stream, self.shared, stream if switch is None else switch, self.normed, *lora, out)
         sizes = {
             "K": shape.top_k, "H": shape.hidden, "HP": pow2(shape.hidden), "I": shape.intermediate,
             "SHARED": 0 if mlp is None else 1 if switch is None else 2, "PAGED": pages.shape.paged,
             "BIAS": expert_constants(shape.experts, packed=shape.packed is not None)["BIAS"],
             "SCALE": 1.0 if weights.joins else shape.scales.residual, "ROUTED": shape.scales.routed,
+            "ADAPTED": self.options.adapted, "RANK": rank,
         }  # fmt: skip
         if shape.packed is None:
             rows = tuning.down_rows
@@ -396,20 +420,38 @@ class DecodeStep:
 
     def _row_product(
         self, x: Tensor, norm: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-        out: Tensor, rows: int, eps: float | None = None,
+        out: Tensor, rows: int, change: LowRank | None = None, eps: float | None = None,
     ) -> None:  # fmt: skip
-        """out = norm(x) · weightᵀ + bias + residual, `rows` of the weight in each program; eps of the norm, None: that
-        of the layers."""
+        """out = norm(x) · weightᵀ + bias + residual, `rows` of the weight in each program; adapters may change the
+        product. eps of the norm, None: that of the layers."""
         num_rows, width = weight.shape
         rows = max(1, min(rows, MOST_ROW_ELEMENTS // pow2(width)))
+        lora, rank = self._shrink(x, norm, change)
         self._run(
             trunk.product, (triton.cdiv(num_rows, rows),),
             x, x if norm is None else norm, weight, x if bias is None else bias, x if residual is None else residual,
-            out, self.shape.eps if eps is None else eps, num_rows, B=self.batch, K=width, KP=pow2(width),
+            out, *lora, self.shape.eps if eps is None else eps, num_rows, B=self.batch, K=width, KP=pow2(width),
             STRIDE=x.stride(0), BN=rows, NORM=norm is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
-            **self._factors(out, residual),
+            **self._factors(out, residual), ADAPTED=self.options.adapted, RANK=rank,
             num_warps=self.options.tuning.product_warps,
         )  # fmt: skip
+
+    def _shrink(
+        self, x: Tensor, norm: Tensor | None, change: LowRank | None, gated: bool = False
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+        """The first half of a product's change, lora_a · norm(x), into `low`; returns what a product's kernel takes for
+        the second half: adapters, lora_b and `low`, and the rank, 0 if the product is not changed."""
+        if change is None:
+            return (self.adapters, x, x), 0
+        rank, width = change.b.shape[2], change.a.shape[2]
+        rows = max(1, min(rank, MOST_ROW_ELEMENTS // (2 if gated else 1) // pow2(width)))
+        self._run(
+            trunk.shrink, (rank // rows, self.batch),
+            x, x if norm is None else norm, change.a, self.adapters, self.low, self.shape.eps,
+            K=width, KP=pow2(width), RANK=rank, BR=rows, NORM=norm is not None, GATED=gated,
+            num_warps=self.options.tuning.product_warps,
+        )  # fmt: skip
+        return (self.adapters, change.b, self.low), rank
 
     def _factors(self, out: Tensor, residual: Tensor | None) -> dict[str, float]:
         """The factor of a product, which logits and what joins the residual stream have, and the cap of logits."""
@@ -420,23 +462,24 @@ class DecodeStep:
 
     def _tiled_product(
         self, x: Tensor, norm: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-        out: Tensor, rows: int, eps: float | None = None,
+        out: Tensor, rows: int, change: LowRank | None = None, eps: float | None = None,
     ) -> None:  # fmt: skip
         """The same by tensor cores, in tiles of weights and all rows of the batch; `rows` is for the other."""
         num_rows, width = weight.shape
         tuning = self.options.tuning
         if norm is not None:
-            sizes = {"K": width, "KP": pow2(width), "STRIDE": x.stride(0)}
-            eps = self.shape.eps if eps is None else eps
-            self._run(trunk.norm_rows, (self.batch,), x, norm, self.normed, eps, **sizes, num_warps=8)
+            sizes = {"K": width, "KP": pow2(width), "STRIDE": x.stride(0), "ADAPTED": self.options.adapted}
+            given = (x, norm, self.normed, self.adapters, self.shape.eps if eps is None else eps)
+            self._run(trunk.norm_rows, (self.batch,), *given, **sizes, num_warps=8)
             x = self.normed
+        lora, rank = self._shrink(x, None, change)
         tile = tuning.tiled_rows if num_rows >= 132 * tuning.tiled_rows else 16
         self._run(
             trunk.tiled_product, (triton.cdiv(num_rows, tile),),
-            x, weight, x if bias is None else bias, x if residual is None else residual, out, num_rows,
+            x, weight, x if bias is None else bias, x if residual is None else residual, out, *lora, num_rows,
             B=self.batch, BP=max(16, pow2(self.batch)), K=width, BN=tile,
             BK=divisor(width, tuning.tiled_bytes // weight.element_size()),
-            BIAS=bias is not None, RESIDUAL=residual is not None, **self._factors(out, residual),
+            BIAS=bias is not None, RESIDUAL=residual is not None, **self._factors(out, residual), RANK=rank,
             num_warps=4 if tile >= 32 else 2, num_stages=tuning.tiled_stages,
         )  # fmt: skip
 
@@ -450,11 +493,12 @@ class DecodeStep:
         out = self._rows_of(self.inner, num_rows)
         norm = self.weights.layers[layer].post_norm if mlp.norm is None else mlp.norm
         rows = max(1, min(self.options.tuning.up_rows, MOST_ROW_ELEMENTS // 2 // pow2(width)))
+        lora, rank = self._shrink(self.mid, norm, self._changes(layer).up)
         self._run(
             trunk.gated_product, (triton.cdiv(num_rows, rows),),
-            self.mid, mlp.up if norm is None else norm, mlp.up, out, self.shape.eps, num_rows,
+            self.mid, mlp.up if norm is None else norm, mlp.up, out, *lora, self.shape.eps, num_rows,
             B=self.batch, K=width, KP=pow2(width), BN=rows, NORM=norm is not None, GATE=self.shape.mlp_gate.constants,
-            num_warps=self.options.tuning.product_warps,
+            ADAPTED=self.options.adapted, RANK=rank, num_warps=self.options.tuning.product_warps,
         )  # fmt: skip
         return out
 
@@ -466,6 +510,13 @@ def _packed_tile(words: int, run_words: int, rows: int) -> tuple[int, int, int]:
         rows //= 2
     warps = min(8, pow2(triton.cdiv(rows * words, WARP_WORDS)))
     return rows, warps, min(THREADS * warps, pow2(words // run_words))
+
+
+def _most_rank(weights: LayerWeights) -> int:
+    """The largest rank by which adapters change a product of the layer; 0: none does."""
+    changes = weights.changes or LayerChanges()
+    products = (changes.qkv, changes.output, changes.up, changes.down, changes.expert)
+    return max((one.b.shape[2] for one in products if one is not None), default=0)
 
 
 def _gate(weights: LayerWeights) -> Tensor:

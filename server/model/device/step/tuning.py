@@ -59,6 +59,7 @@ class StepOptions:
     Attributes:
         pdl: kernels are launched while the kernels before them still run (see `kernels`).
         masked: each row's mask and temperature are read.
+        adapted: each row's adapter is read; only masked steps may be.
         resident_bias: lambda of cache-aware routing, 0: off.
         batch_invariant: a row's bits do not depend on the batch. Otherwise steps of several rows use tensor cores, and
             those of one row do not.
@@ -66,6 +67,7 @@ class StepOptions:
 
     pdl: bool = False
     masked: bool = False
+    adapted: bool = False
     resident_bias: float = 0.0
     batch_invariant: bool = True
     tuning: Tuning = field(default_factory=Tuning)

@@ -168,6 +168,33 @@ class DecodeShape:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """The changes of a product by adapters: a [adapters, R, in], b [adapters, out, R]; R is a power of two. That of
+    `LayerChanges.expert` is gated: a [adapters, 2 R, in] has rows of gate, then of up."""
+
+    a: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True)
+class LayerChanges:
+    """The changes of a layer by adapters, beside those of its norms: of its products; one more expert, which every
+    token has; of the gate's logits, delta [adapters, E, H]; and the factors of the experts' weights, gains
+    [1 + adapters, E] fp32, whose first row is ones.
+
+    None: no adapter changes it, or the layer has no such part.
+    """
+
+    qkv: LowRank | None = None
+    output: LowRank | None = None
+    up: LowRank | None = None
+    down: LowRank | None = None
+    expert: LowRank | None = None
+    delta: Tensor | None = None
+    gains: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class MlpWeights:
     """A gated product that every token uses: up [2I, H], rows of gate then of up; down [H, I]; switch [H]: the result
     is multiplied by sigmoid(switch · x); norm [H] of its input, if that is not the layer's `post_norm`; after [H]: the
@@ -205,6 +232,9 @@ class LayerWeights:
     routed experts alone) mostly are. `factor` [1] multiplies the layer's result.
 
     Norms in fp32 beside a half dtype are applied before the result is rounded, those in the model's dtype after it was.
+
+    Where `changes` is not None, all norms but `gate_norm`, and the mlp's switch, have a row for no adapter and one for
+    each adapter.
     """
 
     input_norm: Tensor | None
@@ -229,6 +259,7 @@ class LayerWeights:
     gate_norm: Tensor | None = None
     expert_factors: Tensor | None = None
     factor: Tensor | None = None
+    changes: LayerChanges | None = None
 
     @property
     def joins(self) -> bool:
@@ -250,6 +281,19 @@ class TrunkWeights:
     norm: Tensor
     head: Tensor
     head_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class AdaptedTrunk:
+    """The trunk with adapters, which share its other tensors: the final norm is [1 + adapters, H], and all layers have
+    `changes`. `names[n]` is the name of adapter n + 1."""
+
+    names: tuple[str, ...]
+    weights: TrunkWeights
+
+    def index(self, name: str | None) -> int:
+        """The number of an adapter, from 1 on; 0 for none."""
+        return 0 if name is None else 1 + self.names.index(name)
 
 
 def rotary_tables(

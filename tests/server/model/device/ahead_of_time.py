@@ -30,16 +30,28 @@ from server.model.device.step.sampling import DrawKind, DrawRoom, TokenDraw
 from server.model.device.step.state import RowState
 from server.model.device.step.step import DecodeStep
 from server.model.device.step.tuning import StepOptions
-from server.model.device.step.weights import DecodeShape, LatentWeights, LayerWeights, MlpWeights, TrunkWeights
+from server.model.device.step.weights import (
+    DecodeShape,
+    LatentWeights,
+    LayerChanges,
+    LayerWeights,
+    LowRank,
+    MlpWeights,
+    TrunkWeights,
+)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A shape, its slots a layer, and the (batch, masked, resident_bias, policy) that it is compiled for."""
+    """A shape, its slots a layer, and the (batch, masked, resident_bias, policy) that it is compiled for.
+
+    `rank`: by which adapters change each product in masked steps; 0: there are none.
+    """
 
     shape: DecodeShape
     slots: int
     steps: tuple[tuple[int, bool, float, str], ...]
+    rank: int = 0
 
 
 TINY = DecodeShape(
@@ -146,6 +158,9 @@ CASES = {
     "tiny": Case(TINY, 6, (_PLAIN, (2, True, 0.0, "lru"))),
     "tiny, few slots": Case(TINY, 3, (_ALL, (5, True, 0.0, "lru"))),
     "tiny, every kind": Case(EVERY_KIND, 6, (_PLAIN, (2, True, 0.1, "lfu"))),
+    "tiny, every kind, adapted": Case(EVERY_KIND, 6, ((1, True, 0.1, "lru"), (2, True, 0.0, "lru")), rank=16),
+    "qwen3, adapted": Case(QWEN3, 32, ((1, True, 0.0, "lru"), (8, True, 0.0, "lru")), rank=64),
+    "qwen2, adapted": Case(QWEN2, 15, ((1, True, 0.0, "lru"), (8, True, 0.0, "lru")), rank=256),
     "bundled": Case(BUNDLED, 16, ((1, True, 0.0, "lru"), (32, False, 0.0, "lru"))),
     "half": Case(replace(BUNDLED, dtype=torch.float16, block_tokens=128), 8, ((4, True, 0.1, "lfu"),)),
     "qwen3": Case(QWEN3, 32, (_PLAIN, (8, True, 0.1, "lfu"))),
@@ -188,7 +203,7 @@ class Ahead:
         return torch.device("meta")
 
 
-def trunk(shape: DecodeShape) -> TrunkWeights:
+def trunk(shape: DecodeShape, rank: int = 0) -> TrunkWeights:
     """Weights without memory."""
 
     def matrix(*size: int) -> Tensor:
@@ -198,6 +213,21 @@ def trunk(shape: DecodeShape) -> TrunkWeights:
         switch = matrix(shape.hidden) if shape.qk_norm == "none" else None
         norms = dict.fromkeys(("norm", "after"), matrix(shape.hidden)) if shape.router.own_norm else {}
         return MlpWeights(matrix(2 * inner, shape.hidden), matrix(shape.hidden, inner), switch, **norms)
+
+    def changes(heads: int, qkv: int, inner: int) -> LayerChanges:
+        sizes = {"qkv": (shape.hidden, qkv), "output": (heads, shape.hidden)}
+        if inner:
+            sizes |= {"up": (shape.hidden, 2 * inner), "down": (inner, shape.hidden)}
+        low = {
+            name: LowRank(matrix(1, rank, inputs), matrix(1, outputs, rank))
+            for name, (inputs, outputs) in sizes.items()
+        }
+        return LayerChanges(
+            **low,
+            expert=LowRank(matrix(1, 2 * rank, shape.hidden), matrix(1, shape.hidden, rank)),
+            delta=matrix(1, shape.num_experts, shape.hidden),
+            gains=torch.empty(2, shape.num_experts, device="meta"),
+        )
 
     def latent_weights(kind: LatentKind) -> LatentWeights:
         expand = matrix(kind.num_heads * (kind.nope + kind.value_dim), kind.rank)
@@ -220,6 +250,7 @@ def trunk(shape: DecodeShape) -> TrunkWeights:
             sinks=torch.empty(shape.num_heads, device="meta") if shape.experts.alternates else None,
             latent=latent_weights(attention) if isinstance(attention, LatentKind) else None,
             mlp=mlp(inner) if inner else None,
+            changes=changes(attention.width, attention.qkv, inner) if rank else None,
             expert_factors=None if shape.router.expert_factors is None else bias,
             factor=torch.empty(1, dtype=shape.dtype, device="meta") if shape.router.own_norm else None,
             **dict.fromkeys(more if shape.router.own_norm else (), matrix(shape.hidden)),
@@ -242,8 +273,13 @@ def steps(case: Case, pdl: bool) -> Iterator[tuple[str, DecodeStep]]:
             shape.span_dtype,
         )  # fmt: skip
         pages = DevicePages(size, None, device="meta", policy=policy)  # type: ignore[arg-type]
-        options = StepOptions(pdl=pdl and batch == 1, masked=masked, resident_bias=bias, batch_invariant=not masked)
-        step = DecodeStep(shape, trunk(shape), pages, RowState(shape, "meta"), batch, options)
+        is_adapted = masked and case.rank > 0
+        options = StepOptions(
+            pdl=pdl and batch == 1, masked=masked, adapted=is_adapted, resident_bias=bias, batch_invariant=not masked
+        )
+        step = DecodeStep(
+            shape, trunk(shape, case.rank if is_adapted else 0), pages, RowState(shape, "meta"), batch, options
+        )
         yield f"batch {batch}, masked {masked}, bias {bias}, {policy}", step
 
 

@@ -17,10 +17,11 @@ from tests.server.model.device.ahead_of_time import CASES
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 KINDS = ["tiny, every kind", "tiny, latents"]
+ADAPTED = [name for name, case in CASES.items() if case.rank]
 SMALL = ["tiny", "tiny, few slots", "bundled", "half", "mixtral"]
 PACKED = ["fp8", "mxfp4", "nvfp4", "int8"]
 LATENTS = ["deepseek-v3", "deepseek-v3 in float32", "deepseek-v2-lite", "glm-4-lite"]
-LARGE = [name for name in CASES if name not in (*KINDS, *SMALL, *PACKED, *LATENTS)]
+LARGE = [name for name in CASES if name not in (*KINDS, *SMALL, *PACKED, *LATENTS, *ADAPTED)]
 
 
 @pytest.mark.skipif(not PTXAS.exists(), reason="this Triton brings no ptxas")
@@ -36,6 +37,7 @@ LARGE = [name for name in CASES if name not in (*KINDS, *SMALL, *PACKED, *LATENT
                 (90, LARGE[2:]),
                 (90, PACKED),
                 (90, LATENTS),
+                (90, ADAPTED),
                 (80, [*KINDS, "bundled", "int4", "gpt-oss", "gpt-oss, mxfp4", "ernie", "mimo", "gemma", "deepseek-v3"]),
             )
         ),

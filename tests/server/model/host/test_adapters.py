@@ -5,25 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from expert_store.store import Store
-from router.mask import ExpertMask
-from server.model.decode_path import DecodePathError, load_runner
 from server.model.host.assembly import HostModel, load_model
 from server.model.host.runner import HostRunner
 from server.model.host.sequence_runner import SequenceRunner
-from server.model.runner import RowStep, Runner, RunnerOptions
-from tests.server.adapters import with_adapters
-
-HALF = ExpertMask.same_in_every_layer([0, 2, 3, 7], 2, 8)
-ROWS: list[tuple[ExpertMask | None, str | None]] = [
-    (None, None),
-    (HALF, "planned"),
-    (HALF, None),
-    (HALF, "pools"),
-    (HALF, "planned"),
-]
+from server.model.runner import RunnerOptions
+from tests.server.adapters import HALF, ROWS, decoded, with_adapters
 
 
 @pytest.fixture(scope="module")
@@ -42,26 +30,6 @@ def model(adapted: Path, dtype: torch.dtype) -> Iterator[HostModel]:
     found = load_model(Store.open(adapted), RunnerOptions(device=torch.device("cpu"), dtype=dtype, num_slots=4))
     yield found
     found.close()
-
-
-def decoded(runner: Runner, rows: list[int]) -> list[list[Tensor]]:
-    """The logits of the greedy steps of some of `ROWS`, run together."""
-    handles, logits = [], []
-    for at in rows:
-        mask, adapter = ROWS[at]
-        handles.append(runner.allocate())
-        prompt = list(range(100 + 7 * at, 106 + 8 * at))
-        logits.append([runner.prefill(handles[-1], prompt, mask=mask, adapter=adapter).logits[0]])
-    for _ in range(5):
-        steps = [
-            RowStep(handle, int(told[-1].argmax()), mask=ROWS[at][0], adapter=ROWS[at][1])
-            for handle, told, at in zip(handles, logits, rows, strict=True)
-        ]
-        for told, row in zip(logits, runner.decode(steps).logits, strict=True):
-            told.append(row.clone())
-    for handle in handles:
-        runner.free(handle)
-    return logits
 
 
 @pytest.mark.parametrize("kind", [HostRunner, SequenceRunner])
@@ -85,9 +53,3 @@ def test_a_row_without_a_mask_has_the_bits_of_a_store_without_adapters(
     for ours, theirs in ((got[0], wanted[0]), (got[2], wanted[1])):
         assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
     plain.close()
-
-
-def test_the_captured_path_is_refused_for_a_store_with_adapters_and_the_way_out_is_said(adapted: Path) -> None:
-    options = RunnerOptions(device=torch.device("cpu"), dtype=torch.float32, path="device")
-    with Store.open(adapted) as store, pytest.raises(DecodePathError, match=r"planned, pools.*--no-adapters"):
-        load_runner(store, options)
