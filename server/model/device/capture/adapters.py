@@ -111,8 +111,8 @@ class _Packer:
         return replace(
             weights,
             input_norm=self._norm(weights.input_norm, layer.input_norm),
-            q_norm=self._norm(weights.q_norm, query),
-            k_norm=self._norm(weights.k_norm, key),
+            q_norm=self.scaled(weights.q_norm, query),
+            k_norm=self.scaled(weights.k_norm, key),
             post_norm=self._norm(weights.post_norm, layer.post_norm),
             attention_norm=self._norm(weights.attention_norm, layer.attention_norm),
             branch_norm=self._norm(weights.branch_norm, layer.branch_norm),

@@ -276,6 +276,7 @@ def _packed(
         sinks=None if sinks is None else sinks.float(),
         latent=packed_latent(attention) if isinstance(attention, LatentAttention) else None,
         mlp=None if layer.mlp is None else _packed_mlp(layer.mlp, layer.where),
+        changes=None,
         gate_norm=layer.router.scale if gate is not None and shape.router.own_norm else None,
         expert_factors=None if gate is None or factors is None else getattr(layer.router, factors).float(),
         factor=layer.factor,
