@@ -102,7 +102,7 @@ class _Packer:
         """The weights of a layer with its changes."""
         assert isinstance(layer.attention, Attention), "check_adapters refuses changes of latent attention"
         assert isinstance(attention, AttentionKind)
-        query, key = layer.attention.norms or (layer.input_norm,) * 2
+        query, key = layer.attention.norms or (None, None)
         projections, *others = _products(layer)
         qkv = self._low_rank(projections, lambda parts: gate_last(parts, attention))
         output, *mlp = (self._low_rank(modules) for modules in others)

@@ -36,7 +36,7 @@ from tests.server.model.device.test_runner_families import store_of
 OTHERS = [
     "glm4_moe in groups", "minimax_m2", "mixtral in a window", "olmoe", "dots1", "hy_v3", "solar_open", "gpt_oss",
     "gpt_oss, mxfp4", "flint", "exaone_moe", "mellum", "ernie4_5_moe", "granitemoeshared", "minimax_m3_vl_text",
-    "qwen3_vl_moe", "qwen3_next in full attention",
+    "qwen3_vl_moe", "qwen3_next in full attention", "mimo_v2_flash", "flex_olmo",
 ]  # fmt: skip
 
 
