@@ -234,14 +234,20 @@ def attach(root: Path, name: str, adapter: Adapter) -> None:
             f"adapter {name} is of checkpoint {adapter.fingerprint[:12]}, the store of "
             f"{manifest.source.fingerprint[:12]}: train one with `deepfew adapt` on this checkpoint"
         )
+    entry = write_adapter(root, name, adapter)
+    others = [other for other in manifest.adapters if other.name != name]
+    write_manifest(root, replace(manifest, adapters=tuple(sorted([*others, entry], key=lambda one: one.name))))
+    remove_unnamed(root)
+
+
+def write_adapter(root: Path, name: str, adapter: Adapter) -> AdapterFile:
+    """Write the file of an adapter below the store at `root`; returns its entry for the manifest. Raises OSError."""
     content = adapter.to_bytes()
     digest = hashlib.sha256(content).hexdigest()
     entry = AdapterFile(name, f"adapters/{name}-{digest[:12]}.safetensors", len(content), digest)
     with replacing(root / entry.file) as file:
         file.write(content)
-    others = [other for other in manifest.adapters if other.name != name]
-    write_manifest(root, replace(manifest, adapters=tuple(sorted([*others, entry], key=lambda one: one.name))))
-    _remove_unnamed(root)
+    return entry
 
 
 def detach(root: Path, name: str) -> None:
@@ -252,10 +258,10 @@ def detach(root: Path, name: str) -> None:
         have = ", ".join(entry.name for entry in manifest.adapters) or "none"
         raise AdapterError(f"the store has no adapter {name}: it has {have}")
     write_manifest(root, replace(manifest, adapters=kept))
-    _remove_unnamed(root)
+    remove_unnamed(root)
 
 
-def _remove_unnamed(root: Path) -> None:
+def remove_unnamed(root: Path) -> None:
     """Delete files of adapters that were replaced or detached; a server has read them at its start."""
     named = {entry.file for entry in read_manifest(root).adapters}
     for file in (root / "adapters").iterdir():

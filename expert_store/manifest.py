@@ -59,6 +59,9 @@ _Count = Annotated[int, Field(ge=0, le=2**62)]
 _Positive = Annotated[int, Field(ge=1, le=2**62)]
 
 
+ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
 class _Record:
     """A part of the document. JSON must have the exact types of the fields, and no other keys."""
 
@@ -162,6 +165,16 @@ class Making(_Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Training(_Record):
+    """The training of the experts, which are no longer those of a checkpoint: the fingerprint of the one that they were
+    of, the tokens trained, and the name of the adapter that was trained with them."""
+
+    fingerprint: _Sha256
+    tokens: _Positive
+    adapter: Annotated[str, StringConstraints(pattern=ADAPTER_NAME)]
+
+
+@dataclass(frozen=True, slots=True)
 class DeepExpert(_Record):
     """One shard: `experts[layer]` is the expert of that MoE layer, `span_hashes[layer]` the XXH3-64 of its span."""
 
@@ -183,9 +196,6 @@ class TrunkFile(_Record):
     sha256: _Sha256
 
 
-ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-
-
 @dataclass(frozen=True, slots=True)
 class AdapterFile(_Record):
     """The file of the adapter called `name`; `file` is its path below the store."""
@@ -202,7 +212,7 @@ class Manifest(_Record):
 
     `deep_experts` ascend by `index`; a store that has shrunk has gaps. `retired_below` is 0, or the index below which
     no new deep expert may be numbered, because a reader may still know the file of a removed one. `made` is None if the
-    experts are as shipped, or dequantised.
+    experts are as shipped, or dequantised. If they were `trained`, the source's fingerprint is of the result.
     """
 
     source: Source
@@ -214,6 +224,7 @@ class Manifest(_Record):
     retired_below: _Positive = 0
     made: Making | None = None
     adapters: tuple[AdapterFile, ...] = ()
+    trained: Training | None = None
 
     @property
     def next_index(self) -> int:
@@ -283,7 +294,7 @@ def write_manifest(directory: str | os.PathLike[str], manifest: Manifest) -> Non
 def format_manifest(manifest: Manifest) -> bytes:
     """The bytes of `manifest.json`: equal manifests give equal bytes; one line a layer, deep expert and trunk file."""
     version = ENCODED_VERSION if any(layer.is_encoded for layer in manifest.layers) else VERSION
-    if manifest.adapters:
+    if manifest.adapters or manifest.trained is not None:
         version = ADAPTED_VERSION
     members: list[str] = [f'"format": {json.dumps(FORMAT)}', f'"version": {version}']
     for name in ("source", "model", "alignment"):
@@ -294,6 +305,8 @@ def format_manifest(manifest: Manifest) -> bytes:
         members.append(f'"retired_below": {manifest.retired_below}')
     if manifest.made is not None:
         members.append(f'"made": {json.dumps(asdict(manifest.made))}')
+    if manifest.trained is not None:
+        members.append(f'"trained": {json.dumps(asdict(manifest.trained))}')
     for name in ("layers", "deep_experts", "trunk", *(["adapters"] if manifest.adapters else [])):
         items = ",\n  ".join(json.dumps(asdict(item, dict_factory=_without_none)) for item in getattr(manifest, name))
         members.append(f'"{name}": [\n  {items}\n ]')

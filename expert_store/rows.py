@@ -132,6 +132,17 @@ def span_values(layer: LayerSpec, span: Tensor) -> dict[str, Tensor]:
     return values
 
 
+def plain_values(layer: LayerSpec, span: Tensor, *, transposed: bool) -> dict[str, Tensor]:
+    """`span_values` in the dtype to compute in, and in the model's order of rows: encoded matrices, whose output rows
+    come first, are turned if those of the model are `transposed`."""
+    values = span_values(layer, span)
+    for tensor in layer.tensors:
+        if tensor.encoding is not None:
+            value = values[tensor.name]
+            values[tensor.name] = (value.t() if transposed else value).to(TORCH_DTYPES[tensor.dtype])
+    return values
+
+
 def _code_values(encoding: RowEncoding, codes: Tensor) -> Tensor:
     if encoding.codes == "fp8":
         return codes.view(torch.float8_e4m3fn).float()

@@ -71,6 +71,8 @@ def attach_source(store: Store, location: str | None = None) -> str:
     fingerprint. Blocks.
     """
     manifest = store.manifest
+    if manifest.trained is not None:
+        return "the store's experts were trained (deepfew adapt --experts), and those of a checkpoint do not fit them"
     try:
         checkpoint = Checkpoint.open(local_directory(location or manifest.source.location))
         if checkpoint.fingerprint != manifest.source.fingerprint:

@@ -49,6 +49,9 @@ def export(
     model card says which these are.
     """
     with Store.open(store) as opened:
+        if adapter is None and opened.manifest.trained is not None:
+            adapter = opened.manifest.trained.adapter
+            print(f"NOTE: the adapter {adapter} is merged, as the experts were trained with it", file=sys.stderr)
         found = None if adapter is None else find_adapter(opened.path, opened.manifest, adapter)
         work = prepare_export(opened, out, None if plan is None else read_plan(plan), dtype, found)
         model = opened.manifest.model

@@ -42,7 +42,7 @@ def model_card(
     lines += [
         f"Made by `deepfew export` from {manifest.source.name} (fingerprint `{manifest.source.fingerprint[:16]}`): "
         f"each of the {model.num_layers} MoE layers keeps {len(kept[0])} of {model.num_experts} experts, with their "
-        f"rows of the router, and a token takes {top_k} of them{fewer}. " + _trained(adapter),
+        f"rows of the router, and a token takes {top_k} of them{fewer}. " + _trained(manifest, adapter),
         "",
         f"Licence: that of {manifest.source.name}{f', {licence}' * (licence is not None)}.",
         "",
@@ -58,16 +58,23 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def _trained(adapter: Adapter | None) -> str:
+def _trained(manifest: Manifest, adapter: Adapter | None) -> str:
+    experts = ""
+    if manifest.trained is not None:
+        experts = (
+            f" The experts were trained too, on {manifest.trained.tokens:,} tokens, from those of the checkpoint "
+            f"`{manifest.trained.fingerprint[:16]}`."
+        )
     if adapter is None:
-        return "Nothing was trained: the logits are those of the whole model masked to these experts."
+        trunk = "Nothing" if manifest.trained is None else "Nothing but the experts"
+        return f"{trunk} was trained: the logits are those of the whole model masked to these experts.{experts}"
     found = [f"{float(share):.4g} of the experts {adapter.told_ratio(share)}" for share in adapter.ratios]
     figures = (
         f" Perplexity on text held out from its training, of the whole model's: {', '.join(found)}." if found else ""
     )
     return (
         "An adapter is merged into the weights: small changes of the trunk, with which the masked model was trained to "
-        f"answer as the whole model does.{figures}"
+        f"answer as the whole model does.{experts}{figures}"
     )
 
 

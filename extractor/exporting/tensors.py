@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from expert_store.manifest import DTYPE_BYTES, LayerSpec
-from expert_store.rows import TORCH_DTYPES, span_values
+from expert_store.rows import TORCH_DTYPES, plain_values
 from expert_store.store import Store
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.checkpoint.conversion import model_names, publisher
@@ -228,15 +228,11 @@ class _ExpertsReader:
         span = torch.empty(spec.span_bytes, dtype=torch.uint8)
         self._store.read_expert(spec.layer, expert, span)
         is_transposed = self._whole.get_submodule(spec.module).is_transposed
-        values, own = {}, span_values(spec, span)
-        gain = self._gains[spec.layer]
-        for tensor in spec.tensors:
-            value = own[tensor.name]
-            if tensor.encoding is not None:
-                value = (value.t() if is_transposed else value).to(TORCH_DTYPES[tensor.dtype])
-            if gain is not None and tensor.name.startswith("down_proj"):
+        values, gain = {}, self._gains[spec.layer]
+        for name, value in plain_values(spec, span, transposed=is_transposed).items():
+            if gain is not None and name.startswith("down_proj"):
                 value = value.float() * gain[expert]
-            values[f"{spec.module}.{tensor.name}"] = value.unsqueeze(0)
+            values[f"{spec.module}.{name}"] = value.unsqueeze(0)
         return self._publish(values)
 
 

@@ -51,6 +51,7 @@ def store_summary(path: str | os.PathLike[str]) -> dict[str, Any]:
         ],
         "encodings": expert_encodings(manifest.layers),
         "made": None if manifest.made is None else asdict(manifest.made),
+        "trained": None if manifest.trained is None else asdict(manifest.trained),
         "expert_bits": expert_bits(manifest.layers),
         "trunk_bits": 8 * DTYPE_BYTES[model.dtype],
         "alignment": manifest.alignment.kind,
@@ -83,6 +84,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         ("one expert", f"{format_size(span)} a layer: {tensors}"),
         ("bits a weight", f"{summary['expert_bits']:.4g} of the experts, {summary['trunk_bits']} of the trunk"),
         *([] if summary["made"] is None else [("made", _made(summary["made"]))]),
+        *([] if summary["trained"] is None else [("trained", _trained(summary["trained"]))]),
         ("deep experts", f"{held} of {every}, {format_size(summary['shard_bytes'] / held)} each"),
         ("alignment", summary["alignment"]),
         ("experts", _per_layer(summary)),
@@ -99,6 +101,13 @@ def print_summary(summary: dict[str, Any]) -> None:
 def _made(made: dict[str, Any]) -> str:
     weights = "weighted by statistics" if made["statistics"] else "by weight error alone"
     return f"{made['experts_dtype']} by deepfew, errors {weights}"
+
+
+def _trained(trained: dict[str, Any]) -> str:
+    return (
+        f"the experts, on {trained['tokens']:,} tokens, with the adapter {trained['adapter']}; they were those of "
+        f"checkpoint {trained['fingerprint'][:12]}"
+    )
 
 
 def _per_layer(summary: dict[str, Any]) -> str:

@@ -162,6 +162,11 @@ def _existing(target: Path, checkpoint: Checkpoint) -> Manifest | None:
         raise TargetError(f"{target} is not a directory; name a new or empty directory")
     if (target / MANIFEST_NAME).exists():
         manifest = read_manifest(target)
+        if manifest.trained is not None:
+            raise TargetError(
+                f"{target} holds experts that were trained (`deepfew adapt --experts`), beside which those of a "
+                "checkpoint do not fit: name another directory"
+            )
         if manifest.source.fingerprint != checkpoint.fingerprint:
             raise TargetError(
                 f"{target} is a store of another checkpoint: it holds {manifest.source.name} "

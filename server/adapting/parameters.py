@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from server.model.runner import SelectiveModel
+from server.model.seam.changed import Kept, experts_modules
 from server.model.seam.trunk import is_experts_module
 
 Parameters = dict[str, dict[str, nn.Parameter]]
@@ -51,6 +52,27 @@ def make_parameters(model: SelectiveModel, rank: int, seed: int, shared_width: i
             if is_experts_module(module):
                 found[name] = _trainable(_shared(shared_width, hidden_size, generator), model.device)
     model.routing.install_adapters(model.model, found)
+    return found
+
+
+def expert_parameters(model: SelectiveModel, kept: Kept, rank: int, seed: int) -> Parameters:
+    """Parameters that change nothing yet of the matrices of some experts, as `changed_experts` takes them.
+
+    Args:
+        rank: of the changes; 0 changes whole matrices.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+    modules = experts_modules(model.model)
+    found: Parameters = {}
+    for spec, experts in zip(model.store.manifest.layers, kept, strict=True):
+        for tensor in spec.tensors:
+            if len(tensor.shape) != 2:
+                continue
+            is_turned = tensor.encoding is not None and bool(modules[spec.layer].is_transposed)
+            shape = tensor.shape[::-1] if is_turned else tensor.shape
+            parts = [_linear(torch.empty(shape, device="meta"), rank, generator) for _ in experts]
+            stacked = {part: torch.stack([one[part] for one in parts]) for part in parts[0]}
+            found[f"{spec.module}.{tensor.name}"] = _trainable(stacked, model.device)
     return found
 
 

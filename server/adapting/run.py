@@ -20,16 +20,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from expert_store.adapter import Adapter
+from expert_store.adapter import Adapter, Changes
 from expert_store.files import replacing
 from extractor.statistics.price import Price
 from server.adapting.corpus import Corpus, read_corpus
 from server.adapting.generation import write_texts
-from server.adapting.parameters import make_parameters
+from server.adapting.parameters import expert_parameters, make_parameters
 from server.adapting.target import Target
 from server.adapting.training import TRAINED, Trained, Training, TrainingOptions
 from server.model.host.assembly import HostModel
 from server.model.seam.batched import batched_experts
+from server.model.seam.changed import Kept, changed_experts
 from server.quality.batches import Progress, token_sequences
 from server.quality.price import price_points
 from server.quality.texts import Domain, TextOptions, texts_key
@@ -53,6 +54,7 @@ class AdaptRequest:
         rank: of the changes of linear layers; 0 changes whole matrices.
         generated_tokens: tokens of text that the whole model writes too, as continuations of pieces of the texts.
         shared_width: intermediate columns of an expert that each layer gets for every token; 0: none.
+        experts: whether the experts of the target's mask are trained too.
     """
 
     domains: Sequence[Domain]
@@ -62,6 +64,15 @@ class AdaptRequest:
     rank: int
     generated_tokens: int = 0
     shared_width: int = 0
+    experts: bool = False
+
+    @property
+    def kept(self) -> Kept:
+        """The experts of each layer that are trained."""
+        if not self.experts:
+            return []
+        assert self.target.mask is not None, "the experts of pools are not trained"
+        return [np.flatnonzero(layer).tolist() for layer in self.target.mask.allowed]
 
     def work(self, model: HostModel) -> dict[str, Any]:
         """All that the result depends on, as JSON. Raises OSError."""
@@ -76,6 +87,7 @@ class AdaptRequest:
             "rank": self.rank,
             "generated_tokens": self.generated_tokens,
             "shared_width": self.shared_width,
+            "experts": self.experts,
             "dtype": str(model.dtype),
         }
 
@@ -87,7 +99,18 @@ def adapt(
     say: Callable[[str], None] = lambda line: None,
     notify: Progress = lambda doing, done, total: None,
 ) -> Adapter:
-    """Train an adapter for a model that has all experts.
+    """Train an adapter for a model that has all experts; see `adapt_with_experts`."""
+    return adapt_with_experts(model, request, folder, say, notify)[0]
+
+
+def adapt_with_experts(
+    model: HostModel,
+    request: AdaptRequest,
+    folder: Path,
+    say: Callable[[str], None] = lambda line: None,
+    notify: Progress = lambda doing, done, total: None,
+) -> tuple[Adapter, Changes]:
+    """Train an adapter for a model that has all experts, and the changes of experts if they are requested.
 
     Args:
         folder: of the interrupted run, to continue; the caller deletes it after the adapter is written.
@@ -106,9 +129,14 @@ def adapt(
             )
         corpus = make_corpus(model, request, folder, notify)
         parameters = make_parameters(model, request.rank, request.training.seed, request.shared_width)
+        experts = expert_parameters(model, request.kept, request.rank, request.training.seed) if request.experts else {}
         work = request.work(model)
-        training = Training(model, request.target, corpus, parameters, request.training, work, graph=batched)
-        return _trained(model, request, training, folder / "state.safetensors", say, notify)
+        with changed_experts(model, request.kept, experts):
+            everything = parameters | experts
+            training = Training(model, request.target, corpus, everything, request.training, work, graph=batched)
+            adapter = _trained(model, request, training, folder / "state.safetensors", say, notify)
+        changes = {name: parts for name, parts in adapter.changes.items() if name in parameters}
+        return replace(adapter, changes=changes), {name: adapter.changes[name] for name in experts}
 
 
 def _trained(

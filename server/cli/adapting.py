@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from expert_store.manifest import MANIFEST_NAME
 from extractor.cli.options import JsonOption
 from extractor.cli.progress import progress_bar
-from extractor.planning.sizes import parse_share
+from extractor.planning.sizes import format_size, parse_share
 from extractor.writing.disk import require_writable
 from server.cli.quality import (
     ContextOption,
@@ -33,6 +34,7 @@ from server.quality.texts import TextOptions, find_domains
 from server.settings.values import Dtype
 
 if TYPE_CHECKING:
+    from server.adapting.store import TrainedStore
     from server.adapting.target import Target
     from server.model.host.assembly import HostModel
 
@@ -40,7 +42,12 @@ POOLS = "12.5%:100%"
 SourceArgument = Annotated[
     str, typer.Argument(metavar="SOURCE", help="A store of all experts, or a checkpoint (a store is made of it).")
 ]
-OutOption = Annotated[Path, typer.Option(metavar="ADAPTER", help="File to write, such as pools.safetensors.")]
+OutOption = Annotated[
+    Path, typer.Option(metavar="PATH", help="File to write, such as pools.safetensors; with --experts, a new store.")
+]
+ExpertsOption = Annotated[
+    bool, typer.Option("--experts", help="Train the experts of --plan too; they become a new store.")
+]
 TextsOption = Annotated[
     list[str] | None, typer.Option(metavar="TEXTS", help="Text of a domain to train on: PATH or NAME=PATH.")
 ]
@@ -77,6 +84,7 @@ def adapt(
     out: OutOption,
     texts: TextsOption = None,
     plan: PlanOption = None,
+    experts: ExpertsOption = False,
     pools: PoolsOption = None,
     tokens: TrainedOption = 4_000_000,
     self_generated: GeneratedOption = 0,
@@ -95,17 +103,19 @@ def adapt(
 ) -> None:
     """Train a small adapter of the trunk, with which rows that are masked answer almost as the whole model does.
 
-    The whole model teaches itself under masks; experts stay as they are, bit for bit. After an interruption, the same
-    command continues. `deepfew attach` puts the adapter into a store.
+    The whole model teaches itself under masks; experts stay as they are, bit for bit, unless --experts makes a new
+    store of those of a plan. After an interruption, the same command continues. `deepfew attach` puts the adapter into
+    a store.
     """
     with ExitStack() as stack:
-        from server.adapting.run import AdaptRequest, remove
-        from server.adapting.run import adapt as run
+        from server.adapting.run import AdaptRequest, adapt_with_experts, remove
         from server.adapting.training import TrainingOptions
         from server.model.host.assembly import resolve_device
 
         check_sequence(context)
-        require_writable(out, "--out")
+        require_writable(out / MANIFEST_NAME if experts else out, "--out")
+        if experts and plan is None:
+            raise UsageError("--experts trains the experts of a plan: give --plan")
         if not texts and not self_generated:
             raise UsageError("there is nothing to train on: give --texts, or --self-generated")
         domains = find_domains(texts) if texts else []
@@ -120,13 +130,16 @@ def adapt(
             )
         options = TextOptions(context, max_tokens, half)
         training = TrainingOptions(tokens, batch_tokens, rate, seed)
-        request = AdaptRequest(
-            domains, options, _target(plan, pools, model), training, rank, self_generated, shared_width
-        )
+        target = _target(plan, pools, model)
+        request = AdaptRequest(domains, options, target, training, rank, self_generated, shared_width, experts)
         folder = out.with_name(out.name + ".resume")
         progress = stack.enter_context(progress_bar("adapting")).show
-        adapter = run(model, request, folder, lambda line: print(line, file=sys.stderr, flush=True), progress)
-        adapter.write(out)
+        store = _new_store(plan, out, model) if experts and plan is not None else None
+        adapter, changes = adapt_with_experts(model, request, folder, _say, progress)
+        if store is None:
+            adapter.write(out)
+        else:
+            store.write(adapter, changes, tokens)
         remove(folder)
     if as_json:
         print(json.dumps({"adapter": str(out), "num_parameters": adapter.num_parameters, **adapter.training}))
@@ -161,6 +174,31 @@ def detach(
 
     take(store, name)
     print(f"{store} has no adapter {name} any more")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _new_store(plan: Path, out: Path, model: HostModel) -> TrainedStore:
+    """The store that the trained experts of a plan become; says so."""
+    from extractor.planning.plan import read_plan
+    from extractor.planning.selection import SelectionRequest, select
+    from server.adapting.store import TrainedStore
+    from server.model.seam.changed import experts_modules
+
+    manifest = model.store.manifest
+    request = SelectionRequest(plan=read_plan(plan))
+    deep_experts = select(request, manifest.model, manifest.layers, 0, manifest.source.fingerprint).deep_experts
+    transposed = bool(experts_modules(model.model)[0].is_transposed)
+    store = TrainedStore(model.store, out, deep_experts, transposed=transposed)
+    dtype = store.layers[0].tensors[0].dtype
+    encoded = "" if manifest.layers == store.layers else f", in {dtype} instead of their encoding"
+    _say(
+        f"{out} becomes a new store of the {len(deep_experts)} deep experts of {plan}, {format_size(store.total_bytes)}"
+        f"{encoded}: its experts are no longer those of the checkpoint. {model.store.path} stays as it is"
+    )
+    return store
 
 
 def _target(plan: Path | None, pools: str | None, model: HostModel) -> Target:

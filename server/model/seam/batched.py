@@ -40,12 +40,18 @@ def batched_experts(model: nn.Module, cache: ExpertCache) -> Iterator[bool]:
     for module, layer in zip(modules, layers, strict=True):
         params = cache.pools[layer.layer].params
         slots = torch.from_numpy(cache.page_table[layer.layer].astype(np.int64)).to(cache.device)
-        layer.batched = _dense(module, params, slots) or _grouped(module, params, slots)
+        layer.batched = together(module, params, slots)
     try:
         yield True
     finally:
         for layer in layers:
             layer.batched = None
+
+
+def together(module: Any, params: dict[str, Tensor], places: Tensor) -> Forward:
+    """The forward of an experts module with the parameters `params` [K, ..], in which `places` int64 [E] finds each
+    expert; those of experts that no token has are of no matter."""
+    return _dense(module, params, places) or _grouped(module, params, places)
 
 
 def _dense(module: Any, params: dict[str, Tensor], slots: Tensor) -> Forward | None:
@@ -75,7 +81,7 @@ def _grouped(module: Any, params: dict[str, Tensor], slots: Tensor) -> Forward:
     names = ("has_gate", "has_bias", "is_transposed", "act_fn", "_apply_gate", "post_expert_norm")
     flags = {name: getattr(module, name) for name in names if hasattr(module, name)}
     flags["has_post_expert_norm"] = getattr(module, "has_post_expert_norm", False)
-    experts: Any = SimpleNamespace(**params, **flags, num_experts=len(slots), _is_expert_parallel=False)
+    experts: Any = SimpleNamespace(**params, **flags, num_experts=len(params["down_proj"]), _is_expert_parallel=False)
 
     def forward(self: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         places = slots[index.clamp(max=len(slots) - 1)]  # a pick that does not exist has weight 0

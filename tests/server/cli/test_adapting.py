@@ -58,3 +58,29 @@ def test_work_that_cannot_be_done_is_refused_before_it_begins(
         assert ended.status == 2
         assert reason in " ".join(ended.err.split())
     assert not out.exists()
+
+
+def test_trained_experts_become_a_store_that_is_verified_inspected_evaluated_and_exported(
+    small_store: Path, stories: Path, tmp_path: Path
+) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "trained"
+    write_plan(plan, Plan(2, 8, {"kind": "index"}, tuple(PlannedExpert((expert, 7 - expert)) for expert in range(4))))
+    small = ["--texts", stories, "--context", "48", "--max-tokens", "480"]
+    training = ["--tokens", "192", "--batch-tokens", "96", "--rate", "1e-2"]
+    command = ["adapt", small_store, *small, *training, "--plan", plan, "--experts", "--out", out]
+    ended = run(*command)
+    assert ended.status == 0, ended.err
+    assert "becomes a new store of the 4 deep experts" in " ".join(ended.err.split())
+    assert run("verify", out).status == 0
+    assert "with the adapter trained; they were those of checkpoint" in run("inspect", out).out
+    report = json.loads(run("evaluate", out, *small, "--reference", small_store, "--json").out)
+    assert report["adapter"] == "trained"
+    exported = run("export", out, tmp_path / "exported")
+    assert exported.status == 0
+    assert "NOTE: the adapter trained is merged" in exported.err
+    again = run(*command)
+    assert again.status == 2
+    assert "is a store, and trained experts make a new store" in " ".join(again.err.split())
+    unplanned = run("adapt", small_store, *small, "--experts", "--out", tmp_path / "other")
+    assert unplanned.status == 2
+    assert "give --plan" in unplanned.err

@@ -54,6 +54,7 @@ class Client:
         masking: Masking | None = None,
         on_missing: OnMissing = "mask",
         router_temperature: float = 1.0,
+        adapter: str = "auto",
         hold: bool = False,
         constraint: CompiledConstraint | None = None,
         **sampling: Any,
@@ -75,6 +76,7 @@ class Client:
             masking=masking,
             on_missing=on_missing,
             router_temperature=router_temperature,
+            adapter=adapter,
             constraint=constraint,
         )
         engine.submit(request, self._take)
