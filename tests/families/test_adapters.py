@@ -10,10 +10,15 @@ from expert_store.store import Store
 from router.mask import ExpertMask
 from server.adapting.corpus import read_corpus
 from server.adapting.parameters import make_parameters
+from server.adapting.run import AdaptRequest, adapt_with_experts
+from server.adapting.store import TrainedStore
 from server.adapting.target import Target
-from server.adapting.training import Training, TrainingOptions
+from server.adapting.training import TRAINED, Training, TrainingOptions
 from server.model.host.assembly import load_model
 from server.model.runner import RunnerOptions
+from server.model.seam.changed import changed_experts, experts_modules
+from server.quality.batches import run_batch
+from server.quality.texts import TextOptions
 from tests.families.checkpoints import NUM_EXPERTS, random_model
 from tests.families.serving import served_families
 from tests.families.test_whole_model import extracted
@@ -38,3 +43,32 @@ def test_training_lowers_the_divergence_under_a_mask(family: str, tmp_path: Path
     if losses[0] > LEAST:
         assert losses[-1] < 0.95 * losses[0]
     model.close()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "family", ["gpt_oss", "nemotron_h", "gemma4_text", "deepseek_v3", "jamba", "minimax_m3_vl_text", "qwen3_moe"]
+)
+def test_trained_experts_answer_from_their_store_as_they_did_in_training(
+    family: str, tmp_path: Path, repository: Path
+) -> None:
+    extracted(random_model(family), tmp_path, repository).close()
+    options = RunnerOptions(device=torch.device("cpu"), dtype=torch.float32)
+    model = load_model(Store.open(tmp_path / "store"), options)
+    mask = ExpertMask.same_in_every_layer([1, 2, 5, 6], model.num_layers, NUM_EXPERTS)
+    work = TrainingOptions(tokens=128, batch_tokens=64, rate=2e-2, measures=1)
+    request = AdaptRequest([], TextOptions(context=16), Target(mask=mask), work, 4, generated_tokens=64, experts=True)
+    transposed = bool(experts_modules(model.model)[0].is_transposed)
+    deep_experts = [(expert,) * model.num_layers for expert in (6, 1, 5, 2)]
+    store = TrainedStore(model.store, tmp_path / "trained", deep_experts, transposed=transposed)
+    adapter, changes = adapt_with_experts(model, request, tmp_path / "run")
+    store.write(adapter, changes, 128)
+    tokens = [list(range(3, 19))]
+    with changed_experts(model, request.kept, changes):
+        wanted = run_batch(model, tokens, mask, TRAINED).logits
+    new = load_model(Store.open(tmp_path / "trained"), options)
+    got = run_batch(new, tokens, None, "trained").logits
+    assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(got, run_batch(model, tokens, mask, TRAINED).logits, atol=1e-3)
+    for one in (model, new):
+        one.close()
