@@ -21,6 +21,7 @@ from server.serving.loading import load
 from server.serving.service import LoadedModel
 from server.settings.load import load_settings
 from tests.expert_store.damage import damage
+from tests.server.adapters import HALF, with_adapters
 from tests.server.engine.clients import Client
 from tests.server.model.device.small import DEVICE, TUNING
 
@@ -86,6 +87,23 @@ def test_requests_with_masks_of_their_own_share_a_batch(loaded):
         texts[path] = [client.result().generated_text for client in clients]
     assert texts["device"] == texts["host"]
     assert len(set(texts["device"])) == 2
+
+
+@pytest.mark.exhaustive
+def test_requests_with_adapters_of_their_own_share_a_batch_of_the_captured_path(loaded, small_store, tmp_path):
+    adapted = with_adapters(small_store, tmp_path / "adapted", HALF)
+    told = {}
+    for path in ("device", "host"):
+        model = loaded(path, store=adapted, max_batch_size=4)
+        assert model.decode_path == path
+        options = {"max_new_tokens": 4, "ignore_eos": True, "masking": FixedMasking(HALF)}
+        clients = [Client(model.engine, "one two", adapter=name, **options) for name in ("auto", "none", "pools")]
+        clients.append(Client(model.engine, "one two", max_new_tokens=4, ignore_eos=True))
+        results = [client.result() for client in clients]
+        told[path] = [(one.generated_text, one.deficit.adapter, round(one.deficit.overall, 4)) for one in results]
+    assert told["device"] == told["host"]
+    assert [adapter for _, adapter, _ in told["host"]] == ["planned", None, "pools", None]
+    assert len({text for text, _, _ in told["host"]}) == 4
 
 
 def test_what_came_to_the_mask_between_two_steps_is_served(loaded):
