@@ -66,7 +66,7 @@ def test_trained_experts_become_a_store_that_is_verified_inspected_evaluated_and
     plan, out = tmp_path / "plan.json", tmp_path / "trained"
     write_plan(plan, Plan(2, 8, {"kind": "index"}, tuple(PlannedExpert((expert, 7 - expert)) for expert in range(4))))
     small = ["--texts", stories, "--context", "48", "--max-tokens", "480"]
-    training = ["--tokens", "192", "--batch-tokens", "96", "--rate", "1e-2"]
+    training = ["--tokens", "192", "--batch-tokens", "96", "--rate", "1e-2", "--shared-width", "0"]
     command = ["adapt", small_store, *small, *training, "--plan", plan, "--experts", "--out", out]
     ended = run(*command)
     assert ended.status == 0, ended.err
