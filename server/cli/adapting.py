@@ -34,6 +34,7 @@ from server.quality.texts import TextOptions, find_domains
 from server.settings.values import Dtype
 
 if TYPE_CHECKING:
+    from expert_store.adapter import Adapter
     from server.adapting.store import TrainedStore
     from server.adapting.target import Target
     from server.model.host.assembly import HostModel
@@ -141,12 +142,7 @@ def adapt(
         else:
             store.write(adapter, changes, tokens)
         remove(folder)
-    if as_json:
-        print(json.dumps({"adapter": str(out), "num_parameters": adapter.num_parameters, **adapter.training}))
-    else:
-        print(f"{out}: {adapter.num_parameters:,} numbers; held-out perplexity ÷ the whole model's")
-        for share in adapter.ratios:
-            print(f"  {float(share):.1%} of the experts: {adapter.told_ratio(share)}")
+    _tell(out, adapter, as_json)
 
 
 def attach(
@@ -174,6 +170,15 @@ def detach(
 
     take(store, name)
     print(f"{store} has no adapter {name} any more")
+
+
+def _tell(out: Path, adapter: Adapter, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"adapter": str(out), "num_parameters": adapter.num_parameters, **adapter.training}))
+    else:
+        print(f"{out}: {adapter.num_parameters:,} numbers; held-out perplexity ÷ the whole model's")
+        for share in adapter.ratios:
+            print(f"  {float(share):.1%} of the experts: {adapter.told_ratio(share)}")
 
 
 def _say(line: str) -> None:
