@@ -144,7 +144,8 @@ def _layer(layer: Any, where: str, block: Any, router: Any) -> Layer:
         need(mlp is not None, f"{where} has no {' or '.join(_BLOCK)}")
         return Layer(where, attention=attention, mlp=_mlp(mlp, where), **norms)
     if block is not layer:
-        check_children(block, where, (), ("experts", "shared_expert_gate", *_ROUTER, *_SHARED))
+        check_children(block, where, (), ("experts", "shared_expert_gate", *_ROUTER, *_SHARED, *_AFTER))
+        norms["branch_norm"] = norms["branch_norm"] or _first(block, _AFTER)
     need(router is not None, f"{where}: is not a plain MoE layer")
     owners = (layer,) if block is layer else (layer, block)
     names = (*_SHARED, *(_BLOCK if block is layer else ()))

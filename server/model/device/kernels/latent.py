@@ -77,7 +77,7 @@ def attend_latent(
     Q_STRIDE: tl.constexpr, NEW_STRIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums of latents part_out [B, HEADS, SPLITS, RANK] fp32, weighed by exp(score - part_max), and the weights' sums
-    part_sum; both [B, HEADS, SPLITS] fp32. Writes position lengths[row] of the row's memory.
+    part_sum; both [B, HEADS, SPLITS] fp32. Writes position lengths[row] of the row's memory, which split 0 attends to.
 
     queries [B, HEADS * (NOPE + ROTARY)] and new [B, RANK + ROTARY], the latent and the key to be rotated, have rows
     Q_STRIDE and NEW_STRIDE apart; absorbed [B, HEADS, RANK]; norm [RANK] of latents. Token t of a row is entry t %

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 import triton
 from torch import Tensor
 
@@ -20,8 +21,8 @@ from server.model.device.step.weights import DecodeShape, LayerWeights
 
 HEADS = 16
 """Heads of a program, the least rows of a product by tensor cores."""
-TILE_BYTES = 32 << 10
-"""Latents that a program holds at a time; more would not fit beside its queries on small GPUs."""
+SHARED_BYTES = 80 << 10
+"""Latents and queries that a program holds at a time; more would not fit on small GPUs."""
 
 
 class LatentAttention:
@@ -30,22 +31,25 @@ class LatentAttention:
     Args:
         kinds: those of the model's layers.
         rows: [B], KV row of each entry.
-        parts: buffers for the results of splits, as `kernels.latent.attend_latent` has them.
         run: launches a kernel; of `DecodeStep`, as the next.
         product: multiplies all entries with a weight.
     """
 
     def __init__(
         self, shape: DecodeShape, state: RowState, tuning: Tuning, kinds: Sequence[LatentKind], rows: Tensor,
-        parts: tuple[Tensor, Tensor, Tensor], run: Callable[..., None], product: Callable[..., None],
+        run: Callable[..., None], product: Callable[..., None],
     ) -> None:  # fmt: skip
         self._shape, self._state, self._tuning = shape, state, tuning
-        self._rows, self._parts, self._run, self._product = rows, parts, run, product
-        self._batch, device = len(rows), rows.device
+        self._rows, self._run, self._product, self._batch = rows, run, product, len(rows)
         queries = max(kind.num_heads * kind.query if kind.query_rank else 0 for kind in kinds)
-        self._queries = rows.new_zeros(self._batch * queries, dtype=shape.dtype, device=device)
-        absorbed = max(kind.summed for kind in kinds)
-        self._absorbed = rows.new_zeros(self._batch * absorbed, dtype=shape.dtype, device=device)
+        heads, summed = max(kind.num_heads for kind in kinds), max(kind.summed for kind in kinds)
+
+        def fresh(elements: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(self._batch * elements, dtype=dtype, device=rows.device)
+
+        self._queries, self._absorbed = fresh(queries, shape.dtype), fresh(summed, shape.dtype)
+        sizes = (heads, heads, summed)  # of the results of splits, see `kernels.latent.attend_latent`
+        self._parts = [fresh(tuning.latent_splits * size, torch.float32) for size in sizes]
 
     def attend(self, kind: LatentKind, weights: LayerWeights, qkv: Tensor, memory: Tensor, out: Tensor) -> None:
         """Attention of one layer over each row's blocks of its KV memory, which gets the new token, into out [B,
@@ -56,10 +60,11 @@ class LatentAttention:
         if weights.latent.queries is not None:
             latents, size = queries, kind.num_heads * kind.query
             queries = self._queries[: self._batch * size].view(self._batch, size)
-            rows = tuning.qkv_rows
-            self._product(latents, weights.q_norm, weights.latent.queries, None, None, queries, rows, kind.eps)
-        heads, splits, columns = kind.num_heads, tuning.attention_splits, divisor(kind.rank, tuning.latent_columns)
-        tile = min(tuning.latent_tile, TILE_BYTES // (kind.rank * memory.element_size()))
+            weight, rows = weights.latent.queries, tuning.qkv_rows
+            self._product(latents, weights.q_norm, weight, None, None, queries, rows, eps=kind.eps)
+        heads, splits, columns = kind.num_heads, tuning.latent_splits, divisor(kind.rank, tuning.latent_columns)
+        room = SHARED_BYTES // (kind.rank * memory.element_size()) - HEADS
+        tile = min(tuning.latent_tile, pow2(room + 1) // 2)
         sizes = {"HEADS": heads, "NOPE": kind.nope, "RANK": kind.rank}
         self._run(
             latent.absorb, (heads, kind.rank // columns),

@@ -83,11 +83,6 @@ class AttentionKind:
         return self.num_heads * self.value_dim
 
     @property
-    def summed(self) -> int:
-        """Elements of the sum over tokens that a split of them gives."""
-        return self.width
-
-    @property
     def vectors(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """A token's keys, then its values, in KV memory: their number and their elements."""
         return (self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.value_dim)
@@ -156,7 +151,7 @@ class LatentKind:
 
     @property
     def summed(self) -> int:
-        """Elements of the sum over tokens that a split of them gives."""
+        """Elements of the sums of latents of all heads."""
         return self.num_heads * self.rank
 
     @property

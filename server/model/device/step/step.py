@@ -125,13 +125,12 @@ class DecodeStep:
         self.qkv, self.attended = fresh(batch, shape.qkv), fresh(batch, shape.attended)
         self.part_max = fresh(batch, heads, splits, dtype=torch.float32)
         self.part_sum = fresh(batch, heads, splits, dtype=torch.float32)
-        self.part_out = fresh(batch, splits, max(kind.summed for kind in attentions), dtype=torch.float32)
+        self.part_out = fresh(batch, splits, shape.attended, dtype=torch.float32)
         self.arrived = fresh(1 + batch + batch * kv_heads, dtype=torch.int32)
         latents = [kind for kind in attentions if isinstance(kind, LatentKind)]
-        parts = (self.part_max, self.part_sum, self.part_out)
         self._latent = None
         if latents:
-            own = (latents, self.rows, parts, self._run, self._product)
+            own = (latents, self.rows, self._run, self._product)
             self._latent = LatentAttention(shape, self.state, self.options.tuning, *own)
 
     def compile(self) -> None:

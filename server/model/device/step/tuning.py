@@ -44,6 +44,7 @@ class Tuning:
     attention_tile: int = 64
     latent_columns: int = 64
     latent_rows: int = 32
+    latent_splits: int = 32
     latent_tile: int = 32
     latent_warps: int = 4
     fetchers: int = 64

@@ -30,6 +30,7 @@ TUNING = Tuning(
     qkv_rows=64, output_rows=32, head_rows=32, gate_rows=4, up_rows=8, down_rows=32, down_columns=32,
     packed_up_rows=64, packed_down_rows=64,
     attention_splits=2, attention_tile=16 if DEVICE == "cuda" else 2, latent_tile=16 if DEVICE == "cuda" else 2,
+    latent_splits=4,
     fetchers=2, packed_fetchers=2, copy_elements=256,
 )  # fmt: skip
 MAX_ROWS, MAX_TOKENS = 8, 64

@@ -126,6 +126,7 @@ CAPTURED = {
         },
     ),
     "flex_olmo": Captured({"intermediate_size": 16}, {"qk_norm": "row"}),
+    "axk1": Captured({**_LATENTS, "q_lora_rank": 48, "n_group": 1}, _latents(4, 48, "neighbours to halves")),
     "kimi_k25": Captured({**_LATENTS, "q_lora_rank": 48}, _latents(4, 48, "neighbours to halves")),
     "qwen3_vl_moe": Captured({}, {"qk_norm": "head"}),
     "qwen3_omni_moe_thinker": Captured({}, {"qk_norm": "head"}),

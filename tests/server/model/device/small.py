@@ -19,7 +19,7 @@ EVERYTHING = ExpertMask.same_in_every_layer(range(EXPERTS), LAYERS, EXPERTS)
 TUNING = Tuning(
     qkv_rows=64, output_rows=32, head_rows=1024, gate_rows=8, up_rows=16, down_rows=32, down_columns=32,
     packed_up_rows=32, packed_down_rows=64,
-    attention_splits=1, fetchers=1, packed_fetchers=1, copy_elements=2048,
+    attention_splits=1, latent_splits=2, fetchers=1, packed_fetchers=1, copy_elements=2048,
 )  # fmt: skip
 
 

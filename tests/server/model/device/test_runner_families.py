@@ -35,7 +35,7 @@ DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 MORE = [
     "gpt_oss", "gpt_oss, mxfp4", "qwen3_vl_moe", "qwen3_omni_moe_thinker", "flint", "exaone_moe", "mellum",
     "ernie4_5_moe", "hunyuan_v1_moe", "granitemoeshared", "minimax_m3_vl_text", "mimo_v2_flash",
-    "deepseek_v2", "deepseek_v3", "deepseek_v3 in halves", "glm4_moe_lite",
+    "deepseek_v2", "deepseek_v3", "deepseek_v3 in halves", "glm4_moe_lite", "axk1",
     "gemma4_text", "flex_olmo",
 ]  # fmt: skip
 PROMPT, NUM_TOKENS = [40, 41, 42], 2
