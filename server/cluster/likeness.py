@@ -19,8 +19,6 @@ import xxhash
 
 BLOCK_BYTES = 256
 """Bytes of a beginning between two of its hashes."""
-TOKEN_BYTES = 4
-"""Bytes of text for which a token stands, about."""
 MAX_BLOCKS = 256
 WORD_BUCKETS = 512
 MAX_WORDS = 400
@@ -39,17 +37,20 @@ class Likeness:
         beginning: hashes of its first 1, 2, … blocks; each covers all before it, and the salt.
         keys: hashes of what it belongs to, the most telling first: conversation, profile, beginning.
         words: bool [WORD_BUCKETS], the buckets of its words.
+        num_bytes: of its text, from which `beginning` is made.
     """
 
     beginning: tuple[int, ...]
     keys: tuple[int, ...]
     words: npt.NDArray[np.bool_]
+    num_bytes: int = 0
 
 
 def likeness_of(body: Mapping[str, Any]) -> Likeness:
     """The likeness of a request's parsed body; anything that is no request has an empty one."""
     parts = [_bytes_of(value) for field in TEXT_FIELDS if (value := body.get(field)) is not None]
-    text = b"".join(parts)[: BLOCK_BYTES * MAX_BLOCKS]
+    whole = b"".join(parts)
+    text = whole[: BLOCK_BYTES * MAX_BLOCKS]
     named = [
         ("conversation", body.get("prompt_cache_key") or body.get("user") or _user_of(body.get("metadata"))),
         ("profile", profile_of(body)),
@@ -58,7 +59,7 @@ def likeness_of(body: Mapping[str, Any]) -> Likeness:
     keys = tuple(_hash(_encoded(f"{kind}:{value}")) for kind, value in named if value)
     salt = [(name, value) for name in SALT_FIELDS if (value := _mask_field(body, name)) is not None]
     beginning = _block_hashes(text, _encoded(repr(salt)) if salt else b"")
-    return Likeness(beginning, keys, words_of(text.decode(errors="ignore")))
+    return Likeness(beginning, keys, words_of(text.decode(errors="ignore")), len(whole))
 
 
 def profile_of(body: Mapping[str, Any]) -> str | None:

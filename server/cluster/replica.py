@@ -27,11 +27,12 @@ from server.api.app import create_app
 from server.api.front import answer_of
 from server.api.readiness import checked
 from server.api.replicas import AsgiMessage, PassedRequest
-from server.cluster.likeness import BLOCK_BYTES, TOKEN_BYTES, Likeness
+from server.cluster.likeness import Likeness
 from server.cluster.statistics import TopicLedger, sketch_layers
 from server.engine.request import EngineStatus, GenerationRequest, OnEvent
 from server.errors import ServerError, message_of
 from server.growth.status import GrowthBusyError, GrowthError, GrowthLike, StoreDemand
+from server.model.kv.prefixes import block_digests
 from server.model.load_progress import LoadProgress
 from server.serving.loading import check_store, load
 from server.serving.metrics import Metrics
@@ -196,15 +197,15 @@ class _Watch:
         self._experts = model.experts
         self._shape = (model.num_layers, model.num_experts)
         self._layers = sketch_layers(*self._shape)
-        max_prefixes = model.engine.status().kv_capacity_tokens * TOKEN_BYTES // BLOCK_BYTES
-        self._ledger = TopicLedger(len(self._layers) * model.num_experts, max_prefixes)
+        self._ledger = TopicLedger(len(self._layers) * model.num_experts)
         self._lock = threading.Lock()  # the engine's thread adds, the event loop begins and reads
 
     def submit(self, request: GenerationRequest, on_event: OnEvent) -> None:
         likeness = _LIKENESS.get()
         if likeness is not None:
+            digests = block_digests(request.prompt_ids)
             with self._lock:
-                keys = self._ledger.begin(likeness)
+                keys = self._ledger.begin(likeness, digests, time.time())
             request = replace(request, observe_demand=partial(self._count, keys))
         self._engine.submit(request, on_event)
 
@@ -220,6 +221,9 @@ class _Watch:
     def status(self) -> EngineStatus:
         return self._engine.status()
 
+    def held_prefixes(self) -> frozenset[int]:
+        return self._engine.held_prefixes()
+
     def _count(
         self, keys: Sequence[int], demand_index: npt.NDArray[np.int64], demand_weight: npt.NDArray[np.float32]
     ) -> None:
@@ -231,5 +235,6 @@ class _Watch:
     def statistics(self, load: int) -> dict[str, Any]:
         found = self._experts()
         held, available = (places[self._layers].ravel() for places in (found.resident, found.available))
+        digests = self.held_prefixes()
         with self._lock:
-            return self._ledger.statistics(time.time(), load, held, available).to_wire()
+            return self._ledger.statistics(time.time(), load, held, available, digests).to_wire()

@@ -7,7 +7,7 @@ sketch: those of a few layers, evenly spaced, since the layers of one text go to
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from server.cluster.likeness import WORD_BUCKETS, Likeness
+from server.cluster.likeness import BLOCK_BYTES, WORD_BUCKETS, Likeness
 
 VERSION = 2
 SKETCH_EXPERTS = 1024
@@ -23,6 +23,8 @@ SKETCH_EXPERTS = 1024
 MAX_TOPICS = 24
 MAX_PREFIXES = 1024
 MAX_BYTES = 64 * 1024
+BEGINNING_SECONDS = 5.0
+"""A beginning counts as held for so long before the prompt must have been read."""
 HALF_LIFE_TOKENS = 2048.0
 """A topic's demand counts half after so many tokens of it."""
 LIKE_TOPIC = 0.5
@@ -66,7 +68,7 @@ class ReplicaStatistics:
         load: requests that it runs or that wait there.
         held: bool [N], of the sketch's experts those in its slots; available: those that it may serve.
         topics: of the requests that it served.
-        prefixes: hashes of beginnings that its KV memory may still hold, the most recent last.
+        prefixes: hashes of beginnings that its KV memory holds, the most recent last.
     """
 
     taken_at: float
@@ -128,19 +130,25 @@ class TopicLedger:
 
     Args:
         num_experts: N, of the sketch.
-        max_prefixes: blocks of beginnings that its KV memory can hold, at most `MAX_PREFIXES`.
+        max_prefixes: blocks of beginnings that are kept.
     """
 
     def __init__(self, num_experts: int, max_prefixes: int = MAX_PREFIXES) -> None:
         self._num_experts = num_experts
         self._topics: OrderedDict[int, _Counted] = OrderedDict()
-        self._prefixes: OrderedDict[int, None] = OrderedDict()
-        self._max_prefixes = min(max_prefixes, MAX_PREFIXES)
+        self._prefixes: OrderedDict[int, tuple[int | None, float]] = OrderedDict()  # digest of the tokens, time
+        self._max_prefixes = max_prefixes
 
-    def begin(self, likeness: Likeness) -> tuple[int, ...]:
-        """Count a request that came in; returns the keys of its topics, for `add`."""
-        for prefix in likeness.beginning:
-            self._prefixes[prefix] = None
+    def begin(self, likeness: Likeness, digests: Sequence[int] | None = None, now: float = 0.0) -> tuple[int, ...]:
+        """Count a request that came in; returns the keys of its topics, for `add`.
+
+        Args:
+            digests: of the blocks of its tokens (`block_digests`); None counts its beginning as held.
+            now: seconds on the clock of `ReplicaStatistics.taken_at`.
+        """
+        for at, prefix in enumerate(likeness.beginning, start=1):
+            digest = None if digests is None else _digest_at(at * BLOCK_BYTES / likeness.num_bytes, digests)
+            self._prefixes[prefix] = (digest, now)
             self._prefixes.move_to_end(prefix)
         while len(self._prefixes) > self._max_prefixes:
             self._prefixes.popitem(last=False)
@@ -161,11 +169,21 @@ class TopicLedger:
             counted.num_tokens = counted.num_tokens * decay + num_tokens
 
     def statistics(
-        self, taken_at: float, load: int, held: npt.NDArray[np.bool_], available: npt.NDArray[np.bool_]
-    ) -> ReplicaStatistics:
-        """All of it at this moment; arguments as the attributes of `ReplicaStatistics`."""
+        self, taken_at: float, load: int, held: npt.NDArray[np.bool_], available: npt.NDArray[np.bool_],
+        digests: Collection[int] = (),
+    ) -> ReplicaStatistics:  # fmt: skip
+        """All of it at this moment; arguments as the attributes of `ReplicaStatistics`.
+
+        Args:
+            digests: of the blocks of tokens that KV memory holds. A request that came in just now counts as held.
+        """
+        prefixes = (
+            prefix
+            for prefix, (digest, begun_at) in self._prefixes.items()
+            if digest is None or digest in digests or 0 <= taken_at - begun_at < BEGINNING_SECONDS
+        )
         topics = tuple(counted.frozen(key) for key, counted in self._topics.items() if counted.num_tokens)
-        return ReplicaStatistics(taken_at, load, held, available, topics, tuple(self._prefixes))
+        return ReplicaStatistics(taken_at, load, held, available, topics, tuple(prefixes))
 
     def _like(self, likeness: Likeness) -> int:
         """The key of the topic whose words are most like the request's, or a new one if none is like it."""
@@ -177,6 +195,12 @@ class TopicLedger:
             if likenesses[likest] >= LIKE_TOPIC:
                 return list(self._topics)[likest]
         return xxhash.xxh3_64_intdigest(np.packbits(likeness.words).tobytes())
+
+
+def _digest_at(share: float, digests: Sequence[int]) -> int:
+    """The digest of the tokens' first blocks that stand for the first `share` of a text, at least one; 0 if there is
+    none, which no tree holds."""
+    return digests[max(0, round(share * len(digests)) - 1)] if digests else 0
 
 
 def _shares(mass: npt.NDArray[np.float64]) -> Weights:

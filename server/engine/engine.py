@@ -202,6 +202,12 @@ class Engine:
                 totals=replace(totals, num_requests=self._num_requests, num_refused=self._num_refused),
             )
 
+    def held_prefixes(self) -> frozenset[int]:
+        """Digests of the beginnings of prompts that KV memory holds (`server.model.kv.prefixes.block_digests`); any
+        thread may call it."""
+        runner = self._runner
+        return frozenset() if runner is None else runner.kv.held_prefixes()
+
     def _become(self, state: EngineState, reason: str) -> None:
         """Enter a state and open or close the inbox accordingly."""
         with self._lock:

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import xxhash
 
 from server.model.kv.blocks import BLOCK_TOKENS, BlockPool
 
@@ -28,14 +30,16 @@ class Node:
         block: of the pool; None at a root.
         note: given with the block, returned with it.
         depth: blocks from the root, this one included.
+        digest: of all tokens from the root; 0 at a root. Equal below all salts.
     """
 
-    __slots__ = ("__weakref__", "block", "children", "depth", "is_queued", "key", "note", "parent")
+    __slots__ = ("__weakref__", "block", "children", "depth", "digest", "is_queued", "key", "note", "parent")
 
     def __init__(self, parent: Node | None, key: Any, block: int | None, note: Any) -> None:
         self.parent, self.key, self.block, self.note = parent, key, block, note
         self.depth: int = 0 if parent is None else parent.depth + 1
         self.children: dict[tuple[int, ...], Node] = {}
+        self.digest: int = 0 if parent is None else _digest(parent.digest, key)
         self.is_queued = False
 
 
@@ -52,6 +56,7 @@ class PrefixTree:
         self.clock = 0
         self._leaves: list[tuple[int, int, Node]] = []  # heap over (used at, order, node); may be out of date
         self._order = itertools.count()
+        self._digests: dict[int, int] = {}  # how many nodes have each
         self._is_held = np.zeros(pool.most_blocks, dtype=np.bool_)
         self._used_at = np.zeros(pool.most_blocks, dtype=np.int64)  # the clock at the last use of each block
 
@@ -64,6 +69,10 @@ class PrefixTree:
         """Those of them that were not used after the clock showed `clock`."""
         idle = self._is_held & (self._pool.num_holders == 1)
         return int(np.count_nonzero(idle & (self._used_at <= clock)))
+
+    def digests(self) -> frozenset[int]:
+        """The digests of all nodes; any thread may ask."""
+        return frozenset(self._digests.copy())  # the copy is made in one step
 
     def find(self, salt: bytes, node: Node | None, tokens: Tokens) -> list[Node]:
         """The nodes behind `node` (None: from the beginning) for the complete blocks of `tokens`, until one lacks."""
@@ -89,6 +98,7 @@ class PrefixTree:
             child = node.children[key] = Node(node, key, block, note)
             self._pool.hold(block)
             self._is_held[block], self._used_at[block] = True, 0
+            self._digests[child.digest] = self._digests.get(child.digest, 0) + 1
             self._push(child)
         return child
 
@@ -124,6 +134,9 @@ class PrefixTree:
         del parent.children[node.key]
         self._pool.drop(_block(node))
         self._is_held[_block(node)] = False
+        self._digests[node.digest] -= 1
+        if not self._digests[node.digest]:
+            del self._digests[node.digest]
         if not parent.children:
             if parent.parent is not None:
                 self._push(parent)
@@ -154,7 +167,20 @@ class PrefixTree:
         queued = Counter(id(node) for _, _, node in self._leaves)
         lost = [node.block for node in nodes if not node.children and not queued[id(node)]]
         assert not lost, f"the leaves of blocks {lost} would never be evicted"
+        assert Counter(node.digest for node in nodes) == Counter(self._digests), "digests do not name the nodes"
         assert all(count == 1 for count in queued.values()), "a leaf waits more than once for eviction"
+
+
+def block_digests(tokens: Tokens) -> list[int]:
+    """The digest of each node that the complete blocks of `tokens` would be, from a root on."""
+    found, ids = [0], np.array(tokens, dtype=np.int64)
+    for start in range(0, len(ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+        found.append(_digest(found[-1], ids[start : start + BLOCK_TOKENS]))
+    return found[1:]
+
+
+def _digest(parent: int, tokens: Tokens | npt.NDArray[np.int64]) -> int:
+    return xxhash.xxh3_64_intdigest(np.asarray(tokens, dtype=np.int64).tobytes(), seed=parent)
 
 
 def _block(node: Node) -> int:

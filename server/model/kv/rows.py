@@ -255,6 +255,10 @@ class KvRows:
         idle = self._tree.num_idle
         return KvUsage(self.pool.num_blocks, max(0, self.pool.num_used - idle), idle)  # they may change meanwhile
 
+    def held_prefixes(self) -> frozenset[int]:
+        """Digests of the beginnings of prompts that are held (`block_digests`); any thread may ask."""
+        return self._tree.digests()
+
     def check_integrity(self) -> None:
         """Raise AssertionError if holders, lengths and the tree disagree."""
         held: Counter[int] = Counter()

@@ -141,6 +141,9 @@ class ScriptedEngine:
         self._threads.append(thread)
         thread.start()
 
+    def held_prefixes(self) -> frozenset[int]:
+        return frozenset()
+
     def cancel(self, request_id: str) -> None:
         with self._lock:
             if request_id in self._active:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.cluster.likeness import WORD_BUCKETS, Likeness, words_of
+from server.cluster.likeness import BLOCK_BYTES, WORD_BUCKETS, Likeness, words_of
 from server.cluster.statistics import (
     MAX_BYTES,
     MAX_PREFIXES,
@@ -69,6 +69,22 @@ def test_the_last_topics_and_beginnings_stay(keys: list[int]) -> None:
     assert [topic.key for topic in reversed(found.topics)] == last[:MAX_TOPICS]
     assert set(found.prefixes) >= {prefix for key in last[:16] for prefix in (key, 1000 + key)}
     assert len(found.prefixes) <= 32
+
+
+def test_a_beginning_is_held_where_its_tokens_are_or_where_it_just_came_in() -> None:
+    ledger, digests = TopicLedger(NUM), [11, 12, 13, 14]
+    prompt = Likeness((1, 2, 3), (), words_of(""), num_bytes=4 * BLOCK_BYTES)
+    ledger.begin(prompt, digests, now=100.0)
+
+    def held(taken_at: float, *of_tree: int) -> tuple[int, ...]:
+        return ledger.statistics(taken_at, 0, NOTHING_HELD, NOTHING_HELD, of_tree).prefixes
+
+    assert held(101.0) == (1, 2, 3), "it may not be read yet"
+    assert held(200.0) == ()
+    assert held(200.0, 11, 12) == (1, 2)
+    assert held(200.0, *digests) == (1, 2, 3)
+    ledger.begin(Likeness((9,), (), words_of(""), num_bytes=BLOCK_BYTES), [], now=150.0)
+    assert held(200.0, 11) == (1,), "a prompt without a whole block of tokens is never held"
 
 
 def test_full_statistics_are_small_and_say_the_same_after_they_were_sent() -> None:

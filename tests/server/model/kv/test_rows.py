@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from server.model.kv.blocks import BLOCK_TOKENS, BlockPool, NoBlocksError, num_blocks_of
+from server.model.kv.prefixes import block_digests
 from server.model.kv.rows import KvRows, KvUsage
 
 SALT, OTHER = b"one mask", b"another mask"
@@ -118,6 +119,24 @@ def test_the_prefix_that_was_not_used_for_longest_makes_room_from_its_end() -> N
     rows.free(row)
     assert read(rows, prompt(3, 4))[1] == BLOCK_TOKENS
     assert read(rows, prompt(1, 2))[1] == 2 * BLOCK_TOKENS
+
+
+def test_digests_name_the_beginnings_that_are_held() -> None:
+    rows = KvRows(max_rows=2, num_blocks=8)
+    first, second = block_digests(prompt(1, 2, 3)), block_digests(prompt(1, 2, 4))
+    assert first[:2] == second[:2]
+    assert len({*first, *second, *block_digests(prompt(2))}) == 5
+    rows.free(read(rows, prompt(1, 2, 3))[0])
+    rows.free(read(rows, prompt(1, 2, 3), OTHER)[0])
+    assert rows.held_prefixes() == set(first)
+    row = rows.allocate()
+    rows.reserve([(row, 5 * BLOCK_TOKENS)])  # three of six blocks leave
+    assert rows.held_prefixes() == set(first), "each is still there below one of the salts"
+    rows.free(row)
+    row = rows.allocate()
+    rows.reserve([(row, 8 * BLOCK_TOKENS)])
+    assert rows.held_prefixes() == frozenset()
+    rows.check_integrity()
 
 
 def test_where_blocks_lack_the_rows_without_one_are_named_and_nothing_changes() -> None:
