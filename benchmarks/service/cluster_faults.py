@@ -37,7 +37,10 @@ from benchmarks.harness.servers import free_port
 from server.cli.main import main as deepfew
 
 CLIENTS, TOKENS = 4, 48
-SECONDS_BEFORE, SECONDS_AFTER = 12.0, 45.0
+SECONDS_BEFORE = 12.0
+SECONDS_AFTER = {"head": 110.0}
+"""Processes wait a minute for a head that is gone; other faults are watched for `USUAL_SECONDS`."""
+USUAL_SECONDS = 45.0
 REPLICA = "ray::ServeReplica:deepfew:all"
 FAULTS: dict[str, tuple[str, ...]] = {
     "replica": (REPLICA,),
@@ -133,6 +136,7 @@ def measure(folder: Path, fault: str) -> dict[str, Any]:
     with (folder / f"log-{fault}").open("w") as log:
         command = [sys.executable, "-m", "server.cli", "cluster", str(config)]
         started = subprocess.Popen(command, stdout=log, stderr=log)
+    seconds = SECONDS_AFTER.get(fault, USUAL_SECONDS)
     cluster, url = psutil.Process(started.pid), f"http://127.0.0.1:{port}"
     try:
         wait(lambda: len(processes(cluster, (REPLICA,))) == 2 and is_ready(url), 240, "two ready replicas")
@@ -146,23 +150,23 @@ def measure(folder: Path, fault: str) -> dict[str, Any]:
                 threading.Thread(target=slow_down, args=(victim, slowing), daemon=True).start()
             else:
                 victim.kill()
-            time.sleep(SECONDS_AFTER)
+            time.sleep(seconds)
             clients.stop()
             slowing.set()
             after = generated(client) if is_ready(url) else {}
-        has_ended = started.poll()
+        status = started.poll()
     finally:
         started.terminate()
         started.wait(120)
     tokens = [after[name] - before.get(name, 0.0) for name in after]
     whole = [end for end, outcome in clients.ends if outcome == "whole" and end > at]
-    gaps = [later - earlier for earlier, later in zip([at, *whole], [*whole, at + SECONDS_AFTER], strict=True)]
+    gaps = [later - earlier for earlier, later in zip([at, *whole], [*whole, at + seconds], strict=True)]
     counts = Counter(outcome for _, outcome in clients.ends)
     return {
         **{outcome: counts[outcome] for outcome in OUTCOMES},
         "gap_seconds": max(gaps),
         "slow_share": min(tokens) / sum(tokens) if fault == "slow" and sum(tokens) else None,
-        "exit_status": has_ended,
+        "exit_status": status,
     }
 
 
