@@ -9,7 +9,7 @@ stores grow by one deep expert each, until the budget is full, and afterwards re
 - *copies*: mean number of replicas that have an expert which any has;
 - *covered*: share of all experts that any replica has.
 
-    python -m benchmarks.fleet_growth [--traces FILE ...] [--replicas 4] [--save]
+    python -m benchmarks.fleet_growth [--traces FILE ...] [--replicas 4] [--start 6] [--budget 16] [--save]
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.affinity import Kinds, read_kinds
-from benchmarks.harness.reporting import REPOSITORY, environment, finish, table
+from benchmarks.harness.reporting import BUNDLED, REPOSITORY, environment, finish, table
 from server.cluster.choice import ChoiceOptions, Fleet
 from server.cluster.likeness import WORD_BUCKETS, Likeness
 from server.cluster.statistics import TopicLedger, sketch_layers
 from server.growth.fleet import FleetPlan, StoreDemand
 from server.growth.status import GrowthStatus
 
-START, BUDGET = 8, 24
-ROUNDS, REQUESTS, TOKENS = 60, 40, 64
+ROUNDS, REQUESTS, TOKENS = 60, 25, 64
 """Rounds; requests of each replica in a round; tokens of a request."""
 DECAY = 0.5
 NO_WORDS = np.zeros(WORD_BUCKETS, dtype=np.bool_)
-POLICIES: dict[str, tuple[bool, float, float]] = {
-    "any replica, own demand": (False, 1.0, 0.0),
-    "choice by what is available, own demand": (False, 1.0, ChoiceOptions().available),
-    **{f"fleet, {worth:g} for copies": (True, worth, ChoiceOptions().available) for worth in (0.0, 0.1, 0.25, 0.5)},
+USUAL = ChoiceOptions(held=0.0)  # slots are not simulated
+POLICIES: dict[str, tuple[ChoiceOptions, float | None]] = {
+    "each for itself, choice by load": (replace(USUAL, wanted=0.0, available=0.0), None),
+    "each for itself": (USUAL, None),
+    **{f"fleet, {worth:g} for copies": (USUAL, worth) for worth in (0.9, 0.75, 0.5, 0.25)},
 }
-"""Growth for the fleet; worth of an expert that is elsewhere; weight of availability in the choice."""
+"""The choice of a replica; worth of an expert that is elsewhere, None where each store is planned alone."""
 
 
 class Stores:
     """The stores of all replicas, and the recent demand of each."""
 
-    def __init__(self, kinds: Kinds, num_replicas: int) -> None:
+    def __init__(self, kinds: Kinds, num_replicas: int, start: int, budget: int) -> None:
         _, self.num_layers, _ = kinds.experts.shape
         shape = (self.num_layers, kinds.num_experts)
         everyone = demand_of(kinds, np.arange(len(kinds.experts)))
-        first = np.argsort(-everyone, axis=1)[:, :START]
-        self.held = [{at: tuple(first[:, at].tolist()) for at in range(START)} for _ in range(num_replicas)]
+        first = np.argsort(-everyone, axis=1)[:, :start]
+        self.held = [{at: tuple(first[:, at].tolist()) for at in range(start)} for _ in range(num_replicas)]
         self.demand = np.zeros((num_replicas, *shape))
-        self.shape, self.next_index = shape, START
+        self.shape, self.next_index, self.budget = shape, start, budget
 
     def available(self, at: int) -> npt.NDArray[np.bool_]:
         found = np.zeros(self.shape, dtype=np.bool_)
@@ -64,17 +64,17 @@ class Stores:
 
     def state(self, at: int) -> StoreDemand:
         held = len(self.held[at])
-        status = GrowthStatus("idle", 0, 0, None, 0, 0, 0, 0, held, held, BUDGET)
+        status = GrowthStatus("idle", 0, 0, None, 0, 0, 0, 0, held, held, self.budget)
         return StoreDemand(self.available(at), self.demand[at], np.ones(self.shape), self.held[at], 1, status)
 
-    def grow(self, is_for_fleet: bool, elsewhere: float) -> None:
+    def grow(self, elsewhere: float | None) -> None:
         """Add a deep expert to each store, or replace one; in turn, so that a store knows what those before it got."""
         for at in range(len(self.held)):
-            names = range(len(self.held)) if is_for_fleet else [at]
+            names = [at] if elsewhere is None else range(len(self.held))
             plan = FleetPlan(
                 {str(one): replace(self.state(one), status=self._full(one, at)) for one in names}, elsewhere
             )
-            replaced = plan.replacement(str(at)) if len(self.held[at]) >= BUDGET else None
+            replaced = plan.replacement(str(at)) if len(self.held[at]) >= self.budget else None
             if replaced is not None:
                 del self.held[at][replaced[1]]
             chosen = [replaced[0]] if replaced else plan.candidates(1)
@@ -90,16 +90,38 @@ class Stores:
 
 def demand_of(kinds: Kinds, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """[L, E], picks of the tokens."""
-    picks = kinds.experts[tokens].astype(np.int64) + np.arange(kinds.experts.shape[1])[None, :, None] * 64
+    picks = kinds.experts[tokens].astype(np.int64)
+    picks += (np.arange(kinds.experts.shape[1]) * kinds.num_experts)[None, :, None]
     found = np.bincount(picks.ravel(), minlength=kinds.experts.shape[1] * kinds.num_experts)
     return found.reshape(kinds.experts.shape[1], kinds.num_experts).astype(np.float64)
 
 
-def simulate(kinds: Kinds, num_replicas: int, policy: str, seed: int = 0) -> dict[str, float]:
+def recorded() -> Kinds:
+    """The routing of the bundled checkpoint on the texts of `benchmarks/data/selection`, a kind for each."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    traces = []
+    for path in sorted((REPOSITORY / "benchmarks" / "data" / "selection").glob("*.txt")):
+        ids = tokenizer(path.read_text(), verbose=False)["input_ids"][:2048]
+        parts = []
+        for start in range(0, len(ids), 256):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids[start : start + 256]]), output_router_logits=True).router_logits
+            parts.append(
+                torch.stack([of_layer.topk(model.config.num_experts_per_tok).indices for of_layer in logits], 1)
+            )
+        traces.append(torch.cat(parts).numpy().astype(np.uint8))
+    return Kinds.of(traces, model.config.num_experts)
+
+
+def simulate(kinds: Kinds, num_replicas: int, policy: str, seed: int, start: int, budget: int) -> dict[str, float]:
     """The figures of one policy."""
-    is_for_fleet, elsewhere, weight = POLICIES[policy]
+    options, elsewhere = POLICIES[policy]
     draw = random.Random(seed)
-    stores, router = Stores(kinds, num_replicas), Fleet(ChoiceOptions(held=0.0, wanted=0.0, available=weight))
+    stores, router = Stores(kinds, num_replicas, start, budget), Fleet(options)
     layers = sketch_layers(*stores.shape)
     ledgers = [TopicLedger(len(layers) * kinds.num_experts) for _ in range(num_replicas)]
     weights = [1.0 / (rank + 1) for rank in range(len(kinds.start))]
@@ -122,32 +144,35 @@ def simulate(kinds: Kinds, num_replicas: int, policy: str, seed: int = 0) -> dic
             if number >= ROUNDS * 2 // 3:
                 missed += float(mass[~have[at]].sum())
                 wanted += float(mass.sum())
-        stores.grow(is_for_fleet, elsewhere)
+        stores.grow(elsewhere)
     held = np.sum([stores.available(at) for at in range(num_replicas)], axis=0)
     return {"deficit": missed / wanted, "copies": float(held[held > 0].mean()), "covered": float((held > 0).mean())}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    bundled = REPOSITORY / "benchmarks" / "data" / "routing-deepseek-v2-lite.npz"
-    parser.add_argument("--traces", type=Path, nargs="+", default=[bundled], help="recorded routing")
+    parser.add_argument("--traces", type=Path, nargs="+", help="recorded routing; else that of the bundled checkpoint")
     parser.add_argument("--replicas", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--start", type=int, default=6, help="deep experts of each store at first")
+    parser.add_argument("--budget", type=int, default=16, help="deep experts of each store at most")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/fleet_growth.json")
     arguments = parser.parse_args()
-    kinds = read_kinds(arguments.traces)
+    start, budget = arguments.start, arguments.budget
+    kinds = read_kinds(arguments.traces) if arguments.traces else recorded()
     sizes: dict[str, dict[str, Any]] = {}
     for num_replicas in arguments.replicas:
         by_policy = sizes[str(num_replicas)] = {}
         for policy in POLICIES:
-            found = [simulate(kinds, num_replicas, policy, seed) for seed in range(arguments.seeds)]
+            found = [simulate(kinds, num_replicas, policy, seed, start, budget) for seed in range(arguments.seeds)]
             by_policy[policy] = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
         rows = [(policy, *figures.values()) for policy, figures in by_policy.items()]
-        print(f"\n{num_replicas} replicas, {BUDGET} of {kinds.num_experts} deep experts each")
+        print(f"\n{num_replicas} replicas, {budget} of {kinds.num_experts} deep experts each")
         print(table(("growth", "deficit", "copies", "covered"), rows), flush=True)
+    traces = [path.name for path in arguments.traces or [BUNDLED]]
     result = {
-        "benchmark": "fleet_growth", **environment(), "traces": [path.name for path in arguments.traces],
-        "num_kinds": len(kinds.start), "start": START, "budget": BUDGET, "rounds": ROUNDS, "replicas": sizes,
+        "benchmark": "fleet_growth", **environment(), "traces": traces, "num_kinds": len(kinds.start), "start": start,
+        "budget": budget, "rounds": ROUNDS, "seeds": arguments.seeds, "replicas": sizes,
     }  # fmt: skip
     finish("fleet_growth", result, save=arguments.save)
 

@@ -48,6 +48,8 @@ class ChoiceOptions:
 
 DEFAULT_OPTIONS = ChoiceOptions()
 MAX_PATIENCE = 2.0
+MIN_MORE = 1e-3
+"""From this share of the likely demand on, a replica may serve more of it than another; less is rounding."""
 MIN_TOPIC_TOKENS = 16.0
 """A topic with fewer tokens says nothing about its requests."""
 MIN_WORD_LIKENESS = 0.25
@@ -149,7 +151,8 @@ class Fleet:
             for of_all in index.overlaps(names, index.topics.likely(likeness))
         )
         worth = options.block * blocks + options.held * held + options.wanted * wanted
-        worth += options.available * (available - available.min(initial=1.0))  # 0 where all have the same
+        more = available - available.min(initial=1.0)
+        worth += options.available * np.where(more > MIN_MORE, more, 0.0)
         mean = float(load.mean()) if names else 0.0
         patience = np.minimum(blocks / options.patience_blocks, MAX_PATIENCE)
         may = load <= np.maximum(options.imbalance * mean + 1.0 + patience, float(load.min(initial=math.inf)))

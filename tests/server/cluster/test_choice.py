@@ -161,3 +161,26 @@ def test_what_was_just_sent_counts_until_statistics_say_more() -> None:
     fleet.sent("b", likeness, 5.0)
     fleet.keep(["a"])
     assert _ranked(fleet, likeness, 5.0, a=0, b=0)[0].blocks == 0
+
+
+def test_the_replica_that_has_the_likely_experts_is_first_and_equal_ones_share_by_load() -> None:
+    learned = _topic(7, (0, 1, 2))
+    likeness = Likeness((), (7,), words_of(""))
+    fleet = _fleet(a=_statistics(topics=(learned,), available=(0, 4)), b=_statistics(available=(0, 1, 2, 3)))
+    fleet.options = ChoiceOptions(wanted=0.0)
+    assert _ranked(fleet, likeness, a=0, b=1)[0].replica == "b"
+    same = _fleet(**{name: _statistics(topics=(learned,)) for name in "abcdefgh"})
+    same.options = ChoiceOptions(wanted=0.0)
+    draw = random.Random(0)
+    loads = dict.fromkeys("abcdefgh", 0.0)
+    chosen = Counter(same.ranked(likeness, loads, 1.0, draw)[0].replica for _ in range(400))
+    assert min(chosen[name] for name in loads) > 20
+
+
+def test_a_long_beginning_is_worth_waiting_for_and_a_short_one_is_not() -> None:
+    beginning = tuple(range(1, 17))
+    for num_held, expected in ((16, "a"), (1, "b")):
+        fleet = _fleet(a=_statistics(prefixes=beginning[:num_held]), b=_statistics())
+        assert _ranked(fleet, Likeness(beginning, (), words_of("")), a=5.0, b=1.0)[0].replica == expected
+    fleet = _fleet(a=_statistics(prefixes=beginning), b=_statistics())
+    assert _ranked(fleet, Likeness(beginning, (), words_of("")), a=12.0, b=0.0)[0].replica == "b", "two requests at most"
