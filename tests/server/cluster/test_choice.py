@@ -183,4 +183,6 @@ def test_a_long_beginning_is_worth_waiting_for_and_a_short_one_is_not() -> None:
         fleet = _fleet(a=_statistics(prefixes=beginning[:num_held]), b=_statistics())
         assert _ranked(fleet, Likeness(beginning, (), words_of("")), a=5.0, b=1.0)[0].replica == expected
     fleet = _fleet(a=_statistics(prefixes=beginning), b=_statistics())
-    assert _ranked(fleet, Likeness(beginning, (), words_of("")), a=12.0, b=0.0)[0].replica == "b", "two requests at most"
+    assert _ranked(fleet, Likeness(beginning, (), words_of("")), a=12.0, b=0.0)[0].replica == "b", (
+        "two requests at most"
+    )
