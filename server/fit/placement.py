@@ -130,7 +130,7 @@ def _captured(model: ModelFacts, wish: Wish, shape: DecodeShape) -> Placement:
         reason="",
         problem=problem,
         trunk_bytes=model.trunk_bytes + packed_bytes(shape),
-        kv_bytes=blocks * memory.block_bytes,
+        kv_bytes=blocks * memory.block_bytes + shape.state_bytes,
         kv_tokens=blocks * BLOCK_TOKENS,
         slots=slots,
         slots_bytes=slots_bytes,
@@ -143,10 +143,14 @@ def _captured(model: ModelFacts, wish: Wish, shape: DecodeShape) -> Placement:
 
 
 def packed_bytes(shape: DecodeShape) -> int:
-    """Bytes of the trunk's tensors that the captured step packs anew, beside transformers' own: q, k, v side by side,
-    and gate and up of dense layers and shared experts."""
+    """Bytes of the trunk's tensors that the captured step packs anew, beside transformers' own: q, k, v side by side
+    (those of delta nets stand for their own), and gate and up of dense layers and shared experts."""
     gated = len(shape.dense_layers) * shape.dense_intermediate + shape.num_moe_layers * shape.shared_intermediate
-    return (sum(kind.qkv for kind in shape.each_attention) + 2 * gated) * shape.hidden * shape.dtype.itemsize
+    return (
+        (sum(kind.qkv for at, kind in enumerate(shape.each_attention) if at not in shape.deltas) + 2 * gated)
+        * shape.hidden
+        * shape.dtype.itemsize
+    )
 
 
 def _on_gpu(model: ModelFacts, wish: Wish, reason: str) -> Placement:

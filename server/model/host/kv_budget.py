@@ -12,7 +12,7 @@ from server.model.host.assembly import HostModel
 from server.model.host.balance import SlotsAndBlocks, refusal
 from server.model.host.runner import block_bytes_of
 from server.model.host.sequence_runner import has_plain_memory
-from server.model.host.snapshots import SnapshotRows
+from server.model.host.snapshots import CacheRows
 from server.model.kv.blocks import BLOCK_TOKENS, num_blocks_of
 from server.model.kv.rows import KvRows
 from server.model.kv_memory import blocks_within
@@ -41,7 +41,7 @@ def kv_rows(model: HostModel, options: RunnerOptions) -> tuple[KvRows, SlotsAndB
         lent_bytes = max(0, cache.num_slots - least_slots) * cache.layers_slot_bytes
         of_rows = options.max_rows * num_blocks_of(min(options.max_tokens, num_blocks * BLOCK_TOKENS))
         most_blocks = max(num_blocks, min(of_rows, num_blocks + lent_bytes // block_bytes))
-    kind = KvRows if has_plain_memory(model.model) else SnapshotRows
+    kind = KvRows if has_plain_memory(model.model) else CacheRows
     kv = kind(max_rows=options.max_rows, num_blocks=num_blocks, shares=options.prefix_cache, most_blocks=most_blocks)
     balance = SlotsAndBlocks(
         cache,

@@ -19,7 +19,7 @@ from router.mask import ExpertMask
 from server.model.host.assembly import HostModel
 from server.model.host.balance import SlotsAndBlocks
 from server.model.host.runner import HostDriven, HostRunner
-from server.model.host.snapshots import SnapshotRows
+from server.model.host.snapshots import CacheRows
 from server.model.kv.blocks import NoBlocksError, num_blocks_of
 from server.model.kv.rows import KvRows
 from server.model.runner import RowStep, Runner, StepFault, StepMemoryError, StepOutput
@@ -42,7 +42,7 @@ def make_runner(
     """The runner for the model: with rows of KV memory if it keeps only keys and values, else one cache a sequence."""
     if has_plain_memory(model.model):
         return HostRunner(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv, balance=balance)
-    assert kv is None or isinstance(kv, SnapshotRows), "the rows of this model keep states"
+    assert kv is None or isinstance(kv, CacheRows), "the rows of this model keep states"
     return SequenceRunner(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv, balance=balance)
 
 
@@ -58,7 +58,7 @@ class SequenceRunner(HostDriven):
 
     cuts_anywhere = False
 
-    kv: SnapshotRows
+    kv: CacheRows
 
     def __init__(
         self,
@@ -66,10 +66,10 @@ class SequenceRunner(HostDriven):
         *,
         max_rows: int,
         max_tokens: int,
-        kv: SnapshotRows | None = None,
+        kv: CacheRows | None = None,
         balance: SlotsAndBlocks | None = None,
     ) -> None:
-        kv = kv or SnapshotRows(max_rows=max_rows, num_blocks=max_rows * num_blocks_of(max_tokens))
+        kv = kv or CacheRows(max_rows=max_rows, num_blocks=max_rows * num_blocks_of(max_tokens))
         super().__init__(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv, balance=balance)
         self._ahead: dict[int, StepOutput] = {}  # outputs of rows whose decode step failed in another row
 

@@ -1,98 +1,49 @@
-"""Rows whose sequences keep more than keys and values: a prompt that was read goes on from a copy of its state.
+"""Rows of the host-driven path whose sequences own caches made by their model.
 
-A state is of one place in a prompt, unlike keys and values, and grows with the tokens before it in most families. So
-copies are kept at a few places: the last one where a chunk of a longer prompt would begin too, the *borders* at every
-eighth of the prompt or farther apart, and the place where a prompt leaves those that were read before. Without borders,
-two prompts with a common beginning would have nothing in common. Invariant: the copies but the newest hold at most half
-as many tokens as KV memory has room for, and borders that nobody went on from half of that; those not used for longest
-leave first.
+Invariant: the copies of caches but the newest hold at most half as many tokens as KV memory has room for, since most
+families' caches grow with the tokens.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
 
 from server.model.kv.blocks import BLOCK_TOKENS
-from server.model.kv.prefixes import Node
-from server.model.kv.rows import KvRows
-
-MOST_BORDERS = 8
-"""Borders of one prompt, its end counted; all together they hold 4.5 times its tokens."""
+from server.model.kv.snapshots import SnapshotRows
 
 
-class SnapshotRows(KvRows):
-    """`KvRows` that also keeps `states`: of each row transformers' cache, None before its first token."""
+class CacheRows(SnapshotRows):
+    """`SnapshotRows` with `states`: of each row transformers' cache, None before its first token."""
 
     def __init__(self, *, max_rows: int, num_blocks: int, shares: bool = True, most_blocks: int | None = None) -> None:
         super().__init__(max_rows=max_rows, num_blocks=num_blocks, shares=shares, most_blocks=most_blocks)
         self.states: dict[int, Any] = {}
-        self._kept: WeakKeyDictionary[Node, Any] = WeakKeyDictionary()  # those used last at the end
-        self._borders: WeakSet[Node] = WeakSet()  # of them those that were never used
-        self._ends: dict[int, int] = {}
-        self._places: dict[int, set[int]] = {}  # of each row, the lengths at which a copy is kept
-        self._known = 0
 
     def allocate(self) -> int:
         """See `KvRows.allocate`."""
         row = super().allocate()
-        self.states[row], self._ends[row], self._places[row] = None, 0, set()
+        self.states[row] = None
         return row
 
     def free(self, handle: int) -> None:
         """See `KvRows.free`."""
         super().free(handle)
-        del self.states[handle], self._ends[handle], self._places[handle]
+        del self.states[handle]
 
-    def reuse(self, handle: int, tokens: Sequence[int], salt: bytes, multiple: int = BLOCK_TOKENS) -> list[Any]:
-        """See `KvRows.reuse`; the row's state becomes a copy of the one that was kept."""
-        self._ends[handle] = end = (len(tokens) - 1) // multiple * multiple
-        self._known = 0
-        notes = super().reuse(handle, tokens, salt, multiple)
-        apart = max(1, -(-end // (MOST_BORDERS * multiple))) * multiple
-        self._places[handle] |= {end, self._known, *range(apart, end, apart)}
-        if notes:
-            node = self.last_node(handle)
-            assert node is not None
-            self._borders.discard(node)
-            self._kept[node] = state = self._kept.pop(node)
-            self.states[handle] = copy.deepcopy(state)
-        return notes
+    def copy_state(self, handle: int) -> Any:
+        """See `SnapshotRows.copy_state`."""
+        return copy.deepcopy(self.states[handle])
 
-    def share(self, handle: int, tokens: Sequence[int], salt: bytes, notes: Sequence[Any]) -> None:
-        """See `KvRows.share`; keeps a copy of the row's state if it is at one of the places for that."""
-        super().share(handle, tokens, salt, notes)
-        node, length = self.last_node(handle), self.length(handle)
-        if node is None or not len(tokens) == length == _tokens(node) or length not in self._places[handle]:
-            return
-        if length == self._ends[handle]:
-            self._borders.discard(node)
-        if node in self._kept:
-            return
-        self._kept[node] = copy.deepcopy(self.states[handle])
-        if length != self._ends[handle]:
-            self._borders.add(node)
-        most = self.pool.num_blocks * BLOCK_TOKENS // 2
-        self._trim([node for node in self._kept if node in self._borders], most // 2)
-        self._trim(list(self._kept), most)
+    def put_state(self, handle: int, state: Any) -> None:
+        """See `SnapshotRows.put_state`."""
+        self.states[handle] = copy.deepcopy(state)
 
-    def _trim(self, nodes: list[Node], most: int) -> None:
-        """Drop the copies of the first nodes, but not of the last one, until the others hold at most so many tokens."""
-        held = sum(map(_tokens, nodes))
-        for node in nodes[:-1]:
-            if held <= most:
-                return
-            held -= _tokens(node)
-            del self._kept[node]
-            self._borders.discard(node)
+    def cost(self, num_tokens: int) -> int:
+        """The tokens that a copy holds."""
+        return num_tokens
 
-    def _usable(self, found: list[Node]) -> list[Node]:
-        self._known = _tokens(found[-1]) if found else 0
-        with_state = [at for at, node in enumerate(found) if node in self._kept]
-        return found[: with_state[-1] + 1] if with_state else []
-
-
-def _tokens(node: Node) -> int:
-    return node.depth * BLOCK_TOKENS
+    @property
+    def most_cost(self) -> int:
+        """See `SnapshotRows.most_cost`."""
+        return self.pool.num_blocks * BLOCK_TOKENS // 2

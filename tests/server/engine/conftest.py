@@ -20,7 +20,7 @@ from server.model.host.assembly import load_model
 from server.model.host.balance import SlotsAndBlocks
 from server.model.host.runner import HostRunner, block_bytes_of
 from server.model.host.sequence_runner import SequenceRunner
-from server.model.host.snapshots import SnapshotRows
+from server.model.host.snapshots import CacheRows
 from server.model.kv.blocks import num_blocks_of
 from server.model.kv.rows import KvRows
 from server.model.runner import Runner, RunnerOptions
@@ -62,7 +62,7 @@ def make_engine(tiny_store: Path) -> Iterator[Callable[..., Engine]]:
             )
             model.source_problem = attach_source(model.store)
             num_blocks = kv_blocks or max_rows * num_blocks_of(max_tokens)
-            kind = SnapshotRows if runner_type is SequenceRunner else KvRows
+            kind = CacheRows if runner_type is SequenceRunner else KvRows
             of_rows = max_rows * num_blocks_of(max_tokens)
             kv = kind(max_rows=max_rows, num_blocks=num_blocks, shares=shares, most_blocks=of_rows)
             balance = None

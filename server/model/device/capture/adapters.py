@@ -17,15 +17,16 @@ from torch.nn import functional
 
 from expert_store.adapter import Adapter, Changes
 from server.model.device.capture import need
-from server.model.device.capture.modules import Attention, Layer, layers_of, text_body
+from server.model.device.capture.modules import Attention, DeltaNet, Layer, layers_of, text_body
 from server.model.device.capture.pack import gate_last
-from server.model.device.step.parts import AttentionKind, LatentKind
+from server.model.device.step.parts import AttentionKind
 from server.model.device.step.router_kind import router_product
 from server.model.device.step.tuning import pow2
 from server.model.device.step.weights import (
     AdaptedTrunk,
     DecodeShape,
     LayerChanges,
+    LayerKind,
     LayerWeights,
     LowRank,
     MlpWeights,
@@ -45,6 +46,8 @@ def check_adapters(model: Any, adapters: Mapping[str, Adapter]) -> None:
     """
     names = {module: name for name, module in model.named_modules()}
     layers = layers_of(model)
+    has_deltas = any(isinstance(layer.attention, DeltaNet) for layer in layers)
+    need(not adapters or not has_deltas, f"the captured step carries no adapters beside delta nets: {REMEDY}")
     norms = {names[norm] for layer in layers for norm in _norms(layer)} | {names[text_body(model).norm]}
     routers = {names[layer.router] for layer in layers if layer.router is not None}
     joined = [[names[module] for module in modules] for layer in layers for modules in _products(layer)]
@@ -98,7 +101,7 @@ class _Packer:
     def __init__(self, names: Mapping[nn.Module, str], changes: Sequence[Changes], like: Tensor) -> None:
         self._names, self._changes, self._like = names, changes, like
 
-    def layer(self, layer: Layer, attention: AttentionKind | LatentKind, weights: LayerWeights) -> LayerWeights:
+    def layer(self, layer: Layer, attention: LayerKind, weights: LayerWeights) -> LayerWeights:
         """The weights of a layer with its changes."""
         assert isinstance(layer.attention, Attention), "check_adapters refuses changes of latent attention"
         assert isinstance(attention, AttentionKind)

@@ -18,6 +18,7 @@ _MODEL = ("model", "lm_head")
 TOWERS = ("visual", "vision_tower", "audio_tower", "multi_modal_projector", "mm_projector")
 """Modules for images and sound, which no text goes through."""
 _BODY = ("embed_tokens", "layers", "norm", "rotary_emb")
+ATTENTION, DELTA = "self_attn", "linear_attn"
 _BEFORE = ("pre_mlp_layernorm", "pre_feedforward_layernorm")
 _AFTER = ("post_mlp_layernorm", "post_feedforward_layernorm")
 _APART = ("pre_feedforward_layernorm_2", "post_feedforward_layernorm_2", "post_feedforward_layernorm_1")
@@ -29,6 +30,8 @@ _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 _LATENT = ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
 _QUERIES = ("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj")
 _NORMS = (("q_norm", "query_layernorm"), ("k_norm", "key_layernorm"))
+_DELTA_TENSORS = ("conv1d", "A_log", "dt_bias", "norm")
+_DELTA_PRODUCTS = (("in_proj_qkvz", "in_proj_ba"), ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
 _MLP = (("gate_proj", "up_proj"), ("gate_up_proj",), ("input_linear",))
 _DOWN = ("down_proj", "output_linear")
 
@@ -72,6 +75,19 @@ class LatentAttention:
 
 
 @dataclass(frozen=True)
+class DeltaNet:
+    """A gated delta net: the products of its input, of which there are two, with rows by key heads, or four, and that
+    of the output; the convolution, A and its bias, the gated norm; the module itself, which has the sizes."""
+
+    projections: tuple[nn.Linear, ...]
+    conv: nn.Conv1d
+    decay: Tensor
+    shift: Tensor
+    norm: nn.Module
+    module: Any
+
+
+@dataclass(frozen=True)
 class Layer:
     """A decoder layer. `block`, `router` and `experts` are None without routed experts; `mlp` is then the layer's own
     product, else its shared expert. Norms before attention and before the others; after attention, after the others,
@@ -79,7 +95,7 @@ class Layer:
 
     where: str
     input_norm: nn.Module | None
-    attention: Attention | LatentAttention
+    attention: Attention | LatentAttention | DeltaNet
     post_norm: nn.Module | None
     mlp: Mlp | None
     block: Any = None
@@ -137,9 +153,10 @@ def _first(owner: Any, names: Sequence[str]) -> Any:
 
 def _layer(layer: Any, where: str, block: Any, router: Any) -> Layer:
     beside = ("experts", *_ROUTER) if block is layer else ()
-    check_children(layer, where, ("self_attn",), (*_AROUND, *_BLOCK, *_SHARED, *beside))
-    attention, mlp = _attention(layer.self_attn, where), _first(layer, _BLOCK)
-    norms = _norms(layer)
+    name = DELTA if hasattr(layer, DELTA) else ATTENTION
+    check_children(layer, where, (name,), (*_AROUND, *_BLOCK, *_SHARED, *beside))
+    attention = _attention(layer.self_attn, where) if name == ATTENTION else _delta_net(layer.linear_attn, where)
+    mlp, norms = _first(layer, _BLOCK), _norms(layer)
     if block is None:
         need(mlp is not None, f"{where} has no {' or '.join(_BLOCK)}")
         return Layer(where, attention=attention, mlp=_mlp(mlp, where), **norms)
@@ -218,6 +235,18 @@ def _latent_attention(attention: Any, where: str) -> LatentAttention:
     need((first.bias is None) == (down.bias is None), f"{where}: only some products of the hidden state have biases")
     need(all(one is None or one.bias is None for one in (second, expand)), f"{where}: products of latents have biases")
     return LatentAttention((first, down, output), (query_norm or norm, norm), expand, second, attention)
+
+
+def _delta_net(delta: Any, where: str) -> DeltaNet:
+    where = f"{where}: delta net"
+    names = next((names for names in _DELTA_PRODUCTS if hasattr(delta, names[0])), _DELTA_PRODUCTS[0])
+    check_children(delta, where, (*names, *_DELTA_TENSORS, "out_proj"))
+    products = tuple(getattr(delta, name) for name in (*names, "out_proj"))
+    plain = all(isinstance(one, nn.Linear) and one.bias is None for one in products)
+    need(plain, f"{where} projects otherwise than by plain products without biases")
+    conv, decay, shift, norm = (getattr(delta, name) for name in _DELTA_TENSORS)
+    need(isinstance(conv, nn.Conv1d) and conv.bias is None, f"{where} has no plain convolution without a bias")
+    return DeltaNet(products, conv, decay, shift, norm, delta)
 
 
 def _mlp(mlp: Any, where: str, switch: nn.Linear | None = None) -> Mlp:

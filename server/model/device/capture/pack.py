@@ -1,9 +1,10 @@
 """Packs a transformers model in memory into the shape and the tensors of the captured decode step.
 
-Accepts decoders of grouped-query or latent attention and gated products. `capture.modules` finds the modules,
-`capture.parts`, `capture.latent` and `step.router_kind` find out which parts they are, and gating rules come from
-`router.gating`; `capture.families` adds what neither shows. Invariant: a model with an unknown module or part is
-refused. Modules do not describe everything that a forward computes, so `capture.proof` compares the results.
+Accepts decoders of grouped-query or latent attention, gated delta nets and gated products. `capture.modules` finds the
+modules, `capture.parts`, `capture.latent`, `capture.delta` and `step.router_kind` find out which parts they are, and
+gating rules come from `router.gating`; `capture.families` adds what neither shows. Invariant: a model with an unknown
+module or part is refused. Modules do not describe everything that a forward computes, so `capture.proof` compares the
+results.
 """
 
 from __future__ import annotations
@@ -15,11 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from server.model.device.capture import NotCapturableError, need
+from server.model.device.capture.delta import delta_kind, delta_rows, packed_delta
 from server.model.device.capture.families import FamilyParts, family_parts
 from server.model.device.capture.latent import latent_kind, packed_latent
-from server.model.device.capture.modules import LatentAttention, Layer, Mlp, layers_of, text_body
+from server.model.device.capture.modules import (
+    ATTENTION,
+    Attention,
+    DeltaNet,
+    LatentAttention,
+    Layer,
+    Mlp,
+    layers_of,
+    text_body,
+)
 from server.model.device.capture.parts import check_unweighted, gate_kind, packed_norm
-from server.model.device.step.parts import SILU, AttentionKind, ExpertKind, LatentKind, OutputGate, Scales
+from server.model.device.step.parts import SILU, AttentionKind, DeltaKind, ExpertKind, LatentKind, OutputGate, Scales
 from server.model.device.step.router_kind import (
     RouterKind,
     RouterRefusedError,
@@ -29,6 +40,7 @@ from server.model.device.step.router_kind import (
 )
 from server.model.device.step.weights import (
     DecodeShape,
+    LayerKind,
     LayerWeights,
     MlpWeights,
     QkNorm,
@@ -59,13 +71,7 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
     need(not absent, f"the model's config has no {', '.join(absent)}")
     layers = layers_of(model)
     family = family_parts(config.model_type)
-    names = frequencies_of(model, len(layers))
-    attentions = tuple(_attention_kind(model, layer, name) for layer, name in zip(layers, names, strict=True))
-    norms = {_attention_norms(layer, kind) for layer, kind in zip(layers, attentions, strict=True)}
-    need(len(norms) == 1, "norms of queries and keys differ between layers")
-    scalings = {_scaling(layer) for layer in layers}
-    need(len(scalings) == 1, "layers scale the scores of attention by different factors")
-    first = attentions[0]
+    attentions, first, norm, scaling = _attentions(model, layers)
     (kv_heads, _), _ = first.vectors
     kinds = {_block_kind(config, layer) for layer in layers if layer.block is not None}
     need(bool(kinds), "no layer has routed experts")
@@ -89,8 +95,8 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
         max_rows=max_rows,
         max_tokens=max_tokens,
         eps=float(config.rms_norm_eps),
-        scaling=scalings.pop(),
-        qk_norm=_qk_norm(norms.pop(), family),
+        scaling=scaling,
+        qk_norm=_qk_norm(norm, family),
         output_gate=first.gate,
         rotary=first.rotary,
         attentions=attentions,
@@ -112,12 +118,29 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
     return shape
 
 
-def _attention_kind(model: Any, layer: Layer, frequencies: str) -> AttentionKind | LatentKind:
+def _attentions(model: Any, layers: Sequence[Layer]) -> tuple[tuple[LayerKind, ...], LayerKind, QkNorm, float]:
+    """The attention of each layer, or the delta net in its place; the first attention; the norms of queries and keys
+    and the factor of scores of all attentions."""
+    names = frequencies_of(model, len(layers))
+    attentions = tuple(_attention_kind(model, layer, name) for layer, name in zip(layers, names, strict=True))
+    need(len({kind for kind in attentions if isinstance(kind, DeltaKind)}) <= 1, "delta nets differ between layers")
+    attending = [pair for pair in zip(layers, attentions, strict=True) if not isinstance(pair[1], DeltaKind)]
+    need(bool(attending), "no layer has attention")
+    norms = {_attention_norms(layer, kind) for layer, kind in attending}
+    need(len(norms) == 1, "norms of queries and keys differ between layers")
+    scalings = {_scaling(layer) for layer, _ in attending}
+    need(len(scalings) == 1, "layers scale the scores of attention by different factors")
+    return attentions, attending[0][1], norms.pop(), scalings.pop()
+
+
+def _attention_kind(model: Any, layer: Layer, frequencies: str) -> LayerKind:
     """The attention of a layer whose frequencies are that attribute of the model's rotary embedding; refuses attention
-    without grouped queries or latents."""
+    without grouped queries or latents, and what stands for attention but a delta net."""
     attention, config, where = layer.attention, model.config.get_text_config(), f"{layer.where}: attention"
     if isinstance(attention, LatentAttention):
         return latent_kind(attention, config, text_body(model).rotary_emb, where)
+    if isinstance(attention, DeltaNet):
+        return delta_kind(attention, config, layer.where)
     q, k, v, o = attention.projections
     head_dim = int(getattr(attention.module, "head_dim", config.hidden_size // config.num_attention_heads))
     need(head_dim % 2 == 0, f"{where} has heads of {head_dim} elements: wanted an even number")
@@ -146,9 +169,9 @@ def _scaling(layer: Layer) -> float:
     return float(getattr(module, "scaling", None) or module.head_dim**-0.5)
 
 
-def _attention_norms(layer: Layer, kind: AttentionKind | LatentKind) -> QkNorm:
+def _attention_norms(layer: Layer, kind: LayerKind) -> QkNorm:
     """The kind of a layer's norms of queries and keys."""
-    if isinstance(kind, LatentKind):
+    if not isinstance(kind, AttentionKind) or not isinstance(layer.attention, Attention):
         return "none"
     where = f"{layer.where}: attention"
     kinds: set[QkNorm] = set()
@@ -188,8 +211,10 @@ def frequencies_of(model: Any, num_layers: int) -> list[str]:
     not rotate."""
     config, rotary = model.config.get_text_config(), text_body(model).rotary_emb
     types = getattr(config, "layer_types", None) or [""] * num_layers
+    attends = [hasattr(layer, ATTENTION) for layer in text_body(model).layers]
     still = family_parts(config.model_type).unrotated if getattr(config, "sliding_window", None) else ""
-    names = ["" if still and kind == still else f"{kind}_inv_freq" for kind in types]
+    named = zip(types, attends, strict=False)
+    names = ["" if (still and kind == still) or not asks else f"{kind}_inv_freq" for kind, asks in named]
     if hasattr(rotary, "inv_freq"):
         names = ["inv_freq" if name else "" for name in names]
     absent = sorted({name for name in names if name and not hasattr(rotary, name)})
@@ -245,24 +270,23 @@ def pack_trunk(model: Any, shape: DecodeShape) -> TrunkWeights:
     )
 
 
-def _packed(
-    layer: Layer, shape: DecodeShape, kind: AttentionKind | LatentKind, table: tuple[Tensor, Tensor]
-) -> LayerWeights:
+def _packed(layer: Layer, shape: DecodeShape, kind: LayerKind, table: tuple[Tensor, Tensor]) -> LayerWeights:
     attention = layer.attention
-    sinks = None if isinstance(attention, LatentAttention) else attention.sinks
+    sinks = attention.sinks if isinstance(attention, Attention) else None
+    given = None if isinstance(attention, DeltaNet) else attention.norms
     *found, output = attention.projections
     parts = [part for part in found if part is not None]
     biases = [bias for part in parts if (bias := _bias(part)) is not None]
-    q_norm, k_norm = (
-        (packed_norm(norm, layer.where) for norm in attention.norms) if attention.norms else (table[0],) * 2
-    )
+    q_norm, k_norm = (packed_norm(norm, layer.where) for norm in given) if given else (table[0],) * 2
     gate, gate_bias = (None, None) if layer.router is None else router_product(layer.router)
     names = ("input_norm", "post_norm", "attention_norm", "branch_norm", "routed_norm")
     norms = {name: _norm(getattr(layer, name), layer.where) for name in names}
     factors = shape.router.expert_factors
     return LayerWeights(
         **norms,
-        qkv=gate_last([part.weight for part in parts], kind),
+        qkv=delta_rows(attention)
+        if isinstance(attention, DeltaNet)
+        else gate_last([part.weight for part in parts], kind),
         q_norm=q_norm,
         k_norm=k_norm,
         output=output.weight,
@@ -275,6 +299,7 @@ def _packed(
         selection_bias=None if gate is None else selection_bias(shape.router, layer.router, layer.block),
         sinks=None if sinks is None else sinks.float(),
         latent=packed_latent(attention) if isinstance(attention, LatentAttention) else None,
+        delta=packed_delta(attention, layer.where) if isinstance(attention, DeltaNet) else None,
         mlp=None if layer.mlp is None else _packed_mlp(layer.mlp, layer.where),
         changes=None,
         gate_norm=layer.router.scale if gate is not None and shape.router.own_norm else None,
@@ -287,7 +312,7 @@ def _norm(norm: nn.Module | None, where: str) -> Tensor | None:
     return None if norm is None else packed_norm(norm, where)
 
 
-def gate_last(parts: Sequence[Tensor], kind: AttentionKind | LatentKind) -> Tensor:
+def gate_last(parts: Sequence[Tensor], kind: LayerKind) -> Tensor:
     """The rows of q, k and v, and then those of the output gate, each head's of which follow on its rows of q."""
     if kind.gate == "none":
         return torch.cat(list(parts))

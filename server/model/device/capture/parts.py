@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from server.model.device.capture import NotCapturableError, need
 from server.model.device.step.parts import GELU, GateKind
@@ -72,6 +73,28 @@ def _norm_kind(norm: nn.Module, where: str) -> tuple[bool, bool]:
             if (wanted != found).float().mean() < 0.01:  # sums of squares may differ in their order
                 return is_centred, is_last
     raise NotCapturableError(f"{where}: {type(norm).__name__} is no RMS norm that the captured step computes")
+
+
+def gated_norm_weight(norm: nn.Module, where: str) -> Tensor:
+    """The weight of a norm whose result is multiplied by the SiLU of a gate. Raises NotCapturableError for others."""
+    weight = getattr(norm, "weight", None)
+    need(isinstance(weight, Tensor), f"{where}: {type(norm).__name__} has no weight")
+    assert isinstance(weight, Tensor)
+    generator = torch.Generator().manual_seed(0)
+    probe = copy.deepcopy(norm).to_empty(device="cpu").to(torch.bfloat16)
+    given, x, gate = torch.randn((3, _PROBES, *weight.shape), generator=generator).to(torch.bfloat16)
+    assert isinstance(probe.weight, Tensor)
+    probe.weight.data = given[0]
+    eps = next(iter(_floats(norm, ("variance_epsilon", "eps"))), 0.0)
+    with torch.no_grad():
+        found = _ran(lambda value: probe(value, gate), x, where)
+        value = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)).to(torch.bfloat16)
+        wanted = ((given[0] * value).float() * functional.silu(gate.float())).to(torch.bfloat16)
+    need(
+        bool((wanted != found).float().mean() < 0.01),  # sums of squares may differ in their order
+        f"{where}: {type(norm).__name__} is no gated norm that the captured step computes",
+    )
+    return weight
 
 
 def gate_kind(module: Any, intermediate: int, where: str) -> GateKind:

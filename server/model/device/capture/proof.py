@@ -163,7 +163,8 @@ def _check_rotary(excerpt: Any, shape: DecodeShape) -> None:
             continue
         rotary = copy.deepcopy(text_body(excerpt).rotary_emb)  # some kinds change with the positions that they get
         kind = [] if name == "inv_freq" else [name.removesuffix("_inv_freq")]
-        found = rotary(excerpt.lm_head.weight[None], positions, *kind)
+        given = positions.expand(3, *positions.shape) if hasattr(rotary, "mrope_section") else positions
+        found = rotary(excerpt.lm_head.weight[None], given, *kind)
         found = (found.real, found.imag) if isinstance(found, Tensor) else found
         for table, own in zip(tables, found, strict=False):
             angles = own[0, :, : getattr(rotary, name).shape[0]].float()

@@ -173,11 +173,11 @@ class DeviceMemory:
     def _free_bytes(self) -> int | None:
         """Bytes that slots and KV memory may take on the device; None if the device has no memory of its own."""
         if self._beside_trunk is not None:
-            return self._beside_trunk - RESERVE_BYTES
+            return self._beside_trunk - RESERVE_BYTES - self._shape.state_bytes
         if self._device.type != "cuda":
             return None
         torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(self._device)[0] - RESERVE_BYTES
+        return torch.cuda.mem_get_info(self._device)[0] - RESERVE_BYTES - self._shape.state_bytes
 
     def _advice(self, least: int, free: int | None, kv_bytes: int, chosen: int | None = None) -> str:
         """Settings whose values fit, for the message of an error."""

@@ -31,7 +31,7 @@ from router.errors import MaskError
 from router.mask import ExpertMask
 from server.model.device.capture import NotCapturableError, need
 from server.model.device.capture.adapters import adapted_trunk, check_adapters
-from server.model.device.capture.modules import moe_blocks
+from server.model.device.capture.modules import DELTA, moe_blocks, text_body
 from server.model.device.capture.pack import decode_shape, pack_trunk
 from server.model.device.capture.proof import prove
 from server.model.device.memory.budget import DeviceMemory
@@ -40,13 +40,13 @@ from server.model.device.memory.filling import fill_slots, first_scores, in_turn
 from server.model.device.memory.reading import SpanReader, log_failures
 from server.model.device.memory.tier import SpanTier, rows_within
 from server.model.device.running.runner import DeviceRunner
+from server.model.device.step.delta import DeltaLayer
 from server.model.device.step.prefill import ExpertStream
 from server.model.device.step.tuning import StepOptions
 from server.model.device.step.weights import AdaptedTrunk, DecodeShape, TrunkWeights
 from server.model.host.assembly import eos_token_ids_of
 from server.model.host.kept import experts_by_use
 from server.model.kv.blocks import BLOCK_TOKENS
-from server.model.kv.rows import KvRows
 from server.model.load_progress import Phase, Progress
 from server.model.runner import RunnerOptions, SelectiveModel
 from server.model.seam.experts import LAYER_ATTRIBUTE
@@ -124,6 +124,7 @@ def load_device_runner(
     model = _trunk(store, options, progress)
     weights = pack_trunk(model, shape)
     adapted = adapted_trunk(model, shape, weights, adapters) if adapters else None
+    put_delta_layers(model, shape, weights)
     slots, num_blocks = memory.divide(
         int(mask.num_allowed.max()), options.num_slots, options.slots_memory_bytes, options.kv_memory_bytes
     )
@@ -169,6 +170,13 @@ def _adapters(store: Store, skeleton: PreTrainedModel) -> dict[str, Adapter]:
     adapters = store_adapters(store.path, store.manifest)
     check_adapters(skeleton, adapters)
     return adapters
+
+
+def put_delta_layers(model: PreTrainedModel, shape: DecodeShape, weights: TrunkWeights) -> None:
+    """Puts our layers in the place of the model's delta nets, whose products' own memory becomes free."""
+    layers = text_body(model).layers
+    for place, (at, kind) in enumerate(shape.deltas.items()):
+        setattr(layers[at], DELTA, DeltaLayer(kind, shape.eps, weights.layers[at], place))
 
 
 def _host_budget(wanted_bytes: int | None, experts_bytes: int) -> int | None:
@@ -244,11 +252,11 @@ def _runner(
         context_tokens=context_tokens(store.trunk_path),
         adapters=adapters,
     )
-    kv = KvRows(max_rows=shape.max_rows, num_blocks=num_blocks, shares=options.prefix_cache)
     step_options = StepOptions(resident_bias=options.resident_bias, batch_invariant=options.batch_invariant)
     return DeviceRunner(
-        selective, shape, weights, pages, stream, kv=kv, tier=tier, options=step_options, adapted=adapted
-    )
+        selective, shape, weights, pages, stream, num_blocks=num_blocks, shares=options.prefix_cache, tier=tier,
+        options=step_options, adapted=adapted,
+    )  # fmt: skip
 
 
 def captured_shape(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from server.model.device.memory.filling import in_turn
 from server.model.device.memory.tier import NoRoomError, SpanTier
 from server.model.device.running.output import chosen_tokens, routing_of
 from server.model.device.running.rows import Rows
+from server.model.device.running.snapshots import StateRows
 from server.model.device.step.graphs import StepGraphs
 from server.model.device.step.prefill import ExpertStream
 from server.model.device.step.state import PrefillRow, Report, RowState
@@ -40,7 +42,8 @@ class DeviceRunner:
         model: trunk, tokenizer and routing; its experts modules are bound to `stream`.
         shape, weights: of the captured step.
         pages, stream: of the experts.
-        kv: the blocks of KV memory; None takes as many as rows of `max_tokens` need, and shares them.
+        num_blocks: of KV memory; None: as many as rows of `max_tokens` need.
+        shares: whether prompts that begin alike share what was read of them.
         tier: reads experts that are in no memory; None if all are in memory for good.
         options: of every captured step; `pdl`, `masked` and `adapted` are set for each.
         adapted: the trunk with the adapters that rows may have, which `model.routing` has too; None: they have none.
@@ -58,7 +61,8 @@ class DeviceRunner:
         pages: DevicePages,
         stream: ExpertStream,
         *,
-        kv: KvRows | None = None,
+        num_blocks: int | None = None,
+        shares: bool = True,
         tier: SpanTier | None = None,
         options: StepOptions | None = None,
         adapted: AdaptedTrunk | None = None,
@@ -69,8 +73,10 @@ class DeviceRunner:
         self._stream, self._bias = stream, options.resident_bias
         self.tier = tier
         assert shape.block_tokens == BLOCK_TOKENS, f"blocks of {shape.block_tokens} tokens, wanted {BLOCK_TOKENS}"
-        self.kv = kv or KvRows(max_rows=shape.max_rows, num_blocks=shape.max_rows * shape.max_blocks)
-        self._state = RowState(shape, model.device, self.kv.pool.num_blocks)
+        num_blocks = num_blocks or shape.max_rows * shape.max_blocks
+        self._state = RowState(shape, model.device, num_blocks)
+        kind = partial(StateRows, self._state, shape.state_copies) if shape.deltas else KvRows
+        self.kv: KvRows = kind(max_rows=shape.max_rows, num_blocks=num_blocks, shares=shares)
         self.rows = Rows(self._state, self.kv, pages.servable.numpy())
         self._adapted = adapted
         self.graphs = StepGraphs(shape, weights, pages, self._state, options, adapted)
@@ -150,6 +156,7 @@ class DeviceRunner:
             self._stream.end()
         if self.tier is not None and self.tier.evicts:
             self.tier.use(self._used(output.record.served_index))
+        past.commit()
         self.rows.set_length(row, end)
         return output
 

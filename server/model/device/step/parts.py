@@ -177,6 +177,52 @@ class LatentKind:
 
 
 @dataclass(frozen=True)
+class DeltaKind:
+    """A gated delta net in the place of attention: a state of fixed size instead of keys and values; see
+    `kernels.delta`.
+
+    Attributes:
+        key_heads, key_dim: heads of queries and of keys, and their elements.
+        value_heads, value_dim: heads of values, each with a state; a multiple of the key heads.
+        kernel: tokens of the causal convolution over queries, keys and values.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+    num_heads: ClassVar[int] = 0
+    head_dim: ClassVar[int] = 0
+    rotary: ClassVar[int] = 0
+    summed: ClassVar[int] = 0
+    token_elements: ClassVar[int] = 0
+    prompt_elements: ClassVar[int] = 0
+    vectors: ClassVar[tuple[tuple[int, int], tuple[int, int]]] = ((0, 0), (0, 0))
+    gate: ClassVar[OutputGate] = "none"
+
+    @property
+    def channels(self) -> int:
+        """Elements of a token's queries, keys and values, which the convolution takes."""
+        return 2 * self.key_heads * self.key_dim + self.width
+
+    @property
+    def width(self) -> int:
+        """Elements of a token's values, of its norm's gate, and of its result before the output product."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def qkv(self) -> int:
+        """Rows of the product for queries, keys, values, gate of the norm, betas and decays."""
+        return self.channels + self.width + 2 * self.value_heads
+
+    @property
+    def state_elements(self) -> int:
+        """Elements of a row's state, in fp32."""
+        return self.width * self.key_dim
+
+
+@dataclass(frozen=True)
 class ExpertKind:
     """The parts of a routed expert, whose span is gate_up [2I, H], its bias [2I], down [H, I], its bias [H].
 

@@ -14,17 +14,22 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from server.model.device.step.parts import DeltaKind
 from server.model.device.step.weights import DecodeShape
+
+NO_DELTA = DeltaKind(0, 0, 0, 0, 0)
 
 
 class RowState:
     """KV memory and per-row device state, shared by the steps of all batch sizes.
 
     memory: for each layer [blocks, elements], a block of keys [kv_heads, block_tokens, head_dim] and then values
-    [kv_heads, block_tokens, value_dim], or of latents [block_tokens, rank] and then keys; table [rows, max_blocks]
-    int32, the block of each stretch of a row's tokens; lengths [rows] int32; masks [rows, L, E] int8 (see
-    `kernels.routing.route`) and temperatures [rows] fp32 of the routers, both read by masked steps; bias_range [L]
-    fp32, the running range of the router's logits.
+    [kv_heads, block_tokens, value_dim], or of latents [block_tokens, rank] and then keys, or nothing; states [layers,
+    rows, 2, value_heads, value_dim, key_dim] fp32 and rings [layers, rows, kernel, channels] of the layers with delta
+    nets (see `kernels.delta`), and places, the number of a layer among those; table [rows, max_blocks] int32, the block
+    of each stretch of a row's tokens; lengths [rows] int32; masks [rows, L, E] int8 (see `kernels.routing.route`) and
+    temperatures [rows] fp32 of the routers, both read by masked steps; bias_range [L] fp32, the running range of the
+    router's logits.
 
     Args:
         num_blocks: of memory; None: as many as whole rows need, and the table gives each row blocks of its own.
@@ -38,6 +43,11 @@ class RowState:
             torch.zeros(num_blocks, shape.block_tokens * kind.token_elements, dtype=shape.dtype, device=device)
             for kind in self.attentions
         ]
+        self.places = {layer: place for place, layer in enumerate(shape.deltas)}
+        delta = next(iter(shape.deltas.values()), NO_DELTA)
+        rows, heads = (len(self.places), shape.max_rows), (delta.value_heads, delta.value_dim, delta.key_dim)
+        self.states = torch.zeros(*rows, 2, *heads, dtype=torch.float32, device=device)
+        self.rings = torch.zeros(*rows, delta.kernel, delta.channels, dtype=shape.dtype, device=device)
         self.table = torch.arange(of_rows, dtype=torch.int32, device=device).view(shape.max_rows, -1)
         self.lengths = torch.zeros(shape.max_rows, dtype=torch.int32, device=device)
         layers = shape.num_moe_layers
@@ -55,11 +65,21 @@ class RowState:
 
 
 class PrefillRow(Cache):
-    """One row of the device's KV memory as transformers' cache: appends a chunk's keys and values at `start`."""
+    """One row of the device's memory as transformers' cache: appends a chunk's keys and values at `start`.
+
+    The state of layers with delta nets changes with `commit` alone, so a chunk that failed can be read again.
+
+    Attributes:
+        start: tokens before the chunk.
+        states, rings: of those layers of the row after the chunk, which the chunk's layers write: like `RowState`'s.
+    """
 
     def __init__(self, state: RowState, row: int, start: int, end: int) -> None:
         super().__init__(layers=[])
-        self._state, self._start = state, start
+        self._state, self.start = state, start
+        self._before = state.states[:, row, start % 2], state.rings[:, row]
+        self._after = state.states[:, row, end % 2]
+        self.states, self.rings = torch.empty_like(self._after), state.rings[:, row].clone()
         at = torch.arange(end, device=state.table.device)
         self._blocks, self._entries = state.table[row, at // state.block_tokens].long(), at % state.block_tokens
         """Each token's block, and its place in it, [end]."""
@@ -69,17 +89,27 @@ class PrefillRow(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Writes [1, heads, tokens, dim]; returns the row up to the chunk's end, copied where blocks hold a part."""
         keys, values = self._state.blocks(layer_idx)
-        new = self._blocks[self._start :], self._entries[self._start :]
+        new = self._blocks[self.start :], self._entries[self.start :]
         keys[new[0], :, new[1]] = key_states[0].transpose(0, 1)
         values[new[0], :, new[1]] = value_states[0].transpose(0, 1)
-        if self._start == 0:
+        if self.start == 0:
             return key_states, value_states
         keys, values = (held[self._blocks, :, self._entries].transpose(0, 1) for held in (keys, values))
         return keys[None], values[None]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before the chunk."""
-        return self._start
+        return self.start
+
+    def before(self, place: int) -> tuple[Tensor, Tensor]:
+        """The state and the ring of a layer before the chunk, meaningless before a row's first token."""
+        states, rings = self._before
+        return states[place], rings[place]
+
+    def commit(self) -> None:
+        """Makes states and rings those of the row, whose length becomes the chunk's end."""
+        self._after.copy_(self.states)
+        self._before[1].copy_(self.rings)
 
 
 @dataclass(frozen=True)

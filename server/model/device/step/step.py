@@ -22,9 +22,10 @@ from torch import Tensor
 from expert_store.paging.kernels import LFU, LRU
 from expert_store.paging.pages import DevicePages
 from server.model.device.kernels import attention, experts, packed, routing, trunk
+from server.model.device.step.delta import DeltaRule
 from server.model.device.step.latent import LatentAttention
 from server.model.device.step.packed import expert_constants, plane_constants, row_constants
-from server.model.device.step.parts import LatentKind, OutputGate
+from server.model.device.step.parts import DeltaKind, LatentKind, OutputGate
 from server.model.device.step.router_kind import switches
 from server.model.device.step.state import Report, RowState
 from server.model.device.step.tuning import StepOptions, divisor, pow2
@@ -127,21 +128,22 @@ class DecodeStep:
         self.part_sum = fresh(batch, heads, splits, dtype=torch.float32)
         self.part_out = fresh(batch, splits, shape.attended, dtype=torch.float32)
         self.arrived = fresh(1 + batch + batch * kv_heads, dtype=torch.int32)
+        own = (shape, self.state, self.options.tuning)
+        self._delta = DeltaRule(*own, self.rows, self._run) if shape.deltas else None
         latents = [kind for kind in attentions if isinstance(kind, LatentKind)]
         self._latent = None
         if latents:
-            own = (latents, self.rows, self._run, self._product)
-            self._latent = LatentAttention(shape, self.state, self.options.tuning, *own)
+            self._latent = LatentAttention(*own, latents, self.rows, self._run, self._product)
 
     def compile(self) -> None:
         """Compiles the step's kernels without a launch; one layer compiles those of all. See `graphs.in_parallel`."""
         self._compiles = True
         self.embed()
-        layers = enumerate(self.weights.layers)
-        kinds = {(self._window(at), self.shape.attention(at), weights.sinks is None): at for at, weights in layers}
+        kinds = {
+            (self._window(at), self.shape.attention(at), weights.sinks is None, weights.gate is None): at
+            for at, weights in enumerate(self.weights.layers)
+        }
         for layer in kinds.values():
-            self.attend(layer)
-        for layer in [self._moe_layer.index(0), *sorted(self.shape.dense_layers)[:1]]:
             self._layer(layer)
         self.head()
         self.finish()
@@ -211,16 +213,21 @@ class DecodeStep:
         return self.shape.windows[layer] if self.shape.windows else 0
 
     def qkv_product(self, layer: int) -> None:
-        """Queries, keys, values and output gates of the new tokens into `qkv`."""
+        """Queries, keys, values and what else a layer takes of the new tokens' input into `qkv`."""
         weights, rows = self.weights.layers[layer], self.options.tuning.qkv_rows
         out = self._rows_of(self.qkv, self.shape.attention(layer).qkv)
         change = self._changes(layer).qkv
         self._product(self.x, weights.input_norm, weights.qkv, weights.qkv_bias, None, out, rows, change)
 
     def attend(self, layer: int) -> None:
-        """Attention over each row's blocks of KV memory, which get the new token, into `attended`."""
+        """Attention over each row's blocks of KV memory, or a delta net over its state, into `attended`; the memory, or
+        the state, gets the new token."""
         shape, weights, state, tuning = self.shape, self.weights.layers[layer], self.state, self.options.tuning
         kind = shape.attention(layer)
+        if isinstance(kind, DeltaKind):
+            assert self._delta is not None
+            self._delta.step(layer, kind, weights, self.qkv, self.attended)
+            return
         if isinstance(kind, LatentKind):
             assert self._latent is not None
             qkv, out = self._rows_of(self.qkv, kind.qkv), self._rows_of(self.attended, kind.width)

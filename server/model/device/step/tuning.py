@@ -40,6 +40,8 @@ class Tuning:
     up_warps: int = 4
     down_warps: int = 4
     route_warps: int = 2
+    delta_values: int = 32
+    delta_warps: int = 4
     attention_splits: int = 16
     attention_tile: int = 64
     latent_columns: int = 64

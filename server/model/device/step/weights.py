@@ -20,6 +20,7 @@ from server.model.device.step.parts import (
     SILU,
     UNSCALED,
     AttentionKind,
+    DeltaKind,
     ExpertKind,
     GateKind,
     LatentKind,
@@ -29,6 +30,7 @@ from server.model.device.step.parts import (
 from server.model.device.step.router_kind import SOFTMAX_TOP_K, RouterKind
 from server.model.kv.blocks import BLOCK_TOKENS
 
+LayerKind = AttentionKind | LatentKind | DeltaKind
 QkNorm = Literal["none", "head", "row", "head, rotated"]
 
 
@@ -72,7 +74,7 @@ class DecodeShape:
     qk_norm: QkNorm = "head"
     rotary: int | None = None
     output_gate: OutputGate = "none"
-    attentions: tuple[AttentionKind | LatentKind, ...] = ()
+    attentions: tuple[LayerKind, ...] = ()
     neighbours: bool = False
     windows: tuple[int, ...] = ()
     dense_layers: frozenset[int] = frozenset()
@@ -95,17 +97,35 @@ class DecodeShape:
         """Blocks of KV memory of the longest row."""
         return -(-self.max_tokens // self.block_tokens)
 
-    def attention(self, layer: int) -> AttentionKind | LatentKind:
-        """The attention of a layer of the model."""
+    def attention(self, layer: int) -> LayerKind:
+        """The attention of a layer of the model, or the delta net in its place."""
         if self.attentions:
             return self.attentions[layer]
         sizes = (self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim)
         return AttentionKind(*sizes, rotary=self.rotary or self.head_dim, gate=self.output_gate)
 
     @property
-    def each_attention(self) -> list[AttentionKind | LatentKind]:
+    def each_attention(self) -> list[LayerKind]:
         """The attention of every layer, first layer first."""
         return [self.attention(layer) for layer in range(self.num_layers)]
+
+    @property
+    def deltas(self) -> dict[int, DeltaKind]:
+        """The delta nets, all alike, by the layers that have them."""
+        return {at: kind for at, kind in enumerate(self.each_attention) if isinstance(kind, DeltaKind)}
+
+    @property
+    def state_copies(self) -> int:
+        """Copies of prompts' states that are kept on the device."""
+        return max(4, self.max_rows)
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of the states of all rows, of copies of prompts' states, and of one while a prompt is read."""
+        rings = self.max_rows + self.state_copies + 1
+        halves, size = rings + self.max_rows, self.dtype.itemsize
+        kinds = self.deltas.values()
+        return sum(4 * halves * kind.state_elements + size * rings * kind.kernel * kind.channels for kind in kinds)
 
     @property
     def qkv(self) -> int:
@@ -217,6 +237,17 @@ class LatentWeights:
 
 
 @dataclass(frozen=True)
+class DeltaWeights:
+    """The small tensors of a gated delta net: conv [kernel, channels], the oldest token first; norm [value_dim]; fp32
+    [value_heads]: decay, minus the exponential of the layer's A, and shift, its bias beside that."""
+
+    conv: Tensor
+    norm: Tensor
+    decay: Tensor
+    shift: Tensor
+
+
+@dataclass(frozen=True)
 class LayerWeights:
     """One layer: norms [H], qkv [Q, H] rows q, k, v, output gate; output [H, heads * value_dim]; norms of queries and
     keys [head_dim] or, over all heads, [heads * head_dim], or of their latents; cos and sin [max_tokens, head_dim / 2],
@@ -225,7 +256,8 @@ class LayerWeights:
     `gate` [E, H] is None in a layer without routed experts; `mlp` is then the layer's product, else the shared expert.
     `gate_bias` [E] fp32 is part of the logits, `selection_bias` [E] fp32 only of the choice; `sinks` [heads] fp32 are
     scores of each head beside those of the tokens. `gate_norm` [H] is the norm before the gate, if it is not
-    `post_norm`; `expert_factors` [E] fp32 multiply the weights of picks.
+    `post_norm`; `expert_factors` [E] fp32 multiply the weights of picks. With `delta`, `qkv` has the rows of
+    `DeltaKind.qkv` in its order, and norms of queries and keys and the tables are not read.
 
     Norms [H] before attention and before experts or the product (`input_norm`, `post_norm`) may be missing; those after
     (`attention_norm` of what attention adds to the stream, `branch_norm` of what the others add, `routed_norm` of the
@@ -252,6 +284,7 @@ class LayerWeights:
     selection_bias: Tensor | None = None
     sinks: Tensor | None = None
     latent: LatentWeights | None = None
+    delta: DeltaWeights | None = None
     mlp: MlpWeights | None = None
     attention_norm: Tensor | None = None
     branch_norm: Tensor | None = None

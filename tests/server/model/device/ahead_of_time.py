@@ -23,8 +23,9 @@ from triton.runtime.driver import driver
 
 from expert_store.encoding import RowEncoding
 from expert_store.paging.pages import DevicePages, PagesShape
+from server.model.device.step.delta import DeltaLayer
 from server.model.device.step.graphs import in_parallel
-from server.model.device.step.parts import GELU, AttentionKind, ExpertKind, GateKind, LatentKind, Scales
+from server.model.device.step.parts import GELU, AttentionKind, DeltaKind, ExpertKind, GateKind, LatentKind, Scales
 from server.model.device.step.router_kind import RouterKind
 from server.model.device.step.sampling import DrawKind, DrawRoom, TokenDraw
 from server.model.device.step.state import RowState
@@ -32,6 +33,7 @@ from server.model.device.step.step import DecodeStep
 from server.model.device.step.tuning import StepOptions
 from server.model.device.step.weights import (
     DecodeShape,
+    DeltaWeights,
     LatentWeights,
     LayerChanges,
     LayerWeights,
@@ -117,6 +119,7 @@ MIMO = replace(
     attentions=tuple(AttentionKind(64, kv_heads, 192, 128, 64, value_scale=0.707) for kv_heads in (4, 8)),
 )  # fmt: skip
 
+DELTAS = replace(TINY, attentions=(DeltaKind(2, 4, 16, 32, 4), AttentionKind(4, 2, 32, 32, 16, gate="sigmoid")))
 LATENTS = replace(
     TINY, attentions=(LatentKind(5, 16, 24, 32, 40, 48),) * 2, qk_norm="none", scaling=0.1,
     dense_layers=frozenset({0}), dense_intermediate=64, shared_intermediate=32,
@@ -145,6 +148,13 @@ GEMMA = replace(
     experts=ExpertKind(GELU), mlp_gate=GELU, scales=Scales(53.0, rounds_embedding=True, cap=30.0),
     router=RouterKind(own_norm=2816**-0.5, expert_factors="per_expert_scale", exact_weights=True),
 )  # fmt: skip
+
+DELTA = DeltaKind(16, 32, 128, 128, 4)
+QWEN36 = replace(
+    QWEN3, num_layers=4, vocab=248320, num_experts=256, intermediate=512, shared_intermediate=512,
+    attentions=(*[DELTA] * 3, AttentionKind(16, 2, 256, 256, 64, gate="sigmoid")),
+)  # fmt: skip
+"""Qwen3.6-35B-A3B."""
 
 EVERY_KIND = replace(
     TINY, dense_layers=frozenset({0}), dense_intermediate=64, shared_intermediate=32, rotary=16, windows=(16, 0),
@@ -180,6 +190,8 @@ CASES = {
     "deepseek-v2-lite": Case(DEEPSEEK_V2_LITE, 16, (_PLAIN, (8, True, 0.0, "lru"))),
     "glm-4-lite": Case(GLM4_LITE, 16, (_PLAIN, (8, True, 0.0, "lru"))),
     "gemma": Case(GEMMA, 40, (_PLAIN, (8, True, 0.0, "lru"))),
+    "tiny, delta nets": Case(DELTAS, 6, (_PLAIN, (2, True, 0.0, "lru"))),
+    "qwen3.6": Case(QWEN36, 64, (_PLAIN, (8, True, 0.0, "lru"))),
     "qwen2": Case(QWEN2, 15, (_PLAIN, (2, False, 0.0, "lru"))),
 }
 
@@ -234,6 +246,10 @@ def trunk(shape: DecodeShape, rank: int = 0) -> TrunkWeights:
         has_latent = kind.query_rank > 0
         return LatentWeights(expand, matrix(kind.num_heads * kind.query, kind.query_rank) if has_latent else None)
 
+    def delta_weights(kind: DeltaKind) -> DeltaWeights:
+        of_heads = torch.empty(kind.value_heads, device="meta")
+        return DeltaWeights(matrix(kind.kernel, kind.channels), matrix(kind.value_dim), of_heads, of_heads)
+
     def layer(at: int) -> LayerWeights:
         dense, attention = at in shape.dense_layers, shape.attention(at)
         norms = attention.head_dim * (attention.num_heads if shape.qk_norm == "row" else 1)
@@ -249,6 +265,7 @@ def trunk(shape: DecodeShape, rank: int = 0) -> TrunkWeights:
             selection_bias=None if shape.router.selection_bias is None else bias,
             sinks=torch.empty(shape.num_heads, device="meta") if shape.experts.alternates else None,
             latent=latent_weights(attention) if isinstance(attention, LatentKind) else None,
+            delta=delta_weights(attention) if isinstance(attention, DeltaKind) else None,
             mlp=mlp(inner) if inner else None,
             changes=changes(attention.width, attention.qkv, inner) if rank else None,
             expert_factors=None if shape.router.expert_factors is None else bias,
@@ -293,6 +310,8 @@ def main(capability: int, names: list[str]) -> int:
             try:
                 with in_parallel():
                     step.compile()
+                    for layer, delta in [] if at else list(step.shape.deltas.items())[:1]:
+                        DeltaLayer(delta, step.shape.eps, step.weights.layers[layer], 0).compile_kernels()
                     for kind in [] if at else DrawKind.all():  # the same kernels for every batch size
                         TokenDraw(step.logits, kind, DrawRoom(step.batch, step.shape.vocab, "meta")).compile()
                 print(f"compiled {name}: {what}", flush=True)

@@ -28,7 +28,7 @@ HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 # Few programs a kernel: the interpreter runs them one after the other.
 TUNING = Tuning(
     qkv_rows=64, output_rows=32, head_rows=32, gate_rows=4, up_rows=8, down_rows=32, down_columns=32,
-    packed_up_rows=64, packed_down_rows=64,
+    packed_up_rows=64, packed_down_rows=64, delta_values=8,
     attention_splits=2, attention_tile=16 if DEVICE == "cuda" else 2, latent_tile=16 if DEVICE == "cuda" else 2,
     latent_splits=4,
     fetchers=2, packed_fetchers=2, copy_elements=256,

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from server.model.device.step.parts import GELU, AttentionKind, ExpertKind, GateKind, LatentKind, PairOrder, Scales
+from server.model.device.step.parts import (
+    GELU,
+    AttentionKind,
+    DeltaKind,
+    ExpertKind,
+    GateKind,
+    LatentKind,
+    PairOrder,
+    Scales,
+)
 from tests.families.checkpoints import is_installed, random_model
 from tests.families.composites import TEXT_PARTS, composite_model
 
@@ -37,6 +46,7 @@ _GRANITE = {
     "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 4.0, "attention_multiplier": 0.1,
 }  # fmt: skip
 _MIXED = ["sliding_attention", "full_attention"]
+_DELTA = {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
 _DENSE_FIRST = {"dense_layers": frozenset({0})}
 _YARN = {
     "rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
@@ -133,6 +143,16 @@ CAPTURED = {
     "qwen3_next in full attention": Captured(
         {"hidden_size": 128, "layer_types": ["full_attention"] * 2},
         {"output_gate": "sigmoid", "rotary": 8, "shared_intermediate": 16}, "qwen3_next", is_whole=False,
+    ),
+    "qwen3_next": Captured(
+        {"layer_types": ["linear_attention", "full_attention"], **_DELTA}, {"deltas": {0: DeltaKind(2, 4, 16, 16, 4)}}
+    ),
+    "qwen3_5_moe_text": Captured(
+        {
+            "layer_types": ["full_attention", "linear_attention"], "linear_conv_kernel_dim": 3, **_DELTA,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+        {"deltas": {1: DeltaKind(2, 4, 16, 16, 3)}, "rotary": 16, "output_gate": "sigmoid"},
     ),
     "gpt_oss": Captured(
         {"sliding_window": 3, "intermediate_size": 16},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("triton")
 from expert_store.errors import SlotsError
 from server.model.device.capture import NotCapturableError
 from server.model.device.memory.budget import KV_SHARE, DeviceMemory
+from server.model.device.step.parts import DeltaKind
 from server.model.device.step.weights import DecodeShape
 from server.model.kv.blocks import BLOCK_TOKENS
 
@@ -122,6 +124,19 @@ def test_rows_may_be_shorter_than_asked_where_nobody_set_their_length(monkeypatc
     for left in (1, 2):
         free = sizes.slots_bytes(30) + sizes.kv_bytes(left)
         assert memory(monkeypatch, free, least_tokens=BLOCK_TOKENS).divide(64, 30) == (30, left)
+
+
+def test_states_of_delta_nets_take_from_slots_what_keys_and_values_of_their_layers_would_not():
+    kind = DeltaKind(key_heads=2, value_heads=4, key_dim=16, value_dim=16, kernel=4)
+    hybrid = replace(SHAPE, attentions=(*[kind] * 3, SHAPE.attention(3)))
+    plain, other = (
+        DeviceMemory(shape, torch.device("cuda"), beside_trunk=4 << 30, least_tokens=BLOCK_TOKENS)
+        for shape in (SHAPE, hybrid)
+    )
+    assert other.token_bytes * 4 == plain.token_bytes
+    half, ring = 4 * 16 * 16 * 4, 4 * (2 * 2 * 16 + 4 * 16) * 2
+    assert hybrid.state_bytes == 3 * (8 * (2 * half + ring) + 9 * (half + ring))
+    assert plain._free_bytes() - other._free_bytes() == hybrid.state_bytes
 
 
 def test_kv_memory_that_holds_no_row_is_refused_with_what_would_do(monkeypatch):

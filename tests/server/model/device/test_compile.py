@@ -16,7 +16,7 @@ import triton
 from tests.server.model.device.ahead_of_time import CASES
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-KINDS = ["tiny, every kind", "tiny, latents"]
+KINDS = ["tiny, every kind", "tiny, latents", "tiny, delta nets"]
 ADAPTED = [name for name, case in CASES.items() if case.rank]
 SMALL = ["tiny", "tiny, few slots", "bundled", "half", "mixtral"]
 PACKED = ["fp8", "mxfp4", "nvfp4", "int8"]
@@ -39,6 +39,7 @@ LARGE = [name for name in CASES if name not in (*KINDS, *SMALL, *PACKED, *LATENT
                 (90, LATENTS),
                 (90, ADAPTED),
                 (80, [*KINDS, "bundled", "int4", "gpt-oss", "gpt-oss, mxfp4", "ernie", "mimo", "gemma", "deepseek-v3"]),
+                (80, ["qwen3.6"]),
             )
         ),
     ],

@@ -23,7 +23,7 @@ from router.mask import ExpertMask
 from server.model.device.running.assembly import load_device_runner
 from server.model.device.step import graphs
 from server.model.host.assembly import load_model
-from server.model.host.runner import HostRunner
+from server.model.host.sequence_runner import make_runner
 from server.model.runner import RowStep, RunnerOptions
 from tests.expert_store.test_rows import ENCODINGS
 from tests.families.composites import as_omni
@@ -36,7 +36,7 @@ MORE = [
     "gpt_oss", "gpt_oss, mxfp4", "qwen3_vl_moe", "qwen3_omni_moe_thinker", "flint", "exaone_moe", "mellum",
     "ernie4_5_moe", "hunyuan_v1_moe", "granitemoeshared", "minimax_m3_vl_text", "mimo_v2_flash",
     "deepseek_v2", "deepseek_v3", "deepseek_v3 in halves", "glm4_moe_lite", "axk1",
-    "gemma4_text", "flex_olmo",
+    "gemma4_text", "flex_olmo", "qwen3_next", "qwen3_5_moe_text",
 ]  # fmt: skip
 PROMPT, NUM_TOKENS = [40, 41, 42], 2
 
@@ -71,7 +71,7 @@ def test_a_captured_family_is_served_as_the_host_driven_path_serves_it(
         RunnerOptions(device=DEVICE, dtype=torch.float32, num_slots=4, max_rows=2, max_tokens=32),
         proof=False,
     )
-    host = HostRunner(
+    host = make_runner(
         load_model(Store.open(path), RunnerOptions(device=DEVICE, dtype=torch.float32, num_slots=4)),
         max_rows=2,
         max_tokens=32,

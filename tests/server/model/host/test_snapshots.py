@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from server.model.host.snapshots import MOST_BORDERS, SnapshotRows
+from server.model.host.snapshots import CacheRows
 from server.model.kv.blocks import BLOCK_TOKENS
+from server.model.kv.snapshots import MOST_BORDERS
 
 SALT = b"one mask"
 CHUNK = 2 * BLOCK_TOKENS
@@ -14,7 +15,7 @@ def prompt(*kinds: int) -> list[int]:
     return [token for kind in kinds for token in [kind] * CHUNK] + [99]
 
 
-def read(rows: SnapshotRows, tokens: list[int]) -> int:
+def read(rows: CacheRows, tokens: list[int]) -> int:
     """Read a prompt chunk by chunk, as the engine does; the state is the tokens read. Returns those that were found."""
     row, found = rows.allocate(), 0
     while rows.length(row) < len(tokens):
@@ -34,8 +35,8 @@ def read(rows: SnapshotRows, tokens: list[int]) -> int:
     return found
 
 
-def make(num_blocks: int = 400) -> SnapshotRows:
-    return SnapshotRows(max_rows=2, num_blocks=num_blocks)
+def make(num_blocks: int = 400) -> CacheRows:
+    return CacheRows(max_rows=2, num_blocks=num_blocks)
 
 
 def test_a_prompt_that_leaves_another_in_its_middle_goes_on_from_the_border_before() -> None:

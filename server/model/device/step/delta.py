@@ -1,0 +1,117 @@
+"""Launches of gated delta nets: for the new tokens of a step, and for a prompt's chunk.
+
+A `DeltaLayer` stands for transformers' own module in a model that is served. Invariant: a chunk changes nothing of the
+row but what `PrefillRow.commit` later makes the row's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor, nn
+from torch.nn import functional
+
+from server.model.device.kernels import delta as kernels
+from server.model.device.step.parts import DeltaKind
+from server.model.device.step.state import PrefillRow, RowState
+from server.model.device.step.tuning import Tuning, divisor, pow2
+from server.model.device.step.weights import DecodeShape, LayerWeights
+
+SCAN_VALUES = 4
+"""Values of a program of the scan, which one warp holds with their states: its sums need no other warp."""
+CHANNELS = 1024
+"""Most channels of a program of the convolution."""
+
+
+class DeltaRule:
+    """The delta nets of a step's entries; mutates the rows' states.
+
+    Args:
+        rows: [B], row of each entry.
+        run: launches a kernel; of `DecodeStep`.
+    """
+
+    def __init__(
+        self, shape: DecodeShape, state: RowState, tuning: Tuning, rows: Tensor, run: Callable[..., None]
+    ) -> None:
+        self._eps, self._state, self._tuning, self._rows, self._run = shape.eps, state, tuning, rows, run
+        heads, width = (max(getattr(kind, name) for kind in shape.deltas.values()) for name in ("value_heads", "width"))
+        self._parts = rows.new_zeros(len(rows) * width, dtype=shape.dtype)
+        self._arrived = rows.new_zeros(len(rows) * heads)
+
+    def step(self, layer: int, kind: DeltaKind, weights: LayerWeights, given: Tensor, out: Tensor) -> None:
+        """From the first elements of given, [B, qkv], into those of out, [B, width]; the rows' states get the token."""
+        small, state, place = weights.delta, self._state, self._state.places[layer]
+        assert small is not None
+        values = divisor(kind.value_dim, self._tuning.delta_values)
+        self._run(
+            kernels.delta_step, (kind.value_dim // values, kind.value_heads, len(self._rows)),
+            given, small.conv, small.decay, small.shift, small.norm, self._rows, state.lengths, state.rings[place],
+            state.states[place], self._parts, self._arrived, out, self._eps,
+            KEY_HEADS=kind.key_heads, VALUE_HEADS=kind.value_heads, DK=kind.key_dim, DV=kind.value_dim, BV=values,
+            KERNEL=kind.kernel, num_warps=self._tuning.delta_warps,
+        )  # fmt: skip
+
+
+class DeltaLayer(nn.Module):
+    """The forward of one layer over `PrefillRow`.
+
+    Args:
+        kind, weights: of the layer, whose tensors others own; eps: of its norm; place: its number among the layers that
+            keep a state.
+    """
+
+    def __init__(self, kind: DeltaKind, eps: float, weights: LayerWeights, place: int) -> None:
+        super().__init__()
+        self._kind, self._eps, self._weights, self._place = kind, eps, weights, place
+
+    def forward(self, hidden_states: Tensor, cache_params: PrefillRow, **_: Any) -> Tensor:
+        """[1, T, H] -> [1, T, H]: appends T tokens to the row."""
+        past, place = cache_params, self._place
+        given = functional.linear(hidden_states[0], self._weights.qkv)
+        out = self._values(given, past.before(place), (past.states[place], past.rings[place]), past.start)
+        return functional.linear(out, self._weights.output)[None]
+
+    def compile_kernels(self) -> None:
+        """Compiles the kernels without a launch; those of one layer are those of all. See `graphs.in_parallel`."""
+        kind, weight = self._kind, self._weights.qkv
+        given, ring = weight.new_empty(1, kind.qkv), weight.new_empty(kind.kernel, kind.channels)
+        state = torch.empty(kind.value_heads, kind.value_dim, kind.key_dim, device=weight.device)
+        self._values(given, (state, ring), (state, ring), 0, compiles=True)
+
+    def _values(
+        self, given: Tensor, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor], start: int,
+        *, compiles: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """The input [T, width] of the output product, from the products [T, qkv] of the layer's input. Writes state and
+        ring `after` the chunk from those `before` it, or only compiles."""
+        kind, small, num_tokens = self._kind, self._weights.delta, len(given)
+        assert small is not None
+
+        def run(kernel: Any, grid: tuple[int, int], *args: Any, **constants: Any) -> None:
+            if compiles:
+                kernel.warmup(*args, grid=grid, **constants)
+            else:
+                kernel[grid](*args, **constants)
+
+        mixed, out = given.new_empty(num_tokens, kind.channels), given.new_empty(num_tokens, kind.width)
+        block, values = min(CHANNELS, pow2(kind.channels)), divisor(kind.value_dim, SCAN_VALUES)
+        heads = {"VALUE_HEADS": kind.value_heads, "DV": kind.value_dim}
+        run(
+            kernels.convolve_chunk, (num_tokens, triton.cdiv(kind.channels, block)),
+            given, small.conv, before[1], after[1], mixed, start, num_tokens,
+            CHANNELS=kind.channels, WIDTH=kind.qkv, KERNEL=kind.kernel, BC=block, num_warps=4,
+        )  # fmt: skip
+        run(
+            kernels.scan_chunk, (kind.value_dim // values, kind.value_heads),
+            mixed, given, small.decay, small.shift, before[0], after[0], out, start, num_tokens,
+            KEY_HEADS=kind.key_heads, DK=kind.key_dim, BV=values, **heads, num_warps=1,
+        )  # fmt: skip
+        run(
+            kernels.gate_chunk, (num_tokens, kind.value_heads),
+            out, given, small.norm, out, self._eps, GATE_AT=kind.channels, WIDTH=kind.qkv, **heads, num_warps=1,
+        )  # fmt: skip
+        return out
