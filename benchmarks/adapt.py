@@ -24,6 +24,7 @@ that is cut loses nothing: the last line of a job holds.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -90,14 +91,14 @@ class Job:
     kind: str | None = None
     share: float | None = None
     seed: int = 0
-    tokens: int = 16_000_000
+    tokens: int = 6_000_000
     seconds: float | None = None
     batch_tokens: int = 16384
-    rate: float = 2e-3
+    rate: float = 3e-3
     rank: int = 32
-    shared_width: int = 0
-    late: float = 0.5
-    skew: float = 1.0
+    shared_width: int = 64
+    late: float = 0.2
+    skew: float = 1.6
     generated: bool = True
     points: int = 8
     questions: bool = False
@@ -203,6 +204,9 @@ def run_job(job: Job) -> Row:
     except Exception:
         result["error"] = traceback.format_exc()
     _note(_bench, result)
+    gc.collect()  # a training and its graphs refer to one another, and keep their memory until then
+    if _bench.model.device.type == "cuda":
+        torch.cuda.empty_cache()
     return result
 
 
@@ -361,14 +365,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prefix", default="<|endoftext|>", help="text before every question")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--jobs", type=Path, help="JSON: a list of objects with the fields of Job")
-    parser.add_argument("--tokens", type=int, default=16_000_000, help="tokens of each training")
+    parser.add_argument("--tokens", type=int, default=6_000_000, help="tokens of each training")
     parser.add_argument("--batch-tokens", type=int, default=16384)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--shared-width", type=int, default=0)
+    parser.add_argument("--shared-width", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--context", type=int, default=512, help="tokens of a training sequence")
-    parser.add_argument("--generated", type=int, default=16_000_000, help="tokens that the model writes")
+    parser.add_argument("--generated", type=int, default=8_000_000, help="tokens that the model writes")
     parser.add_argument("--text-seed", type=int, default=0)
     parser.add_argument("--held-out-tokens", type=int, default=4096, help="of a kind")
     parser.add_argument("--device", default="cpu")

@@ -35,31 +35,38 @@ def write_texts(
     Args:
         beginnings: of one length, at least one token, fewer than `num_tokens`.
     """
-    config, device = model.model.config, model.device
+    config, device = model.model.config.get_text_config(), model.device
     budget = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else CACHE_BYTES
-    text_bytes = num_tokens * kv_token_bytes(config.get_text_config(), model.dtype.itemsize)
+    text_bytes = num_tokens * kv_token_bytes(config, model.dtype.itemsize)
     rows = max(1, min(ROWS[device.type], budget // text_bytes))
     generator = torch.Generator(device).manual_seed(seed)
     written = []
     for start in range(0, len(beginnings), rows):
         notify("writing text", start * num_tokens, len(beginnings) * num_tokens)
         begun = torch.tensor([list(tokens) for tokens in beginnings[start : start + rows]], device=device)
-        texts = torch.zeros(len(begun), num_tokens, dtype=torch.int64, device=device)
-        texts[:, : begun.shape[1]] = begun
-        cache, first = DynamicCache(config=config), 0
-        cache.layers = [_HeldLayer(num_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-        for at in range(begun.shape[1], num_tokens):
-            ids = texts[:, first:at]
-            model.routing.begin(*ids.shape)
-            try:
-                output = model.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            finally:
-                model.routing.abandon()
-            shares = output.logits[:, -1].float().softmax(dim=-1)
-            texts[:, at] = torch.multinomial(shares, 1, generator=generator).flatten()
-            first = at
-        written.append(texts.to(torch.int32).cpu().numpy())
+        written.append(_continued(model, begun, num_tokens, generator).to(torch.int32).cpu().numpy())
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # keys and values took much memory, which the training needs in other pieces
     return np.concatenate(written)
+
+
+def _continued(model: HostModel, begun: Tensor, num_tokens: int, generator: torch.Generator) -> Tensor:
+    """Texts [B, num_tokens] that begin with `begun` [B, T]."""
+    texts = torch.zeros(len(begun), num_tokens, dtype=torch.int64, device=begun.device)
+    texts[:, : begun.shape[1]] = begun
+    cache, first = DynamicCache(config=model.model.config), 0
+    cache.layers = [_HeldLayer(num_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    for at in range(begun.shape[1], num_tokens):
+        ids = texts[:, first:at]
+        model.routing.begin(*ids.shape)
+        try:
+            output = model.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        finally:
+            model.routing.abandon()
+        shares = output.logits[:, -1].float().softmax(dim=-1)
+        texts[:, at] = torch.multinomial(shares, 1, generator=generator).flatten()
+        first = at
+    return texts
 
 
 class _HeldLayer(DynamicLayer):

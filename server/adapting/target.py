@@ -47,8 +47,8 @@ class Target:
 
     mask: ExpertMask | None = None
     shares: tuple[float, float] | None = None
-    late: float = 0.5
-    skew: float = 1.0
+    late: float = 0.2
+    skew: float = 1.6
 
     def draw(self, random: np.random.Generator) -> Draw:
         """The random choices for a text."""

@@ -72,7 +72,9 @@ SharedOption = Annotated[
     typer.Option(metavar="N", min=0, help="Width of an expert that each layer gets for all masked tokens; 0: none."),
 ]
 RateOption = Annotated[float, typer.Option(metavar="RATE", min=1e-6, max=1.0, help="Highest rate of learning.")]
-BatchOption = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a step.")]
+BatchOption = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Tokens of a step; by default so many that 300 steps are made.")
+]
 SeedOption = Annotated[int, typer.Option(metavar="N", min=0, help="Of all random choices.")]
 DtypeOption = Annotated[
     Dtype, typer.Option(help="Of the computation; auto is float32 on a CPU, else the checkpoint's.")
@@ -91,12 +93,12 @@ def adapt(
     self_generated: GeneratedOption = 0,
     rank: RankOption = 32,
     shared_width: SharedOption = 64,
-    rate: RateOption = 2e-3,
-    batch_tokens: BatchOption = 4096,
+    rate: RateOption = 3e-3,
+    batch_tokens: BatchOption = None,
     seed: SeedOption = 0,
     max_tokens: TokensOption = 1 << 20,
     half: HalfOption = "all",
-    context: ContextOption = 256,
+    context: ContextOption = 512,
     slots_memory: SlotsOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -110,7 +112,7 @@ def adapt(
     """
     with ExitStack() as stack:
         from server.adapting.run import AdaptRequest, adapt_with_experts, remove
-        from server.adapting.training import TrainingOptions
+        from server.adapting.training import TrainingOptions, usual_batch
         from server.model.host.assembly import resolve_device
 
         check_sequence(context)
@@ -130,7 +132,7 @@ def adapt(
                 "checkpoint, or a store of all of it"
             )
         options = TextOptions(context, max_tokens, half)
-        training = TrainingOptions(tokens, batch_tokens, rate, seed)
+        training = TrainingOptions(tokens, batch_tokens or usual_batch(tokens), rate, seed)
         target = _target(plan, pools, model)
         request = AdaptRequest(domains, options, target, training, rank, self_generated, shared_width, experts)
         folder = out.with_name(out.name + ".resume")

@@ -21,7 +21,7 @@ from server.model.runner import RunnerOptions
 from server.quality.texts import Domain, TextOptions, TextsError
 
 OPTIONS = TrainingOptions(tokens=12 * 64, batch_tokens=64, rate=2e-2, measures=2)
-POOLS = Target(shares=(0.25, 1.0))
+POOLS = Target(shares=(0.25, 1.0), late=0.5, skew=1.0)
 
 
 @pytest.fixture
@@ -122,6 +122,9 @@ def test_pools_are_the_most_wanted_experts_and_half_of_them_begin_after_a_prompt
     starts = [POOLS.draw(random).start for _ in range(200)]
     assert 60 < sum(start == 0 for start in starts) < 140
     assert max(starts) < 0.75
+    small = [Target(shares=(0.125, 1.0)).draw(random) for _ in range(200)]
+    assert sum(draw.share < 0.35 for draw in small) > 110  # 35 % is the middle of the logarithms
+    assert 20 < sum(draw.start > 0 for draw in small) < 60
     assert [share for share, _ in POOLS.measured(own)] == [0.5, 0.25]
 
 
