@@ -101,6 +101,19 @@ def test_the_table_of_packed_steps_is_that_of_its_results() -> None:
         assert rows[name] == [*(f"{row['step_ms']:.2f}" for row in steps), floors]
 
 
+def test_the_table_of_adapters_is_that_of_its_results() -> None:
+    rows = _rows("before the rate of learning had fallen", "docs/selection.md")
+    (sweep,) = (run["results"] for run in _read("adapt")["runs"] if run["name"] == "sweep")
+    pools = {one["name"]: one for one in sweep if one["part"] == "pools"}
+    (without,) = {tuple(f"{case['mean_ratio']:.3f}" for case in one["cases"]) for one in pools.values()}
+    assert rows["none"] == ["–", *without]
+    told = {row.split(":")[0].strip("`"): cells for row, cells in rows.items() if row.startswith("`")}
+    assert told == {
+        name: [f"{one['num_parameters'] / 1e6:.2f}", *(f"{ratio:.3f}" for ratio in one["curve"][-1]["ratios"].values())]
+        for name, one in pools.items()
+    }
+
+
 def test_the_table_of_budgets_is_that_of_its_results() -> None:
     rows, wanted = _rows("Bold\nis what `plan` chose", "docs/selection.md"), {}
     for checkpoint, found in _read("budgets")["checkpoints"].items():

@@ -1,4 +1,4 @@
-"""Draws docs/figures/adapters.png from benchmarks/results/adapt.json.
+"""Draws docs/figures/adapters.png from benchmarks/results/adapt.json and adapt_standard_cpu.json.
 
 python -m benchmarks.choosing.adapters_figure
 """
@@ -13,57 +13,43 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness.reporting import REPOSITORY, RESULTS
 
-COLOURS = {"0.5": "tab:green", "0.25": "tab:blue", "0.125": "tab:red"}
-TARGETS = {"0.5": 1.20, "0.25": 1.55, "0.125": 2.4}
+WANTED = {"0.5": 1.20, "0.25": 1.55, "0.125": 2.4}
+"""Share of the experts → the ratio that was aimed at."""
+LABELS = {
+    "full-s128": "whole matrices, added expert of 128",
+    "full-s64-hi": "… of 64, twice the rate",
+    "full-s64-skew": "… of 64, more small pools",
+    "full-s64": "… of 64",
+    "full-s64-given": "… of 64, given text alone",
+    "r32-s64": "rank 32, added expert of 64",
+    "full": "whole matrices, no added expert",
+}
 
 
 def main() -> None:
-    """Draw loss and ratios of the pools' trainings against tokens, and the ratios before and after."""
-    result = json.loads((RESULTS / "adapt.json").read_text())
-    trained = [one for one in result["results"] if one["part"] == "pools" and one["curve"]]
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    losses, ratios, kinds = figure.subplots(1, 3)
-    _losses(losses, trained)
-    _ratios(ratios, trained)
-    _kinds(kinds, trained[0])
-    figure.savefig(REPOSITORY / "docs" / "figures" / "adapters.png", dpi=110)
+    """Draw loss and ratios of the pools' trainings against tokens."""
+    runs = json.loads((RESULTS / "adapt.json").read_text())["runs"]
+    trained = {one["name"]: one for run in runs if "sweep" in run["name"] for one in run["results"]}
+    first = json.loads((RESULTS / "adapt_standard_cpu.json").read_text())
+    figure = Figure(figsize=(15, 4.4), layout="constrained")
+    losses, *ratios = figure.subplots(1, 4)
+    for name, label in LABELS.items():
+        _draw(losses, trained[name], label, [point["loss"] for point in trained[name]["curve"]])
+    tokens = first["trainings"][0]["tokens"] / first["trainings"][0]["losses"][-1][0]
+    steps = [(step * tokens / 1e6, loss) for step, loss in first["trainings"][0]["losses"]]
+    losses.plot(*zip(*steps, strict=True), color="gray", marker=".", label="first try: rank 32, given text, CPU")
+    losses.set(xlabel="million tokens trained", xscale="log", title="loss: KL, nats a token")
+    losses.legend(fontsize=7)
+    for axes, (share, wanted) in zip(ratios, WANTED.items(), strict=True):
+        for name, label in LABELS.items():
+            _draw(axes, trained[name], label, [point["ratios"][share] for point in trained[name]["curve"]])
+        axes.axhline(wanted, color="black", linestyle=":")
+        axes.set(xlabel="million tokens trained", title=f"ratio, {float(share):.4g} kept (dotted: aim)")
+    figure.savefig(REPOSITORY / "docs" / "figures" / "adapters.png", dpi=100)
 
 
-def _losses(axes: Axes, trained: list[dict[str, Any]]) -> None:
-    for one in trained:
-        points = [(point["tokens"] / 1e6, point["loss"]) for point in one["curve"]]
-        axes.plot(*zip(*points, strict=True), marker=".", label=one["name"])
-    axes.set(
-        xlabel="million tokens trained",
-        ylabel="KL, nats a token",
-        xscale="log",
-        title="loss, mean since the point before",
-    )
-    axes.legend(fontsize=8)
-
-
-def _ratios(axes: Axes, trained: list[dict[str, Any]]) -> None:
-    for one in trained:
-        for share, colour in COLOURS.items():
-            points = [(point["tokens"] / 1e6, point["ratios"][share]) for point in one["curve"]]
-            axes.plot(*zip(*points, strict=True), marker=".", color=colour, alpha=0.7)
-    for share, colour in COLOURS.items():
-        axes.axhline(TARGETS[share], color=colour, linestyle=":", label=f"{float(share):.4g} kept (dotted: wanted)")
-    axes.set(
-        xlabel="million tokens trained", ylabel="perplexity ÷ whole", xscale="log", yscale="log", title="held-out text"
-    )
-    axes.legend(fontsize=8)
-
-
-def _kinds(axes: Axes, one: dict[str, Any]) -> None:
-    cases = {(case["part"], str(case["share"])): case["ratios"] for case in one["cases"]}
-    names = sorted(cases["none", "0.25"], key=lambda kind: -cases["none", "0.25"][kind])
-    for share, colour in COLOURS.items():
-        for part, marker in (("none", "x"), ("pools", "o")):
-            values = [cases[part, share][kind] for kind in names]
-            axes.plot(values, range(len(names)), marker, color=colour, markersize=5)
-    axes.set(xscale="log", xlabel="perplexity ÷ whole; x without, o with the adapter", title="by kind")
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+def _draw(axes: Axes, one: dict[str, Any], label: str, values: list[float]) -> None:
+    axes.plot([point["tokens"] / 1e6 for point in one["curve"]], values, marker=".", label=label)
 
 
 if __name__ == "__main__":
