@@ -8,7 +8,9 @@ Results are rounded to the model's dtype where transformers rounds.
 
 ADAPTED steps have entries with adapters: `adapters` [B] int32 is the adapter of each, from 1 on, 0: none. Norms then
 have a row for each adapter, row 0 for none, and RANK > 0 says that adapters change a product by lora_b · lora_a · x,
-where `shrink` has computed the first half into `low` [B, RANK]. An entry without an adapter skips all of it.
+where `shrink` has computed the first half into `low` [B, RANK]. A product of rows takes all entries as if they had
+none, and then those that have one again, with the weights that it holds. Where one loop did both, the compiler gave its
+sums another order, and entries without an adapter lost their bits.
 """
 
 from __future__ import annotations
@@ -129,6 +131,33 @@ def embed(tokens, table, x, step, H: tl.constexpr, HP: tl.constexpr, SCALE: tl.c
 
 
 @triton.jit
+def _row(
+    w, x, scale, bias, rows, cols, inside, batch, eps, dtype: tl.constexpr,
+    K: tl.constexpr, STRIDE: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """w [rows, K] · norm?(x [batch]) + bias?, in fp32; scale [K] is of the norm."""
+    value = tl.load(x + batch * STRIDE + cols, mask=cols < K, other=0.0)
+    if NORM:
+        value = normalise(value.to(tl.float32), scale, eps, K, dtype)
+    acc = tl.sum(w.to(tl.float32) * value.to(tl.float32)[None, :], axis=1)
+    if BIAS:
+        acc += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
+    return acc
+
+
+@triton.jit
+def _store_row(
+    acc, residual, out, at, inside, dtype: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr
+):
+    """out [at] = capped(acc * SCALE) + residual?."""
+    acc = capped(scaled(acc, dtype, SCALE), CAP)
+    if RESIDUAL:
+        acc = acc.to(dtype).to(tl.float32)
+        acc += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def product(
     x, norm, weight, bias, residual, out, adapters, lora_b, low, eps, N,
     B: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, STRIDE: tl.constexpr, BN: tl.constexpr,
@@ -147,28 +176,27 @@ def product(
         weight + rows.to(tl.int64)[:, None] * K + cols[None, :],
         mask=inside[:, None] & (cols[None, :] < K), other=0.0, cache_modifier=".cg",
     )  # fmt: skip
-    if NORM and not ADAPTED:
+    scale = rows  # of no use without a norm
+    if NORM:
         scale = tl.load(norm + cols, mask=cols < K, other=0.0)
     if PDL:
         gdc_wait()
+    dtype: tl.constexpr = x.dtype.element_ty
     for batch in range(B):
-        value = tl.load(x + batch * STRIDE + cols, mask=cols < K, other=0.0)
-        if ADAPTED:
+        acc = _row(w, x, scale, bias, rows, cols, inside, batch, eps, dtype, K, STRIDE, NORM, BIAS)
+        _store_row(acc, residual, out, batch * N + rows, inside, dtype, RESIDUAL, SCALE, CAP)
+    if ADAPTED:
+        tl.debug_barrier()  # the second store of an entry comes after the first
+        for batch in range(B):
             adapter = tl.load(adapters + batch)
-            if NORM:
-                scale = tl.load(norm + adapter * K + cols, mask=cols < K, other=0.0)
-        if NORM:
-            value = normalise(value.to(tl.float32), scale, eps, K, x.dtype.element_ty)
-        acc = tl.sum(w.to(tl.float32) * value.to(tl.float32)[None, :], axis=1)
-        if BIAS:
-            acc += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
-        if RANK > 0:
-            acc = with_change(acc, adapter, lora_b, low, batch, rows, inside, N, RANK)
-        acc = capped(scaled(acc, x.dtype.element_ty, SCALE), CAP)
-        if RESIDUAL:
-            acc = acc.to(x.dtype.element_ty).to(tl.float32)
-            acc += tl.load(residual + batch * N + rows, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + batch * N + rows, acc.to(out.dtype.element_ty), mask=inside)
+            if adapter > 0:
+                own = scale
+                if NORM:
+                    own = tl.load(norm + adapter * K + cols, mask=cols < K, other=0.0)
+                acc = _row(w, x, own, bias, rows, cols, inside, batch, eps, dtype, K, STRIDE, NORM, BIAS)
+                if RANK > 0:
+                    acc = with_change(acc, adapter, lora_b, low, batch, rows, inside, N, RANK)
+                _store_row(acc, residual, out, batch * N + rows, inside, dtype, RESIDUAL, SCALE, CAP)
 
 
 @triton.jit
@@ -271,6 +299,15 @@ def tiled_product(
 
 
 @triton.jit
+def _input(x, scale, cols, batch, eps, dtype: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr):
+    """norm?(x [batch]) as [1, K] in fp32."""
+    value = tl.load(x + batch * K + cols, mask=cols < K, other=0.0)
+    if NORM:
+        value = normalise(value.to(tl.float32), scale, eps, K, dtype)
+    return value.to(tl.float32)[None, :]
+
+
+@triton.jit
 def gated_product(
     x, norm, weight, out, adapters, lora_b, low, eps, N,
     B: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr,
@@ -288,25 +325,32 @@ def gated_product(
     at = weight + rows.to(tl.int64)[:, None] * K + cols[None, :]
     w_gate = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
     w_up = tl.load(at + N.to(tl.int64) * K, mask=mask, other=0.0, cache_modifier=".cg")
-    if NORM and not ADAPTED:
+    scale = rows  # of no use without a norm
+    if NORM:
         scale = tl.load(norm + cols, mask=cols < K, other=0.0)
     if PDL:
         gdc_wait()
+    dtype: tl.constexpr = x.dtype.element_ty
     for batch in range(B):
-        value = tl.load(x + batch * K + cols, mask=cols < K, other=0.0)
-        if ADAPTED:
-            adapter = tl.load(adapters + batch)
-            if NORM:
-                scale = tl.load(norm + adapter * K + cols, mask=cols < K, other=0.0)
-        if NORM:
-            value = normalise(value.to(tl.float32), scale, eps, K, x.dtype.element_ty)
-        value = value.to(tl.float32)[None, :]
+        value = _input(x, scale, cols, batch, eps, dtype, K, NORM)
         gate = tl.sum(w_gate.to(tl.float32) * value, axis=1)
         up = tl.sum(w_up.to(tl.float32) * value, axis=1)
-        if RANK > 0:
-            gate = with_change(gate, adapter, lora_b, low, batch, rows, inside, 2 * N, RANK)
-            up = with_change(up, adapter, lora_b, low, batch, N + rows, inside, 2 * N, RANK)
         tl.store(out + batch * N + rows, gated(gate, up, out.dtype.element_ty, GATE), mask=inside)
+    if ADAPTED:
+        tl.debug_barrier()
+        for batch in range(B):
+            adapter = tl.load(adapters + batch)
+            if adapter > 0:
+                own = scale
+                if NORM:
+                    own = tl.load(norm + adapter * K + cols, mask=cols < K, other=0.0)
+                value = _input(x, own, cols, batch, eps, dtype, K, NORM)
+                gate = tl.sum(w_gate.to(tl.float32) * value, axis=1)
+                up = tl.sum(w_up.to(tl.float32) * value, axis=1)
+                if RANK > 0:
+                    gate = with_change(gate, adapter, lora_b, low, batch, rows, inside, 2 * N, RANK)
+                    up = with_change(up, adapter, lora_b, low, batch, N + rows, inside, 2 * N, RANK)
+                tl.store(out + batch * N + rows, gated(gate, up, out.dtype.element_ty, GATE), mask=inside)
 
 
 @triton.jit
