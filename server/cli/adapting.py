@@ -144,7 +144,8 @@ def adapt(
         else:
             store.write(adapter, changes, tokens)
         remove(folder)
-    _tell(out, adapter, as_json)
+    trained = [adapter.num_parameters, *(one.numel() for parts in changes.values() for one in parts.values())]
+    _tell(out, adapter, sum(trained), as_json)
 
 
 def attach(
@@ -174,11 +175,11 @@ def detach(
     print(f"{store} has no adapter {name} any more")
 
 
-def _tell(out: Path, adapter: Adapter, as_json: bool) -> None:
+def _tell(out: Path, adapter: Adapter, num_parameters: int, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"adapter": str(out), "num_parameters": adapter.num_parameters, **adapter.training}))
+        print(json.dumps({"adapter": str(out), "num_parameters": num_parameters, **adapter.training}))
     else:
-        print(f"{out}: {adapter.num_parameters:,} numbers; held-out perplexity ÷ the whole model's")
+        print(f"{out}: {num_parameters:,} numbers; held-out perplexity ÷ the whole model's")
         for share in adapter.ratios:
             print(f"  {float(share):.1%} of the experts: {adapter.told_ratio(share)}")
 
