@@ -4,7 +4,7 @@ What is measured, in words, in one process, on a generated checkpoint in bf16 wi
 - *found*: from sending a chat's second turn (P prompt tokens, their answer, and N new tokens) to its first token, with
   the first turn in KV memory; *anew*: the same without a prefix cache. *same*: rounds in which both answers have the
   same tokens. Each round has another text; the first one warms up.
-- *short*: 64 requests of 512 tokens (prompt and answer) sent at once to the memory that 4 requests of 8,192 take.
+- *short*: 32 requests of 1,024 tokens (prompt and answer) sent at once to the memory that 4 requests of 8,192 take.
   *most running*: at once; *preempted*: times that one lost its rows; *like alone*: of those asked again one after the
   other, requests with the same tokens.
 
@@ -37,7 +37,8 @@ SHAPE = Shape(
     num_layers=8, num_experts=32, hidden=1024, intermediate=512, num_heads=16, num_kv_heads=4, context_tokens=16384
 )
 LONG_REQUESTS, LONG_TOKENS = 4, 8192
-SHORT_REQUESTS, SHORT_TOKENS = 64, 512
+SHORT_REQUESTS, SHORT_TOKENS = 32, 1024
+"""As many as a captured batch may have."""
 ANSWER_TOKENS = 48
 ALONE = 4
 KV_BYTES = LONG_REQUESTS * LONG_TOKENS * 2 * SHAPE.num_layers * SHAPE.num_kv_heads * SHAPE.head_dim * 2
