@@ -65,7 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     levels = [int(level) for level in arguments.users.split(",")]
     require_transformers_serve()
-    _require_locust()
+    require_locust()
     rounds: Rounds = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="load-") as folder:
         store = make_store(BUNDLED, Path(folder) / "store")
@@ -80,9 +80,7 @@ def main() -> None:
     if arguments.plot is not None:
         draw(arguments.plot, rows, [server.name for server in servers])
     settings = {name: getattr(arguments, name) for name in ("requests", "max_tokens", "rounds")}
-    commands = {server.name: " ".join(_plain(part) for part in server.command) for server in servers}
-    threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    result = {**environment(), "locust": version("locust"), **settings, **threads, "commands": commands, "rows": rows}
+    result = {**conditions(servers), **settings, "rows": rows}
     finish("load", result, save=arguments.save)
     sys.exit(any(row["failed"] for row in rows))
 
@@ -100,10 +98,10 @@ def measure(
             print(f"{server.name}, {level} users: {row} {found['reasons'] or ''}", file=sys.stderr, flush=True)
 
 
-def users(url: str, model: str, level: int, requests: int, max_tokens: int) -> dict[str, Any]:
+def users(url: str, model: str, level: int, requests: int, max_tokens: int, *options: str) -> dict[str, Any]:
     """The result of `benchmarks.service.load_users`, run in a process of its own."""
     counts = ["--users", str(level), "--requests", str(requests), "--max-tokens", str(max_tokens)]
-    command = [sys.executable, "-m", "benchmarks.service.load_users", url, model, *counts]
+    command = [sys.executable, "-m", "benchmarks.service.load_users", url, model, *counts, *options]
     found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return found
 
@@ -129,9 +127,9 @@ def figures(found: dict[str, Any], right: dict[str, str]) -> dict[str, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     answers = found["answers"]
-    tokens = sum(len(tokenizer(text)["input_ids"]) for _, text, _, _ in answers)
-    asked = {prompt for prompt, _, _, _ in answers}
-    wrong = {prompt for prompt, text, _, _ in answers if text != right[prompt]}
+    tokens = sum(len(tokenizer(text)["input_ids"]) for _, text, *_ in answers)
+    asked = {prompt for prompt, *_ in answers}
+    wrong = {prompt for prompt, text, *_ in answers if text != right[prompt]}
     ttft, latency = [one[2] * 1000 for one in answers], [one[3] * 1000 for one in answers]
     times = (percentile(ttft, 50), percentile(ttft, 99), percentile(latency, 50), percentile(latency, 99))
     values = dict(zip(COLUMNS, (tokens / found["seconds"], *times), strict=True))
@@ -186,12 +184,20 @@ def _order(servers: list[Served]) -> Any:
     return lambda item: (item[0][1], places[item[0][0]])
 
 
+def conditions(servers: list[Served]) -> dict[str, Any]:
+    """Machine, versions, threads and commands, for the result."""
+    commands = {server.name: " ".join(_plain(part) for part in server.command) for server in servers}
+    threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    return {**environment(), "locust": version("locust"), **threads, "commands": commands}
+
+
 def _plain(part: str) -> str:
     """A part of a command without this machine's folders."""
     return Path(part).name if part.startswith("/") else part
 
 
-def _require_locust() -> None:
+def require_locust() -> None:
+    """End with a message where locust is not installed."""
     try:
         version("locust")
     except PackageNotFoundError:
@@ -200,8 +206,13 @@ def _require_locust() -> None:
         ) from None
 
 
-if __name__ == "__main__":
+def use_all_cores() -> None:
+    """Set the environment of every server: a thread for each core, and no hub."""
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # for every server what `deepfew` sets for itself
     os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+if __name__ == "__main__":
+    use_all_cores()
     main()

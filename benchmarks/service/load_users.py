@@ -1,8 +1,9 @@
 """Locust users of one server, a process of their own: `python -m benchmarks.service.load_users URL …` prints JSON.
 
 A closed loop: every user sends its next request when its last was answered, and leaves after its number of requests.
-Each is a greedy stream of `POST /v1/completions`. Locust starts the users, keeps the failures and the count; times
-are taken at the lines of the stream, which locust does not see, and reported to it as requests of type SSE. Its
+Each is a greedy stream of `POST /v1/completions`; with `--chats` a user's request is its last one, the answer to it,
+and a new turn. Locust starts the users, keeps the failures and the count; times are taken at the lines of the stream,
+which locust does not see, and reported to it as requests of type SSE. Its
 percentiles are rounded, so every time is printed as it was.
 
 A process of its own because locust replaces the standard library's sockets when it is imported.
@@ -24,6 +25,8 @@ from locust.exception import StopUser
 from benchmarks.harness.servers import PROMPTS
 
 TIMEOUT_SECONDS = 600
+TURN_WORDS = 60
+WORDS = "the dog went to the harbour and saw a ship that came from a city far away with nine sailors and one old cat"
 
 
 def main() -> None:
@@ -34,14 +37,16 @@ def main() -> None:
     parser.add_argument("--users", type=int, required=True)
     parser.add_argument("--requests", type=int, required=True, help="of each user")
     parser.add_argument("--max-tokens", type=int, required=True)
+    parser.add_argument("--chats", action="store_true", help="requests of a user grow by its answers")
     arguments = parser.parse_args()
     logging.getLogger("locust").setLevel(logging.ERROR)
-    print(json.dumps(run(arguments.url, arguments.model, arguments.users, arguments.requests, arguments.max_tokens)))
+    counts = (arguments.users, arguments.requests, arguments.max_tokens)
+    print(json.dumps(run(arguments.url, arguments.model, *counts, chats=arguments.chats)))
 
 
-def run(url: str, model: str, users: int, requests: int, max_tokens: int) -> dict[str, Any]:
-    """Times in seconds; `answers` as (prompt, text, TTFT, latency) in the order in which they ended."""
-    answers: list[tuple[str, str, float, float]] = []
+def run(url: str, model: str, users: int, requests: int, max_tokens: int, *, chats: bool) -> dict[str, Any]:
+    """Times in seconds; `answers` as (prompt, text, TTFT, latency, turn) in the order in which they ended."""
+    answers: list[tuple[str, str, float, float, int]] = []
     numbers = iter(range(users))
 
     class CompletionUser(FastHttpUser):
@@ -50,20 +55,23 @@ def run(url: str, model: str, users: int, requests: int, max_tokens: int) -> dic
         network_timeout = connection_timeout = TIMEOUT_SECONDS
 
         def on_start(self) -> None:
-            self.number, self.turn = next(numbers), 0
+            self.number, self.turn, self.chat = next(numbers), 0, ""
 
         @task
         def complete(self) -> None:
             if self.turn == requests:
                 raise StopUser
             prompt = PROMPTS[(self.number + self.turn) % len(PROMPTS)]
+            if chats:
+                prompt = self.chat + _turn(self.number, self.turn)
             self.turn += 1
             begin = time.perf_counter()
             found = _ask(self, model, prompt, max_tokens)
             if found is not None:
                 text, first = found
                 latency = time.perf_counter() - begin
-                answers.append((prompt, text, first, latency))
+                answers.append((prompt, text, first, latency, self.turn))
+                self.chat = prompt + text
                 self.environment.events.request.fire(
                     request_type="SSE",
                     name="whole stream",
@@ -84,6 +92,12 @@ def run(url: str, model: str, users: int, requests: int, max_tokens: int) -> dic
     runner.quit()
     reasons = [f"{error.name}: {error.error}" for error in environment.stats.errors.values()]
     return {"seconds": seconds, "failures": users * requests - len(answers), "reasons": reasons, "answers": answers}
+
+
+def _turn(user: int, turn: int) -> str:
+    """What a user says in a turn of a chat: as many words for all, in an order of each user's own."""
+    words = WORDS.split()
+    return " ".join(words[((2 * user + 3) * at + turn) % len(words)] for at in range(TURN_WORDS)) + ". "
 
 
 def _ask(user: FastHttpUser, model: str, prompt: str, max_tokens: int) -> tuple[str, float] | None:
