@@ -33,6 +33,10 @@ PROMPTS = (
     STORY * 5 + "Hugo said",
 )
 """The last ones begin alike, and are long enough to be found in KV memory."""
+LONG_PROMPTS = tuple(f"{name} told me this. " + STORY * 5 for name in ("Anna", "Ben", "Carl", "Dora", "Emma", "Frank"))
+"""They have nothing in common, so that four of them at once need more KV memory than there is at the start."""
+LONG_PERIOD_SECONDS, LONG_SECONDS = 200.0, 50.0
+"""In the first part of every period clients send long prompts, so that memory moves to and fro."""
 REFUSED = {400, 413, 415, 422, 429}
 NUM_TOKENS = 24
 HUNG_ANSWERS = 200
@@ -76,13 +80,14 @@ class Clients:
         self.num_answered = 0
         self.num_unseen = 0
         self._pause_until = 0.0
+        self._began = time.monotonic()
         timeouts = httpx.Timeout(120, pool=None)
         limits = httpx.Limits(max_connections=200, max_keepalive_connections=20)
         self._client = httpx.AsyncClient(base_url=server.url, timeout=timeouts, limits=limits)
 
     async def learn(self) -> None:
         """Ask everything one at a time: the right answers the first time, compared with those ever after."""
-        for prompt in PROMPTS:
+        for prompt in (*PROMPTS, *LONG_PROMPTS):
             for dialect in ("generate", "chat"):
                 text = await self._alone(dialect, prompt)
                 known = self._reference.setdefault((dialect, prompt), text)
@@ -103,14 +108,14 @@ class Clients:
 
     async def whole(self) -> None:
         """A whole answer."""
-        prompt = self._random.choice(PROMPTS)
+        prompt = self._random.choice(self._prompts())
         response = await self._post("whole", "/generate", _generate(prompt))
         if response is not None:
             self._compare("generate", prompt, response.json()["generated_text"])
 
     async def stream(self, pause: float = 0.0) -> None:
         """A stream read to its end: events numbered without a gap, one last event."""
-        prompt = self._random.choice(PROMPTS)
+        prompt = self._random.choice(self._prompts())
         name = "slow reader" if pause else "stream"
         events = await self._events(name, "/generate_stream", _generate(prompt), pause)
         if events is None:
@@ -125,7 +130,7 @@ class Clients:
 
     async def chat(self) -> None:
         """A stream in OpenAI's dialect."""
-        prompt = self._random.choice(PROMPTS)
+        prompt = self._random.choice(self._prompts())
         events = await self._events("chat", "/v1/chat/completions", {**self._chat(prompt), "stream": True})
         if events is not None:
             self._compare(
@@ -136,7 +141,7 @@ class Clients:
         """A stream left after a few events, or before the first."""
         sent = self._begin("leave")
         try:
-            body = _generate(self._random.choice(PROMPTS), tokens=200)
+            body = _generate(self._random.choice(self._prompts()), tokens=200)
             async with self._client.stream("POST", "/generate_stream", **self._options(sent, body)) as response:
                 if not self._is_answered(sent, response):
                     return
@@ -152,7 +157,7 @@ class Clients:
     async def give_up(self) -> None:
         """A whole answer that is not waited for."""
         sent = self._begin("give up")
-        body = _generate(self._random.choice(PROMPTS), tokens=200)
+        body = _generate(self._random.choice(self._prompts()), tokens=200)
         try:
             wait = self._random.uniform(0.01, 1.0)
             response = await asyncio.wait_for(self._client.post("/generate", **self._options(sent, body)), wait)
@@ -306,6 +311,10 @@ class Clients:
         self.num_answered += 1
         if text != self._reference[dialect, prompt]:
             self.wrong.append(f"{dialect} {prompt!r}: {text!r}, wanted {self._reference[dialect, prompt]!r}")
+
+    def _prompts(self) -> tuple[str, ...]:
+        is_long = (time.monotonic() - self._began) % LONG_PERIOD_SECONDS < LONG_SECONDS
+        return LONG_PROMPTS if is_long else PROMPTS
 
     def _chat(self, prompt: str) -> dict[str, Any]:
         messages = [{"role": "user", "content": prompt}]

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 LOOK_STEPS = 64
 """Steps between two looks at whether slots may have more."""
-KEPT_LOOKS = 16
-"""Looks for which KV memory keeps what it needed once: 1,024 steps, a minute or so of a busy CPU."""
+KEPT_LOOKS = 8
+"""Looks for which KV memory keeps what it needed once: 512 steps, half a minute or so of a busy CPU."""
 
 
 def refusal(wish: MemoryBalance, device: torch.device) -> str:
