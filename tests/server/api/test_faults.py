@@ -123,6 +123,17 @@ def test_client_that_leaves_frees_everything(server: Running, when: str, stream:
     wait_until(lambda: not server.listener.server_state.tasks)
 
 
+def test_slots_get_memory_that_no_request_needs_and_info_tells_it(server: Running, alone: dict[str, str]) -> None:
+    ask(server, "Once upon a time", tokens=70)  # steps enough for a look
+    with server.client() as client:
+        memory = client.get("/info").json()["memory"]
+    assert memory["is_moving"]
+    assert memory["moves_to_slots"] >= 1
+    assert memory["kv_bytes"] >= memory["least_kv_bytes"]
+    assert memory["slot_bytes"] > memory["least_slot_bytes"]
+    assert {prompt: ask(server, prompt).json()["generated_text"] for prompt in PROMPTS} == alone
+
+
 def test_prompt_at_the_context_limit_is_answered_and_one_more_token_is_refused(server: Running) -> None:
     model = server.service.loaded
     assert model is not None
