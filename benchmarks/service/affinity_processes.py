@@ -80,7 +80,8 @@ def measure(folder: Path, options: ChoiceOptions, count: int) -> dict[str, float
 
     config = folder / "cluster.toml"
     config.write_text(
-        f'store = "{folder}/store"\n[model]\nslots = {SLOTS}\ndevice = "cpu"\n[masks]\nprofiles = "{folder}/profiles"\n'
+        f'store = "{folder}/store"\n[model]\nslots = {SLOTS}\nmemory_balance = "fixed"\ndevice = "cpu"\n'
+        f'[masks]\nprofiles = "{folder}/profiles"\n'
         f"[cluster]\nreplicas = 2\nstatistics_seconds = {STATISTICS_SECONDS}\n"
     )
     port = free_port()

@@ -91,8 +91,8 @@ def main() -> None:
         assert deepfew(["extract", str(BUNDLED), str(folder / "store")]) == 0
         for tokens in arguments.kv_tokens:
             values = {"store": str(folder / "store"), "device": "cpu", "dtype": "float32", "slots": 24,
-                      "max_context_tokens": 1024, "prefill_chunk_tokens": 32, "kv_memory": str(tokens * KV_BYTES),
-                      "usage_directory": str(folder / "usage")}  # fmt: skip
+                      "memory_balance": "fixed", "max_context_tokens": 1024, "prefill_chunk_tokens": 32,
+                      "kv_memory": str(tokens * KV_BYTES), "usage_directory": str(folder / "usage")}  # fmt: skip
             replica = Replica(load_settings(values, environ={}).settings, "0")
             shares = asyncio.run(measure(replica, arguments.turns))
             replica.close()
