@@ -19,6 +19,7 @@ from expert_store.adapter import Adapter, Changes
 from server.model.device.capture import need
 from server.model.device.capture.modules import Attention, DeltaNet, Layer, layers_of, text_body
 from server.model.device.capture.pack import gate_last
+from server.model.device.capture.parts import packed_norm
 from server.model.device.step.parts import AttentionKind
 from server.model.device.step.router_kind import router_product
 from server.model.device.step.tuning import pow2
@@ -48,6 +49,12 @@ def check_adapters(model: Any, adapters: Mapping[str, Adapter]) -> None:
     layers = layers_of(model)
     has_deltas = any(isinstance(layer.attention, DeltaNet) for layer in layers)
     need(not adapters or not has_deltas, f"the captured step carries no adapters beside delta nets: {REMEDY}")
+    norm = text_body(model).norm
+    is_rms = packed_norm(norm, "the model").ndim == 1
+    need(
+        is_rms or not adapters,
+        f"adapters change {type(norm).__name__}, and the captured step carries those of RMS norms only: {REMEDY}",
+    )
     norms = {names[norm] for layer in layers for norm in _norms(layer)} | {names[text_body(model).norm]}
     routers = {names[layer.router] for layer in layers if layer.router is not None}
     joined = [[names[module] for module in modules] for layer in layers for modules in _products(layer)]
@@ -107,7 +114,8 @@ class _Packer:
         assert isinstance(attention, AttentionKind)
         query, key = layer.attention.norms or (None, None)
         projections, *others = _products(layer)
-        qkv = self._low_rank(projections, lambda parts: gate_last(parts, attention))
+        is_apart = layer.attention.gate is not None
+        qkv = self._low_rank(projections, lambda parts: gate_last(parts, attention, is_apart))
         output, *mlp = (self._low_rank(modules) for modules in others)
         up, down = mlp or (None, None)
         delta, gains = (None, None) if layer.router is None else self._router(layer.router)
@@ -211,13 +219,13 @@ def _norms(layer: Layer) -> list[nn.Module]:
 
 
 def _products(layer: Layer) -> list[tuple[nn.Linear, ...]]:
-    """The products of a layer that the step computes as one each: q, k, v; output; gate and up; down. Those of latent
-    attention are none, since their changes are not carried."""
+    """The products of a layer that the step computes as one each: q, k, v and output gate; output; gate and up; down.
+    Those of latent attention are none, since their changes are not carried."""
     mlp = [] if layer.mlp is None else [layer.mlp.ups, (layer.mlp.down,)]
     if not isinstance(layer.attention, Attention):
         return mlp
     *qkv, output = layer.attention.projections
-    return [tuple(one for one in qkv if one is not None), (output,), *mlp]
+    return [tuple(one for one in (*qkv, layer.attention.gate) if one is not None), (output,), *mlp]
 
 
 def _rank(parts: Mapping[str, Tensor]) -> int:

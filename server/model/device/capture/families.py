@@ -15,18 +15,24 @@ class FamilyParts:
         config has a sliding window; empty: all do.
     neighbours: an element of a head is rotated with the one beside it.
     norms_rotated: queries and keys are normalised after they were rotated.
+    softplus: the output gate of attention is a softplus, not a sigmoid.
     """
 
     unrotated: str = ""
     neighbours: bool = False
     norms_rotated: bool = False
+    softplus: bool = False
 
 
 _FAMILIES = {
+    "afmoe": FamilyParts(unrotated="full_attention"),
+    "cohere2_moe": FamilyParts(unrotated="full_attention", neighbours=True),
     "ernie4_5_moe": FamilyParts(neighbours=True),
     "exaone_moe": FamilyParts(unrotated="full_attention"),
     "flint": FamilyParts(unrotated="full_attention"),
     "hunyuan_v1_moe": FamilyParts(norms_rotated=True),
+    "kolibri1": FamilyParts(unrotated="full_attention"),
+    "laguna": FamilyParts(softplus=True),
 }
 
 

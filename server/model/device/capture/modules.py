@@ -26,9 +26,12 @@ _APART = ("pre_feedforward_layernorm_2", "post_feedforward_layernorm_2", "post_f
 _AROUND = ("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", *_BEFORE, *_AFTER, *_APART)
 _BLOCK = ("mlp", "block_sparse_moe")
 _ROUTER = ("gate", "router")
+_BIASES = ("expert_bias", "e_score_correction_bias")
+"""A block's parameters that it hands to its router."""
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 _LATENT = ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
 _QUERIES = ("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj")
+_GATES = ("gate_proj", "g_proj")
 _NORMS = (("q_norm", "query_layernorm"), ("k_norm", "key_layernorm"))
 _DELTA_TENSORS = ("conv1d", "A_log", "dt_bias", "norm")
 _DELTA_PRODUCTS = (("in_proj_qkvz", "in_proj_ba"), ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
@@ -52,11 +55,12 @@ class Mlp:
 @dataclass(frozen=True)
 class Attention:
     """Grouped-query attention: q, k, v, o, where v is None if values are what k gives; norms of queries and keys; the
-    norm of values; sinks [heads]; the module itself."""
+    norm of values; the product for output gates, if it is one of its own; sinks [heads]; the module itself."""
 
     projections: tuple[nn.Linear, nn.Linear, nn.Linear | None, nn.Linear]
     norms: tuple[nn.Module, nn.Module] | None
     value_norm: nn.Module | None
+    gate: nn.Linear | None
     sinks: Tensor | None
     module: Any
 
@@ -91,7 +95,8 @@ class DeltaNet:
 class Layer:
     """A decoder layer. `block`, `router` and `experts` are None without routed experts; `mlp` is then the layer's own
     product, else its shared expert. Norms before attention and before the others; after attention, after the others,
-    and after the routed experts alone; a factor [1] of the result."""
+    and after the routed experts alone; a factor [1] of the result. `is_parallel`: the others read what attention reads.
+    """
 
     where: str
     input_norm: nn.Module | None
@@ -105,6 +110,7 @@ class Layer:
     branch_norm: nn.Module | None = None
     routed_norm: nn.Module | None = None
     factor: Tensor | None = None
+    is_parallel: bool = False
 
 
 def text_body(model: Any) -> Any:
@@ -161,7 +167,7 @@ def _layer(layer: Any, where: str, block: Any, router: Any) -> Layer:
         need(mlp is not None, f"{where} has no {' or '.join(_BLOCK)}")
         return Layer(where, attention=attention, mlp=_mlp(mlp, where), **norms)
     if block is not layer:
-        check_children(block, where, (), ("experts", "shared_expert_gate", *_ROUTER, *_SHARED, *_AFTER))
+        check_children(block, where, (), ("experts", "shared_expert_gate", *_BIASES, *_ROUTER, *_SHARED, *_AFTER))
         norms["branch_norm"] = norms["branch_norm"] or _first(block, _AFTER)
     need(router is not None, f"{where}: is not a plain MoE layer")
     owners = (layer,) if block is layer else (layer, block)
@@ -192,10 +198,12 @@ def _norms(layer: Any) -> dict[str, Any]:
     before, own = _first(layer, _BEFORE), getattr(layer, "post_self_attn_layernorm", None)
     if own is None and (before is not None or first is None):
         own, second = second, before
+    is_parallel = own is None and second is None
     return {
+        "is_parallel": is_parallel,
         "input_norm": first,
         "attention_norm": own,
-        "post_norm": second,
+        "post_norm": first if is_parallel else second,
         "branch_norm": _first(layer, _AFTER),
         "factor": getattr(layer, "layer_scalar", None),
     }
@@ -205,7 +213,9 @@ def _attention(attention: Any, where: str) -> Attention | LatentAttention:
     where = f"{where}: attention"
     if hasattr(attention, "kv_b_proj"):
         return _latent_attention(attention, where)
-    check_children(attention, where, ("q_proj", "k_proj", "o_proj"), ("v_proj", *_NORMS[0], *_NORMS[1], "sinks"))
+    check_children(
+        attention, where, ("q_proj", "k_proj", "o_proj"), ("v_proj", *_GATES, *_NORMS[0], *_NORMS[1], "sinks")
+    )
     q, k, o = (getattr(attention, name) for name in ("q_proj", "k_proj", "o_proj"))
     v = getattr(attention, "v_proj", None)
     need(
@@ -216,8 +226,12 @@ def _attention(attention: Any, where: str) -> Attention | LatentAttention:
     q_norm, k_norm = (_first(attention, names) for names in _NORMS)
     need((q_norm is None) == (k_norm is None), f"{where} normalises queries and keys differently")
     norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
-    value_norm = getattr(attention, "v_norm", None)
-    return Attention((q, k, v, o), norms, value_norm, getattr(attention, "sinks", None), attention)
+    value_norm, gate = getattr(attention, "v_norm", None), _first(attention, _GATES)
+    need(
+        gate is None or (isinstance(gate, nn.Linear) and (gate.bias is None) == (q.bias is None)),
+        f"{where} has an output gate that is no product like that of queries",
+    )
+    return Attention((q, k, v, o), norms, value_norm, gate, getattr(attention, "sinks", None), attention)
 
 
 def _latent_attention(attention: Any, where: str) -> LatentAttention:

@@ -10,7 +10,7 @@ results.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from server.model.device.step.weights import (
     LayerKind,
     LayerWeights,
     MlpWeights,
+    NormKind,
     QkNorm,
     TrunkWeights,
     rotary_tables,
@@ -51,6 +52,8 @@ from server.model.seam.attention_mask import layer_windows
 
 MOST_ROWS = 32
 """The largest batch with which the kernels were tested."""
+
+Value = TypeVar("Value")
 
 _PROBED = 16
 """Elements on which gated products are probed."""
@@ -68,19 +71,19 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
     need(max_rows <= MOST_ROWS, f"batches of {max_rows} rows: wanted at most {MOST_ROWS}, by max_batch_size")
     config = model.config.get_text_config()
     absent = [name for name in _SETTINGS if getattr(config, name, None) is None]
+    if getattr(config, "layer_norm_eps", None) is not None:
+        absent = [name for name in absent if name != "rms_norm_eps"]
     need(not absent, f"the model's config has no {', '.join(absent)}")
     layers = layers_of(model)
     family = family_parts(config.model_type)
     attentions, first, norm, scaling = _attentions(model, layers)
     (kv_heads, _), _ = first.vectors
-    kinds = {_block_kind(config, layer) for layer in layers if layer.block is not None}
-    need(bool(kinds), "no layer has routed experts")
-    need(len(kinds) == 1, "routers, experts or shared experts differ between layers")
-    router, experts, top_k, num_experts, shared = kinds.pop()
-    inner = {_mlp_size(layer.mlp) for layer in layers if layer.block is None}
-    need(len(inner) <= 1, "layers without routed experts differ in size")
+    moe, dense = ([layer for layer in layers if (layer.block is None) == is_dense] for is_dense in (False, True))
+    need(bool(moe), "no layer has routed experts")
+    router, experts, top_k, num_experts, shared = _only(
+        {_block_kind(config, layer) for layer in moe}, "routers, experts or shared experts differ between layers"
+    )
     gates = {gate_kind(layer.mlp.module, _PROBED, layer.where) for layer in layers if layer.mlp is not None}
-    need(len(gates) <= 1, "shared experts and layers without routed experts have several gated products")
     dtype = model.lm_head.weight.dtype
     shape = DecodeShape(
         num_layers=len(layers),
@@ -94,8 +97,10 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
         intermediate=intermediate,
         max_rows=max_rows,
         max_tokens=max_tokens,
-        eps=float(config.rms_norm_eps),
+        eps=_epsilon(config),
         scaling=scaling,
+        norm=_norm_kind(text_body(model).norm),
+        is_parallel=_only({layer.is_parallel for layer in layers}, "only some layers have parallel branches"),
         qk_norm=_qk_norm(norm, family),
         output_gate=first.gate,
         rotary=first.rotary,
@@ -103,19 +108,32 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
         neighbours=family.neighbours,
         windows=layer_windows(config, len(layers)),
         dense_layers=frozenset(at for at, layer in enumerate(layers) if layer.block is None),
-        dense_intermediate=inner.pop() if inner else 0,
+        dense_intermediate=_only({_mlp_size(layer.mlp) for layer in dense} or {0}, "dense layers differ in size"),
         shared_intermediate=shared,
         router=router,
         experts=experts,
-        mlp_gate=gates.pop() if gates else SILU,
-        scales=_scales(
-            config, text_body(model).embed_tokens, next(layer for layer in layers if layer.block is not None)
-        ),
+        mlp_gate=_only(gates or {SILU}, "shared experts and dense layers have several gated products"),
+        scales=_scales(config, text_body(model).embed_tokens, moe[0]),
         dtype=dtype,
     )
     sizes = (shape.hidden, intermediate)
     need(all(size % 16 == 0 for size in sizes), f"experts of {sizes} elements: wanted multiples of 16")
     return shape
+
+
+def _only(values: set[Value], problem: str) -> Value:
+    """The one value; several are a refusal."""
+    need(len(values) == 1, problem)
+    return values.pop()
+
+
+def _epsilon(config: Any) -> float:
+    found = (getattr(config, name, None) for name in ("rms_norm_eps", "layer_norm_eps"))
+    return next(float(one) for one in found if one is not None)
+
+
+def _norm_kind(norm: nn.Module) -> NormKind:
+    return "layer" if packed_norm(norm, "the model").ndim == 2 else "rms"
 
 
 def _attentions(model: Any, layers: Sequence[Layer]) -> tuple[tuple[LayerKind, ...], LayerKind, QkNorm, float]:
@@ -147,20 +165,27 @@ def _attention_kind(model: Any, layer: Layer, frequencies: str) -> LayerKind:
     kv_heads = max(1, k.out_features // head_dim)
     value_dim = (k if v is None else v).out_features // kv_heads
     heads = o.in_features // max(1, value_dim)
-    gate: OutputGate = "sigmoid" if q.out_features == 2 * heads * head_dim else "none"
+    is_apart = attention.gate is not None
+    gate: OutputGate = "sigmoid" if is_apart or q.out_features == 2 * heads * head_dim else "none"
+    if gate != "none" and family_parts(config.model_type).softplus:
+        gate = "softplus by head" if attention.gate is not None and attention.gate.out_features == heads else "softplus"
     sizes = [q.out_features, k.out_features, (k if v is None else v).out_features, o.in_features, o.out_features]
     wanted = [heads * head_dim, kv_heads * head_dim, kv_heads * value_dim, heads * value_dim, config.hidden_size]
-    wanted[0] *= 1 if gate == "none" else 2  # gates follow on each head's queries
+    wanted[0] *= 1 if is_apart or gate == "none" else 2  # gates follow on each head's queries
     fits = sizes == wanted and heads % kv_heads == 0
     need(fits, f"{where} projects to {sizes}, wanted {wanted} by heads of {head_dim} elements")
-    rotary = 2 * len(getattr(text_body(model).rotary_emb, frequencies)) if frequencies else head_dim
+    rotary = 2 * len(getattr(*rotary_of(model, frequencies))) if frequencies else head_dim
     need(rotary <= head_dim, f"{where} rotates {rotary} of {head_dim} elements of a head")
     if attention.value_norm is not None:
         check_unweighted(attention.value_norm, value_dim, where)
     scale = float(getattr(attention.module, "v_scale", 1.0))
-    return AttentionKind(
+    kind = AttentionKind(
         heads, kv_heads, head_dim, value_dim, rotary, v is None, attention.value_norm is not None, scale, gate
     )
+    if attention.gate is not None:
+        rows = attention.gate.out_features
+        need(rows == kind.gates, f"{where}: its output gate has {rows} rows, wanted {kind.gates}")
+    return kind
 
 
 def _scaling(layer: Layer) -> float:
@@ -178,7 +203,8 @@ def _attention_norms(layer: Layer, kind: LayerKind) -> QkNorm:
     for norm, projection in zip(layer.attention.norms or (), layer.attention.projections[:2], strict=False):
         assert projection is not None
         size = packed_norm(norm, where).shape.numel()
-        sizes = (kind.head_dim, projection.out_features if kind.gate == "none" else kind.head_dim)
+        is_plain = kind.gate == "none" or layer.attention.gate is not None
+        sizes = (kind.head_dim, projection.out_features if is_plain else kind.head_dim)
         need(size in sizes, f"{where} has a norm over {size} elements, wanted one of {sizes}")
         kinds.add("head" if size == kind.head_dim else "row")
     need(len(kinds) <= 1, f"{where} normalises queries and keys differently")
@@ -200,26 +226,39 @@ def _scales(config: Any, table: Any, layer: Layer) -> Scales:
     own = getattr(table, "scalar_embed_scale", None)
     if getattr(config, "mup_enabled", False):
         embedding = float(config.hidden_size) ** 0.5
+    is_mean = layer.mlp is not None and getattr(layer.block, "shared_expert_combination_strategy", "") == "average"
     return Scales(
-        embedding if own is None else float(own), residual, factor / divisor, routed, own is not None,
-        float(getattr(config, "final_logit_softcapping", None) or 0.0),
+        embedding if own is None else float(own), residual, factor / divisor, routed, 0.5 if is_mean else 1.0,
+        own is not None, float(getattr(config, "final_logit_softcapping", None) or 0.0),
     )  # fmt: skip
 
 
 def frequencies_of(model: Any, num_layers: int) -> list[str]:
-    """For each layer the attribute of the model's rotary embedding that holds its frequencies; empty: the layer does
-    not rotate."""
+    """For each layer the name of its frequencies, which `rotary_of` finds; empty: the layer does not rotate."""
     config, rotary = model.config.get_text_config(), text_body(model).rotary_emb
+    if hasattr(text_body(model), "rotary_embs"):  # one for each base of angles, the lowest first; base 0: none
+        bases = sorted({base for base in config.layer_rope_theta if base})
+        return [f"rotary_embs.{bases.index(base)}.inv_freq" if base else "" for base in config.layer_rope_theta]
     types = getattr(config, "layer_types", None) or [""] * num_layers
     attends = [hasattr(layer, ATTENTION) for layer in text_body(model).layers]
     still = family_parts(config.model_type).unrotated if getattr(config, "sliding_window", None) else ""
-    named = zip(types, attends, strict=False)
-    names = ["" if (still and kind == still) or not asks else f"{kind}_inv_freq" for kind, asks in named]
+    layers = text_body(model).layers
+    forced = [getattr(getattr(layer, ATTENTION, None), "force_rope", False) for layer in layers]
+    names = [
+        "" if (still and kind == still and not always) or not asks else f"{kind}_inv_freq"
+        for kind, asks, always in zip(types, attends, forced, strict=False)
+    ]
     if hasattr(rotary, "inv_freq"):
         names = ["inv_freq" if name else "" for name in names]
     absent = sorted({name for name in names if name and not hasattr(rotary, name)})
     need(not absent, f"{type(rotary).__name__} has no {', '.join(absent)}")
     return names
+
+
+def rotary_of(model: Any, name: str) -> tuple[Any, str]:
+    """The rotary embedding that has frequencies of this name, and its attribute."""
+    owner, _, attribute = name.rpartition(".")
+    return text_body(model).get_submodule(owner or "rotary_emb"), attribute
 
 
 def _block_kind(config: Any, layer: Layer) -> tuple[RouterKind, ExpertKind, int, int, int]:
@@ -276,24 +315,29 @@ def _packed(layer: Layer, shape: DecodeShape, kind: LayerKind, table: tuple[Tens
     given = None if isinstance(attention, DeltaNet) else attention.norms
     *found, output = attention.projections
     parts = [part for part in found if part is not None]
+    is_apart = isinstance(attention, Attention) and attention.gate is not None
+    if isinstance(attention, Attention) and attention.gate is not None:
+        parts.append(attention.gate)
     biases = [bias for part in parts if (bias := _bias(part)) is not None]
     q_norm, k_norm = (packed_norm(norm, layer.where) for norm in given) if given else (table[0],) * 2
     gate, gate_bias = (None, None) if layer.router is None else router_product(layer.router)
     names = ("input_norm", "post_norm", "attention_norm", "branch_norm", "routed_norm")
     norms = {name: _norm(getattr(layer, name), layer.where) for name in names}
+    kinds = {"layer" if norm.ndim == 2 else "rms" for norm in norms.values() if norm is not None}
+    need(kinds <= {shape.norm}, f"{layer.where} has norms of several kinds")
     factors = shape.router.expert_factors
     return LayerWeights(
         **norms,
         qkv=delta_rows(attention)
         if isinstance(attention, DeltaNet)
-        else gate_last([part.weight for part in parts], kind),
+        else gate_last([part.weight for part in parts], kind, is_apart),
         q_norm=q_norm,
         k_norm=k_norm,
         output=output.weight,
         gate=gate,
         cos=table[0],
         sin=table[1],
-        qkv_bias=gate_last(biases, kind) if biases else None,
+        qkv_bias=gate_last(biases, kind, is_apart) if biases else None,
         output_bias=output.bias,
         gate_bias=None if gate_bias is None else gate_bias.float(),
         selection_bias=None if gate is None else selection_bias(shape.router, layer.router, layer.block),
@@ -312,9 +356,10 @@ def _norm(norm: nn.Module | None, where: str) -> Tensor | None:
     return None if norm is None else packed_norm(norm, where)
 
 
-def gate_last(parts: Sequence[Tensor], kind: LayerKind) -> Tensor:
-    """The rows of q, k and v, and then those of the output gate, each head's of which follow on its rows of q."""
-    if kind.gate == "none":
+def gate_last(parts: Sequence[Tensor], kind: LayerKind, is_apart: bool) -> Tensor:
+    """The rows of q, k and v, and then those of the output gate, each head's of which follow on its rows of q, unless
+    the gate has a product of its own."""
+    if kind.gate == "none" or is_apart:
         return torch.cat(list(parts))
     q, *others = parts
     heads = q.view(kind.num_heads, 2, kind.head_dim, *q.shape[1:])
@@ -338,15 +383,16 @@ def _packed_mlp(mlp: Mlp, where: str) -> MlpWeights:
 def rotary_tables_of(model: Any, shape: DecodeShape) -> list[tuple[Tensor, Tensor]]:
     """For each layer cos and sin [max_tokens, head_dim / 2] of its rotary embedding: see `rotary_tables`. Layers of one
     kind share their tables."""
-    rotary, device = text_body(model).rotary_emb, model.lm_head.weight.device
+    device = model.lm_head.weight.device
     names = frequencies_of(model, shape.num_layers)
     keys = [(name, kind.head_dim // 2) for name, kind in zip(names, shape.each_attention, strict=True)]
     latents = [kind for kind in shape.each_attention if isinstance(kind, LatentKind)]
     exact = any(kind.pairs == "neighbours" for kind in latents)  # complex numbers are never rounded
     tables = {}
     for name, half in set(keys):
-        scaling = float(getattr(rotary, name.replace("inv_freq", "attention_scaling"), 1.0)) if name else 1.0
-        frequencies = getattr(rotary, name) if name else torch.zeros(half, device=device)
+        rotary, attribute = rotary_of(model, name)
+        scaling = float(getattr(rotary, attribute.replace("inv_freq", "attention_scaling"), 1.0)) if name else 1.0
+        frequencies = getattr(rotary, attribute) if name else torch.zeros(half, device=device)
         dtype = torch.float32 if exact else shape.dtype
         tables[name, half] = rotary_tables(frequencies, shape.max_tokens, dtype, scaling, half)
     return [tables[key] for key in keys]

@@ -24,15 +24,20 @@ _LIMITS, _ALPHAS = ("limit", "swiglu_limit"), ("alpha", "swiglu_alpha")
 
 
 def packed_norm(norm: nn.Module, where: str) -> Tensor:
-    """The weight of an RMS norm as the kernels take it: in its own dtype if the result is rounded before it is
-    multiplied, in float32 if after, and with 1 added where the norm's weights are kept around 0.
+    """The weight [H] of an RMS norm as the kernels take it: in its own dtype if the result is rounded before it is
+    multiplied, in float32 if after, and with 1 added where the norm's weights are kept around 0. Of a layer norm, which
+    subtracts the mean, weight and bias [2, H] in float32.
 
     Raises NotCapturableError for any other norm.
     """
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, Tensor):
         raise NotCapturableError(f"{where}: {type(norm).__name__} has no weight")
-    is_centred, is_last = _norm_kind(norm, where)
+    kind = _norm_kind(norm, where)
+    if kind is None:
+        bias = getattr(norm, "bias", None)
+        return torch.stack([weight.float(), torch.zeros_like(weight).float() if bias is None else bias.float()])
+    is_centred, is_last = kind
     if is_last:
         weight = weight.float()
     return 1.0 + weight if is_centred else weight
@@ -54,13 +59,17 @@ def norm_eps(norm: nn.Module) -> float:
     return next(iter(_floats(norm, ("variance_epsilon", "eps"))), 0.0)
 
 
-def _norm_kind(norm: nn.Module, where: str) -> tuple[bool, bool]:
-    """Whether the norm's weights are kept around 0, and whether it rounds after the multiplication."""
+def _norm_kind(norm: nn.Module, where: str) -> tuple[bool, bool] | None:
+    """Whether an RMS norm's weights are kept around 0, and whether it rounds after the multiplication; None for a layer
+    norm."""
     generator = torch.Generator().manual_seed(0)
     probe = copy.deepcopy(norm).to_empty(device="cpu").to(torch.bfloat16)
     weight = probe.weight
     assert isinstance(weight, Tensor)
     weight.data = torch.randn(weight.shape, generator=generator).to(torch.bfloat16)
+    bias = getattr(probe, "bias", None)
+    if isinstance(bias, Tensor):
+        bias.data = torch.randn(weight.shape, generator=generator).to(torch.bfloat16)
     x = torch.randn((_PROBES, *weight.shape), generator=generator).to(torch.bfloat16)
     eps = norm_eps(norm)
     with torch.no_grad():
@@ -72,7 +81,12 @@ def _norm_kind(norm: nn.Module, where: str) -> tuple[bool, bool]:
             wanted = (wanted * factor).to(torch.bfloat16)
             if (wanted != found).float().mean() < 0.01:  # sums of squares may differ in their order
                 return is_centred, is_last
-    raise NotCapturableError(f"{where}: {type(norm).__name__} is no RMS norm that the captured step computes")
+        away = x.float() - x.float().mean(-1, keepdim=True)
+        wanted = away * torch.rsqrt(away.square().mean(-1, keepdim=True) + eps) * weight.float()
+        wanted = (wanted if bias is None else wanted + bias.float()).to(torch.bfloat16)
+        if (wanted != found).float().mean() < 0.01:
+            return None
+    raise NotCapturableError(f"{where}: {type(norm).__name__} is no norm that the captured step computes")
 
 
 def gated_norm_weight(norm: nn.Module, where: str) -> Tensor:

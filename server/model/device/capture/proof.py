@@ -22,7 +22,7 @@ from expert_store.paging.pages import DevicePages, PagesShape
 from router.mask import ExpertMask
 from server.model.device.capture import NotCapturableError, need
 from server.model.device.capture.modules import TOWERS, moe_blocks, text_body
-from server.model.device.capture.pack import frequencies_of, pack_trunk, rotary_tables_of
+from server.model.device.capture.pack import frequencies_of, pack_trunk, rotary_of, rotary_tables_of
 from server.model.device.step.graphs import in_parallel
 from server.model.device.step.state import RowState
 from server.model.device.step.step import DecodeStep
@@ -114,8 +114,9 @@ def _excerpt(model: Any, shape: DecodeShape, kept: list[int], device: torch.devi
             setattr(owner, name, None)
     body.layers = nn.ModuleList(body.layers[index] for index in kept)
     config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[index] for index in kept]
+    for name in ("layer_types", "layer_rope_theta"):
+        if getattr(config, name, None):
+            setattr(config, name, [getattr(config, name)[index] for index in kept])
     if getattr(config, "sliding_window", None):
         config.sliding_window = WINDOW
     for _, block, _ in moe_blocks(excerpt):
@@ -123,6 +124,8 @@ def _excerpt(model: Any, shape: DecodeShape, kept: list[int], device: torch.devi
             delattr(block.experts, name)
     for table in (body.embed_tokens, excerpt.lm_head):
         table.weight = nn.Parameter(torch.empty(VOCABULARY, shape.hidden), requires_grad=False)
+        if getattr(table, "bias", None) is not None:
+            table.bias = nn.Parameter(torch.empty(VOCABULARY), requires_grad=False)
     excerpt.float().to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     for name, tensor in [*excerpt.named_parameters(), *excerpt.named_buffers()]:
@@ -136,6 +139,8 @@ def _excerpt(model: Any, shape: DecodeShape, kept: list[int], device: torch.devi
     if hasattr(body.embed_tokens, "scalar_embed_scale"):  # a constant that is kept in a buffer
         body.embed_tokens.embed_scale.fill_(body.embed_tokens.scalar_embed_scale)
     body.rotary_emb = type(body.rotary_emb)(config=config).to(device)
+    for at, rotary in enumerate(getattr(body, "rotary_embs", ())):
+        body.rotary_embs[at] = type(rotary)(config=rotary.config).to(device)
     excerpt.set_experts_implementation("eager")
     return excerpt.eval(), replace(
         shape,
@@ -161,14 +166,16 @@ def _check_rotary(excerpt: Any, shape: DecodeShape) -> None:
     for name, tables in dict(zip(names, rotary_tables_of(excerpt, shape), strict=True)).items():
         if not name:
             continue
-        rotary = copy.deepcopy(text_body(excerpt).rotary_emb)  # some kinds change with the positions that they get
-        kind = [] if name == "inv_freq" else [name.removesuffix("_inv_freq")]
+        rotary, attribute = rotary_of(excerpt, name)
+        rotary = copy.deepcopy(rotary)  # some kinds change with the positions that they get
+        kind = [] if attribute == "inv_freq" else [attribute.removesuffix("_inv_freq")]
         given = positions.expand(3, *positions.shape) if hasattr(rotary, "mrope_section") else positions
         found = rotary(excerpt.lm_head.weight[None], given, *kind)
         found = (found.real, found.imag) if isinstance(found, Tensor) else found
         for table, own in zip(tables, found, strict=False):
-            angles = own[0, :, : getattr(rotary, name).shape[0]].float()
-            same = torch.allclose(table[positions[0], : angles.shape[1]], angles, atol=1e-3)
+            num = getattr(rotary, attribute).shape[0]
+            layouts = [own[0, :, :num], own[0, :, ::2][:, :num]][: 2 if shape.neighbours else 1]
+            same = any(torch.allclose(table[positions[0], :num], one.float(), atol=1e-3) for one in layouts)
             need(same, f"{type(rotary).__name__} turns by other angles than the step's table within {shape.max_tokens}")
 
 

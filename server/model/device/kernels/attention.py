@@ -108,13 +108,18 @@ def _head(
 
 
 @triton.jit
-def _through_gate(value, gate, mask, dtype: tl.constexpr, GATE: tl.constexpr):
-    """value * sigmoid(gate), rounded as transformers does, from pointers `gate`; without a GATE the value alone."""
+def _through_gate(value, gates, head, full, mask, DV: tl.constexpr, dtype: tl.constexpr, GATE: tl.constexpr):
+    """value [heads, VP] times the function GATE (`parts.OutputGate`) of the heads' gates, rounded as transformers does;
+    without a GATE the value alone."""
     value = value.to(dtype)
-    if GATE == 1:
-        heat = tl.load(gate, mask=mask, other=0.0).to(tl.float32)
-        share = (1.0 / (1.0 + tl.exp(-heat))).to(dtype).to(tl.float32)
-        value = (value.to(tl.float32) * share).to(dtype)
+    if GATE > 0:
+        at = gates + (head[:, None] + 0 * full[None, :] if GATE == 3 else head[:, None] * DV + full[None, :])
+        heat = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        if GATE == 1:
+            share = 1.0 / (1.0 + tl.exp(-heat))
+        else:
+            share = tl.where(heat > 20.0, heat, tl.log(1.0 + tl.exp(tl.minimum(heat, 20.0))))
+        value = (value.to(tl.float32) * share.to(dtype).to(tl.float32)).to(dtype)
     return value
 
 
@@ -158,7 +163,7 @@ def _join(
     joined = tl.sum(parts * gain[:, :, None], axis=1)
     at = head[:, None] * DV + full[None, :]
     live = _within((head < num_heads)[:, None], full[None, :], DV, VP)
-    tl.store(out + first_head * DV + at, _through_gate(joined, gates + at, live, dtype, GATE), mask=live)
+    tl.store(out + first_head * DV + at, _through_gate(joined, gates, head, full, live, DV, dtype, GATE), mask=live)
 
 
 @triton.jit
@@ -299,10 +304,10 @@ def attend(
         heads = batch * NUM_HEADS + kv_head * GROUP + group
         mask = group < GROUP
         wide = _within(mask[:, None], full[None, :], DV, VP)
-        gates = mine + VALUES_AT + (NUM_KV + kv_head * GROUP) * DV
+        GATE_ROWS: tl.constexpr = 1 if GATE == 3 else DV  # of a head
+        gates = mine + VALUES_AT + NUM_KV * DV + kv_head * GROUP * GATE_ROWS
         if num_splits == 1:
-            own = gates + group[:, None] * DV + full[None, :]
-            value = _through_gate(acc / total[:, None], own, wide, dtype, GATE)
+            value = _through_gate(acc / total[:, None], gates, group, full, wide, DV, dtype, GATE)
             tl.store(out + heads[:, None] * DV + full[None, :], value, mask=wide)
         else:
             part = heads * SPLITS + split
@@ -315,7 +320,7 @@ def attend(
                 tl.store(counter, 0)
                 for joined in range(0, GROUP, JOINED):
                     _join(
-                        part_max, part_sum, part_out, gates + joined * DV, out,
+                        part_max, part_sum, part_out, gates + joined * GATE_ROWS, out,
                         batch * NUM_HEADS + kv_head * GROUP + joined, GROUP - joined, num_splits,
                         JOINED, DV, VP, SPLITS, dtype, GATE,
                     )  # fmt: skip

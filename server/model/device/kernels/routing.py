@@ -16,8 +16,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expert_store.paging.kernels import list_work
 from server.model.device.kernels.packed import factor
-from server.model.device.kernels.scores import softmax, top_k, weights_of, within_groups
-from server.model.device.kernels.trunk import normalise, scaled
+from server.model.device.kernels.scores import mixed_weights, softmax, top_k, weights_of, within_groups
+from server.model.device.kernels.trunk import norm_row, normalise, scaled
 
 # In a row's mask: the row may have the expert, but it is not in reach. The host finds it in the step's log, reads the
 # expert and runs the step again.
@@ -57,8 +57,9 @@ def route(
     RENORMALISE: tl.constexpr, EPS: tl.constexpr, FLOOR: tl.constexpr, SCALE: tl.constexpr,
     GROUPS: tl.constexpr, GP: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr,
     GATE_BIAS: tl.constexpr, EXPERT_FACTORS: tl.constexpr, SELECTION_BIAS: tl.constexpr,
-    EXACT_LOGITS: tl.constexpr, EXACT_SCORES: tl.constexpr, EXACT_WEIGHTS: tl.constexpr, NARROW: tl.constexpr,
-    ADAPTED: tl.constexpr, PDL: tl.constexpr,
+    TOLERANCE: tl.constexpr, EXACT_LOGITS: tl.constexpr, EXACT_SCORES: tl.constexpr,
+    EXACT_WEIGHTS: tl.constexpr, NARROW: tl.constexpr, ADAPTED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Routes x [B, H]; writes its norm, that of experts, to normed [B, H], the same in `planes` [B, PLANES, H / PLANES]
     (see `packed`), weights [B, K], the work list (see `list_work`) and the step's log [L, B, K].
@@ -103,7 +104,7 @@ def route(
     hidden = tl.load(x + batch * H + cols, mask=inside, other=0.0)
     stream = hidden
     if NORM:
-        hidden = normalise(stream.to(tl.float32), scale, eps, H, dtype)
+        hidden = norm_row(stream.to(tl.float32), scale, norm, cols, eps, H, dtype, NORM)
     if part == 0:
         tl.store(normed + batch * H + cols, hidden, mask=inside)
     gated = hidden
@@ -147,9 +148,11 @@ def route(
             wanted = known
             if GROUPS > 1:
                 wanted = within_groups(choice, known, K, E, 1, EP, GROUPS, GP, KEPT, BEST)
-            _, _, demand_ids, demand_values = top_k(choice, score, wanted, K, KP, 1, EP, SAME, NARROW)
+            held, rank, demand_ids, demand_values = top_k(choice, score, wanted, K, KP, 1, EP, SAME, NARROW)
             tl.store(log_demand + log_at, tl.where(demand_ids < 0, E, demand_ids), mask=log_mask)
             mass = weights_of(demand_values, score, known, SIGMOID, RENORMALISE, EPS, FLOOR, SCALE, weights_dtype)
+            if TOLERANCE > 0.0:
+                mass = mixed_weights(demand_values, score, known, held, rank, K, KP, TOLERANCE, weights_dtype)
             if EXPERT_FACTORS:
                 mass *= tl.load(expert_factors + demand_ids, mask=demand_ids >= 0, other=0.0)
             tl.store(log_mass + log_at, mass, mask=log_mask)
@@ -177,6 +180,8 @@ def route(
             choice, score, eligible, K, KP, 1, EP, SAME and not BIASED, NARROW and not BIASED
         )  # fmt: skip
         weight = weights_of(values, score, allowed, SIGMOID, RENORMALISE, EPS, FLOOR, SCALE, weights_dtype)
+        if TOLERANCE > 0.0:
+            weight = mixed_weights(values, score, allowed, chosen, order, K, KP, TOLERANCE, weights_dtype)
         if EXPERT_FACTORS:
             weight *= tl.load(expert_factors + ids, mask=ids >= 0, other=0.0)
         if ADAPTED:

@@ -153,3 +153,25 @@ def weights_of(
     if SCALE != 1.0:
         weight = weight * SCALE
     return weight.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def mixed_weights(
+    values, score, allowed, chosen, order,
+    K: tl.constexpr, KP: tl.constexpr, TOLERANCE: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """SparseMixer's weights [BP, KP] of picks by the highest of score [BP, EP]: a pick's softmax among the allowed
+    experts that are not picked before it and whose scores are close enough to its own, by TOLERANCE. The other
+    arguments are as `top_k` returns them. Source: `router.gating.special.SparseMixerRule`."""
+    picks = tl.arange(0, KP)
+    weights = tl.zeros(values.shape, tl.float32)
+    for k in tl.static_range(K):
+        best = tl.sum(tl.where((picks == k)[None, :], values, 0.0), axis=1)
+        exists = best > -float("inf")
+        best = tl.where(exists, best, 0.0)[:, None]
+        left = allowed & ((chosen == 0) | (order >= k))
+        close = (best - score) <= TOLERANCE * tl.maximum(tl.abs(score), best)
+        mass = tl.sum(tl.where(left & close, tl.exp(score - best), 0.0), axis=1)
+        weight = tl.where(exists, 1.0 / tl.where(mass > 0.0, mass, 1.0), 0.0)
+        weights = tl.where((picks == k)[None, :], weight[:, None], weights)
+    return weights.to(dtype).to(tl.float32)

@@ -31,6 +31,19 @@ def normalise(x, weight, eps, n, dtype: tl.constexpr):
 
 
 @triton.jit
+def norm_row(x, weight, norm, cols, eps, N: tl.constexpr, dtype: tl.constexpr, NORM: tl.constexpr):
+    """One row x (fp32, 0 past N) normalised: NORM 1 by `normalise`, 2 by a layer norm, whose bias follows on its
+    weights at `norm`. `weight` is what was loaded from there."""
+    if NORM == 2:
+        shift = tl.load(norm + N + cols, mask=cols < N, other=0.0)
+        x = tl.where(cols < N, x - tl.sum(x, axis=0) / N, 0.0)
+        x = (x * tl.rsqrt(tl.sum(x * x, axis=0) / N + eps) * weight + shift).to(dtype)
+    else:
+        x = normalise(x, weight, eps, N, dtype)
+    return x
+
+
+@triton.jit
 def gated(gate, up, dtype: tl.constexpr, GATE: tl.constexpr):
     """(up + shift) * gate * sigmoid(alpha * (gate + cubic * gate³)) within a limit, with transformers' roundings to the
     model's dtype. GATE: (alpha, limit, shift, cubic) of `step.parts.GateKind`."""
@@ -132,13 +145,13 @@ def embed(tokens, table, x, step, H: tl.constexpr, HP: tl.constexpr, SCALE: tl.c
 
 @triton.jit
 def _row(
-    w, x, scale, bias, rows, cols, inside, batch, eps, dtype: tl.constexpr,
+    w, x, norm, scale, bias, rows, cols, inside, batch, eps, dtype: tl.constexpr,
     K: tl.constexpr, STRIDE: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """w [rows, K] · norm?(x [batch]) + bias?, in fp32; scale [K] is of the norm."""
+    """w [rows, K] · norm?(x [batch]) + bias?, in fp32; scale [K] is what was loaded of the norm."""
     value = tl.load(x + batch * STRIDE + cols, mask=cols < K, other=0.0)
     if NORM:
-        value = normalise(value.to(tl.float32), scale, eps, K, dtype)
+        value = norm_row(value.to(tl.float32), scale, norm, cols, eps, K, dtype, NORM)
     acc = tl.sum(w.to(tl.float32) * value.to(tl.float32)[None, :], axis=1)
     if BIAS:
         acc += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
@@ -183,7 +196,7 @@ def product(
         gdc_wait()
     dtype: tl.constexpr = x.dtype.element_ty
     for batch in range(B):
-        acc = _row(w, x, scale, bias, rows, cols, inside, batch, eps, dtype, K, STRIDE, NORM, BIAS)
+        acc = _row(w, x, norm, scale, bias, rows, cols, inside, batch, eps, dtype, K, STRIDE, NORM, BIAS)
         _store_row(acc, residual, out, batch * N + rows, inside, dtype, RESIDUAL, SCALE, CAP)
     if ADAPTED:
         tl.debug_barrier()  # the second store of an entry comes after the first
@@ -193,7 +206,7 @@ def product(
                 own = scale
                 if NORM:
                     own = tl.load(norm + adapter * K + cols, mask=cols < K, other=0.0)
-                acc = _row(w, x, own, bias, rows, cols, inside, batch, eps, dtype, K, STRIDE, NORM, BIAS)
+                acc = _row(w, x, norm, own, bias, rows, cols, inside, batch, eps, dtype, K, STRIDE, NORM, BIAS)
                 if RANK > 0:
                     acc = with_change(acc, adapter, lora_b, low, batch, rows, inside, N, RANK)
                 _store_row(acc, residual, out, batch * N + rows, inside, dtype, RESIDUAL, SCALE, CAP)
@@ -202,7 +215,8 @@ def product(
 @triton.jit
 def norm_rows(
     x, norm, out, adapters, eps,
-    K: tl.constexpr, KP: tl.constexpr, STRIDE: tl.constexpr, ADAPTED: tl.constexpr, PDL: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, STRIDE: tl.constexpr, NORM: tl.constexpr, ADAPTED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, K] = norm(x [B, K]), whose rows are STRIDE apart. Grid (B,)."""
     if PDL:
@@ -214,7 +228,8 @@ def norm_rows(
     if ADAPTED:
         norm += tl.load(adapters + row) * K
     weight = tl.load(norm + cols, mask=cols < K, other=0.0)
-    tl.store(out + row * K + cols, normalise(value, weight, eps, K, x.dtype.element_ty), mask=cols < K)
+    value = norm_row(value, weight, norm, cols, eps, K, x.dtype.element_ty, NORM)
+    tl.store(out + row * K + cols, value, mask=cols < K)
 
 
 @triton.jit
@@ -240,15 +255,16 @@ def join(
     value = tl.load(branch + at, mask=inside, other=0.0)
     if BRANCH_NORM:
         weight = tl.load(branch_norm + cols, mask=inside, other=0.0)
-        value = normalise(value.to(tl.float32), weight, eps, H, dtype)
+        value = norm_row(value.to(tl.float32), weight, branch_norm, cols, eps, H, dtype, BRANCH_NORM)
     if BESIDE:
         other = tl.load(beside + at, mask=inside, other=0.0)
         if BESIDE_NORM:
             weight = tl.load(beside_norm + cols, mask=inside, other=0.0)
-            other = normalise(other.to(tl.float32), weight, eps, H, dtype)
+            other = norm_row(other.to(tl.float32), weight, beside_norm, cols, eps, H, dtype, BESIDE_NORM)
         value = (value.to(tl.float32) + other.to(tl.float32)).to(dtype)
     if NORM:
-        value = normalise(value.to(tl.float32), tl.load(norm + cols, mask=inside, other=0.0), eps, H, dtype)
+        weight = tl.load(norm + cols, mask=inside, other=0.0)
+        value = norm_row(value.to(tl.float32), weight, norm, cols, eps, H, dtype, NORM)
     value = scaled(value, dtype, SCALE).to(dtype).to(tl.float32)
     value = (value + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)).to(dtype)
     if FACTOR:
@@ -299,11 +315,11 @@ def tiled_product(
 
 
 @triton.jit
-def _input(x, scale, cols, batch, eps, dtype: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr):
+def _input(x, norm, scale, cols, batch, eps, dtype: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr):
     """norm?(x [batch]) as [1, K] in fp32."""
     value = tl.load(x + batch * K + cols, mask=cols < K, other=0.0)
     if NORM:
-        value = normalise(value.to(tl.float32), scale, eps, K, dtype)
+        value = norm_row(value.to(tl.float32), scale, norm, cols, eps, K, dtype, NORM)
     return value.to(tl.float32)[None, :]
 
 
@@ -332,7 +348,7 @@ def gated_product(
         gdc_wait()
     dtype: tl.constexpr = x.dtype.element_ty
     for batch in range(B):
-        value = _input(x, scale, cols, batch, eps, dtype, K, NORM)
+        value = _input(x, norm, scale, cols, batch, eps, dtype, K, NORM)
         gate = tl.sum(w_gate.to(tl.float32) * value, axis=1)
         up = tl.sum(w_up.to(tl.float32) * value, axis=1)
         tl.store(out + batch * N + rows, gated(gate, up, out.dtype.element_ty, GATE), mask=inside)
@@ -344,7 +360,7 @@ def gated_product(
                 own = scale
                 if NORM:
                     own = tl.load(norm + adapter * K + cols, mask=cols < K, other=0.0)
-                value = _input(x, own, cols, batch, eps, dtype, K, NORM)
+                value = _input(x, norm, own, cols, batch, eps, dtype, K, NORM)
                 gate = tl.sum(w_gate.to(tl.float32) * value, axis=1)
                 up = tl.sum(w_up.to(tl.float32) * value, axis=1)
                 if RANK > 0:

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-OutputGate = Literal["none", "sigmoid"]
+OutputGate = Literal["none", "sigmoid", "softplus", "softplus by head"]
 PairOrder = Literal["halves", "neighbours", "neighbours to halves"]
 
 
@@ -52,8 +52,8 @@ class AttentionKind:
         values_are_keys: values are what the product for keys gives, before norm and rotation.
         value_norm: values are normalised head by head, without weights.
         value_scale: factor of values.
-        gate: what attention puts out is multiplied, element by element, by this function of a product of the layer's
-            input, whose rows follow on those for queries, keys and values.
+        gate: what attention puts out is multiplied, element by element or head by head, by this function of a product
+            of the layer's input, whose rows follow on those for queries, keys and values.
     """
 
     num_heads: int
@@ -69,8 +69,12 @@ class AttentionKind:
     @property
     def qkv(self) -> int:
         """Rows of the product for queries, keys, values and output gates."""
-        gates = 0 if self.gate == "none" else self.width
-        return self.values_at + self.num_kv_heads * self.value_dim + gates
+        return self.values_at + self.num_kv_heads * self.value_dim + self.gates
+
+    @property
+    def gates(self) -> int:
+        """Rows of the product for output gates."""
+        return {"none": 0, "softplus by head": self.num_heads}.get(self.gate, self.width)
 
     @property
     def values_at(self) -> int:
@@ -245,6 +249,7 @@ class Scales:
     token's routed experts beside its shared one.
 
     Attributes:
+        mixed: the factor of the sum of a token's routed experts and its shared one.
         rounds_embedding: the factor of embeddings is rounded to the model's dtype.
         cap: logits x become cap * tanh(x / cap); 0: they stay as they are.
     """
@@ -253,6 +258,7 @@ class Scales:
     residual: float = 1.0
     logits: float = 1.0
     routed: float = 1.0
+    mixed: float = 1.0
     rounds_embedding: bool = False
     cap: float = 0.0
 

@@ -18,6 +18,7 @@ from torch import nn
 from router.errors import UnsupportedGatingError
 from router.gating import RouterCall, find_gating_rule, rules
 from router.gating.rules import BiasArgument, Renormalised, TopKRule
+from router.gating.special import SparseMixerRule
 from server.errors import ServerError
 
 Scores = Literal["softmax", "sigmoid"]
@@ -43,6 +44,7 @@ class RouterKind:
         group_best: number of best members whose scores sum to the group's score, 1 or 2.
         by_logits: the choice is by logits, plus the bias, though scores are a sigmoid of each.
         scale: factor of the weights.
+        tolerance: weights are those of SparseMixer, with this relative distance of logits; 0: they are not.
         own_norm: the gate reads the hidden state normalised for it alone, times this factor; 0: as the experts do.
         expert_factors: name of the router's attribute [E] by which weights are multiplied; None: none.
         exact_logits, exact_scores, exact_weights: kept in float32 where the model's dtype is a half one.
@@ -58,6 +60,7 @@ class RouterKind:
     group_best: int = 2
     by_logits: bool = False
     scale: float = 1.0
+    tolerance: float = 0.0
     own_norm: float = 0.0
     expert_factors: str | None = None
     exact_logits: bool = False
@@ -77,6 +80,12 @@ def router_kind(model_type: str, router: Any, block: Any) -> RouterKind:
         rule = find_gating_rule(model_type, router)
     except UnsupportedGatingError as error:
         raise RouterRefusedError(str(error)) from error
+    if isinstance(rule, SparseMixerRule):
+        logits, weights = _dtypes(router, block, None, TopKRule(), router_product(router)[0].shape[-1])
+        return RouterKind(
+            renormalise=False, tolerance=2 * float(router.router_jitter_noise), exact_logits=logits == torch.float32,
+            exact_weights=weights == torch.float32,
+        )  # fmt: skip
     has_norm = type(rule) is TopKRule and rule.logits is rules.logits_of_normed
     if type(rule) is not TopKRule or not (rule.scores_returned_logits or has_norm):
         raise RouterRefusedError(f"the router {type(router).__name__} is no plain scored top-k")
@@ -193,15 +202,17 @@ def _dtypes(router: Any, block: Any, bias: str | None, rule: TopKRule, width: in
     """Dtypes of the logits that the rule scores, and of the weights, of the same router in bfloat16, on the meta
     device."""
     meta = copy.deepcopy(router).to("meta").to(torch.bfloat16)
-    hidden = torch.empty(1, width, dtype=torch.bfloat16, device="meta")
     argument = isinstance(rule.bias, BiasArgument) and bias is not None
-    given = (hidden, getattr(block, str(bias)).detach().to("meta")) if argument else (hidden,)
-    try:
-        call = RouterCall.of(meta, given, {}, meta(*given))
-        logits = rule.logits(call)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise RouterRefusedError(f"the router cannot be asked for its dtypes: {error}") from error
-    return logits.dtype, call.picks.weights.dtype
+    more = (getattr(block, str(bias)).detach().to("meta"),) if argument else ()
+    problem: Exception | None = None
+    for size in ((1, width), (1, 1, width)):  # some routers take the tokens of each sequence apart
+        given = (torch.empty(size, dtype=torch.bfloat16, device="meta"), *more)
+        try:
+            call = RouterCall.of(meta, given, {}, meta(*given))
+            return rule.logits(call).dtype, call.picks.weights.dtype
+        except (RuntimeError, TypeError, ValueError) as error:
+            problem = error
+    raise RouterRefusedError(f"the router cannot be asked for its dtypes: {problem}") from problem
 
 
 def switches(kind: RouterKind, dtype: torch.dtype) -> dict[str, bool | int | float]:
@@ -211,6 +222,7 @@ def switches(kind: RouterKind, dtype: torch.dtype) -> dict[str, bool | int | flo
         "SIGMOID": sigmoid,
         "BY_LOGITS": kind.by_logits,
         "GATE_NORM": kind.own_norm,
+        "TOLERANCE": kind.tolerance,
         "RENORMALISE": kind.renormalise,
         "EPS": kind.eps,
         "FLOOR": kind.floor,

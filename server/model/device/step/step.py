@@ -263,6 +263,15 @@ class DecodeStep:
         self._product(attended, None, weights.output, weights.output_bias, None, self.branch, rows, change)
         self._add(self.x, self.branch, self.mid, norm=norm)
 
+    def _norm_of(self, norm: Tensor | None) -> int:
+        """The kernels' constant NORM for a norm over the hidden state, or 1 for another tensor; 0 for none."""
+        return 0 if norm is None else 2 if norm.ndim == 2 and len(norm) == 2 and self.shape.norm == "layer" else 1
+
+    @property
+    def _seen(self) -> Tensor:
+        """The stream as experts, or a layer's product, read it."""
+        return self.x if self.shape.is_parallel else self.mid
+
     def _join(self, layer: int) -> None:
         """Adds what the layer's experts, or its product, put into `branch` to the stream, changed as a whole."""
         weights = self.weights.layers[layer]
@@ -285,7 +294,7 @@ class DecodeStep:
         self._run(
             trunk.join, (self.batch,), residual, branch, *tensors, out, self.adapters, shape.eps,
             ADAPTED=self.options.adapted, H=shape.hidden, HP=pow2(shape.hidden), SCALE=shape.scales.residual,
-            **{name: one is not None for name, one in zip(names, given, strict=True)}, num_warps=8,
+            **{name: self._norm_of(one) for name, one in zip(names, given, strict=True)}, num_warps=8,
         )  # fmt: skip
 
     def route(self, layer: int) -> None:
@@ -297,7 +306,7 @@ class DecodeStep:
         rows, warps = tuning.gate_rows, tuning.route_warps
         self._run(
             routing.route, (triton.cdiv(shape.num_experts, rows), self.batch),
-            self.mid, *norms, gate, gate if weights.gate_bias is None else weights.gate_bias,
+            self._seen, *norms, gate, gate if weights.gate_bias is None else weights.gate_bias,
             gate if weights.selection_bias is None else weights.selection_bias,
             gate if weights.expert_factors is None else weights.expert_factors, self.normed, self.planes,
             self.router_logits,
@@ -318,7 +327,7 @@ class DecodeStep:
             STRIDE=pages.pairs.shape[1], BE=rows,
             POLICY=LFU.value if pages.policy == "lfu" else LRU.value, PAGED=pages.shape.paged, MASKED=options.masked,
             BIASED=options.resident_bias != 0.0, **plane_constants(shape.packed),
-            GATE_BIAS=weights.gate_bias is not None, NORM=weights.post_norm is not None,
+            GATE_BIAS=weights.gate_bias is not None, NORM=self._norm_of(weights.post_norm),
             EXPERT_FACTORS=weights.expert_factors is not None, ADAPTED=options.adapted,
             **switches(shape.router, shape.dtype),
             num_warps=warps,
@@ -370,7 +379,8 @@ class DecodeStep:
             "K": shape.top_k, "H": shape.hidden, "HP": pow2(shape.hidden), "I": shape.intermediate,
             "SHARED": 0 if mlp is None else 1 if switch is None else 2, "PAGED": pages.shape.paged,
             "BIAS": expert_constants(shape.experts, packed=shape.packed is not None)["BIAS"],
-            "SCALE": 1.0 if weights.joins else shape.scales.residual, "ROUTED": shape.scales.routed,
+            "SCALE": (1.0 if weights.joins else shape.scales.residual) * shape.scales.mixed,
+            "ROUTED": shape.scales.routed,
             "ADAPTED": self.options.adapted, "RANK": rank,
         }  # fmt: skip
         if shape.packed is None:
@@ -437,7 +447,7 @@ class DecodeStep:
             trunk.product, (triton.cdiv(num_rows, rows),),
             x, x if norm is None else norm, weight, x if bias is None else bias, x if residual is None else residual,
             out, *lora, self.shape.eps if eps is None else eps, num_rows, B=self.batch, K=width, KP=pow2(width),
-            STRIDE=x.stride(0), BN=rows, NORM=norm is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
+            STRIDE=x.stride(0), BN=rows, NORM=self._norm_of(norm), BIAS=bias is not None, RESIDUAL=residual is not None,
             **self._factors(out, residual), ADAPTED=self.options.adapted, RANK=rank,
             num_warps=self.options.tuning.product_warps,
         )  # fmt: skip
@@ -474,9 +484,9 @@ class DecodeStep:
         num_rows, width = weight.shape
         tuning = self.options.tuning
         if norm is not None:
-            sizes = {"K": width, "KP": pow2(width), "STRIDE": x.stride(0), "ADAPTED": self.options.adapted}
+            sizes = {"K": width, "KP": pow2(width), "STRIDE": x.stride(0), "NORM": self._norm_of(norm)}
             given = (x, norm, self.normed, self.adapters, self.shape.eps if eps is None else eps)
-            self._run(trunk.norm_rows, (self.batch,), *given, **sizes, num_warps=8)
+            self._run(trunk.norm_rows, (self.batch,), *given, **sizes, ADAPTED=self.options.adapted, num_warps=8)
             x = self.normed
         lora, rank = self._shrink(x, None, change)
         tile = tuning.tiled_rows if num_rows >= 132 * tuning.tiled_rows else 16
@@ -499,12 +509,13 @@ class DecodeStep:
         out = self._rows_of(self.inner, num_rows)
         norm = self.weights.layers[layer].post_norm if mlp.norm is None else mlp.norm
         rows = max(1, min(self.options.tuning.up_rows, MOST_ROW_ELEMENTS // 2 // pow2(width)))
-        lora, rank = self._shrink(self.mid, norm, self._changes(layer).up)
+        lora, rank = self._shrink(self._seen, norm, self._changes(layer).up)
         self._run(
             trunk.gated_product, (triton.cdiv(num_rows, rows),),
-            self.mid, mlp.up if norm is None else norm, mlp.up, out, *lora, self.shape.eps, num_rows,
-            B=self.batch, K=width, KP=pow2(width), BN=rows, NORM=norm is not None, GATE=self.shape.mlp_gate.constants,
-            ADAPTED=self.options.adapted, RANK=rank, num_warps=self.options.tuning.product_warps,
+            self._seen, mlp.up if norm is None else norm, mlp.up, out, *lora, self.shape.eps, num_rows,
+            B=self.batch, K=width, KP=pow2(width), BN=rows, NORM=self._norm_of(norm),
+            GATE=self.shape.mlp_gate.constants, ADAPTED=self.options.adapted, RANK=rank,
+            num_warps=self.options.tuning.product_warps,
         )  # fmt: skip
         return out
 

@@ -31,6 +31,7 @@ from server.model.device.step.router_kind import SOFTMAX_TOP_K, RouterKind
 from server.model.kv.blocks import BLOCK_TOKENS
 
 LayerKind = AttentionKind | LatentKind | DeltaKind
+NormKind = Literal["rms", "layer"]
 QkNorm = Literal["none", "head", "row", "head, rotated"]
 
 
@@ -41,6 +42,9 @@ class DecodeShape:
     Attributes:
         num_layers: layers of the model, including those without routed experts.
         block_tokens: tokens of a block of KV memory, a power of two.
+        norm: the kind of all norms over the hidden state; layer norms, which subtract the mean, have [2, H] numbers:
+            weights, then biases.
+        is_parallel: experts, or the layer's product, read what attention reads, not what it has added.
         qk_norm: queries and keys are normalised by head, over all heads together, by head after they were rotated, or
             not.
         rotary: number of rotated elements of a head, its first ones; None: all.
@@ -71,6 +75,8 @@ class DecodeShape:
     block_tokens: int = BLOCK_TOKENS
     eps: float = 1e-6
     scaling: float | None = None
+    norm: NormKind = "rms"
+    is_parallel: bool = False
     qk_norm: QkNorm = "head"
     rotary: int | None = None
     output_gate: OutputGate = "none"

@@ -155,6 +155,14 @@ QWEN36 = replace(
     attentions=(*[DELTA] * 3, AttentionKind(16, 2, 256, 256, 64, gate="sigmoid")),
 )  # fmt: skip
 """Qwen3.6-35B-A3B."""
+PHIMOE = replace(
+    QWEN3, num_layers=2, num_kv_heads=8, hidden=4096, vocab=32064, num_experts=16, top_k=2, intermediate=6400,
+    qk_norm="none", norm="layer", router=RouterKind(renormalise=False, tolerance=0.02),
+)  # fmt: skip
+PARALLEL = replace(
+    TINY, is_parallel=True, output_gate="softplus by head", shared_intermediate=32, scales=Scales(mixed=0.5, cap=3.0),
+    router=RouterKind(scores="sigmoid", by_logits=True, selection_bias="bias"),
+)  # fmt: skip
 
 EVERY_KIND = replace(
     TINY, dense_layers=frozenset({0}), dense_intermediate=64, shared_intermediate=32, rotary=16, windows=(16, 0),
@@ -189,6 +197,8 @@ CASES = {
     "deepseek-v3 in float32": Case(replace(DEEPSEEK_V3, dtype=torch.float32), 16, ((2, True, 0.0, "lru"),)),
     "deepseek-v2-lite": Case(DEEPSEEK_V2_LITE, 16, (_PLAIN, (8, True, 0.0, "lru"))),
     "glm-4-lite": Case(GLM4_LITE, 16, (_PLAIN, (8, True, 0.0, "lru"))),
+    "phimoe": Case(PHIMOE, 8, (_PLAIN, (8, True, 0.0, "lru"))),
+    "tiny, in parallel": Case(PARALLEL, 6, (_PLAIN, (2, True, 0.1, "lfu"))),
     "gemma": Case(GEMMA, 40, (_PLAIN, (8, True, 0.0, "lru"))),
     "tiny, delta nets": Case(DELTAS, 6, (_PLAIN, (2, True, 0.0, "lru"))),
     "qwen3.6": Case(QWEN36, 64, (_PLAIN, (8, True, 0.0, "lru"))),
@@ -257,9 +267,10 @@ def trunk(shape: DecodeShape, rank: int = 0) -> TrunkWeights:
         inner = shape.dense_intermediate if dense else shape.shared_intermediate
         bias = torch.empty(shape.num_experts, device="meta")
         norm = torch.empty(shape.hidden, device="meta") if shape.experts.alternates else matrix(shape.hidden)
+        norm = torch.empty(2, shape.hidden, device="meta") if shape.norm == "layer" else norm
         return LayerWeights(
             norm, matrix(attention.qkv, shape.hidden), matrix(norms), matrix(norms),
-            matrix(shape.hidden, attention.width), matrix(shape.hidden),
+            matrix(shape.hidden, attention.width), norm,
             None if dense else matrix(shape.num_experts, shape.hidden), table, table,
             qkv_bias=matrix(attention.qkv) if shape.qk_norm == "none" else None,
             selection_bias=None if shape.router.selection_bias is None else bias,

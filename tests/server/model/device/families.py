@@ -39,6 +39,7 @@ class Captured:
     seen: dict[str, Any] = field(default_factory=dict)
     family: str = ""
     is_whole: bool = True
+    takes_temperature: bool = True
 
 
 _GRANITE = {
@@ -135,6 +136,43 @@ CAPTURED = {
             "scales": Scales(8.0, rounds_embedding=True, cap=3.0),
         },
     ),
+    "afmoe": Captured(
+        {"sliding_window": 3, "layer_types": _MIXED, "mup_enabled": True},
+        {"windows": (3, 0), "output_gate": "sigmoid", "scales": Scales(8.0), **_DENSE_FIRST},
+    ),
+    "kolibri1": Captured({"sliding_window": 3, "layer_types": _MIXED}, {"windows": (3, 0)}),
+    "laguna": Captured(
+        {"sliding_window": 3, "layer_types": _MIXED, "num_attention_heads_per_layer": [4, 8]},
+        {"windows": (3, 0), "output_gate": "softplus by head"},
+    ),
+    "laguna, gates by element": Captured(
+        {"gating": "per-element", "sliding_window": 3}, {"output_gate": "softplus"}, "laguna"
+    ),
+    "cohere2_moe": Captured(
+        {
+            "sliding_window": 3, "layer_types": _MIXED, "num_shared_experts": 1, "logit_scale": 0.25,
+            "intermediate_size": 16,
+        },
+        {"is_parallel": True, "norm": "layer", "neighbours": True, "scales": Scales(logits=0.25, mixed=0.5)},
+    ),
+    "cohere2_moe by sigmoids": Captured(
+        {"expert_selection_fn": "sigmoid", "rms_norm_eps": 1e-6, "intermediate_size": 16, "sliding_window": 3},
+        {"is_parallel": True, "norm": "rms"}, "cohere2_moe",
+    ),
+    "granitemoe_swa": Captured(
+        {
+            **_GRANITE, "shared_intermediate_size": 16, "sliding_window": 3, "layer_types": _MIXED,
+            "layer_rope_theta": [1e4, 0],
+        },
+        {"windows": (3, 0), "scales": Scales(3.0, 0.5, 0.25), "shared_intermediate": 16},
+    ),
+    "phimoe": Captured(
+        {
+            "hidden_size": 128, "intermediate_size": 16, "attention_bias": True, "lm_head_bias": True,
+            "num_experts_per_tok": 2,
+        },
+        {"norm": "layer"}, takes_temperature=False,
+    ),
     "flex_olmo": Captured({"intermediate_size": 16}, {"qk_norm": "row"}),
     "axk1": Captured({**_LATENTS, "q_lora_rank": 48, "n_group": 1}, _latents(4, 48, "neighbours to halves")),
     "kimi_k25": Captured({**_LATENTS, "q_lora_rank": 48}, _latents(4, 48, "neighbours to halves")),
@@ -170,6 +208,10 @@ expert, and heads of other sizes by layer."""
 ALONE_TOO = ["olmoe", "qwen2_moe", "glm4_moe in groups", "minimax_m2"]
 
 
+_SHARING = ("granitemoe", "granitemoe_swa", "granitemoeshared", "olmoe", "phimoe", "qwen2_moe")
+"""Families whose heads share the hidden size."""
+
+
 def model_of(name: str) -> Any:
     """The family's tiny random model in float32."""
     wanted = CAPTURED[name]
@@ -179,7 +221,7 @@ def model_of(name: str) -> Any:
     if not is_installed(family):
         pytest.skip(f"this transformers has no {family}")
     overrides = {**SIZES, **wanted.overrides}
-    if family in ("olmoe", "qwen2_moe", "granitemoe", "granitemoeshared"):  # their heads share the hidden size
+    if family in _SHARING:
         overrides.pop("head_dim")
     return random_model(family, **overrides)
 

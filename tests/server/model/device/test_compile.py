@@ -38,7 +38,7 @@ LARGE = [name for name in CASES if name not in (*KINDS, *SMALL, *PACKED, *LATENT
                 (90, PACKED),
                 (90, LATENTS),
                 (90, ADAPTED),
-                (80, [*KINDS, "bundled", "int4", "gpt-oss", "gpt-oss, mxfp4", "ernie", "mimo", "gemma", "deepseek-v3"]),
+                (80, [*KINDS, "bundled", "int4", "gpt-oss", "gpt-oss, mxfp4", "ernie", "mimo", "gemma", "phimoe"]),
                 (80, ["qwen3.6"]),
             )
         ),

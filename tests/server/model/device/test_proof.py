@@ -206,8 +206,11 @@ def test_norms_are_packed_as_they_round() -> None:
     assert packed_norm(plain, "here") is plain.weight
     assert packed_norm(last, "here").dtype == torch.float32
     assert torch.equal(packed_norm(centred, "here"), 1.0 + centred.weight.float())
-    with pytest.raises(NotCapturableError, match="here: LayerNorm is no RMS norm"):
-        packed_norm(nn.LayerNorm(64), "here")
+    layer = nn.LayerNorm(64).bfloat16()
+    layer.bias.data.normal_()
+    assert torch.equal(packed_norm(layer, "here"), torch.stack([layer.weight, layer.bias]).float())
+    with pytest.raises(NotCapturableError, match="here: GroupNorm is no norm"):
+        packed_norm(nn.GroupNorm(4, 64), "here")
 
 
 @pytest.mark.exhaustive

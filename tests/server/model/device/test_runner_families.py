@@ -37,6 +37,7 @@ MORE = [
     "ernie4_5_moe", "hunyuan_v1_moe", "granitemoeshared", "minimax_m3_vl_text", "mimo_v2_flash",
     "deepseek_v2", "deepseek_v3", "deepseek_v3 in halves", "glm4_moe_lite", "axk1",
     "gemma4_text", "flex_olmo", "qwen3_next", "qwen3_5_moe_text",
+    "afmoe", "kolibri1", "laguna", "cohere2_moe", "granitemoe_swa", "phimoe",
 ]  # fmt: skip
 PROMPT, NUM_TOKENS = [40, 41, 42], 2
 
