@@ -105,12 +105,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Trace:
-    """The result of `trace`. `experts[module]` holds the recipes of an experts module in parameter order."""
+    """The result of `trace`. `experts[module]` holds the recipes of an experts module in parameter order; `whole` are
+    the MoE layers of which all experts must be extracted."""
 
     architecture: str
     top_k: int
     experts: Mapping[str, tuple[Recipe, ...]]
     trunk: tuple[str, ...]
+    whole: tuple[int, ...]
 
 
 class _OneExpert:
@@ -136,7 +138,7 @@ def trace(directory: Path, tensors: Mapping[str, TensorEntry]) -> Trace:
         raise unsupported(directory, f"no layer of {type(model).__name__} goes through transformers' experts registry")
     if len({tuple(re.findall(r"\d+", name)) for name in modules}) != len(modules):
         raise unsupported(directory, f"a layer of {type(model).__name__} has more than one set of routed experts")
-    check_routers(model, modules, model.config.model_type, str(directory))
+    whole = check_routers(model, modules, model.config.model_type, str(directory))
     ignored += model._keys_to_ignore_on_load_unexpected or ()
     transforms = get_model_conversion_mapping(model)
     collected, trunk, converters = _assign(model, modules, tensors, ignored, transforms)
@@ -149,7 +151,7 @@ def trace(directory: Path, tensors: Mapping[str, TensorEntry]) -> Trace:
     }
     with _building:
         check_trunk(model, trunk, tensors, set(collected), transforms, directory)
-    return Trace(type(model).__name__, _top_k(model.config, directory), experts, tuple(trunk))
+    return Trace(type(model).__name__, _top_k(model.config, directory), experts, tuple(trunk), whole)
 
 
 def build_model(directory: Path) -> tuple[Any, list[str]]:

@@ -2,7 +2,8 @@
 
 There is no list of families: a checkpoint is supported if transformers has a causal language model for it whose routed
 experts use its experts registry, and if the gating rule of each of its routers is known (`router.gating`), since only a
-model that can be masked exactly can be served from part of its experts. Quantised checkpoints are supported if
+model that can be masked exactly can be served from part of its experts; layers without a masked counterpart are
+extracted whole. Quantised checkpoints are supported if
 `quantised.py` can dequantise them.
 """
 
@@ -38,13 +39,20 @@ def check_family(config: dict[str, Any], where: str) -> str:
     return family
 
 
-def check_routers(model: nn.Module, experts_modules: Iterable[str], family: str, where: str) -> None:
-    """Refuse a model with a router whose choice cannot be masked exactly. Raises UnsupportedFamilyError."""
-    for name in experts_modules:
+def check_routers(model: nn.Module, experts_modules: Iterable[str], family: str, where: str) -> tuple[int, ...]:
+    """The MoE layers whose routers take no mask, so that all their experts must be extracted.
+
+    Raises UnsupportedFamilyError for a router without a known rule.
+    """
+    whole = []
+    for layer, name in enumerate(experts_modules):
         try:
-            find_gating_rule(family, router_beside(model, name, where))
+            rule = find_gating_rule(family, router_beside(model, name, where))
         except UnsupportedGatingError as error:
             raise UnsupportedFamilyError(f"{where}: {error}") from error
+        if not rule.takes_mask:
+            whole.append(layer)
+    return tuple(whole)
 
 
 def router_beside(model: nn.Module, experts_module: str, where: str) -> nn.Module:

@@ -39,7 +39,8 @@ Part = tuple[TensorEntry, int, int]
 @dataclass(frozen=True)
 class ExpertsLayout:
     """The experts of a checkpoint. `trunk` are all other tensors; `notes` say what is dequantised, and why; `maker`
-    makes the experts smaller, None where they are as shipped or in 16 bits.
+    makes the experts smaller, None where they are as shipped or in 16 bits; of the MoE layers in `whole` all experts
+    must be extracted.
     """
 
     model: ModelSpec
@@ -49,6 +50,7 @@ class ExpertsLayout:
     checkpoint: Checkpoint
     notes: tuple[str, ...]
     maker: Maker | None
+    whole: tuple[int, ...]
 
     @classmethod
     def of_store(cls, checkpoint: Checkpoint, manifest: Manifest, root: Path) -> ExpertsLayout:
@@ -102,7 +104,7 @@ class ExpertsLayout:
             )
         if maker is not None:
             notes += _made_again(checkpoint, found.experts.values(), experts_dtype)
-        return cls(model, tuple(layers), tuple(recipes), trunk, checkpoint, tuple(notes), maker)
+        return cls(model, tuple(layers), tuple(recipes), trunk, checkpoint, tuple(notes), maker, found.whole)
 
     def span(self, layer: int, expert: int) -> Iterator[Piece]:
         """The pieces of the span of (MoE layer, expert), in order."""

@@ -85,6 +85,11 @@ def check_choice(whole: Any, model: ModelSpec, kept: Sequence[Sequence[int]]) ->
     for layer, module in enumerate(experts_shapes(whole)):
         router = router_beside(whole, module, model.family)
         rule = find_gating_rule(model.family, router)
+        if not rule.takes_mask and len(kept[layer]) < model.num_experts:
+            raise UnsupportedFamilyError(
+                f"the family {model.family!r} cannot be exported with {len(kept[layer])} of {model.num_experts} "
+                f"experts: MoE layer {layer} routes by token id, and needs each of them"
+            )
         if isinstance(rule, SparseMixerRule) and len(kept[layer]) < model.top_k:
             raise UnsupportedFamilyError(
                 f"the family {model.family!r} cannot be exported with {len(kept[layer])} experts: its router always "

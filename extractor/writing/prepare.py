@@ -112,7 +112,20 @@ def _fresh(
     layout = _layout(checkpoint, experts_dtype, importance)
     trunk_bytes = sum(output.file_bytes for output in all_trunk_outputs(layout))
     selection = select(request, layout.model, layout.layers, trunk_bytes, checkpoint.fingerprint)
+    _check_whole(layout, selection)
     return _work(layout, target, selection, None, {})
+
+
+def _check_whole(layout: ExpertsLayout, selection: Selection) -> None:
+    """Raises SelectionError where experts are left out of a layer that routes by token id."""
+    num, family = layout.model.num_experts, layout.model.family
+    for layer in layout.whole:
+        held = len({experts[layer] for experts in selection.deep_experts})
+        if held < num:
+            raise SelectionError(
+                f"MoE layer {layer} of {family} routes by token id, so a text may need each of its {num} experts, and "
+                f"{held} were chosen: extract all of them (leave out --experts, --count, --keep, --budget and --plan)"
+            )
 
 
 def _work(

@@ -87,10 +87,14 @@ class RouterCall:
 
 
 class GatingRule(Protocol):
-    """The gating rule of one family under a mask. `takes_temperature`: whether its logits may be divided."""
+    """The gating rule of one family under a mask. `takes_temperature`: whether its logits may be divided; `takes_mask`:
+    whether experts may be hidden."""
 
     @property
     def takes_temperature(self) -> bool: ...
+
+    @property
+    def takes_mask(self) -> bool: ...
 
     def masked(self, call: RouterCall, mask: Tensor, temperature: Tensor | None = None) -> Output:
         """The output that the router would give in a checkpoint without the masked experts.

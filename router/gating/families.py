@@ -17,7 +17,7 @@ from router.errors import UnsupportedGatingError
 from router.gating import rules
 from router.gating.call import GatingRule
 from router.gating.rules import BiasArgument, GroupLimit, Renormalised, TopKRule
-from router.gating.special import SharedSoftmaxRule, SkipClassRule, SparseMixerRule
+from router.gating.special import SharedSoftmaxRule, SkipClassRule, SparseMixerRule, TokenIdRule
 
 _SOFTMAX = TopKRule(weights=Renormalised(when="norm_topk_prob"))
 _SOFTMAX_RENORMALISED = TopKRule(weights=Renormalised())
@@ -158,10 +158,8 @@ RULES: dict[str, GatingRule] = {
     "zaya": SkipClassRule(),
 }
 
-# Routers that cannot be masked, by class name, with the reason.
-REFUSED: dict[str, str] = {
-    "DeepseekV4HashRouter": "its picks come from a table by token id, not from scores",
-}
+# Rules of routers that stand beside another kind in a family, by class name.
+_BY_CLASS: dict[str, GatingRule] = {"DeepseekV4HashRouter": TokenIdRule()}
 
 
 def family_of(module: nn.Module) -> str | None:
@@ -173,10 +171,8 @@ def family_of(module: nn.Module) -> str | None:
 def find_gating_rule(model_type: str, module: nn.Module) -> GatingRule:
     """The rule of the router `module` of a model whose config says `model_type`. Raises `UnsupportedGatingError`."""
     name = type(module).__name__
-    if name in REFUSED:
-        raise UnsupportedGatingError(
-            f"the router {name} of model type {model_type!r} cannot be masked: {REFUSED[name]}"
-        )
+    if name in _BY_CLASS:
+        return _BY_CLASS[name]
     if type(module) is nn.Linear:
         raise UnsupportedGatingError(
             f"model type {model_type!r} chooses its experts outside its router, which is a plain linear layer in this "

@@ -185,6 +185,7 @@ class TopKRule:
     logits: Callable[[RouterCall], Tensor] = field(default=lambda call: call.picks.logits)
     expert_scale: str | None = None
     takes_temperature: ClassVar[bool] = True
+    takes_mask: ClassVar[bool] = True
 
     @property
     def scores_returned_logits(self) -> bool:

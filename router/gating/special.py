@@ -1,7 +1,8 @@
-"""Gating rules that are no plain scored top-k: SparseMixer, shared experts in the normalisation, a class "skip".
+"""Gating rules that are no plain scored top-k: SparseMixer, shared experts in the normalisation, a class "skip", and
+picks by token id.
 
 Invariant, as in `rules.py`: the result equals the output of the router in a checkpoint without the unavailable experts.
-Source: transformers' `phimoe`, `inkling` and `zaya`; SparseMixer is arXiv 2409.12136.
+Source: transformers' `phimoe`, `inkling`, `zaya` and `deepseek_v4`; SparseMixer is arXiv 2409.12136.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class SparseMixerRule:
     """
 
     takes_temperature: ClassVar[bool] = False
+    takes_mask: ClassVar[bool] = True
 
     def masked(self, call: RouterCall, mask: Tensor, temperature: Tensor | None = None) -> Output:
         """See `GatingRule.masked`."""
@@ -53,6 +55,7 @@ class SharedSoftmaxRule:
     """
 
     takes_temperature: ClassVar[bool] = False
+    takes_mask: ClassVar[bool] = True
 
     def masked(self, call: RouterCall, mask: Tensor, temperature: Tensor | None = None) -> Output:
         """See `GatingRule.masked`."""
@@ -79,6 +82,7 @@ class SkipClassRule:
     """
 
     takes_temperature: ClassVar[bool] = False
+    takes_mask: ClassVar[bool] = True
 
     def masked(self, call: RouterCall, mask: Tensor, temperature: Tensor | None = None) -> Output:
         """See `GatingRule.masked`."""
@@ -89,3 +93,19 @@ class SkipClassRule:
         index = choice.topk(picks.index.shape[-1], dim=-1).indices
         exists = functional.pad(mask, (0, 1)).gather(-1, index)
         return picks.replaced(probs.gather(-1, index), index, exists, mask)
+
+
+@dataclass(frozen=True)
+class TokenIdRule:
+    """DeepSeek-V4's first layers: the picks come from a table by token id, and no score tells what else to pick.
+
+    Such a layer has no masked counterpart: all its experts must be available, and the stock picks stay.
+    """
+
+    takes_temperature: ClassVar[bool] = False
+    takes_mask: ClassVar[bool] = False
+
+    def masked(self, call: RouterCall, mask: Tensor, temperature: Tensor | None = None) -> Output:
+        """See `GatingRule.masked`; the caller hides no expert."""
+        picks = call.picks
+        return picks.replaced(picks.weights, picks.index, torch.ones_like(picks.index, dtype=torch.bool), mask)

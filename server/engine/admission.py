@@ -82,6 +82,10 @@ def check_ability(request: GenerationRequest, runner: Runner) -> None:
         refusal = runner.model.routing.temperature_refusal()
         if refusal is not None:
             raise InvalidRequestError(f"router_temperature is not possible for this model: {refusal}; leave it out")
+    if request.masking is not None:
+        refusal = runner.model.routing.mask_refusal(request.masking.mask)
+        if refusal is not None:
+            raise InvalidRequestError(f"the request asks for a profile or a pool: {refusal}; leave both out")
     if request.on_missing == "fetch":
         refusal = runner.fetch_refusal()
         if refusal is not None:

@@ -23,7 +23,6 @@ REASONS = {
     "longcat_flash": OUTSIDE,
     "switch_transformers": NO_MODEL,
     "nllb-moe": NO_MODEL,
-    "deepseek_v4": "DeepseekV4HashRouter .* cannot be masked: its picks come from a table by token id",
 }
 
 

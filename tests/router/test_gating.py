@@ -358,7 +358,7 @@ def test_unknown_router_is_refused_by_name() -> None:
         find_gating_rule("unseen", UnseenRouter())
 
 
-def test_router_by_token_id_is_refused_with_the_reason() -> None:
+def test_router_by_token_id_takes_no_mask() -> None:
     hash_router = type("DeepseekV4HashRouter", (nn.Module,), {})()
-    with pytest.raises(UnsupportedGatingError, match="token id"):
-        find_gating_rule("deepseek_v4", hash_router)
+    assert not find_gating_rule("deepseek_v4", hash_router).takes_mask
+    assert all(rule.takes_mask for rule in RULES.values())

@@ -24,6 +24,7 @@ from expert_store.residency.policy import POLICIES
 from expert_store.residency.slots import slot_bytes
 from expert_store.rows import TORCH_DTYPES
 from expert_store.store import Store
+from router.errors import MaskError
 from router.mask import ExpertMask
 from server.model.host.balance import refusal
 from server.model.host.kept import most_used_experts
@@ -127,6 +128,9 @@ def load_model(store: Store, options: RunnerOptions, *, progress: Progress = lam
     )
     routing = StepRouting(store.manifest.model.family, len(store.manifest.layers), device, mask)
     _bind(model, store, cache, routing, options.batch_invariant)
+    refusal_of_mask = routing.mask_refusal(mask)
+    if refusal_of_mask is not None:
+        raise MaskError(f"{refusal_of_mask}: extract every expert, and serve without a mask")
     if options.batch_invariant:
         fix_rows(model)
     adapters = store_adapters(store.path, store.manifest) if options.adapters else {}

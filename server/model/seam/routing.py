@@ -95,6 +95,14 @@ class StepRouting:
                 return f"the router {type(router).__name__} of {self._model_type} is no plain scored top-k"
         return None
 
+    def mask_refusal(self, mask: ExpertMask | None) -> str | None:
+        """The reason why routing cannot keep to a mask; None if it can. Without a mask, one that hides experts of every
+        layer is meant."""
+        for layer in range(self._num_layers):
+            if not self._rule(layer, self.router(layer)).takes_mask and (mask is None or not mask.allowed[layer].all()):
+                return f"MoE layer {layer} of {self._model_type} routes by token id, and needs all of its experts"
+        return None
+
     def begin(
         self,
         num_rows: int,
