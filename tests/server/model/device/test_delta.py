@@ -15,8 +15,12 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 
+from expert_store.adapter import Adapter
 from expert_store.errors import StoreError
 from expert_store.store import Store
+from server.model.device.capture import NotCapturableError
+from server.model.device.capture.adapters import check_adapters
+from server.model.device.capture.parts import gated_norm_weight
 from server.model.device.running.assembly import load_device_runner
 from server.model.device.running.runner import DeviceRunner
 from server.model.device.step import delta, graphs
@@ -144,3 +148,24 @@ def test_a_chunk_that_failed_leaves_the_state_as_it_was(
             runner.prefill(row, tokens[3:])
     got = runner.prefill(row, tokens[3:]).logits[0]
     assert distance(got.double().cpu(), logits_of(tokens)[-1]) < 2e-5
+
+
+def test_adapters_beside_delta_nets_are_refused_by_name() -> None:
+    check_adapters(model_of(FAMILY), {})
+    with pytest.raises(NotCapturableError, match="no adapters beside delta nets: the host-driven path carries it"):
+        check_adapters(model_of(FAMILY), {"terse": Adapter("", 2, 8, {})})
+
+
+def test_a_gated_norm_is_what_it_computes() -> None:
+    norm = model_of(FAMILY).model.layers[0].linear_attn.norm
+    assert gated_norm_weight(norm, "here") is norm.weight
+
+    class Sigmoid(type(norm)):  # type: ignore[misc]
+        def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+            value = hidden_states.float()
+            value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + self.variance_epsilon)
+            return (self.weight * value.to(hidden_states.dtype) * gate.float().sigmoid()).to(hidden_states.dtype)
+
+    norm.__class__ = Sigmoid
+    with pytest.raises(NotCapturableError, match="here: Sigmoid is no gated norm"):
+        gated_norm_weight(norm, "here")
