@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 
+from server.model.kv_memory import kv_token_bytes
 from tests.server.model.device.captured import Reference, build, distance, run
 from tests.server.model.device.families import ALONE_TOO, CAPTURED, everyday, model_of
 
@@ -33,6 +34,7 @@ def test_a_captured_family_agrees_with_float64_and_under_a_mask_and_a_temperatur
     step = build(model, torch.float32, batch=batch, slots=4, masked=True)
     for key, value in CAPTURED[name].seen.items():
         assert getattr(step.shape, key) == value
+    assert step.shape.kv_token_bytes == kv_token_bytes(model.config.get_text_config(), 4)
     layers, experts = step.shape.num_moe_layers, step.shape.num_experts
     hidden = {(layer, expert) for layer in range(layers) for expert in (1, 4 + layer, 6)}
     tokens = torch.randint(3, 90, (NUM_STEPS, batch), generator=torch.Generator().manual_seed(batch))
