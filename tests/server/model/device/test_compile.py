@@ -54,3 +54,17 @@ def test_every_kernel_of_the_step_compiles(
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("compiled") == sum(len(CASES[case].steps) for case in cases)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(not PTXAS.exists(), reason="this Triton brings no ptxas")
+def test_steps_with_adapters_have_the_operations_of_steps_without_in_their_order(
+    tmp_path: Path, repository: Path
+) -> None:  # fmt: skip
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.server.model.device.orders"],
+        cwd=repository, env=environment, capture_output=True, text=True, timeout=380,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("kept") > 10
