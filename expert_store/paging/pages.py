@@ -102,6 +102,7 @@ class DevicePages:
         self.host_index = self._index(host_spans, host_index)
         self.alone = torch.zeros(num_layers, num_experts, dtype=torch.bool)
         self.host_offset = ints(num_layers, num_experts, dtype=torch.int64)
+        self.offsets = torch.zeros(num_layers, num_experts, dtype=torch.int64)  # the same on the host
         if host_spans is not None:
             self._add_arena(host_spans.view(-1, shape.span_elements))
             self._write_offsets()
@@ -143,7 +144,8 @@ class DevicePages:
         arena = torch.searchsorted(firsts, self.host_index.clamp(min=0), right=True) - 1
         rows = self.host_index - firsts[arena]
         offsets = torch.tensor(origins)[arena] + rows * self.shape.span_elements
-        self.host_offset.copy_(torch.where(self.host_index >= 0, offsets, 0))
+        self.offsets = torch.where(self.host_index >= 0, offsets, 0)
+        self.host_offset.copy_(self.offsets)
 
     def host_span(self, layer: int, expert: int) -> Tensor:
         """The span of an expert in the host tier, a view [span_elements]. Raises SlotsError if it has none."""

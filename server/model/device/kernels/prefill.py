@@ -11,7 +11,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from expert_store.paging.kernels import copy_span
 from server.model.device.kernels.trunk import gated
+
+
+@triton.jit(do_not_specialize=["num_spans"], do_not_specialize_on_alignment=["sources", "targets"])
+def copy_spans(
+    anchor, sources, targets, num_spans,
+    SPAN: tl.constexpr, PIECES: tl.constexpr, PROGRAMS: tl.constexpr, COPY: tl.constexpr,
+):  # fmt: skip
+    """Copies spans of SPAN elements from sources[g] to targets[g], offsets from the anchor, in PIECES each. One launch
+    takes the host no longer than one copy, wherever the spans lie. Grid (PROGRAMS,)."""
+    for unit in range(tl.program_id(0), num_spans * PIECES, PROGRAMS):
+        span = unit // PIECES
+        piece = unit % PIECES
+        share = SPAN // PIECES // 8 * 8
+        first = piece * share
+        size = tl.where(piece == PIECES - 1, SPAN - first, share)
+        source = tl.multiple_of(tl.load(sources + span), 4)
+        target = tl.multiple_of(tl.load(targets + span), 4)
+        copy_span(anchor, source + first, target + first, size, COPY)
 
 
 # The start of a group's ids may have any alignment: one compiled kernel serves all, so serving never compiles.

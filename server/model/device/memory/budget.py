@@ -14,7 +14,7 @@ import torch
 from expert_store.errors import SlotsError
 from expert_store.paging.pages import PagesShape
 from server.model.device.capture import NotCapturableError
-from server.model.device.step.prefill import RING_SPANS
+from server.model.device.step.prefill import ring_spans
 from server.model.device.step.weights import DecodeShape
 from server.model.kv.blocks import BLOCK_TOKENS, num_blocks_of
 
@@ -95,7 +95,7 @@ class DeviceMemory:
     def slots_bytes(self, num_slots: int) -> int:
         """Bytes of the slots of all layers, with the spill area and the ring if experts are fetched."""
         shape = self.pages_shape(num_slots)
-        beside = shape.num_spill(self.num_kept(num_slots)) + RING_SPANS if shape.paged else 0
+        beside = shape.num_spill(self.num_kept(num_slots)) + ring_spans(self._shape) if shape.paged else 0
         return (self._shape.num_moe_layers * num_slots + beside) * self.span_bytes
 
     def divide(

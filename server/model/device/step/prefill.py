@@ -1,10 +1,11 @@
 """Computes the experts of a prompt's chunk: resident ones in their slots, the others streamed through a ring of spans.
 
 A chunk of many tokens demands nearly every expert of every layer, so all allowed experts that are not resident are
-copied, layer after layer, before the routers run. The copy engine copies on its own stream, several groups ahead of the
-compute and across layers; each missing expert crosses PCIe once a chunk. Experts that are in no memory are read from
-the disk in the same order, several at a time, ahead of their copies. A small chunk waits for its routers' choice first
-(one synchronisation a layer), and copies and reads only the chosen experts. Slots and page table are never changed.
+copied, layer after layer, before the routers run. A few programs on a stream of their own copy a group in one launch,
+several groups ahead of the compute and across layers; each missing expert crosses PCIe once a chunk. Experts that are
+in no memory are read from the disk in the same order, several at a time, ahead of their copies. A small chunk waits for
+its routers' choice first (one synchronisation a layer), and copies and reads only the chosen experts. Slots and page
+table are never changed.
 Invariant: a ring group is overwritten only after the products that read it have been enqueued, ordered by events.
 """
 
@@ -31,16 +32,30 @@ from server.model.device.step.weights import DecodeShape
 from server.model.seam.observation import OutputObserver
 
 GROUP = 8
-"""Experts that are copied, waited for and computed together."""
+"""Plain experts that are copied, waited for and computed together; of packed ones so many as have as many bytes."""
 
 RING_GROUPS = 4
-RING_SPANS = RING_GROUPS * GROUP
+COPY_PROGRAMS = 16
+COPY_PIECES = 16
+COPY_BYTES = 32 << 10
+"""Programs of a copy, pieces of a span, and bytes that a program has on their way."""
 
 AHEAD_PICKS = 12
 """Picks for each expert from which a chunk streams all experts ahead: recorded traces then demand 96 % of a layer."""
 
 PACKED_WORDS = 16
 """Words of codes that a dot takes from each of a tile's rows: the least that tensor cores take."""
+
+
+def group_spans(shape: DecodeShape) -> int:
+    """Experts that are copied, waited for and computed together."""
+    plain = 3 * shape.hidden * shape.intermediate * shape.dtype.itemsize
+    return GROUP * max(1, plain // shape.span_bytes)
+
+
+def ring_spans(shape: DecodeShape) -> int:
+    """Spans of the ring that the missing experts of a prompt's chunk go through."""
+    return RING_GROUPS * group_spans(shape)
 
 
 class AheadReads(Protocol):
@@ -96,11 +111,12 @@ class ExpertStream:
         self._pages, self._shape = pages, shape
         self._hidden, self._intermediate = shape.hidden, shape.intermediate
         self._num_groups = num_groups if pages.shape.paged else 0
-        self._ring = pages.slots.new_empty(self._num_groups * GROUP, pages.shape.span_elements)
+        self._group = group_spans(shape)
+        self._ring = pages.slots.new_empty(self._num_groups * self._group, pages.shape.span_elements)
         distance = self._ring.data_ptr() - pages.slots.data_ptr() if self._num_groups else 0
         self._ring_offset = distance // pages.slots.itemsize
         self._cuda = pages.slots.is_cuda
-        self._stream = torch.cuda.Stream() if self._cuda else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(priority=-1) if self._cuda else None  # type: ignore[no-untyped-call]
         self._table: npt.NDArray[np.int32] = np.zeros((0, 0), np.int32)
         self._wanted: npt.NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
         self._absent: npt.NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
@@ -108,7 +124,7 @@ class ExpertStream:
         self._reads: AheadReads | None = None
         self._groups: list[_Group] = []
         self._enqueued = self._computed = 0
-        self._ids = self._targets = torch.empty(0)
+        self._ids = self._sources = self._targets = torch.empty(0)
         self._ahead = False
         self.copied_spans = 0
 
@@ -202,6 +218,7 @@ class ExpertStream:
         """Lists the groups of the layers, resident experts first, and starts as many copies as the ring holds."""
         span, slots = self._pages.shape.span_elements, self._pages.shape.num_slots
         ids: list[int] = []
+        sources: list[int] = []
         targets: list[int] = []
         entry = 0
         first_read: dict[int, int] = {}
@@ -215,11 +232,13 @@ class ExpertStream:
             if resident:
                 self._groups.append(_Group(layer, len(ids), len(ids) + len(resident), []))
                 ids += resident
+                sources += [0] * len(resident)
                 targets += [(layer * slots + int(self._table[layer, expert])) * span for expert in resident]
-            for experts, read_at in ((missing, -1), (unread.get(layer, []), first_read.get(layer, 0))):
-                for first in range(0, len(experts), GROUP):
-                    part = experts[first : first + GROUP]
-                    base = entry % max(self._num_groups, 1) * GROUP
+            reads = unread.get(layer, [])
+            for experts, read_at, size in ((missing, -1, self._group), (reads, first_read.get(layer, 0), GROUP)):
+                for first in range(0, len(experts), size):
+                    part = experts[first : first + size]
+                    base = entry % max(self._num_groups, 1) * self._group
                     entry += 1
                     copies = [(expert, base + at) for at, expert in enumerate(part)]
                     group = _Group(
@@ -227,9 +246,14 @@ class ExpertStream:
                     )
                     self._groups.append(group)
                     ids += part
+                    sources += self._pages.offsets[layer, part].tolist()
                     targets += [self._ring_offset + (base + at) * span for at in range(len(part))]
         self._ids = torch.tensor(ids, dtype=torch.int32).to(self._pages.device)
-        self._targets = torch.tensor(targets, dtype=torch.int64).to(self._pages.device)
+        offsets = torch.tensor([sources, targets], dtype=torch.int64).to(self._pages.device)
+        self._sources, self._targets = offsets
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            offsets.record_stream(self._stream)
         self._streamed = [group for group in self._groups if group.copies]
         self._enqueue_copies()
 
@@ -260,10 +284,10 @@ class ExpertStream:
 
     def _copy(self, group: _Group) -> None:
         """Copies a group's spans into the ring, on the current stream."""
+        if group.first_read < 0 or self._reads is None:
+            self._copy_spans(self._sources[group.start : group.stop], self._targets[group.start : group.stop], False)
+            return
         for at, (expert, entry) in enumerate(group.copies):
-            if group.first_read < 0 or self._reads is None:
-                self._ring[entry].copy_(self._pages.host_span(group.layer, expert), non_blocking=True)
-                continue
             span = self._reads.wait(group.first_read + at)
             if isinstance(span, StoreError):
                 group.unread[expert] = span
@@ -271,6 +295,19 @@ class ExpertStream:
                 continue
             self._ring[entry].copy_(span, non_blocking=True)
             self._reads.copied(None if self._stream is None else self._stream.record_event().synchronize)
+
+    def _copy_spans(self, sources: Tensor, targets: Tensor, compiles: bool) -> None:
+        shape = self._pages.shape
+        args = (self._pages.slots, sources, targets, len(sources))
+        programs = COPY_PROGRAMS if self._cuda else 1
+        sizes = {
+            "SPAN": shape.span_elements, "PIECES": COPY_PIECES if self._cuda else 1, "PROGRAMS": programs,
+            "COPY": COPY_BYTES // shape.dtype.itemsize, "num_warps": 8,
+        }  # fmt: skip
+        if compiles:
+            kernels.copy_spans.warmup(*args, grid=(programs,), **sizes)
+        else:
+            kernels.copy_spans[(programs,)](*args, **sizes)
 
     def _compute(
         self, group: _Group, hidden: Tensor, offsets: Tensor, order: Tensor, act: Tensor, out: Tensor, top_k: int
@@ -316,7 +353,7 @@ class ExpertStream:
         )  # fmt: skip
 
     def compile(self) -> None:
-        """Compiles the products of short and of long chunks, without a launch."""
+        """Compiles copies, and the products of short and of long chunks, without a launch."""
         device, dtype, top_k = self._pages.device, self._shape.dtype, self._pages.shape.top_k
         ids = torch.zeros(1, dtype=torch.int32, device=device)
         longs = torch.zeros(top_k, dtype=torch.int64, device=device)
@@ -324,5 +361,6 @@ class ExpertStream:
         hidden = torch.zeros(1, self._hidden, dtype=dtype, device=device)
         act = torch.zeros(top_k, self._intermediate, dtype=dtype, device=device)
         out = torch.zeros(top_k, self._hidden, dtype=dtype, device=device)
+        self._copy_spans(longs[:1], longs[:1], True)
         for tokens in (16, 64):
             self._run(ids, longs[:1], hidden, offsets, longs, act, out, top_k, tokens, True)
