@@ -1,9 +1,9 @@
 """The manifest: the files and experts that a store holds, and the hashes that prove them intact.
 
-Owns `manifest.json` (format "deepfew-store", version 3 if the store has adapters, else 2 if experts are encoded, else
-1) and the records that it consists of. Invariant: a `Manifest` returned by `read_manifest` has no contradictions
-(sizes, offsets, ids, paths), names only files inside the store's directory, and was complete when it was written: it is
-the commit point of a store, written last, by rename.
+Owns `manifest.json` (format "deepfew-store", version 4 if the trunk has layers in 8 bits, else 3 if the store has
+adapters, else 2 if experts are encoded, else 1) and the records that it consists of. Invariant: a `Manifest` returned
+by `read_manifest` has no contradictions (sizes, offsets, ids, paths), names only files inside the store's directory,
+and was complete when it was written: it is the commit point of a store, written last, by rename.
 Sizes and offsets are bytes; `layer` counts the MoE layers from 0; an expert's id is the checkpoint's, per layer.
 """
 
@@ -26,8 +26,9 @@ from expert_store.errors import ManifestError
 from expert_store.files import replacing
 
 FORMAT = "deepfew-store"
-VERSION, ENCODED_VERSION, ADAPTED_VERSION = 1, 2, 3
-"""Of stores with plain experts, which older programs read too, of those with an encoding, of those with adapters."""
+VERSION, ENCODED_VERSION, ADAPTED_VERSION, TRUNK_VERSION = 1, 2, 3, 4
+"""Of stores with plain experts, which older programs read too, of those with an encoding, of those with adapters, of
+those whose trunk has layers in 8 bits."""
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 512 * 2**20
 REMEDY = "; the manifest was damaged or written by another program: extract into an empty directory"
@@ -213,6 +214,8 @@ class Manifest(_Record):
     `deep_experts` ascend by `index`; a store that has shrunk has gaps. `retired_below` is 0, or the index below which
     no new deep expert may be numbered, because a reader may still know the file of a removed one. `made` is None if the
     experts are as shipped, or dequantised. If they were `trained`, the source's fingerprint is of the result.
+    `trunk_dtype` tells where the trunk's linear layers in 8 bits come from: the checkpoint has them, or extraction made
+    them fp8; None: the trunk has none.
     """
 
     source: Source
@@ -225,6 +228,7 @@ class Manifest(_Record):
     made: Making | None = None
     adapters: tuple[AdapterFile, ...] = ()
     trained: Training | None = None
+    trunk_dtype: Literal["shipped", "fp8"] | None = None
 
     @property
     def next_index(self) -> int:
@@ -244,7 +248,7 @@ class _Document(Manifest):
     """The JSON document: a manifest, and the members that only the file has."""
 
     format: Literal["deepfew-store"]
-    version: Literal[1, 2, 3]
+    version: Literal[1, 2, 3, 4]
     absent: Annotated[tuple[_Ids, ...], Field(alias="absent_experts")]
 
 
@@ -296,6 +300,8 @@ def format_manifest(manifest: Manifest) -> bytes:
     version = ENCODED_VERSION if any(layer.is_encoded for layer in manifest.layers) else VERSION
     if manifest.adapters or manifest.trained is not None:
         version = ADAPTED_VERSION
+    if manifest.trunk_dtype is not None:
+        version = TRUNK_VERSION
     members: list[str] = [f'"format": {json.dumps(FORMAT)}', f'"version": {version}']
     for name in ("source", "model", "alignment"):
         members.append(f'"{name}": {json.dumps(asdict(getattr(manifest, name)), sort_keys=name == "alignment")}')
@@ -307,6 +313,8 @@ def format_manifest(manifest: Manifest) -> bytes:
         members.append(f'"made": {json.dumps(asdict(manifest.made))}')
     if manifest.trained is not None:
         members.append(f'"trained": {json.dumps(asdict(manifest.trained))}')
+    if manifest.trunk_dtype is not None:
+        members.append(f'"trunk_dtype": {json.dumps(manifest.trunk_dtype)}')
     for name in ("layers", "deep_experts", "trunk", *(["adapters"] if manifest.adapters else [])):
         items = ",\n  ".join(json.dumps(asdict(item, dict_factory=_without_none)) for item in getattr(manifest, name))
         members.append(f'"{name}": [\n  {items}\n ]')
@@ -352,7 +360,7 @@ def _refusal(error: ValidationError) -> str:
     for one in details:
         if one["loc"] == ("version",) and one["type"] != "missing":
             return (
-                f"version is {one['input']!r}, this program reads versions {VERSION} to {ADAPTED_VERSION}; "
+                f"version is {one['input']!r}, this program reads versions {VERSION} to {TRUNK_VERSION}; "
                 "use the deepfew that wrote the store, or extract into an empty directory"
             )
     return _fault(details[0]) + REMEDY

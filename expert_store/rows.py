@@ -103,13 +103,19 @@ def decode_rows(encoding: RowEncoding, columns: int, rows: Tensor) -> Tensor:
     return decode_fields(encoding, unpack_rows(encoding, columns, rows))
 
 
-def decode_fields(encoding: RowEncoding, fields: RowFields) -> Tensor:
-    """float32 [O, N], the values of a matrix's numbers."""
+def scale_factors(encoding: RowEncoding, fields: RowFields) -> Tensor:
+    """float32 [O, G], what the codes of each group of columns are multiplied by."""
     scales = fields.scales.float()
     if encoding.scales == "F8_E8M0":  # the byte 255 is infinite, as in the kernels and the formats' libraries
         scales = (scales - 127.0).exp2()
     if fields.overall is not None:
         scales = scales * fields.overall[:, None] if encoding.overall == "factor" else scales / fields.overall[:, None]
+    return scales
+
+
+def decode_fields(encoding: RowEncoding, fields: RowFields) -> Tensor:
+    """float32 [O, N], the values of a matrix's numbers."""
+    scales = scale_factors(encoding, fields)
     values = _code_values(encoding, fields.codes).reshape(len(scales), -1, encoding.group)
     if encoding.middle:
         zeros = encoding.middle if fields.zeros is None else fields.zeros.float().unsqueeze(-1)

@@ -64,8 +64,9 @@ def read_rate() -> float:
     best = min(
         median_ms(
             lambda tile=tile, warps=warps: trunk.product[(rows // tile,)](
-                x, x, matrix, x, x, out, x, x, x, 1e-6, rows, B=1, K=width, KP=width, STRIDE=width, BN=tile, NORM=False,
-                BIAS=False, RESIDUAL=False, SCALE=1.0, ADAPTED=False, RANK=0, PDL=False, num_warps=warps,
+                x, x, matrix, x, x, x, out, x, x, x, 1e-6, rows, B=1, K=width, KP=width, STRIDE=width, BN=tile, GROUP=0,
+                NORM=False, BIAS=False, RESIDUAL=False, SCALE=1.0, CAP=0.0, ADAPTED=False, RANK=0, PDL=False,
+                num_warps=warps,
             ),
             repeats=10,
         )

@@ -106,13 +106,15 @@ class Recipe:
 @dataclass(frozen=True)
 class Trace:
     """The result of `trace`. `experts[module]` holds the recipes of an experts module in parameter order; `whole` are
-    the MoE layers of which all experts must be extracted."""
+    the MoE layers of which all experts must be extracted, `linears` the keys of the trunk that are weights of linear
+    layers as they are."""
 
     architecture: str
     top_k: int
     experts: Mapping[str, tuple[Recipe, ...]]
     trunk: tuple[str, ...]
     whole: tuple[int, ...]
+    linears: frozenset[str]
 
 
 class _OneExpert:
@@ -151,7 +153,13 @@ def trace(directory: Path, tensors: Mapping[str, TensorEntry]) -> Trace:
     }
     with _building:
         check_trunk(model, trunk, tensors, set(collected), transforms, directory)
-    return Trace(type(model).__name__, _top_k(model.config, directory), experts, tuple(trunk), whole)
+    linears = {
+        f"{name}.weight": tuple(module.weight.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    as_they_are = frozenset(key for key, name in trunk.items() if linears.get(name) == tensors[key].shape)
+    return Trace(type(model).__name__, _top_k(model.config, directory), experts, tuple(trunk), whole, as_they_are)
 
 
 def build_model(directory: Path) -> tuple[Any, list[str]]:

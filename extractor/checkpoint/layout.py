@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -25,12 +26,14 @@ from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.checkpoint.conversion import Recipe, trace
 from extractor.checkpoint.encodings import PLAIN_DTYPES
 from extractor.checkpoint.families import check_family
-from extractor.checkpoint.quantised import QuantisedEntry, piece_of, read_part, rows_of
+from extractor.checkpoint.quantised import QuantisedEntry, is_eight_bit, piece_of, read_part, rows_of
 from extractor.checkpoint.tensor_file import ConvertedPiece, Piece, TensorEntry
 from extractor.encoding.importance import FILE_NAME, Importance
 from extractor.encoding.making import Maker
-from extractor.encoding.names import ExpertsDtype, experts_dtype_of
+from extractor.encoding.names import ExpertsDtype, TrunkDtype, experts_dtype_of
 from extractor.errors import CheckpointError, UnsupportedFamilyError
+
+_MADE = ("_proj.weight", "lm_head.weight")
 
 Part = tuple[TensorEntry, int, int]
 """A tensor of the checkpoint, the number of a part of its first axis, and the number of equal parts."""
@@ -40,7 +43,8 @@ Part = tuple[TensorEntry, int, int]
 class ExpertsLayout:
     """The experts of a checkpoint. `trunk` are all other tensors; `notes` say what is dequantised, and why; `maker`
     makes the experts smaller, None where they are as shipped or in 16 bits; of the MoE layers in `whole` all experts
-    must be extracted.
+    must be extracted. Of the trunk's linear layers those named in `shipped` stay in 8 bits, and those in `made` are
+    made so.
     """
 
     model: ModelSpec
@@ -51,19 +55,31 @@ class ExpertsLayout:
     notes: tuple[str, ...]
     maker: Maker | None
     whole: tuple[int, ...]
+    shipped: frozenset[str] = frozenset()
+    made: frozenset[str] = frozenset()
+
+    @property
+    def trunk_dtype(self) -> Literal["shipped", "fp8"] | None:
+        """As the manifest has it."""
+        return "fp8" if self.made else "shipped" if self.shipped else None
 
     @classmethod
     def of_store(cls, checkpoint: Checkpoint, manifest: Manifest, root: Path) -> ExpertsLayout:
         """The layout that gives the experts of the store at `root` again. Raises ExtractError."""
         wanted = None if manifest.made is None else manifest.made.statistics
         importance = None if wanted is None else Importance.read(root / FILE_NAME, wanted)
-        return cls.of(checkpoint, experts_dtype_of(manifest), importance)
+        return cls.of(checkpoint, experts_dtype_of(manifest), importance, manifest.trunk_dtype or "16bit")
 
     @classmethod
     def of(
-        cls, checkpoint: Checkpoint, experts_dtype: ExpertsDtype = "shipped", importance: Importance | None = None
+        cls,
+        checkpoint: Checkpoint,
+        experts_dtype: ExpertsDtype = "shipped",
+        importance: Importance | None = None,
+        trunk_dtype: TrunkDtype | None = None,
     ) -> ExpertsLayout:
-        """Find the experts of `checkpoint`, to be stored as `experts_dtype`, made with `importance` if they are made.
+        """Find the experts of `checkpoint`, to be stored as `experts_dtype`, made with `importance` if they are made;
+        the trunk's linear layers are stored as `trunk_dtype`, by default as shipped, or in 16 bits if experts are so.
 
         Raises UnsupportedFamilyError, CheckpointError, or ExtractError if they cannot be made.
         """
@@ -96,15 +112,19 @@ class ExpertsLayout:
             dtype=layers[0].tensors[0].dtype,
         )
         trunk = tuple(checkpoint.tensors[key] for key in found.trunk)
-        dequantised = [entry for entry in trunk if isinstance(entry, QuantisedEntry)]
+        default: TrunkDtype = "16bit" if experts_dtype == "16bit" else "shipped"
+        shipped, made = _eight_bits(trunk, found.linears, trunk_dtype or default)
+        dequantised = [entry for entry in trunk if isinstance(entry, QuantisedEntry) and entry.name not in shipped]
         if dequantised:
             notes.append(
                 f"{len(dequantised)} tensors outside the experts, such as {dequantised[0].name}, are dequantised to "
-                f"{dequantised[0].dtype}: nothing multiplies those as they are yet"
+                f"{dequantised[0].dtype}: only linear layers in FP8 are taken as they are there"
             )
         if maker is not None:
             notes += _made_again(checkpoint, found.experts.values(), experts_dtype)
-        return cls(model, tuple(layers), tuple(recipes), trunk, checkpoint, tuple(notes), maker, found.whole)
+        return cls(
+            model, tuple(layers), tuple(recipes), trunk, checkpoint, tuple(notes), maker, found.whole, shipped, made
+        )
 
     def span(self, layer: int, expert: int) -> Iterator[Piece]:
         """The pieces of the span of (MoE layer, expert), in order."""
@@ -121,6 +141,19 @@ class ExpertsLayout:
                 yield from (piece_of(*part) for _, part, _ in sources)
             else:
                 yield ConvertedPiece(tensor.bytes, partial(convert_expert, recipe, sources))
+
+
+def _eight_bits(
+    trunk: Sequence[TensorEntry], linears: Collection[str], trunk_dtype: TrunkDtype
+) -> tuple[frozenset[str], frozenset[str]]:
+    """The linear layers of the trunk that stay in 8 bits, and those that are made so: projections and the head, whose
+    names end the same in every family."""
+    if trunk_dtype == "16bit":
+        return frozenset(), frozenset()
+    shipped = frozenset(entry.name for entry in trunk if entry.name in linears and is_eight_bit(entry))
+    if trunk_dtype == "shipped":
+        return shipped, frozenset()
+    return shipped, frozenset(name for name in linears if name.endswith(_MADE)) - shipped
 
 
 Sources = Sequence[tuple[str, Part, tuple[int, ...]]]

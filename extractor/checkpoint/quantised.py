@@ -1,7 +1,7 @@
 """Quantised tensors of a checkpoint, presented as their dequantised plain tensors, and as encoded rows.
 
-Other modules get plain tensors or rows. Invariant: a quantised tensor never leaves this module with its own dtype, and
-its scales leave it within rows alone. `encodings.py` defines the formats.
+Other modules get plain tensors or rows. Invariant: a quantised tensor leaves this module with its own dtype, and its
+scales beside it, only as the parts of an entry that `is_eight_bit`. `encodings.py` defines the formats.
 """
 
 from __future__ import annotations
@@ -36,6 +36,16 @@ class QuantisedEntry(TensorEntry):
     """A plain tensor that is stored as `encoding`; `dtype`, `shape` and `bytes` are the plain tensor's."""
 
     encoding: Encoding
+
+
+def is_eight_bit(entry: TensorEntry) -> bool:
+    """Whether `entry` is a matrix in E4M3 whose tensors say by themselves which scale a code has."""
+    if not isinstance(entry, QuantisedEntry) or set(entry.encoding.parts) != {"codes", "scales"}:
+        return False
+    codes, scales = (entry.encoding.parts[role] for role in ("codes", "scales"))
+    counts = zip(codes.shape, (*scales.shape, 1, 1)[: len(codes.shape)], strict=True)
+    fits = len(codes.shape) == 2 and all(length % max(count, 1) == 0 for length, count in counts)
+    return fits and codes.dtype == "F8_E4M3" and codes.name == entry.name and not entry.encoding.obstacle
 
 
 def quantisation_of(config: Mapping[str, Any]) -> dict[str, Any] | None:

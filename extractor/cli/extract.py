@@ -26,6 +26,7 @@ from extractor.cli.options import (
     JsonOption,
     KeepOption,
     StoreArgument,
+    TrunkDtypeOption,
 )
 from extractor.cli.progress import progress_bar
 from extractor.encoding.importance import Importance
@@ -60,6 +61,7 @@ def extract(
         Path | None, typer.Option(metavar="FILE", help="Plan file: for each deep expert the expert of every layer.")
     ] = None,
     experts_dtype: ExpertsDtypeOption = None,
+    trunk_dtype: TrunkDtypeOption = None,
     stats: Annotated[
         list[Path] | None,
         typer.Option(
@@ -82,7 +84,7 @@ def extract(
     for ignored in opened.ignored:
         print(f"WARNING: ignored {ignored}", file=sys.stderr)
     importance = None if not stats else importance_for(opened, stats)
-    work = prepare(opened, store, request, dtype_for(experts_dtype, planned), importance)
+    work = prepare(opened, store, request, dtype_for(experts_dtype, planned), importance, trunk_dtype)
     for note in work.notes:
         print(f"NOTE: {note}", file=sys.stderr)
     if not work.is_finished:

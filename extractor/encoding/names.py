@@ -12,6 +12,8 @@ from extractor.errors import CheckpointError, ExtractError
 
 ExpertsDtype = Literal["shipped", "16bit", "fp8", "int8", "int4", "int4-int8", "int4-g64", "mxfp4", "nvfp4"]
 """The experts of a store: the checkpoint's bytes, dequantised to the config's dtype, or made in one of `MADE`."""
+TrunkDtype = Literal["shipped", "16bit", "fp8"]
+"""The linear layers of a store's trunk: those in FP8 as the checkpoint has them, all dequantised, or all in FP8."""
 ENCODINGS = {
     "fp8": RowEncoding("fp8", 128, "F32"),
     "int8": RowEncoding("int8", 128, "F16"),

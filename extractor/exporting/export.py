@@ -30,7 +30,8 @@ from extractor.planning.plan import Plan
 from extractor.planning.selection import SelectionRequest, select
 from extractor.planning.sizes import format_size
 from extractor.writing.disk import DISK_MARGIN_BYTES, free_bytes
-from extractor.writing.outputs import OutputFile, OutputTensor, file_of, json_bytes, weights_outputs
+from extractor.writing.linears import OutputTensor
+from extractor.writing.outputs import OutputFile, file_of, json_bytes, weights_outputs
 from extractor.writing.pipeline import stream
 
 MAX_FILE_BYTES = 5 * 10**9

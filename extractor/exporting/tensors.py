@@ -26,7 +26,7 @@ from extractor.checkpoint.quantised import read_part
 from extractor.checkpoint.tensor_file import ConvertedPiece, TensorEntry
 from extractor.errors import UnsupportedFamilyError
 from extractor.exporting.merging import Change, Merging
-from extractor.writing.outputs import OutputTensor
+from extractor.writing.linears import OutputTensor
 
 Kept = Sequence[Sequence[int]]
 """The experts that each MoE layer keeps, ascending."""

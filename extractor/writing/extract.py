@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from expert_store.files import sync_directory
 from expert_store.manifest import (
@@ -39,7 +40,8 @@ from extractor.writing.pipeline import FileDigest, partial_path, stream
 @dataclass(frozen=True)
 class Extraction:
     """The work to do. `outputs` are all files of the finished store, `done` those that already exist; `notes` say what
-    is dequantised, and why; `made` is the manifest's record of experts that are made smaller.
+    is dequantised, and why; `made` is the manifest's record of experts that are made smaller, `trunk_dtype` that of the
+    trunk's linear layers in 8 bits.
     """
 
     checkpoint: Checkpoint
@@ -52,6 +54,7 @@ class Extraction:
     existing: Manifest | None
     notes: tuple[str, ...] = ()
     made: Making | None = None
+    trunk_dtype: Literal["shipped", "fp8"] | None = None
 
     @property
     def remaining(self) -> tuple[OutputFile, ...]:
@@ -179,6 +182,7 @@ class Extraction:
             trunk=tuple(TrunkFile(name, digests[name].file_bytes, digests[name].sha256) for name in names),
             made=self.made,
             adapters=() if self.existing is None else self.existing.adapters,
+            trunk_dtype=self.trunk_dtype,
         )
 
     def _remove_leftovers(self) -> None:

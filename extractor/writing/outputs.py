@@ -7,7 +7,7 @@ gives the same bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from expert_store.manifest import DTYPE_BYTES, Manifest
 from expert_store.shard import ShardLayout, encode_header, shard_name
 from extractor.checkpoint.checkpoint import WEIGHTS_KEY, Checkpoint
-from extractor.checkpoint.quantised import CONFIG_KEYS, MODELOPT_CONFIG, piece_of
+from extractor.checkpoint.quantised import CONFIG_KEYS, MODELOPT_CONFIG
 from extractor.checkpoint.tensor_file import Piece, TensorEntry
 from extractor.encoding.importance import FILE_NAME
+from extractor.writing.linears import OutputTensor, made_tensors, shipped_tensors
 
 if TYPE_CHECKING:
     from extractor.checkpoint.layout import ExpertsLayout
@@ -63,28 +64,25 @@ def shard_output(layout: ExpertsLayout, index: int, experts: tuple[int, ...]) ->
     )
 
 
-@dataclass(frozen=True)
-class OutputTensor:
-    """A tensor of an output file; `dtype` is a safetensors name, and the pieces have together `num_bytes` bytes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    num_bytes: int
-    pieces: Callable[[], Iterator[Piece]]
-
-    @classmethod
-    def of(cls, entry: TensorEntry) -> OutputTensor:
-        """The tensor as the checkpoint has it, dequantised if it is quantised there."""
-        return cls(entry.name, entry.dtype, entry.shape, entry.bytes, lambda: iter((piece_of(entry),)))
-
-
 def trunk_outputs(
-    checkpoint: Checkpoint, trunk: Sequence[TensorEntry], max_file_bytes: int = MAX_TRUNK_FILE_BYTES
+    checkpoint: Checkpoint,
+    trunk: Sequence[TensorEntry],
+    max_file_bytes: int = MAX_TRUNK_FILE_BYTES,
+    shipped: Collection[str] = (),
+    made: Collection[str] = (),
 ) -> list[OutputFile]:
-    """The files below trunk/: side files, and the tensors under their names, as in `weights_outputs`."""
+    """The files below trunk/: side files, and the tensors under their names, as in `weights_outputs`; those in
+    `shipped` and `made` are linear layers in 8 bits (`linears`)."""
     sidecars = [_sidecar(path) for path in checkpoint.sidecars if path.name != MODELOPT_CONFIG]
-    return sidecars + weights_outputs(WEIGHTS_STEM, [OutputTensor.of(entry) for entry in trunk], max_file_bytes)
+    tensors: list[OutputTensor] = []
+    for entry in trunk:
+        if entry.name in shipped:
+            tensors += shipped_tensors(entry)
+        elif entry.name in made:
+            tensors += made_tensors(entry)
+        else:
+            tensors.append(OutputTensor.of(entry))
+    return sidecars + weights_outputs(WEIGHTS_STEM, tensors, max_file_bytes)
 
 
 def weights_outputs(stem: str, tensors: Sequence[OutputTensor], max_file_bytes: int) -> list[OutputFile]:
@@ -104,7 +102,7 @@ def weights_outputs(stem: str, tensors: Sequence[OutputTensor], max_file_bytes: 
 
 def all_trunk_outputs(layout: ExpertsLayout) -> list[OutputFile]:
     """The files below trunk/, with the weights of errors if the experts were made with some."""
-    outputs = trunk_outputs(layout.checkpoint, layout.trunk)
+    outputs = trunk_outputs(layout.checkpoint, layout.trunk, shipped=layout.shipped, made=layout.made)
     if layout.maker is not None and layout.maker.importance is not None:
         outputs.append(file_of(FILE_NAME, layout.maker.importance.content))
     return outputs

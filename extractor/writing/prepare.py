@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from expert_store.manifest import MANIFEST_NAME, Alignment, LayerSpec, Making, Manifest, read_manifest
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.encoding.importance import Importance
-from extractor.encoding.names import MADE, ExpertsDtype, experts_dtype_of
+from extractor.encoding.names import MADE, ExpertsDtype, TrunkDtype, experts_dtype_of
 from extractor.errors import SelectionError, TargetError
 from extractor.planning.selection import Selection, SelectionRequest, select
 from extractor.writing.extract import Extraction
@@ -32,10 +32,12 @@ def prepare(
     request: SelectionRequest,
     experts_dtype: ExpertsDtype | None = None,
     importance: Importance | None = None,
+    trunk_dtype: TrunkDtype | None = None,
 ) -> Extraction:
     """The work of extracting `request` from `checkpoint` into the directory `target`.
 
-    Without an `experts_dtype` a store keeps the one that it has, and a new one gets its experts as shipped. Errors of
+    Without an `experts_dtype` a store keeps the one that it has, and a new one gets its experts as shipped; so it is
+    with the trunk's linear layers and `trunk_dtype`, but they are in 16 bits by default where experts are. Errors of
     experts that are made smaller weigh by `importance`; a store keeps the one that it was made with. Raises
     UnsupportedFamilyError, CheckpointError, SelectionError, TargetError, another ExtractError if the experts cannot be
     made, or ManifestError for a store that cannot be read.
@@ -43,8 +45,14 @@ def prepare(
     target = Path(target).absolute()
     existing = _existing(target, checkpoint)
     if existing is None:
-        return _fresh(checkpoint, target, request, experts_dtype or "shipped", importance)
+        return _fresh(checkpoint, target, request, experts_dtype or "shipped", importance, trunk_dtype)
     _check_same_experts(existing, checkpoint, target, experts_dtype, importance)
+    stored = existing.trunk_dtype or "16bit"
+    if trunk_dtype not in (None, stored):
+        raise TargetError(
+            f"{target} holds a trunk with --trunk-dtype {stored}, wanted {trunk_dtype}; a store has one: leave the "
+            "option out, or name another directory"
+        )
     trunk_bytes = sum(file.bytes for file in existing.trunk)
     wanted = select(request, existing.model, existing.layers, trunk_bytes, checkpoint.fingerprint)
     selection = _grown(existing, wanted, target)
@@ -63,6 +71,7 @@ def prepare(
             intact,
             existing,
             made=existing.made,
+            trunk_dtype=existing.trunk_dtype,
         )
     layout = _layout_of_store(checkpoint, existing, target)
     if (layout.model, layout.layers) != (existing.model, existing.layers):
@@ -98,6 +107,7 @@ def _fresh(
     request: SelectionRequest,
     experts_dtype: ExpertsDtype,
     importance: Importance | None,
+    trunk_dtype: TrunkDtype | None,
 ) -> Extraction:
     """Work for a directory without a manifest (new, empty, unfinished). Raises TargetError within the checkpoint."""
     if target.resolve().is_relative_to(checkpoint.path.resolve()):
@@ -109,7 +119,7 @@ def _fresh(
             f"--stats weighs the errors of experts that are made smaller, and --experts-dtype is {experts_dtype}: "
             f"leave it out, or take one of {', '.join(MADE)}"
         )
-    layout = _layout(checkpoint, experts_dtype, importance)
+    layout = _layout(checkpoint, experts_dtype, importance, trunk_dtype)
     trunk_bytes = sum(output.file_bytes for output in all_trunk_outputs(layout))
     selection = select(request, layout.model, layout.layers, trunk_bytes, checkpoint.fingerprint)
     _check_whole(layout, selection)
@@ -149,16 +159,22 @@ def _work(
         existing=existing,
         notes=layout.notes,
         made=made,
+        trunk_dtype=layout.trunk_dtype,
     )
 
 
 # These import transformers, which takes seconds that a finished store need not wait for.
 
 
-def _layout(checkpoint: Checkpoint, experts_dtype: ExpertsDtype, importance: Importance | None) -> ExpertsLayout:
+def _layout(
+    checkpoint: Checkpoint,
+    experts_dtype: ExpertsDtype,
+    importance: Importance | None,
+    trunk_dtype: TrunkDtype | None = None,
+) -> ExpertsLayout:
     from extractor.checkpoint.layout import ExpertsLayout
 
-    return ExpertsLayout.of(checkpoint, experts_dtype, importance)
+    return ExpertsLayout.of(checkpoint, experts_dtype, importance, trunk_dtype)
 
 
 def _layout_of_store(checkpoint: Checkpoint, manifest: Manifest, target: Path) -> ExpertsLayout:

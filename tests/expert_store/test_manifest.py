@@ -108,7 +108,7 @@ def test_a_crash_before_the_rename_leaves_the_old_manifest(
 
 REFUSED: dict[str, tuple[Edit, str]] = {
     "another format": (lambda d: d.update(format="zip"), "format is 'zip'"),
-    "a newer version": (lambda d: d.update(version=4), "version is 4, this program reads versions 1 to 3"),
+    "a newer version": (lambda d: d.update(version=5), "version is 5, this program reads versions 1 to 4"),
     "a missing key": (lambda d: d.pop("model"), "model is missing"),
     "an unknown key": (lambda d: d.update(extra=1), "unknown key.* extra"),
     "an unknown key inside": (lambda d: d["deep_experts"][0].update(extra=1), r"deep_experts\[0\].*unknown key"),

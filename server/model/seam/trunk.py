@@ -3,7 +3,8 @@
 A subclass of the model class removes the parameters of every experts module right after the constructor (on the meta
 device); `from_pretrained` then reads only the trunk's tensors. Source: `transformers/modeling_utils.py`,
 `integrations/moe.py`. A checkpoint's own code is never run. Invariant: a trunk loaded within `trunk_is_checked` is
-served only if every file of it has the hash in the manifest.
+served only if every file of it has the hash in the manifest. Linear layers that a
+trunk holds in 8 bits are dequantised here; `eight_bits` gives their codes to those who multiply them as they are.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from expert_store.rows import scale_factors
 from expert_store.store import Store
+from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.checkpoint.conversion import model_names
+from extractor.checkpoint.quantised import QuantisedEntry, read_part
 from extractor.checkpoint.text_model import read_config, text_model
 from server.errors import ServerError
 from server.model.seam.experts import IMPLEMENTATION
@@ -28,6 +33,8 @@ from server.model.seam.rows import attention_implementation
 
 Arguments = ParamSpec("Arguments")
 Loaded = TypeVar("Loaded")
+SCALES_KEY = r"(weight_scale(_inv)?|\.scale|qscale_weight)$"
+"""Tensors beside the weights of linear layers in 8 bits, which transformers has no place for."""
 LOADING_BAR = "Loading weights"  # the name of transformers' progress bar over the tensors
 
 
@@ -78,7 +85,35 @@ def load_trunk(
             "extract into an empty directory with this release of transformers, or take a checkpoint that has them"
         )
     trunk: PreTrainedModel = model.to(device).eval()
+    _dequantise(trunk, path)
     return trunk
+
+
+@torch.no_grad()
+def _dequantise(model: PreTrainedModel, path: Path) -> None:
+    """Gives the linear layers that the trunk holds in 8 bits their values; transformers has read their codes."""
+    for linear, entry in _encoded_linears(model, path):
+        linear.weight.copy_(read_part(entry))
+
+
+def eight_bits(model: PreTrainedModel, path: Path) -> dict[nn.Linear, tuple[Tensor, Tensor]]:
+    """The linear layers of a model of `load_trunk` that the trunk at `path` holds in 8 bits: E4M3 codes [O, N] and fp32
+    scales [O, groups of columns], on the host."""
+    found = {}
+    for linear, entry in _encoded_linears(model, path):
+        encoding = entry.encoding
+        fields = encoding.numbers({role: read_part(part) for role, part in encoding.parts.items()})
+        found[linear] = fields.codes.view(torch.float8_e4m3fn), scale_factors(encoding.rows, fields)
+    return found
+
+
+def _encoded_linears(model: PreTrainedModel, path: Path) -> Iterator[tuple[nn.Linear, QuantisedEntry]]:
+    entries = Checkpoint.open(path).tensors
+    encoded = {name: entry for name, entry in entries.items() if isinstance(entry, QuantisedEntry)}
+    for name, target in model_names(model, encoded).items() if encoded else ():
+        linear = model.get_submodule(target.removesuffix(".weight"))
+        assert isinstance(linear, nn.Linear), f"{target} is no linear layer, and extraction keeps only those in 8 bits"
+        yield linear, encoded[name]
 
 
 def trunk_is_checked(
@@ -166,6 +201,10 @@ def _without_experts(model_class: type[PreTrainedModel]) -> type[PreTrainedModel
                 experts._is_hf_initialized = True
                 block._is_hf_initialized = True  # some families initialise the experts' weights from their block
 
-    stripped = type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
+    unexpected = [*(model_class._keys_to_ignore_on_load_unexpected or ()), SCALES_KEY]
+    members = {
+        "__init__": __init__, "__module__": model_class.__module__, "_keys_to_ignore_on_load_unexpected": unexpected
+    }  # fmt: skip
+    stripped = type(model_class.__name__, (model_class,), members)
     assert hasattr(importlib.import_module(model_class.__module__), model_class.__name__)
     return stripped

@@ -201,11 +201,14 @@ def test_a_parameter_without_one_encoding_is_dequantised_and_told(
         assert torch.equal(read_values(store, 1, 4)["gate_up_proj"][:32], gate)
 
 
-def test_quantised_tensors_outside_the_experts_are_dequantised_and_told(tmp_path: Path) -> None:
-    checkpoint = save_packed_checkpoint(tmp_path / "checkpoint", "fp8 channel", among="_proj.weight")
+def test_quantised_tensors_outside_the_experts_are_dequantised_and_told_if_they_are_not_fp8(tmp_path: Path) -> None:
+    checkpoint = save_packed_checkpoint(tmp_path / "int4", "int4 channel", among="_proj.weight")
     (note,) = shipped(checkpoint, tmp_path / "store")
     assert note.startswith("15 tensors outside the experts, such as model.layers.0.self_attn.")
-    assert note.endswith("are dequantised to BF16: nothing multiplies those as they are yet")
+    assert note.endswith("are dequantised to BF16: only linear layers in FP8 are taken as they are there")
+    checkpoint = save_packed_checkpoint(tmp_path / "fp8", "fp8 channel", among="_proj.weight")
+    assert shipped(checkpoint, tmp_path / "fp8-store") == ()
+    assert read_manifest(tmp_path / "fp8-store").trunk_dtype == "shipped"
 
 
 @pytest.mark.parametrize("block", [16, 64])

@@ -89,7 +89,7 @@ def adapted_trunk(
     """The trunk `weights` of a model with adapters that `check_adapters` accepted. New memory: the changes, in the
     model's dtype, and the norms."""
     names = {module: name for name, module in model.named_modules()}
-    packer = _Packer(names, [one.changes for one in adapters.values()], weights.head)
+    packer = _Packer(names, [one.changes for one in adapters.values()], weights.embedding)
     layers = tuple(
         packer.layer(layer, shape.attention(at), weights.layers[at]) for at, layer in enumerate(layers_of(model))
     )

@@ -9,7 +9,7 @@ results.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -38,13 +38,16 @@ from server.model.device.step.router_kind import (
     router_product,
     selection_bias,
 )
+from server.model.device.step.tuning import pow2
 from server.model.device.step.weights import (
     DecodeShape,
     LayerKind,
     LayerWeights,
+    Matrix,
     MlpWeights,
     NormKind,
     QkNorm,
+    ScaledMatrix,
     TrunkWeights,
     rotary_tables,
 )
@@ -54,6 +57,9 @@ MOST_ROWS = 32
 """The largest batch with which the kernels were tested."""
 
 Value = TypeVar("Value")
+LEAST_GROUP = 16
+"""Columns that share a scale: the fewest that a tile of a product takes."""
+EightBits = Mapping[nn.Linear, tuple[Tensor, Tensor]]
 
 _PROBED = 16
 """Elements on which gated products are probed."""
@@ -292,24 +298,64 @@ def _mlp_size(mlp: Mlp | None) -> int:
 
 
 @torch.no_grad()
-def pack_trunk(model: Any, shape: DecodeShape) -> TrunkWeights:
+def pack_trunk(model: Any, shape: DecodeShape, eight_bits: EightBits | None = None) -> TrunkWeights:
     """Trunk tensors of a model that `decode_shape` accepted, on the model's device. Packed copies are new memory; the
-    rest are the model's own tensors."""
+    rest are the model's own tensors.
+
+    Args:
+        eight_bits: codes and scales of linear layers, as `seam.trunk.eight_bits` finds them. The projections of
+            attention and the head are multiplied as they are, other layers in the model's dtype.
+    """
+    eight_bits = eight_bits or {}
     body = text_body(model)
     layers, tables = layers_of(model), rotary_tables_of(model, shape)
     return TrunkWeights(
         embedding=body.embed_tokens.weight,
         layers=tuple(
-            _packed(layer, shape, kind, table)
+            _packed(layer, shape, kind, table, eight_bits)
             for layer, kind, table in zip(layers, shape.each_attention, tables, strict=True)
         ),
         norm=packed_norm(body.norm, "the model"),
-        head=model.lm_head.weight,
+        head=_matrix([model.lm_head], eight_bits) or model.lm_head.weight,
         head_bias=_bias(model.lm_head),
     )
 
 
-def _packed(layer: Layer, shape: DecodeShape, kind: LayerKind, table: tuple[Tensor, Tensor]) -> LayerWeights:
+def attention_and_head(model: Any) -> list[nn.Linear]:
+    """The linear layers that a step multiplies by their codes if they are in 8 bits."""
+    attentions = [layer.attention for layer in layers_of(model) if not isinstance(layer.attention, DeltaNet)]
+    parts = (part for attention in attentions for part in attention.projections)
+    return [*(part for part in parts if part is not None), model.lm_head]
+
+
+def _matrix(
+    parts: Sequence[nn.Linear], eight_bits: EightBits, kind: LayerKind | None = None, is_apart: bool = False
+) -> Matrix | None:
+    """The rows of the layers below each other in 8 bits, in the order of `gate_last` where a kind is given; None if
+    one of them is plain, or its groups of columns are none that the kernels take."""
+    found = [eight_bits[part] for part in parts if part in eight_bits]
+    groups = {part.in_features // scales.shape[1] for part, (_, scales) in zip(parts, found, strict=False)}
+    if len(found) < len(parts) or len(groups) != 1:
+        return None
+    (group,) = groups
+    is_row = group == parts[0].in_features
+    if not is_row and (group & (group - 1) or group < LEAST_GROUP):
+        return None
+    device = parts[0].weight.device
+    codes, scales = [codes.view(torch.uint8) for codes, _ in found], [scales for _, scales in found]
+    joined = [torch.cat(list(one)) if kind is None else gate_last(one, kind, is_apart) for one in (codes, scales)]
+    return ScaledMatrix(
+        joined[0].to(device).view(torch.float8_e4m3fn), joined[1].to(device), pow2(group) if is_row else group
+    )
+
+
+def _packed(
+    layer: Layer,
+    shape: DecodeShape,
+    kind: LayerKind,
+    table: tuple[Tensor, Tensor],
+    eight_bits: EightBits,
+) -> LayerWeights:
     attention = layer.attention
     sinks = attention.sinks if isinstance(attention, Attention) else None
     given = None if isinstance(attention, DeltaNet) else attention.norms
@@ -330,10 +376,10 @@ def _packed(layer: Layer, shape: DecodeShape, kind: LayerKind, table: tuple[Tens
         **norms,
         qkv=delta_rows(attention)
         if isinstance(attention, DeltaNet)
-        else gate_last([part.weight for part in parts], kind, is_apart),
+        else _matrix(parts, eight_bits, kind, is_apart) or gate_last([part.weight for part in parts], kind, is_apart),
         q_norm=q_norm,
         k_norm=k_norm,
-        output=output.weight,
+        output=output.weight if isinstance(attention, DeltaNet) else _matrix([output], eight_bits) or output.weight,
         gate=gate,
         cos=table[0],
         sin=table[1],

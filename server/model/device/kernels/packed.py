@@ -30,7 +30,7 @@ _LIFT = tl.constexpr(float(2**60))  # keeps products with tiny floats out of the
 
 
 @triton.jit
-def _high(words):
+def high_halves(words):
     """The upper halves of int32 words, shifted without their sign."""
     return (words.to(tl.uint32, bitcast=True) >> 16).to(tl.int32, bitcast=True)
 
@@ -42,17 +42,17 @@ def codes_as_floats(words, zero, magic, part: tl.constexpr, CODES: tl.constexpr)
     E4M3's NaN reads as 480 or -480.
     """
     if CODES == INT4:
-        field = (_high(words) if part >= 4 else words) & (0xF << (4 * (part % 4)))
+        field = (high_halves(words) if part >= 4 else words) & (0xF << (4 * (part % 4)))
         return (field | magic).to(tl.float32, bitcast=True) - (8388608.0 + zero * (1 << (4 * (part % 4))))
     elif CODES == INT8:
-        field = (_high(words) if part >= 2 else words) & (0xFF << (8 * (part % 2)))
+        field = (high_halves(words) if part >= 2 else words) & (0xFF << (8 * (part % 2)))
         return (field | magic).to(tl.float32, bitcast=True) - (8388608.0 + zero * (1 << (8 * (part % 2))))
-    elif CODES == FP4:
-        places = words << (22 - 4 * part) if part < 6 else words >> (4 * part - 22)
-        return ((places & 0x01C00000) | ((words << (28 - 4 * part)) & -2147483648)).to(tl.float32, bitcast=True)
+    elif CODES == FP4:  # the sign goes to its place, and an arithmetic shift takes exponent and mantissa to theirs
+        places = (words << (28 - 4 * part) if part < 7 else words) >> 6
+        return (places & -0x7E400000).to(tl.float32, bitcast=True)
     else:
-        places = words << (20 - 8 * part) if part < 3 else words >> 4
-        return ((places & 0x07F00000) | ((words << (24 - 8 * part)) & -2147483648)).to(tl.float32, bitcast=True)
+        places = (words << (24 - 8 * part) if part < 3 else words) >> 4
+        return (places & -0x78100000).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -145,14 +145,20 @@ def embed(tokens, table, x, step, H: tl.constexpr, HP: tl.constexpr, SCALE: tl.c
 
 @triton.jit
 def _row(
-    w, x, norm, scale, bias, rows, cols, inside, batch, eps, dtype: tl.constexpr,
-    K: tl.constexpr, STRIDE: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    w, factors, x, norm, scale, bias, rows, cols, inside, batch, eps, dtype: tl.constexpr,
+    K: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """w [rows, K] · norm?(x [batch]) + bias?, in fp32; scale [K] is what was loaded of the norm."""
+    """w [rows, K] · norm?(x [batch]) + bias?, in fp32; scale [K] is what was loaded of the norm, factors [rows, groups]
+    multiply w."""
     value = tl.load(x + batch * STRIDE + cols, mask=cols < K, other=0.0)
     if NORM:
         value = norm_row(value.to(tl.float32), scale, norm, cols, eps, K, dtype, NORM)
-    acc = tl.sum(w.to(tl.float32) * value.to(tl.float32)[None, :], axis=1)
+    products = w.to(tl.float32) * value.to(tl.float32)[None, :]
+    if GROUP > 0:
+        GROUPED: tl.constexpr = [w.shape[0], w.shape[1] // GROUP, GROUP]
+        acc = tl.sum(tl.sum(tl.reshape(products, GROUPED), axis=2) * factors, axis=1)
+    else:
+        acc = tl.sum(products, axis=1)
     if BIAS:
         acc += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
     return acc
@@ -172,13 +178,15 @@ def _store_row(
 
 @triton.jit
 def product(
-    x, norm, weight, bias, residual, out, adapters, lora_b, low, eps, N,
-    B: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, STRIDE: tl.constexpr, BN: tl.constexpr,
+    x, norm, weight, scales, bias, residual, out, adapters, lora_b, low, eps, N,
+    B: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, STRIDE: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
     ADAPTED: tl.constexpr, RANK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, N] = capped((norm?(x [B, K]) · weight [N, K]ᵀ + bias?) * SCALE) + residual?; rows of x are STRIDE apart.
     Grid (ceil(N / BN),).
+
+    GROUP: weights are in 8 bits, and scales [N, ceil(K / GROUP)] fp32 multiply them; a power of two, 0: they have none.
     """
     if PDL:
         gdc_launch_dependents()
@@ -189,6 +197,12 @@ def product(
         weight + rows.to(tl.int64)[:, None] * K + cols[None, :],
         mask=inside[:, None] & (cols[None, :] < K), other=0.0, cache_modifier=".cg",
     )  # fmt: skip
+    factors = rows  # of no use without scales
+    if GROUP > 0:
+        group = tl.arange(0, KP // GROUP)
+        NUM: tl.constexpr = (K + GROUP - 1) // GROUP
+        mask = inside[:, None] & (group < NUM)[None, :]
+        factors = tl.load(scales + rows.to(tl.int64)[:, None] * NUM + group[None, :], mask=mask, other=0.0)
     scale = rows  # of no use without a norm
     if NORM:
         scale = tl.load(norm + cols, mask=cols < K, other=0.0)
@@ -196,7 +210,9 @@ def product(
         gdc_wait()
     dtype: tl.constexpr = x.dtype.element_ty
     for batch in range(B):
-        acc = _row(w, x, norm, scale, bias, rows, cols, inside, batch, eps, dtype, K, STRIDE, NORM, BIAS)
+        acc = _row(
+            w, factors, x, norm, scale, bias, rows, cols, inside, batch, eps, dtype, K, STRIDE, GROUP, NORM, BIAS
+        )  # fmt: skip
         _store_row(acc, residual, out, batch * N + rows, inside, dtype, RESIDUAL, SCALE, CAP)
     if ADAPTED:
         tl.debug_barrier()  # the second store of an entry comes after the first
@@ -206,7 +222,9 @@ def product(
                 own = scale
                 if NORM:
                     own = tl.load(norm + adapter * K + cols, mask=cols < K, other=0.0)
-                acc = _row(w, x, norm, own, bias, rows, cols, inside, batch, eps, dtype, K, STRIDE, NORM, BIAS)
+                acc = _row(
+                    w, factors, x, norm, own, bias, rows, cols, inside, batch, eps, dtype, K, STRIDE, GROUP, NORM, BIAS
+                )  # fmt: skip
                 if RANK > 0:
                     acc = with_change(acc, adapter, lora_b, low, batch, rows, inside, N, RANK)
                 _store_row(acc, residual, out, batch * N + rows, inside, dtype, RESIDUAL, SCALE, CAP)
@@ -274,13 +292,13 @@ def join(
 
 @triton.jit
 def tiled_product(
-    x, weight, bias, residual, out, adapters, lora_b, low, N,
-    B: tl.constexpr, BP: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, weight, scales, bias, residual, out, adapters, lora_b, low, N,
+    B: tl.constexpr, BP: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, RANK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """`product` without its norm by tensor cores, for several rows faster and with sums in another order; K % BK == 0.
-    Grid (ceil(N / BN),).
+    """`product` without its norm by tensor cores, for several rows faster and with sums in another order; K % BK == 0,
+    and GROUP % BK == 0 for weights in 8 bits. Grid (ceil(N / BN),).
     """
     if PDL:
         gdc_launch_dependents()
@@ -295,7 +313,12 @@ def tiled_product(
     for start in range(0, K, BK):
         w = tl.load(w_at + start, mask=inside[:, None], other=0.0)
         value = tl.load(x_at + start, mask=(batch < B)[None, :], other=0.0)
-        acc = tl.dot(w, value, acc, input_precision="ieee")
+        if GROUP > 0:
+            at = rows.to(tl.int64) * ((K + GROUP - 1) // GROUP) + start // GROUP
+            factors = tl.load(scales + at, mask=inside, other=0.0)
+            acc += tl.dot(w.to(tl.float32).to(value.dtype), value, input_precision="ieee") * factors[:, None]
+        else:
+            acc = tl.dot(w, value, acc, input_precision="ieee")
     at = batch[None, :] * N + rows[:, None]
     mask = inside[:, None] & (batch < B)[None, :]
     if BIAS:

@@ -32,7 +32,7 @@ from router.mask import ExpertMask
 from server.model.device.capture import NotCapturableError, need
 from server.model.device.capture.adapters import adapted_trunk, check_adapters
 from server.model.device.capture.modules import DELTA, moe_blocks, text_body
-from server.model.device.capture.pack import decode_shape, pack_trunk
+from server.model.device.capture.pack import EightBits, attention_and_head, decode_shape, pack_trunk
 from server.model.device.capture.proof import prove
 from server.model.device.memory.budget import DeviceMemory
 from server.model.device.memory.cache import PagedCache
@@ -52,7 +52,7 @@ from server.model.runner import RunnerOptions, SelectiveModel
 from server.model.seam.experts import LAYER_ATTRIBUTE
 from server.model.seam.observation import OutputObserver
 from server.model.seam.routing import StepRouting
-from server.model.seam.trunk import context_tokens, load_trunk, trunk_is_checked, trunk_skeleton
+from server.model.seam.trunk import context_tokens, eight_bits, load_trunk, trunk_is_checked, trunk_skeleton
 
 log = logging.getLogger(__name__)
 WARMED_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -122,7 +122,7 @@ def load_device_runner(
         least_tokens=options.least_tokens,
     )
     model = _trunk(store, options, progress)
-    weights = pack_trunk(model, shape)
+    weights = pack_trunk(model, shape, _eight_bits(model, store, device))
     adapted = adapted_trunk(model, shape, weights, adapters) if adapters else None
     put_delta_layers(model, shape, weights)
     slots, num_blocks = memory.divide(
@@ -177,6 +177,22 @@ def put_delta_layers(model: PreTrainedModel, shape: DecodeShape, weights: TrunkW
     layers = text_body(model).layers
     for place, (at, kind) in enumerate(shape.deltas.items()):
         setattr(layers[at], DELTA, DeltaLayer(kind, shape.eps, weights.layers[at], place))
+
+
+def _eight_bits(model: PreTrainedModel, store: Store, device: torch.device) -> EightBits:
+    """The trunk's linear layers in 8 bits if the device converts them; a line of the log says what becomes of them."""
+    if store.manifest.trunk_dtype is None:
+        return {}
+    found = eight_bits(model, store.trunk_path)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        log.info("%d linear layers of the trunk are in FP8, which this GPU does not convert: dequantised", len(found))
+        return {}
+    taken = sum(linear in found for linear in attention_and_head(model))
+    log.info(
+        "%d linear layers of the trunk are in FP8: a decode step reads %d of them so, attention and head, and the "
+        "others dequantised", len(found), taken,
+    )  # fmt: skip
+    return found
 
 
 def _host_budget(wanted_bytes: int | None, experts_bytes: int) -> int | None:

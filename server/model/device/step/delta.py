@@ -67,17 +67,20 @@ class DeltaLayer(nn.Module):
     def __init__(self, kind: DeltaKind, eps: float, weights: LayerWeights, place: int) -> None:
         super().__init__()
         self._kind, self._eps, self._weights, self._place = kind, eps, weights, place
+        assert isinstance(weights.qkv, Tensor), "products of a delta net are in the model's dtype"
+        assert isinstance(weights.output, Tensor), "products of a delta net are in the model's dtype"
+        self._input, self._output = weights.qkv, weights.output
 
     def forward(self, hidden_states: Tensor, cache_params: PrefillRow, **_: Any) -> Tensor:
         """[1, T, H] -> [1, T, H]: appends T tokens to the row."""
         past, place = cache_params, self._place
-        given = functional.linear(hidden_states[0], self._weights.qkv)
+        given = functional.linear(hidden_states[0], self._input)
         out = self._values(given, past.before(place), (past.states[place], past.rings[place]), past.start)
-        return functional.linear(out, self._weights.output)[None]
+        return functional.linear(out, self._output)[None]
 
     def compile_kernels(self) -> None:
         """Compiles the kernels without a launch; those of one layer are those of all. See `graphs.in_parallel`."""
-        kind, weight = self._kind, self._weights.qkv
+        kind, weight = self._kind, self._input
         given, ring = weight.new_empty(1, kind.qkv), weight.new_empty(kind.kernel, kind.channels)
         state = torch.empty(kind.value_heads, kind.value_dim, kind.key_dim, device=weight.device)
         self._values(given, (state, ring), (state, ring), 0, compiles=True)

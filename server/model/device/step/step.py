@@ -21,7 +21,7 @@ from torch import Tensor
 
 from expert_store.paging.kernels import LFU, LRU
 from expert_store.paging.pages import DevicePages
-from server.model.device.kernels import attention, experts, packed, routing, trunk
+from server.model.device.kernels import attention, experts, packed, packed_tiles, routing, trunk
 from server.model.device.step.delta import DeltaRule
 from server.model.device.step.latent import LatentAttention
 from server.model.device.step.packed import expert_constants, plane_constants, row_constants
@@ -34,8 +34,10 @@ from server.model.device.step.weights import (
     LayerChanges,
     LayerWeights,
     LowRank,
+    Matrix,
     MlpWeights,
     QkNorm,
+    ScaledMatrix,
     TrunkWeights,
 )
 
@@ -55,6 +57,11 @@ MOST_JOINED = 16 << 10
 WARP_WORDS = 2 << 10
 """Words of codes, of four bytes, that one warp of a packed product holds in registers, beside their scales."""
 
+
+MOST_TILE_BYTES = 64 << 10
+"""Activations of a tile's tokens that a program holds in shared memory, of which the smallest GPUs have 99 KiB."""
+JOIN_BLOCK = 256
+"""Elements of a row that one program of `join_picks` sums."""
 
 MANY_ROWS = 8
 """Where KV memory has more rows than these, products go by tensor cores in every step: slower for one row, faster from
@@ -82,6 +89,7 @@ class DecodeStep:
         assert self.options.masked or not self.options.adapted, "an adapter is for masked rows"
         is_many = shape.max_rows > MANY_ROWS if self.options.batch_invariant else batch > 1
         self._product = self._tiled_product if is_many else self._row_product
+        self._in_tiles = is_many and self._fits_tiles()
         self._compiles = False  # True: kernels are compiled instead of launched
         device = weights.embedding.device
         hidden, top_k, layers = shape.hidden, shape.top_k, shape.num_moe_layers
@@ -104,6 +112,7 @@ class DecodeStep:
         self.pick_weights = fresh(batch, top_k, dtype=torch.float32)
         act_dtype = shape.dtype if shape.packed is None else planes
         self.act = fresh(batch * top_k, shape.intermediate, dtype=act_dtype)
+        self.picks = fresh(batch * top_k if self._in_tiles else 0, hidden, dtype=torch.float32)
         self.inner = fresh(batch, max(shape.dense_intermediate, shape.shared_intermediate))
         self.shared = fresh(batch, hidden) if shape.shared_intermediate else self.mid
         self.branch, self.nothing = fresh(batch, hidden), fresh(batch, hidden)
@@ -134,6 +143,12 @@ class DecodeStep:
         self._latent = None
         if latents:
             self._latent = LatentAttention(*own, latents, self.rows, self._run, self._product)
+
+    def _fits_tiles(self) -> bool:
+        """Whether packed experts may go by tensor cores: a program holds a tile's activations in shared memory."""
+        shape, size = self.shape, 2 if self.shape.dtype == torch.bfloat16 else 4
+        widest = self.options.tuning.tile_tokens * max(shape.hidden, shape.intermediate) * size
+        return shape.packed is not None and widest <= MOST_TILE_BYTES
 
     def compile(self) -> None:
         """Compiles the step's kernels without a launch; one layer compiles those of all. See `graphs.in_parallel`."""
@@ -356,12 +371,25 @@ class DecodeStep:
             row_constants(encoding, columns)
             for encoding, columns in zip(shape.packed, (shape.hidden, shape.intermediate), strict=True)
         )
+        sizes |= {"REST": shape.span_elements - shape.up_words, "MOST": distinct}
+        sizes |= {"VD": of_down["V"], "NEXT": of_down["CODES"]}
+        if self._in_tiles:
+            del sizes["ONE"]
+            rows, splits = tuning.tile_up_rows, tuning.tile_up_splits
+            tiles = triton.cdiv(shape.intermediate, rows)
+            run = triton.cdiv(distinct * tiles, tuning.tile_up_programs)
+            self._run(
+                packed_tiles.gate_up_tiles, (fetchers + distinct * triton.cdiv(tiles, run),),
+                self.planes, *work, self.normed, run, **sizes, BI=rows, COPY=pow2(rows * layout["RW"]),
+                **self._tile_constants(layout, splits, tuning.tile_up_words), num_warps=splits,
+                num_stages=tuning.tile_stages,
+            )  # fmt: skip
+            return
         words = 2 * shape.hidden // layout["V"]  # of a row of gate and of up
         rows, warps, runs = _packed_tile(words, layout["QW"], tuning.packed_up_rows)
         self._run(
             packed.gate_up, (fetchers + distinct * triton.cdiv(shape.intermediate, rows),), self.planes, *work,
             self.normed, packed.MAGIC, **sizes, **layout, BI=rows, RUNS=runs, COPY=pow2(rows * layout["RW"]),
-            REST=shape.span_elements - shape.up_words, MOST=distinct, VD=of_down["V"], NEXT=of_down["CODES"],
             num_warps=warps,
         )  # fmt: skip
 
@@ -395,12 +423,39 @@ class DecodeStep:
             )  # fmt: skip
             return
         layout = row_constants(shape.packed[1], shape.intermediate)
+        if self._in_tiles:
+            self._down_tiles(sizes, layout, beside)
+            return
         rows, warps, runs = _packed_tile(picks // layout["V"], layout["QW"], tuning.packed_down_rows)
         self._run(
             packed.down, (self.batch, triton.cdiv(shape.hidden, rows)),
             self.act, pages.slots, pages.pair_target, self.pick_weights, *beside, packed.MAGIC,
             **sizes, **layout, BH=rows, RUNS=runs, BEFORE=shape.down_at, num_warps=warps,
         )  # fmt: skip
+
+    def _down_tiles(self, sizes: dict[str, Any], layout: dict[str, Any], beside: tuple[Tensor, ...]) -> None:
+        """`down` by tensor cores: the product of each pick, then their sum."""
+        shape, pages, tuning = self.shape, self.pages, self.options.tuning
+        rows, splits = tuning.tile_down_rows, tuning.tile_down_splits
+        distinct, tiles = min(shape.num_experts, self.batch * shape.top_k), triton.cdiv(shape.hidden, rows)
+        run = triton.cdiv(distinct * tiles, tuning.tile_down_programs)
+        self._run(
+            packed_tiles.down_tiles, (distinct, triton.cdiv(tiles, run)),
+            self.act, pages.slots, pages.header, pages.target, pages.count, pages.pairs, self.picks,
+            run, H=shape.hidden, I=shape.intermediate, BH=rows, STRIDE=pages.pairs.shape[1], BEFORE=shape.down_at,
+            BIAS=sizes["BIAS"], **self._tile_constants(layout, splits, tuning.tile_down_words),
+            num_warps=tuning.tile_down_warps, num_stages=tuning.tile_stages,
+        )  # fmt: skip
+        names = ("K", "H", "HP", "SHARED", "SCALE", "ROUTED", "ADAPTED", "RANK")
+        self._run(
+            packed_tiles.join_picks, (self.batch, triton.cdiv(shape.hidden, JOIN_BLOCK)),
+            self.picks, self.pick_weights, *beside, **{name: sizes[name] for name in names}, BH=JOIN_BLOCK, num_warps=4,
+        )  # fmt: skip
+
+    def _tile_constants(self, layout: dict[str, Any], splits: int, words: int) -> dict[str, Any]:
+        """Constants of a product by tensor cores: the rows' layout, and runs of words that share a scale."""
+        sizes = {"BT": self.options.tuning.tile_tokens, "S": splits, "BW": words}
+        return layout | sizes | {"QW": divisor(layout["GW"], words)}
 
     @property
     def _down_fetches(self) -> bool:
@@ -435,7 +490,7 @@ class DecodeStep:
             kernel[grid](*args, PDL=self.options.pdl, **constants)
 
     def _row_product(
-        self, x: Tensor, norm: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+        self, x: Tensor, norm: Tensor | None, weight: Matrix, bias: Tensor | None, residual: Tensor | None,
         out: Tensor, rows: int, change: LowRank | None = None, eps: float | None = None,
     ) -> None:  # fmt: skip
         """out = norm(x) · weightᵀ + bias + residual, `rows` of the weight in each program; adapters may change the
@@ -443,12 +498,14 @@ class DecodeStep:
         num_rows, width = weight.shape
         rows = max(1, min(rows, MOST_ROW_ELEMENTS // pow2(width)))
         lora, rank = self._shrink(x, norm, change)
+        codes, scales, group = _codes_of(weight)
         self._run(
             trunk.product, (triton.cdiv(num_rows, rows),),
-            x, x if norm is None else norm, weight, x if bias is None else bias, x if residual is None else residual,
-            out, *lora, self.shape.eps if eps is None else eps, num_rows, B=self.batch, K=width, KP=pow2(width),
-            STRIDE=x.stride(0), BN=rows, NORM=self._norm_of(norm), BIAS=bias is not None, RESIDUAL=residual is not None,
-            **self._factors(out, residual), ADAPTED=self.options.adapted, RANK=rank,
+            x, x if norm is None else norm, codes, scales, x if bias is None else bias,
+            x if residual is None else residual, out, *lora, self.shape.eps if eps is None else eps, num_rows,
+            B=self.batch, K=width, KP=pow2(width), STRIDE=x.stride(0), BN=rows, GROUP=group, NORM=self._norm_of(norm),
+            BIAS=bias is not None, RESIDUAL=residual is not None, **self._factors(out, residual),
+            ADAPTED=self.options.adapted, RANK=rank,
             num_warps=self.options.tuning.product_warps,
         )  # fmt: skip
 
@@ -477,7 +534,7 @@ class DecodeStep:
         return {"SCALE": 1.0 if residual is None else scales.residual, "CAP": 0.0}
 
     def _tiled_product(
-        self, x: Tensor, norm: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+        self, x: Tensor, norm: Tensor | None, weight: Matrix, bias: Tensor | None, residual: Tensor | None,
         out: Tensor, rows: int, change: LowRank | None = None, eps: float | None = None,
     ) -> None:  # fmt: skip
         """The same by tensor cores, in tiles of weights and all rows of the batch; `rows` is for the other."""
@@ -489,12 +546,13 @@ class DecodeStep:
             self._run(trunk.norm_rows, (self.batch,), *given, **sizes, ADAPTED=self.options.adapted, num_warps=8)
             x = self.normed
         lora, rank = self._shrink(x, None, change)
+        codes, scales, group = _codes_of(weight)
         tile = tuning.tiled_rows if num_rows >= 132 * tuning.tiled_rows else 16
         self._run(
             trunk.tiled_product, (triton.cdiv(num_rows, tile),),
-            x, weight, x if bias is None else bias, x if residual is None else residual, out, *lora, num_rows,
+            x, codes, scales, x if bias is None else bias, x if residual is None else residual, out, *lora, num_rows,
             B=self.batch, BP=max(16, pow2(self.batch)), K=width, BN=tile,
-            BK=divisor(width, tuning.tiled_bytes // weight.element_size()),
+            BK=divisor(width, min(tuning.tiled_bytes // codes.element_size(), group or width)), GROUP=group,
             BIAS=bias is not None, RESIDUAL=residual is not None, **self._factors(out, residual), RANK=rank,
             num_warps=4 if tile >= 32 else 2, num_stages=tuning.tiled_stages,
         )  # fmt: skip
@@ -518,6 +576,13 @@ class DecodeStep:
             num_warps=self.options.tuning.product_warps,
         )  # fmt: skip
         return out
+
+
+def _codes_of(weight: Matrix) -> tuple[Tensor, Tensor, int]:
+    """Weights, their scales and the columns that share one; 0: they have none."""
+    if isinstance(weight, ScaledMatrix):
+        return weight.codes, weight.scales, min(weight.group, pow2(weight.codes.shape[1]))
+    return weight, weight, 0
 
 
 def _packed_tile(words: int, run_words: int, rows: int) -> tuple[int, int, int]:

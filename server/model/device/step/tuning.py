@@ -33,6 +33,17 @@ class Tuning:
     down_columns: int = 2048
     packed_up_rows: int = 2
     packed_down_rows: int = 1
+    tile_tokens: int = 8
+    tile_stages: int = 2
+    tile_up_rows: int = 8
+    tile_up_words: int = 32
+    tile_up_splits: int = 4
+    tile_up_programs: int = 2112
+    tile_down_rows: int = 16
+    tile_down_words: int = 32
+    tile_down_splits: int = 1
+    tile_down_warps: int = 1
+    tile_down_programs: int = 4224
     product_warps: int = 4
     tiled_rows: int = 32
     tiled_bytes: int = 512

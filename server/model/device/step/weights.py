@@ -221,6 +221,23 @@ class LayerChanges:
 
 
 @dataclass(frozen=True)
+class ScaledMatrix:
+    """A matrix in 8 bits: codes [O, N] E4M3, times scales [O, ceil(N / group)] fp32; a group of columns shares one."""
+
+    codes: Tensor
+    scales: Tensor
+    group: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """[O, N]."""
+        return self.codes.shape
+
+
+Matrix = Tensor | ScaledMatrix
+
+
+@dataclass(frozen=True)
 class MlpWeights:
     """A gated product that every token uses: up [2I, H], rows of gate then of up; down [H, I]; switch [H]: the result
     is multiplied by sigmoid(switch · x); norm [H] of its input, if that is not the layer's `post_norm`; after [H]: the
@@ -276,10 +293,10 @@ class LayerWeights:
     """
 
     input_norm: Tensor | None
-    qkv: Tensor
+    qkv: Matrix
     q_norm: Tensor
     k_norm: Tensor
-    output: Tensor
+    output: Matrix
     post_norm: Tensor | None
     gate: Tensor | None
     cos: Tensor
@@ -318,7 +335,7 @@ class TrunkWeights:
     embedding: Tensor
     layers: tuple[LayerWeights, ...]
     norm: Tensor
-    head: Tensor
+    head: Matrix
     head_bias: Tensor | None = None
 
 

@@ -38,7 +38,9 @@ from server.model.device.step.weights import (
     LayerChanges,
     LayerWeights,
     LowRank,
+    Matrix,
     MlpWeights,
+    ScaledMatrix,
     TrunkWeights,
 )
 
@@ -226,10 +228,16 @@ class Ahead:
 
 
 def trunk(shape: DecodeShape, rank: int = 0) -> TrunkWeights:
-    """Weights without memory."""
+    """Weights without memory; attention and head in FP8 where the experts are."""
 
     def matrix(*size: int) -> Tensor:
         return torch.empty(size, dtype=shape.dtype, device="meta")
+
+    def linear(rows: int, columns: int) -> Matrix:
+        if shape.packed is None or shape.packed[0].codes != "fp8":
+            return matrix(rows, columns)
+        codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device="meta")
+        return ScaledMatrix(codes, torch.empty(rows, -(-columns // 128), device="meta"), 128)
 
     def mlp(inner: int) -> MlpWeights:
         switch = matrix(shape.hidden) if shape.qk_norm == "none" else None
@@ -269,8 +277,8 @@ def trunk(shape: DecodeShape, rank: int = 0) -> TrunkWeights:
         norm = torch.empty(shape.hidden, device="meta") if shape.experts.alternates else matrix(shape.hidden)
         norm = torch.empty(2, shape.hidden, device="meta") if shape.norm == "layer" else norm
         return LayerWeights(
-            norm, matrix(attention.qkv, shape.hidden), matrix(norms), matrix(norms),
-            matrix(shape.hidden, attention.width), norm,
+            norm, linear(attention.qkv, shape.hidden), matrix(norms), matrix(norms),
+            linear(shape.hidden, attention.width), norm,
             None if dense else matrix(shape.num_experts, shape.hidden), table, table,
             qkv_bias=matrix(attention.qkv) if shape.qk_norm == "none" else None,
             selection_bias=None if shape.router.selection_bias is None else bias,
@@ -288,7 +296,7 @@ def trunk(shape: DecodeShape, rank: int = 0) -> TrunkWeights:
 
     return TrunkWeights(
         matrix(shape.vocab, shape.hidden), tuple(layer(at) for at in range(shape.num_layers)),
-        matrix(shape.hidden), matrix(shape.vocab, shape.hidden),
+        matrix(shape.hidden), linear(shape.vocab, shape.hidden),
     )  # fmt: skip
 
 

@@ -29,6 +29,8 @@ HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 TUNING = Tuning(
     qkv_rows=64, output_rows=32, head_rows=32, gate_rows=4, up_rows=8, down_rows=32, down_columns=32,
     packed_up_rows=64, packed_down_rows=64, delta_values=8,
+    tile_up_rows=32, tile_up_words=16, tile_up_splits=2, tile_down_rows=64, tile_down_words=16, tile_up_programs=2,
+    tile_down_programs=2,
     attention_splits=2, attention_tile=16 if DEVICE == "cuda" else 2, latent_tile=16 if DEVICE == "cuda" else 2,
     latent_splits=4,
     fetchers=2, packed_fetchers=2, copy_elements=256,

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 from transformers import Qwen3MoeForCausalLM
 
 from server.model.device.capture.modules import moe_blocks
+from server.model.device.step import step as device_step
 from server.model.device.step.prefill import ExpertStream
 from tests.expert_store.test_rows import ENCODINGS
 from tests.server.model.device.captured import HALF, Reference, build, distance, pack_experts, qwen3_moe, run
@@ -33,8 +34,14 @@ QUICK = ("int4", "fp8 in blocks", "nvfp4, modelopt")
 EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.exhaustive) for name in ENCODINGS]
 
 
+@pytest.fixture(params=[8, 0], ids=["by rows", "by tensor cores"])
+def products(monkeypatch, request):
+    """The products of servers of a few rows, and of those of many."""
+    monkeypatch.setattr(device_step, "MANY_ROWS", request.param)
+
+
 @pytest.mark.parametrize("name", EVERY)
-def test_step_over_packed_experts_agrees_with_float64(model, name):
+def test_step_over_packed_experts_agrees_with_float64(model, name, products):
     encodings = (ENCODINGS[name], ENCODINGS[name])
     spans = pack_experts(model, encodings)
     tokens = torch.randint(0, 96, (2, 1), generator=torch.Generator().manual_seed(1))
@@ -63,7 +70,7 @@ def test_a_prompts_products_over_packed_experts_agree_with_float64(model, name):
     assert distance(got.cpu().double(), wanted) < 1e-5
 
 
-def test_bits_over_packed_experts_depend_neither_on_residency_nor_on_the_batch(model):
+def test_bits_over_packed_experts_depend_neither_on_residency_nor_on_the_batch(model, products):
     encodings = (ENCODINGS["int4"], ENCODINGS["fp8 in blocks"])
     spans = pack_experts(model, encodings)
     tokens = torch.randint(0, 96, (1, 2), generator=torch.Generator().manual_seed(3))
