@@ -114,6 +114,18 @@ def test_the_table_of_adapters_is_that_of_its_results() -> None:
     }
 
 
+def test_the_table_of_questions_with_adapters_is_that_of_its_results() -> None:
+    rows = _rows("4,096 held-out tokens of the kind", "docs/selection.md")
+    without, *plans = _read("adapt_plans_cpu")["results"]
+    assert without["part"] == "none"
+    assert len(rows) == 1 + len(plans)
+    for plan in plans:
+        share, kind = plan["share"], plan["kind"]
+        ratios = [f"{case['mean_ratio']:.3f}" for case in plan["cases"]]
+        answered = [f"{one['questions'][str(share)][kind]:.3f}".removeprefix("0") for one in (without, plan)]
+        assert rows[f"{kind} {share:.3g}".replace("0.25", "25 %").replace("0.125", "12.5 %")] == [*ratios, *answered]
+
+
 def test_the_table_of_budgets_is_that_of_its_results() -> None:
     rows, wanted = _rows("Bold\nis what `plan` chose", "docs/selection.md"), {}
     for checkpoint, found in _read("budgets")["checkpoints"].items():

@@ -15,7 +15,7 @@ from server.adapting.generation import write_texts
 from server.adapting.parameters import make_parameters
 from server.adapting.run import AdaptRequest, adapt
 from server.adapting.target import Target, drawn_pools, most_wanted
-from server.adapting.training import DIVERGENCE_ROWS, Training, TrainingOptions, divergence
+from server.adapting.training import DIVERGENCE_ROWS, Training, TrainingOptions, divergence, usual_batch
 from server.model.host.assembly import HostModel, load_model
 from server.model.runner import RunnerOptions
 from server.quality.texts import Domain, TextOptions, TextsError
@@ -162,3 +162,7 @@ def test_a_run_of_other_work_is_not_continued(model: HostModel, stories: Path, t
     other = AdaptRequest(request.domains, text, Target(shares=(0.5, 1.0)), training, rank=2)
     with pytest.raises(AdapterError, match="delete it"):
         adapt(model, other, tmp_path / "run")
+
+
+def test_a_training_makes_about_300_steps_of_sizes_that_a_machine_likes() -> None:
+    assert [usual_batch(tokens) for tokens in (10_000, 1_500_000, 60_000_000)] == [1024, 5000, 16384]
