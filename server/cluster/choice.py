@@ -202,6 +202,12 @@ class _Index:
             held[places] = (self._held @ likely)[rows]
             wanted[places] = (self._wanted @ unit(likely))[rows]
             available[places] = (self._available @ likely)[rows]
+            # One that has served nothing counts as an average one that has. Else, while no load sends requests there,
+            # all kinds of text would stay with the first replica that served any.
+            has_served = np.array([name in self._row and bool(self._wanted[self._row[name]].any()) for name in names])
+            if has_served.any():
+                for of_all in (held, wanted):
+                    of_all[~has_served] = np.maximum(of_all[~has_served], of_all[has_served].mean())
         return held, wanted, available
 
 

@@ -186,3 +186,11 @@ def test_a_long_beginning_is_worth_waiting_for_and_a_short_one_is_not() -> None:
     assert _ranked(fleet, Likeness(beginning, (), words_of("")), a=12.0, b=0.0)[0].replica == "b", (
         "two requests at most"
     )
+
+
+def test_a_replica_that_has_served_nothing_gets_its_share_of_the_kinds() -> None:
+    both = (_topic(1, (0, 1)), _topic(2, (4, 5)))
+    fleet = _fleet(a=_statistics(held=(0, 1, 4), topics=both), b=_statistics())
+    draw, loads = random.Random(0), {"a": 0.0, "b": 0.0}
+    chosen = Counter(fleet.ranked(Likeness((), (2,), words_of("")), loads, 1.0, draw)[0].replica for _ in range(200))
+    assert min(chosen["a"], chosen["b"]) > 60
