@@ -205,6 +205,11 @@ EVERYDAY = (
 )  # fmt: skip
 """One of each kind of router and attention, between them with every kind of norm, window, dense layer and shared
 expert, and heads of other sizes by layer."""
+BY_BATCH = [
+    "gemma4_text", "mimo_v2_flash", "flex_olmo", "afmoe", "kolibri1", "laguna", "cohere2_moe", "granitemoe_swa",
+    "phimoe",
+]  # fmt: skip
+"""Families with parts that the others do not have."""
 ALONE_TOO = ["olmoe", "qwen2_moe", "glm4_moe in groups", "minimax_m2"]
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from server.model.kv_memory import kv_token_bytes
 from tests.server.model.device.captured import Reference, build, distance, run
-from tests.server.model.device.families import ALONE_TOO, CAPTURED, everyday, model_of
+from tests.server.model.device.families import ALONE_TOO, BY_BATCH, CAPTURED, everyday, model_of
 
 NUM_STEPS = 4
 MANY_PARTS = ("gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "qwen3_next", "qwen3_5_moe_text")
@@ -65,6 +65,20 @@ def test_a_captured_family_agrees_with_float64_and_under_a_mask_and_a_temperatur
     ],
 )
 def test_a_family_agrees_with_float64_at_every_batch_and_slot_count(name: str, batch: int, slots: int) -> None:
+    model = model_of(name)
+    step = build(model, torch.float32, batch=batch, slots=slots)
+    tokens = torch.randint(3, 90, (NUM_STEPS, batch), generator=torch.Generator().manual_seed(batch))
+    got, _ = run(step, tokens, list(range(batch)))
+    assert distance(got, Reference(model).logits(tokens)) < 2e-5
+    step.pages.check_integrity(contents=True)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("batch", "slots"), [(1, 3), (2, 8), (7, 4)])
+@pytest.mark.parametrize("name", BY_BATCH)
+def test_a_family_with_parts_of_its_own_agrees_with_float64_at_other_batches_and_slot_counts(
+    name: str, batch: int, slots: int
+) -> None:
     model = model_of(name)
     step = build(model, torch.float32, batch=batch, slots=slots)
     tokens = torch.randint(3, 90, (NUM_STEPS, batch), generator=torch.Generator().manual_seed(batch))
