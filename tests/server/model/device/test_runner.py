@@ -206,7 +206,7 @@ def test_a_step_without_masks_runs_in_a_graph_that_reads_them_rather_than_wait_f
         runner.adopt()
     device.tier.wait()
     captured = device.graphs.steps
-    assert {masked for _, masked in captured} == {True}
+    assert {key.masked for key in captured} == {True}
     assert greedy(device, [7, 8], 4) == greedy(host, [7, 8], 4)
     assert device.graphs.steps == captured
 
