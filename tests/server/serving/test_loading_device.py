@@ -103,7 +103,7 @@ def test_requests_with_adapters_of_their_own_share_a_batch_of_the_captured_path(
         told[path] = [(one.generated_text, one.deficit.adapter, round(one.deficit.overall, 4)) for one in results]
     assert told["device"] == told["host"]
     assert [adapter for _, adapter, _ in told["host"]] == ["planned", None, "pools", None]
-    assert len({text for text, _, _ in told["host"]}) == 4
+    assert len({(text, deficit) for text, _, deficit in told["host"]}) == 4
 
 
 def test_what_came_to_the_mask_between_two_steps_is_served(loaded):

@@ -216,8 +216,11 @@ def test_norms_are_packed_as_they_round() -> None:
 @pytest.mark.exhaustive
 def test_a_layer_that_differs_in_a_setting_is_among_those_that_are_run() -> None:
     model = random_model("mixtral", num_hidden_layers=5, head_dim=32)
-    model.model.layers[2].self_attn.scaling *= 2
+    model.model.layers[2].input_layernorm.variance_epsilon = 0.5
     with pytest.raises(NotCapturableError, match="away from transformers"):
+        distance(model)
+    model.model.layers[2].self_attn.scaling *= 2
+    with pytest.raises(NotCapturableError, match="layers scale the scores of attention by different factors"):
         distance(model)
 
 
