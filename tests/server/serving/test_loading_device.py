@@ -106,6 +106,7 @@ def test_requests_with_adapters_of_their_own_share_a_batch_of_the_captured_path(
     assert len({(text, deficit) for text, _, deficit in told["host"]}) == 4
 
 
+@pytest.mark.exhaustive
 def test_what_came_to_the_mask_between_two_steps_is_served(loaded):
     model = loaded("device", experts="0-4")
     engine = model.engine
@@ -139,7 +140,8 @@ def test_requests_that_fetch_share_a_batch_with_those_that_do_without(loaded, fe
     assert found["device"][0][1] > 0.0
 
 
-@pytest.mark.parametrize("corrupt_experts", [pytest.param("fail", marks=pytest.mark.exhaustive), "mask"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("corrupt_experts", ["fail", "mask"])
 def test_a_damaged_expert_is_dealt_with_as_on_the_host(loaded, small_store, tmp_path, corrupt_experts):
     whole = Client(loaded("host").engine, "one two", max_new_tokens=4, ignore_eos=True)
     whole.result()
