@@ -28,12 +28,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.decode import QWEN
-from benchmarks.gpu.steps import CONTEXT, random_trunk
+from benchmarks.gpu.steps import CONTEXT, full_pages, random_trunk
 from benchmarks.gpu.timing import median_ms
 from benchmarks.harness.checkpoints import make_store
 from benchmarks.harness.reporting import BUNDLED, environment, finish, table
 from expert_store.adapter import Adapter, attach
-from expert_store.paging.pages import DevicePages, PagesShape
 from expert_store.store import Store
 from router.mask import ExpertMask
 from server.adapting.parameters import make_parameters
@@ -167,14 +166,7 @@ def with_adapters(trunk: TrunkWeights, shape: DecodeShape, width: int) -> TrunkW
 
 def cost(shape: DecodeShape) -> list[dict[str, Any]]:
     """Milliseconds of steps of one and of eight rows."""
-    sizes = PagesShape(
-        shape.num_layers, shape.num_experts, shape.top_k, shape.num_experts, shape.span_elements, CONTEXT_ROWS,
-        shape.span_dtype,
-    )  # fmt: skip
-    pages = DevicePages(sizes, None, device=DEVICE)
-    pages.slots.normal_(0.0, 0.03)
-    pages.adopt(torch.arange(shape.num_experts).expand(shape.num_layers, shape.num_experts))
-    trunk, state = random_trunk(shape, DEVICE), RowState(shape, DEVICE)
+    trunk, pages, state = random_trunk(shape, DEVICE), full_pages(shape, DEVICE), RowState(shape, DEVICE)
     adapted = {
         name: with_adapters(trunk, shape, width)
         for name, width in (("adapted", 0), (f"adapted, {SHARED_WIDTH} columns more", SHARED_WIDTH))

@@ -39,7 +39,7 @@ import torch
 from benchmarks.gpu import paging as gpu_paging
 from benchmarks.gpu import paths as gpu_paths
 from benchmarks.gpu import timing as gpu_timing
-from benchmarks.gpu.steps import CONTEXT, STAGES, Replay, random_codes, random_trunk
+from benchmarks.gpu.steps import CONTEXT, STAGES, Replay, full_pages, random_codes, random_experts, random_trunk
 from benchmarks.harness.reporting import environment, finish, table
 from expert_store.paging.pages import DevicePages, PagesShape, Policy
 from server.model.device.step.graphs import in_parallel
@@ -96,7 +96,7 @@ class Bench:
 
     def resident(self) -> list[dict[str, Any]]:
         trunk = self._trunk("qwen", QWEN)
-        pages, state = self._full_pages(QWEN), RowState(MANY_ROWS, DEVICE)
+        pages, state = full_pages(MANY_ROWS, DEVICE), RowState(MANY_ROWS, DEVICE)
         rows = []
         shapes = {batch: QWEN if batch <= QWEN.max_rows else MANY_ROWS for batch in BATCHES}
         with in_parallel():
@@ -183,7 +183,7 @@ class Bench:
 
     def paging_recorded(self) -> list[dict[str, Any]]:
         trunk, state = self._trunk("traced", TRACED), RowState(TRACED, DEVICE)
-        pages = self._full_pages(TRACED)
+        pages = full_pages(TRACED, DEVICE)
         resident_ms = self._resident_step(TRACED, trunk, pages, state, 1)["step_ms"]
         del pages
         rows = []
@@ -280,16 +280,6 @@ class Bench:
             self.trunks[name] = random_trunk(shape, DEVICE)
         return self.trunks[name]
 
-    def _full_pages(self, shape: DecodeShape) -> DevicePages:
-        everyone = PagesShape(
-            shape.num_layers, shape.num_experts, shape.top_k, shape.num_experts, shape.span_elements, 32,
-            shape.span_dtype,
-        )  # fmt: skip
-        pages = DevicePages(everyone, None, device=DEVICE)
-        _fill(shape, pages.slots)
-        pages.adopt(torch.arange(shape.num_experts).expand(shape.num_layers, shape.num_experts))
-        return pages
-
     def _pages(
         self, shape: DecodeShape, num_slots: int, policy: str = "lru", kept: int = 0, order: Any = None
     ) -> DevicePages:
@@ -300,7 +290,7 @@ class Bench:
         )
         chosen: Policy = "lfu" if policy == "lfu" else "lru"
         pages = DevicePages(paged, spans, index, device=DEVICE, policy=chosen, num_kept=kept)
-        _fill(shape, pages.slots)
+        random_experts(shape, pages.slots)
         first = np.arange(num_slots)[None].repeat(shape.num_layers, axis=0) if order is None else order
         pages.adopt(torch.from_numpy(np.ascontiguousarray(first)))
         return pages
@@ -356,15 +346,6 @@ def main() -> None:
     bench.result["seconds"] = time.perf_counter() - bench.started
     report(bench.result)
     finish("decode_gpu", bench.result, save=arguments.save)
-
-
-def _fill(shape: DecodeShape, slots: torch.Tensor) -> None:
-    """Random experts in slots [n, elements]; mutates them."""
-    if shape.packed is not None:
-        random_codes(shape, slots)
-        return
-    for some in slots.split(256):
-        some.normal_(0.0, 0.03)
 
 
 def report(result: dict[str, Any]) -> None:

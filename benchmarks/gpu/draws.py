@@ -23,14 +23,12 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.gpu.decode import QWEN
-from benchmarks.gpu.steps import CONTEXT, random_trunk
+from benchmarks.gpu.steps import CONTEXT, full_pages, random_trunk
 from benchmarks.harness.reporting import BUNDLED, environment, finish, table
-from expert_store.paging.pages import DevicePages, PagesShape
 from server.constraints.compiler import CompiledConstraint, ConstraintCompiler
 from server.constraints.grammar import Json
 from server.engine.request import SamplingParams
@@ -150,15 +148,7 @@ def run(
     shape: DecodeShape, device: str, batches: tuple[int, ...], repeats: int, options: StepOptions | None = None
 ) -> list[dict[str, Any]]:
     """All kinds at all batch sizes."""
-    trunk, state = random_trunk(shape, device), RowState(shape, device)
-    size = PagesShape(
-        shape.num_layers, shape.num_experts, shape.top_k, shape.num_experts, shape.span_elements, shape.max_rows,
-        shape.span_dtype,
-    )  # fmt: skip
-    pages = DevicePages(size, None, device=device)
-    for some in pages.slots.split(256):
-        some.normal_(0.0, 0.03)
-    pages.adopt(torch.arange(shape.num_experts).expand(shape.num_layers, shape.num_experts))
+    trunk, pages, state = random_trunk(shape, device), full_pages(shape, device), RowState(shape, device)
     graphs = StepGraphs(shape, trunk, pages, state, options or StepOptions())
     compiled = ConstraintCompiler(grown_tokenizer(shape.vocab), shape.vocab, {0}).compile(Json(SCHEMA))
     rows: list[dict[str, Any]] = []

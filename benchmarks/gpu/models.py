@@ -23,9 +23,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.gpu import timing as gpu_timing
-from benchmarks.gpu.steps import STAGES, Replay, random_codes
+from benchmarks.gpu.steps import STAGES, Replay, full_pages
 from benchmarks.harness.reporting import environment, finish, table
-from expert_store.paging.pages import DevicePages, PagesShape
 from extractor.encoding import names
 from server.model.device.capture import NotCapturableError
 from server.model.device.capture.pack import decode_shape, pack_trunk
@@ -134,25 +133,6 @@ def shape_of(model: Model, built: Any, max_rows: int) -> DecodeShape:
     return replace(shape, experts=experts, packed=packed)
 
 
-def full_pages(shape: DecodeShape) -> DevicePages:
-    """Pages with every expert in a slot, random."""
-    pages = DevicePages(
-        PagesShape(
-            shape.num_moe_layers, shape.num_experts, shape.top_k, shape.num_experts, shape.span_elements,
-            shape.max_rows, shape.span_dtype,
-        ),
-        None,
-        device=DEVICE,
-    )  # fmt: skip
-    if shape.packed is None:
-        for some in pages.slots.split(256):
-            some.normal_(0.0, shape.hidden**-0.5)
-    else:
-        random_codes(shape, pages.slots)
-    pages.adopt(torch.arange(shape.num_experts).expand(shape.num_moe_layers, shape.num_experts))
-    return pages
-
-
 def read_bytes(trunk: TrunkWeights) -> int:
     """Bytes of the trunk's tensors that a step reads: all but the embeddings and the tables of angles."""
     tensors = {id(tensor): tensor for tensor in _tensors(trunk)}
@@ -177,7 +157,7 @@ def steps(name: str, batches: list[int], read_rate: float) -> list[dict[str, Any
     built = random_model(model)
     shapes = {batch: shape_of(model, built, 8 if batch <= 8 else 32) for batch in batches}
     shape = shapes[batches[0]]
-    trunk, pages = pack_trunk(built, shape), full_pages(replace(shape, max_rows=32))
+    trunk, pages = pack_trunk(built, shape), full_pages(replace(shape, max_rows=32), DEVICE)
     del built
     trunk_bytes = read_bytes(trunk)
     for batch, one in shapes.items():
@@ -204,7 +184,7 @@ def tuning(name: str) -> dict[str, float]:
     model = MODELS[name]
     built = random_model(model)
     shape = shape_of(model, built, 8)
-    trunk, pages, state = pack_trunk(built, shape), full_pages(shape), RowState(shape, DEVICE)
+    trunk, pages, state = pack_trunk(built, shape), full_pages(shape, DEVICE), RowState(shape, DEVICE)
     del built
     base = StepOptions(pdl=True)
     changed = {json.dumps(one): replace(base, tuning=replace(base.tuning, **one)) for one in TUNED}

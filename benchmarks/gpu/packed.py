@@ -26,6 +26,7 @@ from benchmarks.gpu import paging as gpu_paging
 from benchmarks.gpu import paths as gpu_paths
 from benchmarks.gpu import timing as gpu_timing
 from benchmarks.gpu.decode import DEVICE, MANY_ROWS, QWEN, SHARES, SYNTHETIC, TRACED, Bench
+from benchmarks.gpu.steps import full_pages
 from benchmarks.harness.reporting import finish, table
 from extractor.encoding import names
 from server.model.device.step.graphs import in_parallel
@@ -60,7 +61,7 @@ class PackedBench(Bench):
             shape = replace(QWEN, packed=encodings)
             gc.collect()
             torch.cuda.empty_cache()
-            pages = self._full_pages(shape)
+            pages = full_pages(replace(shape, max_rows=32), DEVICE)
             shapes = {batch: replace(shape, max_rows=8 if batch <= 8 else 32) for batch in BATCHES}
             with in_parallel():
                 for batch, one in shapes.items():
@@ -128,7 +129,7 @@ class PackedBench(Bench):
     def paging_recorded_packed(self) -> list[dict[str, Any]]:
         shape, rows = replace(TRACED, packed=ENCODINGS["int4 by 64"]), []
         trunk, state = self._trunk("traced", TRACED), RowState(TRACED, DEVICE)
-        pages = self._full_pages(shape)
+        pages = full_pages(shape, DEVICE)
         resident_ms = self._resident_step(shape, trunk, pages, state, 1)["step_ms"]
         del pages
         self.copy_rate = gpu_timing.copy_rate(self._host_spans(shape))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from benchmarks.gpu.steps import random_codes
+from benchmarks.gpu.steps import random_experts
 from benchmarks.gpu.timing import wall_ms
 from expert_store.manifest import LayerSpec, TensorSpec
 from expert_store.paging.pages import DevicePages, PagesShape
@@ -83,10 +83,7 @@ def device_runner(
     )
     index = torch.arange(layers * shape.num_experts).view(layers, -1) % len(spans)
     pages = DevicePages(pages_shape, spans, index, device=DEVICE)
-    if shape.packed is None:
-        pages.slots.normal_(0.0, 0.03)
-    else:
-        random_codes(shape, pages.slots)
+    random_experts(shape, pages.slots)
     pages.adopt(torch.arange(num_slots).expand(layers, num_slots))
     stream = ExpertStream(pages, shape)
     selective = _selective(model, stream=stream, layers=layers, num_experts=shape.num_experts)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.gpu.paging import Trace
 from expert_store.encoding import CODE_BITS
-from expert_store.paging.pages import DevicePages
+from expert_store.paging.pages import DevicePages, PagesShape
 from expert_store.rows import FIELD_DTYPES
 from server.model.device.step.graphs import StepGraph
 from server.model.device.step.state import RowState
@@ -97,6 +97,27 @@ def random_codes(shape: DecodeShape, spans: Tensor) -> None:
                 dtype = torch.float32 if name == "overall" else FIELD_DTYPES[getattr(encoding, name)]
                 field = torch.full((count,), value, device=spans.device).to(dtype).view(torch.uint8)
                 part[..., offset : offset + len(field)] = field
+
+
+def random_experts(shape: DecodeShape, slots: Tensor) -> None:
+    """Fill slots [n, elements] with random experts, in the shape's encoding if it has one; mutates `slots`."""
+    if shape.packed is not None:
+        random_codes(shape, slots)
+        return
+    for some in slots.split(256):
+        some.normal_(0.0, 0.03)
+
+
+def full_pages(shape: DecodeShape, device: torch.device | str) -> DevicePages:
+    """Pages with every expert in a slot, random, for steps of up to `shape.max_rows` rows."""
+    sizes = PagesShape(
+        shape.num_moe_layers, shape.num_experts, shape.top_k, shape.num_experts, shape.span_elements, shape.max_rows,
+        shape.span_dtype,
+    )  # fmt: skip
+    pages = DevicePages(sizes, None, device=device)
+    random_experts(shape, pages.slots)
+    pages.adopt(torch.arange(shape.num_experts).expand(shape.num_moe_layers, shape.num_experts))
+    return pages
 
 
 def random_trunk(shape: DecodeShape, device: torch.device | str, seed: int = 0) -> TrunkWeights:
