@@ -32,7 +32,7 @@ PARTS = ("lora_A", "lora_B", "delta", "scale", "gain", "gate", "up", "down")
 """A linear layer y = x Wᵀ has `lora_A` [R, in] and `lora_B` [out, R], or `delta` [out, in]: y + x Aᵀ Bᵀ, or y + x Δᵀ. A
 router has `delta` [E, H], added to its logits in the same way, and `gain` [E]: the weight of expert e is multiplied by
 1 + gain[e] after the choice. A norm has `scale` [N]: its output is multiplied by 1 + scale. A layer's experts have
-`gate` and `up` [W, H] and `down` [H, W], one more expert that every token has: y + (silu(x Gᵀ) · x Uᵀ) Dᵀ."""
+`gate` and `up` [W, H] and `down` [H, W], one more shared expert: y + (silu(x Gᵀ) · x Uᵀ) Dᵀ."""
 
 Changes = Mapping[str, Mapping[str, Tensor]]
 """Module of the trunk → part → tensor."""

@@ -54,6 +54,7 @@ def store_summary(path: str | os.PathLike[str]) -> dict[str, Any]:
         "trained": None if manifest.trained is None else asdict(manifest.trained),
         "expert_bits": expert_bits(manifest.layers),
         "trunk_bits": 8 * DTYPE_BYTES[model.dtype],
+        "trunk_dtype": manifest.trunk_dtype,
         "alignment": manifest.alignment.kind,
         "num_deep_experts": len(manifest.deep_experts),
         "deep_experts": [
@@ -82,7 +83,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         ("checkpoint", f"{summary['source']['name']} ({summary['source']['fingerprint'][:12]})"),
         ("model", f"{summary['architecture']}, {layers} MoE layers of {every} experts, top-{summary['top_k']}"),
         ("one expert", f"{format_size(span)} a layer: {tensors}"),
-        ("bits a weight", f"{summary['expert_bits']:.4g} of the experts, {summary['trunk_bits']} of the trunk"),
+        ("bits a weight", f"{summary['expert_bits']:.4g} of the experts, {_trunk_bits(summary)} of the trunk"),
         *([] if summary["made"] is None else [("made", _made(summary["made"]))]),
         *([] if summary["trained"] is None else [("trained", _trained(summary["trained"]))]),
         ("deep experts", f"{held} of {every}, {format_size(summary['shard_bytes'] / held)} each"),
@@ -101,6 +102,11 @@ def print_summary(summary: dict[str, Any]) -> None:
 def _made(made: dict[str, Any]) -> str:
     weights = "weighted by statistics" if made["statistics"] else "by weight error alone"
     return f"{made['experts_dtype']} by deepfew, errors {weights}"
+
+
+def _trunk_bits(summary: dict[str, Any]) -> str:
+    bits = str(summary["trunk_bits"])
+    return bits if summary["trunk_dtype"] is None else f"8 (linear layers in FP8) or {bits}"
 
 
 def _trained(trained: dict[str, Any]) -> str:

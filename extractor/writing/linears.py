@@ -34,10 +34,6 @@ class OutputTensor:
         return cls(entry.name, entry.dtype, entry.shape, entry.bytes, lambda: iter((piece_of(entry),)))
 
 
-LARGEST = 448.0
-"""Of E4M3."""
-
-
 def shipped_tensors(entry: TensorEntry) -> list[OutputTensor]:
     """The tensors that the checkpoint has for a layer that `is_eight_bit`."""
     assert isinstance(entry, QuantisedEntry), f"{entry.name} is plain"
@@ -61,7 +57,7 @@ def made_by_row(weight: Tensor) -> tuple[Tensor, Tensor]:
     """E4M3 codes [O, N] and fp32 scales [O, 1] of a matrix [O, N]: a row's largest value becomes the largest code."""
     import torch
 
-    scales = weight.float().abs().amax(dim=1, keepdim=True) / LARGEST
+    scales = weight.float().abs().amax(dim=1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
     scales = torch.where(scales > 0, scales, 1.0)
     return (weight.float() / scales).to(torch.float8_e4m3fn), scales
 

@@ -47,12 +47,7 @@ def prepare(
     if existing is None:
         return _fresh(checkpoint, target, request, experts_dtype or "shipped", importance, trunk_dtype)
     _check_same_experts(existing, checkpoint, target, experts_dtype, importance)
-    stored = existing.trunk_dtype or "16bit"
-    if trunk_dtype not in (None, stored):
-        raise TargetError(
-            f"{target} holds a trunk with --trunk-dtype {stored}, wanted {trunk_dtype}; a store has one: leave the "
-            "option out, or name another directory"
-        )
+    _check_same_trunk(existing, checkpoint, target, trunk_dtype)
     trunk_bytes = sum(file.bytes for file in existing.trunk)
     wanted = select(request, existing.model, existing.layers, trunk_bytes, checkpoint.fingerprint)
     selection = _grown(existing, wanted, target)
@@ -99,6 +94,18 @@ def _check_same_experts(
             raise TargetError(f"{target} holds experts with --experts-dtype {stored}, wanted {experts_dtype}; {remedy}")
     if importance is not None and (existing.made is None or existing.made.statistics != importance.sha256):
         raise TargetError(f"{target} holds experts that were made with other --stats, or none; {remedy}")
+
+
+def _check_same_trunk(existing: Manifest, checkpoint: Checkpoint, target: Path, trunk_dtype: TrunkDtype | None) -> None:
+    """Raise TargetError if `trunk_dtype` would give another trunk than the store's."""
+    stored = existing.trunk_dtype or "16bit"
+    if trunk_dtype in (None, stored):
+        return
+    if _layout(checkpoint, "shipped", None, trunk_dtype).trunk_dtype != existing.trunk_dtype:
+        raise TargetError(
+            f"{target} holds a trunk with --trunk-dtype {stored}, wanted {trunk_dtype}; a store has one: leave the "
+            "option out, or name another directory"
+        )
 
 
 def _fresh(

@@ -102,15 +102,15 @@ class SequenceMasks:
         Raises:
             ExpertMissingError: the request has `on_missing="refuse"` and a demanded expert was missing.
         """
-        request = sequence.request
+        request, demand = sequence.request, record.demand_of(tokens)
         if request.on_missing == "refuse" and missed.any():
-            check_nothing_missing(*record.demand_of(tokens), self.of(sequence) or self._runner.model.routing.mask)
+            check_nothing_missing(*demand, self.of(sequence) or self._runner.model.routing.mask)
         if request.observe_demand is not None:
-            request.observe_demand(*record.demand_of(tokens))
+            request.observe_demand(*demand)
         if request.masking is None:
             return
         before = request.masking.mask
-        request.masking.observe(*record.demand_of(tokens))
+        request.masking.observe(*demand)
         chosen = request.masking.mask
         if chosen is not None and chosen is not before:
             try:

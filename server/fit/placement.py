@@ -146,11 +146,8 @@ def packed_bytes(shape: DecodeShape) -> int:
     """Bytes of the trunk's tensors that the captured step packs anew, beside transformers' own: q, k, v side by side
     (those of delta nets stand for their own), and gate and up of dense layers and shared experts."""
     gated = len(shape.dense_layers) * shape.dense_intermediate + shape.num_moe_layers * shape.shared_intermediate
-    return (
-        (sum(kind.qkv for at, kind in enumerate(shape.each_attention) if at not in shape.deltas) + 2 * gated)
-        * shape.hidden
-        * shape.dtype.itemsize
-    )
+    attention = sum(kind.qkv for at, kind in enumerate(shape.each_attention) if at not in shape.deltas)
+    return (attention + 2 * gated) * shape.hidden * shape.dtype.itemsize
 
 
 def _on_gpu(model: ModelFacts, wish: Wish, reason: str) -> Placement:

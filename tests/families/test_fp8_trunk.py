@@ -72,6 +72,15 @@ def test_a_store_keeps_the_dtype_of_its_trunk(checkpoint: Path, tmp_path: Path) 
     assert read_manifest(tmp_path).trunk == before
 
 
+def test_an_extraction_with_an_option_that_made_nothing_may_be_run_again(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    opened = Checkpoint.open(tiny_checkpoint)
+    prepare(opened, tmp_path, SelectionRequest(count=1), trunk_dtype="shipped").run()
+    assert read_manifest(tmp_path).trunk_dtype is None
+    assert prepare(opened, tmp_path, SelectionRequest(count=1), trunk_dtype="shipped").is_finished
+    with pytest.raises(TargetError, match="--trunk-dtype 16bit, wanted fp8"):
+        prepare(opened, tmp_path, SelectionRequest(count=1), trunk_dtype="fp8")
+
+
 def test_a_row_of_zeros_has_codes_and_a_scale_of_one() -> None:
     codes, scales = made_by_row(torch.cat([torch.zeros(1, 16), torch.full((1, 16), -7.0)]))
     assert codes.float().tolist() == [[0.0] * 16, [-448.0] * 16]

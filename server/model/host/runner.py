@@ -91,17 +91,10 @@ class HostDriven:
 class HostRunner(HostDriven):
     """`Runner` over blocks of one KV memory. `RowStep.fetches` has no effect on a row's mask."""
 
-    def __init__(
-        self,
-        model: HostModel,
-        *,
-        max_rows: int,
-        max_tokens: int,
-        kv: KvRows | None = None,
-        balance: SlotsAndBlocks | None = None,
-    ) -> None:
-        super().__init__(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv, balance=balance)
-        self.cache = BlockCache(self.kv, model.device, by_rows=attends_by_rows(model.model))
+    @cached_property
+    def cache(self) -> BlockCache:
+        """Keys and values of all rows, in the blocks of `kv`."""
+        return BlockCache(self.kv, self.model.device, by_rows=attends_by_rows(self.model.model))
 
     @cached_property
     def cuts_anywhere(self) -> bool:

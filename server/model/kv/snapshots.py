@@ -89,6 +89,14 @@ class SnapshotRows(KvRows, ABC):
         self._kept[node] = self.copy_state(handle)
         if length != self._ends[handle]:
             self._borders.add(node)
+        self._trim_all()
+
+    def resize(self, num_blocks: int) -> None:
+        """See `KvRows.resize`; drops the copies for which there is no room then."""
+        super().resize(num_blocks)
+        self._trim_all()
+
+    def _trim_all(self) -> None:
         self._trim([node for node in self._kept if node in self._borders], self.most_cost // 2)
         self._trim(list(self._kept), self.most_cost)
 

@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from expert_store.manifest import write_manifest
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.planning.selection import SelectionRequest
 from extractor.writing.inspection import print_summary, store_summary
@@ -24,6 +26,15 @@ def test_layers_with_different_experts_are_listed(tmp_path: Path, capsys: pytest
     assert all(line == line.rstrip() for line in text.splitlines())
     assert "layer 1: 1,3" in text
     assert "all there" in text
+
+
+def test_a_trunk_in_eight_bits_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = write_store(tmp_path)
+    print_summary(store_summary(tmp_path))
+    assert "8 (linear layers in FP8)" not in capsys.readouterr().out
+    write_manifest(tmp_path, replace(plain, trunk_dtype="shipped"))
+    print_summary(summary := store_summary(tmp_path))
+    assert f"8 (linear layers in FP8) or {summary['trunk_bits']} of the trunk" in capsys.readouterr().out
 
 
 def test_a_long_line_is_not_cut_where_no_terminal_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,16 @@ def test_copies_that_nobody_used_leave_before_they_cost_the_ends_of_prompts_thei
         assert read(rows, prompt(*range(first, first + 5))) == 5 * CHUNK
 
 
+def test_copies_without_room_leave_when_blocks_close() -> None:
+    rows = make(num_blocks=100)
+    for first in (10, 20, 30):
+        read(rows, prompt(*range(first, first + 5)))
+    rows.resize(40)  # copies of 640 tokens
+    assert sum(node.depth * BLOCK_TOKENS for node in list(rows._kept)[:-1]) <= 640
+    assert read(rows, prompt(*range(30, 35))) == 5 * CHUNK
+    rows.check_integrity()
+
+
 def test_a_border_that_was_used_stays_longer_than_others() -> None:
     rows = make(num_blocks=100)
     read(rows, prompt(1, 2, 3, 4, 5))
