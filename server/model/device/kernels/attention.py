@@ -125,10 +125,9 @@ def _through_gate(value, gates, head, full, mask, DV: tl.constexpr, dtype: tl.co
 
 @triton.jit
 def _value(
-    ptr, eps, full, DV: tl.constexpr, VP: tl.constexpr, VALUE_NORM: tl.constexpr, VALUE_SCALE: tl.constexpr,
-    dtype: tl.constexpr,
+    ptr, eps, full, DV: tl.constexpr, VALUE_NORM: tl.constexpr, VALUE_SCALE: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """The value [VP] of a head at ptr, normalised without weights and multiplied where the layer does so."""
+    """A head's value at ptr, of elements `full`, normalised without weights and multiplied where the layer does so."""
     value = tl.load(ptr + full, mask=full < DV, other=0.0)
     if VALUE_NORM:
         wide = value.to(tl.float32)
@@ -265,7 +264,7 @@ def attend(
                 mine + NUM_HEADS * D, k_norm, cos, sin, eps, kv_head + one, one < 1,
                 D, HP, ROTARY, NEIGHBOURS, NORM, NUM_KV * D, KP, dtype,
             )  # fmt: skip
-            v_new = _value(mine + VALUES_AT + kv_head * DV, eps, full, DV, VP, VALUE_NORM, VALUE_SCALE, dtype)
+            v_new = _value(mine + VALUES_AT + kv_head * DV, eps, full, DV, VALUE_NORM, VALUE_SCALE, dtype)
             k_here, v_here = _vectors(memory, own_block, kv_head, position, NUM_KV, BLOCK, D, DV)
             tl.store(k_here + first[None, :], new_low, mask=(half < HALF)[None, :])
             tl.store(k_here + second[None, :], new_high, mask=(half < HALF)[None, :])

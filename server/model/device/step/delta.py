@@ -7,6 +7,7 @@ row but what `PrefillRow.commit` later makes the row's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from server.model.device.kernels import delta as kernels
+from server.model.device.step.launch import launch
 from server.model.device.step.parts import DeltaKind
 from server.model.device.step.state import PrefillRow, RowState
 from server.model.device.step.tuning import Tuning, divisor, pow2
@@ -93,16 +95,10 @@ class DeltaLayer(nn.Module):
         ring `after` the chunk from those `before` it, or only compiles."""
         kind, small, num_tokens = self._kind, self._weights.delta, len(given)
         assert small is not None
-
-        def run(kernel: Any, grid: tuple[int, int], *args: Any, **constants: Any) -> None:
-            if compiles:
-                kernel.warmup(*args, grid=grid, **constants)
-            else:
-                kernel[grid](*args, **constants)
-
+        run = partial(launch, compiles=compiles)
         mixed, out = given.new_empty(num_tokens, kind.channels), given.new_empty(num_tokens, kind.width)
         block, values = min(CHANNELS, pow2(kind.channels)), divisor(kind.value_dim, SCAN_VALUES)
-        heads = {"VALUE_HEADS": kind.value_heads, "DV": kind.value_dim}
+        heads: dict[str, Any] = {"VALUE_HEADS": kind.value_heads, "DV": kind.value_dim}
         run(
             kernels.convolve_chunk, (num_tokens, triton.cdiv(kind.channels, block)),
             given, small.conv, before[1], after[1], mixed, start, num_tokens,

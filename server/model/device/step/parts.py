@@ -199,7 +199,6 @@ class DeltaKind:
     num_heads: ClassVar[int] = 0
     head_dim: ClassVar[int] = 0
     rotary: ClassVar[int] = 0
-    summed: ClassVar[int] = 0
     token_elements: ClassVar[int] = 0
     prompt_elements: ClassVar[int] = 0
     vectors: ClassVar[tuple[tuple[int, int], tuple[int, int]]] = ((0, 0), (0, 0))

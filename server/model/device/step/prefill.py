@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +27,7 @@ from expert_store.paging.pages import DevicePages
 from server.model.device.kernels import packed_prefill
 from server.model.device.kernels import prefill as kernels
 from server.model.device.kernels.packed import MAGIC
+from server.model.device.step.launch import launch
 from server.model.device.step.packed import codes_a_word, expert_constants, row_constants
 from server.model.device.step.tuning import divisor, pow2
 from server.model.device.step.weights import DecodeShape
@@ -304,10 +306,7 @@ class ExpertStream:
             "SPAN": shape.span_elements, "PIECES": COPY_PIECES if self._cuda else 1, "PROGRAMS": programs,
             "COPY": COPY_BYTES // shape.dtype.itemsize, "num_warps": 8,
         }  # fmt: skip
-        if compiles:
-            kernels.copy_spans.warmup(*args, grid=(programs,), **sizes)
-        else:
-            kernels.copy_spans[(programs,)](*args, **sizes)
+        launch(kernels.copy_spans, (programs,), *args, compiles=compiles, **sizes)
 
     def _compute(
         self, group: _Group, hidden: Tensor, offsets: Tensor, order: Tensor, act: Tensor, out: Tensor, top_k: int
@@ -326,13 +325,7 @@ class ExpertStream:
         size, width, inner = len(ids), self._hidden, self._intermediate
         tile = 64 if self._cuda else pow2(min(64, width))
         anchor = self._pages.slots
-
-        def run(kernel: Any, grid: tuple[int, int], *args: Any, **constants: Any) -> None:
-            if compiles:
-                kernel.warmup(*args, grid=grid, num_warps=4, num_stages=3, **constants)
-            else:
-                kernel[grid](*args, num_warps=4, num_stages=3, **constants)
-
+        run = partial(launch, compiles=compiles, num_warps=4, num_stages=3)
         grids = (size, triton.cdiv(inner, tile)), (size, triton.cdiv(width, tile))
         up = (hidden, anchor, ids, targets, offsets, order, act)
         down = (act, anchor, ids, targets, offsets, order, out)

@@ -20,6 +20,7 @@ from router.gating import RouterCall, find_gating_rule, rules
 from router.gating.rules import BiasArgument, Renormalised, TopKRule
 from router.gating.special import SparseMixerRule
 from server.errors import ServerError
+from server.model.device.step.tuning import pow2
 
 Scores = Literal["softmax", "sigmoid"]
 _SCORES: dict[Any, Scores] = {
@@ -228,7 +229,7 @@ def switches(kind: RouterKind, dtype: torch.dtype) -> dict[str, bool | int | flo
         "FLOOR": kind.floor,
         "SCALE": kind.scale,
         "GROUPS": kind.groups,
-        "GP": 1 << (kind.groups - 1).bit_length(),
+        "GP": pow2(kind.groups),
         "KEPT": kind.kept_groups,
         "BEST": kind.group_best,
         "SELECTION_BIAS": kind.selection_bias is not None,

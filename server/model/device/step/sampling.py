@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from server.model.device.kernels import draw as kernels
+from server.model.device.step.launch import launch
 from server.model.device.step.tuning import pow2
 from server.model.runner import MOST_ADJUSTED, RowStep
 
@@ -203,7 +204,4 @@ class TokenDraw:
         )  # fmt: skip
 
     def _run(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        if self._compiles:
-            kernel.warmup(*args, grid=grid, **constants)
-        else:
-            kernel[grid](*args, **constants)
+        launch(kernel, grid, *args, compiles=self._compiles, **constants)

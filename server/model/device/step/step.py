@@ -24,6 +24,7 @@ from expert_store.paging.pages import DevicePages
 from server.model.device.kernels import attention, experts, packed, packed_tiles, routing, trunk
 from server.model.device.step.delta import DeltaRule
 from server.model.device.step.latent import LatentAttention
+from server.model.device.step.launch import launch
 from server.model.device.step.packed import expert_constants, plane_constants, row_constants
 from server.model.device.step.parts import DeltaKind, LatentKind, OutputGate
 from server.model.device.step.router_kind import switches
@@ -56,8 +57,6 @@ MOST_JOINED = 16 << 10
 """Elements of heads' splits that a program of attention joins together."""
 WARP_WORDS = 2 << 10
 """Words of codes, of four bytes, that one warp of a packed product holds in registers, beside their scales."""
-
-
 MOST_TILE_BYTES = 64 << 10
 """Activations of a tile's tokens that a program holds in shared memory, of which the smallest GPUs have 99 KiB."""
 JOIN_BLOCK = 256
@@ -151,7 +150,7 @@ class DecodeStep:
         return shape.packed is not None and widest <= MOST_TILE_BYTES
 
     def compile(self) -> None:
-        """Compiles the step's kernels without a launch; one layer compiles those of all. See `graphs.in_parallel`."""
+        """Compiles the step's kernels without a launch, those of one layer of each kind. See `graphs.in_parallel`."""
         self._compiles = True
         self.embed()
         kinds = {
@@ -183,7 +182,7 @@ class DecodeStep:
             return
         self.route(layer)
         self.shared_expert(layer)
-        self.gate_up(layer)
+        self.gate_up()
         self.down(layer)
         if self.weights.layers[layer].joins:
             self._join(layer)
@@ -348,7 +347,7 @@ class DecodeStep:
             num_warps=warps,
         )  # fmt: skip
 
-    def gate_up(self, layer: int) -> None:
+    def gate_up(self) -> None:
         """The picked experts' first product into `act`; fetches the spans that are in no slot."""
         shape, pages, tuning, one = self.shape, self.pages, self.options.tuning, self.batch == 1
         fetchers = tuning.fetchers if shape.packed is None else tuning.packed_fetchers
@@ -484,10 +483,7 @@ class DecodeStep:
         """Launches a kernel, or only compiles it."""
         if self.options.pdl:
             constants["launch_pdl"] = True
-        if self._compiles:
-            kernel.warmup(*args, grid=grid, PDL=self.options.pdl, **constants)
-        else:
-            kernel[grid](*args, PDL=self.options.pdl, **constants)
+        launch(kernel, grid, *args, compiles=self._compiles, PDL=self.options.pdl, **constants)
 
     def _row_product(
         self, x: Tensor, norm: Tensor | None, weight: Matrix, bias: Tensor | None, residual: Tensor | None,
