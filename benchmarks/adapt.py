@@ -14,11 +14,12 @@ What is measured, in words:
   `whole`: all experts.
 
 The whole model first writes `--generated` tokens, which all trainings read beside the even documents. Every job runs in
-one of `--processes` processes; `OUT.jsonl` gets a line at each point of a curve and at the end of each job, so a run
-that is cut loses nothing: the last line of a job holds.
+one of `--processes` processes; `OUT/NAME.jsonl` gets a line at each point of a curve and at the end of each job, so a
+run that is cut loses nothing: the last line of a job holds.
 
     python -m benchmarks.adapt [--checkpoint DIR] [--texts PATH...] [--questions FILE...] [--device cuda]
-                               [--parts PART... [--seeds N] | --jobs FILE] [--processes N] [--out FOLDER] [--save NAME]
+                               [--parts PART... [--seeds N] | --jobs FILE] [--processes N] [--out OUT] [--name NAME]
+                               [--save NAME]
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Job:
         generated: whether it reads the text that the model wrote.
         late, skew: see `Target`.
         questions: whether they are asked.
-        keep: whether the adapter is written to `OUT/NAME.safetensors`.
+        keep: whether the adapter is written to the file `name`.safetensors in `--out`.
     """
 
     name: str
@@ -97,8 +98,8 @@ class Job:
     rate: float = 3e-3
     rank: int = 32
     shared_width: int = 64
-    late: float = 0.2
-    skew: float = 1.6
+    late: float = Target.late
+    skew: float = Target.skew
     generated: bool = True
     points: int = 8
     questions: bool = False
@@ -365,11 +366,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prefix", default="<|endoftext|>", help="text before every question")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--jobs", type=Path, help="JSON: a list of objects with the fields of Job")
-    parser.add_argument("--tokens", type=int, default=6_000_000, help="tokens of each training")
-    parser.add_argument("--batch-tokens", type=int, default=16384)
-    parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--shared-width", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=Job.tokens, help="tokens of each training")
+    parser.add_argument("--batch-tokens", type=int, default=Job.batch_tokens)
+    parser.add_argument("--rate", type=float, default=Job.rate)
+    parser.add_argument("--rank", type=int, default=Job.rank)
+    parser.add_argument("--shared-width", type=int, default=Job.shared_width)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--context", type=int, default=512, help="tokens of a training sequence")
     parser.add_argument("--generated", type=int, default=8_000_000, help="tokens that the model writes")

@@ -16,7 +16,6 @@ from typing import Literal
 
 from expert_store.files import sync_directory
 from expert_store.manifest import (
-    DeepExpert,
     LayerSpec,
     Making,
     Manifest,
@@ -165,12 +164,7 @@ class Extraction:
         for index, experts in zip(
             shard_indices(self.existing, len(self.selection.deep_experts)), self.selection.deep_experts, strict=True
         ):
-            digest, shard = digests[shard_name(index)], ShardLayout(self.layers, index, experts)
-            deep_experts.append(
-                DeepExpert(
-                    index, digest.name, digest.file_bytes, digest.sha256, shard.data_offset, experts, digest.span_hashes
-                )
-            )
+            deep_experts.append(digests[shard_name(index)].entry(ShardLayout(self.layers, index, experts)))
         names = [output.name for output in self.outputs if not output.cuts]
         source = Source(self.checkpoint.name, self.checkpoint.fingerprint, self.checkpoint.location)
         return Manifest(

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import xxhash
 
+from expert_store.manifest import DeepExpert
+from expert_store.shard import ShardLayout
 from extractor.checkpoint.tensor_file import CopiedPiece
 from extractor.errors import CheckpointError
 from extractor.writing.outputs import OutputFile
@@ -40,6 +42,12 @@ class FileDigest:
     file_bytes: int
     sha256: str
     span_hashes: tuple[str, ...]
+
+    def entry(self, shard: ShardLayout) -> DeepExpert:
+        """The manifest's entry of the shard that this file is."""
+        return DeepExpert(
+            shard.index, self.name, self.file_bytes, self.sha256, shard.data_offset, shard.experts, self.span_hashes
+        )
 
 
 def stream(

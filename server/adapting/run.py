@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from expert_store.adapter import Adapter, Changes
+from expert_store.errors import AdapterError
 from expert_store.files import replacing
 from extractor.statistics.price import Price
 from server.adapting.corpus import Corpus, read_corpus
@@ -98,17 +99,6 @@ def adapt(
     folder: Path,
     say: Callable[[str], None] = lambda line: None,
     notify: Progress = lambda doing, done, total: None,
-) -> Adapter:
-    """Train an adapter for a model that has all experts; see `adapt_with_experts`."""
-    return adapt_with_experts(model, request, folder, say, notify)[0]
-
-
-def adapt_with_experts(
-    model: HostModel,
-    request: AdaptRequest,
-    folder: Path,
-    say: Callable[[str], None] = lambda line: None,
-    notify: Progress = lambda doing, done, total: None,
 ) -> tuple[Adapter, Changes]:
     """Train an adapter for a model that has all experts, and the changes of experts if they are requested.
 
@@ -116,6 +106,9 @@ def adapt_with_experts(
         folder: of the interrupted run, to continue; the caller deletes it after the adapter is written.
         say: receives lines for the user: the forecast, and the figures on held-out text.
         notify: called after each step.
+
+    Returns:
+        The adapter, and the changes of the experts as `TrainedStore.write` takes them (none if they are not requested).
 
     Raises:
         TextsError: texts that cannot be read, or too little of them. AdapterError: a folder of other work.
@@ -222,25 +215,29 @@ def _adapter(
 
 
 def make_corpus(model: HostModel, request: AdaptRequest, folder: Path, notify: Progress) -> Corpus:
-    """The corpus of the texts, with the text that the model wrote, which is kept in `folder`."""
+    """The corpus of the texts, with the text that the model wrote, which is kept in `folder`.
+
+    Raises TextsError, or AdapterError: the text in `folder` is of other work.
+    """
     context = request.text.context
     given = {domain.name: token_sequences(model, domain, request.text) for domain in request.domains}
     corpus = read_corpus(model, given, context, HELD_OUT_TOKENS, notify) if given else None
     if not request.generated_tokens:
         assert corpus is not None, "a request has texts, or has text written"
         return corpus
-    path = folder / "text.safetensors"
+    path, work = folder / "text.safetensors", json.dumps(request.work(model))
     if not path.exists():
         names, written = _written(model, request, corpus, notify)
         with replacing(path) as file:
-            file.write(save({"tokens": torch.from_numpy(written)}, {"domains": json.dumps(names)}))
+            file.write(save({"tokens": torch.from_numpy(written)}, {"domains": json.dumps(names), "work": work}))
     with safe_open(path, framework="np") as held:
-        texts = list(held.get_tensor("tokens").astype(np.int64))
-        names = json.loads(held.metadata()["domains"])
+        texts, about = list(held.get_tensor("tokens").astype(np.int64)), held.metadata()
+    if about.get("work") != work:
+        raise AdapterError(f"{folder} is of a run with other texts or options: delete it, or give it the same ones")
     if corpus is None:
         return read_corpus(model, {"generated": texts}, context, HELD_OUT_TOKENS, notify)
     times = max(1, round(GIVEN_SHARE / (1 - GIVEN_SHARE) * len(texts) / len(corpus.train)))
-    return replace(corpus, train=[*list(corpus.train) * times, *zip(names, texts, strict=True)])
+    return replace(corpus, train=[*list(corpus.train) * times, *zip(json.loads(about["domains"]), texts, strict=True)])
 
 
 def _written(

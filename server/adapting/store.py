@@ -23,7 +23,6 @@ from expert_store.manifest import (
     DTYPE_BYTES,
     MANIFEST_NAME,
     Alignment,
-    DeepExpert,
     LayerSpec,
     Manifest,
     Source,
@@ -32,7 +31,6 @@ from expert_store.manifest import (
     TrunkFile,
     write_manifest,
 )
-from expert_store.rows import plain_values
 from expert_store.shard import ShardLayout, shard_name
 from expert_store.store import Store
 from extractor.checkpoint.tensor_file import ConvertedPiece, CopiedPiece, Piece, TensorEntry
@@ -40,8 +38,8 @@ from extractor.errors import DiskFullError, TargetError
 from extractor.planning.sizes import format_size
 from extractor.writing.disk import DISK_MARGIN_BYTES, free_bytes
 from extractor.writing.outputs import OutputFile
-from extractor.writing.pipeline import FileDigest, stream
-from server.model.seam.changed import changed
+from extractor.writing.pipeline import stream
+from server.model.seam.changed import changed, read_experts
 
 ADAPTER = "trained"
 """The name of the adapter in such a store."""
@@ -107,8 +105,7 @@ class TrainedStore:
             source=Source(before.source.name, fingerprint, before.source.location),
             layers=self.layers,
             alignment=Alignment("plan", {}),
-            deep_experts=tuple(_entry(shard, digests[shard_name(shard.index)]) for shard in self._shards),
-            trunk=tuple(TrunkFile(file.name, file.bytes, file.sha256) for file in before.trunk),
+            deep_experts=tuple(digests[shard_name(shard.index)].entry(shard) for shard in self._shards),
             retired_below=0,
             made=None,
             adapters=(entry,),
@@ -148,13 +145,10 @@ class TrainedStore:
     def _span(self, spec: LayerSpec, expert: int, changes: Changes) -> memoryview:
         """The bytes of an expert of a layer with its change."""
         index = sorted(deep[spec.layer] for deep in self._deep_experts).index(expert)
-        before = self._store.manifest.layers[spec.layer]
-        span = torch.empty(before.span_bytes, dtype=torch.uint8)
-        self._store.read_expert(spec.layer, expert, span)
         parts = []
-        for name, value in plain_values(before, span, transposed=self._transposed).items():
+        for name, value in read_experts(self._store, spec.layer, [expert], self._transposed).items():
             own = {part: one[index : index + 1] for part, one in changes.get(f"{spec.module}.{name}", {}).items()}
-            new = changed(value[None], own)[0] if own else value
+            new = changed(value, own) if own else value
             parts.append(new.contiguous().view(-1).view(torch.uint8))
         return memoryview(torch.cat(parts).numpy())  # type: ignore[arg-type]
 
@@ -170,18 +164,6 @@ def _plain(spec: LayerSpec, transposed: bool) -> LayerSpec:
         tensors.append(TensorSpec(tensor.name, tensor.dtype, shape, offset, size))
         offset += size
     return replace(spec, span_bytes=offset, tensors=tuple(tensors))
-
-
-def _entry(shard: ShardLayout, digest: FileDigest) -> DeepExpert:
-    return DeepExpert(
-        shard.index,
-        digest.name,
-        digest.file_bytes,
-        digest.sha256,
-        shard.data_offset,
-        shard.experts,
-        digest.span_hashes,
-    )
 
 
 def _fingerprint(before: Manifest, *changes: Changes) -> str:

@@ -111,7 +111,8 @@ def adapt(
     a store.
     """
     with ExitStack() as stack:
-        from server.adapting.run import AdaptRequest, adapt_with_experts, remove
+        from server.adapting.run import AdaptRequest, remove
+        from server.adapting.run import adapt as train
         from server.adapting.training import TrainingOptions, usual_batch
         from server.model.host.assembly import resolve_device
 
@@ -138,7 +139,7 @@ def adapt(
         folder = out.with_name(out.name + ".resume")
         progress = stack.enter_context(progress_bar("adapting")).show
         store = _new_store(plan, out, model) if experts and plan is not None else None
-        adapter, changes = adapt_with_experts(model, request, folder, _say, progress)
+        adapter, changes = train(model, request, folder, _say, progress)
         if store is None:
             adapter.write(out)
         else:

@@ -10,7 +10,7 @@ from expert_store.store import Store
 from router.mask import ExpertMask
 from server.adapting.corpus import read_corpus
 from server.adapting.parameters import make_parameters
-from server.adapting.run import AdaptRequest, adapt_with_experts
+from server.adapting.run import AdaptRequest, adapt
 from server.adapting.store import TrainedStore
 from server.adapting.target import Target
 from server.adapting.training import TRAINED, Training, TrainingOptions
@@ -61,7 +61,7 @@ def test_trained_experts_answer_from_their_store_as_they_did_in_training(
     transposed = bool(experts_modules(model.model)[0].is_transposed)
     deep_experts = [(expert,) * model.num_layers for expert in (6, 1, 5, 2)]
     store = TrainedStore(model.store, tmp_path / "trained", deep_experts, transposed=transposed)
-    adapter, changes = adapt_with_experts(model, request, tmp_path / "run")
+    adapter, changes = adapt(model, request, tmp_path / "run")
     store.write(adapter, changes, 128)
     tokens = [list(range(3, 19))]
     with changed_experts(model, request.kept, changes):

@@ -85,7 +85,7 @@ class ExpertsLayer:
 
     def __init__(self, layer: int, cache: ExpertCache, batch_invariant: bool = True) -> None:
         self._batch_invariant = batch_invariant
-        self.layer = self._layer = layer
+        self.layer = layer
         self._cache = cache
         self.batched: Callable[[Any, Tensor, Tensor, Tensor], Tensor] | None = None
         self.observer: OutputObserver | None = None
@@ -124,7 +124,7 @@ class ExpertsLayer:
         weighted = outputs * weights.reshape(-1, 1)
         result = weighted.view(num_tokens, num_picks, -1).sum(dim=1).to(hidden.dtype)
         if observer is not None:
-            observer.note(self._layer, hidden, outputs, result)
+            observer.note(self.layer, hidden, outputs, result)
         return result
 
     def backward(
@@ -142,29 +142,29 @@ class ExpertsLayer:
         groups = _groups(index.reshape(-1)[order].tolist(), self._cache.num_experts)
         for wave in _waves(groups, self._cache.num_slots, self._resident):
             experts = [expert for expert, _, _ in wave]
-            slots = self._cache.acquire(self._layer, experts)
+            slots = self._cache.acquire(self.layer, experts)
             try:
                 for (_, start, end), slot in zip(wave, slots, strict=True):
                     with torch.enable_grad():
                         x = inputs[start:end].detach().requires_grad_()
-                        y = _dense(module, self._cache.pools[self._layer], slot, x)
+                        y = _dense(module, self._cache.pools[self.layer], slot, x)
                     of_factors[start:end] = (y.detach() * grads[start:end]).sum(dim=-1, keepdim=True)
                     (of_inputs[start:end],) = torch.autograd.grad(
                         y, x, (grads[start:end] * factors[start:end]).to(y.dtype)
                     )
             finally:
-                self._cache.release(self._layer, experts)
+                self._cache.release(self.layer, experts)
         of_hidden = torch.zeros_like(hidden).index_add_(0, tokens, of_inputs)
         of_weights = torch.empty_like(of_factors)
         of_weights[order] = of_factors
         return of_hidden, of_weights.view_as(weights)
 
     def _resident(self, expert: int) -> bool:
-        return bool(self._cache.page_table[self._layer, expert] >= 0)
+        return bool(self._cache.page_table[self.layer, expert] >= 0)
 
     def _is_batched(self, inputs: Tensor) -> bool:
         """Choose the method by the kind of step alone, so that results depend neither on waves nor on rows."""
-        pool = self._cache.pools[self._layer]
+        pool = self._cache.pools[self.layer]
         small = pool.slot_bytes <= BATCHED_CPU_BYTES
         return not pool.encodings and (inputs.is_cuda or (small and inputs.dtype != torch.float32))
 
@@ -178,9 +178,9 @@ class ExpertsLayer:
         observer: OutputObserver | None,
     ) -> None:
         experts = [expert for expert, _, _ in wave]
-        slots = self._cache.acquire(self._layer, experts)
+        slots = self._cache.acquire(self.layer, experts)
         try:
-            pool = self._cache.pools[self._layer]
+            pool = self._cache.pools[self.layer]
             if decodes and self._is_batched(inputs):
                 _run_batched(module, pool, inputs, outputs, wave, slots)
             else:
@@ -189,9 +189,9 @@ class ExpertsLayer:
                 if observer is not None:
                     sizes = [end - start for _, start, end in wave]
                     for (expert, _, _), part in zip(wave, torch.split(inner, sizes), strict=True):
-                        observer.note_inner(self._layer, expert, part)
+                        observer.note_inner(self.layer, expert, part)
         finally:
-            self._cache.release(self._layer, experts)
+            self._cache.release(self.layer, experts)
 
 
 _Group = tuple[int, int, int]

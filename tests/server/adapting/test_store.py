@@ -18,7 +18,7 @@ from extractor.errors import TargetError
 from extractor.exporting.export import prepare_export
 from extractor.writing.verify import verify_store
 from router.mask import ExpertMask
-from server.adapting.run import AdaptRequest, adapt_with_experts
+from server.adapting.run import AdaptRequest, adapt
 from server.adapting.store import TrainedStore
 from server.adapting.target import Target
 from server.adapting.training import TrainingOptions
@@ -51,7 +51,7 @@ def trained(path: Path, folder: Path, out: Path, rank: int = 4) -> tuple[Path, C
     """The store of the trained experts of the store at `path`, and their changes."""
     model = loaded(path, adapters=False)
     store = TrainedStore(model.store, out, DEEP_EXPERTS, transposed=False)
-    adapter, changes = adapt_with_experts(model, request(rank), folder)
+    adapter, changes = adapt(model, request(rank), folder)
     store.write(adapter, changes, 256)
     model.close()
     return out, changes

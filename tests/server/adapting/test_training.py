@@ -1,6 +1,7 @@
 """Training of adapters: the loss falls, held-out text is measured, and an interrupted run ends with the same bits."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,14 +133,17 @@ def test_the_whole_model_writes_text_when_there_is_none(model: HostModel, tmp_pa
     training = TrainingOptions(tokens=128, batch_tokens=64, measures=1)
     request = AdaptRequest([], TextOptions(context=32), POOLS, training, rank=2, generated_tokens=128)
     said: list[str] = []
-    adapter = adapt(model, request, tmp_path / "run", said.append)
+    adapter, _ = adapt(model, request, tmp_path / "run", said.append)
     assert all(word in said[0] for word in ("numbers to train", "minutes", "MiB"))
     assert adapter.shares == (0.25, 1.0)
     assert adapter.price["curves"].keys() == {"generated"}
     assert adapter.training["ratios"][-1][0] == 2
-    again = adapt(model, request, tmp_path / "run", said.append)
+    again, _ = adapt(model, request, tmp_path / "run", said.append)
     assert said[-3:-2] != said[:1]
     assert again.to_bytes() == adapter.to_bytes()
+    (tmp_path / "run" / "state.safetensors").unlink()  # as a run that was killed before it saved a step
+    with pytest.raises(AdapterError, match="other texts or options"):
+        adapt(model, replace(request, training=replace(training, seed=1)), tmp_path / "run")
 
 
 def test_text_is_drawn_from_the_whole_model(model: HostModel, monkeypatch: pytest.MonkeyPatch) -> None:
