@@ -31,6 +31,8 @@ from server.api.http.errors import ValidationFailed
 from server.api.http.responses import ModelResponse
 from server.api.replicas import PassedRequest, Replicas
 from server.growth.fleet import FleetPlan, FleetStore, total
+from server.serving.exposition import merge_expositions
+from server.serving.metrics import CONTENT_TYPE
 
 Answers = Mapping[str, tuple[int, bytes]]
 PLACES = ("available", "resident", "in_host")
@@ -44,7 +46,7 @@ TOTALS = (
 )  # fmt: skip
 
 
-def refusal(answers: Answers) -> Response | None:
+def _refusal(answers: Answers) -> Response | None:
     """The first answer that is no success."""
     refused = [answer for answer in answers.values() if answer[0] != 200]
     return Response(refused[0][1], refused[0][0], media_type="application/json") if refused else None
@@ -123,7 +125,7 @@ async def answer(replicas: Replicas, request: PassedRequest) -> Response | None:
 
 async def _merge(replicas: Replicas, request: PassedRequest) -> Response:
     answers = await replicas.ask_all(request)
-    refused = refusal(answers)
+    refused = _refusal(answers)
     if refused is not None:
         return refused
     merge = _MERGED[request.path]
@@ -132,14 +134,29 @@ async def _merge(replicas: Replicas, request: PassedRequest) -> Response:
     return Response(merged, media_type="application/json")
 
 
+async def _metrics(replicas: Replicas, request: PassedRequest) -> Response:
+    answers = await replicas.ask_all(request)
+    refused = _refusal(answers)
+    if refused is not None:
+        return refused
+    merged = merge_expositions({name: body.decode() for name, (_, body) in answers.items()})
+    return Response(merged, headers={"Content-Type": CONTENT_TYPE})
+
+
+async def _reload(replicas: Replicas, request: PassedRequest) -> Response:
+    answers = await replicas.ask_all(request)
+    status, body = next(iter(answers.values()))
+    return _refusal(answers) or Response(body, status, media_type="application/json")
+
+
 async def _growth(replicas: Replicas, request: PassedRequest) -> Response:
-    refused = refusal(await replicas.ask_all(request))
+    refused = _refusal(await replicas.ask_all(request))
     return refused or ModelResponse(_fleet_growth(await replicas.stores()))
 
 
 async def _plan(replicas: Replicas, request: PassedRequest) -> Response:
     request, only, parameters = _without_store(request)
-    refused = refusal(await replicas.ask_all(request))
+    refused = _refusal(await replicas.ask_all(request))
     if refused is not None:
         return refused
     stores = await replicas.stores()
@@ -270,6 +287,9 @@ def _fleet_growth(stores: Mapping[str, FleetStore]) -> FleetGrowthResponse:
 
 _ROUTES: dict[tuple[str, str], Callable[[Replicas, PassedRequest], Awaitable[Response | None]]] = {
     **{("GET", path): _merge for path in _MERGED},
+    ("GET", "/metrics"): _metrics,
+    ("GET", "/metrics/vllm"): _metrics,
+    ("POST", "/experts/reload"): _reload,
     ("GET", "/experts/growth"): _growth,
     ("GET", "/experts/plan"): _plan,
     ("POST", "/experts/grow"): _grow,

@@ -14,7 +14,6 @@ from collections.abc import AsyncGenerator
 from contextvars import Context
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import fleet
@@ -25,14 +24,10 @@ from server.api.http.middleware import OPEN_PATHS, as_routed
 from server.api.http.responses import ModelResponse, abort, event, named_event, unless_disconnected
 from server.api.replicas import PassedRequest, ReplicaLostError, Replicas
 from server.engine.request import EngineError
-from server.serving.exposition import merge_expositions
-from server.serving.metrics import CONTENT_TYPE
 from server.settings.schema import HttpSettings
 
 log = logging.getLogger(__name__)
 
-METRICS_PATHS = ("/metrics", "/metrics/vllm")
-RELOAD_PATH = "/experts/reload"
 MAX_TRIES = 3
 MAX_MESSAGES = 64
 """Messages of an answer that wait for a front that reads slowly."""
@@ -84,11 +79,7 @@ class Front:
             request, max_bytes=self._http.max_body_bytes, receive_seconds=self._http.receive_seconds
         )
         passed = PassedRequest(method, path, scope.get("query_string", b""), tuple(map(tuple, scope["headers"])), body)
-        if path in METRICS_PATHS:
-            await (await self._metrics(passed))(scope, receive, send)
-        elif path == RELOAD_PATH:
-            await (await self._all_alike(passed))(scope, receive, send)
-        elif (together := await fleet.answer(self._replicas, passed)) is not None:
+        if (together := await fleet.answer(self._replicas, passed)) is not None:
             await together(scope, receive, send)
         else:
             await unless_disconnected(request, self._pass_on(passed, scope, send))
@@ -115,20 +106,6 @@ class Front:
                 if not tries_left:
                     raise
                 log.warning("a replica was lost; its request runs again", extra={"path": request.path})
-
-    async def _all_alike(self, request: PassedRequest) -> Response:
-        """One answer for a request that all replicas get: the first refusal, else the answer of any."""
-        answers = await self._replicas.ask_all(request)
-        status, body = next(iter(answers.values()))
-        return fleet.refusal(answers) or Response(body, status, media_type="application/json")
-
-    async def _metrics(self, request: PassedRequest) -> Response:
-        """The metrics of all replicas; the first refusal, if there is one, as it is."""
-        answers = await self._replicas.ask_all(request)
-        if (refusal := fleet.refusal(answers)) is not None:
-            return refusal
-        merged = merge_expositions({name: body.decode() for name, (_, body) in answers.items()})
-        return Response(merged, headers={"Content-Type": CONTENT_TYPE})
 
 
 async def _end_broken(error: ReplicaLostError, start: Message, path: str, scope: Scope, send: Send) -> None:

@@ -183,6 +183,7 @@ class _Index:
         self._held = np.array([statistics.held for statistics in alike.values()], dtype=np.float32)
         self._available = np.array([statistics.available for statistics in alike.values()], dtype=np.float32)
         self._wanted = unit(np.array([_all_demand(statistics) for statistics in alike.values()], dtype=np.float32))
+        self._has_served = np.asarray(self._wanted.any(axis=-1), dtype=np.bool_)
         self.topics = _Topics([topic for statistics in alike.values() for topic in statistics.topics])
 
     def prefixes(self, name: str) -> frozenset[int]:
@@ -193,6 +194,7 @@ class _Index:
         """Of each name `Candidate.held`, the likeness of the likely demand to that of its requests, 0 to 1, and the
         share of the likely demand that it may serve.
 
+        The first two of a name that has served nothing, or is unknown, are at least the mean of those that have served.
         All are 0 where nothing is known.
         """
         held, wanted, available = np.zeros((3, len(names)), dtype=np.float32)
@@ -202,9 +204,10 @@ class _Index:
             held[places] = (self._held @ likely)[rows]
             wanted[places] = (self._wanted @ unit(likely))[rows]
             available[places] = (self._available @ likely)[rows]
-            # One that has served nothing counts as an average one that has. Else, while no load sends requests there,
-            # all kinds of text would stay with the first replica that served any.
-            has_served = np.array([name in self._row and bool(self._wanted[self._row[name]].any()) for name in names])
+            # Else, while no load sends requests to one that has served nothing, all kinds of text would stay with the
+            # first replica that served any.
+            has_served = np.zeros(len(names), dtype=np.bool_)
+            has_served[places] = self._has_served[rows]
             if has_served.any():
                 for of_all in (held, wanted):
                     of_all[~has_served] = np.maximum(of_all[~has_served], of_all[has_served].mean())

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from server.growth.status import Candidate, GrowthStatus, StoreDemand
+from server.growth.status import REPLACE_FACTOR, Candidate, GrowthStatus, StoreDemand
 
 ELSEWHERE = 0.75
 """Worth of an expert that another store has, relative to one that none has. `benchmarks/fleet_growth.py` measures it:
@@ -22,8 +22,6 @@ _SUMS = (
     "done_bytes", "total_bytes", "num_growths", "num_failures", "num_shrinks", "grown_bytes", "num_deep_experts",
     "held_bytes",
 )  # fmt: skip
-REPLACE_FACTOR = 2.0
-"""A missing deep expert replaces another one only if it is worth more than so many times as much."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from server.growth.ranking import (
     within_budget,
 )
 from server.growth.status import (
+    REPLACE_FACTOR,
     Candidate,
     GrowthBusyError,
     GrowthError,
@@ -53,9 +54,6 @@ log = logging.getLogger(__name__)
 
 NICENESS = 10
 """Priority of the thread that extracts, in the OS's terms; serving goes first."""
-
-REPLACE_FACTOR = 2.0
-"""A missing deep expert replaces another one only if its demand is more than this many times as large."""
 
 
 class _StoppedError(ServerError):

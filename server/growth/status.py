@@ -14,6 +14,9 @@ from server.errors import ServerError
 
 GrowthState = Literal["idle", "growing", "adopting", "shrinking", "reloading"]
 
+REPLACE_FACTOR = 2.0
+"""A missing deep expert replaces another one only if its score is more than so many times as large."""
+
 
 class GrowthError(ServerError):
     """A store cannot grow or shrink as requested.

@@ -169,7 +169,7 @@ def test_liveness_needs_no_replica() -> None:
 
 
 def test_metrics_are_those_of_all_replicas() -> None:
-    sent = _ask(_Replicas(), "/metrics")
+    sent = _ask(_Replicas(), "/metrics", method="GET")
     assert sent[1]["body"] == b'# TYPE x gauge\nx{replica="all-0"} 1.0\nx{replica="all-1"} 1.0\n'
 
 
