@@ -36,6 +36,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Types that are still frozen when the process ends are told as leaks by their bindings (nanobind)."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def own_garbage() -> Iterator[None]:
     """What a module's tests leave open is told (warnings are errors) at its own end, not in a neighbour's tests."""

@@ -54,7 +54,6 @@ class Model:
     config: dict[str, Any]
     intermediate: int
     encoding: str | None = "int4-g64"
-    expert_bias: bool = False
 
 
 _MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
@@ -74,8 +73,8 @@ _QWEN3 = {
 MODELS = {
     "Qwen3-30B-A3B": Model("qwen3_moe", _QWEN3, 768, None),
     "Qwen3-30B-A3B-int4": Model("qwen3_moe", _QWEN3, 768),
-    "gpt-oss-20b": Model("gpt_oss", {"num_hidden_layers": 24, "num_local_experts": 32}, 2880, "mxfp4", True),
-    "gpt-oss-120b": Model("gpt_oss", {}, 2880, "mxfp4", True),
+    "gpt-oss-20b": Model("gpt_oss", {"num_hidden_layers": 24, "num_local_experts": 32}, 2880, "mxfp4"),
+    "gpt-oss-120b": Model("gpt_oss", {}, 2880, "mxfp4"),
     "Qwen3.6-35B-A3B": Model("qwen3_5_moe_text", {}, 512),
     "DeepSeek-V2-Lite": Model(
         "deepseek_v2",
@@ -125,12 +124,11 @@ def random_model(model: Model) -> Any:
 
 def shape_of(model: Model, built: Any, max_rows: int) -> DecodeShape:
     """The step's shape, with the experts in the model's encoding. Raises NotCapturableError."""
-    shape = decode_shape(built, intermediate=model.intermediate, max_rows=max_rows, max_tokens=MAX_TOKENS)
-    experts = replace(shape.experts, bias=torch.bfloat16 if model.expert_bias else None)
-    if model.encoding is None:
-        return replace(shape, experts=experts)
-    packed = (names.encoding_of(model.encoding, shape.hidden), names.encoding_of(model.encoding, model.intermediate))
-    return replace(shape, experts=experts, packed=packed)
+    up, down = built.config.hidden_size, model.intermediate
+    packed = None
+    if model.encoding is not None:
+        packed = names.encoding_of(model.encoding, up), names.encoding_of(model.encoding, down)
+    return decode_shape(built, intermediate=down, max_rows=max_rows, max_tokens=MAX_TOKENS, packed=packed)
 
 
 def read_bytes(trunk: TrunkWeights) -> int:

@@ -7,7 +7,6 @@ cache.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -76,8 +75,9 @@ def device_runner(
     """A device-driven runner over a model of `trunk_of`, with the experts of the shape `of`; spans [N, elements] are
     shared by the experts in turn."""
     layers = len(model.model.layers)
-    shape = decode_shape(model, intermediate=of.intermediate, max_rows=max_rows, max_tokens=max_tokens)
-    shape = replace(shape, packed=of.packed)
+    shape = decode_shape(
+        model, intermediate=of.intermediate, max_rows=max_rows, max_tokens=max_tokens, packed=of.packed
+    )
     pages_shape = PagesShape(
         layers, shape.num_experts, shape.top_k, num_slots, shape.span_elements, max_rows, shape.span_dtype
     )

@@ -45,17 +45,18 @@ def check_adapters(model: Any, adapters: Mapping[str, Adapter]) -> None:
 
     Raises NotCapturableError, which names adapter and module.
     """
+    if not adapters:
+        return
     names = {module: name for name, module in model.named_modules()}
     layers = layers_of(model)
     has_deltas = any(isinstance(layer.attention, DeltaNet) for layer in layers)
-    need(not adapters or not has_deltas, f"the captured step carries no adapters beside delta nets: {REMEDY}")
+    need(not has_deltas, f"the captured step carries no adapters beside delta nets: {REMEDY}")
     norm = text_body(model).norm
-    is_rms = packed_norm(norm, "the model").ndim == 1
     need(
-        is_rms or not adapters,
+        packed_norm(norm, "the model").ndim == 1,
         f"adapters change {type(norm).__name__}, and the captured step carries those of RMS norms only: {REMEDY}",
     )
-    norms = {names[norm] for layer in layers for norm in _norms(layer)} | {names[text_body(model).norm]}
+    norms = {names[norm] for layer in layers for norm in _norms(layer)} | {names[norm]}
     routers = {names[layer.router] for layer in layers if layer.router is not None}
     joined = [[names[module] for module in modules] for layer in layers for modules in _products(layer)]
     switches = {names[layer.mlp.switch] for layer in layers if layer.mlp is not None and layer.mlp.switch is not None}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from server.model.device.capture import need
 from server.model.device.capture.modules import DeltaNet
-from server.model.device.capture.parts import gated_norm_weight
+from server.model.device.capture.parts import gated_norm_weight, norm_eps
 from server.model.device.step.parts import DeltaKind
 from server.model.device.step.weights import DeltaWeights
 
@@ -29,7 +29,7 @@ def delta_kind(net: DeltaNet, config: Any, where: str) -> DeltaKind:
     need(kind.value_heads % kind.key_heads == 0, f"{where} has {kind.value_heads} heads of values for {kind.key_heads}")
     for size in (kind.key_dim, kind.value_dim):
         need(size & (size - 1) == 0, f"{where} has heads of {size} elements: wanted a power of two")
-    eps = float(getattr(net.norm, "variance_epsilon", 0.0))
+    eps = norm_eps(net.norm)
     need(eps == float(config.rms_norm_eps), f"{where} has a norm with {eps}, the other norms {config.rms_norm_eps}")
     gated_norm_weight(net.norm, where)
     return kind

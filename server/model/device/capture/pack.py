@@ -9,12 +9,14 @@ results.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from expert_store.encoding import RowEncoding
 from server.model.device.capture import NotCapturableError, need
 from server.model.device.capture.delta import delta_kind, delta_rows, packed_delta
 from server.model.device.capture.families import FamilyParts, family_parts
@@ -56,11 +58,12 @@ from server.model.seam.attention_mask import layer_windows
 MOST_ROWS = 32
 """The largest batch with which the kernels were tested."""
 
-Value = TypeVar("Value")
-LEAST_GROUP = 16
-"""Columns that share a scale: the fewest that a tile of a product takes."""
 EightBits = Mapping[nn.Linear, tuple[Tensor, Tensor]]
+"""Codes [O, N] and scales [O, groups of columns] of linear layers: see `seam.trunk.eight_bits`."""
 
+_Value = TypeVar("_Value")
+_LEAST_GROUP = 16
+"""Columns that share a scale: the fewest that a tile of a product takes."""
 _PROBED = 16
 """Elements on which gated products are probed."""
 _ROUTED = "routed_scaling_factor"
@@ -68,29 +71,40 @@ _SETTINGS = ("hidden_size", "num_attention_heads", "rms_norm_eps", "model_type")
 _TOP_K = ("num_experts_per_tok", "top_k_experts")
 
 
-def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: int) -> DecodeShape:
-    """The step's sizes for a transformers model that `text_body` finds the decoder of; `intermediate` is I of its
-    experts, whose biases are in the model's dtype.
+def decode_shape(
+    model: Any,
+    *,
+    intermediate: int,
+    max_rows: int,
+    max_tokens: int,
+    dtype: torch.dtype | None = None,
+    packed: tuple[RowEncoding, RowEncoding] | None = None,
+    bias: torch.dtype | None = None,
+) -> DecodeShape:
+    """The step's sizes for a transformers model that `text_body` finds the decoder of.
+
+    Args:
+        intermediate: I of the experts.
+        dtype: of the computation; None: the model's.
+        packed: encodings of gate_up and down in the experts' spans; None: they are plain.
+        bias: dtype of the biases in the spans, if experts have biases; None: that of the computation.
 
     Raises NotCapturableError for a model with another structure.
     """
     need(max_rows <= MOST_ROWS, f"batches of {max_rows} rows: wanted at most {MOST_ROWS}, by max_batch_size")
-    config = model.config.get_text_config()
-    absent = [name for name in _SETTINGS if getattr(config, name, None) is None]
-    if getattr(config, "layer_norm_eps", None) is not None:
-        absent = [name for name in absent if name != "rms_norm_eps"]
-    need(not absent, f"the model's config has no {', '.join(absent)}")
+    config = _complete_config(model)
     layers = layers_of(model)
     family = family_parts(config.model_type)
     attentions, first, norm, scaling = _attentions(model, layers)
     (kv_heads, _), _ = first.vectors
     moe, dense = ([layer for layer in layers if (layer.block is None) == is_dense] for is_dense in (False, True))
     need(bool(moe), "no layer has routed experts")
+    dtype = dtype or model.lm_head.weight.dtype
     router, experts, top_k, num_experts, shared = _only(
-        {_block_kind(config, layer) for layer in moe}, "routers, experts or shared experts differ between layers"
+        {_block_kind(config, layer, bias or dtype) for layer in moe},
+        "routers, experts or shared experts differ between layers",
     )
     gates = {gate_kind(layer.mlp.module, _PROBED, layer.where) for layer in layers if layer.mlp is not None}
-    dtype = model.lm_head.weight.dtype
     shape = DecodeShape(
         num_layers=len(layers),
         hidden=config.hidden_size,
@@ -121,13 +135,24 @@ def decode_shape(model: Any, *, intermediate: int, max_rows: int, max_tokens: in
         mlp_gate=_only(gates or {SILU}, "shared experts and dense layers have several gated products"),
         scales=_scales(config, text_body(model).embed_tokens, moe[0]),
         dtype=dtype,
+        packed=packed,
     )
     sizes = (shape.hidden, intermediate)
     need(all(size % 16 == 0 for size in sizes), f"experts of {sizes} elements: wanted multiples of 16")
     return shape
 
 
-def _only(values: set[Value], problem: str) -> Value:
+def _complete_config(model: Any) -> Any:
+    """The config of the model's text part. Raises NotCapturableError if a setting is missing that a shape needs."""
+    config = model.config.get_text_config()
+    absent = [name for name in _SETTINGS if getattr(config, name, None) is None]
+    if getattr(config, "layer_norm_eps", None) is not None:
+        absent = [name for name in absent if name != "rms_norm_eps"]
+    need(not absent, f"the model's config has no {', '.join(absent)}")
+    return config
+
+
+def _only(values: set[_Value], problem: str) -> _Value:
     """The one value; several are a refusal."""
     need(len(values) == 1, problem)
     return values.pop()
@@ -169,13 +194,14 @@ def _attention_kind(model: Any, layer: Layer, frequencies: str) -> LayerKind:
     head_dim = int(getattr(attention.module, "head_dim", config.hidden_size // config.num_attention_heads))
     need(head_dim % 2 == 0, f"{where} has heads of {head_dim} elements: wanted an even number")
     kv_heads = max(1, k.out_features // head_dim)
-    value_dim = (k if v is None else v).out_features // kv_heads
+    value_rows = (k if v is None else v).out_features
+    value_dim = value_rows // kv_heads
     heads = o.in_features // max(1, value_dim)
     is_apart = attention.gate is not None
     gate: OutputGate = "sigmoid" if is_apart or q.out_features == 2 * heads * head_dim else "none"
     if gate != "none" and family_parts(config.model_type).softplus:
         gate = "softplus by head" if attention.gate is not None and attention.gate.out_features == heads else "softplus"
-    sizes = [q.out_features, k.out_features, (k if v is None else v).out_features, o.in_features, o.out_features]
+    sizes = [q.out_features, k.out_features, value_rows, o.in_features, o.out_features]
     wanted = [heads * head_dim, kv_heads * head_dim, kv_heads * value_dim, heads * value_dim, config.hidden_size]
     wanted[0] *= 1 if is_apart or gate == "none" else 2  # gates follow on each head's queries
     fits = sizes == wanted and heads % kv_heads == 0
@@ -246,13 +272,11 @@ def frequencies_of(model: Any, num_layers: int) -> list[str]:
         bases = sorted({base for base in config.layer_rope_theta if base})
         return [f"rotary_embs.{bases.index(base)}.inv_freq" if base else "" for base in config.layer_rope_theta]
     types = getattr(config, "layer_types", None) or [""] * num_layers
-    attends = [hasattr(layer, ATTENTION) for layer in text_body(model).layers]
+    attentions = [getattr(layer, ATTENTION, None) for layer in text_body(model).layers]
     still = family_parts(config.model_type).unrotated if getattr(config, "sliding_window", None) else ""
-    layers = text_body(model).layers
-    forced = [getattr(getattr(layer, ATTENTION, None), "force_rope", False) for layer in layers]
     names = [
-        "" if (still and kind == still and not always) or not asks else f"{kind}_inv_freq"
-        for kind, asks, always in zip(types, attends, forced, strict=False)
+        "" if own is None or (still and kind == still and not getattr(own, "force_rope", False)) else f"{kind}_inv_freq"
+        for kind, own in zip(types, attentions, strict=False)
     ]
     if hasattr(rotary, "inv_freq"):
         names = ["inv_freq" if name else "" for name in names]
@@ -267,7 +291,7 @@ def rotary_of(model: Any, name: str) -> tuple[Any, str]:
     return text_body(model).get_submodule(owner or "rotary_emb"), attribute
 
 
-def _block_kind(config: Any, layer: Layer) -> tuple[RouterKind, ExpertKind, int, int, int]:
+def _block_kind(config: Any, layer: Layer, bias: torch.dtype) -> tuple[RouterKind, ExpertKind, int, int, int]:
     """The kinds of router and experts, top-k, number of experts and the shared expert's size of one MoE layer."""
     try:
         kind = router_kind(config.model_type, layer.router, layer.block)
@@ -280,15 +304,15 @@ def _block_kind(config: Any, layer: Layer) -> tuple[RouterKind, ExpertKind, int,
     top_k = next((int(one) for one in found if one), 0)
     need(top_k > 0, f"{layer.where}: neither router nor config tells top-k")
     shared = _mlp_size(layer.mlp) if layer.mlp is not None else 0
-    return kind, _expert_kind(layer, weight.dtype), top_k, int(num_experts), shared
+    return kind, _expert_kind(layer, bias), top_k, int(num_experts), shared
 
 
-def _expert_kind(layer: Layer, dtype: torch.dtype) -> ExpertKind:
+def _expert_kind(layer: Layer, bias: torch.dtype) -> ExpertKind:
     experts = layer.experts
     need(experts.has_gate, f"{layer.where}: experts have no gate")
     need(not getattr(experts, "has_post_expert_norm", False), f"{layer.where}: experts have a norm of their own")
     gate = gate_kind(experts, _PROBED, layer.where)
-    return ExpertKind(gate, not experts.is_concatenated, dtype if experts.has_bias else None)
+    return ExpertKind(gate, not experts.is_concatenated, bias if experts.has_bias else None)
 
 
 def _mlp_size(mlp: Mlp | None) -> int:
@@ -329,24 +353,26 @@ def attention_and_head(model: Any) -> list[nn.Linear]:
 
 
 def _matrix(
-    parts: Sequence[nn.Linear], eight_bits: EightBits, kind: LayerKind | None = None, is_apart: bool = False
+    parts: Sequence[nn.Linear], eight_bits: EightBits, joined: Callable[[list[Tensor]], Tensor] = torch.cat
 ) -> Matrix | None:
-    """The rows of the layers below each other in 8 bits, in the order of `gate_last` where a kind is given; None if
-    one of them is plain, or its groups of columns are none that the kernels take."""
+    """The layers as one matrix in 8 bits; None if one of them is plain, or its groups of columns are none that the
+    kernels take.
+
+    Args:
+        joined: makes the rows of the matrix of those of each.
+    """
     found = [eight_bits[part] for part in parts if part in eight_bits]
     groups = {part.in_features // scales.shape[1] for part, (_, scales) in zip(parts, found, strict=False)}
     if len(found) < len(parts) or len(groups) != 1:
         return None
     (group,) = groups
     is_row = group == parts[0].in_features
-    if not is_row and (group & (group - 1) or group < LEAST_GROUP):
+    if not is_row and (group & (group - 1) or group < _LEAST_GROUP):
         return None
     device = parts[0].weight.device
-    codes, scales = [codes.view(torch.uint8) for codes, _ in found], [scales for _, scales in found]
-    joined = [torch.cat(list(one)) if kind is None else gate_last(one, kind, is_apart) for one in (codes, scales)]
-    return ScaledMatrix(
-        joined[0].to(device).view(torch.float8_e4m3fn), joined[1].to(device), pow2(group) if is_row else group
-    )
+    codes = joined([codes.view(torch.uint8) for codes, _ in found]).to(device).view(torch.float8_e4m3fn)
+    scales = joined([scales for _, scales in found]).to(device)
+    return ScaledMatrix(codes, scales, pow2(group) if is_row else group)
 
 
 def _packed(
@@ -360,10 +386,9 @@ def _packed(
     sinks = attention.sinks if isinstance(attention, Attention) else None
     given = None if isinstance(attention, DeltaNet) else attention.norms
     *found, output = attention.projections
-    parts = [part for part in found if part is not None]
-    is_apart = isinstance(attention, Attention) and attention.gate is not None
-    if isinstance(attention, Attention) and attention.gate is not None:
-        parts.append(attention.gate)
+    output_gate = attention.gate if isinstance(attention, Attention) else None
+    parts = [part for part in (*found, output_gate) if part is not None]
+    joined = partial(gate_last, kind=kind, is_apart=output_gate is not None)
     biases = [bias for part in parts if (bias := _bias(part)) is not None]
     q_norm, k_norm = (packed_norm(norm, layer.where) for norm in given) if given else (table[0],) * 2
     gate, gate_bias = (None, None) if layer.router is None else router_product(layer.router)
@@ -376,14 +401,14 @@ def _packed(
         **norms,
         qkv=delta_rows(attention)
         if isinstance(attention, DeltaNet)
-        else _matrix(parts, eight_bits, kind, is_apart) or gate_last([part.weight for part in parts], kind, is_apart),
+        else _matrix(parts, eight_bits, joined) or joined([part.weight for part in parts]),
         q_norm=q_norm,
         k_norm=k_norm,
         output=output.weight if isinstance(attention, DeltaNet) else _matrix([output], eight_bits) or output.weight,
         gate=gate,
         cos=table[0],
         sin=table[1],
-        qkv_bias=gate_last(biases, kind, is_apart) if biases else None,
+        qkv_bias=joined(biases) if biases else None,
         output_bias=output.bias,
         gate_bias=None if gate_bias is None else gate_bias.float(),
         selection_bias=None if gate is None else selection_bias(shape.router, layer.router, layer.block),

@@ -46,8 +46,7 @@ def packed_norm(norm: nn.Module, where: str) -> Tensor:
 def check_unweighted(norm: nn.Module, size: int, where: str) -> None:
     """Raises NotCapturableError unless the module is an RMS norm over `size` elements without weights."""
     x = torch.randn((_PROBES, size), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    value = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + norm_eps(norm))
-    same = _ran(norm, x, where) == value.to(torch.bfloat16)
+    same = _ran(norm, x, where) == _normalised(x, norm_eps(norm)).to(torch.bfloat16)
     need(
         not list(norm.parameters()) and bool(same.float().mean() > 0.99),
         f"{where}: {type(norm).__name__} is no RMS norm without weights",
@@ -74,15 +73,14 @@ def _norm_kind(norm: nn.Module, where: str) -> tuple[bool, bool] | None:
     eps = norm_eps(norm)
     with torch.no_grad():
         found = _ran(probe, x, where)
-        value = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+        value = _normalised(x, eps)
         for is_last, is_centred in product((False, True), repeat=2):
             factor = weight.float() + 1.0 if is_centred else weight.float()
             wanted = value if is_last else value.to(torch.bfloat16).float()
             wanted = (wanted * factor).to(torch.bfloat16)
             if (wanted != found).float().mean() < 0.01:  # sums of squares may differ in their order
                 return is_centred, is_last
-        away = x.float() - x.float().mean(-1, keepdim=True)
-        wanted = away * torch.rsqrt(away.square().mean(-1, keepdim=True) + eps) * weight.float()
+        wanted = _normalised(x - x.float().mean(-1, keepdim=True), eps) * weight.float()
         wanted = (wanted if bias is None else wanted + bias.float()).to(torch.bfloat16)
         if (wanted != found).float().mean() < 0.01:
             return None
@@ -99,10 +97,9 @@ def gated_norm_weight(norm: nn.Module, where: str) -> Tensor:
     given, x, gate = torch.randn((3, _PROBES, *weight.shape), generator=generator).to(torch.bfloat16)
     assert isinstance(probe.weight, Tensor)
     probe.weight.data = given[0]
-    eps = next(iter(_floats(norm, ("variance_epsilon", "eps"))), 0.0)
     with torch.no_grad():
         found = _ran(lambda value: probe(value, gate), x, where)
-        value = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)).to(torch.bfloat16)
+        value = _normalised(x, norm_eps(norm)).to(torch.bfloat16)
         wanted = ((given[0] * value).float() * functional.silu(gate.float())).to(torch.bfloat16)
     need(
         bool((wanted != found).float().mean() < 0.01),  # sums of squares may differ in their order
@@ -152,6 +149,11 @@ class _Part(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x[..., self._part]
+
+
+def _normalised(x: Tensor, eps: float) -> Tensor:
+    """[.., H] in float32, divided by the root of its mean square."""
+    return x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
 
 
 def _floats(module: Any, names: tuple[str, ...]) -> list[float]:

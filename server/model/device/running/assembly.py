@@ -280,9 +280,10 @@ def captured_shape(
 ) -> DecodeShape:
     """The shape of the step that a model's trunk and the spans of its experts give. Raises NotCapturableError."""
     intermediate, packed = _experts_of(layers, _is_transposed(skeleton))
-    shape = decode_shape(skeleton, intermediate=intermediate, max_rows=max_rows, max_tokens=max_tokens)
-    experts = replace(shape.experts, bias=_bias_of(layers[0], dtype))
-    shape = replace(shape, dtype=dtype, packed=packed, experts=experts)
+    shape = decode_shape(
+        skeleton, intermediate=intermediate, max_rows=max_rows, max_tokens=max_tokens, dtype=dtype, packed=packed,
+        bias=_bias_of(layers[0], dtype),
+    )  # fmt: skip
     _check_layers(layers, shape)
     return shape
 
@@ -292,6 +293,8 @@ def _check_layers(layers: Sequence[LayerSpec], shape: DecodeShape) -> None:
     routed = [layer for layer in range(shape.num_layers) if layer not in shape.dense_layers]
     if held != routed:
         raise NotCapturableError(f"layers {routed} have routed experts, of which the store has those of {held}")
+    has_biases = _bias_of(layers[0], shape.dtype) is not None
+    need(has_biases == (shape.experts.bias is not None), "only one of the model and the store has biases of experts")
     need(shape.span_bytes % 16 == 0, f"experts of {shape.span_bytes} bytes: wanted a multiple of 16")
 
 

@@ -116,11 +116,9 @@ def build(
     other = copy.deepcopy(model).to(dtype).to(DEVICE)
     experts = moe_blocks(model)[0][1].experts
     intermediate = experts.down_proj.shape[-2 if experts.is_transposed else -1]
-    shape = decode_shape(other, intermediate=intermediate, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS)
+    encodings, spans = (None, spans_of(model, dtype)) if packed is None else packed
+    shape = decode_shape(other, intermediate=intermediate, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS, packed=encodings)
     shape = replace(shape, block_tokens=block_tokens)
-    spans = spans_of(model, dtype) if packed is None else packed[1]
-    if packed is not None:
-        shape = replace(shape, packed=packed[0])
     if DEVICE == "cuda":
         spans = spans.pin_memory()
     slots = shape.num_experts if slots is None else slots
@@ -143,6 +141,17 @@ def run(step: DecodeStep, tokens: Tensor, rows: list[int]) -> tuple[Tensor, Tens
         logits.append(step.logits.clone())
         picks.append(step.log_ids.clone())
     return torch.stack(logits).cpu().double(), torch.stack(picks).cpu().long()
+
+
+def attended(step: DecodeStep, rows: list[int]) -> Tensor:
+    """The result of layer 1's attention for a new random token of each row, [B, heads * value_dim]. Mutates the step's
+    `rows` and `qkv`; a row's token does not depend on the others."""
+    new = torch.randn(MAX_ROWS, step.shape.qkv, generator=torch.Generator().manual_seed(7))
+    step.rows.copy_(torch.tensor(rows, dtype=torch.int32))
+    step.qkv.copy_(new[rows])
+    step.attended.fill_(torch.nan)
+    step.attend(1)
+    return step.attended.clone()
 
 
 class Reference:

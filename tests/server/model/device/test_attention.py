@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from server.model.device.step.state import PrefillRow
 from server.model.device.step.step import DecodeStep
-from tests.server.model.device.captured import BLOCK_TOKENS, HALF, MAX_TOKENS, build
+from tests.server.model.device.captured import BLOCK_TOKENS, HALF, MAX_TOKENS, attended, build
 from tests.server.model.device.families import model_of
 
 LENGTHS = [0, 1, BLOCK_TOKENS, 3 * BLOCK_TOKENS - 1, 33, 48, MAX_TOKENS - 1]
@@ -53,16 +53,6 @@ def fill(step: DecodeStep, rows: list[int]) -> None:
         rest = PrefillRow(step.state, row, half, LENGTHS[row]).update(keys[:, :, half:], values[:, :, half:], 1)
         assert torch.equal(torch.cat(rest), torch.cat([keys, values]))
         step.state.lengths[row] = LENGTHS[row]
-
-
-def attended(step: DecodeStep, rows: list[int]) -> Tensor:
-    """The result of layer 1 for a new token of each row, [B, heads * head_dim]."""
-    new = torch.randn(len(LENGTHS), step.shape.qkv, generator=torch.Generator().manual_seed(7))
-    step.rows.copy_(torch.tensor(rows, dtype=torch.int32))
-    step.qkv.copy_(new[rows])
-    step.attended.fill_(torch.nan)
-    step.attend(1)
-    return step.attended.clone()
 
 
 def in_float64(step: DecodeStep, row: int) -> Tensor:
