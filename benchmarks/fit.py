@@ -204,7 +204,7 @@ def shape_facts(shape: DecodeShape) -> ModelFacts:
     return ModelFacts(
         name="shape", layers=layers, num_layers=shape.num_layers, num_experts=shape.num_experts,
         num_available=shape.num_experts, top_k=shape.top_k, dtype=torch.bfloat16, experts_dtype="16bit", skeleton=None,
-        trunk_bytes=shape.trunk_bytes, step_bytes=shape.trunk_bytes, kv_bytes=shape.kv_token_bytes,
+        eight_bits={}, trunk_bytes=shape.trunk_bytes, step_bytes=shape.trunk_bytes, kv_bytes=shape.kv_token_bytes,
         max_context=shape.max_tokens, demand=demand.recorded(shape.num_layers, shape.num_experts, shape.top_k),
     )  # fmt: skip
 

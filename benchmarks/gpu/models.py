@@ -14,12 +14,10 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.gpu import timing as gpu_timing
@@ -32,7 +30,7 @@ from server.model.device.step.graphs import in_parallel
 from server.model.device.step.state import RowState
 from server.model.device.step.step import DecodeStep
 from server.model.device.step.tuning import StepOptions
-from server.model.device.step.weights import DecodeShape, TrunkWeights
+from server.model.device.step.weights import DecodeShape
 from server.model.seam.trunk import is_experts_module
 
 DEVICE = torch.device("cuda:0")
@@ -131,24 +129,6 @@ def shape_of(model: Model, built: Any, max_rows: int) -> DecodeShape:
     return decode_shape(built, intermediate=down, max_rows=max_rows, max_tokens=MAX_TOKENS, packed=packed)
 
 
-def read_bytes(trunk: TrunkWeights) -> int:
-    """Bytes of the trunk's tensors that a step reads: all but the embeddings and the tables of angles."""
-    tensors = {id(tensor): tensor for tensor in _tensors(trunk)}
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _tensors(part: Any) -> Iterator[Tensor]:
-    if isinstance(part, Tensor):
-        yield part
-    elif isinstance(part, tuple | list):
-        for one in part:
-            yield from _tensors(one)
-    elif is_dataclass(part):
-        for field in fields(part):
-            if field.name not in ("embedding", "cos", "sin"):
-                yield from _tensors(getattr(part, field.name))
-
-
 def steps(name: str, batches: list[int], read_rate: float) -> list[dict[str, Any]]:
     """Times of one model's steps, a row for each batch size."""
     model, rows = MODELS[name], []
@@ -157,7 +137,7 @@ def steps(name: str, batches: list[int], read_rate: float) -> list[dict[str, Any
     shape = shapes[batches[0]]
     trunk, pages = pack_trunk(built, shape), full_pages(replace(shape, max_rows=32), DEVICE)
     del built
-    trunk_bytes = read_bytes(trunk)
+    trunk_bytes = trunk.read_bytes
     for batch, one in shapes.items():
         state = RowState(one, DEVICE)
         options = StepOptions(pdl=batch == 1)

@@ -26,7 +26,7 @@ from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.checkpoint.conversion import Recipe, trace
 from extractor.checkpoint.encodings import PLAIN_DTYPES
 from extractor.checkpoint.families import check_family
-from extractor.checkpoint.quantised import QuantisedEntry, is_eight_bit, piece_of, read_part, rows_of
+from extractor.checkpoint.quantised import QuantisedEntry, group_of, is_eight_bit, piece_of, read_part, rows_of
 from extractor.checkpoint.tensor_file import ConvertedPiece, Piece, TensorEntry
 from extractor.encoding.importance import FILE_NAME, Importance
 from extractor.encoding.making import Maker
@@ -62,6 +62,13 @@ class ExpertsLayout:
     def trunk_dtype(self) -> Literal["shipped", "fp8"] | None:
         """As the manifest has it."""
         return "fp8" if self.made else "shipped" if self.shipped else None
+
+    @property
+    def eight_bit_groups(self) -> dict[str, int]:
+        """Columns that share a scale in each of the trunk's linear layers in 8 bits, by the checkpoint's names."""
+        return {name: group_of(self.checkpoint.tensors[name]) for name in self.shipped} | {
+            name: self.checkpoint.tensors[name].shape[1] for name in self.made
+        }
 
     @classmethod
     def of_store(cls, checkpoint: Checkpoint, manifest: Manifest, root: Path) -> ExpertsLayout:

@@ -48,6 +48,12 @@ def is_eight_bit(entry: TensorEntry) -> bool:
     return fits and codes.dtype == "F8_E4M3" and codes.name == entry.name and not entry.encoding.obstacle
 
 
+def group_of(entry: TensorEntry) -> int:
+    """Columns that share a scale in a matrix that `is_eight_bit`."""
+    assert isinstance(entry, QuantisedEntry), f"{entry.name} is plain"
+    return entry.encoding.rows.group
+
+
 def quantisation_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The quantization_config of a config.json, or of its text part; None if there is none."""
     for part in (config, config.get("text_config")):

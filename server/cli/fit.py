@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from extractor.cli.options import ExpertsDtypeOption, JsonOption
+from extractor.cli.options import ExpertsDtypeOption, JsonOption, TrunkDtypeOption
 from extractor.planning.sizes import format_size, parse_size
 from server.cli.quality import DeviceOption, DtypeOption, SlotsOption
 from server.errors import UsageError
@@ -74,6 +74,7 @@ def fit(
     context: ContextOption = None,
     batch: BatchOption = ENGINE.max_batch_size,
     experts_dtype: ExpertsDtypeOption = None,
+    trunk_dtype: TrunkDtypeOption = None,
     dtype: DtypeOption = "auto",
     slots_memory: SlotsOption = None,
     kv_memory: Annotated[int | None, _size("Memory for keys and values, such as 4GiB.")] = None,
@@ -108,7 +109,7 @@ def fit(
     )
     if rates.kind == "cpu" and device_memory is not None:
         raise UsageError("--device-memory is that of a GPU, and a CPU computes: leave it out, or set --machine h100")
-    with facts_of(source, experts_dtype, dtype, stats) as model:
+    with facts_of(source, experts_dtype, dtype, stats, trunk_dtype) as model:
         most, least = context_bounds(context, model.max_context)
         wish = Wish(
             gpu=rates.kind == "gpu",
@@ -243,7 +244,10 @@ def _places(model: ModelFacts, now: Prediction) -> Table:
     share = placed.slots / model.num_available
     of_all = len(model.layers) * model.num_available
     table = Table("part", "place", "bytes", "", box=None, pad_edge=False)
-    table.add_row("trunk", here, format_size(placed.trunk_bytes), str(model.dtype).removeprefix("torch."))
+    held = str(model.dtype).removeprefix("torch.")
+    if model.eight_bits and placed.path == "captured":
+        held += f"; a step reads {format_size(placed.step_bytes)}, linear layers in FP8 as they are"
+    table.add_row("trunk", here, format_size(placed.trunk_bytes), held)
     table.add_row("KV memory", here, format_size(placed.kv_bytes), f"{placed.kv_tokens:,} tokens of {wish.rows} rows")
     table.add_row(
         "slots", here, format_size(placed.slots_bytes + placed.beside_slots),

@@ -7,7 +7,7 @@ model on the meta device, and the captured step's shape is the one that `deepfew
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,15 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from expert_store.manifest import DTYPE_BYTES, MANIFEST_NAME, LayerSpec, TensorSpec, expert_encodings, read_manifest
 from expert_store.residency.slots import slot_bytes
 from expert_store.rows import TORCH_DTYPES
 from extractor.checkpoint.checkpoint import Checkpoint
+from extractor.checkpoint.conversion import model_names
 from extractor.checkpoint.layout import ExpertsLayout
+from extractor.checkpoint.quantised import group_of, is_eight_bit
 from extractor.encoding.making import Maker
-from extractor.encoding.names import ExpertsDtype, experts_dtype_of
+from extractor.encoding.names import ExpertsDtype, TrunkDtype, experts_dtype_of
 from extractor.statistics.file import read_statistics
 from router.ledger import UsageLedger
 from server.errors import UsageError
@@ -45,9 +47,10 @@ class ModelFacts:
         num_experts, top_k: of a MoE layer; `num_available` of them are in the store.
         dtype: of the computation.
         experts_dtype: the encoding of the experts by the name that `extract` takes.
-        skeleton: the trunk on the meta device.
-        trunk_bytes: of the trunk in memory.
-        step_bytes: of the trunk's weights that every decode step reads: without the embedding.
+        skeleton: the trunk on the meta device, in `dtype`.
+        eight_bits: codes and scales, on the meta device, of the skeleton's linear layers that the store has in 8 bits.
+        trunk_bytes: of the trunk in memory, as transformers has it: in `dtype`.
+        step_bytes: of these, the weights that every decode step reads: without the embedding.
         kv_bytes: of one token's keys and values.
         max_context: tokens that the model was made for.
         demand: popularity of the experts.
@@ -62,6 +65,7 @@ class ModelFacts:
     dtype: torch.dtype
     experts_dtype: ExpertsDtype
     skeleton: Any
+    eight_bits: Mapping[nn.Linear, tuple[Tensor, Tensor]]
     trunk_bytes: int
     step_bytes: int
     kv_bytes: int
@@ -124,7 +128,11 @@ def _encoded(spec: LayerSpec, maker: Maker | None, transposed: bool) -> LayerSpe
 
 @contextmanager
 def facts_of(
-    source: str, experts_dtype: ExpertsDtype | None, dtype: str, statistics: Path | None = None
+    source: str,
+    experts_dtype: ExpertsDtype | None,
+    dtype: str,
+    statistics: Path | None = None,
+    trunk_dtype: TrunkDtype | None = None,
 ) -> Iterator[ModelFacts]:
     """The facts of a store or checkpoint in a directory, or of a model of the hub, valid until the context ends.
 
@@ -132,20 +140,23 @@ def facts_of(
         source: a directory, or owner/name.
         experts_dtype: the experts as `extract --experts-dtype` would make them; None: as they are.
         dtype: of the computation, or auto.
+        trunk_dtype: the trunk as `extract --trunk-dtype` would make it; None: as `extract` does by default.
         statistics: file of `calibrate`, for the popularity of experts; None: a store's usage.json, or the recorded one.
 
     Raises:
         CheckpointError, UnsupportedFamilyError, ExtractError, ManifestError: see `extract`. StatisticsError, OSError:
-        the statistics cannot be read. UsageError: they are of another model, or a store's experts of another encoding.
+        the statistics cannot be read. UsageError: they are of another model, or a store has experts or a trunk of
+            another encoding.
     """
     path = Path(source)
     with ExitStack() as stack:
         if (path / MANIFEST_NAME).is_file():
-            model = _of_store(path, experts_dtype, dtype)
+            model = _of_store(path, experts_dtype, trunk_dtype, dtype)
         elif path.exists() or source.count("/") != 1:
-            model = _of_checkpoint(Checkpoint.open(path), experts_dtype, dtype)
+            model = _of_checkpoint(Checkpoint.open(path), experts_dtype, trunk_dtype, dtype)
         else:
-            model = _of_checkpoint(stack.enter_context(described_checkpoint(source)), experts_dtype, dtype)
+            described = stack.enter_context(described_checkpoint(source))
+            model = _of_checkpoint(described, experts_dtype, trunk_dtype, dtype)
         yield model if statistics is None else _with_statistics(model, statistics)
 
 
@@ -162,27 +173,36 @@ def _with_statistics(model: ModelFacts, path: Path) -> ModelFacts:
     return replace(model, demand=of_counts(counts.astype(np.int64), model.top_k, told))
 
 
-def _of_store(path: Path, experts_dtype: ExpertsDtype | None, dtype: str) -> ModelFacts:
+def _of_store(path: Path, experts_dtype: ExpertsDtype | None, trunk_dtype: TrunkDtype | None, dtype: str) -> ModelFacts:
     manifest = read_manifest(path)
     held = experts_dtype_of(manifest)
-    if experts_dtype not in (None, held):
-        raise UsageError(
-            f"{path} is a store whose experts are {held}, wanted {experts_dtype}: leave --experts-dtype out, or name "
-            f"its checkpoint, {manifest.source.location}"
-        )
-    model = manifest.model
+    pairs = (("experts", experts_dtype, held), ("trunk", trunk_dtype, manifest.trunk_dtype or "16bit"))
+    for part, wanted, found in pairs:
+        if wanted not in (None, found):
+            raise UsageError(
+                f"{path} is a store whose {part} has the dtype {found}, wanted {wanted}: leave --{part}-dtype out, or "
+                f"name its checkpoint, {manifest.source.location}"
+            )
+    model, groups = manifest.model, {}
+    if manifest.trunk_dtype is not None:
+        entries = Checkpoint.open(path / "trunk").tensors
+        groups = {name: group_of(entry) for name, entry in entries.items() if is_eight_bit(entry)}
     return _facts(
         manifest.source.name, path / "trunk", manifest.layers, model.num_experts, len(manifest.deep_experts),
-        model.top_k, model.dtype if dtype == "auto" else dtype, held, _usage(path, manifest.source.fingerprint),
+        model.top_k, model.dtype if dtype == "auto" else dtype, held, groups,
+        _usage(path, manifest.source.fingerprint),
     )  # fmt: skip
 
 
-def _of_checkpoint(checkpoint: Checkpoint, experts_dtype: ExpertsDtype | None, dtype: str) -> ModelFacts:
-    layout = ExpertsLayout.of(checkpoint, experts_dtype or "shipped")
+def _of_checkpoint(
+    checkpoint: Checkpoint, experts_dtype: ExpertsDtype | None, trunk_dtype: TrunkDtype | None, dtype: str
+) -> ModelFacts:
+    layout = ExpertsLayout.of(checkpoint, experts_dtype or "shipped", trunk_dtype=trunk_dtype)
     model = layout.model
     return _facts(
         checkpoint.name, checkpoint.path, layout.layers, model.num_experts, model.num_experts, model.top_k,
-        model.dtype if dtype == "auto" else dtype, experts_dtype or "shipped", None,
+        model.dtype if dtype == "auto" else dtype, experts_dtype or "shipped",
+        layout.eight_bit_groups, None,
     )  # fmt: skip
 
 
@@ -207,9 +227,11 @@ def _facts(
     top_k: int,
     dtype: str,
     experts_dtype: ExpertsDtype,
+    groups: Mapping[str, int],
     usage: UsageLedger | None,
 ) -> ModelFacts:
-    skeleton = trunk_skeleton(trunk)
+    skeleton: Any = trunk_skeleton(trunk)
+    skeleton.to(_DTYPES[dtype])
     config = skeleton.config.get_text_config()
     size = _DTYPES[dtype].itemsize
     if usage is None:
@@ -228,12 +250,24 @@ def _facts(
         dtype=_DTYPES[dtype],
         experts_dtype=experts_dtype,
         skeleton=skeleton,
+        eight_bits=_eight_bits(skeleton, groups),
         trunk_bytes=values * size,
         step_bytes=(values - _embedding_values(skeleton)) * size,
         kv_bytes=kv_token_bytes(config, size),
         max_context=context_tokens(trunk),
         demand=demand,
     )
+
+
+def _eight_bits(skeleton: Any, groups: Mapping[str, int]) -> dict[nn.Linear, tuple[Tensor, Tensor]]:
+    """As `seam.trunk.eight_bits` has them, without memory; `groups` are the columns that share a scale, by name."""
+    found = {}
+    for name, target in model_names(skeleton, groups).items() if groups else ():
+        linear = skeleton.get_submodule(target.removesuffix(".weight"))
+        rows, columns = linear.weight.shape
+        codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device="meta")
+        found[linear] = codes, torch.empty(rows, columns // groups[name], device="meta")
+    return found
 
 
 def _embedding_values(skeleton: Any) -> int:

@@ -16,6 +16,7 @@ from expert_store.errors import SlotsError
 from expert_store.residency.pinned import LOCKED_SHARE
 from server.fit.facts import ModelFacts
 from server.model.device.capture import NotCapturableError
+from server.model.device.capture.pack import pack_trunk, packed_trunk_bytes
 from server.model.kv.blocks import BLOCK_TOKENS, num_blocks_of
 from server.model.kv_memory import HOST_RESERVE_BYTES, blocks_within, slots_beside_kv
 
@@ -54,6 +55,7 @@ class Placement:
     """Bytes by place, and the path that decodes. `problem` says why it does not fit, None if it does.
 
     Attributes:
+        step_bytes: of the trunk that a decode step reads.
         kv_tokens: that KV memory holds, of all rows together.
         path: captured: the device fetches experts in graphs; host: the host does.
         reason: of a GPU whose path is host; else empty.
@@ -65,6 +67,7 @@ class Placement:
     reason: str
     problem: str | None
     trunk_bytes: int
+    step_bytes: int
     kv_bytes: int
     kv_tokens: int
     slots: int
@@ -96,6 +99,12 @@ def _captured_shape(model: ModelFacts, wish: Wish) -> DecodeShape:
     return captured_shape(model.skeleton, model.layers, model.dtype, wish.rows, wish.context)
 
 
+def captured_trunk(model: ModelFacts, shape: DecodeShape) -> tuple[int, int]:
+    """Bytes of the trunk with what the captured step packs of it anew, and those of them that a step reads."""
+    weights = pack_trunk(model.skeleton, shape, model.eight_bits)
+    return packed_trunk_bytes(model.skeleton, weights), weights.read_bytes
+
+
 def _captured(model: ModelFacts, wish: Wish, shape: DecodeShape) -> Placement:
     from server.model.device.memory.budget import RESERVE_BYTES, DeviceMemory
     from server.model.device.memory.tier import rows_within
@@ -106,7 +115,8 @@ def _captured(model: ModelFacts, wish: Wish, shape: DecodeShape) -> Placement:
     if budget is None and LOCKED_SHARE * wish.host_memory < served * span:
         budget = int(LOCKED_SHARE * wish.host_memory)
     rows = min(rows_within(budget, span, served, step), served)
-    beside = wish.device_memory - model.trunk_bytes - packed_bytes(shape)
+    trunk_bytes, step_bytes = captured_trunk(model, shape)
+    beside = wish.device_memory - trunk_bytes
     memory = DeviceMemory(
         shape, torch.device("cuda"), keeps_most=rows < served, beside_trunk=beside, least_tokens=wish.least_context
     )
@@ -129,7 +139,8 @@ def _captured(model: ModelFacts, wish: Wish, shape: DecodeShape) -> Placement:
         path="captured",
         reason="",
         problem=problem,
-        trunk_bytes=model.trunk_bytes + packed_bytes(shape),
+        trunk_bytes=trunk_bytes,
+        step_bytes=step_bytes,
         kv_bytes=blocks * memory.block_bytes + shape.state_bytes,
         kv_tokens=blocks * BLOCK_TOKENS,
         slots=slots,
@@ -140,14 +151,6 @@ def _captured(model: ModelFacts, wish: Wish, shape: DecodeShape) -> Placement:
         host_bytes=rows * span,
         disk_bytes=max(0, served - rows - alone) * span if pages.paged else 0,
     )
-
-
-def packed_bytes(shape: DecodeShape) -> int:
-    """Bytes of the trunk's tensors that the captured step packs anew, beside transformers' own: q, k, v side by side
-    (those of delta nets stand for their own), and gate and up of dense layers and shared experts."""
-    gated = len(shape.dense_layers) * shape.dense_intermediate + shape.num_moe_layers * shape.shared_intermediate
-    attention = sum(kind.qkv for at, kind in enumerate(shape.each_attention) if at not in shape.deltas)
-    return (attention + 2 * gated) * shape.hidden * shape.dtype.itemsize
 
 
 def _on_gpu(model: ModelFacts, wish: Wish, reason: str) -> Placement:
@@ -202,6 +205,7 @@ def _host_driven(
         reason=reason,
         problem=problem,
         trunk_bytes=model.trunk_bytes,
+        step_bytes=model.step_bytes,
         kv_bytes=blocks * block_bytes,
         kv_tokens=blocks * BLOCK_TOKENS,
         slots=slots,

@@ -90,7 +90,8 @@ def _step(
             on_disk = min(1.0 - model.demand.hit_rate(max(together, placement.slots), num_rows), 1.0 - hit_rate)
     misses = Misses(model.demand.distinct(num_rows), num_rows * model.top_k, hit_rate, on_disk)
     if placement.path == "captured":
-        return captured_step(model, rates, misses, num_rows, wish.rows, depth), hit_rate
+        read = replace(model, step_bytes=placement.step_bytes)
+        return captured_step(read, rates, misses, num_rows, wish.rows, depth), hit_rate
     return host_step(model, rates, misses, num_rows, depth), hit_rate
 
 

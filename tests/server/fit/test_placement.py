@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen3MoeConfig
 
 from benchmarks.fit import RESULTS, shape_facts
 from benchmarks.gpu.decode import QWEN
@@ -15,13 +16,14 @@ from expert_store.errors import SlotsError
 from expert_store.store import Store
 from server.fit import placement as placing
 from server.fit.facts import ModelFacts, facts_of
-from server.fit.placement import Wish, packed_bytes, place
+from server.fit.placement import Wish, captured_trunk, place
 from server.fit.prediction import changes, predict
 from server.machine.rates import MachineRates, known_machines
 from server.model.device.memory.budget import DeviceMemory
 from server.model.host import assembly
 from server.model.kv_memory import HOST_RESERVE_BYTES
 from server.model.runner import RunnerOptions
+from server.model.seam.trunk import trunk_skeleton
 
 GIB = 1 << 30
 H100 = known_machines()["h100"]
@@ -38,11 +40,16 @@ def _wish(device: int, host: int = 64 * GIB, context: int = 1024, rows: int = 8)
     return Wish(True, device, host, context, context, rows)
 
 
-def test_device_memory_is_what_a_server_on_the_h100_took(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_memory_is_what_a_server_on_the_h100_took(tmp_path: Path) -> None:
     """The generated checkpoint of benchmarks/gpu/serve.py, a quarter of its experts in slots."""
     shape = replace(QWEN, num_layers=18, vocab=8192, max_rows=8, max_tokens=4096)
-    model = replace(shape_facts(shape), trunk_bytes=shape.trunk_bytes + shape.vocab * shape.hidden * 2)
-    monkeypatch.setattr(placing, "_captured_shape", lambda model, wish: shape)
+    Qwen3MoeConfig(
+        num_hidden_layers=18, vocab_size=8192, hidden_size=shape.hidden, num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads, head_dim=shape.head_dim, moe_intermediate_size=shape.intermediate,
+        num_experts=shape.num_experts, num_experts_per_tok=shape.top_k, norm_topk_prob=True,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    skeleton = trunk_skeleton(tmp_path).to(torch.bfloat16)
+    model = replace(shape_facts(shape), skeleton=skeleton)
     served = json.loads((RESULTS / "serve_gpu.json").read_text())["servings"]["device, second start"]
     memory = DeviceMemory(shape, torch.device("cuda"), beside_trunk=0)
     found = place(
@@ -55,7 +62,7 @@ def test_device_memory_is_what_a_server_on_the_h100_took(monkeypatch: pytest.Mon
 
 def test_slots_are_those_that_serving_chooses(tiny: ModelFacts) -> None:
     shape = placing._captured_shape(tiny, _wish(0))
-    fixed = tiny.trunk_bytes + packed_bytes(shape)
+    fixed, _ = captured_trunk(tiny, shape)
     device = fixed + 1100 * (1 << 20) + 2 * GIB  # room to compute in, KV memory and some slots
     found = place(tiny, _wish(device, rows=8, context=1024))
     memory = DeviceMemory(shape, torch.device("cuda"), beside_trunk=device - fixed)
@@ -67,9 +74,7 @@ def test_slots_are_those_that_serving_chooses(tiny: ModelFacts) -> None:
 def test_a_model_that_does_not_fit_has_the_error_of_serving(tiny: ModelFacts) -> None:
     wish = _wish(GIB + (20 << 20), rows=32)
     shape = placing._captured_shape(tiny, wish)
-    memory = DeviceMemory(
-        shape, torch.device("cuda"), beside_trunk=wish.device_memory - tiny.trunk_bytes - packed_bytes(shape)
-    )
+    memory = DeviceMemory(shape, torch.device("cuda"), beside_trunk=wish.device_memory - captured_trunk(tiny, shape)[0])
     with pytest.raises(SlotsError) as error:
         memory.divide(tiny.num_available)
     assert place(tiny, wish).problem == str(error.value)

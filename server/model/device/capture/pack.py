@@ -345,6 +345,14 @@ def pack_trunk(model: Any, shape: DecodeShape, eight_bits: EightBits | None = No
     )
 
 
+def packed_trunk_bytes(model: Any, weights: TrunkWeights) -> int:
+    """Bytes of a model's trunk and of its packed `weights`, which stand for the products of delta nets."""
+    nets = (layer.attention for layer in layers_of(model) if isinstance(layer.attention, DeltaNet))
+    replaced = {id(product.weight) for net in nets for product in net.projections[:-1]}
+    held = {id(tensor): tensor for tensor in (*model.parameters(), *weights.tensors)}
+    return sum(tensor.nbytes for key, tensor in held.items() if key not in replaced)
+
+
 def attention_and_head(model: Any) -> list[nn.Linear]:
     """The linear layers that a step multiplies by their codes if they are in 8 bits."""
     attentions = [layer.attention for layer in layers_of(model) if not isinstance(layer.attention, DeltaNet)]

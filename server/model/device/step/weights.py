@@ -7,8 +7,9 @@ rounded to that dtype.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -337,6 +338,33 @@ class TrunkWeights:
     norm: Tensor
     head: Matrix
     head_bias: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor once."""
+        return _distinct(_tensors(self))
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the tensors that a step reads: all but tables of angles and an embedding that is not the head."""
+        return sum(tensor.nbytes for tensor in _distinct(_tensors(self, but=("embedding", "cos", "sin"))))
+
+
+def _distinct(tensors: Iterator[Tensor]) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _tensors(part: Any, but: tuple[str, ...] = ()) -> Iterator[Tensor]:
+    """The tensors of a part, fields named in `but` left out."""
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, tuple):
+        for one in part:
+            yield from _tensors(one, but)
+    elif is_dataclass(part):
+        for field in fields(part):
+            if field.name not in but:
+                yield from _tensors(getattr(part, field.name), but)
 
 
 @dataclass(frozen=True)
