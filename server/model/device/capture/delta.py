@@ -1,7 +1,8 @@
 """Finds the sizes of a gated delta net's modules, and packs their weights. See `kernels.delta`.
 
-Source: transformers' `modeling_qwen3_next.py`, whose products have their rows by key heads, and
-`modeling_qwen3_5_moe.py`, which has a product for each part.
+Source: transformers' `modeling_qwen3_next.py`, whose products have their rows by key heads, `modeling_qwen3_5_moe.py`,
+which has a product for each part, and `modeling_kimi_linear.py` and `modeling_bailing_hybrid.py`, whose decays are by
+channel.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from server.model.device.capture import need
 from server.model.device.capture.modules import DeltaNet
-from server.model.device.capture.parts import gated_norm_weight, norm_eps
+from server.model.device.capture.parts import forget_kind, gated_norm, norm_eps
 from server.model.device.step.parts import DeltaKind
 from server.model.device.step.weights import DeltaWeights
 
@@ -21,42 +22,55 @@ from server.model.device.step.weights import DeltaWeights
 def delta_kind(net: DeltaNet, config: Any, where: str) -> DeltaKind:
     """The sizes of a delta net. Raises NotCapturableError for one whose products, norm or convolution are others."""
     where = f"{where}: delta net"
-    kind = _sizes(net)
+    kind = _kind(net, where)
     *products, output = net.projections
     sizes = [sum(one.out_features for one in products), len(net.conv.weight), output.in_features]
     wanted = [kind.qkv, kind.channels, kind.width]
     need(sizes == wanted, f"{where} has products and a convolution of {sizes} elements, wanted {wanted}")
+    expands = [tuple(one.weight.shape) for one in net.expands]
+    wanted_expands = [(rows, kind.rank) for rows in (kind.width, kind.decays)] if kind.rank else []
+    need(expands == wanted_expands, f"{where} has products of latents {expands}, wanted {wanted_expands}")
     need(kind.value_heads % kind.key_heads == 0, f"{where} has {kind.value_heads} heads of values for {kind.key_heads}")
     for size in (kind.key_dim, kind.value_dim):
         need(size & (size - 1) == 0, f"{where} has heads of {size} elements: wanted a power of two")
     eps = norm_eps(net.norm)
     need(eps == float(config.rms_norm_eps), f"{where} has a norm with {eps}, the other norms {config.rms_norm_eps}")
-    gated_norm_weight(net.norm, where)
     return kind
 
 
 def delta_rows(net: DeltaNet) -> Tensor:
     """The rows [qkv, H] of the products of a delta net's input, in the order of `DeltaKind.qkv`."""
-    kind, weights = _sizes(net), [product.weight for product in net.projections[:-1]]
+    weights = [product.weight for product in net.projections[:-1]]
     if len(weights) == 2:  # each key head's rows of q, k, v, gate; and of b, a
-        group = kind.value_heads // kind.key_heads
-        sizes = ([kind.key_dim] * 2 + [group * kind.value_dim] * 2, [group] * 2)
-        by_head = [weight.view(kind.key_heads, -1, weight.shape[1]) for weight in weights]
+        of = net.module
+        group = of.num_v_heads // of.num_k_heads
+        sizes = ([of.head_k_dim] * 2 + [group * of.head_v_dim] * 2, [group] * 2)
+        by_head = [weight.view(of.num_k_heads, -1, weight.shape[1]) for weight in weights]
         split = [part for one, size in zip(by_head, sizes, strict=True) for part in torch.split(one, size, dim=1)]
-        weights = [part.flatten(0, 1) for part in split]
+        *others, betas, rates = (part.flatten(0, 1) for part in split)
+        weights = [*others, rates, betas]
     return torch.cat(weights)
 
 
 def packed_delta(net: DeltaNet, where: str) -> DeltaWeights:
     """The small tensors of a delta net."""
+    expands = [product.weight for product in net.expands]
     return DeltaWeights(
         conv=net.conv.weight[:, 0].T.contiguous(),
-        norm=gated_norm_weight(net.norm, where),
-        decay=-net.decay.float().exp(),
+        norm=gated_norm(net.norm, where)[0],
+        decay=-net.decay.float().exp().flatten(),
         shift=net.shift.float(),
+        expand=torch.block_diag(*expands) if expands else None,  # type: ignore[no-untyped-call]
     )
 
 
-def _sizes(net: DeltaNet) -> DeltaKind:
-    of = net.module
-    return DeltaKind(of.num_k_heads, of.num_v_heads, of.head_k_dim, of.head_v_dim, net.conv.weight.shape[-1])
+def _kind(net: DeltaNet, where: str) -> DeltaKind:
+    of, kernel = net.module, net.conv.weight.shape[-1]
+    _, is_sigmoid = gated_norm(net.norm, where)
+    if net.forget is None:
+        sizes = (of.num_k_heads, of.num_v_heads, of.head_k_dim, of.head_v_dim)
+        return DeltaKind(*sizes, kernel, sigmoid=is_sigmoid)
+    bound, rounds = forget_kind(net.forget, where)
+    rank = net.expands[0].in_features if net.expands else 0
+    sizes = (of.num_heads, of.num_heads, of.head_dim, of.head_dim)
+    return DeltaKind(*sizes, kernel, True, bound, rounds, is_sigmoid, rank)

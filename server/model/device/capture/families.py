@@ -26,6 +26,7 @@ class FamilyParts:
 
 _FAMILIES = {
     "afmoe": FamilyParts(unrotated="full_attention"),
+    "bailing_hybrid": FamilyParts(neighbours=True),
     "cohere2_moe": FamilyParts(unrotated="full_attention", neighbours=True),
     "ernie4_5_moe": FamilyParts(neighbours=True),
     "exaone_moe": FamilyParts(unrotated="full_attention"),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from server.model.device.capture import need
+from server.model.device.capture.families import family_parts
 from server.model.device.capture.modules import LatentAttention
 from server.model.device.capture.parts import norm_eps, packed_norm
 from server.model.device.step.parts import LatentKind, PairOrder
@@ -16,21 +17,25 @@ _SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 def latent_kind(attention: LatentAttention, config: Any, rotary: Any, where: str) -> LatentKind:
-    """The kind of a layer's latent attention; `rotary` is the model's rotary embedding. Refuses other sizes than those
-    of the config."""
+    """The kind of a layer's latent attention; `rotary` is the model's rotary embedding, None if nothing is rotated.
+    Refuses other sizes than those of the config."""
     absent = [name for name in _SIZES if getattr(config, name, None) is None]
     need(not absent, f"the model's config has no {', '.join(absent)}, which latent attention has")
     rank, nope, rotated, value = (int(getattr(config, name)) for name in _SIZES)
     queries, down, output = attention.projections
     query_rank = 0 if attention.queries is None else int(attention.queries.in_features)
     heads, hidden, eps = int(config.num_attention_heads), int(config.hidden_size), norm_eps(attention.norms[1])
-    kind = LatentKind(heads, rank, nope, rotated, value, query_rank, _pairs(config, rotary), eps)
+    is_gated = attention.gate is not None
+    kind = LatentKind(heads, rank, nope, rotated, value, query_rank, _pairs(config, rotary), eps, is_gated)
     last = queries if attention.queries is None else attention.queries
     sizes = [tuple(one.weight.shape) for one in (last, queries, down, attention.expand, output)]
     wanted = [
         (heads * kind.query, query_rank or hidden), (kind.queries, hidden), (kind.token_elements, hidden),
         (heads * (nope + value), rank), (hidden, kind.width),
     ]  # fmt: skip
+    if attention.gate is not None:
+        sizes.append(tuple(attention.gate.weight.shape))
+        wanted.append((heads, hidden))
     need(sizes == wanted, f"{where} has products {sizes}, wanted {wanted}")
     for name, size, least in (("a latent", rank, 16), ("a rotated key", rotated, 32)):
         fits = size >= least and size & (size - 1) == 0
@@ -43,13 +48,16 @@ def latent_kind(attention: LatentAttention, config: Any, rotary: Any, where: str
 
 
 def _pairs(config: Any, rotary: Any) -> PairOrder:
-    """The order of rotated elements: angles as complex numbers rotate neighbours in place, `rope_interleave` moves them
-    apart."""
+    """The order of rotated elements: angles as complex numbers rotate neighbours in place, `rope_interleave`, or the
+    family's record, moves them apart."""
+    if rotary is None:
+        return "halves"
     device = next(rotary.buffers()).device
     found = rotary(torch.zeros(1, 1, device=device), torch.zeros(1, 1, dtype=torch.long, device=device))
     if isinstance(found, torch.Tensor) and found.is_complex():
         return "neighbours"
-    return "neighbours to halves" if getattr(config, "rope_interleave", False) else "halves"
+    moves = getattr(config, "rope_interleave", family_parts(config.model_type).neighbours)
+    return "neighbours to halves" if moves else "halves"
 
 
 def packed_latent(attention: LatentAttention) -> LatentWeights:

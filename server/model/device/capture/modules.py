@@ -17,8 +17,8 @@ from server.model.device.capture import need
 _MODEL = ("model", "lm_head")
 TOWERS = ("visual", "vision_tower", "audio_tower", "multi_modal_projector", "mm_projector")
 """Modules for images and sound, which no text goes through."""
-_BODY = ("embed_tokens", "layers", "norm", "rotary_emb")
-ATTENTION, DELTA = "self_attn", "linear_attn"
+_BODY = ("embed_tokens", "layers", "norm")
+ATTENTION, _DELTA = "self_attn", "linear_attn"
 _BEFORE = ("pre_mlp_layernorm", "pre_feedforward_layernorm")
 _AFTER = ("post_mlp_layernorm", "post_feedforward_layernorm")
 _APART = ("pre_feedforward_layernorm_2", "post_feedforward_layernorm_2", "post_feedforward_layernorm_1")
@@ -34,7 +34,11 @@ _QUERIES = ("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj")
 _GATES = ("gate_proj", "g_proj")
 _NORMS = (("q_norm", "query_layernorm"), ("k_norm", "key_layernorm"))
 _DELTA_TENSORS = ("conv1d", "A_log", "dt_bias", "norm")
-_DELTA_PRODUCTS = (("in_proj_qkvz", "in_proj_ba"), ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
+_DELTA_PRODUCTS = (("in_proj_qkvz", "in_proj_ba"), ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b"))
+_FORGET = "forget_gate"
+"""The module of a delta net's decays, where it has one."""
+_FORGET_PRODUCTS = {"f_proj": ("g_proj",), "f_a_proj": ("g_a_proj", "g_b_proj")}
+"""Products of the norm's gate, with a latent between or without, by the first product of the decays."""
 _MLP = (("gate_proj", "up_proj"), ("gate_up_proj",), ("input_linear",))
 _DOWN = ("down_proj", "output_linear")
 
@@ -69,19 +73,23 @@ class Attention:
 class LatentAttention:
     """Latent attention (MLA): products of queries or of their latent, of the latent with the shared key, and of the
     output; norms of both latents, the second one in place of a missing first; the product that expands a latent to keys
-    and values, and that of the queries' latent, if they have one; the module itself."""
+    and values, and that of the queries' latent, if they have one; the product for output gates, if it has them; the
+    module itself."""
 
     projections: tuple[nn.Linear, nn.Linear, nn.Linear]
     norms: tuple[nn.Module, nn.Module]
     expand: nn.Linear
     queries: nn.Linear | None
+    gate: nn.Linear | None
     module: Any
 
 
 @dataclass(frozen=True)
 class DeltaNet:
-    """A gated delta net: the products of its input, of which there are two, with rows by key heads, or four, and that
-    of the output; the convolution, A and its bias, the gated norm; the module itself, which has the sizes."""
+    """A gated delta net: the products of its input, of which there are two, with rows by key heads, or one for each
+    part of `DeltaKind.qkv` in its order, and that of the output; the convolution, A and its bias, the gated norm; the
+    module itself, which has the sizes; the module that makes decays of products, if it has one, and then the products
+    of the latents of the norm's gate and of the decays, if there are latents."""
 
     projections: tuple[nn.Linear, ...]
     conv: nn.Conv1d
@@ -89,6 +97,8 @@ class DeltaNet:
     shift: Tensor
     norm: nn.Module
     module: Any
+    forget: Any = None
+    expands: tuple[nn.Linear, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,9 +145,16 @@ def layers_of(model: Any) -> list[Layer]:
     body = text_body(model)
     if body is not model.model:
         check_children(model.model, "the model", ("language_model",), TOWERS)
-    check_children(body, "the model", _BODY)
+    check_children(body, "the model", _BODY, ("rotary_emb",))
     blocks = {index: (block, router) for index, block, router in moe_blocks(model)}
     return [_layer(layer, f"layer {at}", *blocks.get(at, (None, None))) for at, layer in enumerate(body.layers)]
+
+
+def delta_name(layer: Any) -> str | None:
+    """The name of a decoder layer's delta net; None if it has attention."""
+    if hasattr(layer, _DELTA):
+        return _DELTA
+    return ATTENTION if hasattr(getattr(layer, ATTENTION, None), _FORGET) else None
 
 
 def check_children(module: Any, where: str, needed: Sequence[str], optional: Sequence[str] = ()) -> None:
@@ -159,9 +176,9 @@ def _first(owner: Any, names: Sequence[str]) -> Any:
 
 def _layer(layer: Any, where: str, block: Any, router: Any) -> Layer:
     beside = ("experts", *_ROUTER) if block is layer else ()
-    name = DELTA if hasattr(layer, DELTA) else ATTENTION
-    check_children(layer, where, (name,), (*_AROUND, *_BLOCK, *_SHARED, *beside))
-    attention = _attention(layer.self_attn, where) if name == ATTENTION else _delta_net(layer.linear_attn, where)
+    delta = delta_name(layer)
+    check_children(layer, where, (delta or ATTENTION,), (*_AROUND, *_BLOCK, *_SHARED, *beside))
+    attention = _attention(layer.self_attn, where) if delta is None else _delta_net(getattr(layer, delta), where)
     mlp, norms = _first(layer, _BLOCK), _norms(layer)
     if block is None:
         need(mlp is not None, f"{where} has no {' or '.join(_BLOCK)}")
@@ -235,7 +252,7 @@ def _attention(attention: Any, where: str) -> Attention | LatentAttention:
 
 
 def _latent_attention(attention: Any, where: str) -> LatentAttention:
-    check_children(attention, where, _LATENT, _QUERIES)
+    check_children(attention, where, _LATENT, (*_QUERIES, "g_proj"))
     down, norm, expand, output = (getattr(attention, name) for name in _LATENT)
     queries = [getattr(attention, name, None) for name in _QUERIES]
     given = [one is not None for one in queries]
@@ -248,19 +265,46 @@ def _latent_attention(attention: Any, where: str) -> LatentAttention:
     )
     need((first.bias is None) == (down.bias is None), f"{where}: only some products of the hidden state have biases")
     need(all(one is None or one.bias is None for one in (second, expand)), f"{where}: products of latents have biases")
-    return LatentAttention((first, down, output), (query_norm or norm, norm), expand, second, attention)
+    gate = getattr(attention, "g_proj", None)
+    need(
+        gate is None or (isinstance(gate, nn.Linear) and (gate.bias is None) == (down.bias is None)),
+        f"{where} has an output gate that is no product like those of the hidden state",
+    )
+    return LatentAttention((first, down, output), (query_norm or norm, norm), expand, second, gate, attention)
 
 
 def _delta_net(delta: Any, where: str) -> DeltaNet:
     where = f"{where}: delta net"
+    if hasattr(delta, _FORGET):
+        return _forgetting_net(delta, where)
     names = next((names for names in _DELTA_PRODUCTS if hasattr(delta, names[0])), _DELTA_PRODUCTS[0])
     check_children(delta, where, (*names, *_DELTA_TENSORS, "out_proj"))
     products = tuple(getattr(delta, name) for name in (*names, "out_proj"))
+    conv, decay, shift, norm = (getattr(delta, name) for name in _DELTA_TENSORS)
+    _check_plain(products, conv, where)
+    return DeltaNet(products, conv, decay, shift, norm, delta)
+
+
+def _forgetting_net(delta: Any, where: str) -> DeltaNet:
+    """The delta net whose decays a module of its own makes of products, as it makes the norm's gate."""
+    forget = delta.forget_gate
+    gates = next((names for first, names in _FORGET_PRODUCTS.items() if hasattr(forget, first)), ("g_proj",))
+    rates = [name.replace("g_", "f_", 1) for name in gates]
+    plain = ("q_proj", "k_proj", "v_proj", "b_proj", "o_proj")
+    check_children(delta, where, (*plain, "conv1d", "o_norm", _FORGET, *gates))
+    check_children(forget, f"{where}: {_FORGET}", ("A_log", "dt_bias", *rates))
+    q, k, v, betas, output = (getattr(delta, name) for name in plain)
+    gate, *expand_gate = (getattr(delta, name) for name in gates)
+    rate, *expand_rate = (getattr(forget, name) for name in rates)
+    products, expands = (q, k, v, gate, rate, betas, output), (*expand_gate, *expand_rate)
+    _check_plain((*products, *expands), delta.conv1d, where)
+    return DeltaNet(products, delta.conv1d, forget.A_log, forget.dt_bias, delta.o_norm, delta, forget, expands)
+
+
+def _check_plain(products: Sequence[Any], conv: Any, where: str) -> None:
     plain = all(isinstance(one, nn.Linear) and one.bias is None for one in products)
     need(plain, f"{where} projects otherwise than by plain products without biases")
-    conv, decay, shift, norm = (getattr(delta, name) for name in _DELTA_TENSORS)
     need(isinstance(conv, nn.Conv1d) and conv.bias is None, f"{where} has no plain convolution without a bias")
-    return DeltaNet(products, conv, decay, shift, norm, delta)
 
 
 def _mlp(mlp: Any, where: str, switch: nn.Linear | None = None) -> Mlp:

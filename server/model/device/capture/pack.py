@@ -28,6 +28,7 @@ from server.model.device.capture.modules import (
     LatentAttention,
     Layer,
     Mlp,
+    delta_name,
     layers_of,
     text_body,
 )
@@ -187,7 +188,7 @@ def _attention_kind(model: Any, layer: Layer, frequencies: str) -> LayerKind:
     without grouped queries or latents, and what stands for attention but a delta net."""
     attention, config, where = layer.attention, model.config.get_text_config(), f"{layer.where}: attention"
     if isinstance(attention, LatentAttention):
-        return latent_kind(attention, config, text_body(model).rotary_emb, where)
+        return latent_kind(attention, config, getattr(text_body(model), "rotary_emb", None), where)
     if isinstance(attention, DeltaNet):
         return delta_kind(attention, config, layer.where)
     q, k, v, o = attention.projections
@@ -267,12 +268,15 @@ def _scales(config: Any, table: Any, layer: Layer) -> Scales:
 
 def frequencies_of(model: Any, num_layers: int) -> list[str]:
     """For each layer the name of its frequencies, which `rotary_of` finds; empty: the layer does not rotate."""
-    config, rotary = model.config.get_text_config(), text_body(model).rotary_emb
+    config, rotary = model.config.get_text_config(), getattr(text_body(model), "rotary_emb", None)
+    if rotary is None:
+        return [""] * num_layers
     if hasattr(text_body(model), "rotary_embs"):  # one for each base of angles, the lowest first; base 0: none
         bases = sorted({base for base in config.layer_rope_theta if base})
         return [f"rotary_embs.{bases.index(base)}.inv_freq" if base else "" for base in config.layer_rope_theta]
     types = getattr(config, "layer_types", None) or [""] * num_layers
-    attentions = [getattr(layer, ATTENTION, None) for layer in text_body(model).layers]
+    layers = text_body(model).layers
+    attentions = [None if delta_name(layer) else getattr(layer, ATTENTION, None) for layer in layers]
     still = family_parts(config.model_type).unrotated if getattr(config, "sliding_window", None) else ""
     names = [
         "" if own is None or (still and kind == still and not getattr(own, "force_rope", False)) else f"{kind}_inv_freq"
@@ -394,7 +398,7 @@ def _packed(
     sinks = attention.sinks if isinstance(attention, Attention) else None
     given = None if isinstance(attention, DeltaNet) else attention.norms
     *found, output = attention.projections
-    output_gate = attention.gate if isinstance(attention, Attention) else None
+    output_gate = None if isinstance(attention, DeltaNet) else attention.gate
     parts = [part for part in (*found, output_gate) if part is not None]
     joined = partial(gate_last, kind=kind, is_apart=output_gate is not None)
     biases = [bias for part in parts if (bias := _bias(part)) is not None]
@@ -469,9 +473,11 @@ def rotary_tables_of(model: Any, shape: DecodeShape) -> list[tuple[Tensor, Tenso
     exact = any(kind.pairs == "neighbours" for kind in latents)  # complex numbers are never rounded
     tables = {}
     for name, half in set(keys):
-        rotary, attribute = rotary_of(model, name)
-        scaling = float(getattr(rotary, attribute.replace("inv_freq", "attention_scaling"), 1.0)) if name else 1.0
-        frequencies = getattr(rotary, attribute) if name else torch.zeros(half, device=device)
+        frequencies, scaling = torch.zeros(half, device=device), 1.0
+        if name:
+            rotary, attribute = rotary_of(model, name)
+            frequencies = getattr(rotary, attribute)
+            scaling = float(getattr(rotary, attribute.replace("inv_freq", "attention_scaling"), 1.0))
         dtype = torch.float32 if exact else shape.dtype
         tables[name, half] = rotary_tables(frequencies, shape.max_tokens, dtype, scaling, half)
     return [tables[key] for key in keys]

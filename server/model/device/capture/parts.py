@@ -87,8 +87,10 @@ def _norm_kind(norm: nn.Module, where: str) -> tuple[bool, bool] | None:
     raise NotCapturableError(f"{where}: {type(norm).__name__} is no norm that the captured step computes")
 
 
-def gated_norm_weight(norm: nn.Module, where: str) -> Tensor:
-    """The weight of a norm whose result is multiplied by the SiLU of a gate. Raises NotCapturableError for others."""
+def gated_norm(norm: nn.Module, where: str) -> tuple[Tensor, bool]:
+    """The weight of a norm whose result is multiplied by a function of a gate, and whether that is its sigmoid, not its
+    SiLU. The weight is in its own dtype if results are rounded before and after they are multiplied by it, in float32
+    if only at the end. Raises NotCapturableError for others."""
     weight = getattr(norm, "weight", None)
     need(isinstance(weight, Tensor), f"{where}: {type(norm).__name__} has no weight")
     assert isinstance(weight, Tensor)
@@ -99,13 +101,37 @@ def gated_norm_weight(norm: nn.Module, where: str) -> Tensor:
     probe.weight.data = given[0]
     with torch.no_grad():
         found = _ran(lambda value: probe(value, gate), x, where)
-        value = _normalised(x, norm_eps(norm)).to(torch.bfloat16)
-        wanted = ((given[0] * value).float() * functional.silu(gate.float())).to(torch.bfloat16)
-    need(
-        bool((wanted != found).float().mean() < 0.01),  # sums of squares may differ in their order
-        f"{where}: {type(norm).__name__} is no gated norm that the captured step computes",
-    )
-    return weight
+        value = _normalised(x, norm_eps(norm))
+        for is_sigmoid, is_last in product((False, True), repeat=2):
+            scaled = given[0].float() * value if is_last else (given[0] * value.to(torch.bfloat16)).float()
+            factor = gate.float().sigmoid() if is_sigmoid else functional.silu(gate.float())
+            # sums of squares may differ in their order
+            if ((scaled * factor).to(torch.bfloat16) != found).float().mean() < 0.01:
+                return weight.float() if is_last else weight, is_sigmoid
+    raise NotCapturableError(f"{where}: {type(norm).__name__} is no gated norm that the captured step computes")
+
+
+def forget_kind(forget: Any, where: str) -> tuple[float, bool]:
+    """Of the module that makes a delta net's decays of products: the bound of their logarithms, 0 if they are minus a
+    softplus, and whether they are rounded to the model's dtype. Raises NotCapturableError for others."""
+    heads, dim = int(forget.num_heads), int(forget.head_dim)
+    generator = torch.Generator().manual_seed(0)
+    sizes = {name: tensor.shape for name, tensor in forget.named_parameters(recurse=False)}
+    drawn = {name: nn.Parameter(torch.randn(size, generator=generator)) for name, size in sizes.items()}
+    probe = copy.copy(forget)
+    object.__setattr__(probe, "_modules", {name: nn.Identity() for name, _ in forget.named_children()})
+    object.__setattr__(probe, "_parameters", drawn)
+    x = torch.randn((1, _PROBES, heads * dim), generator=generator).to(torch.bfloat16)
+    with torch.no_grad():
+        found = _ran(lambda value: probe(value).flatten(2), x, where)
+        heat = x.float().view(-1, heads, dim) + drawn["dt_bias"].view(heads, dim)
+        speed = drawn["A_log"].exp().view(heads, 1)
+        for bound in (0.0, *_floats(forget, ("lower_bound", "gate_lower_bound"))):
+            wanted = bound * torch.sigmoid(speed * heat) if bound else -speed * functional.softplus(heat)
+            wanted = wanted.view(x.shape).to(found.dtype)
+            if torch.allclose(wanted, found, rtol=1e-2 if found.dtype == x.dtype else 1e-4, atol=1e-5):
+                return bound, found.dtype == x.dtype
+    raise NotCapturableError(f"{where}: {type(forget).__name__} makes other decays than the captured step computes")
 
 
 def gate_kind(module: Any, intermediate: int, where: str) -> GateKind:

@@ -138,7 +138,8 @@ def _excerpt(model: Any, shape: DecodeShape, kept: list[int], device: torch.devi
             tensor.mul_(0.2).abs_().add_(1.0 if "norm" in name else 0.0)
     if hasattr(body.embed_tokens, "scalar_embed_scale"):  # a constant that is kept in a buffer
         body.embed_tokens.embed_scale.fill_(body.embed_tokens.scalar_embed_scale)
-    body.rotary_emb = type(body.rotary_emb)(config=config).to(device)
+    if hasattr(body, "rotary_emb"):
+        body.rotary_emb = type(body.rotary_emb)(config=config).to(device)
     for at, rotary in enumerate(getattr(body, "rotary_embs", ())):
         body.rotary_embs[at] = type(rotary)(config=rotary.config).to(device)
     excerpt.set_experts_implementation("eager")

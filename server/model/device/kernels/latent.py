@@ -168,12 +168,14 @@ def attend_latent(
 
 @triton.jit
 def expand_values(
-    part_max, part_sum, part_out, expand, rows, lengths, out,
+    part_max, part_sum, part_out, expand, gates, rows, lengths, out,
     B: tl.constexpr, HEADS: tl.constexpr, NOPE: tl.constexpr, VALUE: tl.constexpr, RANK: tl.constexpr,
-    SPLITS: tl.constexpr, TILE: tl.constexpr, BV: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, TILE: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr, STRIDE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, HEADS * VALUE]: the splits of `attend_latent`, joined in their order, times the values' rows of expand
-    [HEADS, NOPE + VALUE, RANK]. Grid (HEADS, ceil(VALUE / BV))."""
+    [HEADS, NOPE + VALUE, RANK], and if GATED times the sigmoid of gates [B, HEADS], whose rows are STRIDE apart. Grid
+    (HEADS, ceil(VALUE / BV))."""
     if PDL:
         gdc_launch_dependents()
     head = tl.program_id(0)
@@ -199,4 +201,9 @@ def expand_values(
         gain = gain / tl.where(total > 0.0, total, 1.0)
         joined = tl.sum(parts * gain[:, None], axis=0)
         acc = tl.sum(w.to(tl.float32) * joined[None, :], axis=1)
-        tl.store(out + (batch * HEADS + head) * VALUE + value, acc.to(out.dtype.element_ty), mask=inside)
+        result = acc.to(out.dtype.element_ty)
+        if GATED:
+            gate = tl.load(gates + batch * STRIDE + head).to(tl.float32)
+            gate = (1.0 / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty)
+            result = (result.to(tl.float32) * gate.to(tl.float32)).to(out.dtype.element_ty)
+        tl.store(out + (batch * HEADS + head) * VALUE + value, result, mask=inside)

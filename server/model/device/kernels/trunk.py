@@ -293,12 +293,12 @@ def join(
 @triton.jit
 def tiled_product(
     x, weight, scales, bias, residual, out, adapters, lora_b, low, N,
-    B: tl.constexpr, BP: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, RANK: tl.constexpr,
-    PDL: tl.constexpr,
+    B: tl.constexpr, BP: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
+    RANK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """`product` without its norm by tensor cores, for several rows faster and with sums in another order; K % BK == 0,
-    and GROUP % BK == 0 for weights in 8 bits. Grid (ceil(N / BN),).
+    """`product` without its norm by tensor cores, for several rows faster and with sums in another order; rows of x are
+    STRIDE apart; K % BK == 0, and GROUP % BK == 0 for weights in 8 bits. Grid (ceil(N / BN),).
     """
     if PDL:
         gdc_launch_dependents()
@@ -308,7 +308,7 @@ def tiled_product(
     cols = tl.arange(0, BK)
     inside = rows < N
     w_at = weight + rows.to(tl.int64)[:, None] * K + cols[None, :]
-    x_at = x + batch[None, :] * K + cols[:, None]
+    x_at = x + batch[None, :] * STRIDE + cols[:, None]
     acc = tl.zeros([BN, BP], tl.float32)
     for start in range(0, K, BK):
         w = tl.load(w_at + start, mask=inside[:, None], other=0.0)

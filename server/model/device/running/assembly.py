@@ -31,7 +31,7 @@ from router.errors import MaskError
 from router.mask import ExpertMask
 from server.model.device.capture import NotCapturableError, need
 from server.model.device.capture.adapters import adapted_trunk, check_adapters
-from server.model.device.capture.modules import DELTA, moe_blocks, text_body
+from server.model.device.capture.modules import delta_name, moe_blocks, text_body
 from server.model.device.capture.pack import EightBits, attention_and_head, decode_shape, pack_trunk
 from server.model.device.capture.proof import prove
 from server.model.device.memory.budget import DeviceMemory
@@ -176,7 +176,9 @@ def put_delta_layers(model: PreTrainedModel, shape: DecodeShape, weights: TrunkW
     """Puts our layers in the place of the model's delta nets, whose products' own memory becomes free."""
     layers = text_body(model).layers
     for place, (at, kind) in enumerate(shape.deltas.items()):
-        setattr(layers[at], DELTA, DeltaLayer(kind, shape.eps, weights.layers[at], place))
+        name = delta_name(layers[at])
+        assert name is not None, f"layer {at} has no delta net"
+        setattr(layers[at], name, DeltaLayer(kind, shape.eps, weights.layers[at], place))
 
 
 def _eight_bits(model: PreTrainedModel, store: Store, device: torch.device) -> EightBits:

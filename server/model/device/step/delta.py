@@ -33,28 +33,35 @@ class DeltaRule:
 
     Args:
         rows: [B], row of each entry.
-        run: launches a kernel; of `DecodeStep`.
+        run: launches a kernel; of `DecodeStep`, as the next.
+        product: multiplies all entries with a weight.
     """
 
     def __init__(
-        self, shape: DecodeShape, state: RowState, tuning: Tuning, rows: Tensor, run: Callable[..., None]
-    ) -> None:
+        self, shape: DecodeShape, state: RowState, tuning: Tuning, rows: Tensor, run: Callable[..., None],
+        product: Callable[..., None],
+    ) -> None:  # fmt: skip
         self._eps, self._state, self._tuning, self._rows, self._run = shape.eps, state, tuning, rows, run
-        heads, width = (max(getattr(kind, name) for kind in shape.deltas.values()) for name in ("value_heads", "width"))
-        self._parts = rows.new_zeros(len(rows) * width, dtype=shape.dtype)
-        self._arrived = rows.new_zeros(len(rows) * heads)
+        self._product, kind = product, next(iter(shape.deltas.values()))
+        self._parts = rows.new_zeros(len(rows) * kind.width, dtype=shape.dtype)
+        self._gates = rows.new_zeros(len(rows), kind.gates if kind.rank else 0, dtype=shape.dtype)
+        self._arrived = rows.new_zeros(len(rows) * kind.value_heads)
 
     def step(self, layer: int, kind: DeltaKind, weights: LayerWeights, given: Tensor, out: Tensor) -> None:
-        """From the first elements of given, [B, qkv], into those of out, [B, width]; the rows' states get the token."""
+        """From given [B, qkv] into the first elements of out, [B, width]; the rows' states get the token."""
         small, state, place = weights.delta, self._state, self._state.places[layer]
         assert small is not None
+        gates = given[:, kind.channels :]
+        if small.expand is not None:
+            latents, gates = gates[:, : 2 * kind.rank], self._gates
+            self._product(latents, None, small.expand, None, None, gates, self._tuning.qkv_rows)
         values = divisor(kind.value_dim, self._tuning.delta_values)
         self._run(
             kernels.delta_step, (kind.value_dim // values, kind.value_heads, len(self._rows)),
-            given, small.conv, small.decay, small.shift, small.norm, self._rows, state.lengths, state.rings[place],
-            state.states[place], self._parts, self._arrived, out, self._eps,
-            KEY_HEADS=kind.key_heads, VALUE_HEADS=kind.value_heads, DK=kind.key_dim, DV=kind.value_dim, BV=values,
-            KERNEL=kind.kernel, num_warps=self._tuning.delta_warps,
+            given, gates, small.conv, small.decay, small.shift, small.norm, self._rows, state.lengths,
+            state.rings[place], state.states[place], self._parts, self._arrived, out, self._eps,
+            BV=values, KERNEL=kind.kernel, **_heads(kind), **_rates(kind, gates), SIGMOID=kind.sigmoid,
+            num_warps=self._tuning.delta_warps,
         )  # fmt: skip
 
 
@@ -97,8 +104,10 @@ class DeltaLayer(nn.Module):
         assert small is not None
         run = partial(launch, compiles=compiles)
         mixed, out = given.new_empty(num_tokens, kind.channels), given.new_empty(num_tokens, kind.width)
+        gates = given[:, kind.channels :]
+        if small.expand is not None:
+            gates = functional.linear(gates[:, : 2 * kind.rank], small.expand)
         block, values = min(CHANNELS, pow2(kind.channels)), divisor(kind.value_dim, SCAN_VALUES)
-        heads: dict[str, Any] = {"VALUE_HEADS": kind.value_heads, "DV": kind.value_dim}
         run(
             kernels.convolve_chunk, (num_tokens, triton.cdiv(kind.channels, block)),
             given, small.conv, before[1], after[1], mixed, start, num_tokens,
@@ -106,11 +115,24 @@ class DeltaLayer(nn.Module):
         )  # fmt: skip
         run(
             kernels.scan_chunk, (kind.value_dim // values, kind.value_heads),
-            mixed, given, small.decay, small.shift, before[0], after[0], out, start, num_tokens,
-            KEY_HEADS=kind.key_heads, DK=kind.key_dim, BV=values, **heads, num_warps=1,
+            mixed, given, gates, small.decay, small.shift, before[0], after[0], out, start, num_tokens,
+            BV=values, **_heads(kind), **_rates(kind, gates), num_warps=1,
         )  # fmt: skip
         run(
             kernels.gate_chunk, (num_tokens, kind.value_heads),
-            out, given, small.norm, out, self._eps, GATE_AT=kind.channels, WIDTH=kind.qkv, **heads, num_warps=1,
+            out, gates, small.norm, out, self._eps, STRIDE=gates.stride(0), VALUE_HEADS=kind.value_heads,
+            DV=kind.value_dim, SIGMOID=kind.sigmoid, num_warps=1,
         )  # fmt: skip
         return out
+
+
+def _heads(kind: DeltaKind) -> dict[str, Any]:
+    """Constants of a kernel that reads queries, keys and values."""
+    sizes = (kind.key_heads, kind.value_heads, kind.key_dim, kind.value_dim)
+    return dict(zip(("KEY_HEADS", "VALUE_HEADS", "DK", "DV"), sizes, strict=True))
+
+
+def _rates(kind: DeltaKind, gates: Tensor) -> dict[str, Any]:
+    """Constants of a kernel that reads betas, and decays behind the gates of the norm."""
+    sizes = {"WIDTH": kind.qkv, "STRIDE": gates.stride(0)}
+    return sizes | {"BY_CHANNEL": kind.by_channel, "BOUND": kind.bound, "ROUNDS": kind.rounds}

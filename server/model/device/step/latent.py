@@ -53,7 +53,7 @@ class LatentAttention:
 
     def attend(self, kind: LatentKind, weights: LayerWeights, qkv: Tensor, memory: Tensor, out: Tensor) -> None:
         """Attention of one layer over each row's blocks of its KV memory, which gets the new token, into out [B,
-        width]; qkv [B, qkv] has queries or their latents, then the new latents and keys."""
+        width]; qkv [B, qkv] has queries or their latents, then the new latents and keys, then output gates."""
         assert weights.latent is not None, "the layer's attention has no latents"
         shape, state, tuning, expand = self._shape, self._state, self._tuning, weights.latent.expand
         queries, new = qkv[:, : kind.queries], qkv[:, kind.queries :]
@@ -81,6 +81,7 @@ class LatentAttention:
         )  # fmt: skip
         self._run(
             latent.expand_values, (heads, triton.cdiv(kind.value_dim, tuning.latent_rows)),
-            *self._parts, expand, self._rows, state.lengths, out, B=self._batch, **sizes, VALUE=kind.value_dim,
-            SPLITS=splits, TILE=tile, BV=tuning.latent_rows, num_warps=4,
+            *self._parts, expand, new[:, kind.token_elements :] if kind.gated else new, self._rows, state.lengths, out,
+            B=self._batch, **sizes, VALUE=kind.value_dim, SPLITS=splits, TILE=tile, BV=tuning.latent_rows,
+            GATED=kind.gated, STRIDE=new.stride(0), num_warps=4,
         )  # fmt: skip

@@ -116,6 +116,8 @@ class LatentKind:
         pairs: an element is rotated with the one half of them away, or with the one beside it; where it stays there, or
             all first elements come before the second ones.
         eps: of the norms of latents.
+        gated: a head's result is multiplied by the sigmoid of a product of the layer's input, whose rows, one for each
+            head, follow on those for the shared key.
     """
 
     num_heads: int
@@ -126,6 +128,7 @@ class LatentKind:
     query_rank: int = 0
     pairs: PairOrder = "neighbours to halves"
     eps: float = 1e-6
+    gated: bool = False
     gate: ClassVar[OutputGate] = "none"
 
     @property
@@ -145,8 +148,8 @@ class LatentKind:
 
     @property
     def qkv(self) -> int:
-        """Rows of the product for queries or their latent, the latent, and the shared key."""
-        return self.queries + self.token_elements
+        """Rows of the product for queries or their latent, the latent, the shared key, and output gates."""
+        return self.queries + self.token_elements + (self.num_heads if self.gated else 0)
 
     @property
     def width(self) -> int:
@@ -189,6 +192,12 @@ class DeltaKind:
         key_heads, key_dim: heads of queries and of keys, and their elements.
         value_heads, value_dim: heads of values, each with a state; a multiple of the key heads.
         kernel: tokens of the causal convolution over queries, keys and values.
+        by_channel: each element of a head's keys has a decay, instead of each head.
+        bound: logarithms of decays are this times a sigmoid; 0: they are minus a softplus.
+        rounds: logarithms of decays are rounded to the model's dtype.
+        sigmoid: the norm's gate goes through a sigmoid, not SiLU.
+        rank: elements of each of the latents that the norm's gate and the decays are products of; 0: they are products
+            of the layer's input.
     """
 
     key_heads: int
@@ -196,6 +205,11 @@ class DeltaKind:
     key_dim: int
     value_dim: int
     kernel: int
+    by_channel: bool = False
+    bound: float = 0.0
+    rounds: bool = False
+    sigmoid: bool = False
+    rank: int = 0
     num_heads: ClassVar[int] = 0
     head_dim: ClassVar[int] = 0
     rotary: ClassVar[int] = 0
@@ -215,9 +229,24 @@ class DeltaKind:
         return self.value_heads * self.value_dim
 
     @property
+    def decays(self) -> int:
+        """Elements of a token's decays."""
+        return self.value_heads * (self.key_dim if self.by_channel else 1)
+
+    @property
+    def gates(self) -> int:
+        """Elements of a token's gate of the norm and of its decays."""
+        return self.width + self.decays
+
+    @property
     def qkv(self) -> int:
-        """Rows of the product for queries, keys, values, gate of the norm, betas and decays."""
-        return self.channels + self.width + 2 * self.value_heads
+        """Rows of the product for queries, keys, values, gate of the norm and decays, or their latents, and betas."""
+        return self.channels + (2 * self.rank or self.gates) + self.value_heads
+
+    @property
+    def between(self) -> int:
+        """Weights between the latents and the norm's gate and decays; see `DeltaWeights.expand`."""
+        return 2 * self.rank * self.gates
 
     @property
     def state_elements(self) -> int:

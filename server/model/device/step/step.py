@@ -137,7 +137,7 @@ class DecodeStep:
         self.part_out = fresh(batch, splits, shape.attended, dtype=torch.float32)
         self.arrived = fresh(1 + batch + batch * kv_heads, dtype=torch.int32)
         own = (shape, self.state, self.options.tuning)
-        self._delta = DeltaRule(*own, self.rows, self._run) if shape.deltas else None
+        self._delta = DeltaRule(*own, self.rows, self._run, self._product) if shape.deltas else None
         latents = [kind for kind in attentions if isinstance(kind, LatentKind)]
         self._latent = None
         if latents:
@@ -240,7 +240,7 @@ class DecodeStep:
         kind = shape.attention(layer)
         if isinstance(kind, DeltaKind):
             assert self._delta is not None
-            self._delta.step(layer, kind, weights, self.qkv, self.attended)
+            self._delta.step(layer, kind, weights, self._rows_of(self.qkv, kind.qkv), self.attended)
             return
         if isinstance(kind, LatentKind):
             assert self._latent is not None
@@ -540,14 +540,14 @@ class DecodeStep:
             sizes = {"K": width, "KP": pow2(width), "STRIDE": x.stride(0), "NORM": self._norm_of(norm)}
             given = (x, norm, self.normed, self.adapters, self.shape.eps if eps is None else eps)
             self._run(trunk.norm_rows, (self.batch,), *given, **sizes, ADAPTED=self.options.adapted, num_warps=8)
-            x = self.normed
+            x = self._rows_of(self.normed, width)
         lora, rank = self._shrink(x, None, change)
         codes, scales, group = _codes_of(weight)
         tile = tuning.tiled_rows if num_rows >= 132 * tuning.tiled_rows else 16
         self._run(
             trunk.tiled_product, (triton.cdiv(num_rows, tile),),
             x, codes, scales, x if bias is None else bias, x if residual is None else residual, out, *lora, num_rows,
-            B=self.batch, BP=max(16, pow2(self.batch)), K=width, BN=tile,
+            B=self.batch, BP=max(16, pow2(self.batch)), K=width, STRIDE=x.stride(0), BN=tile,
             BK=divisor(width, min(tuning.tiled_bytes // codes.element_size(), group or width)), GROUP=group,
             BIAS=bias is not None, RESIDUAL=residual is not None, **self._factors(out, residual), RANK=rank,
             num_warps=4 if tile >= 32 else 2, num_stages=tuning.tiled_stages,

@@ -187,7 +187,7 @@ class DecodeShape:
     def trunk_bytes(self) -> int:
         """Bytes of trunk weights that one step reads: projections, gates and the head, without the embedding row."""
         attention = sum(kind.qkv + kind.width for kind in self.each_attention) * self.hidden
-        attention += sum(kind.between for kind in self.each_attention if isinstance(kind, LatentKind))
+        attention += sum(kind.between for kind in self.each_attention if not isinstance(kind, AttentionKind))
         moe = self.num_experts * self.hidden + 3 * self.shared_intermediate * self.hidden
         dense = 3 * self.dense_intermediate * self.hidden
         every = attention + self.num_moe_layers * moe + len(self.dense_layers) * dense
@@ -262,13 +262,17 @@ class LatentWeights:
 
 @dataclass(frozen=True)
 class DeltaWeights:
-    """The small tensors of a gated delta net: conv [kernel, channels], the oldest token first; norm [value_dim]; fp32
-    [value_heads]: decay, minus the exponential of the layer's A, and shift, its bias beside that."""
+    """The small tensors of a gated delta net: conv [kernel, channels], the oldest token first; norm [value_dim]; in
+    fp32 decay [value_heads], minus the exponential of the layer's A, and shift [decays], its bias beside that.
+
+    expand [gates, 2 * rank] has the products of the latents of gate and decays, of each the other's columns being 0, so
+    that one launch computes both; None: there are no latents."""
 
     conv: Tensor
     norm: Tensor
     decay: Tensor
     shift: Tensor
+    expand: Tensor | None = None
 
 
 @dataclass(frozen=True)

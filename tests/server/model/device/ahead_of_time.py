@@ -122,6 +122,13 @@ MIMO = replace(
 )  # fmt: skip
 
 DELTAS = replace(TINY, attentions=(DeltaKind(2, 4, 16, 32, 4), AttentionKind(4, 2, 32, 32, 16, gate="sigmoid")))
+CHANNELS = replace(
+    TINY, dtype=torch.float16, qk_norm="none", scaling=0.1, dense_layers=frozenset({0}), dense_intermediate=64,
+    attentions=(
+        DeltaKind(4, 4, 32, 32, 4, by_channel=True, sigmoid=True, rank=16),
+        LatentKind(5, 16, 24, 32, 48, pairs="halves", gated=True),
+    ),
+)  # fmt: skip
 LATENTS = replace(
     TINY, attentions=(LatentKind(5, 16, 24, 32, 40, 48),) * 2, qk_norm="none", scaling=0.1,
     dense_layers=frozenset({0}), dense_intermediate=64, shared_intermediate=32,
@@ -157,6 +164,24 @@ QWEN36 = replace(
     attentions=(*[DELTA] * 3, AttentionKind(16, 2, 256, 256, 64, gate="sigmoid")),
 )  # fmt: skip
 """Qwen3.6-35B-A3B."""
+KIMI_LINEAR = replace(
+    DEEPSEEK_V3, num_layers=4, hidden=2304, vocab=163840, num_experts=256, intermediate=1024,
+    attentions=(
+        *[DeltaKind(32, 32, 128, 128, 4, by_channel=True, sigmoid=True, rank=128)] * 3,
+        LatentKind(32, 512, 128, 64, 128, pairs="halves"),
+    ),
+    dense_intermediate=9216, shared_intermediate=1024,
+    router=replace(GLM4.router, groups=1, kept_groups=1, scale=2.446),
+)  # fmt: skip
+LING = replace(
+    KIMI_LINEAR, hidden=2560, vocab=157184, num_experts=512, intermediate=768, dense_intermediate=6144,
+    attentions=(
+        *[DeltaKind(32, 32, 128, 128, 4, by_channel=True, bound=-5.0, rounds=True, sigmoid=True)] * 3,
+        LatentKind(32, 512, 128, 64, 128, gated=True),
+    ),
+    shared_intermediate=768, router=replace(GLM4.router, groups=8, kept_groups=4, scale=2.5),
+)  # fmt: skip
+"""Ling 3 Flash."""
 PHIMOE = replace(
     QWEN3, num_layers=2, num_kv_heads=8, hidden=4096, vocab=32064, num_experts=16, top_k=2, intermediate=6400,
     qk_norm="none", norm="layer", router=RouterKind(renormalise=False, tolerance=0.02),
@@ -203,6 +228,9 @@ CASES = {
     "tiny, in parallel": Case(PARALLEL, 6, (_PLAIN, (2, True, 0.1, "lfu"))),
     "gemma": Case(GEMMA, 40, (_PLAIN, (8, True, 0.0, "lru"))),
     "tiny, delta nets": Case(DELTAS, 6, (_PLAIN, (2, True, 0.0, "lru"))),
+    "tiny, decays by channel": Case(CHANNELS, 6, (_PLAIN, (2, True, 0.0, "lru"))),
+    "kimi-linear": Case(KIMI_LINEAR, 64, (_PLAIN, (8, True, 0.0, "lru"))),
+    "ling": Case(LING, 64, (_PLAIN, (8, True, 0.0, "lru"))),
     "qwen3.6": Case(QWEN36, 64, (_PLAIN, (8, True, 0.0, "lru"))),
     "qwen2": Case(QWEN2, 15, (_PLAIN, (2, False, 0.0, "lru"))),
 }
@@ -265,8 +293,11 @@ def trunk(shape: DecodeShape, rank: int = 0) -> TrunkWeights:
         return LatentWeights(expand, matrix(kind.num_heads * kind.query, kind.query_rank) if has_latent else None)
 
     def delta_weights(kind: DeltaKind) -> DeltaWeights:
-        of_heads = torch.empty(kind.value_heads, device="meta")
-        return DeltaWeights(matrix(kind.kernel, kind.channels), matrix(kind.value_dim), of_heads, of_heads)
+        norm = torch.empty(kind.value_dim, device="meta") if kind.sigmoid else matrix(kind.value_dim)
+        return DeltaWeights(
+            matrix(kind.kernel, kind.channels), norm, torch.empty(kind.value_heads, device="meta"),
+            torch.empty(kind.decays, device="meta"), matrix(kind.gates, 2 * kind.rank) if kind.rank else None,
+        )  # fmt: skip
 
     def layer(at: int) -> LayerWeights:
         dense, attention = at in shape.dense_layers, shape.attention(at)

@@ -48,6 +48,7 @@ _GRANITE = {
 }  # fmt: skip
 _MIXED = ["sliding_attention", "full_attention"]
 _DELTA = {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+_CHANNELS = {"linear_head_dim": 16, "linear_num_heads": 4}
 _DENSE_FIRST = {"dense_layers": frozenset({0})}
 _YARN = {
     "rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
@@ -192,6 +193,33 @@ CAPTURED = {
         },
         {"deltas": {1: DeltaKind(2, 4, 16, 16, 3)}, "rotary": 16, "output_gate": "sigmoid"},
     ),
+    "kimi_linear": Captured(
+        {
+            "layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["sparse"] * 2,
+            "q_lora_rank": None, **_LATENTS, **_CHANNELS,
+        },
+        {
+            "attentions": (
+                DeltaKind(4, 4, 16, 16, 4, by_channel=True, sigmoid=True, rank=16),
+                LatentKind(4, 16, 24, 32, 40, pairs="halves"),
+            ),
+        },
+    ),
+    "bailing_hybrid": Captured(
+        {"layer_types": ["full_attention", "linear_attention"], **_LATENTS, **_CHANNELS},
+        {
+            "attentions": (
+                LatentKind(4, 16, 24, 32, 40, gated=True),
+                DeltaKind(4, 4, 16, 16, 4, by_channel=True, bound=-5.0, rounds=True, sigmoid=True),
+            ),
+            **_DENSE_FIRST,
+        },
+    ),
+    "bailing_hybrid, decays without a bound": Captured(
+        {"layer_types": ["linear_attention", "full_attention"], **_LATENTS, **_CHANNELS, "kda_safe_gate": False},
+        {"deltas": {0: DeltaKind(4, 4, 16, 16, 4, by_channel=True, rounds=True, sigmoid=True)}, **_DENSE_FIRST},
+        "bailing_hybrid",
+    ),
     "gpt_oss": Captured(
         {"sliding_window": 3, "intermediate_size": 16},
         {"windows": (3, 0), "experts": ExpertKind(GateKind(1.702, 7.0, 1.0), True, torch.float32)},
@@ -207,7 +235,7 @@ EVERYDAY = (
 expert, and heads of other sizes by layer."""
 BY_BATCH = [
     "gemma4_text", "mimo_v2_flash", "flex_olmo", "afmoe", "kolibri1", "laguna", "cohere2_moe", "granitemoe_swa",
-    "phimoe",
+    "phimoe", "kimi_linear", "bailing_hybrid",
 ]  # fmt: skip
 """Families with parts that the others do not have."""
 ALONE_TOO = ["olmoe", "qwen2_moe", "glm4_moe in groups", "minimax_m2"]

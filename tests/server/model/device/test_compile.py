@@ -21,7 +21,8 @@ ADAPTED = [name for name, case in CASES.items() if case.rank]
 SMALL = ["tiny", "tiny, few slots", "bundled", "half", "mixtral"]
 PACKED = ["fp8", "mxfp4", "nvfp4", "int8"]
 LATENTS = ["deepseek-v3", "deepseek-v3 in float32", "deepseek-v2-lite", "glm-4-lite"]
-LARGE = [name for name in CASES if name not in (*KINDS, *SMALL, *PACKED, *LATENTS, *ADAPTED)]
+CHANNELS = ["tiny, decays by channel", "kimi-linear", "ling"]
+LARGE = [name for name in CASES if name not in (*KINDS, *SMALL, *PACKED, *LATENTS, *ADAPTED, *CHANNELS)]
 
 
 @pytest.mark.skipif(not PTXAS.exists(), reason="this Triton brings no ptxas")
@@ -39,7 +40,8 @@ LARGE = [name for name in CASES if name not in (*KINDS, *SMALL, *PACKED, *LATENT
                 (90, LATENTS),
                 (90, ADAPTED),
                 (80, [*KINDS, "bundled", "int4", "gpt-oss", "gpt-oss, mxfp4", "ernie", "mimo", "gemma", "phimoe"]),
-                (80, ["qwen3.6"]),
+                (90, CHANNELS),
+                (80, ["qwen3.6", "tiny, decays by channel", "ling"]),
             )
         ),
     ],

@@ -20,23 +20,31 @@ from expert_store.errors import StoreError
 from expert_store.store import Store
 from server.model.device.capture import NotCapturableError
 from server.model.device.capture.adapters import check_adapters
-from server.model.device.capture.parts import gated_norm_weight
+from server.model.device.capture.parts import forget_kind, gated_norm
 from server.model.device.running.assembly import load_device_runner
 from server.model.device.running.runner import DeviceRunner
 from server.model.device.step import delta, graphs
 from server.model.kv.blocks import BLOCK_TOKENS
 from server.model.runner import RowStep, RunnerOptions, StepFault
+from tests.families.checkpoints import is_installed
 from tests.server.model.device.captured import TUNING, Reference, build, distance, run
 from tests.server.model.device.families import model_of
 from tests.server.model.device.test_runner_families import DEVICE, store_of
 
-FAMILY = "qwen3_next"
+FAMILIES = ["qwen3_next", pytest.param("kimi_linear", marks=pytest.mark.exhaustive)]
 TOKENS = torch.tensor([[7, 8], [9, 10], [11, 12]])
 
 
-def test_a_step_that_runs_again_reads_and_writes_the_same() -> None:
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """One whose states decay by head, and one whose decay by channel."""
+    name: str = request.param
+    return name
+
+
+def test_a_step_that_runs_again_reads_and_writes_the_same(family: str) -> None:
     """As one does whose expert was in no memory, or whose batch failed elsewhere."""
-    model = model_of(FAMILY)
+    model = model_of(family)
     step = build(model, torch.float32, batch=2)
     step.state.states.fill_(torch.nan)  # of rows that were there before
     step.state.rings.fill_(torch.nan)
@@ -49,8 +57,8 @@ def test_a_step_that_runs_again_reads_and_writes_the_same() -> None:
         assert distance(again[0], wanted[at]) < 2e-5
 
 
-def test_a_row_that_sits_out_keeps_its_state() -> None:
-    model = model_of(FAMILY)
+def test_a_row_that_sits_out_keeps_its_state(family: str) -> None:
+    model = model_of(family)
     step = build(model, torch.float32, batch=2)
     wanted = Reference(model).logits(TOKENS)
     run(step, TOKENS[:1], [0, 5])
@@ -61,9 +69,17 @@ def test_a_row_that_sits_out_keeps_its_state() -> None:
     assert distance(got[:, 1], wanted[2:3, 1]) < 2e-5
 
 
+@pytest.mark.exhaustive
+def test_products_by_tensor_cores_agree_with_float64_too(family: str) -> None:
+    """As those of a server of many rows are."""
+    model = model_of(family)
+    got, _ = run(build(model, torch.float32, batch=2, batch_invariant=False), TOKENS, [3, 1])
+    assert distance(got, Reference(model).logits(TOKENS)) < 2e-5
+
+
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
-    return store_of(FAMILY, tmp_path_factory.mktemp(FAMILY), repository)
+def store(family: str, tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+    return store_of(family, tmp_path_factory.mktemp(family), repository)
 
 
 @pytest.fixture
@@ -77,17 +93,19 @@ def runner(store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceRunne
     made.close()
 
 
-def logits_of(tokens: list[int]) -> torch.Tensor:
+def logits_of(family: str, tokens: list[int]) -> torch.Tensor:
     """[T, V] of transformers in float64."""
-    return Reference(model_of(FAMILY)).logits(torch.tensor(tokens)[:, None])[:, 0]
+    return Reference(model_of(family)).logits(torch.tensor(tokens)[:, None])[:, 0]
 
 
 @pytest.mark.parametrize(
     "cuts", [(2, 1, 2), *(pytest.param(cuts, marks=pytest.mark.exhaustive) for cuts in ((7,), (1, 1, 5), (4, 3)))]
 )
-def test_a_prompt_in_chunks_and_tokens_after_it_agree_with_float64(cuts: tuple[int, ...], runner: DeviceRunner) -> None:
+def test_a_prompt_in_chunks_and_tokens_after_it_agree_with_float64(
+    cuts: tuple[int, ...], family: str, runner: DeviceRunner
+) -> None:
     tokens = [40, 41, 42, 43, 44, 45, 46, 50, 51][: sum(cuts) + 2]
-    wanted = logits_of(tokens)
+    wanted = logits_of(family, tokens)
     row = runner.allocate()
     at = 0
     for size in cuts:
@@ -105,7 +123,7 @@ def test_a_prompt_in_chunks_and_tokens_after_it_agree_with_float64(cuts: tuple[i
     assert distance(got.double().cpu(), wanted[0]) < 2e-5
 
 
-def test_a_prompt_goes_on_from_a_copy_of_the_state_that_another_left(runner: DeviceRunner) -> None:
+def test_a_prompt_goes_on_from_a_copy_of_the_state_that_another_left(family: str, runner: DeviceRunner) -> None:
     tokens = [40 + at % 50 for at in range(BLOCK_TOKENS + 6)]
 
     def read(given: list[int], found: int) -> torch.Tensor:
@@ -121,16 +139,16 @@ def test_a_prompt_goes_on_from_a_copy_of_the_state_that_another_left(runner: Dev
         return last.double().cpu()
 
     first = read(tokens[: BLOCK_TOKENS + 1], 0)
-    assert distance(first, logits_of(tokens[: BLOCK_TOKENS + 1])[-1]) < 2e-5
+    assert distance(first, logits_of(family, tokens[: BLOCK_TOKENS + 1])[-1]) < 2e-5
     for _ in range(2):
         assert torch.equal(read(tokens[: BLOCK_TOKENS + 1], BLOCK_TOKENS), first)
-    assert distance(read(tokens, BLOCK_TOKENS), logits_of(tokens)[-1]) < 2e-5
+    assert distance(read(tokens, BLOCK_TOKENS), logits_of(family, tokens)[-1]) < 2e-5
     runner.kv.check_integrity()
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_a_chunk_that_failed_leaves_the_state_as_it_was(
-    size: int, runner: DeviceRunner, monkeypatch: pytest.MonkeyPatch
+    size: int, family: str, runner: DeviceRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = [40, 41, 42, 43, 44, 45][: 3 + size]
     row = runner.allocate()
@@ -147,25 +165,53 @@ def test_a_chunk_that_failed_leaves_the_state_as_it_was(
         with pytest.raises(StepFault, match="the disk is gone"):
             runner.prefill(row, tokens[3:])
     got = runner.prefill(row, tokens[3:]).logits[0]
-    assert distance(got.double().cpu(), logits_of(tokens)[-1]) < 2e-5
+    assert distance(got.double().cpu(), logits_of(family, tokens)[-1]) < 2e-5
 
 
-def test_adapters_beside_delta_nets_are_refused_by_name() -> None:
-    check_adapters(model_of(FAMILY), {})
+def test_adapters_beside_delta_nets_are_refused_by_name(family: str) -> None:
+    check_adapters(model_of(family), {})
     with pytest.raises(NotCapturableError, match="no adapters beside delta nets: the host-driven path carries it"):
-        check_adapters(model_of(FAMILY), {"terse": Adapter("", 2, 8, {})})
+        check_adapters(model_of(family), {"terse": Adapter("", 2, 8, {})})
 
 
 def test_a_gated_norm_is_what_it_computes() -> None:
-    norm = model_of(FAMILY).model.layers[0].linear_attn.norm
-    assert gated_norm_weight(norm, "here") is norm.weight
+    norm = model_of("qwen3_next").model.layers[0].linear_attn.norm
+    assert gated_norm(norm, "here") == (norm.weight, False)
 
-    class Sigmoid(type(norm)):  # type: ignore[misc]
+    class Gated(type(norm)):  # type: ignore[misc]
+        gate = staticmethod(torch.sigmoid)
+        rounds = True
+
         def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
             value = hidden_states.float()
             value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + self.variance_epsilon)
-            return (self.weight * value.to(hidden_states.dtype) * gate.float().sigmoid()).to(hidden_states.dtype)
+            value = self.weight * value.to(hidden_states.dtype) if self.rounds else self.weight.float() * value
+            return (value * self.gate(gate.float())).to(hidden_states.dtype)
 
-    norm.__class__ = Sigmoid
-    with pytest.raises(NotCapturableError, match="here: Sigmoid is no gated norm"):
-        gated_norm_weight(norm, "here")
+    norm.__class__ = Gated
+    norm.bfloat16()
+    assert gated_norm(norm, "here") == (norm.weight, True)
+    norm.rounds = False
+    weight, is_sigmoid = gated_norm(norm, "here")
+    assert is_sigmoid
+    assert weight.dtype == torch.float32
+    norm.gate = torch.tanh
+    with pytest.raises(NotCapturableError, match="here: Gated is no gated norm"):
+        gated_norm(norm, "here")
+
+
+@pytest.mark.skipif(not is_installed("bailing_hybrid"), reason="this transformers has no bailing_hybrid")
+def test_decays_are_what_their_module_computes() -> None:
+    forget = model_of("bailing_hybrid").model.layers[1].self_attn.forget_gate
+    assert forget_kind(forget, "here") == (-5.0, True)
+    forget.safe_gate = False
+    assert forget_kind(forget, "here") == (0.0, True)
+    assert forget_kind(model_of("kimi_linear").model.layers[0].self_attn.forget_gate, "here") == (0.0, False)
+
+    class Doubled(type(forget)):  # type: ignore[misc]
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(hidden_states)
+
+    forget.__class__ = Doubled
+    with pytest.raises(NotCapturableError, match="here: Doubled makes other decays"):
+        forget_kind(forget, "here")

@@ -38,6 +38,7 @@ MORE = [
     "deepseek_v2", "deepseek_v3", "deepseek_v3 in halves", "glm4_moe_lite", "axk1",
     "gemma4_text", "flex_olmo", "qwen3_next", "qwen3_5_moe_text",
     "afmoe", "kolibri1", "laguna", "cohere2_moe", "granitemoe_swa", "phimoe",
+    "kimi_linear", "bailing_hybrid",
 ]  # fmt: skip
 PROMPT, NUM_TOKENS = [40, 41, 42], 2
 
