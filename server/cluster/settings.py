@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +15,12 @@ from pydantic import Field, ValidationError
 
 from server.errors import SettingsError
 from server.settings.load import load_settings
-from server.settings.schema import Seconds, Section, Settings
+from server.settings.schema import HttpSettings, LogSettings, Seconds, Section, Settings
 
 TABLE = "cluster"
+GROWTH_KEYS = ("grow_interval_seconds", "grow_min_share", "grow_step", "grow_replace")
+ONE_VALUE = {"http": HttpSettings.model_fields, "log": LogSettings.model_fields, "growth": GROWTH_KEYS}
+"""The settings that a cluster has once, by section: fronts, logs and the process that grows the stores read them."""
 
 
 class PartSettings(Section):
@@ -87,4 +90,18 @@ def read_cluster(path: Path, environ: Mapping[str, str] | None = None) -> tuple[
     for part in asked:
         settings = load_settings(part.settings, config=path, environ=environ, other_tables={TABLE}).settings
         parts.append(Part(name=part.name, replicas=part.replicas, profiles=part.profiles, settings=settings))
+    _check_one_value(path, parts)
     return cluster, tuple(parts)
+
+
+def _check_one_value(path: Path, parts: Sequence[Part]) -> None:
+    """Raise SettingsError for a setting that the cluster has once and its parts give differently."""
+    for section, keys in ONE_VALUE.items():
+        for key in keys:
+            values = [getattr(getattr(part.settings, section), key) for part in parts]
+            other = next((at for at, value in enumerate(values) if value != values[0]), None)
+            if other is not None:
+                raise SettingsError(
+                    f"{path}: {section}.{key} is {values[0]} in the part {parts[0].name} and {values[other]} in "
+                    f"{parts[other].name}, but a cluster has one: give it in the table [{section}], not in a part"
+                )

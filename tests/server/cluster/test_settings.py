@@ -59,6 +59,14 @@ def test_the_same_file_without_its_table_serves_one_replica(tmp_path: Path) -> N
             "profile 'x' is in two parts",
         ),
         ('[[cluster.parts]]\nname = "a"\nsettings = { slot = 3 }', r"unknown key slot \(did you mean slots\?\)"),
+        (
+            '[[cluster.parts]]\nname = "a"\n[[cluster.parts]]\nname = "b"\nsettings = { grow_step = 4 }',
+            r"growth\.grow_step is 1 in the part a and 4 in b, .* give it in the table \[growth\]",
+        ),
+        (
+            '[[cluster.parts]]\nname = "a"\nsettings = { api_key = "only-for-a" }\n[[cluster.parts]]\nname = "b"',
+            r"http\.api_key is \*+ in the part a and None in b",
+        ),
         ("[model]\nslot = 3", r"unknown key model\.slot"),
         ("[cluster", "cannot read the cluster's settings"),
     ],
