@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -34,7 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from extractor.checkpoint.families import check_routers
 from extractor.checkpoint.tensor_file import TensorEntry
-from extractor.checkpoint.text_model import read_config, text_model
+from extractor.checkpoint.text_model import known_type, read_config, text_model
 from extractor.checkpoint.trunk import check_trunk
 from extractor.errors import CheckpointError, ExtractError, UnsupportedFamilyError
 from router.gating import RULES
@@ -167,8 +166,9 @@ def build_model(directory: Path) -> tuple[Any, list[str]]:
 
     Raises UnsupportedFamilyError when transformers has no such language model, CheckpointError when it cannot build it.
     """
-    family = json.loads((directory / "config.json").read_bytes()).get("model_type")
-    if family not in CONFIG_MAPPING:
+    told = json.loads((directory / "config.json").read_bytes())
+    if known_type(told) is None:
+        family = told.get("model_type")
         raise unsupported(directory, f"transformers {version('transformers')} does not know the family {family!r}")
     try:
         config = read_config(directory)

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from extractor.checkpoint.quantised import check_quantisation
+from extractor.checkpoint.text_model import known_type
 from extractor.errors import UnsupportedFamilyError
 from router.errors import UnsupportedGatingError
 from router.gating import find_gating_rule
@@ -25,11 +26,11 @@ _ROUTER_NAMES = ("gate", "router")
 
 
 def check_family(config: dict[str, Any], where: str) -> str:
-    """The family (`model_type`) of a config.json, after the checks that need no model.
+    """The family of a config.json, that is its `known_type` if it has one, after the checks that need no model.
 
     Raises UnsupportedFamilyError for dense models and for unknown quantisations; `where` names the input.
     """
-    family = str(config.get("model_type", ""))
+    family = known_type(config) or str(config.get("model_type", ""))
     if not has_experts(config):
         raise UnsupportedFamilyError(
             f"{where} is a dense model (model_type {family!r}): it has no experts to extract; use a Mixture-of-Experts "

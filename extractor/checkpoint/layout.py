@@ -127,6 +127,12 @@ class ExpertsLayout:
                 f"{len(dequantised)} tensors outside the experts, such as {dequantised[0].name}, are dequantised to "
                 f"{dequantised[0].dtype}: only linear layers in FP8 are taken as they are there"
             )
+        told = checkpoint.config.get("model_type")
+        if told != family:
+            notes.append(
+                f"config.json says model_type {told}, which is of the checkpoint's own code; it is read as {family}, "
+                f"transformers' own type of its architecture {found.architecture}"
+            )
         if maker is not None:
             notes += _made_again(checkpoint, found.experts.values(), experts_dtype)
         return cls(

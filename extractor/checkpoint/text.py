@@ -23,10 +23,19 @@ def check_text(directory: Path, name: str) -> None:
     """Load the tokenizer and render a chat from the files in `directory`; `name` is the checkpoint's, for messages.
 
     Raises:
-        CheckpointError: there is no tokenizer, it cannot be loaded, it makes no tokens or others than the model has, or
-            the chat template is broken. A checkpoint without a chat template is taken: it completes text.
+        CheckpointError: there is no tokenizer, it needs code of the checkpoint, it cannot be loaded, it makes no tokens
+            or others than the model has, or the chat template is broken. A checkpoint without a chat template is taken:
+            it completes text.
     """
-    if not any(path.name.startswith(_TOKENIZER_FILES) for path in directory.iterdir()):
+    names = {path.name for path in directory.iterdir()}
+    ranks = next((name for name in sorted(names) if name.startswith("tiktoken.")), None)
+    if ranks is not None and "tokenizer.json" not in names:
+        raise CheckpointError(
+            f"{name} has the tokens of its tokenizer ({ranks}), but splits text into them by code of its own, which "
+            "never runs here, and another way to split would give the model other tokens: put a tokenizer.json that "
+            "was made from both beside the weights (docs/families.md tells how)"
+        )
+    if not any(name.startswith(_TOKENIZER_FILES) for name in names):
         raise CheckpointError(
             f"{name} has no tokenizer (no file named like tokenizer.json, tokenizer.model or vocab.json), so its store "
             "could serve nobody: put the tokenizer's files of the model beside the weights"

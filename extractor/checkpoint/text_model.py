@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 from extractor.errors import CheckpointError
 
@@ -23,12 +28,31 @@ _DEPTHS = re.compile(r"(^|_)(layers|depth|n_layer)$")
 
 
 def read_config(directory: Path) -> Any:
-    """transformers' config of the model in `directory`.
+    """transformers' config of the model in `directory`, whose model type is `known_type`.
 
     Raises CheckpointError where config.json asks for layers without end; else what transformers raises.
     """
-    _check_depth(json.loads((directory / "config.json").read_bytes()), directory / "config.json")
+    told = json.loads((directory / "config.json").read_bytes())
+    _check_depth(told, directory / "config.json")
+    family = known_type(told)
+    if family is not None and family != told.get("model_type"):
+        return CONFIG_MAPPING[family].from_dict(told | {"model_type": family})
     return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+
+
+def known_type(config: Mapping[str, Any]) -> str | None:
+    """The model type by which transformers knows the model of a config.json; None: by none.
+
+    A config whose model type is of the checkpoint's own code (`auto_map`), as `kimi_k2`, has that of the architecture
+    that it names, if transformers has a causal language model of this name. Without such code an unknown type is one of
+    another release of transformers, which may compute something else.
+    """
+    told = config.get("model_type")
+    if told in CONFIG_MAPPING:
+        return str(told)
+    architectures = config.get("architectures") if config.get("auto_map") else None
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+    return next((family for family, name in known if architectures == [name]), None)
 
 
 def _check_depth(value: Any, path: Path) -> None:

@@ -70,10 +70,12 @@ def trunk_outputs(
     max_file_bytes: int = MAX_TRUNK_FILE_BYTES,
     shipped: Collection[str] = (),
     made: Collection[str] = (),
+    family: str | None = None,
 ) -> list[OutputFile]:
     """The files below trunk/: side files, and the tensors under their names, as in `weights_outputs`; those in
-    `shipped` and `made` are linear layers in 8 bits (`linears`)."""
-    sidecars = [_sidecar(path) for path in checkpoint.sidecars if path.name != MODELOPT_CONFIG]
+    `shipped` and `made` are linear layers in 8 bits (`linears`). The config gets the model type `family` in the place
+    of one of the checkpoint's own code."""
+    sidecars = [_sidecar(path, family) for path in checkpoint.sidecars if path.name != MODELOPT_CONFIG]
     tensors: list[OutputTensor] = []
     for entry in trunk:
         if entry.name in shipped:
@@ -102,7 +104,9 @@ def weights_outputs(stem: str, tensors: Sequence[OutputTensor], max_file_bytes: 
 
 def all_trunk_outputs(layout: ExpertsLayout) -> list[OutputFile]:
     """The files below trunk/, with the weights of errors if the experts were made with some."""
-    outputs = trunk_outputs(layout.checkpoint, layout.trunk, shipped=layout.shipped, made=layout.made)
+    outputs = trunk_outputs(
+        layout.checkpoint, layout.trunk, shipped=layout.shipped, made=layout.made, family=layout.model.family
+    )
     if layout.maker is not None and layout.maker.importance is not None:
         outputs.append(file_of(FILE_NAME, layout.maker.importance.content))
     return outputs
@@ -140,12 +144,15 @@ def _tensors(name: str, group: Sequence[OutputTensor]) -> OutputFile:
     return OutputFile(name, len(head) + at, head, pieces)
 
 
-def _sidecar(path: Path) -> OutputFile:
+def _sidecar(path: Path, family: str | None) -> OutputFile:
     """A side file as it is, without references to the checkpoint's own code, and a config without its quantisation,
     which is undone here, and without the name of a weights file, which the trunk does not have."""
     content = path.read_bytes()
     if path.suffix == ".json" and b'"auto_map"' in content:
-        content = json_bytes(_without(json.loads(content), "auto_map"))
+        told = json.loads(content)
+        if path.name == "config.json" and family is not None:
+            told["model_type"] = family
+        content = json_bytes(_without(told, "auto_map"))
     dropped = (*CONFIG_KEYS, WEIGHTS_KEY)
     if path.name == "config.json" and any(f'"{key}"'.encode() in content for key in dropped):
         config = json.loads(content)
