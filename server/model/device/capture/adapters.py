@@ -1,14 +1,17 @@
 """Packs a store's adapters for the captured step: each module that they change gets its part among the packed tensors.
 
-Products that the step computes as one (q, k and v; gate and up) get one change, whose rank is the sum of theirs.
-Invariant: every change of an adapter is carried, or `check_adapters` refuses the model. `expert_store.adapter` has the
-parts of an adapter and their meaning.
+Products that the step computes as one (q, k and v; gate and up; those of a delta net's input) get one change, whose
+rank is the sum of theirs. The product that expands latents (MLA) has none: it reads cached tokens, which may have had
+another adapter, so `deepfew adapt` does not train it. Invariants: every change of an adapter is carried, or
+`check_adapters` refuses the model; matrices lie in memory once, and prompts read views of them. `expert_store.adapter`
+has the parts of an adapter and their meaning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +20,10 @@ from torch.nn import functional
 
 from expert_store.adapter import Adapter, Changes
 from server.model.device.capture import need
-from server.model.device.capture.modules import Attention, DeltaNet, Layer, layers_of, text_body
+from server.model.device.capture.delta import delta_rows
+from server.model.device.capture.modules import DeltaNet, LatentAttention, Layer, layers_of, text_body
 from server.model.device.capture.pack import gate_last
 from server.model.device.capture.parts import packed_norm
-from server.model.device.step.parts import AttentionKind
 from server.model.device.step.router_kind import router_product
 from server.model.device.step.tuning import pow2
 from server.model.device.step.weights import (
@@ -49,8 +52,6 @@ def check_adapters(model: Any, adapters: Mapping[str, Adapter]) -> None:
         return
     names = {module: name for name, module in model.named_modules()}
     layers = layers_of(model)
-    has_deltas = any(isinstance(layer.attention, DeltaNet) for layer in layers)
-    need(not has_deltas, f"the captured step carries no adapters beside delta nets: {REMEDY}")
     norm = text_body(model).norm
     need(
         packed_norm(norm, "the model").ndim == 1,
@@ -58,7 +59,7 @@ def check_adapters(model: Any, adapters: Mapping[str, Adapter]) -> None:
     )
     norms = {names[norm] for layer in layers for norm in _norms(layer)} | {names[norm]}
     routers = {names[layer.router] for layer in layers if layer.router is not None}
-    joined = [[names[module] for module in modules] for layer in layers for modules in _products(layer)]
+    joined = [[names[module] for module in modules] for layer in layers for modules in _products(layer).values()]
     switches = {names[layer.mlp.switch] for layer in layers if layer.mlp is not None and layer.mlp.switch is not None}
     experts = {names[layer.experts] for layer in layers if layer.experts is not None}
     carried = {"scale": norms, "gain": routers, "delta": routers | switches, **dict.fromkeys(_EXPERT, experts)}
@@ -95,7 +96,7 @@ def adapted_trunk(
         packer.layer(layer, shape.attention(at), weights.layers[at]) for at, layer in enumerate(layers_of(model))
     )
     norm = packer.scaled(weights.norm, text_body(model).norm)
-    return AdaptedTrunk(tuple(adapters), replace(weights, layers=layers, norm=norm))
+    return AdaptedTrunk(tuple(adapters), replace(weights, layers=layers, norm=norm), tuple(packer.by_module))
 
 
 class _Packer:
@@ -104,41 +105,45 @@ class _Packer:
     Args:
         names: of the model's modules.
         like: [.., H], a tensor of the model's dtype and device.
+
+    Attributes:
+        by_module: see `AdaptedTrunk`.
     """
 
     def __init__(self, names: Mapping[nn.Module, str], changes: Sequence[Changes], like: Tensor) -> None:
         self._names, self._changes, self._like = names, changes, like
+        self.by_module = [{module: dict(parts) for module, parts in one.items()} for one in changes]
 
     def layer(self, layer: Layer, attention: LayerKind, weights: LayerWeights) -> LayerWeights:
         """The weights of a layer with its changes."""
-        assert isinstance(layer.attention, Attention), "check_adapters refuses changes of latent attention"
-        assert isinstance(attention, AttentionKind)
-        query, key = layer.attention.norms or (None, None)
-        projections, *others = _products(layer)
-        is_apart = layer.attention.gate is not None
-        qkv = self._low_rank(projections, lambda parts: gate_last(parts, attention, is_apart))
-        output, *mlp = (self._low_rank(modules) for modules in others)
-        up, down = mlp or (None, None)
+        query, key = _norms_of_attention(layer) or (None, None)
+        products = _products(layer)
+        if isinstance(layer.attention, DeltaNet):
+            changes = self._delta_net(layer.attention, products.pop("qkv"), products.pop("output"))
+            products.pop("latents", None)
+        else:
+            joined = partial(gate_last, kind=attention, is_apart=layer.attention.gate is not None)
+            changes = {"qkv": self._low_rank(products.pop("qkv"), joined)}
+        changes |= {name: self._low_rank(modules) for name, modules in products.items()}
         delta, gains = (None, None) if layer.router is None else self._router(layer.router)
         return replace(
             weights,
             input_norm=self._norm(weights.input_norm, layer.input_norm),
-            q_norm=self.scaled(weights.q_norm, query),
-            k_norm=self.scaled(weights.k_norm, key),
+            q_norm=weights.q_norm if query is None else self.scaled(weights.q_norm, query),
+            k_norm=weights.k_norm if key is None else self.scaled(weights.k_norm, key),
             post_norm=self._norm(weights.post_norm, layer.post_norm),
             attention_norm=self._norm(weights.attention_norm, layer.attention_norm),
             branch_norm=self._norm(weights.branch_norm, layer.branch_norm),
             routed_norm=self._norm(weights.routed_norm, layer.routed_norm),
             mlp=None if weights.mlp is None else self._mlp(layer, weights.mlp),
-            changes=LayerChanges(qkv, output, up, down, self._expert(layer.experts), delta, gains),
+            changes=LayerChanges(**changes, expert=self._expert(layer.experts), delta=delta, gains=gains),
         )
 
     def _norm(self, weight: Tensor | None, norm: nn.Module | None) -> Tensor | None:
-        return None if weight is None else self.scaled(weight, norm)
+        return None if weight is None or norm is None else self.scaled(weight, norm)
 
-    def scaled(self, weight: Tensor, norm: nn.Module | None) -> Tensor:
-        """[1 + adapters, N]: a norm's packed weight, and the same for each adapter; `norm` is None if that has no
-        module, or none that an adapter changes."""
+    def scaled(self, weight: Tensor, norm: nn.Module) -> Tensor:
+        """[1 + adapters, N]: a norm's packed weight, and the same for each adapter."""
         rows = [weight]
         for parts in self._parts(norm):
             scale = parts.get("scale")
@@ -162,17 +167,45 @@ class _Packer:
         for parts in self._parts(router):
             deltas.append(parts.get("delta", torch.zeros(tuple(weight.shape))))
             gains.append(1 + parts.get("gain", torch.zeros(len(weight))))
-        return self._placed(torch.stack(deltas)), torch.stack(gains).to(self._like.device)
+        delta = self._placed(torch.stack(deltas))
+        for changes, own in zip(self.by_module, delta, strict=True):
+            if "delta" in changes.get(self._names[router], {}):
+                changes[self._names[router]]["delta"] = own
+        return delta, torch.stack(gains).to(self._like.device)
+
+    def _delta_net(
+        self, net: DeltaNet, products: tuple[nn.Linear, ...], output: tuple[nn.Linear, ...]
+    ) -> dict[str, LowRank | None]:
+        """The changes of the products that stand for a delta net's own, as in `step.delta.DeltaLayer`."""
+        where, expands = self._names[net.module], net.expands
+        return {
+            "qkv": self._low_rank(products, partial(delta_rows, net), f"{where}.input"),
+            "latents": self._low_rank(expands, module=f"{where}.expand", is_apart=True) if expands else None,
+            "output": self._low_rank(output, module=f"{where}.output"),
+        }
 
     def _low_rank(
-        self, modules: Sequence[nn.Linear], joined: Callable[[list[Tensor]], Tensor] = torch.cat
+        self,
+        modules: Sequence[nn.Linear],
+        joined: Callable[[list[Tensor]], Tensor] = torch.cat,
+        module: str | None = None,
+        *,
+        is_apart: bool = False,
     ) -> LowRank | None:
         """The change of products that are one; None if no adapter changes them.
 
         Args:
             joined: makes the rows of the one product of those of each.
+            module: the name of the one module that stands for all of them in the served model; None: there is none.
+            is_apart: their inputs follow on one another in that of the one product; else they have the same.
         """
-        factors = [[_factors(parts, module) for parts in self._parts(module)] for module in modules]
+        factors = [[_factors(parts, one) for parts in self._parts(one)] for one in modules]
+        if is_apart:
+            inputs = [one.in_features for one in modules]
+            around = [(sum(inputs[:at]), sum(inputs[at + 1 :])) for at in range(len(inputs))]
+            factors = [
+                [(functional.pad(a, own), b) for a, b in pairs] for own, pairs in zip(around, factors, strict=True)
+            ]
         own = list(zip(*factors, strict=True))  # of each adapter, those of each product
         ranks = [sum(len(a) for a, _ in pairs) for pairs in own]
         if not any(ranks):
@@ -182,11 +215,45 @@ class _Packer:
             functional.pad(torch.cat([a for a, _ in pairs]), (0, 0, 0, rank - num))
             for pairs, num in zip(own, ranks, strict=True)
         ]
-        seconds = [
-            functional.pad(joined(_beside_zeros([b for _, b in pairs])), (0, rank - num))
-            for pairs, num in zip(own, ranks, strict=True)
-        ]
-        return LowRank(self._placed(torch.stack(firsts)), self._placed(torch.stack(seconds)))
+        seconds = [joined(_beside_zeros([b for _, b in pairs], rank)) for pairs in own]
+        change = LowRank(self._placed(torch.stack(firsts)), self._placed(torch.stack(seconds)))
+        each = [[len(a) for a, _ in pairs] for pairs in own]
+        if module is None:
+            self._share(modules, change, each, joined)
+        else:
+            self._share_joined(modules, change, each, module)
+        return change
+
+    def _share(
+        self,
+        modules: Sequence[nn.Linear],
+        change: LowRank,
+        ranks: Sequence[Sequence[int]],
+        joined: Callable[[list[Tensor]], Tensor],
+    ) -> None:
+        """Makes the modules' changes views of those of their one product; of rows that do not follow on one another
+        there (queries with output gates between them) copies of lora_B. `ranks`: of each adapter those of each module.
+        """
+        sizes = [module.out_features for module in modules]
+        order = joined(list(torch.split(torch.arange(sum(sizes)), sizes)))
+        for before, (module, places) in enumerate(zip(modules, torch.split(order.argsort(), sizes), strict=True)):
+            start, stop = int(places[0]), int(places[0]) + len(places)
+            is_run = torch.equal(places, torch.arange(start, stop))
+            rows = slice(start, stop) if is_run else places.to(change.b.device)
+            for changes, each, a, b in zip(self.by_module, ranks, change.a, change.b, strict=True):
+                columns = slice(sum(each[:before]), sum(each[: before + 1]))
+                if each[before]:
+                    changes[self._names[module]] = {"lora_A": a[columns], "lora_B": b[rows, columns]}
+
+    def _share_joined(
+        self, modules: Sequence[nn.Linear], change: LowRank, ranks: Sequence[Sequence[int]], name: str
+    ) -> None:
+        """Makes the changes of the modules that of the module `name`, whose product is theirs in one."""
+        for changes, each, a, b in zip(self.by_module, ranks, change.a, change.b, strict=True):
+            for module in modules:
+                changes.pop(self._names[module], None)
+            if any(each):
+                changes[name] = {"lora_A": a, "lora_B": b}
 
     def _expert(self, experts: Any) -> LowRank | None:
         """The expert that adapters add to a layer; None if none does."""
@@ -201,32 +268,45 @@ class _Packer:
         ]
         downs = [parts.get("down", nothing.t()) for parts in found]
         columns = [functional.pad(one, (0, width - one.shape[1])) for one in downs]
-        return LowRank(self._placed(torch.stack(rows)), self._placed(torch.stack(columns)))
+        change = LowRank(self._placed(torch.stack(rows)), self._placed(torch.stack(columns)))
+        for changes, parts, a, b in zip(self.by_module, found, change.a, change.b, strict=True):
+            if parts:
+                own = len(parts["gate"])
+                gate, up = a[:own], a[width : width + own]
+                changes[self._names[experts]] = {"gate": gate, "up": up, "down": b[:, :own]}
+        return change
 
-    def _parts(self, module: nn.Module | None) -> Iterator[Mapping[str, Tensor]]:
+    def _parts(self, module: nn.Module) -> Iterator[Mapping[str, Tensor]]:
         """Of each adapter its parts for a module."""
-        name = "" if module is None else self._names[module]
-        return (changes.get(name, {}) for changes in self._changes)
+        return (changes.get(self._names[module], {}) for changes in self._changes)
 
     def _placed(self, changes: Tensor) -> Tensor:
         return changes.to(self._like.device, self._like.dtype).contiguous()
 
 
 def _norms(layer: Layer) -> list[nn.Module]:
-    own = layer.attention.norms if isinstance(layer.attention, Attention) else None
+    own = _norms_of_attention(layer)
     of_mlp = () if layer.mlp is None else (layer.mlp.norm, layer.mlp.after)
     others = (layer.input_norm, layer.post_norm, layer.attention_norm, layer.branch_norm, layer.routed_norm)
     return [norm for norm in (*others, *of_mlp, *(own or ())) if norm is not None]
 
 
-def _products(layer: Layer) -> list[tuple[nn.Linear, ...]]:
-    """The products of a layer that the step computes as one each: q, k, v and output gate; output; gate and up; down.
-    Those of latent attention are none, since their changes are not carried."""
-    mlp = [] if layer.mlp is None else [layer.mlp.ups, (layer.mlp.down,)]
-    if not isinstance(layer.attention, Attention):
-        return mlp
-    *qkv, output = layer.attention.projections
-    return [tuple(one for one in (*qkv, layer.attention.gate) if one is not None), (output,), *mlp]
+def _norms_of_attention(layer: Layer) -> tuple[nn.Module, nn.Module] | None:
+    """The norms of queries and keys, or of their latents."""
+    return None if isinstance(layer.attention, DeltaNet) else layer.attention.norms
+
+
+def _products(layer: Layer) -> dict[str, tuple[nn.Linear, ...]]:
+    """The products of a layer that the step computes as one each, by their names in `LayerChanges`."""
+    attention = layer.attention
+    *qkv, output = attention.projections
+    qkv += [] if isinstance(attention, DeltaNet) else [attention.gate]
+    found = {"qkv": tuple(one for one in qkv if one is not None), "output": (output,)}
+    latents = attention.expands if isinstance(attention, DeltaNet) else ()
+    if isinstance(attention, LatentAttention) and attention.queries is not None:
+        latents = (attention.queries,)
+    found |= {"latents": latents} if latents else {}
+    return found if layer.mlp is None else found | {"up": layer.mlp.ups, "down": (layer.mlp.down,)}
 
 
 def _rank(parts: Mapping[str, Tensor]) -> int:
@@ -245,7 +325,7 @@ def _factors(parts: Mapping[str, Tensor], module: nn.Linear) -> tuple[Tensor, Te
     return (delta, torch.eye(outputs)) if outputs <= inputs else (torch.eye(inputs), delta)
 
 
-def _beside_zeros(parts: Sequence[Tensor]) -> list[Tensor]:
-    """The matrices [N, R], each widened to [N, ΣR] by zeros in the columns of the others."""
+def _beside_zeros(parts: Sequence[Tensor], rank: int) -> list[Tensor]:
+    """The matrices [N, R], each widened to [N, rank] by zeros in the columns of the others and past them."""
     widths = [part.shape[1] for part in parts]
-    return [functional.pad(part, (sum(widths[:at]), sum(widths[at + 1 :]))) for at, part in enumerate(parts)]
+    return [functional.pad(part, (sum(widths[:at]), rank - sum(widths[: at + 1]))) for at, part in enumerate(parts)]

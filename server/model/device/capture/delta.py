@@ -7,6 +7,7 @@ channel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,18 +39,18 @@ def delta_kind(net: DeltaNet, config: Any, where: str) -> DeltaKind:
     return kind
 
 
-def delta_rows(net: DeltaNet) -> Tensor:
-    """The rows [qkv, H] of the products of a delta net's input, in the order of `DeltaKind.qkv`."""
-    weights = [product.weight for product in net.projections[:-1]]
-    if len(weights) == 2:  # each key head's rows of q, k, v, gate; and of b, a
+def delta_rows(net: DeltaNet, products: Sequence[Tensor]) -> Tensor:
+    """The rows [qkv, ..] of a delta net's products, given those of each product, in the order of `DeltaKind.qkv`."""
+    parts = list(products)
+    if len(parts) == 2:  # each key head's rows of q, k, v, gate; and of b, a
         of = net.module
         group = of.num_v_heads // of.num_k_heads
         sizes = ([of.head_k_dim] * 2 + [group * of.head_v_dim] * 2, [group] * 2)
-        by_head = [weight.view(of.num_k_heads, -1, weight.shape[1]) for weight in weights]
+        by_head = [part.view(of.num_k_heads, -1, *part.shape[1:]) for part in parts]
         split = [part for one, size in zip(by_head, sizes, strict=True) for part in torch.split(one, size, dim=1)]
         *others, betas, rates = (part.flatten(0, 1) for part in split)
-        weights = [*others, rates, betas]
-    return torch.cat(weights)
+        parts = [*others, rates, betas]
+    return torch.cat(parts)
 
 
 def packed_delta(net: DeltaNet, where: str) -> DeltaWeights:

@@ -411,7 +411,7 @@ def _packed(
     factors = shape.router.expert_factors
     return LayerWeights(
         **norms,
-        qkv=delta_rows(attention)
+        qkv=delta_rows(attention, [part.weight for part in parts])
         if isinstance(attention, DeltaNet)
         else _matrix(parts, eight_bits, joined) or joined([part.weight for part in parts]),
         q_norm=q_norm,

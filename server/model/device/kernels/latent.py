@@ -70,11 +70,11 @@ def _kept(memory, block, position, BLOCK: tl.constexpr, RANK: tl.constexpr, ROTA
 
 @triton.jit
 def attend_latent(
-    queries, absorbed, new, norm, cos_table, sin_table, rows, lengths, table, memory, part_max, part_sum, part_out,
-    eps, scaling, max_blocks,
+    queries, absorbed, new, norm, cos_table, sin_table, rows, adapters, lengths, table, memory,
+    part_max, part_sum, part_out, eps, scaling, max_blocks,
     HEADS: tl.constexpr, GP: tl.constexpr, RANK: tl.constexpr, NOPE: tl.constexpr, ROTARY: tl.constexpr,
     NEIGHBOURS: tl.constexpr, HALVES: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    Q_STRIDE: tl.constexpr, NEW_STRIDE: tl.constexpr, PDL: tl.constexpr,
+    Q_STRIDE: tl.constexpr, NEW_STRIDE: tl.constexpr, ADAPTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums of latents part_out [B, HEADS, SPLITS, RANK] fp32, weighed by exp(score - part_max), and the weights' sums
     part_sum; both [B, HEADS, SPLITS] fp32. Writes position lengths[row] of the row's memory, which split 0 attends to.
@@ -84,8 +84,8 @@ def attend_latent(
     BLOCK of block table[row, t // BLOCK] of memory, whose blocks are latents [BLOCK, RANK] then keys [BLOCK, ROTARY];
     table is [rows, max_blocks]. A batch entry with row -1 is skipped. NEIGHBOURS: an element is rotated with the one
     beside it, else with the one half of them away; HALVES: memory has the first elements of all pairs before the second
-    ones, whichever they were. TILE: tokens of a product, like BLOCK a power of two; GP: heads of a program. Grid
-    (SPLITS, ceil(HEADS / GP), B).
+    ones, whichever they were. TILE: tokens of a product, like BLOCK a power of two; GP: heads of a program. ADAPTED:
+    norm is [1 + adapters, RANK] (see `trunk`). Grid (SPLITS, ceil(HEADS / GP), B).
 
     The split's first tile of cached tokens is loaded before the wait: no kernel of this step writes it, nor the table.
     """
@@ -110,6 +110,8 @@ def attend_latent(
     own_block = tl.load(row_table + position // BLOCK, mask=row >= 0, other=0)
     cos = tl.load(cos_table + position * (ROTARY // 2) + half)
     sin = tl.load(sin_table + position * (ROTARY // 2) + half)
+    if ADAPTED:
+        norm += tl.load(adapters + batch) * RANK
     scale = tl.load(norm + cols)
     inside = begin + tile < end
     at, k_at = _kept(memory, block, begin + tile, BLOCK, RANK, ROTARY)

@@ -99,12 +99,12 @@ def with_change(acc, adapter, lora_b, low, batch, rows, inside, N, RANK: tl.cons
 @triton.jit
 def shrink(
     x, norm, lora_a, adapters, low, eps,
-    K: tl.constexpr, KP: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
-    PDL: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, STRIDE: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr, NORM: tl.constexpr,
+    GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """low [B, RANK] fp32 = lora_a[adapter] [RANK, K] · norm?(x [B, K]) of the entries that have an adapter; norm is
-    [1 + adapters, K]. GATED: lora_a has RANK rows of gate, then as many of up, and low is silu(gate · x) * (up · x).
-    Grid (RANK / BR, B)."""
+    """low [B, RANK] fp32 = lora_a[adapter] [RANK, K] · norm?(x [B, K]) of the entries that have an adapter; rows of x
+    are STRIDE apart; norm is [1 + adapters, K]. GATED: lora_a has RANK rows of gate, then as many of up, and low is
+    silu(gate · x) * (up · x). Grid (RANK / BR, B)."""
     if PDL:
         gdc_launch_dependents()
     ranks = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -117,7 +117,7 @@ def shrink(
         ROWS: tl.constexpr = 2 * RANK if GATED else RANK
         a_at = lora_a + ((adapter - 1).to(tl.int64) * ROWS + ranks)[:, None] * K + cols[None, :]
         a = tl.load(a_at, mask=(cols < K)[None, :], other=0.0)
-        value = tl.load(x + batch * K + cols, mask=cols < K, other=0.0)
+        value = tl.load(x + batch * STRIDE + cols, mask=cols < K, other=0.0)
         if NORM:
             scale = tl.load(norm + adapter * K + cols, mask=cols < K, other=0.0)
             value = normalise(value.to(tl.float32), scale, eps, K, x.dtype.element_ty)

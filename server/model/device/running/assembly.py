@@ -254,9 +254,9 @@ def _runner(
     for layer, (_, block, router) in enumerate(moe_blocks(model)):
         object.__setattr__(block.experts, LAYER_ATTRIBUTE, StreamLayer(layer, stream))
         routing.install(layer, router)
-    for name, adapter in adapters.items():
-        routing.install_adapters(model, adapter.changes)
-        routing.adapters.add(name, adapter.changes, device, shape.dtype)
+    for name, changes in () if adapted is None else zip(adapted.names, adapted.by_module, strict=True):
+        routing.install_adapters(model, changes)
+        routing.adapters.add(name, changes, device, shape.dtype)
     tokenizer = AutoTokenizer.from_pretrained(store.trunk_path, trust_remote_code=False, local_files_only=True)
     selective = SelectiveModel(
         model=model,

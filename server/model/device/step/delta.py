@@ -13,14 +13,13 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor, nn
-from torch.nn import functional
 
 from server.model.device.kernels import delta as kernels
 from server.model.device.step.launch import launch
 from server.model.device.step.parts import DeltaKind
 from server.model.device.step.state import PrefillRow, RowState
 from server.model.device.step.tuning import Tuning, divisor, pow2
-from server.model.device.step.weights import DecodeShape, LayerWeights
+from server.model.device.step.weights import DecodeShape, LayerChanges, LayerWeights, Matrix
 
 SCAN_VALUES = 4
 """Values of a program of the scan, which one warp holds with their states: its sums need no other warp."""
@@ -54,7 +53,8 @@ class DeltaRule:
         gates = given[:, kind.channels :]
         if small.expand is not None:
             latents, gates = gates[:, : 2 * kind.rank], self._gates
-            self._product(latents, None, small.expand, None, None, gates, self._tuning.qkv_rows)
+            change = (weights.changes or LayerChanges()).latents
+            self._product(latents, None, small.expand, None, None, gates, self._tuning.qkv_rows, change)
         values = divisor(kind.value_dim, self._tuning.delta_values)
         self._run(
             kernels.delta_step, (kind.value_dim // values, kind.value_heads, len(self._rows)),
@@ -66,7 +66,8 @@ class DeltaRule:
 
 
 class DeltaLayer(nn.Module):
-    """The forward of one layer over `PrefillRow`.
+    """The forward of one layer over `PrefillRow`. Adapters change its products, which are modules: `input`, `output`
+    and `expand` (of latents; None without).
 
     Args:
         kind, weights: of the layer, whose tensors others own; eps: of its norm; place: its number among the layers that
@@ -76,20 +77,21 @@ class DeltaLayer(nn.Module):
     def __init__(self, kind: DeltaKind, eps: float, weights: LayerWeights, place: int) -> None:
         super().__init__()
         self._kind, self._eps, self._weights, self._place = kind, eps, weights, place
-        assert isinstance(weights.qkv, Tensor), "products of a delta net are in the model's dtype"
-        assert isinstance(weights.output, Tensor), "products of a delta net are in the model's dtype"
-        self._input, self._output = weights.qkv, weights.output
+        assert weights.delta is not None
+        self.input, self.output = _linear(weights.qkv), _linear(weights.output)
+        self.expand = None if weights.delta.expand is None else _linear(weights.delta.expand)
 
     def forward(self, hidden_states: Tensor, cache_params: PrefillRow, **_: Any) -> Tensor:
         """[1, T, H] -> [1, T, H]: appends T tokens to the row."""
         past, place = cache_params, self._place
-        given = functional.linear(hidden_states[0], self._input)
+        given = self.input(hidden_states[0])
         out = self._values(given, past.before(place), (past.states[place], past.rings[place]), past.start)
-        return functional.linear(out, self._output)[None]
+        result: Tensor = self.output(out)
+        return result[None]
 
     def compile_kernels(self) -> None:
         """Compiles the kernels without a launch; those of one layer are those of all. See `graphs.in_parallel`."""
-        kind, weight = self._kind, self._input
+        kind, weight = self._kind, self.input.weight
         given, ring = weight.new_empty(1, kind.qkv), weight.new_empty(kind.kernel, kind.channels)
         state = torch.empty(kind.value_heads, kind.value_dim, kind.key_dim, device=weight.device)
         self._values(given, (state, ring), (state, ring), 0, compiles=True)
@@ -105,8 +107,8 @@ class DeltaLayer(nn.Module):
         run = partial(launch, compiles=compiles)
         mixed, out = given.new_empty(num_tokens, kind.channels), given.new_empty(num_tokens, kind.width)
         gates = given[:, kind.channels :]
-        if small.expand is not None:
-            gates = functional.linear(gates[:, : 2 * kind.rank], small.expand)
+        if self.expand is not None:
+            gates = self.expand(gates[:, : 2 * kind.rank])
         block, values = min(CHANNELS, pow2(kind.channels)), divisor(kind.value_dim, SCAN_VALUES)
         run(
             kernels.convolve_chunk, (num_tokens, triton.cdiv(kind.channels, block)),
@@ -136,3 +138,11 @@ def _rates(kind: DeltaKind, gates: Tensor) -> dict[str, Any]:
     """Constants of a kernel that reads betas, and decays behind the gates of the norm."""
     sizes = {"WIDTH": kind.qkv, "STRIDE": gates.stride(0)}
     return sizes | {"BY_CHANNEL": kind.by_channel, "BOUND": kind.bound, "ROUNDS": kind.rounds}
+
+
+def _linear(weight: Matrix) -> nn.Linear:
+    """The module of a product, with the weight as it is."""
+    assert isinstance(weight, Tensor), "products of a delta net are in the model's dtype"
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear

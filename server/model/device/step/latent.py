@@ -17,7 +17,7 @@ from server.model.device.kernels import latent
 from server.model.device.step.parts import LatentKind
 from server.model.device.step.state import RowState
 from server.model.device.step.tuning import Tuning, divisor, pow2
-from server.model.device.step.weights import DecodeShape, LayerWeights
+from server.model.device.step.weights import DecodeShape, LayerChanges, LayerWeights
 
 HEADS = 16
 """Heads of a program, the least rows of a product by tensor cores."""
@@ -30,17 +30,18 @@ class LatentAttention:
 
     Args:
         kinds: those of the model's layers.
-        rows: [B], KV row of each entry.
+        rows, adapters: [B], KV row and adapter of each entry; adapters are read if the step `is_adapted`.
         run: launches a kernel; of `DecodeStep`, as the next.
         product: multiplies all entries with a weight.
     """
 
     def __init__(
         self, shape: DecodeShape, state: RowState, tuning: Tuning, kinds: Sequence[LatentKind], rows: Tensor,
-        run: Callable[..., None], product: Callable[..., None],
+        adapters: Tensor, is_adapted: bool, run: Callable[..., None], product: Callable[..., None],
     ) -> None:  # fmt: skip
         self._shape, self._state, self._tuning = shape, state, tuning
         self._rows, self._run, self._product, self._batch = rows, run, product, len(rows)
+        self._adapters, self._is_adapted = adapters, is_adapted
         queries = max(kind.num_heads * kind.query if kind.query_rank else 0 for kind in kinds)
         heads, summed = max(kind.num_heads for kind in kinds), max(kind.summed for kind in kinds)
 
@@ -61,7 +62,8 @@ class LatentAttention:
             latents, size = queries, kind.num_heads * kind.query
             queries = self._queries[: self._batch * size].view(self._batch, size)
             weight, rows = weights.latent.queries, tuning.qkv_rows
-            self._product(latents, weights.q_norm, weight, None, None, queries, rows, eps=kind.eps)
+            change = (weights.changes or LayerChanges()).latents
+            self._product(latents, weights.q_norm, weight, None, None, queries, rows, change, kind.eps)
         heads, splits, columns = kind.num_heads, tuning.latent_splits, divisor(kind.rank, tuning.latent_columns)
         room = SHARED_BYTES // (kind.rank * memory.element_size()) - HEADS
         tile = min(tuning.latent_tile, pow2(room + 1) // 2)
@@ -73,11 +75,13 @@ class LatentAttention:
         )  # fmt: skip
         self._run(
             latent.attend_latent, (splits, triton.cdiv(heads, HEADS), self._batch),
-            queries, self._absorbed, new, weights.k_norm, weights.cos, weights.sin, self._rows, state.lengths,
-            state.table, memory, *self._parts, kind.eps, shape.scaling or kind.query**-0.5, shape.max_blocks,
+            queries, self._absorbed, new, weights.k_norm, weights.cos, weights.sin, self._rows, self._adapters,
+            state.lengths, state.table, memory, *self._parts, kind.eps, shape.scaling or kind.query**-0.5,
+            shape.max_blocks,
             **sizes, GP=HEADS, ROTARY=kind.head_dim, NEIGHBOURS=kind.pairs != "halves",
             HALVES=kind.pairs != "neighbours", SPLITS=splits, TILE=tile, BLOCK=shape.block_tokens,
-            Q_STRIDE=queries.stride(0), NEW_STRIDE=new.stride(0), num_warps=tuning.latent_warps, num_stages=2,
+            Q_STRIDE=queries.stride(0), NEW_STRIDE=new.stride(0), ADAPTED=self._is_adapted,
+            num_warps=tuning.latent_warps, num_stages=2,
         )  # fmt: skip
         self._run(
             latent.expand_values, (heads, triton.cdiv(kind.value_dim, tuning.latent_rows)),

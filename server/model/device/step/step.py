@@ -141,7 +141,8 @@ class DecodeStep:
         latents = [kind for kind in attentions if isinstance(kind, LatentKind)]
         self._latent = None
         if latents:
-            self._latent = LatentAttention(*own, latents, self.rows, self._run, self._product)
+            adapters = (self.adapters, self.options.adapted)
+            self._latent = LatentAttention(*own, latents, self.rows, *adapters, self._run, self._product)
 
     def _fits_tiles(self) -> bool:
         """Whether packed experts may go by tensor cores: a program holds a tile's activations in shared memory."""
@@ -493,12 +494,13 @@ class DecodeStep:
         product. eps of the norm, None: that of the layers."""
         num_rows, width = weight.shape
         rows = max(1, min(rows, MOST_ROW_ELEMENTS // pow2(width)))
-        lora, rank = self._shrink(x, norm, change)
+        eps = self.shape.eps if eps is None else eps
+        lora, rank = self._shrink(x, norm, change, eps)
         codes, scales, group = _codes_of(weight)
         self._run(
             trunk.product, (triton.cdiv(num_rows, rows),),
             x, x if norm is None else norm, codes, scales, x if bias is None else bias,
-            x if residual is None else residual, out, *lora, self.shape.eps if eps is None else eps, num_rows,
+            x if residual is None else residual, out, *lora, eps, num_rows,
             B=self.batch, K=width, KP=pow2(width), STRIDE=x.stride(0), BN=rows, GROUP=group, NORM=self._norm_of(norm),
             BIAS=bias is not None, RESIDUAL=residual is not None, **self._factors(out, residual),
             ADAPTED=self.options.adapted, RANK=rank,
@@ -506,18 +508,18 @@ class DecodeStep:
         )  # fmt: skip
 
     def _shrink(
-        self, x: Tensor, norm: Tensor | None, change: LowRank | None, gated: bool = False
+        self, x: Tensor, norm: Tensor | None, change: LowRank | None, eps: float = 0.0, *, gated: bool = False
     ) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
         """The first half of a product's change, lora_a · norm(x), into `low`; returns what a product's kernel takes for
-        the second half: adapters, lora_b and `low`, and the rank, 0 if the product is not changed."""
+        the second half: adapters, lora_b and `low`, and the rank, 0 if the product is not changed. eps of the norm."""
         if change is None:
             return (self.adapters, x, x), 0
         rank, width = change.b.shape[2], change.a.shape[2]
         rows = max(1, min(rank, MOST_ROW_ELEMENTS // (2 if gated else 1) // pow2(width)))
         self._run(
             trunk.shrink, (rank // rows, self.batch),
-            x, x if norm is None else norm, change.a, self.adapters, self.low, self.shape.eps,
-            K=width, KP=pow2(width), RANK=rank, BR=rows, NORM=norm is not None, GATED=gated,
+            x, x if norm is None else norm, change.a, self.adapters, self.low, eps,
+            K=width, KP=pow2(width), STRIDE=x.stride(0), RANK=rank, BR=rows, NORM=norm is not None, GATED=gated,
             num_warps=self.options.tuning.product_warps,
         )  # fmt: skip
         return (self.adapters, change.b, self.low), rank
@@ -563,7 +565,7 @@ class DecodeStep:
         out = self._rows_of(self.inner, num_rows)
         norm = self.weights.layers[layer].post_norm if mlp.norm is None else mlp.norm
         rows = max(1, min(self.options.tuning.up_rows, MOST_ROW_ELEMENTS // 2 // pow2(width)))
-        lora, rank = self._shrink(self._seen, norm, self._changes(layer).up)
+        lora, rank = self._shrink(self._seen, norm, self._changes(layer).up, self.shape.eps)
         self._run(
             trunk.gated_product, (triton.cdiv(num_rows, rows),),
             self._seen, mlp.up if norm is None else norm, mlp.up, out, *lora, self.shape.eps, num_rows,
@@ -593,7 +595,7 @@ def _packed_tile(words: int, run_words: int, rows: int) -> tuple[int, int, int]:
 def _most_rank(weights: LayerWeights) -> int:
     """The largest rank by which adapters change a product of the layer; 0: none does."""
     changes = weights.changes or LayerChanges()
-    products = (changes.qkv, changes.output, changes.up, changes.down, changes.expert)
+    products = (changes.qkv, changes.latents, changes.output, changes.up, changes.down, changes.expert)
     return max((one.b.shape[2] for one in products if one is not None), default=0)
 
 

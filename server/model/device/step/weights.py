@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from expert_store.adapter import Changes
 from expert_store.encoding import RowEncoding
 from server.model.device.step.parts import (
     PLAIN_EXPERT,
@@ -205,14 +206,15 @@ class LowRank:
 
 @dataclass(frozen=True)
 class LayerChanges:
-    """The changes of a layer by adapters, beside those of its norms: of its products; one more expert, which every
-    token has; of the gate's logits, delta [adapters, E, H]; and the factors of the experts' weights, gains
-    [1 + adapters, E] fp32, whose first row is ones.
+    """The changes of a layer by adapters, beside those of its norms: of its products, `latents` being that of queries
+    (MLA) or of a delta net's gate and decays; one more expert, which every token has; of the gate's logits, delta
+    [adapters, E, H]; and the factors of the experts' weights, gains [1 + adapters, E] fp32, whose first row is ones.
 
     None: no adapter changes it, or the layer has no such part.
     """
 
     qkv: LowRank | None = None
+    latents: LowRank | None = None
     output: LowRank | None = None
     up: LowRank | None = None
     down: LowRank | None = None
@@ -374,10 +376,15 @@ def _tensors(part: Any, but: tuple[str, ...] = ()) -> Iterator[Tensor]:
 @dataclass(frozen=True)
 class AdaptedTrunk:
     """The trunk with adapters, which share its other tensors: the final norm is [1 + adapters, H], and all layers have
-    `changes`. `names[n]` is the name of adapter n + 1."""
+    `changes`. `names[n]` is the name of adapter n + 1.
+
+    `by_module[n]` has its changes as the modules of the served model take them in prompts, whose matrices are views of
+    those in `weights`.
+    """
 
     names: tuple[str, ...]
     weights: TrunkWeights
+    by_module: tuple[Changes, ...]
 
     def index(self, name: str | None) -> int:
         """The number of an adapter, from 1 on; 0 for none."""

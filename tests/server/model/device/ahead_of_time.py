@@ -36,6 +36,7 @@ from server.model.device.step.weights import (
     DeltaWeights,
     LatentWeights,
     LayerChanges,
+    LayerKind,
     LayerWeights,
     LowRank,
     Matrix,
@@ -204,6 +205,8 @@ CASES = {
     "tiny, few slots": Case(TINY, 3, (_ALL, (5, True, 0.0, "lru"))),
     "tiny, every kind": Case(EVERY_KIND, 6, (_PLAIN, (2, True, 0.1, "lfu"))),
     "tiny, every kind, adapted": Case(EVERY_KIND, 6, ((1, True, 0.1, "lru"), (2, True, 0.0, "lru")), rank=16),
+    "tiny, latents, adapted": Case(LATENTS, 6, ((1, True, 0.0, "lru"), (2, True, 0.0, "lru")), rank=16),
+    "tiny, delta nets, adapted": Case(DELTAS, 6, ((1, True, 0.0, "lru"), (2, True, 0.0, "lru")), rank=16),
     "qwen3, adapted": Case(QWEN3, 32, ((1, True, 0.0, "lru"), (8, True, 0.0, "lru")), rank=64),
     "qwen2, adapted": Case(QWEN2, 15, ((1, True, 0.0, "lru"), (8, True, 0.0, "lru")), rank=256),
     "bundled": Case(BUNDLED, 16, ((1, True, 0.0, "lru"), (32, False, 0.0, "lru"))),
@@ -272,8 +275,12 @@ def trunk(shape: DecodeShape, rank: int = 0) -> TrunkWeights:
         norms = dict.fromkeys(("norm", "after"), matrix(shape.hidden)) if shape.router.own_norm else {}
         return MlpWeights(matrix(2 * inner, shape.hidden), matrix(shape.hidden, inner), switch, **norms)
 
-    def changes(heads: int, qkv: int, inner: int) -> LayerChanges:
-        sizes = {"qkv": (shape.hidden, qkv), "output": (heads, shape.hidden)}
+    def changes(attention: LayerKind, inner: int) -> LayerChanges:
+        sizes = {"qkv": (shape.hidden, attention.qkv), "output": (attention.width, shape.hidden)}
+        if isinstance(attention, LatentKind) and attention.query_rank:
+            sizes["latents"] = (attention.query_rank, attention.num_heads * attention.query)
+        if isinstance(attention, DeltaKind) and attention.rank:
+            sizes["latents"] = (2 * attention.rank, attention.gates)
         if inner:
             sizes |= {"up": (shape.hidden, 2 * inner), "down": (inner, shape.hidden)}
         low = {
@@ -317,7 +324,7 @@ def trunk(shape: DecodeShape, rank: int = 0) -> TrunkWeights:
             latent=latent_weights(attention) if isinstance(attention, LatentKind) else None,
             delta=delta_weights(attention) if isinstance(attention, DeltaKind) else None,
             mlp=mlp(inner) if inner else None,
-            changes=changes(attention.width, attention.qkv, inner) if rank else None,
+            changes=changes(attention, inner) if rank else None,
             expert_factors=None if shape.router.expert_factors is None else bias,
             factor=torch.empty(1, dtype=shape.dtype, device="meta") if shape.router.own_norm else None,
             **dict.fromkeys(more if shape.router.own_norm else (), matrix(shape.hidden)),

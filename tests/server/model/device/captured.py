@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from expert_store.adapter import Adapter
 from expert_store.encoding import RowEncoding
 from expert_store.paging.pages import DevicePages, PagesShape
 from expert_store.rows import RowFields, decode_rows, pack_rows, unpack_rows
 from router.gating import RouterCall, find_gating_rule
+from server.model.device.capture.adapters import adapted_trunk, check_adapters
 from server.model.device.capture.modules import moe_blocks
 from server.model.device.capture.pack import decode_shape, pack_trunk
 from server.model.device.step.state import RowState
@@ -105,19 +108,23 @@ def build(
     policy: Any = "lru",
     packed: tuple[tuple[RowEncoding, RowEncoding], Tensor] | None = None,
     block_tokens: int = BLOCK_TOKENS,
+    max_tokens: int = MAX_TOKENS,
+    tuning: Tuning = TUNING,
+    adapters: Mapping[str, Adapter] | None = None,
     **options: Any,
 ) -> DecodeStep:
     """A step of the model in `dtype`, its experts in so many slots a layer (all), the first ones resident.
 
     Args:
         packed: encodings of the experts and their spans [L, E, words], which stand for the model's.
-        block_tokens: of KV memory; a few tokens cross its borders.
+        adapters: that entries of the step may have.
+        block_tokens, max_tokens: of KV memory; a few tokens cross the borders of blocks.
     """
     other = copy.deepcopy(model).to(dtype).to(DEVICE)
     experts = moe_blocks(model)[0][1].experts
     intermediate = experts.down_proj.shape[-2 if experts.is_transposed else -1]
     encodings, spans = (None, spans_of(model, dtype)) if packed is None else packed
-    shape = decode_shape(other, intermediate=intermediate, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS, packed=encodings)
+    shape = decode_shape(other, intermediate=intermediate, max_rows=MAX_ROWS, max_tokens=max_tokens, packed=encodings)
     shape = replace(shape, block_tokens=block_tokens)
     if DEVICE == "cuda":
         spans = spans.pin_memory()
@@ -127,7 +134,12 @@ def build(
     pages = DevicePages(pages_shape, spans, device=DEVICE, policy=policy)
     pages.seed(torch.arange(slots).expand(layers, slots))
     state = RowState(shape, DEVICE)
-    return DecodeStep(shape, pack_trunk(other, shape), pages, state, batch, StepOptions(tuning=TUNING, **options))
+    weights = pack_trunk(other, shape)
+    if adapters is not None:
+        check_adapters(other, adapters)
+        weights = adapted_trunk(other, shape, weights, adapters).weights
+        options |= {"masked": True, "adapted": True}
+    return DecodeStep(shape, weights, pages, state, batch, StepOptions(tuning=tuning, **options))
 
 
 def run(step: DecodeStep, tokens: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,11 @@ from dataclasses import replace
 from typing import Any
 
 from expert_store.paging.pages import DevicePages, PagesShape
+from server.model.device.step.parts import AttentionKind, DeltaKind, LatentKind
 from server.model.device.step.state import RowState
 from server.model.device.step.step import DecodeStep
 from server.model.device.step.tuning import StepOptions
+from server.model.device.step.weights import DecodeShape
 from tests.server.model.device import ahead_of_time
 from tests.server.model.device.ahead_of_time import BUNDLED, Ahead, trunk
 
@@ -25,6 +27,11 @@ OPERATION = re.compile(
 )
 SHAPE = replace(
     BUNDLED, max_rows=8, shared_intermediate=128, dense_layers=frozenset({0}), dense_intermediate=256, qk_norm="head"
+)
+SHAPES = (
+    SHAPE,
+    replace(SHAPE, attentions=(LatentKind(4, 128, 64, 32, 64, 128),) * 8),
+    replace(SHAPE, attentions=(DeltaKind(4, 4, 64, 64, 4), AttentionKind(4, 2, 64, 64, 64)) * 4),
 )
 
 
@@ -38,23 +45,23 @@ class Recorded(DecodeStep):
         self.compiled.append((kernel.fn.__name__, OPERATION.findall(made.asm["ptx"])))
 
 
-def compiled(adapted: bool) -> list[tuple[str, list[str]]]:
+def compiled(shape: DecodeShape, adapted: bool) -> list[tuple[str, list[str]]]:
     """(kernel, its operations) of a masked step of eight rows, without the kernels that only adapters have.
 
     In a step of one row, that one has the adapter.
     """
     sizes = PagesShape(
-        SHAPE.num_moe_layers,
-        SHAPE.num_experts,
-        SHAPE.top_k,
-        SHAPE.num_experts,
-        SHAPE.span_elements,
+        shape.num_moe_layers,
+        shape.num_experts,
+        shape.top_k,
+        shape.num_experts,
+        shape.span_elements,
         8,
-        SHAPE.span_dtype,
+        shape.span_dtype,
     )
     pages = DevicePages(sizes, None, device="meta")
     options = StepOptions(masked=True, adapted=adapted)
-    step = Recorded(SHAPE, trunk(SHAPE, 16 if adapted else 0), pages, RowState(SHAPE, "meta"), 8, options)
+    step = Recorded(shape, trunk(shape, 16 if adapted else 0), pages, RowState(shape, "meta"), 8, options)
     step.compiled = []
     step.compile()
     return [(name, operations) for name, operations in step.compiled if name != "shrink"]
@@ -69,10 +76,11 @@ def main() -> int:
     ahead: Any = Ahead(90)
     ahead_of_time.driver.set_active(ahead)
     failed = 0
-    for (name, plain), (_, adapted) in zip(compiled(False), compiled(True), strict=True):
-        is_kept = keeps(plain, iter(adapted))
-        failed += not is_kept
-        print(f"{name}: {len(plain)} operations {'kept' if is_kept else 'IN ANOTHER ORDER'}", flush=True)
+    for shape in SHAPES:
+        for (name, plain), (_, adapted) in zip(compiled(shape, False), compiled(shape, True), strict=True):
+            is_kept = keeps(plain, iter(adapted))
+            failed += not is_kept
+            print(f"{name}: {len(plain)} operations {'kept' if is_kept else 'IN ANOTHER ORDER'}", flush=True)
     return failed
 
 

@@ -168,10 +168,10 @@ def test_a_chunk_that_failed_leaves_the_state_as_it_was(
     assert distance(got.double().cpu(), logits_of(family, tokens)[-1]) < 2e-5
 
 
-def test_adapters_beside_delta_nets_are_refused_by_name(family: str) -> None:
-    check_adapters(model_of(family), {})
-    with pytest.raises(NotCapturableError, match="no adapters beside delta nets: the host-driven path carries it"):
-        check_adapters(model_of(family), {"terse": Adapter("", 2, 8, {})})
+def test_a_change_of_a_delta_nets_own_norm_is_refused_by_name() -> None:
+    changes = {"model.layers.0.linear_attn.norm": {"scale": torch.zeros(16)}}
+    with pytest.raises(NotCapturableError, match=r"terse changes model\.layers\.0\.linear_attn\.norm \(scale\)"):
+        check_adapters(model_of("qwen3_next"), {"terse": Adapter("", 2, 8, changes)})
 
 
 def test_a_gated_norm_is_what_it_computes() -> None:
