@@ -352,7 +352,7 @@ def pack_trunk(model: Any, shape: DecodeShape, eight_bits: EightBits | None = No
 def packed_trunk_bytes(model: Any, weights: TrunkWeights) -> int:
     """Bytes of a model's trunk and of its packed `weights`, which stand for the products of delta nets."""
     nets = (layer.attention for layer in layers_of(model) if isinstance(layer.attention, DeltaNet))
-    replaced = {id(product.weight) for net in nets for product in net.projections[:-1]}
+    replaced = {id(product.weight) for net in nets for product in (*net.projections[:-1], *net.expands)}
     held = {id(tensor): tensor for tensor in (*model.parameters(), *weights.tensors)}
     return sum(tensor.nbytes for key, tensor in held.items() if key not in replaced)
 

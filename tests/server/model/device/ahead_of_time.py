@@ -182,7 +182,7 @@ LING = replace(
     ),
     shared_intermediate=768, router=replace(GLM4.router, groups=8, kept_groups=4, scale=2.5),
 )  # fmt: skip
-"""Ling 3 Flash."""
+"""Ling 3 Flash, which keeps its convolutions in fp32."""
 PHIMOE = replace(
     QWEN3, num_layers=2, num_kv_heads=8, hidden=4096, vocab=32064, num_experts=16, top_k=2, intermediate=6400,
     qk_norm="none", norm="layer", router=RouterKind(renormalise=False, tolerance=0.02),
@@ -264,6 +264,9 @@ def trunk(shape: DecodeShape, rank: int = 0) -> TrunkWeights:
     def matrix(*size: int) -> Tensor:
         return torch.empty(size, dtype=shape.dtype, device="meta")
 
+    def in_fp32(*size: int) -> Tensor:
+        return torch.empty(size, device="meta")
+
     def linear(rows: int, columns: int) -> Matrix:
         if shape.packed is None or shape.packed[0].codes != "fp8":
             return matrix(rows, columns)
@@ -300,11 +303,10 @@ def trunk(shape: DecodeShape, rank: int = 0) -> TrunkWeights:
         return LatentWeights(expand, matrix(kind.num_heads * kind.query, kind.query_rank) if has_latent else None)
 
     def delta_weights(kind: DeltaKind) -> DeltaWeights:
-        norm = torch.empty(kind.value_dim, device="meta") if kind.sigmoid else matrix(kind.value_dim)
-        return DeltaWeights(
-            matrix(kind.kernel, kind.channels), norm, torch.empty(kind.value_heads, device="meta"),
-            torch.empty(kind.decays, device="meta"), matrix(kind.gates, 2 * kind.rank) if kind.rank else None,
-        )  # fmt: skip
+        conv = (in_fp32 if kind.bound else matrix)(kind.kernel, kind.channels)
+        norm = (in_fp32 if kind.sigmoid else matrix)(kind.value_dim)
+        expand = matrix(kind.gates, 2 * kind.rank) if kind.rank else None
+        return DeltaWeights(conv, norm, in_fp32(kind.value_heads), in_fp32(kind.decays), expand)
 
     def layer(at: int) -> LayerWeights:
         dense, attention = at in shape.dense_layers, shape.attention(at)
