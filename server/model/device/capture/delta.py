@@ -21,7 +21,8 @@ from server.model.device.step.weights import DeltaWeights
 
 
 def delta_kind(net: DeltaNet, config: Any, where: str) -> DeltaKind:
-    """The sizes of a delta net. Raises NotCapturableError for one whose products, norm or convolution are others."""
+    """The sizes and parts of a delta net. Raises NotCapturableError for one whose products, convolution, norm or decays
+    are others."""
     where = f"{where}: delta net"
     kind = _kind(net, where)
     *products, output = net.projections

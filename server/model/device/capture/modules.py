@@ -38,7 +38,7 @@ _DELTA_PRODUCTS = (("in_proj_qkvz", "in_proj_ba"), ("in_proj_qkv", "in_proj_z", 
 _FORGET = "forget_gate"
 """The module of a delta net's decays, where it has one."""
 _FORGET_PRODUCTS = {"f_proj": ("g_proj",), "f_a_proj": ("g_a_proj", "g_b_proj")}
-"""Products of the norm's gate, with a latent between or without, by the first product of the decays."""
+"""The products of the norm's gate by the decays' first product: one, or one to a latent and one of it."""
 _MLP = (("gate_proj", "up_proj"), ("gate_up_proj",), ("input_linear",))
 _DOWN = ("down_proj", "output_linear")
 
