@@ -69,6 +69,12 @@ def test_a_row_that_sits_out_keeps_its_state(family: str) -> None:
     assert distance(got[:, 1], wanted[2:3, 1]) < 2e-5
 
 
+def test_a_state_that_decays_by_channel_agrees_with_float64() -> None:
+    model = model_of("kimi_linear")
+    got, _ = run(build(model, torch.float32, batch=1), TOKENS[:2, :1], [3])
+    assert distance(got, Reference(model).logits(TOKENS[:2, :1])) < 2e-5
+
+
 @pytest.mark.exhaustive
 def test_products_by_tensor_cores_agree_with_float64_too(family: str) -> None:
     """As those of a server of many rows are."""
