@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.choosing.adapters_figure import results_of
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
 PERFORMANCE = "docs/performance.md"
@@ -104,8 +106,7 @@ def test_the_table_of_packed_steps_is_that_of_its_results() -> None:
 
 def test_the_table_of_adapters_is_that_of_its_results() -> None:
     rows = _rows("rate of learning had fallen", "docs/selection.md")
-    (sweep,) = (run["results"] for run in _read("adapt")["runs"] if run["name"] == "sweep")
-    pools = {one["name"]: one for one in sweep if one["part"] == "pools"}
+    pools = {name: one for name, one in results_of("sweep", "tiny-moe-standard").items() if one["part"] == "pools"}
     (without,) = {tuple(f"{case['mean_ratio']:.3f}" for case in one["cases"]) for one in pools.values()}
     assert rows["none"] == ["–", *without]
     told = {row.split(":")[0].strip("`"): cells for row, cells in rows.items() if row.startswith("`")}
@@ -117,7 +118,7 @@ def test_the_table_of_adapters_is_that_of_its_results() -> None:
 
 def test_the_table_of_questions_with_adapters_is_that_of_its_results() -> None:
     rows = _rows("4,096 held-out tokens of the kind", "docs/selection.md")
-    without, *plans = _read("adapt_plans_cpu")["results"]
+    without, *plans = results_of("plans on a CPU", "tiny-moe-standard").values()
     assert without["part"] == "none"
     assert len(rows) == 1 + len(plans)
     for plan in plans:

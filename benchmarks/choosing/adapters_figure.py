@@ -28,8 +28,7 @@ LABELS = {
 
 def main() -> None:
     """Draw loss and ratios of the pools' trainings against tokens."""
-    runs = json.loads((RESULTS / "adapt.json").read_text())["runs"]
-    trained = {one["name"]: one for run in runs if "sweep" in run["name"] for one in run["results"]}
+    trained = results_of("sweep", "tiny-moe-standard")
     first = json.loads((RESULTS / "adapt_standard_cpu.json").read_text())
     figure = Figure(figsize=(15, 4.4), layout="constrained")
     losses, *ratios = figure.subplots(1, 4)
@@ -46,6 +45,13 @@ def main() -> None:
         axes.axhline(wanted, color="black", linestyle=":")
         axes.set(xlabel="million tokens trained", title=f"ratio, {float(share):.4g} kept (dotted: aim)")
     figure.savefig(REPOSITORY / "docs" / "figures" / "adapters.png", dpi=100)
+
+
+def results_of(run: str, checkpoint: str) -> dict[str, dict[str, Any]]:
+    """The results of a run of `benchmarks.adapt` on a checkpoint, by the names of their jobs."""
+    runs = json.loads((RESULTS / "adapt.json").read_text())["runs"]
+    own = [one for one in runs if (one["name"], one["checkpoint"]) == (run, checkpoint)]
+    return {result["name"]: result for one in own for result in one["results"]}
 
 
 def _draw(axes: Axes, one: dict[str, Any], label: str, values: list[float]) -> None:

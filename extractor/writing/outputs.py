@@ -53,15 +53,18 @@ def shard_indices(existing: Manifest | None, num_deep_experts: int) -> list[int]
 
 def shard_output(layout: ExpertsLayout, index: int, experts: tuple[int, ...]) -> OutputFile:
     """The shard of deep expert `index`."""
-    shard = ShardLayout(layout.layers, index, experts)
+    return shard_file(ShardLayout(layout.layers, index, experts), layout.span)
+
+
+def shard_file(shard: ShardLayout, span: Callable[[int, int], Iterator[Piece]]) -> OutputFile:
+    """A shard, the bytes of whose spans are those of `span(layer, expert)`."""
 
     def pieces() -> Iterator[Piece]:
-        for layer, expert in enumerate(experts):
-            yield from layout.span(layer, expert)
+        for layer, expert in enumerate(shard.experts):
+            yield from span(layer, expert)
 
-    return OutputFile(
-        shard_name(index), shard.file_bytes, shard.header, pieces, (*shard.span_offsets, shard.file_bytes)
-    )
+    cuts = (*shard.span_offsets, shard.file_bytes)
+    return OutputFile(shard_name(shard.index), shard.file_bytes, shard.header, pieces, cuts)
 
 
 def trunk_outputs(

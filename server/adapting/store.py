@@ -37,7 +37,7 @@ from extractor.checkpoint.tensor_file import ConvertedPiece, CopiedPiece, Piece,
 from extractor.errors import DiskFullError, TargetError
 from extractor.planning.sizes import format_size
 from extractor.writing.disk import DISK_MARGIN_BYTES, free_bytes
-from extractor.writing.outputs import OutputFile
+from extractor.writing.outputs import OutputFile, shard_file
 from extractor.writing.pipeline import stream
 from server.model.seam.changed import changed, read_experts
 
@@ -135,12 +135,11 @@ class TrainedStore:
         return OutputFile(file.name, file.bytes, b"", lambda: iter((CopiedPiece(entry, 0, file.bytes),)))
 
     def _shard(self, shard: ShardLayout, changes: Changes) -> OutputFile:
-        def pieces() -> Iterator[Piece]:
-            for spec, expert in zip(self.layers, shard.experts, strict=True):
-                yield ConvertedPiece(spec.span_bytes, partial(self._span, spec, expert, changes))
+        def span(layer: int, expert: int) -> Iterator[Piece]:
+            spec = self.layers[layer]
+            yield ConvertedPiece(spec.span_bytes, partial(self._span, spec, expert, changes))
 
-        cuts = (*shard.span_offsets, shard.file_bytes)
-        return OutputFile(shard_name(shard.index), shard.file_bytes, shard.header, pieces, cuts)
+        return shard_file(shard, span)
 
     def _span(self, spec: LayerSpec, expert: int, changes: Changes) -> memoryview:
         """The bytes of an expert of a layer with its change."""

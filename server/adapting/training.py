@@ -31,6 +31,7 @@ from server.adapting.parameters import Parameters
 from server.adapting.target import Target, drawn_pools
 from server.model.runner import SelectiveModel
 from server.model.seam.adapters import Part
+from server.model.seam.changed import copied_bytes
 from server.quality.text_loss import geometric_mean
 
 log = logging.getLogger(__name__)
@@ -52,8 +53,12 @@ EAGER_CALLS = 3
 """Calls before a capture, in which libraries allocate what they keep."""
 STEP_COST = 4.0
 """A step takes about so many times as long as the teacher's pass over its tokens."""
-KEPT_VECTORS, KEPT_LOGITS = 24, 6
-"""Hidden vectors a layer, and copies of the logits, that a step keeps about for each token."""
+STATE_BYTES, UPDATE_BYTES = 16, 4
+"""Bytes of a trained number, its gradient and the optimiser's two means, and those that an update takes meanwhile."""
+LOSS_COPIES = 5
+"""Copies of the logits in float32 while the divergence of `DIVERGENCE_ROWS` sequences is computed."""
+PICK_VECTORS = 4
+"""Vectors of each pick of an expert in a layer's backward pass: inputs, gradients, and those of both."""
 
 
 @dataclass(frozen=True)
@@ -258,17 +263,46 @@ class Training:
         }
 
     def forecast(self) -> tuple[float, int]:
-        """Seconds and bytes (beside the model) that the training takes about; runs a batch to measure the time."""
+        """Seconds and bytes (beside the model) that the training takes about; runs a few batches to measure them."""
         ids = self._text[: self._rows]
         with torch.no_grad():
             self._teach(ids)
             started = time.monotonic()
             self._teach(ids).sum().item()
         seconds = STEP_COST * (time.monotonic() - started) / ids.numel() * self.options.tokens
-        config = self.model.model.config.get_text_config()
-        of_layers = KEPT_VECTORS * config.hidden_size * config.num_hidden_layers * self.model.dtype.itemsize
-        of_parameters = 16 * sum(one.numel() for one in self._named.values())
-        return seconds, of_parameters + ids.numel() * (of_layers + KEPT_LOGITS * 4 * self.model.vocab_size)
+        return seconds, self._forecast_bytes()
+
+    def _forecast_bytes(self) -> int:
+        """Bytes at the fullest moment of a step, beside the model; runs forwards of one and two sequences."""
+        one, two = self._kept_bytes(1), self._kept_bytes(2)
+        tokens, itemsize = self._rows * self._text.shape[1], self.model.dtype.itemsize
+        of_rows = min(self._rows, DIVERGENCE_ROWS) * self._text.shape[1]
+        divergence = self.model.vocab_size * (2 * tokens * itemsize + LOSS_COPIES * of_rows * 4)
+        hidden_size = int(self.model.model.config.get_text_config().hidden_size)
+        backward = PICK_VECTORS * tokens * self.model.store.manifest.model.top_k * hidden_size * itemsize
+        step = one + (self._rows - 1) * (two - one) + max(divergence, backward)
+        num_parameters = sum(parameter.numel() for parameter in self._named.values())
+        held = self._text.nbytes + copied_bytes(self.model.model) + STATE_BYTES * num_parameters
+        return held + max(step, UPDATE_BYTES * num_parameters)
+
+    def _kept_bytes(self, rows: int) -> int:
+        """Bytes that the loss of so many sequences keeps for its gradient, beside weights and parameters."""
+        weights = [*self.model.model.parameters(), *self._named.values()]
+        weights += [one for pool in self.model.cache.pools for one in pool.params.values()]
+        known = {one.untyped_storage().data_ptr() for one in weights}
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        inputs = torch.zeros_like(self._inputs[:1]).expand(rows, -1).clone()
+        inputs[:, 2] = self.model.store.manifest.model.num_experts
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            self._loss_of(inputs)
+        return sum(kept.values())
 
     def held_out(self, adapter: str | None = TRAINED) -> dict[str, float]:
         """Perplexity of held-out text under the target's masks ÷ that of the whole model, by share of the experts."""
@@ -328,8 +362,19 @@ class Training:
 
     def _add_gradients(self) -> None:
         """Add the gradients and the loss of the sequences that `_inputs` names."""
+        loss = self._loss_of(self._inputs)
+        torch.autograd.backward(loss)
+        self._loss += loss.detach()
+
+    def _loss_of(self, inputs: Tensor) -> Tensor:
+        """The loss of B sequences, differentiable by the parameters.
+
+        Args:
+            inputs: [B, 6]: number of the sequence, number of its domain, experts of its pool, weight of its own demand
+                in the choice of these, tokens before its mask, weight of each masked token's divergence.
+        """
         routing, length = self.model.routing, self._text.shape[1]
-        at, domain, counts, mixture, starts, weight = self._inputs.unbind(dim=1)
+        at, domain, counts, mixture, starts, weight = inputs.unbind(dim=1)
         ids = self._text[at.long()]
         with torch.no_grad():
             teacher = self._teach(ids)
@@ -342,11 +387,9 @@ class Training:
         routing.begin_tokens(len(ids), length, table, [Part(self.parameters, None, share)])
         try:
             student = self.model.model(input_ids=ids, use_cache=False).logits
-            loss = divergence(teacher, student, is_masked * weight[:, None].float())
-            torch.autograd.backward(loss)
         finally:
             routing.abandon()
-        self._loss += loss.detach()
+        return divergence(teacher, student, is_masked * weight[:, None].float())
 
     def _change_parameters(self) -> None:
         torch.nn.utils.clip_grad_norm_(self._named.values(), CLIPPED_NORM, foreach=True)

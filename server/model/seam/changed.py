@@ -80,6 +80,12 @@ def changed_experts(model: SelectiveModel, kept: Kept, changes: Changes) -> Iter
             layer.batched = forward
 
 
+def copied_bytes(model: nn.Module) -> int:
+    """Bytes of the copies of experts that `changed_experts` holds; 0 outside."""
+    layers = [getattr(module, LAYER_ATTRIBUTE).batched for module in experts_modules(model).values()]
+    return sum(layer.copied_bytes for layer in layers if isinstance(layer, _Layer))
+
+
 class _Layer:
     """The forward of a layer's experts, with changes or without."""
 
@@ -93,6 +99,11 @@ class _Layer:
     ) -> None:
         self._adapters, self._layer, self._without = model.routing.adapters, layer, layer.batched
         self._base, self._changes, self._places = base, changes, places
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the experts as they were."""
+        return sum(value.nbytes for value in self._base.values())
 
     def __call__(self, module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         if not self._adapters.is_on:

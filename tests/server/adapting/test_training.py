@@ -1,24 +1,30 @@
 """Training of adapters: the loss falls, held-out text is measured, and an interrupted run ends with the same bits."""
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from expert_store.errors import AdapterError
 from expert_store.store import Store
 from router.mask import ExpertMask
 from server.adapting.corpus import Corpus, read_corpus
 from server.adapting.generation import write_texts
-from server.adapting.parameters import make_parameters
+from server.adapting.parameters import expert_parameters, make_parameters
 from server.adapting.run import AdaptRequest, adapt
 from server.adapting.target import Target, drawn_pools, most_wanted
 from server.adapting.training import DIVERGENCE_ROWS, Training, TrainingOptions, divergence, usual_batch
 from server.model.host.assembly import HostModel, load_model
 from server.model.runner import RunnerOptions
+from server.model.seam.changed import changed_experts
 from server.quality.texts import Domain, TextOptions, TextsError
 
 OPTIONS = TrainingOptions(tokens=12 * 64, batch_tokens=64, rate=2e-2, measures=2)
@@ -170,3 +176,44 @@ def test_a_run_of_other_work_is_not_continued(model: HostModel, stories: Path, t
 
 def test_a_training_makes_about_300_steps_of_sizes_that_a_machine_likes() -> None:
     assert [usual_batch(tokens) for tokens in (10_000, 1_500_000, 60_000_000)] == [1024, 5000, 16384]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make, and the most that were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most, self._now, self._alive = 0, 0, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._alive:
+                storage = tensor.untyped_storage()
+                self._alive.add(storage._cdata)
+                self._now += storage.nbytes()
+                weakref.finalize(storage, self._end, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self._now)
+        return result
+
+    def _end(self, key: int, num_bytes: int) -> None:
+        self._alive.discard(key)
+        self._now -= num_bytes
+
+
+@pytest.mark.parametrize(("rank", "trains_experts"), [(4, False), (4, True), (0, True)])
+def test_the_memory_that_is_forecast_is_what_a_training_takes(
+    model: HostModel, rank: int, trains_experts: bool
+) -> None:
+    mask, kept = ExpertMask.same_in_every_layer([1, 4, 5, 6], 2, 8), [[1, 4, 5, 6]] * 2 if trains_experts else []
+    found = corpus(model)
+    options = replace(OPTIONS, tokens=384, batch_tokens=384)
+    with LiveBytes() as live:
+        parameters = make_parameters(model, rank, 0, 8)
+        parameters |= expert_parameters(model, kept, rank, 0) if trains_experts else {}
+        with changed_experts(model, kept, parameters):
+            training = Training(model, Target(mask=mask), found, parameters, options, {})
+            _, forecast = training.forecast()
+            live.most = 0
+            training.run(None, last=1)
+    assert 0.85 * live.most < forecast < 1.15 * live.most
