@@ -36,6 +36,7 @@ import json
 import math
 import os
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,7 +45,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Self
 
@@ -456,10 +457,19 @@ _work: Work
 
 
 def _start(run: Run, arguments: argparse.Namespace, environment: Row) -> None:
-    """Make the process's own work."""
+    """Make the process's own work; a process of the pool ends if the one that started it is killed."""
     global _work
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
     torch.set_num_threads(arguments.threads)
     _work = Work(run, arguments, environment)
+
+
+def _end_after(parent: Any) -> None:
+    """End this process after its parent, whatever it is doing: it would keep its memory on the device."""
+    parent.join()
+    os._exit(1)
 
 
 def _do(job: Job) -> Row:

@@ -199,7 +199,12 @@ def store_adapters(root: Path, manifest: Manifest) -> dict[str, Adapter]:
 def find_adapter(root: Path, manifest: Manifest, name: str) -> Adapter:
     """The adapter `name` of the store at `root`, else the one in the file of that path. Raises AdapterError."""
     found = store_adapters(root, manifest)
-    return found[name] if name in found else Adapter.read(Path(name))
+    if name in found:
+        return found[name]
+    if not Path(name).exists():
+        have = ", ".join(found) or "none"
+        raise AdapterError(f"{name} is no adapter of the store, which has {have}, and no file: name one of them")
+    return Adapter.read(Path(name))
 
 
 def made_for(adapters: Mapping[str, Adapter], allowed: npt.NDArray[np.bool_]) -> str | None:

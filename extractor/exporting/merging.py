@@ -92,8 +92,8 @@ class Merging:
         added = next((module for module, parts in self._changes.items() if "down" in parts), None)
         if added is not None:
             raise UnsupportedFamilyError(
-                f"the adapter adds an expert to {added}, which {self._family!r} has no place for: export without the "
-                "adapter, or train one with --shared-width 0"
+                f"the adapter adds an expert to {added}, which {self._family!r} has no place for: train one with "
+                "--shared-width 0, or export without it, if the experts were not trained with it"
             )
         left = {f"{module}.{part}" for module, parts in self._changes.items() for part in parts} - self._merged
         if left:

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from expert_store.integrity import verify_files
-from expert_store.manifest import Manifest, ModelSpec, format_ids, read_manifest
+from expert_store.manifest import (
+    AdapterFile,
+    DeepExpert,
+    Manifest,
+    ModelSpec,
+    TrunkFile,
+    format_ids,
+    read_manifest,
+)
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.errors import MismatchError
 from extractor.writing.outputs import OutputFile, all_trunk_outputs, shard_output
@@ -95,8 +103,9 @@ def _difference(store: ModelSpec, checkpoint: ModelSpec) -> str:
 
 
 def compared_bytes(manifest: Manifest) -> int:
-    """The approximate number of bytes that `verify_store` and `verify_against` each read."""
-    return sum(deep.bytes for deep in manifest.deep_experts) + sum(file.bytes for file in manifest.trunk)
+    """The number of bytes that `verify_store` reads; `verify_against` reads about as many without the adapters'."""
+    files: list[DeepExpert | TrunkFile | AdapterFile] = [*manifest.deep_experts, *manifest.trunk, *manifest.adapters]
+    return sum(file.bytes for file in files)
 
 
 def _outputs(manifest: Manifest, layout: ExpertsLayout) -> list[OutputFile]:

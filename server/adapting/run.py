@@ -23,6 +23,7 @@ from safetensors.torch import save
 from expert_store.adapter import Adapter, Changes
 from expert_store.errors import AdapterError
 from expert_store.files import replacing
+from expert_store.residency.pinned import free_host_bytes
 from extractor.statistics.price import Price
 from server.adapting.corpus import Corpus, read_corpus
 from server.adapting.generation import write_texts
@@ -152,6 +153,12 @@ def _trained(
             f"{training.num_steps} steps: about {seconds / 60:.0f} minutes, and about {num_bytes / 2**20:,.0f} MiB "
             "beside the model"
         )
+        free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else free_host_bytes()
+        if free is not None and num_bytes > free:
+            say(
+                f"WARNING: {free / 2**20:,.0f} MiB are free, so the system may end the run: give fewer --batch-tokens, "
+                "a smaller --rank, or --shared-width"
+            )
     before = training.held_out(None)
     say(f"held-out perplexity ÷ the whole model's, without the adapter: {_shown(before)}")
     said = len(training.done.ratios)

@@ -274,28 +274,24 @@ class Training:
 
     def _forecast_bytes(self) -> int:
         """Bytes at the fullest moment of a step, beside the model; runs forwards of one and two sequences."""
-        one, two = self._kept_bytes(1), self._kept_bytes(2)
+        of_sequence = self._kept_bytes(2) - self._kept_bytes(1)
         tokens, itemsize = self._rows * self._text.shape[1], self.model.dtype.itemsize
         of_rows = min(self._rows, DIVERGENCE_ROWS) * self._text.shape[1]
         divergence = self.model.vocab_size * (2 * tokens * itemsize + LOSS_COPIES * of_rows * 4)
         hidden_size = int(self.model.model.config.get_text_config().hidden_size)
         backward = PICK_VECTORS * tokens * self.model.store.manifest.model.top_k * hidden_size * itemsize
-        step = one + (self._rows - 1) * (two - one) + max(divergence, backward)
+        experts = copied_bytes(self.model.model)  # as they were; the step has them as they are, too
+        step = experts + self._rows * of_sequence + max(divergence, backward)
         num_parameters = sum(parameter.numel() for parameter in self._named.values())
-        held = self._text.nbytes + copied_bytes(self.model.model) + STATE_BYTES * num_parameters
+        held = self._text.nbytes + experts + STATE_BYTES * num_parameters
         return held + max(step, UPDATE_BYTES * num_parameters)
 
     def _kept_bytes(self, rows: int) -> int:
-        """Bytes that the loss of so many sequences keeps for its gradient, beside weights and parameters."""
-        weights = [*self.model.model.parameters(), *self._named.values()]
-        weights += [one for pool in self.model.cache.pools for one in pool.params.values()]
-        known = {one.untyped_storage().data_ptr() for one in weights}
+        """Bytes that the loss of so many sequences keeps for its gradient, with the weights and parameters."""
         kept: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                kept[storage.data_ptr()] = storage.nbytes()
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
         inputs = torch.zeros_like(self._inputs[:1]).expand(rows, -1).clone()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from server.model.host.assembly import HostModel
 
 POOLS = "12.5%:100%"
+DeepExperts = Sequence[tuple[int, ...]]
+"""The experts of each deep expert, by layer."""
 SourceArgument = Annotated[
     str, typer.Argument(metavar="SOURCE", help="A store of all experts, or a checkpoint (a store is made of it).")
 ]
@@ -69,13 +72,15 @@ RankOption = Annotated[
 ]
 SharedOption = Annotated[
     int,
-    typer.Option(metavar="N", min=0, help="Width of an expert that each layer gets for all masked tokens; 0: none."),
+    typer.Option(
+        metavar="N", min=0, max=1 << 16, help="Width of an expert that each layer gets for all masked tokens; 0: none."
+    ),
 ]
 RateOption = Annotated[float, typer.Option(metavar="RATE", min=1e-6, max=1.0, help="Highest rate of learning.")]
 BatchOption = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Tokens of a step; by default so many that 300 steps are made.")
 ]
-SeedOption = Annotated[int, typer.Option(metavar="N", min=0, help="Of all random choices.")]
+SeedOption = Annotated[int, typer.Option(metavar="N", min=0, max=(1 << 32) - 1, help="Of all random choices.")]
 DtypeOption = Annotated[
     Dtype, typer.Option(help="Of the computation; auto is float32 on a CPU, else the checkpoint's.")
 ]
@@ -118,10 +123,7 @@ def adapt(
 
         check_sequence(context)
         require_writable(out / MANIFEST_NAME if experts else out, "--out")
-        if experts and plan is None:
-            raise UsageError("--experts trains the experts of a plan: give --plan")
-        if not texts and not self_generated:
-            raise UsageError("there is nothing to train on: give --texts, or --self-generated")
+        _check(plan, experts, pools, has_text=bool(texts or self_generated))
         domains = find_domains(texts) if texts else []
         is_cpu = resolve_device(device).type == "cpu"
         chosen: Dtype = "float32" if dtype == "auto" and is_cpu else dtype
@@ -134,11 +136,12 @@ def adapt(
             )
         options = TextOptions(context, max_tokens, half)
         training = TrainingOptions(tokens, batch_tokens or usual_batch(tokens), rate, seed)
-        target = _target(plan, pools, model)
+        deep_experts = [] if plan is None else _planned(plan, model)
+        target = _target(plan, deep_experts, pools, model.store.manifest.model.num_experts)
         request = AdaptRequest(domains, options, target, training, rank, self_generated, shared_width, experts)
         folder = out.with_name(out.name + ".resume")
         progress = stack.enter_context(progress_bar("adapting")).show
-        store = _new_store(plan, out, model) if experts and plan is not None else None
+        store = _new_store(plan, deep_experts, out, model) if experts and plan is not None else None
         adapter, changes = train(model, request, folder, _say, progress)
         if store is None:
             adapter.write(out)
@@ -147,6 +150,15 @@ def adapt(
         remove(folder)
     trained = [adapter.num_parameters, *(one.numel() for parts in changes.values() for one in parts.values())]
     _tell(out, adapter, sum(trained), as_json)
+
+
+def _check(plan: Path | None, experts: bool, pools: str | None, *, has_text: bool) -> None:
+    if experts and plan is None:
+        raise UsageError("--experts trains the experts of a plan: give --plan")
+    if plan is not None and pools is not None:
+        raise UsageError("--plan and --pools contradict each other: give one of them")
+    if not has_text:
+        raise UsageError("there is nothing to train on: give --texts, or --self-generated")
 
 
 def attach(
@@ -161,7 +173,7 @@ def attach(
     from expert_store.adapter import Adapter
     from expert_store.adapter import attach as put
 
-    called = name or adapter.stem
+    called = adapter.stem if name is None else name
     put(store, called, Adapter.read(adapter))
     print(f"{store} has the adapter {called}")
 
@@ -189,16 +201,21 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _new_store(plan: Path, out: Path, model: HostModel) -> TrainedStore:
-    """The store that the trained experts of a plan become; says so."""
+def _planned(plan: Path, model: HostModel) -> DeepExperts:
+    """The deep experts of a plan that was made for this model."""
     from extractor.planning.plan import read_plan
     from extractor.planning.selection import SelectionRequest, select
+
+    manifest, request = model.store.manifest, SelectionRequest(plan=read_plan(plan))
+    return select(request, manifest.model, manifest.layers, 0, manifest.source.fingerprint).deep_experts
+
+
+def _new_store(plan: Path, deep_experts: DeepExperts, out: Path, model: HostModel) -> TrainedStore:
+    """The store that the trained experts of a plan become; says so."""
     from server.adapting.store import TrainedStore
     from server.model.seam.changed import experts_modules
 
     manifest = model.store.manifest
-    request = SelectionRequest(plan=read_plan(plan))
-    deep_experts = select(request, manifest.model, manifest.layers, 0, manifest.source.fingerprint).deep_experts
     transposed = bool(experts_modules(model.model)[0].is_transposed)
     store = TrainedStore(model.store, out, deep_experts, transposed=transposed)
     dtype = store.layers[0].tensors[0].dtype
@@ -210,16 +227,15 @@ def _new_store(plan: Path, out: Path, model: HostModel) -> TrainedStore:
     return store
 
 
-def _target(plan: Path | None, pools: str | None, model: HostModel) -> Target:
-    from extractor.planning.plan import read_plan
-    from server.adapting.target import Target
-    from server.masks.profiles import mask_of_plan
+def _target(plan: Path | None, deep_experts: DeepExperts, pools: str | None, num_experts: int) -> Target:
+    import numpy as np
 
-    spec = model.store.manifest.model
-    if plan is not None and pools is not None:
-        raise UsageError("--plan and --pools contradict each other: give one of them")
+    from extractor.planning.planner import allowed_by
+    from router.mask import ExpertMask
+    from server.adapting.target import Target
+
     if plan is not None:
-        mask = mask_of_plan(read_plan(plan), spec.num_layers, spec.num_experts)
+        mask = ExpertMask(allowed_by(np.array(deep_experts), num_experts))
         if mask.is_full:
             raise UsageError(f"{plan} has every expert, so there is nothing to repair: plan fewer, with --keep")
         return Target(mask=mask)

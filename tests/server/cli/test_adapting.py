@@ -6,6 +6,7 @@ from pathlib import Path
 
 from expert_store.manifest import read_manifest
 from extractor.planning.plan import Plan, PlannedExpert, write_plan
+from extractor.writing.verify import compared_bytes
 from tests.command_line import run
 
 
@@ -26,6 +27,10 @@ def test_from_texts_to_an_adapter_that_evaluate_and_a_store_know(
     assert not list(tmp_path.glob("*.resume"))
     assert run("attach", store, out).out == f"{store} has the adapter half\n"
     assert "half" in run("inspect", store).out
+    assert "'' names no adapter" in run("attach", store, out, "--name", "").err
+    exported = run("export", store, tmp_path / "exported", "--plan", plan, "--adapter", "whole")
+    assert exported.status == 2
+    assert "whole is no adapter of the store, which has half" in " ".join(exported.err.split())
 
     def evaluated(*options: object) -> tuple[str | None, float]:
         report = json.loads(run("evaluate", store, *small, "--plan", plan, "--json", *options).out)
@@ -46,13 +51,17 @@ def test_from_texts_to_an_adapter_that_evaluate_and_a_store_know(
 def test_work_that_cannot_be_done_is_refused_before_it_begins(
     small_store: Path, few_small_store: Path, stories: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "a.safetensors"
+    out, other = tmp_path / "a.safetensors", tmp_path / "other.json"
+    experts = tuple(PlannedExpert((expert, expert)) for expert in range(4))
+    write_plan(other, Plan(2, 8, {"kind": "index"}, experts, {"fingerprint": "another"}))
     for arguments, reason in (
         ((small_store, "--out", out), "nothing to train on"),
         ((few_small_store, "--out", out, "--texts", stories), "the whole model is the teacher"),
         ((small_store, "--out", out, "--texts", stories, "--pools", "half"), "--pools"),
         ((small_store, "--out", out, "--texts", stories, "--pools", "100%:50%"), "the smaller one first"),
         ((small_store, "--out", out, "--texts", stories, "--pools", "50%", "--plan", out), "contradict"),
+        ((small_store, "--out", out, "--texts", stories, "--plan", other), "made for the checkpoint another"),
+        ((small_store, "--out", out, "--texts", stories, "--shared-width", 10**9), "less than or equal to 65536"),
     ):
         ended = run("adapt", *arguments, "--context", "48")
         assert ended.status == 2
@@ -71,7 +80,8 @@ def test_trained_experts_become_a_store_that_is_verified_inspected_evaluated_and
     ended = run(*command)
     assert ended.status == 0, ended.err
     assert "becomes a new store of the 4 deep experts" in " ".join(ended.err.split())
-    assert run("verify", out).status == 0
+    verified = json.loads(run("verify", out, "--json").out)
+    assert verified["verified_bytes"] == compared_bytes(read_manifest(out))
     assert "with the adapter trained; they were those of checkpoint" in run("inspect", out).out
     report = json.loads(run("evaluate", out, *small, "--reference", small_store, "--json").out)
     assert report["adapter"] == "trained"
