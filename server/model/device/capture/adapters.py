@@ -119,8 +119,7 @@ class _Packer:
         query, key = _norms_of_attention(layer) or (None, None)
         products = _products(layer)
         if isinstance(layer.attention, DeltaNet):
-            changes = self._delta_net(layer.attention, products.pop("qkv"), products.pop("output"))
-            products.pop("latents", None)
+            changes = self._delta_net(layer.attention, products)
         else:
             joined = partial(gate_last, kind=attention, is_apart=layer.attention.gate is not None)
             changes = {"qkv": self._low_rank(products.pop("qkv"), joined)}
@@ -173,15 +172,14 @@ class _Packer:
                 changes[self._names[router]]["delta"] = own
         return delta, torch.stack(gains).to(self._like.device)
 
-    def _delta_net(
-        self, net: DeltaNet, products: tuple[nn.Linear, ...], output: tuple[nn.Linear, ...]
-    ) -> dict[str, LowRank | None]:
-        """The changes of the products that stand for a delta net's own, as in `step.delta.DeltaLayer`."""
-        where, expands = self._names[net.module], net.expands
+    def _delta_net(self, net: DeltaNet, products: dict[str, tuple[nn.Linear, ...]]) -> dict[str, LowRank | None]:
+        """The changes of the products that stand for a delta net's own, as in `step.delta.DeltaLayer`; takes those out
+        of `products`."""
+        where, expands = self._names[net.module], products.pop("latents", ())
         return {
-            "qkv": self._low_rank(products, partial(delta_rows, net), f"{where}.input"),
+            "qkv": self._low_rank(products.pop("qkv"), partial(delta_rows, net), f"{where}.input"),
             "latents": self._low_rank(expands, module=f"{where}.expand", is_apart=True) if expands else None,
-            "output": self._low_rank(output, module=f"{where}.output"),
+            "output": self._low_rank(products.pop("output"), module=f"{where}.output"),
         }
 
     def _low_rank(
