@@ -4,7 +4,8 @@
 only between steps, and changes them only in place, so that captured graphs stay valid. Invariant: page table and slot
 owners are inverse to each other, layer by layer; a slot's bytes are the owner's span. A step may need more experts than
 a layer has slots: the others go to a spill area, which all layers share and each layer overwrites, so no batch needs a
-second pass. An expert may be in a slot *alone*, without a span in the host tier: its slot is then never evicted.
+second pass. An expert may be in a slot *alone*, without a span in the host tier: its slot is then never evicted. The
+last slots of each layer may be *closed*: they hold no expert and may have no memory, and kernels see them as kept.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from expert_store.errors import SlotsError
 
 Policy = Literal["lru", "lfu"]
+KEPT, CLOSED = 1, 2
+"""Marks of slots that are never evicted: for the expert in it, and because it has no memory."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,9 @@ class DevicePages:
     which span an expert has, -1 for experts that have none: the caller masks those that are in no slot either. At most
     `num_kept` slots of a layer are never evicted; the spill area is made for that. Raises SlotsError when there are
     fewer slots than the top-k.
+
+    `memory` [L * S + spill, span_elements] is that of all slots, layer by layer, and of the spill area; None: it is
+    made. Of each layer the first `num_open` slots are open (None: all); only these and the spill area are read.
     """
 
     def __init__(
@@ -69,6 +77,8 @@ class DevicePages:
         device: torch.device | str = "cpu",
         policy: Policy = "lru",
         num_kept: int = 0,
+        memory: Tensor | None = None,
+        num_open: int | None = None,
     ) -> None:
         num_layers, num_experts, num_slots = shape.num_layers, shape.num_experts, shape.num_slots
         if num_slots < min(shape.top_k, num_experts) or num_slots > num_experts:
@@ -80,21 +90,22 @@ class DevicePages:
         if shape.span_elements * shape.dtype.itemsize % 16:
             raise SlotsError(f"spans of {shape.span_elements * shape.dtype.itemsize} bytes: wanted a multiple of 16")
         self.shape, self.policy, self.num_kept, self.device = shape, policy, num_kept, torch.device(device)
-        num_spill = shape.num_spill(num_kept)
-        total = num_layers * num_slots + num_spill
-        self.slots = torch.empty(total, shape.span_elements, dtype=shape.dtype, device=device)
+        self.num_open = num_slots if num_open is None else num_open
+        if memory is None:
+            total = num_layers * num_slots + shape.num_spill(num_kept)
+            memory = torch.empty(total, shape.span_elements, dtype=shape.dtype, device=device)
+        self.slots = memory
         self.spill = self.slots[num_layers * num_slots :]
         self._arenas: list[Tensor] = []
         self._first_rows: list[int] = []
 
-        def ints(*size: int, fill: int = 0, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.full(size, fill, dtype=dtype, device=device)
-
+        ints = self._ints
         self.page_table = ints(num_layers, num_experts, fill=-1)
         self.slot_owner = ints(num_layers, num_slots, fill=-1)
         self.last_use = ints(num_layers, num_slots, fill=-1)
         self.use_count = ints(num_layers, num_experts)
         self.kept = ints(num_layers, num_slots, dtype=torch.int8)
+        self.kept[:, self.num_open :] = CLOSED
         self.stats = ints(num_layers, 4, dtype=torch.int64)
         self.step = ints(1)
         spans = torch.arange(num_layers + 1, dtype=torch.int64) * num_slots
@@ -106,7 +117,14 @@ class DevicePages:
         if host_spans is not None:
             self._add_arena(host_spans.view(-1, shape.span_elements))
             self._write_offsets()
-        # The work list of the current layer; layers run one after the other, so one is enough.
+        self._make_work_list()
+
+    def _ints(self, *size: int, fill: int = 0, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.full(size, fill, dtype=dtype, device=self.device)
+
+    def _make_work_list(self) -> None:
+        """Makes the work list of the current layer; layers run one after the other, so one is enough."""
+        shape, ints = self.shape, self._ints
         distinct, batch = shape.max_distinct, 1 << (shape.max_batch - 1).bit_length()
         self.header = ints(2)
         self.target = ints(distinct, dtype=torch.int64)
@@ -116,7 +134,7 @@ class DevicePages:
         pairs = 1 << (shape.max_batch * shape.top_k - 1).bit_length()
         self.pair_target = ints(pairs, fill=-1, dtype=torch.int64)
         self.pair_source = ints(pairs, dtype=torch.int64)
-        self.scratch = ints(2 << (num_slots - 1).bit_length(), dtype=torch.int64)
+        self.scratch = ints(2 << (shape.num_slots - 1).bit_length(), dtype=torch.int64)
 
     def _index(self, host_spans: Tensor | None, host_index: Tensor | None) -> Tensor:
         shape = self.shape
@@ -159,6 +177,11 @@ class DevicePages:
         """Experts that a step can use, [L, E] bool on the host: their span is in the host tier, or they are in slots
         that are never evicted. Synchronises if every expert has a slot."""
         return (self.host_index >= 0) | self.alone if self.shape.paged else self.page_table.cpu() >= 0
+
+    @property
+    def open_bytes(self) -> int:
+        """Bytes of the open slots and the spill area."""
+        return (self.shape.num_layers * self.num_open + len(self.spill)) * self.slots[0].nbytes
 
     @property
     def num_host_spans(self) -> int:
@@ -211,7 +234,8 @@ class DevicePages:
                 assert slot >= 0, f"expert {expert} of layer {layer} is in no slot"
                 kept[layer, slot] = 1
                 self.alone[layer, expert] = True
-            assert int(kept.sum(dim=1).max()) <= self.num_kept, "the spill area is too small for so many kept slots"
+            most = int((kept == KEPT).sum(dim=1).max())
+            assert most <= self.num_kept, f"{most} kept slots, and the spill area is made for {self.num_kept}"
             self.page_table.copy_(table)
             self.kept.copy_(kept)
             self.slot_owner.copy_(owner)
@@ -233,8 +257,8 @@ class DevicePages:
         self._write_offsets()
 
     def seed(self, experts: Tensor) -> None:
-        """Fills slots 0..n-1 of each layer with experts [L, n] (n <= S, -1: none), from the host tier; the kept ones
-        come first. Experts without a span there must be in their slots already.
+        """Fills slots 0..n-1 of each layer with experts [L, n] (n <= those open, -1: none), from the host tier; the
+        kept ones come first. Experts without a span there must be in their slots already.
 
         Mutates everything; call it before the first step or between steps.
         """
@@ -246,8 +270,8 @@ class DevicePages:
         self.adopt(experts)
 
     def adopt(self, experts: Tensor) -> None:
-        """Declares that slot i of layer l holds experts[l, i] ([L, n], n <= S, -1: nothing) and that all other slots
-        are empty. The first `num_kept` slots are never evicted; an expert there without a span is alone."""
+        """Declares that slot i of layer l holds experts[l, i] ([L, n], n <= those open, -1: nothing) and that all other
+        slots are empty. The first `num_kept` slots are never evicted; an expert there without a span is alone."""
         layers, width = experts.shape
         owners = torch.full((layers, self.shape.num_slots), -1, dtype=torch.int32)
         owners[:, :width] = experts.to("cpu", torch.int32)
@@ -257,13 +281,54 @@ class DevicePages:
         self.slot_owner.copy_(owners)
         self.page_table.copy_(table)
         self.last_use.fill_(-1)
-        self.kept.zero_()
+        self.kept[:, : self.num_open] = 0
         self.kept[:, : self.num_kept] = (self.slot_owner[:, : self.num_kept] >= 0).to(torch.int8)
         self.alone.zero_()
         for layer, slot in (owners[:, : self.num_kept] >= 0).nonzero().tolist():
             expert = int(owners[layer, slot])
             self.alone[layer, expert] = self.shape.paged and int(self.host_index[layer, expert]) < 0
         self.stats.zero_()
+
+    def resize(self, num_open: int, num_kept: int) -> None:
+        """Between two steps: open slots, or close the last ones, until each layer has `num_open`; `num_kept` of them
+        may be kept, and no more are. Experts in slots that close change places with the next victims, which leave.
+
+        Slots that open must have memory before; those that closed need none as soon as the copies that this enqueues
+        have ended.
+        """
+        assert num_kept <= num_open <= self.shape.num_slots, f"{num_open} slots a layer, {num_kept} of them kept"
+        tensors = self.page_table, self.slot_owner, self.last_use, self.kept
+        table, owner, used, kept = (one.cpu().numpy().copy() for one in tensors)
+        num_leaving = max(0, self.num_open - num_open)
+        for layer, order in enumerate(self._eviction_order(owner, used, kept) if num_leaving else ()):
+            leaving, staying = order[:num_leaving], order[num_leaving:]
+            assert (kept[layer, leaving] == 0).all(), f"layer {layer} keeps more than {num_open} experts"
+            gone = owner[layer, leaving]
+            table[layer, gone[gone >= 0]] = -1
+            for to, at in zip(leaving[leaving < num_open], staying[staying >= num_open], strict=True):
+                self.slots[layer * self.shape.num_slots + to].copy_(self.slots[layer * self.shape.num_slots + at])
+                for one in (owner, used, kept):
+                    one[layer, to] = one[layer, at]
+                if owner[layer, to] >= 0:
+                    table[layer, owner[layer, to]] = to
+        owner[:, num_open:], used[:, num_open:], kept[:, num_open:] = -1, -1, CLOSED
+        kept[:, self.num_open : num_open] = 0
+        for now, then in zip(tensors, (table, owner, used, kept), strict=True):
+            now.copy_(torch.from_numpy(then))
+        self.num_open, self.num_kept = num_open, num_kept
+
+    def _eviction_order(
+        self, owner: npt.NDArray[np.int32], used: npt.NDArray[np.int32], kept: npt.NDArray[np.int8]
+    ) -> npt.NDArray[np.int64]:
+        """The open slots of each layer, [L, those], the next victim first as in `kernels._rank_victims`; kept ones
+        last."""
+        opened = slice(self.num_open)
+        key = used[:, opened].astype(np.int64)
+        if self.policy == "lfu":
+            uses = self.use_count.cpu().numpy().astype(np.int64)
+            key += np.take_along_axis(uses, np.maximum(owner[:, opened], 0), axis=1) << 32
+        key = np.where(owner[:, opened] < 0, -1, key)
+        return np.argsort(np.where(kept[:, opened] == KEPT, 1 << 62, key), axis=1, kind="stable")
 
     def hit_rate(self) -> float:
         """Share of the distinct experts needed, over layers and steps, that were in a slot. Synchronises."""
@@ -274,6 +339,9 @@ class DevicePages:
         """Raises SlotsError if the invariant is broken; with `contents` also compares the bytes of resident experts
         with their spans in the host tier."""
         table, owners = self.page_table.cpu(), self.slot_owner.cpu()
+        closed = self.kept.cpu() == CLOSED
+        if (owners[closed] >= 0).any() or not closed[:, self.num_open :].all() or closed[:, : self.num_open].any():
+            raise SlotsError(f"of each layer the first {self.num_open} slots are open, marks and owners say {closed}")
         for layer in range(self.shape.num_layers):
             for expert, slot in enumerate(table[layer].tolist()):
                 if slot >= 0 and int(owners[layer, slot]) != expert:

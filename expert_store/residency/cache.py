@@ -226,10 +226,9 @@ class ExpertCache:
             if progress is not None:
                 progress(done, total)
 
-    @property
-    def layers_slot_bytes(self) -> int:
-        """Bytes of one slot in each layer."""
-        return sum(pool.slot_bytes for pool in self.pools)
+    def slots_bytes(self, num_slots: int) -> int:
+        """Bytes of so many slots of each layer, in all layers."""
+        return num_slots * sum(pool.slot_bytes for pool in self.pools)
 
     def resident(self, layer: int) -> list[int]:
         """Ids of the experts of a layer that are in slots now, next victim first."""
@@ -245,7 +244,7 @@ class ExpertCache:
             fetch_seconds=self._fetch_seconds.copy(),
             resident=(self.page_table >= 0).sum(axis=1),
             num_slots=self.num_slots,
-            slot_bytes=self.num_slots * self.layers_slot_bytes,
+            slot_bytes=self.slots_bytes(self.num_slots),
             host_hits=self.host_tier.hits if self.host_tier else 0,
             host_misses=self.host_tier.misses if self.host_tier else 0,
             tier=self.host_tier.statistics() if self.host_tier else self._from_disk(),

@@ -46,8 +46,8 @@ class ModelSettings(Section):
     )
     memory_balance: Literal["moving", "fixed"] = Field(
         "moving",
-        description="moving: on a CPU, slots and KV memory get what the other does not need, starting from the sizes "
-        "given; fixed: they keep these",
+        description="moving: slots and KV memory get what the other does not need while serving, starting from the "
+        "sizes given; fixed: they keep these",
     )
     prefix_cache: bool = Field(
         True, description="keep keys and values of prompts, so that a prompt that begins alike is not read again"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -41,12 +43,15 @@ def list_and_fetch(
         copy_span(anchor, origin, tl.multiple_of(tl.load(target + miss), 8), span, 16)
 
 
-def make(num_slots: int, policy: str = "lru", num_kept: int = 0) -> DevicePages:
+def make(num_slots: int, policy: str = "lru", num_kept: int = 0, least_slots: int | None = None) -> DevicePages:
+    """Pages with a spill area for as few slots."""
     spans = torch.arange(LAYERS * EXPERTS * SPAN, dtype=torch.float32).view(LAYERS, EXPERTS, SPAN)
     if DEVICE == "cuda":
         spans = spans.pin_memory()
     shape = PagesShape(LAYERS, EXPERTS, TOP_K, num_slots, SPAN, BATCH, torch.float32)
-    pages = DevicePages(shape, spans, device=DEVICE, policy=policy, num_kept=num_kept)
+    num_spill = replace(shape, num_slots=least_slots or num_slots).num_spill(num_kept)
+    memory = torch.full((LAYERS * num_slots + num_spill, SPAN), torch.nan, device=DEVICE)
+    pages = DevicePages(shape, spans, device=DEVICE, policy=policy, num_kept=num_kept, memory=memory)
     pages.seed(torch.arange(num_slots).expand(LAYERS, num_slots))
     return pages
 
@@ -103,11 +108,7 @@ class ByHand:
         for expert in wanted & set(self.slots):
             self.last[expert] = step
 
-        def key(slot: int) -> tuple[int, int, int]:
-            owner = self.slots[slot]
-            return (self.uses[owner] if self.policy == "lfu" else 0, self.last[owner], slot)
-
-        victims = sorted((s for s, owner in enumerate(self.slots) if owner not in wanted | self.kept), key=key)
+        victims = [slot for slot in self.order() if self.slots[slot] not in wanted | self.kept]
         for expert, slot in zip(missing, victims, strict=False):
             self.slots[slot] = expert
             self.last[expert] = step
@@ -115,6 +116,24 @@ class ByHand:
         for experts in picks:
             for expert in experts:
                 self.uses[expert] += 1
+
+    def order(self) -> list[int]:
+        """The slots, the next victim first: empty ones, and kept ones last."""
+
+        def key(slot: int) -> tuple[bool, bool, int, int, int]:
+            owner = self.slots[slot]
+            uses = self.uses[owner] if self.policy == "lfu" and owner >= 0 else 0
+            return (owner in self.kept, owner >= 0, uses, self.last.get(owner, -1), slot)
+
+        return sorted(range(len(self.slots)), key=key)
+
+    def resize(self, num_slots: int) -> None:
+        order = self.order()
+        leaving, staying = order[: max(0, len(order) - num_slots)], order[max(0, len(order) - num_slots) :]
+        to, at = ([slot for slot in leaving if slot < num_slots], [slot for slot in staying if slot >= num_slots])
+        for slot, other in zip(to, at, strict=True):
+            self.slots[slot] = self.slots[other]
+        self.slots = [*self.slots[:num_slots], *[-1] * (num_slots - len(self.slots))]
 
 
 @pytest.mark.parametrize(
@@ -134,6 +153,27 @@ def test_random_steps_match_a_page_table_kept_by_hand(policy, num_slots, num_kep
             assert pages.slot_owner[layer].tolist() == hands[layer].slots
         pages.check_integrity(contents=True)
     assert pages.stats[:, :3].tolist() == [[hand.hits, hand.misses, hand.spilled] for hand in hands]
+
+
+@pytest.mark.parametrize(("policy", "num_kept"), [("lru", 0), ("lfu", 1)])
+def test_slots_that_close_lose_the_next_victims_and_those_that_open_are_filled_again(policy, num_kept):
+    pages = make(5, policy, num_kept, least_slots=2)
+    hands = [ByHand(5, policy, num_kept) for _ in range(LAYERS)]
+    generator = torch.Generator().manual_seed(3)
+    for num_open in (5, 3, 4, 2, 5, 2, 3):
+        pages.resize(num_open, num_kept)
+        for layer, hand in enumerate(hands):
+            hand.resize(num_open)
+            assert pages.slot_owner[layer, :num_open].tolist() == hand.slots
+        pages.check_integrity(contents=True)
+        for _ in range(2):
+            for layer in range(LAYERS):
+                picks = [torch.randperm(EXPERTS, generator=generator)[:TOP_K].tolist()]
+                step(pages, layer, picks)
+                hands[layer].use(int(pages.step), picks)
+                check_work_list(pages, layer, picks)
+                assert pages.slot_owner[layer, :num_open].tolist() == hands[layer].slots
+                assert (pages.slot_owner[layer, num_open:] == -1).all()
 
 
 def test_a_slot_used_in_this_step_is_never_a_victim():

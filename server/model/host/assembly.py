@@ -26,7 +26,7 @@ from expert_store.rows import TORCH_DTYPES
 from expert_store.store import Store
 from router.errors import MaskError
 from router.mask import ExpertMask
-from server.model.host.balance import refusal
+from server.model.balance import refusal
 from server.model.host.kept import most_used_experts
 from server.model.kv_memory import HOST_RESERVE_BYTES, kv_token_bytes, slots_beside_kv
 from server.model.load_progress import Phase, Progress

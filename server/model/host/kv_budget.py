@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from expert_store.residency.pinned import free_host_bytes
+from server.model.balance import SlotsAndBlocks, refusal
 from server.model.host.assembly import HostModel
-from server.model.host.balance import SlotsAndBlocks, refusal
 from server.model.host.runner import block_bytes_of
 from server.model.host.sequence_runner import has_plain_memory
 from server.model.host.snapshots import CacheRows
@@ -38,7 +38,7 @@ def kv_rows(model: HostModel, options: RunnerOptions) -> tuple[KvRows, SlotsAndB
     most_blocks, reason = num_blocks, refusal(options.memory_balance, model.device)
     least_slots = max(options.kept_experts, options.max_rows * model.store.manifest.model.top_k)
     if not reason:
-        lent_bytes = max(0, cache.num_slots - least_slots) * cache.layers_slot_bytes
+        lent_bytes = cache.slots_bytes(max(0, cache.num_slots - least_slots))
         of_rows = options.max_rows * num_blocks_of(min(options.max_tokens, num_blocks * BLOCK_TOKENS))
         most_blocks = max(num_blocks, min(of_rows, num_blocks + lent_bytes // block_bytes))
     kind = KvRows if has_plain_memory(model.model) else CacheRows
@@ -46,7 +46,7 @@ def kv_rows(model: HostModel, options: RunnerOptions) -> tuple[KvRows, SlotsAndB
     balance = SlotsAndBlocks(
         cache,
         kv,
-        block_bytes=block_bytes,
+        blocks_bytes=lambda num_blocks: num_blocks * block_bytes,
         least_slots=least_slots,
         least_blocks=num_blocks_of(least_tokens),
         reason=reason,

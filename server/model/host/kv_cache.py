@@ -40,7 +40,7 @@ class BlockCache(Cache):
         super().__init__(layers=[])
         self.kv, self.device, self.by_rows = kv, device, by_rows
         self.apart: dict[int, tuple[Tensor, list[Tensor]]] = {}
-        kv.on_close = self.give_back
+        kv.on_resize = self.give_back
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._returnable: list[ReturnableMemory] = []  # that the layers' tensors show
         self._step: list[tuple[int, int]] = []  # (row, tokens after the step)
@@ -61,10 +61,10 @@ class BlockCache(Cache):
             self._returnable.clear()
 
     def give_back(self, blocks: list[int]) -> None:
-        """Give the memory of blocks that were closed back to the system."""
+        """Give the memory of blocks that were closed, if any, back to the system."""
         for memory in self._returnable:
             block_bytes = len(memory.bytes) // self.kv.pool.most_blocks
-            for first, last in _runs(blocks):
+            for first, last in _runs(blocks) if blocks else ():
                 memory.give_back(first * block_bytes, (last + 1) * block_bytes)
 
     # -- steps ---------------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from router.mask import ExpertMask
+from server.model.balance import SlotsAndBlocks
 from server.model.host.assembly import HostModel
-from server.model.host.balance import SlotsAndBlocks
 from server.model.host.cuts import cuts_anywhere
 from server.model.host.kv_cache import BlockCache
 from server.model.kv.blocks import BLOCK_TOKENS, num_blocks_of
@@ -55,8 +55,12 @@ class HostDriven:
     ) -> None:
         self.model, self.max_rows, self.max_tokens = model, max_rows, max_tokens
         self.kv = kv or KvRows(max_rows=max_rows, num_blocks=max_rows * num_blocks_of(max_tokens))
+        block_bytes = block_bytes_of(model)
         self.balance = balance or SlotsAndBlocks(
-            model.cache, self.kv, block_bytes=block_bytes_of(model), reason="this runner was made without"
+            model.cache,
+            self.kv,
+            blocks_bytes=lambda num_blocks: num_blocks * block_bytes,
+            reason="this runner was made without",
         )
 
     def shares(self) -> MemoryShares:

@@ -16,8 +16,8 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from router.mask import ExpertMask
+from server.model.balance import SlotsAndBlocks
 from server.model.host.assembly import HostModel
-from server.model.host.balance import SlotsAndBlocks
 from server.model.host.runner import HostDriven, HostRunner
 from server.model.host.snapshots import CacheRows
 from server.model.kv.blocks import NoBlocksError, num_blocks_of

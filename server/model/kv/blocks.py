@@ -8,6 +8,7 @@ Invariant: a block is free exactly while it is open and has no holder.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -106,6 +107,13 @@ class BlockPool:
             self._holders[closed] = _CLOSED
         self.num_blocks = num_blocks
         return closed
+
+    def move(self, places: Mapping[int, int]) -> None:
+        """Give the holders of some blocks to open ones without a holder: block → the one in its place."""
+        old, new = list(places), list(places.values())
+        assert not self._holders[new].any(), f"blocks {new} are not all free"
+        self._holders[new] = self._holders[old]
+        self._holders[old] = 0
 
     def hold(self, block: int) -> None:
         """Add a holder to a block that has one."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -127,6 +127,14 @@ class PrefixTree:
         for node in held:
             self._push(node)
         return dropped
+
+    def move(self, places: Mapping[int, int]) -> None:
+        """Follow the moves of `BlockPool.move`."""
+        for node in self.nodes():
+            node.block = places.get(_block(node), node.block)
+        old, new = list(places), list(places.values())
+        for notes in (self._is_held, self._used_at):
+            notes[new], notes[old] = notes[old], 0
 
     def _remove(self, node: Node) -> None:
         parent = node.parent

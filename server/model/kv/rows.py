@@ -9,9 +9,11 @@ written again, so a row only writes blocks that it alone holds.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from server.model.kv.blocks import BLOCK_TOKENS, BlockPool, NoBlocksError, num_blocks_of
 from server.model.kv.prefixes import Node, PrefixTree
@@ -57,14 +59,17 @@ class KvRows:
 
     Attributes:
         on_lack: called by `reserve` with the number of blocks that lack; it may `resize`.
-        on_close: called with the blocks that were closed.
+        on_resize: called after each `resize` with the blocks that it closed.
+        on_move: called with blocks and the free ones that take their places, block → place, for `resize` to close the
+            last blocks; it copies what they hold. None: `resize` closes free blocks wherever they are.
     """
 
     def __init__(self, *, max_rows: int, num_blocks: int, shares: bool = True, most_blocks: int | None = None) -> None:
         self.max_rows = max_rows
         self.pool = BlockPool(num_blocks, most_blocks)
         self.on_lack: Callable[[int], None] = lambda count: None
-        self.on_close: Callable[[list[int]], None] = lambda blocks: None
+        self.on_resize: Callable[[list[int]], None] = lambda closed: None
+        self.on_move: Callable[[Mapping[int, int]], None] | None = None
         self._tree = PrefixTree(self.pool)
         self._shares = shares
         self._rows: dict[int, _Row] = {}
@@ -166,9 +171,23 @@ class KvRows:
         """Open or close blocks until `num_blocks` are open: no fewer than rows hold. What only the tree holds is
         evicted where it must be."""
         self._tree.evict(self.pool.num_used - num_blocks)
-        closed = self.pool.resize(num_blocks)
-        if closed:
-            self.on_close(closed)
+        if self.on_move is not None:
+            self._pack(num_blocks, self.on_move)
+        self.on_resize(self.pool.resize(num_blocks))
+
+    def _pack(self, num_blocks: int, on_move: Callable[[Mapping[int, int]], None]) -> None:
+        """Move what blocks from `num_blocks` on hold to free ones before."""
+        holders = self.pool.num_holders
+        last = np.flatnonzero(holders[num_blocks:] > 0) + num_blocks
+        free = np.flatnonzero(holders[:num_blocks] == 0)
+        places = dict(zip(last.tolist(), free[: len(last)].tolist(), strict=True))
+        if not places:
+            return
+        on_move(places)
+        self.pool.move(places)
+        self._tree.move(places)
+        for row in self._rows.values():
+            row.blocks = [places.get(block, block) for block in row.blocks]
 
     def set_length(self, handle: int, length: int) -> None:
         """Count the tokens that a step has written to a row's blocks, or take its last ones back."""

@@ -16,8 +16,8 @@ from server.engine.admission import EngineLimits
 from server.engine.engine import Engine
 from server.engine.snapshots import StatisticsFile, UsageFile
 from server.engine.unreadable import CorruptExperts
+from server.model.balance import SlotsAndBlocks
 from server.model.host.assembly import load_model
-from server.model.host.balance import SlotsAndBlocks
 from server.model.host.runner import HostRunner, block_bytes_of
 from server.model.host.sequence_runner import SequenceRunner
 from server.model.host.snapshots import CacheRows
@@ -67,7 +67,8 @@ def make_engine(tiny_store: Path) -> Iterator[Callable[..., Engine]]:
             kv = kind(max_rows=max_rows, num_blocks=num_blocks, shares=shares, most_blocks=of_rows)
             balance = None
             if moving is not None:
-                balance = SlotsAndBlocks(model.cache, kv, block_bytes=block_bytes_of(model), **moving)
+                size = block_bytes_of(model)
+                balance = SlotsAndBlocks(model.cache, kv, blocks_bytes=lambda num_blocks: num_blocks * size, **moving)
             return runner_type(model, max_rows=max_rows, max_tokens=max_tokens, kv=kv, balance=balance)
 
         def usage(empty: UsageLedger) -> UsageFile:

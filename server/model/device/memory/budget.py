@@ -55,7 +55,7 @@ class DeviceMemory:
         self._beside_trunk = beside_trunk
         self._shape, self._device, self._num_kept, self._keeps_most = shape, device, num_kept, keeps_most
         self._most_blocks = shape.max_rows * shape.max_blocks
-        self._least_blocks = num_blocks_of(shape.max_tokens if least_tokens is None else least_tokens)
+        self.least_blocks = num_blocks_of(shape.max_tokens if least_tokens is None else least_tokens)
         self.span_bytes = shape.span_bytes
         self.token_bytes = shape.kv_token_bytes
         """KV memory of one token."""
@@ -94,9 +94,22 @@ class DeviceMemory:
 
     def slots_bytes(self, num_slots: int) -> int:
         """Bytes of the slots of all layers, with the spill area and the ring if experts are fetched."""
-        shape = self.pages_shape(num_slots)
-        beside = shape.num_spill(self.num_kept(num_slots)) + ring_spans(self._shape) if shape.paged else 0
-        return (self._shape.num_moe_layers * num_slots + beside) * self.span_bytes
+        beside = ring_spans(self._shape) if self.pages_shape(num_slots).paged else 0
+        return (self._shape.num_moe_layers * num_slots + self.num_spill(num_slots) + beside) * self.span_bytes
+
+    def num_spill(self, num_slots: int) -> int:
+        """Spans of the spill area beside so many open slots of each layer."""
+        return self.pages_shape(num_slots).num_spill(self.num_kept(num_slots))
+
+    def least_slots(self, num_slots: int) -> int:
+        """The slots of each layer, of so many, that stay where KV memory has the memory of others: half of them, those
+        of one token's experts, and the kept ones."""
+        return min(num_slots, max(-(-num_slots // 2), self._shape.top_k, self._num_kept))
+
+    def moving_bytes(self, division: Division) -> int:
+        """Bytes of slots, spill area and blocks, where experts are fetched."""
+        ring = ring_spans(self._shape) * self.span_bytes
+        return self.slots_bytes(division.num_slots) - ring + division.num_blocks * self.block_bytes
 
     def divide(
         self, most: int, num_slots: int | None = None, slots_bytes: int | None = None, kv_bytes: int | None = None
@@ -114,7 +127,7 @@ class DeviceMemory:
         """
         free = self._free_bytes()
         is_open = num_slots is None and slots_bytes is None
-        blocks = self._most_blocks if free is None else self._least_blocks
+        blocks = self._most_blocks if free is None else self.least_blocks
         if kv_bytes is not None:
             blocks = min(kv_bytes // self.block_bytes, self._most_blocks)
             self._check_blocks(kv_bytes, blocks)
@@ -127,11 +140,11 @@ class DeviceMemory:
         return Division(slots, blocks)
 
     def _check_blocks(self, kv_bytes: int, blocks: int) -> None:
-        if blocks < self._least_blocks:
+        if blocks < self.least_blocks:
             raise SlotsError(
                 f"kv_memory of {kv_bytes} bytes holds {blocks * BLOCK_TOKENS} tokens, and one request may have "
-                f"{self._least_blocks * BLOCK_TOKENS}: set kv_memory to at least "
-                f"{self._least_blocks * self.block_bytes}"
+                f"{self.least_blocks * BLOCK_TOKENS}: set kv_memory to at least "
+                f"{self.least_blocks * self.block_bytes}"
                 + (f", or max_context_tokens to at most {blocks * BLOCK_TOKENS}" if blocks else "")
             )
 

@@ -22,7 +22,6 @@ class PagedCache:
         self.pages, self._tier = pages, tier
         self._span_bytes = np.array([spec.span_bytes for spec in store.manifest.layers], dtype=np.int64)
         self.num_layers, self.num_experts = pages.shape.num_layers, pages.shape.num_experts
-        self.num_slots = pages.shape.num_slots
 
     @property
     def page_table(self) -> npt.NDArray[np.int32]:
@@ -42,8 +41,8 @@ class PagedCache:
             fetch_bytes=misses * self._span_bytes,
             fetch_seconds=np.zeros(self.num_layers),
             resident=resident,
-            num_slots=self.num_slots,
-            slot_bytes=self.pages.slots.nbytes,
+            num_slots=self.pages.num_open,
+            slot_bytes=self.pages.open_bytes,
             host_hits=int(misses.sum()),
             host_misses=self._tier.num_reads,
             tier=self._tier.statistics(),

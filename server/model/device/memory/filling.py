@@ -44,19 +44,19 @@ def fill_slots(
         NotPinnableError: the host page-locks less memory than their rows need.
         StoreError: no expert of a layer can be read.
     """
-    shape = pages.shape
-    alone = shape.num_slots if not shape.paged else 0 if tier.holds_all else pages.num_kept
-    first = torch.full((shape.num_layers, shape.num_slots), -1)
+    shape, num_slots = pages.shape, pages.num_open
+    alone = num_slots if not shape.paged else 0 if tier.holds_all else pages.num_kept
+    first = torch.full((shape.num_layers, num_slots), -1)
     for layer, experts in enumerate(order):
-        chosen = torch.tensor(experts[: shape.num_slots])
+        chosen = torch.tensor(experts[:num_slots])
         first[layer, : len(chosen)] = chosen
     progress(Phase.READING, 0.0)
     failures = _read_into_slots(reader, pages, first[:, :alone], progress)
-    with_rows = list(in_turn([experts[alone : shape.num_slots] for experts in order]))
+    with_rows = list(in_turn([experts[alone:num_slots] for experts in order]))
     failures |= tier.read_now(with_rows, lambda share: progress(Phase.READING, share))
     for layer in range(shape.num_layers):
-        if all((layer, expert) in failures for expert in order[layer][: shape.num_slots]):
-            failures |= tier.read_now([(layer, expert) for expert in order[layer][shape.num_slots :]])
+        if all((layer, expert) in failures for expert in order[layer][:num_slots]):
+            failures |= tier.read_now([(layer, expert) for expert in order[layer][num_slots:]])
             if all((layer, expert) in failures for expert in order[layer]):
                 raise next(error for (where, _), error in failures.items() if where == layer)
     for layer, slot in (first >= 0).nonzero().tolist():

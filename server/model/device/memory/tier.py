@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from expert_store.errors import SlotsError
-from expert_store.paging.pages import DevicePages
+from expert_store.paging.pages import KEPT, DevicePages
 from expert_store.residency.host_tier import TierStatistics
 from expert_store.residency.pinned import NotPinnableError, locked_arena, new_arena, page_lock
 from server.model.device.memory.ahead import AheadReads
@@ -276,6 +276,21 @@ class SpanTier:
             self, self._reader, [(int(layer), int(expert)) for layer, expert in np.argwhere(absent)], rows
         )
 
+    def resize(self, num_open: int, num_kept: int) -> None:
+        """Open or close slots, see `DevicePages.resize`. Of the experts that are alone in slots, the least used leave
+        memory where more are than may be kept."""
+        alone = self._pages.alone.numpy() & ~self._fixed
+        most = num_kept - (self._pages.alone.numpy() & self._fixed).sum(axis=1)
+        leaving: list[Expert] = []
+        for layer in np.flatnonzero(alone.sum(axis=1) > most).tolist():
+            experts = np.flatnonzero(alone[layer])
+            order = np.argsort(self._score[layer, experts], kind="stable")
+            leaving += [(layer, expert) for expert in experts[order[: len(experts) - most[layer]]].tolist()]
+        if leaving:
+            self._pages.reassign(leaving, {})
+        self._pages.resize(num_open, num_kept)
+        self._changed()
+
     def waited(self, seconds: float) -> None:
         """Counts time for which a step or a prompt waited for the disk."""
         self._wait_seconds += seconds
@@ -375,7 +390,7 @@ class SpanTier:
         pages = self._pages
         if pages.num_kept == 0:
             return np.zeros_like(alone), np.zeros(len(alone), dtype=np.int64)
-        table, kept = pages.page_table.cpu().numpy(), pages.kept.cpu().numpy() != 0
+        table, kept = pages.page_table.cpu().numpy(), pages.kept.cpu().numpy() == KEPT
         layers = np.arange(len(table))[:, None]
         movable = (table >= 0) & (pages.host_index.numpy() >= 0) & ~kept[layers, np.maximum(table, 0)]
         warm = np.where(movable, self._score, -1.0)

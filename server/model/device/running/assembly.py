@@ -37,6 +37,7 @@ from server.model.device.capture.proof import prove
 from server.model.device.memory.budget import DeviceMemory
 from server.model.device.memory.cache import PagedCache
 from server.model.device.memory.filling import fill_slots, first_scores, in_turn
+from server.model.device.memory.moving import MovingMemory, moving_memory
 from server.model.device.memory.reading import SpanReader, log_failures
 from server.model.device.memory.tier import SpanTier, rows_within
 from server.model.device.running.runner import DeviceRunner
@@ -125,34 +126,60 @@ def load_device_runner(
     weights = pack_trunk(model, shape, _eight_bits(model, store, device))
     adapted = adapted_trunk(model, shape, weights, adapters) if adapters else None
     put_delta_layers(model, shape, weights)
-    slots, num_blocks = memory.divide(
+    division = slots, num_blocks = memory.divide(
         int(mask.num_allowed.max()), options.num_slots, options.slots_memory_bytes, options.kv_memory_bytes
     )
-    shape = replace(shape, max_tokens=min(shape.max_tokens, num_blocks * BLOCK_TOKENS))
-    pages_shape = memory.pages_shape(slots)
-    if pages_shape.paged and num_rows < step_spans:
+    if memory.pages_shape(slots).paged and num_rows < step_spans:
         raise SlotsError(
             f"host memory of {budget_bytes} bytes has room for {num_rows} experts, and one token may need "
             f"{step_spans}: set host_memory to at least {step_spans * reader.span_bytes}"
         )
-    pages = DevicePages(pages_shape, None, device=device, policy=options.cache_policy, num_kept=memory.num_kept(slots))
-    tier = SpanTier(
-        reader,
-        pages,
-        budget_bytes,
-        fixed=_first_of(order, options.kept_experts, mask),
-        prior=first_scores(order, shape.num_experts),
-    )
-    tier.adopt(mask.allowed)
-    unread = fill_slots(reader, pages, tier, order, progress)
-    log_failures(unread)
+    moving, fixed_by = moving_memory(options.memory_balance, memory, shape, division, device)
+    most_blocks = num_blocks if moving is None else min(num_blocks, moving.most_blocks)
+    shape = replace(shape, max_tokens=min(shape.max_tokens, most_blocks * BLOCK_TOKENS))
+    pages = _pages(memory, slots, moving, options)
+    tier = _filled_tier(reader, pages, budget_bytes, mask, order, options.kept_experts, progress)
     log.info("%d slots a layer; KV memory of %d tokens; %s", slots, num_blocks * BLOCK_TOKENS, tier.summary())
-    tier.fill(one for one in in_turn(order) if one not in unread)
-    runner = _runner(store, model, shape, weights, pages, mask, tier, options, num_blocks, adapters, adapted)
+    runner = _runner(
+        store, model, shape, weights, pages, mask, tier, options, num_blocks, adapters, adapted, moving, fixed_by
+    )
     _capture(runner, progress)
     if device.type == "cuda":
         warm_up(runner, progress)
     return runner
+
+
+def _pages(memory: DeviceMemory, num_slots: int, moving: MovingMemory | None, options: RunnerOptions) -> DevicePages:
+    """Pages with so many open slots in each layer, over memory that moves or of their own."""
+    return DevicePages(
+        memory.pages_shape(num_slots) if moving is None else moving.pages_shape,
+        None,
+        device=options.device,
+        policy=options.cache_policy,
+        num_kept=memory.num_kept(num_slots),
+        memory=None if moving is None else moving.slots,
+        num_open=num_slots,
+    )
+
+
+def _filled_tier(
+    reader: SpanReader,
+    pages: DevicePages,
+    budget_bytes: int | None,
+    mask: ExpertMask,
+    order: Sequence[Sequence[int]],
+    num_kept: int,
+    progress: Progress,
+) -> SpanTier:
+    """The tier of pages, whose slots it fills; rows of host memory are filled in the background. `order` has the
+    experts of each layer that are served, best first, of which `num_kept` stay in slots."""
+    prior = first_scores(order, pages.shape.num_experts)
+    tier = SpanTier(reader, pages, budget_bytes, fixed=_first_of(order, num_kept, mask), prior=prior)
+    tier.adopt(mask.allowed)
+    unread = fill_slots(reader, pages, tier, order, progress)
+    log_failures(unread)
+    tier.fill(one for one in in_turn(order) if one not in unread)
+    return tier
 
 
 def _trunk(store: Store, options: RunnerOptions, progress: Progress) -> PreTrainedModel:
@@ -246,6 +273,8 @@ def _runner(
     num_blocks: int,
     adapters: Mapping[str, Adapter],
     adapted: AdaptedTrunk | None,
+    moving: MovingMemory | None,
+    fixed_by: str,
 ) -> DeviceRunner:
     """Bind the model's experts and routers to the pages, and make the runner over them."""
     stream = ExpertStream(pages, shape)
@@ -273,7 +302,7 @@ def _runner(
     step_options = StepOptions(resident_bias=options.resident_bias, batch_invariant=options.batch_invariant)
     return DeviceRunner(
         selective, shape, weights, pages, stream, num_blocks=num_blocks, shares=options.prefix_cache, tier=tier,
-        options=step_options, adapted=adapted,
+        options=step_options, adapted=adapted, moving=moving, fixed_by=fixed_by,
     )  # fmt: skip
 
 

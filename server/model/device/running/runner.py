@@ -17,7 +17,9 @@ import torch
 
 from expert_store.paging.pages import DevicePages
 from router.mask import ExpertMask
+from server.model.balance import SlotsAndBlocks
 from server.model.device.memory.filling import in_turn
+from server.model.device.memory.moving import MovingMemory
 from server.model.device.memory.tier import NoRoomError, SpanTier
 from server.model.device.running.output import chosen_tokens, routing_of
 from server.model.device.running.rows import Rows
@@ -47,6 +49,8 @@ class DeviceRunner:
         tier: reads experts that are in no memory; None if all are in memory for good.
         options: of every captured step; `pdl`, `masked` and `adapted` are set for each.
         adapted: the trunk with the adapters that rows may have, which `model.routing` has too; None: they have none.
+        moving: the memory of `pages` and of KV memory; None: they have memories of their own.
+        fixed_by: why nothing moves without `moving`.
     """
 
     decode_path: Literal["device"] = "device"
@@ -66,6 +70,8 @@ class DeviceRunner:
         tier: SpanTier | None = None,
         options: StepOptions | None = None,
         adapted: AdaptedTrunk | None = None,
+        moving: MovingMemory | None = None,
+        fixed_by: str = "this runner was made without",
     ) -> None:
         self.model, self.shape, self.pages = model, shape, pages
         self.max_rows, self.max_tokens = shape.max_rows, shape.max_tokens
@@ -74,9 +80,15 @@ class DeviceRunner:
         self.tier = tier
         assert shape.block_tokens == BLOCK_TOKENS, f"blocks of {shape.block_tokens} tokens, wanted {BLOCK_TOKENS}"
         num_blocks = num_blocks or shape.max_rows * shape.max_blocks
-        self._state = RowState(shape, model.device, num_blocks)
+        num_blocks, most_blocks = (num_blocks,) * 2 if moving is None else (moving.num_blocks, moving.most_blocks)
+        self._state = RowState(shape, model.device, most_blocks, None if moving is None else moving.blocks)
         kind = partial(StateRows, self._state, shape.state_copies) if shape.deltas else KvRows
-        self.kv: KvRows = kind(max_rows=shape.max_rows, num_blocks=num_blocks, shares=shares)
+        self.kv: KvRows = kind(max_rows=shape.max_rows, num_blocks=num_blocks, shares=shares, most_blocks=most_blocks)
+        self._fixed_by = fixed_by
+        self.balance: SlotsAndBlocks | None = None
+        if moving is not None:
+            assert tier is not None, "slots that close need the tier behind them"
+            self.balance = moving.balance(pages, tier, self.kv)
         self.rows = Rows(self._state, self.kv, pages.servable.numpy())
         self._adapted = adapted
         self.graphs = StepGraphs(shape, weights, pages, self._state, options, adapted)
@@ -90,12 +102,15 @@ class DeviceRunner:
 
     def shares(self) -> MemoryShares:
         """See `Runner.shares`."""
-        slot_bytes, kv_bytes = self.pages.slots.nbytes, sum(layer.nbytes for layer in self._state.memory)
-        reason = "captured graphs read slots and blocks at fixed addresses; see docs/adr/0009"
-        return MemoryShares(False, reason, slot_bytes, kv_bytes, slot_bytes, kv_bytes)
+        if self.balance is not None:
+            return self.balance.shares()
+        slot_bytes, kv_bytes = self.pages.open_bytes, sum(layer.nbytes for layer in self._state.memory)
+        return MemoryShares(False, self._fixed_by, slot_bytes, kv_bytes, slot_bytes, kv_bytes)
 
     def after_step(self) -> None:
-        """See `Runner.after_step`. Does nothing."""
+        """See `Runner.after_step`."""
+        if self.balance is not None:
+            self.balance.after_step()
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 

@@ -12,9 +12,9 @@ class StateRows(SnapshotRows):
     """`SnapshotRows` over the states of a `RowState`, which it mutates, with so many copies."""
 
     def __init__(
-        self, state: RowState, num_copies: int, *, max_rows: int, num_blocks: int, shares: bool = True
+        self, state: RowState, num_copies: int, *, max_rows: int, num_blocks: int, shares: bool, most_blocks: int
     ) -> None:
-        super().__init__(max_rows=max_rows, num_blocks=num_blocks, shares=shares)
+        super().__init__(max_rows=max_rows, num_blocks=num_blocks, shares=shares, most_blocks=most_blocks)
         self._state, self._num_copies = state, num_copies
 
     def copy_state(self, handle: int) -> tuple[Tensor, Tensor]:

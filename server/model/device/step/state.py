@@ -33,13 +33,20 @@ class RowState:
 
     Args:
         num_blocks: of memory; None: as many as whole rows need, and the table gives each row blocks of its own.
+        memory: as above, zero or not; None: it is made.
     """
 
-    def __init__(self, shape: DecodeShape, device: torch.device | str, num_blocks: int | None = None) -> None:
+    def __init__(
+        self,
+        shape: DecodeShape,
+        device: torch.device | str,
+        num_blocks: int | None = None,
+        memory: list[Tensor] | None = None,
+    ) -> None:
         of_rows = shape.max_rows * shape.max_blocks
         num_blocks = of_rows if num_blocks is None else num_blocks
         self.attentions, self.block_tokens = shape.each_attention, shape.block_tokens
-        self.memory = [
+        self.memory = memory or [
             torch.zeros(num_blocks, shape.block_tokens * kind.token_elements, dtype=shape.dtype, device=device)
             for kind in self.attentions
         ]

@@ -30,11 +30,12 @@ def runners(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     def make(path: Path, kind: str = "device", **options: Any) -> Runner:
         store = Store.open(path)
         attach_source(store)
-        common: dict[str, Any] = {"device": DEVICE, "dtype": torch.float32, "num_slots": 3} | options
+        sizes = {"device": DEVICE, "dtype": torch.float32, "num_slots": 3, "max_rows": 2, "max_tokens": 64}
+        given = RunnerOptions(**sizes | options)
         if kind == "device":
-            made.append(load_device_runner(store, RunnerOptions(max_rows=2, max_tokens=64, **common), proof=False))
+            made.append(load_device_runner(store, given, proof=False))
         else:
-            made.append(HostRunner(load_model(store, RunnerOptions(**common)), max_rows=2, max_tokens=64))
+            made.append(HostRunner(load_model(store, given), max_rows=given.max_rows, max_tokens=given.max_tokens))
         return made[-1]
 
     yield make

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,13 @@ from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.planning.selection import SelectionRequest
 from extractor.writing.prepare import prepare
 from router.mask import ExpertMask
+from server.model.device.memory import moving
 from server.model.device.running.assembly import load_device_runner
 from server.model.device.step import graphs
 from server.model.host.assembly import load_model
 from server.model.host.sequence_runner import make_runner
 from server.model.runner import RowStep, RunnerOptions
+from tests.expert_store.canaries import CanaryFrames
 from tests.expert_store.test_rows import ENCODINGS
 from tests.families.composites import as_omni
 from tests.server.model.device.captured import TUNING
@@ -65,14 +68,13 @@ def store_of(name: str, where: Path, repository: Path) -> Path:
 def test_a_captured_family_is_served_as_the_host_driven_path_serves_it(
     name: str, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Half of its slots close after the prompts: nobody reads where no memory is."""
     if DEVICE.type == "cpu":
         monkeypatch.setattr(graphs, "Tuning", lambda: TUNING)
+        monkeypatch.setattr(moving, "frames_on", lambda device: CanaryFrames)
     path = store_of(name, tmp_path, repository)
-    device = load_device_runner(
-        Store.open(path),
-        RunnerOptions(device=DEVICE, dtype=torch.float32, num_slots=4, max_rows=2, max_tokens=32),
-        proof=False,
-    )
+    options = RunnerOptions(device=DEVICE, dtype=torch.float32, num_slots=4, max_rows=2, max_tokens=32)
+    device = load_device_runner(Store.open(path), replace(options, memory_balance="moving"), proof=False)
     host = make_runner(
         load_model(Store.open(path), RunnerOptions(device=DEVICE, dtype=torch.float32, num_slots=4)),
         max_rows=2,
@@ -86,6 +88,8 @@ def test_a_captured_family_is_served_as_the_host_driven_path_serves_it(
     for runner in (device, host):
         for row, mask, prompt in zip(rows[runner], masks, (PROMPT, PROMPT[1:]), strict=True):
             runner.prefill(row, prompt, mask=mask)
+    assert device.balance is not None
+    device.balance._slots.resize(max(2, device.pages.shape.top_k))
     tokens = [50, 51]
     for _ in range(NUM_TOKENS):
         got, wanted = (

@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from expert_store.errors import ShardCorruptError, StoreError
-from expert_store.paging.pages import DevicePages, PagesShape
+from expert_store.paging.pages import KEPT, DevicePages, PagesShape
 from expert_store.residency.pinned import NotPinnableError
 from server.model.device.memory import tier as device_tier
 from server.model.device.memory.filling import fill_slots, first_scores, in_turn
@@ -125,7 +125,7 @@ class Device:
             else:
                 span = self.pages.host_span(layer, expert)
             assert (span == content((layer, expert))).all()
-        assert int(self.pages.kept.sum(dim=1).max()) <= self.pages.num_kept
+        assert int((self.pages.kept == KEPT).sum(dim=1).max()) <= self.pages.num_kept
 
 
 def random_picks(generator: np.random.Generator, skew: float) -> np.ndarray:
@@ -154,6 +154,39 @@ def test_random_uses_keep_every_invariant(num_rows, num_fixed, keeps):
         device.check()
         assert device.pages.num_host_spans <= num_rows
         assert device.tier.servable[:, :num_fixed].all()
+    device.tier.close()
+
+
+@pytest.mark.parametrize(("num_rows", "num_fixed", "keeps"), [
+    (6, 0, True), (6, 1, True), (9, 0, True), (24, 1, True), (15, 1, False), (30, 0, False),
+])  # fmt: skip
+def test_random_uses_keep_every_invariant_while_slots_open_and_close(num_rows, num_fixed, keeps):
+    device, generator = Device(num_rows, num_fixed, keeps), np.random.default_rng(num_rows)
+    for _ in range(60):
+        device.use(random_picks(generator, 1.0))
+        if generator.random() < 0.4:
+            num_open = int(generator.integers(TOP_K + 1, SLOTS + 1))
+            device.tier.resize(num_open, num_open - TOP_K if keeps else num_fixed)
+            assert device.pages.num_open == num_open
+        device.check()
+        assert device.tier.servable[:, :num_fixed].all()
+        assert (device.pages.page_table < device.pages.num_open).all()
+    device.tier.close()
+
+
+def test_the_least_used_of_the_experts_that_are_nowhere_else_leave_memory_with_their_slots():
+    device = Device(9, fills=False)
+    for _ in range(8):
+        device.use(np.full((LAYERS, TOP_K), [0, 3]))
+    alone = device.pages.alone.numpy().copy()
+    assert alone[:, [0, 1]].all(), "the first experts have the kept slots"
+    device.tier.resize(TOP_K + 1, 1)
+    assert (device.pages.alone.sum(dim=1) == 1).all()
+    assert device.tier.servable[:, 0].all()
+    assert not device.tier.servable[:, 1].any()
+    device.check()
+    device.use(np.full((LAYERS, TOP_K), [0, 1]))
+    device.check()
     device.tier.close()
 
 

@@ -1,5 +1,7 @@
 """Rows, blocks and the prefix tree against a model of what every block must hold."""
 
+from collections.abc import Mapping
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -171,7 +173,7 @@ def test_a_row_grows_in_consecutive_blocks_beside_others_as_long_as_there_are_so
 def test_blocks_close_from_the_end_and_what_only_the_tree_holds_leaves_first() -> None:
     rows = KvRows(max_rows=2, num_blocks=6, most_blocks=8)
     closed: list[list[int]] = []
-    rows.on_close = closed.append
+    rows.on_resize = closed.append
     rows.free(read(rows, prompt(1, 2))[0])
     rows.resize(4)
     assert closed == [[4, 5]]
@@ -205,7 +207,7 @@ class Operations(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.rows = KvRows(max_rows=4, num_blocks=12, most_blocks=16)
-        self.rows.on_close = self._lose
+        self.rows.on_resize = self._lose
         self.held: dict[int, tuple[list[int], bytes]] = {}
         self.content: dict[int, tuple[bytes, list[int]]] = {}  # the beginning that a block's tokens end
 
@@ -284,5 +286,27 @@ class Operations(RuleBasedStateMachine):
         assert usage.num_free + usage.num_cached == usage.num_blocks
 
 
+class PackedOperations(Operations):
+    """The same where only the last blocks close, and what they hold moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows.on_move = self._move
+
+    def _move(self, places: Mapping[int, int]) -> None:
+        assert max(places.values()) < min(places)
+        for block, place in places.items():
+            self.content[place] = self.content.pop(block)
+
+    @invariant()
+    def the_first_blocks_are_open(self) -> None:
+        num_open = self.rows.pool.num_blocks
+        holders = self.rows.pool.num_holders
+        assert (holders[:num_open] >= 0).all()
+        assert (holders[num_open:] < 0).all()
+
+
 TestOperations = Operations.TestCase
-TestOperations.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPackedOperations = PackedOperations.TestCase
+for case in (TestOperations, TestPackedOperations):
+    case.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

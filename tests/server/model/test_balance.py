@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from expert_store.store import Store
+from server.model.balance import SlotsAndBlocks, refusal
 from server.model.decode_path import load_runner
-from server.model.host.balance import SlotsAndBlocks, refusal
 from server.model.host.runner import HostRunner
 from server.model.kv.blocks import BLOCK_TOKENS, NoBlocksError
 from server.model.runner import RunnerOptions
@@ -45,7 +45,10 @@ def loaded(small_store: Path) -> Iterator[Callable[..., HostRunner]]:
 def balance(runner: HostRunner, **options: Any) -> SlotsAndBlocks:
     """A balance of the runner that looks after every step and keeps nothing."""
     runner.balance = SlotsAndBlocks(
-        runner.model.cache, runner.kv, block_bytes=BLOCK_BYTES, **{"look_steps": 1, "kept_looks": 1} | options
+        runner.model.cache,
+        runner.kv,
+        blocks_bytes=lambda num_blocks: num_blocks * BLOCK_BYTES,
+        **{"look_steps": 1, "kept_looks": 1} | options,
     )
     return runner.balance
 
