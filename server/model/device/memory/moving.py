@@ -110,10 +110,11 @@ class MovingMemory:
             most_within(self.most_blocks, self.blocks_bytes, self.budget - self.slots_bytes(num_slots)),
         )
         self.least_blocks = min(division.num_blocks, memory.least_blocks)
-        if self.num_blocks < self.least_blocks:
+        if self.num_blocks < self.least_blocks or self.most_blocks < division.num_blocks:
             raise MappingError(
-                f"{count} frames of {frame_bytes} bytes hold {num_slots} slots a layer and {max(0, self.num_blocks)} "
-                f"blocks of KV memory, and one request may have {self.least_blocks}"
+                f"in whole frames of {frame_bytes} bytes KV memory has {max(0, self.num_blocks)} blocks beside "
+                f"{num_slots} slots a layer and {max(0, self.most_blocks)} beside {self.least_slots}; wanted at least "
+                f"{self.least_blocks} and {division.num_blocks}"
             )
         self._make(make_frames(count), num_slots, shape)
 

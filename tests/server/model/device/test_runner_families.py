@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 
+from expert_store.paging.frames import HostFrames
 from expert_store.store import Store
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.planning.selection import SelectionRequest
@@ -72,9 +72,13 @@ def test_a_captured_family_is_served_as_the_host_driven_path_serves_it(
     if DEVICE.type == "cpu":
         monkeypatch.setattr(graphs, "Tuning", lambda: TUNING)
         monkeypatch.setattr(moving, "frames_on", lambda device: CanaryFrames)
+        monkeypatch.setattr(HostFrames, "frame_bytes", 256)  # of memory for so few experts
     path = store_of(name, tmp_path, repository)
-    options = RunnerOptions(device=DEVICE, dtype=torch.float32, num_slots=4, max_rows=2, max_tokens=32)
-    device = load_device_runner(Store.open(path), replace(options, memory_balance="moving"), proof=False)
+    options = RunnerOptions(
+        device=DEVICE, dtype=torch.float32, num_slots=6, max_rows=4, max_tokens=64, least_tokens=32,
+        memory_balance="moving",
+    )  # fmt: skip
+    device = load_device_runner(Store.open(path), options, proof=False)
     host = make_runner(
         load_model(Store.open(path), RunnerOptions(device=DEVICE, dtype=torch.float32, num_slots=4)),
         max_rows=2,
@@ -88,8 +92,9 @@ def test_a_captured_family_is_served_as_the_host_driven_path_serves_it(
     for runner in (device, host):
         for row, mask, prompt in zip(rows[runner], masks, (PROMPT, PROMPT[1:]), strict=True):
             runner.prefill(row, prompt, mask=mask)
-    assert device.balance is not None
-    device.balance._slots.resize(max(2, device.pages.shape.top_k))
+    if DEVICE.type == "cpu":  # a GPU's frames are too large for so few experts
+        assert device.balance is not None
+        device.balance._slots.resize(device.balance._least_slots)
     tokens = [50, 51]
     for _ in range(NUM_TOKENS):
         got, wanted = (
