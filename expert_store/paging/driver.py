@@ -176,6 +176,13 @@ def probe(device: torch.device) -> int:
     Raises:
         MappingError: this GPU, or its driver, does not do so.
     """
+    try:
+        return _try(device)
+    except (RuntimeError, TypeError, ValueError) as error:  # of torch, over memory that it did not make
+        raise MappingError(f"torch does not take memory that the driver maps: {error}") from error
+
+
+def _try(device: torch.device) -> int:
     frames = CudaFrames(device, 3)
     size = frames.frame_bytes
     one, other = (MappedMemory(frames, 2 * size, [(0, size)]) for _ in range(2))
