@@ -194,7 +194,9 @@ def test_frames_that_are_too_large_for_the_memory_leave_both_their_sizes():
     assert made.budget <= made.memory.moving_bytes(Division(30, 20)) < made.budget + 4096
     assert made.slots_bytes(30) + made.blocks_bytes(made.num_blocks) <= made.budget
     lost = (made.memory.num_spill(15) - made.memory.num_spill(30)) * made.memory.span_bytes + 3 * 4 * 4096
-    assert 0 < 20 - made.num_blocks <= -(-lost // made.memory.block_bytes), "more of the spill area, and parts of frames"
+    assert 0 < 20 - made.num_blocks <= -(-lost // made.memory.block_bytes), (
+        "more of the spill area, and parts of frames"
+    )
     assert made.slots_bytes(made.least_slots) + made.blocks_bytes(made.most_blocks) <= made.budget
     with pytest.raises(MappingError, match="KV memory has 0 blocks beside 30 slots a layer and 0 beside 15; wanted"):
         MovingMemory(*sizes(30, 20), 2 << 20, HostFrames)
