@@ -1,17 +1,24 @@
 """Fetched bytes and latency of many replicas, by the way in which a router chooses one: a simulation.
 
 Conversations of several kinds come in, by Zipf's law, and the favourite kinds change. A turn is a part of a recorded
-text, whose tokens want the experts that the model chose for them. A step of a replica computes one chunk of a prompt
-and one token of each answer. It takes a base time, a time for each token of a prompt, and the time to fetch the experts
-that are in no slot; the least recently used leave. A replica keeps the KV memory of the conversations that it served
-last; a turn that comes to another computes its whole history again. The choice is the one of `server.cluster.choice`,
-on statistics that are up to `--statistics-seconds` old. All is counted after a third of the time.
+text, whose tokens want the experts that the model chose for them. A step of a replica computes one chunk of a prompt,
+whose missing experts go past the slots, and one token of each answer. It takes a base time, a time for each token of a
+prompt, and the time to fetch the experts that are in no slot; the least recently used leave. A replica keeps the KV
+memory of the conversations that it served last; a turn that comes to another computes its whole history again. The
+choice is the one of `server.cluster.choice`, on statistics that are up to two seconds old. All is counted after a third
+of the time. Each seed draws other conversations, the same for every policy; of many replicas fewer seeds do, since they
+have as many turns.
 
 - *fetched*: bytes of experts fetched, for one generated token; *hits*: share of the wanted experts that were in a slot;
 - *TTFT*: from arrival to the first token; *TPOT*: mean time of each further token of an answer;
-- *load*: requests that a replica runs or that wait there, over all replicas and times.
+- *load*: requests that a replica runs or that wait there, over all replicas and times;
+- *saves*: share of the fetched bytes of two choices with the same seed: the median of the seeds, the least and the
+  most.
 
-    python -m benchmarks.affinity [--traces FILE ...] [--replicas 4 16] [--scenarios profiles] [--save]
+*agents* has a bound too: *alone*, every conversation in a replica of its own. `--faults` simulates statistics that are
+a minute late and a replica that is slow by ten.
+
+    python -m benchmarks.affinity [--traces FILE ...] [--replicas 4 16] [--scenarios profiles] [--seeds 5] [--save]
 """
 
 from __future__ import annotations
@@ -23,7 +30,10 @@ import pickle
 import random
 import time
 from collections import OrderedDict, deque
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +45,8 @@ from server.cluster.choice import DEFAULT_OPTIONS, ChoiceOptions, Fleet
 from server.cluster.likeness import WORD_BUCKETS, Likeness
 from server.cluster.statistics import TopicLedger, sketch_layers
 
-POLICIES = ("random", "round robin", "two choices", "prefix", "affinity")
+POLICIES: tuple[str, ...] = ("random", "round robin", "two choices", "prefix", "affinity")
 BLOCK_TOKENS = 64
-SEED = 0
 EMPTY, PREFILL, DECODE = 0, 1, 2
 NO_WORDS = np.zeros(WORD_BUCKETS, dtype=np.bool_)
 
@@ -101,6 +110,8 @@ class Machine:
     rows: int = 8
     chunk_tokens: int = 256
     kv_tokens: int = 16384
+    streams: bool = True
+    """Experts of a prompt's chunk go past the slots, as on a GPU; else through them, as on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -162,10 +173,11 @@ class Simulation:
 
     def __init__(
         self, kinds: Kinds, machine: Machine, traffic: Traffic, num_replicas: int, policy: str, seconds: float,
+        seed: int = 0,
     ) -> None:  # fmt: skip
         self.kinds, self.machine, self.traffic, self.policy = kinds, machine, traffic, policy
-        self.num, self.seconds = num_replicas, seconds
-        self.draw = random.Random(SEED)
+        self.num, self.seconds, self.seed = num_replicas, seconds, seed
+        self.draw = random.Random(seed)
         _, layers, self.top_k = kinds.experts.shape
         self.last = np.zeros((self.num, layers, kinds.num_experts), dtype=np.float64)
         self.resident = np.zeros(self.last.shape, dtype=np.bool_)
@@ -220,7 +232,7 @@ class Simulation:
         return self.seconds / 3
 
     def _on_conversation(self, now: float, number: int) -> None:
-        traffic, draw = self.traffic, random.Random(f"{SEED} {number}")  # the same under every policy
+        traffic, draw = self.traffic, random.Random(f"{self.seed} {number}")  # the same under every policy
         self._at(now + draw.expovariate(traffic.rate * self.num), "conversation", number + 1)
         weights = [(rank + 1) ** -traffic.zipf for rank in range(len(self.kind_order))]
         kind = draw.choices(self.kind_order, weights)[0]
@@ -240,7 +252,7 @@ class Simulation:
         turn.arrived = now
         likeness = self._likeness(turn)
         started = time.thread_time()  # other processes do not count
-        at = self._choose(likeness, now)
+        at = self._choose(likeness, now) if self.policy != "alone" else turn.conversation % self.num
         self.counts.choice_seconds += time.thread_time() - started
         self.counts.num_choices += 1
         turn.replica = at
@@ -328,8 +340,9 @@ class Simulation:
         """One step of each replica of `due`, at once."""
         kinds, machine = self.kinds, self.machine
         seconds = np.full(len(due), machine.base_seconds)
-        wanted = np.zeros((len(due), *self.last.shape[1:]), dtype=np.bool_)
-        layers = np.arange(wanted.shape[1])[None, :, None]
+        read = np.zeros((len(due), *self.last.shape[1:]), dtype=np.bool_)  # by the chunk of a prompt
+        wanted = np.zeros_like(read)  # by the answers
+        layers = np.arange(read.shape[1])[None, :, None]
         chunks: list[tuple[int, int, int]] = []
         for index, at in enumerate(due):
             self._admit(at)
@@ -338,7 +351,7 @@ class Simulation:
                 row = min(rows, key=lambda row: self.row_turn[at][row].arrived)  # type: ignore[union-attr]
                 count = int(min(machine.chunk_tokens, self.left[at, row]))
                 tokens = kinds.tokens(self.row_kind[at, row], self.position[at, row], count)
-                wanted[index, layers, kinds.experts[tokens]] = True
+                read[index, layers, kinds.experts[tokens]] = True
                 seconds[index] += count * machine.token_seconds
                 chunks.append((int(at), int(row), count))
         index, row = np.nonzero(self.state[due] == DECODE)
@@ -346,10 +359,13 @@ class Simulation:
         kind = self.row_kind[at, row]
         tokens = kinds.start[kind] + self.position[at, row] % kinds.length[kind]
         wanted[index[:, None, None], layers, kinds.experts[tokens]] = True
-        missed = (wanted & ~self.resident[due]).sum(axis=(1, 2))
+        missed = (read & ~self.resident[due]).sum(axis=(1, 2))
+        if not machine.streams:
+            self._use(due, read)
+        missed += (wanted & ~self.resident[due]).sum(axis=(1, 2))
+        self._use(due, wanted)
         seconds += missed * machine.expert_bytes / machine.bytes_per_second
         seconds[due == 0] *= self.traffic.slow
-        self._use(due, wanted)
         ends = now + seconds
         self.free_at[due] = ends
         self.position[at, row] += 1
@@ -357,7 +373,7 @@ class Simulation:
         if now >= self._counting_from:
             self.counts.fetched += int(missed.sum()) * machine.expert_bytes
             self.counts.missed += int(missed.sum())
-            self.counts.wanted += int(wanted.sum())
+            self.counts.wanted += int(read.sum()) + int(wanted.sum())
             self.counts.generated += len(at)
         for where in np.flatnonzero(self.left[at, row] == 0):
             self._end(int(at[where]), int(row[where]), float(ends[index[where]]))
@@ -423,6 +439,7 @@ class Scenario:
     traffic: Traffic
     seconds: dict[int, float]
     profile_experts: int | None = None
+    policies: tuple[str, ...] = POLICIES
 
 
 SCENARIOS = {
@@ -433,6 +450,7 @@ SCENARIOS = {
     "agents": Scenario(
         "all 64 experts, 32 slots, conversations of 4 to 12 turns", 32,
         Traffic(0.05, turns=(4, 12), prompt_tokens=(64, 256)), {4: 240, 16: 180, 64: 120, 256: 90},
+        policies=(*POLICIES, "alone"),
     ),
     "short": Scenario(
         "all 64 experts, 32 slots, conversations of one turn", 32,
@@ -442,6 +460,11 @@ SCENARIOS = {
 }  # fmt: skip
 EXPERT_BYTES = 3 * 2048 * 1408 * 2
 """Of DeepSeek-V2-Lite, in 16 bits."""
+ALONE = 4
+"""So many times the replicas take the same conversations in turn: nearly all end before the next comes to theirs."""
+SEED_REPLICAS = 32
+"""Fleets of more replicas are simulated with proportionally fewer seeds."""
+FAULTS = {"statistics a minute late": {"statistics_seconds": 60.0}, "a replica slow by ten": {"slow": 10.0}}
 H100 = Machine(0, EXPERT_BYTES, base_seconds=0.007, token_seconds=2e-5, bytes_per_second=25e9)
 LEAST_TOKENS = 256
 
@@ -462,34 +485,83 @@ def read_kinds(paths: list[Path]) -> Kinds:
     return Kinds.of(traces, 64)
 
 
-def simulate(kinds: Kinds, scenario: Scenario, num_replicas: int, policy: str, seconds: float) -> dict[str, float]:
-    """The figures of one policy."""
-    machine = replace(H100, slots=scenario.slots)
-    return summary(Simulation(kinds, machine, scenario.traffic, num_replicas, policy, seconds).run())
+Figures = dict[str, list[float]]
+"""The figures of one policy, each with a value for every seed."""
 
 
-def figure(result: dict[str, Any], path: Path) -> None:
-    """Fetched bytes of each policy as a share of those of two choices, by scenario and number of replicas."""
+def simulate(kinds: Kinds, scenario: Scenario, num_replicas: int, policy: str, seed: int) -> dict[str, float]:
+    """The figures of one policy and seed."""
+    seconds = scenario.seconds.get(num_replicas, 60.0)
+    machine, traffic = replace(H100, slots=scenario.slots), scenario.traffic
+    if policy == "alone":
+        num_replicas, traffic = num_replicas * ALONE, replace(traffic, rate=traffic.rate / ALONE)
+    return summary(Simulation(kinds, machine, traffic, num_replicas, policy, seconds, seed).run())
+
+
+def saves(by_policy: Mapping[str, Figures], policy: str) -> list[float]:
+    """Share of two choices' fetched bytes that a policy saves, of each seed."""
+    fetched, of_two = (by_policy[name]["fetched_bytes_per_token"] for name in (policy, "two choices"))
+    return [1 - one / two for one, two in zip(fetched, of_two, strict=True)]
+
+
+def simulated(
+    scenario: Scenario, all_kinds: Kinds, replicas: Iterable[int], seeds: int, processes: Executor
+) -> dict[str, Any]:
+    """The figures of a scenario, by the number of replicas and the policy; prints them."""
+    count = scenario.profile_experts
+    kinds = all_kinds if count is None else all_kinds.under_profiles(count)
+    sizes = {}
+    for num in replicas:
+        some = range(max(1, min(seeds, seeds * SEED_REPLICAS // num)))
+        by_policy: dict[str, Figures] = {}
+        for policy in scenario.policies:
+            found = list(processes.map(partial(simulate, kinds, scenario, num, policy), some))
+            by_policy[policy] = {name: [one[name] for one in found] for name in found[0]}
+        sizes[str(num)] = by_policy
+        print(f"\n{num} replicas, {len(some)} seeds: {scenario.says}\n{_shown(by_policy)}", flush=True)
+    return sizes
+
+
+def _shown(by_policy: Mapping[str, Figures]) -> str:
+    columns = ("fetched MB/token", "saves", "hits", "TTFT p50 s", "p99 s", "TPOT p50 s", "p99 s", "load p99")
+    names = (
+        "hit_rate", "ttft_p50_seconds", "ttft_p99_seconds", "tpot_p50_seconds", "tpot_p99_seconds", "load_p99"
+    )  # fmt: skip
+    rows = []
+    for policy, figures in by_policy.items():
+        saved = saves(by_policy, policy)
+        median = {name: float(np.median(values)) for name, values in figures.items()}
+        rows.append((
+            policy, median["fetched_bytes_per_token"] / 1e6,
+            f"{np.median(saved):.0%} ({min(saved):.0%} to {max(saved):.0%})", *(median[name] for name in names),
+        ))  # fmt: skip
+    return table(("policy", *columns), rows)
+
+
+def figure(scenarios: Mapping[str, Any], path: Path) -> None:
+    """Fetched bytes of each policy as a share of those of two choices, by scenario and number of replicas: the median
+    of the seeds, and between the least and the most."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(result["scenarios"]), figsize=(11, 3.4), sharey=True, layout="constrained")
-    for axis, (name, sizes) in zip(axes, result["scenarios"].items(), strict=True):
-        for policy in POLICIES:
-            shares = [
-                by_policy[policy]["fetched_bytes_per_token"] / by_policy["two choices"]["fetched_bytes_per_token"]
-                for by_policy in sizes.values()
-            ]
-            axis.plot(range(len(sizes)), shares, marker="o", label=policy, linewidth=2 if policy == "affinity" else 1)
+    figure, axes = plt.subplots(1, len(scenarios), figsize=(11, 3.4), sharey=True, layout="constrained")
+    for axis, (name, sizes) in zip(axes, scenarios.items(), strict=True):
+        for policy in SCENARIOS[name].policies:
+            shares = [[1 - one for one in saves(by_policy, policy)] for by_policy in sizes.values()]
+            at, width = range(len(sizes)), 2 if policy == "affinity" else 1
+            drawn = axis.plot(at, np.median(shares, axis=1), marker="o", label=policy, linewidth=width)
+            axis.fill_between(
+                at, np.min(shares, axis=1), np.max(shares, axis=1), color=drawn[0].get_color(), alpha=0.15
+            )
         axis.set_xticks(range(len(sizes)), list(sizes))
         axis.set_title(name)
         axis.set_xlabel("replicas")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("fetched bytes, two choices = 1")
     axes[0].set_ylim(bottom=0)
-    axes[-1].legend(fontsize="small")
+    axes[list(scenarios).index("agents") if "agents" in scenarios else -1].legend(fontsize="small")
     figure.savefig(path, dpi=150)
 
 
@@ -501,49 +573,45 @@ def main() -> None:
     )
     parser.add_argument("--replicas", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
-    parser.add_argument("--statistics-seconds", type=float, default=2.0, help="age of statistics")
-    parser.add_argument("--slow", type=float, default=1.0, help="factor of the time of one replica's steps")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/affinity.json and its figure")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=1, help="seeds simulated at once")
+    parser.add_argument("--faults", action="store_true", help="simulate late statistics, and a slow replica")
+    parser.add_argument(
+        "--save", action="store_true", help="write benchmarks/results/affinity.json and its figure, or affinity_faults"
+    )
     arguments = parser.parse_args()
     all_kinds = read_kinds(arguments.traces)
+    name = "affinity_faults" if arguments.faults else "affinity"
     result: dict[str, Any] = {
-        "benchmark": "affinity",
+        "benchmark": name,
         **environment(),
         "traces": [path.name for path in arguments.traces],
         "num_kinds": len(all_kinds.start),
-        "statistics_seconds": arguments.statistics_seconds,
-        "slow": arguments.slow,
+        "seeds": arguments.seeds,
         "machine": asdict(H100),
-        "says": {name: SCENARIOS[name].says for name in arguments.scenarios},
-        "scenarios": {},
+        "says": {one: SCENARIOS[one].says for one in arguments.scenarios},
     }
-    for name in arguments.scenarios:
-        scenario = SCENARIOS[name]
-        faults = {"statistics_seconds": arguments.statistics_seconds, "slow": arguments.slow}
-        scenario = replace(scenario, traffic=replace(scenario.traffic, **faults))
-        count = scenario.profile_experts
-        kinds = all_kinds if count is None else all_kinds.under_profiles(count)
-        sizes = result["scenarios"][name] = {}
-        for num_replicas in arguments.replicas:
-            seconds = scenario.seconds.get(num_replicas, 60.0)
-            by_policy = {policy: simulate(kinds, scenario, num_replicas, policy, seconds) for policy in POLICIES}
-            sizes[str(num_replicas)] = by_policy
-            print(f"\n{name}, {num_replicas} replicas: {scenario.says}\n{_shown(by_policy)}", flush=True)
-    if arguments.save:
-        figure(result, REPOSITORY / "docs" / "figures" / "affinity.png")
-    finish("affinity", result, save=arguments.save)
 
+    with ProcessPoolExecutor(arguments.processes) as processes:
 
-def _shown(by_policy: dict[str, dict[str, float]]) -> str:
-    columns = ("fetched MB/token", "hits", "TTFT p50 s", "p99 s", "TPOT p50 s", "p99 s", "load p99")
-    names = (
-        "hit_rate", "ttft_p50_seconds", "ttft_p99_seconds", "tpot_p50_seconds", "tpot_p99_seconds", "load_p99"
-    )  # fmt: skip
-    rows = [
-        (policy, figures["fetched_bytes_per_token"] / 1e6, *(figures[name] for name in names))
-        for policy, figures in by_policy.items()
-    ]
-    return table(("policy", *columns), rows)
+        def of_all(policies: tuple[str, ...] | None = None, **fault: float) -> dict[str, Any]:
+            found = {}
+            for one in arguments.scenarios:
+                scenario = SCENARIOS[one]
+                traffic = replace(scenario.traffic, **fault)  # type: ignore[arg-type]
+                scenario = replace(scenario, traffic=traffic, policies=policies or scenario.policies)
+                found[one] = simulated(scenario, all_kinds, arguments.replicas, arguments.seeds, processes)
+            return found
+
+        if arguments.faults:
+            result["faults"] = {
+                fault: of_all(("two choices", "affinity"), **changes) for fault, changes in FAULTS.items()
+            }
+        else:
+            result["scenarios"] = of_all()
+    if arguments.save and not arguments.faults:
+        figure(result["scenarios"], REPOSITORY / "docs" / "figures" / "affinity.png")
+    finish(name, result, save=arguments.save)
 
 
 if __name__ == "__main__":

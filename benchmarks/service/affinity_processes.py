@@ -158,7 +158,7 @@ def simulate(kinds: Kinds, policy: str, expert_bytes: int) -> dict[str, float]:
         0.5, zipf=0.0, drift_seconds=1e9, turns=(1, 1), prompt_tokens=(40, 60), known_share=1.0,
         answer_tokens=(ANSWER_TOKENS, ANSWER_TOKENS), statistics_seconds=STATISTICS_SECONDS,
     )  # fmt: skip
-    machine = Machine(SLOTS, expert_bytes, base_seconds=0.004, token_seconds=1e-5, bytes_per_second=1e9)
+    machine = Machine(SLOTS, expert_bytes, base_seconds=0.004, token_seconds=1e-5, bytes_per_second=1e9, streams=False)
     return summary(Simulation(kinds, machine, traffic, 2, policy, 300.0).run())
 
 
