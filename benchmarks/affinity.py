@@ -219,9 +219,11 @@ class Simulation:
             due = due[
                 (self.state[due] != EMPTY).any(axis=1) | np.array([bool(self.queue[at]) for at in due], dtype=bool)
             ]
-            if len(due):
-                self._step(due, now)
             now += quantum
+            if len(due):
+                self._step(due, now - quantum)
+            else:
+                now = max(now, min(self.events[0][0], self.free_at[self.load > 0].min(initial=self.seconds)))
         return self.counts
 
     def _at(self, at: float, kind: str, what: Any) -> None:

@@ -2,13 +2,14 @@
 
 Two CPU replicas run behind the front of `deepfew cluster`. Requests of two kinds of text come in at random, one after
 the other, each under the profile of its kind. Both policies see the same requests: two choices, and affinity. The
-simulation of `benchmarks.affinity` gets the routing of the same texts under the same profiles.
+simulation of `benchmarks.affinity` gets the same requests, with the experts that each chooses in its prompt and its
+answer under its profile. What remains to chance is the replica among equal ones, so it runs with many seeds.
 
-- *fetched*: bytes that went into slots after a third of the requests, for one generated token;
+- *fetched*: bytes that went into slots after a third of the requests, for one generated token: the mean of the seeds;
 - *fall*: share of these bytes that affinity saves.
 - *short*: median time of a request about the state.
 
-    python -m benchmarks.service.affinity_processes [--requests 60] [--save]     # needs deepfew[ray]
+    python -m benchmarks.service.affinity_processes [--requests 60] [--seeds 1] [--save]     # needs deepfew[ray]
 """
 
 from __future__ import annotations
@@ -19,23 +20,38 @@ import random
 import re
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from benchmarks.affinity import Kinds, Machine, Simulation, Traffic, summary
+from benchmarks.affinity import NO_WORDS, Kinds, Machine, Simulation, Traffic, Turn
 from benchmarks.harness.reporting import BUNDLED, REPOSITORY, environment, finish, table
 from benchmarks.harness.servers import free_port
+from expert_store.store import Store
+from extractor.planning.plan import read_plan
 from server.cli.main import main as deepfew
 from server.cluster.choice import ChoiceOptions
+from server.cluster.likeness import Likeness
+from server.masks.profiles import mask_of_plan
+from server.model.host.assembly import load_model
+from server.model.host.runner import HostRunner
+from server.model.runner import RowStep, RunnerOptions
 
 KINDS = ("arithmetic", "stories_synth")
 TEXTS = REPOSITORY / "benchmarks" / "data" / "selection"
+NUM_LAYERS, NUM_EXPERTS = 8, 64
 PROFILE_EXPERTS, SLOTS = 16, 24
 PROMPT_CHARACTERS, ANSWER_TOKENS = 160, 32
+RECORDED_ROWS = 16
+SIMULATED_SEEDS = 8
+"""Draws of a replica among equal ones, for each seed of the requests."""
+Request = tuple[int, str]
+"""The kind and the prompt."""
 POLICIES = {"two choices": ChoiceOptions(block=0.0, held=0.0, wanted=0.0), "affinity": ChoiceOptions()}
 STATISTICS_SECONDS = 0.5
 
@@ -58,9 +74,9 @@ def prepare(folder: Path) -> None:
         assert deepfew(step) == 0, step
 
 
-def requests(count: int) -> list[tuple[int, str]]:
-    """(kind, prompt), the same at every call."""
-    draw = random.Random(0)
+def requests(count: int, seed: int) -> list[Request]:
+    """The same at every call."""
+    draw = random.Random(seed)
     texts = [(TEXTS / f"{kind}.txt").read_text() for kind in KINDS]
     chosen = []
     for _ in range(count):
@@ -70,7 +86,7 @@ def requests(count: int) -> list[tuple[int, str]]:
     return chosen
 
 
-def measure(folder: Path, options: ChoiceOptions, count: int) -> dict[str, float]:
+def measure(folder: Path, options: ChoiceOptions, asked: Sequence[Request]) -> dict[str, float]:
     """Serve the requests from two replicas; bytes for a token, and the median time of a short request."""
     import ray
     from ray import serve
@@ -90,22 +106,23 @@ def measure(folder: Path, options: ChoiceOptions, count: int) -> dict[str, float
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(build(*read_cluster(config, {}), options), name="deepfew", route_prefix="/")
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-            return _measured(client, count)
+            return _measured(client, asked)
     finally:
         serve.shutdown()
         ray.shutdown()
 
 
-def _measured(client: httpx.Client, count: int) -> dict[str, float]:
+def _measured(client: httpx.Client, asked: Sequence[Request]) -> dict[str, float]:
     before = generated = 0.0
-    for at, (kind, prompt) in enumerate(requests(count)):
-        if at == count // 3:
+    first = len(asked) // 3
+    for at, (kind, prompt) in enumerate(asked):
+        if at == first:
             before = _fetched(client)
         body = {"prompt": prompt, "profile": KINDS[kind], "max_tokens": ANSWER_TOKENS, "temperature": 0,
                 "ignore_eos": True}  # fmt: skip
         answer = client.post("/v1/completions", json={"model": "tiny-moe", **body})
         answer.raise_for_status()
-        generated += answer.json()["usage"]["completion_tokens"] if at >= count // 3 else 0
+        generated += answer.json()["usage"]["completion_tokens"] if at >= first else 0
     fetched = _fetched(client) - before
     return {"fetched_bytes_per_token": fetched / generated, "short_seconds": short_seconds(client)}
 
@@ -125,59 +142,102 @@ def short_seconds(client: httpx.Client, count: int = 40) -> float:
     return float(np.median(times))
 
 
-def recorded(folder: Path) -> Kinds:
-    """The routing of the texts, each under its profile: the router's choice among the profile's experts."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from extractor.planning.plan import read_plan
-    from server.masks.profiles import mask_of_plan
-
-    model = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+def recorded(folder: Path, asked: Sequence[Request]) -> Kinds:
+    """The routing of each request as a kind of its own: the experts that its prompt and its answer use."""
+    options = RunnerOptions(device=torch.device("cpu"), dtype=torch.float32)
+    model = load_model(Store.open(folder / "store"), options)
+    runner = HostRunner(model, max_rows=RECORDED_ROWS, max_tokens=256)
+    plans = [read_plan(folder / "profiles" / f"{kind}.json") for kind in KINDS]
+    masks = [mask_of_plan(plan, NUM_LAYERS, NUM_EXPERTS) for plan in plans]
     traces: list[npt.NDArray[np.uint8]] = []
-    for kind in KINDS:
-        mask = mask_of_plan(read_plan(folder / "profiles" / f"{kind}.json"), 8, 64).allowed
-        ids = tokenizer((TEXTS / f"{kind}.txt").read_text(), verbose=False)["input_ids"][:2048]
-        parts = []
-        for start in range(0, len(ids), 256):
-            with torch.no_grad():
-                logits = model(torch.tensor([ids[start : start + 256]]), output_router_logits=True).router_logits
-            picks = [
-                of_layer.masked_fill(~torch.tensor(allowed), -torch.inf).topk(8).indices
-                for of_layer, allowed in zip(logits, mask, strict=True)
-            ]
-            parts.append(torch.stack(picks, 1))
-        traces.append(torch.cat(parts).numpy().astype(np.uint8))
-    return Kinds.of(traces, 64)
+    for first in range(0, len(asked), RECORDED_ROWS):
+        some = asked[first : first + RECORDED_ROWS]
+        rows = [runner.allocate() for _ in some]
+        read = [
+            runner.prefill(row, model.tokenizer(prompt)["input_ids"], mask=masks[kind])
+            for row, (kind, prompt) in zip(rows, some, strict=True)
+        ]
+        tokens = [int(output.logits.argmax()) for output in read]
+        routing = [[output.record.served_index] for output in read]
+        for _ in range(ANSWER_TOKENS - 1):
+            steps = [RowStep(row, token, masks[kind]) for row, token, (kind, _) in zip(rows, tokens, some, strict=True)]
+            output = runner.decode(steps)
+            tokens = output.logits.argmax(dim=-1).tolist()
+            for at, of_row in enumerate(routing):
+                of_row.append(output.record.served_index[:, [at]])
+        for row, of_row in zip(rows, routing, strict=True):
+            runner.free(row)
+            traces.append(np.concatenate(of_row, axis=1).transpose(1, 0, 2).astype(np.uint8))
+    model.close()
+    return Kinds.of(traces, NUM_EXPERTS)
 
 
-def simulate(kinds: Kinds, policy: str, expert_bytes: int) -> dict[str, float]:
-    """Requests of the same shape, one after the other."""
-    traffic = Traffic(
-        0.5, zipf=0.0, drift_seconds=1e9, turns=(1, 1), prompt_tokens=(40, 60), known_share=1.0,
-        answer_tokens=(ANSWER_TOKENS, ANSWER_TOKENS), statistics_seconds=STATISTICS_SECONDS,
-    )  # fmt: skip
-    machine = Machine(SLOTS, expert_bytes, base_seconds=0.004, token_seconds=1e-5, bytes_per_second=1e9, streams=False)
-    return summary(Simulation(kinds, machine, traffic, 2, policy, 300.0).run())
+class Replay(Simulation):
+    """The simulation of given requests, one after the other.
+
+    Args:
+        kinds: the routing of each request.
+        text_kinds: of each request, in `KINDS`.
+    """
+
+    def __init__(self, kinds: Kinds, text_kinds: Sequence[int], expert_bytes: int, policy: str, seed: int) -> None:
+        machine = Machine(
+            SLOTS, expert_bytes, base_seconds=0.004, token_seconds=1e-5, bytes_per_second=1e9, streams=False
+        )
+        traffic = Traffic(rate=0.0, drift_seconds=1e9, statistics_seconds=STATISTICS_SECONDS)
+        super().__init__(kinds, machine, traffic, 2, policy, float(len(text_kinds)), seed)
+        self.text_kinds = text_kinds
+
+    def _on_conversation(self, now: float, number: int) -> None:
+        if number < len(self.text_kinds):
+            self._at(now + 1.0, "conversation", number + 1)
+            answer = ANSWER_TOKENS - 1  # the prompt's last token gives the first
+            prompt = int(self.kinds.length[number]) - answer
+            self._on_turn(now, Turn(number, number, 0, 0, prompt, answer, True, 0.0))
+
+    def _likeness(self, turn: Turn) -> Likeness:
+        return Likeness((), (self.text_kinds[turn.kind] + 1,), NO_WORDS)
+
+
+def simulate(folder: Path, asked: Sequence[Request], expert_bytes: int) -> dict[str, float]:
+    """Fetched bytes for a token, of each policy."""
+    kinds, text_kinds = recorded(folder, asked), [kind for kind, _ in asked]
+    answers = (len(asked) - len(asked) // 3) * ANSWER_TOKENS
+    return {
+        policy: float(np.mean([
+            Replay(kinds, text_kinds, expert_bytes, policy, seed).run().fetched for seed in range(SIMULATED_SEEDS)
+        ])) / answers
+        for policy in POLICIES
+    }  # fmt: skip
+
+
+def compare(folder: Path, count: int, seeds: int) -> dict[str, dict[str, Any]]:
+    """The means of each policy, and its values with each seed."""
+    manifest = json.loads((folder / "store" / "manifest.json").read_text())
+    expert_bytes = sum(deep["bytes"] for deep in manifest["deep_experts"]) // (NUM_LAYERS * NUM_EXPERTS)
+    found: dict[str, list[dict[str, float]]] = {policy: [] for policy in POLICIES}
+    for seed in range(seeds):
+        asked = requests(count, seed)
+        simulated = simulate(folder, asked, expert_bytes)
+        for policy, options in POLICIES.items():
+            found[policy].append({"simulated_bytes_per_token": simulated[policy], **measure(folder, options, asked)})
+            print(seed, policy, found[policy][-1], flush=True)
+    return {
+        policy: {**{name: float(np.mean([one[name] for one in of_seeds])) for name in of_seeds[0]}, "seeds": of_seeds}
+        for policy, of_seeds in found.items()
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=1, help="draws of the requests")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/affinity_processes.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
-        manifest = json.loads((folder / "store" / "manifest.json").read_text())
-        expert_bytes = sum(deep["bytes"] for deep in manifest["deep_experts"]) // (64 * 8)
-        kinds = recorded(folder)
-        rows: dict[str, dict[str, Any]] = {}
-        for policy, options in POLICIES.items():
-            simulated = simulate(kinds, policy, expert_bytes)["fetched_bytes_per_token"]
-            rows[policy] = {"simulated_bytes_per_token": simulated, **measure(folder, options, arguments.requests)}
-            print(policy, rows[policy], flush=True)
+        rows = compare(folder, arguments.requests, arguments.seeds)
     falls = {
         name: 1 - rows["affinity"][name] / rows["two choices"][name]
         for name in ("fetched_bytes_per_token", "simulated_bytes_per_token")
