@@ -177,8 +177,9 @@ class Simulation:
     ) -> None:  # fmt: skip
         self.kinds, self.machine, self.traffic, self.policy = kinds, machine, traffic, policy
         self.num, self.seconds, self.seed = num_replicas, seconds, seed
-        self.draw = random.Random(seed)
+        self.draw, self.noise = random.Random(seed), np.random.default_rng(seed)
         _, layers, self.top_k = kinds.experts.shape
+        self.every_layer = np.arange(layers)[None, :, None]
         self.last = np.zeros((self.num, layers, kinds.num_experts), dtype=np.float64)
         self.resident = np.zeros(self.last.shape, dtype=np.bool_)
         rows = (self.num, machine.rows)
@@ -216,9 +217,6 @@ class Simulation:
                 at, _, kind, what = heapq.heappop(self.events)
                 getattr(self, f"_on_{kind}")(at, what)
             due = np.flatnonzero((self.free_at <= now) & (self.load > 0))
-            due = due[
-                (self.state[due] != EMPTY).any(axis=1) | np.array([bool(self.queue[at]) for at in due], dtype=bool)
-            ]
             now += quantum
             if len(due):
                 self._step(due, now - quantum)
@@ -342,28 +340,23 @@ class Simulation:
         """One step of each replica of `due`, at once."""
         kinds, machine = self.kinds, self.machine
         seconds = np.full(len(due), machine.base_seconds)
-        read = np.zeros((len(due), *self.last.shape[1:]), dtype=np.bool_)  # by the chunk of a prompt
-        wanted = np.zeros_like(read)  # by the answers
-        layers = np.arange(read.shape[1])[None, :, None]
-        chunks: list[tuple[int, int, int]] = []
-        for index, at in enumerate(due):
-            self._admit(at)
-            rows = np.flatnonzero(self.state[at] == PREFILL)
-            if len(rows):
-                row = min(rows, key=lambda row: self.row_turn[at][row].arrived)  # type: ignore[union-attr]
-                count = int(min(machine.chunk_tokens, self.left[at, row]))
-                tokens = kinds.tokens(self.row_kind[at, row], self.position[at, row], count)
-                read[index, layers, kinds.experts[tokens]] = True
-                seconds[index] += count * machine.token_seconds
-                chunks.append((int(at), int(row), count))
-        index, row = np.nonzero(self.state[due] == DECODE)
+        missed = np.zeros(len(due), dtype=np.int64)
+        for at in due:
+            if self.queue[at]:
+                self._admit(at)
+        state = self.state[due]
+        reading = np.flatnonzero((state == PREFILL).any(axis=1))
+        chunks, read = self._chunks(due[reading])
+        seconds[reading] += [count * machine.token_seconds for _, _, count in chunks]
+        missed[reading] = (read & ~self.resident[due[reading]]).sum(axis=(1, 2))
+        if not machine.streams:
+            self._use(due[reading], read)
+        index, row = np.nonzero(state == DECODE)
         at = due[index]
         kind = self.row_kind[at, row]
         tokens = kinds.start[kind] + self.position[at, row] % kinds.length[kind]
-        wanted[index[:, None, None], layers, kinds.experts[tokens]] = True
-        missed = (read & ~self.resident[due]).sum(axis=(1, 2))
-        if not machine.streams:
-            self._use(due, read)
+        wanted = np.zeros((len(due), *self.last.shape[1:]), dtype=np.bool_)
+        wanted[index[:, None, None], self.every_layer, kinds.experts[tokens]] = True
         missed += (wanted & ~self.resident[due]).sum(axis=(1, 2))
         self._use(due, wanted)
         seconds += missed * machine.expert_bytes / machine.bytes_per_second
@@ -388,12 +381,25 @@ class Simulation:
                 turn.first_token = float(self.free_at[at_])
                 self.state[at_, row_], self.left[at_, row_] = DECODE, turn.answer
 
+    def _chunks(self, due: npt.NDArray[np.int64]) -> tuple[list[tuple[int, int, int]], npt.NDArray[np.bool_]]:
+        """(replica, row, tokens) of the chunk of each replica's oldest prompt, and the experts [due, L, E] it wants."""
+        read = np.zeros((len(due), *self.last.shape[1:]), dtype=np.bool_)
+        chunks = []
+        for index, at in enumerate(due.tolist()):
+            rows = np.flatnonzero(self.state[at] == PREFILL).tolist()
+            row = min(rows, key=lambda row: self.row_turn[at][row].arrived)  # type: ignore[union-attr]
+            count = int(min(self.machine.chunk_tokens, self.left[at, row]))
+            tokens = self.kinds.tokens(self.row_kind[at, row], self.position[at, row], count)
+            read[index, self.every_layer, self.kinds.experts[tokens]] = True
+            chunks.append((at, row, count))
+        return chunks, read
+
     def _use(self, due: npt.NDArray[np.int64], wanted: npt.NDArray[np.bool_]) -> None:
         """The wanted experts of each layer become the most recent; the most recent ones stay in the slots."""
         self.steps += 1
         last = self.last[due]
         # Experts of one step differ a little, so that exactly as many stay as there are slots.
-        last[wanted] = self.steps + np.random.default_rng(self.steps).random(int(wanted.sum()))
+        last[wanted] = self.steps + self.noise.random(int(wanted.sum()))
         least = np.partition(last, last.shape[2] - self.machine.slots, axis=2)[:, :, -self.machine.slots, None]
         self.last[due] = last
         self.resident[due] = (last >= least) & (last > 0)
@@ -464,7 +470,7 @@ EXPERT_BYTES = 3 * 2048 * 1408 * 2
 """Of DeepSeek-V2-Lite, in 16 bits."""
 ALONE = 4
 """So many times the replicas take the same conversations in turn: nearly all end before the next comes to theirs."""
-SEED_REPLICAS = 32
+SEED_REPLICAS = 16
 """Fleets of more replicas are simulated with proportionally fewer seeds."""
 FAULTS = {"statistics a minute late": {"statistics_seconds": 60.0}, "a replica slow by ten": {"slow": 10.0}}
 H100 = Machine(0, EXPERT_BYTES, base_seconds=0.007, token_seconds=2e-5, bytes_per_second=25e9)
