@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
@@ -48,7 +47,7 @@ NUM_LAYERS, NUM_EXPERTS = 8, 64
 PROFILE_EXPERTS, SLOTS = 16, 24
 PROMPT_CHARACTERS, ANSWER_TOKENS = 160, 32
 RECORDED_ROWS = 16
-SIMULATED_SEEDS = 8
+SIMULATED_SEEDS = 6
 """Draws of a replica among equal ones, for each seed of the requests."""
 Request = tuple[int, str]
 """The kind and the prompt."""
@@ -211,45 +210,54 @@ def simulate(folder: Path, asked: Sequence[Request], expert_bytes: int) -> dict[
     }  # fmt: skip
 
 
-def compare(folder: Path, count: int, seeds: int) -> dict[str, dict[str, Any]]:
-    """The means of each policy, and its values with each seed."""
+Seeds = dict[str, list[dict[str, float]]]
+"""The figures of each policy, by seed."""
+
+
+def add_seed(found: Seeds, folder: Path, count: int, seed: int) -> None:
+    """Simulate and serve the requests of one seed under each policy."""
     manifest = json.loads((folder / "store" / "manifest.json").read_text())
     expert_bytes = sum(deep["bytes"] for deep in manifest["deep_experts"]) // (NUM_LAYERS * NUM_EXPERTS)
-    found: dict[str, list[dict[str, float]]] = {policy: [] for policy in POLICIES}
-    for seed in range(seeds):
-        asked = requests(count, seed)
-        simulated = simulate(folder, asked, expert_bytes)
-        for policy, options in POLICIES.items():
-            found[policy].append({"simulated_bytes_per_token": simulated[policy], **measure(folder, options, asked)})
-            print(seed, policy, found[policy][-1], flush=True)
-    return {
-        policy: {**{name: float(np.mean([one[name] for one in of_seeds])) for name in of_seeds[0]}, "seeds": of_seeds}
-        for policy, of_seeds in found.items()
+    asked = requests(count, seed)
+    simulated = simulate(folder, asked, expert_bytes)
+    for policy, options in POLICIES.items():
+        found[policy].append({"simulated_bytes_per_token": simulated[policy], **measure(folder, options, asked)})
+        print(seed, policy, found[policy][-1], flush=True)
+
+
+def report(found: Seeds, count: int, *, save: bool) -> None:
+    """Print, and save if asked, the means of the seeds so far."""
+    means = {
+        policy: {name: float(np.mean([one[name] for one in seeds])) for name in seeds[0]}
+        for policy, seeds in found.items()
     }
+    falls = {
+        name: 1 - means["affinity"][name] / means["two choices"][name]
+        for name in ("fetched_bytes_per_token", "simulated_bytes_per_token")
+    }
+    print(table(("policy", "measured KB/token", "simulated KB/token"), [
+        (policy, row["fetched_bytes_per_token"] / 1e3, row["simulated_bytes_per_token"] / 1e3)
+        for policy, row in means.items()
+    ]))  # fmt: skip
+    print(f"fall: measured {falls['fetched_bytes_per_token']:.0%}, simulated {falls['simulated_bytes_per_token']:.0%}")
+    result = {"benchmark": "affinity_processes", **environment(), "slots": SLOTS, "profile_experts": PROFILE_EXPERTS,
+              "num_requests": count, "policies": means, "fall": falls, "seeds": found}  # fmt: skip
+    finish("affinity_processes", result, save=save)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=60)
-    parser.add_argument("--seeds", type=int, default=1, help="draws of the requests")
+    parser.add_argument("--seeds", type=int, default=1, help="draws of the requests; saved after each")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/affinity_processes.json")
     arguments = parser.parse_args()
+    found: Seeds = {policy: [] for policy in POLICIES}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
-        rows = compare(folder, arguments.requests, arguments.seeds)
-    falls = {
-        name: 1 - rows["affinity"][name] / rows["two choices"][name]
-        for name in ("fetched_bytes_per_token", "simulated_bytes_per_token")
-    }
-    print(table(("policy", "measured KB/token", "simulated KB/token"), [
-        (policy, row["fetched_bytes_per_token"] / 1e3, row["simulated_bytes_per_token"] / 1e3)
-        for policy, row in rows.items()
-    ]))  # fmt: skip
-    print(f"fall: measured {falls['fetched_bytes_per_token']:.0%}, simulated {falls['simulated_bytes_per_token']:.0%}")
-    result = {"benchmark": "affinity_processes", **environment(), "slots": SLOTS, "profile_experts": PROFILE_EXPERTS,
-              "num_requests": arguments.requests, "policies": rows, "fall": falls}  # fmt: skip
-    finish("affinity_processes", result, save=arguments.save)
+        for seed in range(arguments.seeds):
+            add_seed(found, folder, arguments.requests, seed)
+            report(found, arguments.requests, save=arguments.save)
 
 
 if __name__ == "__main__":
