@@ -29,7 +29,7 @@ import itertools
 import pickle
 import random
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -521,10 +521,12 @@ def simulated(
     sizes = {}
     for num in replicas:
         some = range(max(1, min(seeds, seeds * SEED_REPLICAS // num)))
-        by_policy: dict[str, Figures] = {}
-        for policy in scenario.policies:
-            found = list(processes.map(partial(simulate, kinds, scenario, num, policy), some))
-            by_policy[policy] = {name: [one[name] for one in found] for name in found[0]}
+        jobs = [(policy, seed) for policy in scenario.policies for seed in some]
+        found = processes.map(partial(simulate, kinds, scenario, num), *zip(*jobs, strict=True))
+        by_policy: dict[str, Figures] = {policy: defaultdict(list) for policy in scenario.policies}
+        for (policy, _), figures in zip(jobs, found, strict=True):
+            for name, value in figures.items():
+                by_policy[policy][name].append(value)
         sizes[str(num)] = by_policy
         print(f"\n{num} replicas, {len(some)} seeds: {scenario.says}\n{_shown(by_policy)}", flush=True)
     return sizes
@@ -557,12 +559,13 @@ def figure(scenarios: Mapping[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, len(scenarios), figsize=(11, 3.4), sharey=True, layout="constrained")
     for axis, (name, sizes) in zip(axes, scenarios.items(), strict=True):
         for policy in SCENARIOS[name].policies:
-            shares = [[1 - one for one in saves(by_policy, policy)] for by_policy in sizes.values()]
-            at, width = range(len(sizes)), 2 if policy == "affinity" else 1
-            drawn = axis.plot(at, np.median(shares, axis=1), marker="o", label=policy, linewidth=width)
-            axis.fill_between(
-                at, np.min(shares, axis=1), np.max(shares, axis=1), color=drawn[0].get_color(), alpha=0.15
-            )
+            shares = [
+                (1 - np.percentile(saves(by_policy, policy), [50, 100, 0])).tolist() for by_policy in sizes.values()
+            ]
+            median, least, most = zip(*shares, strict=True)
+            width = 2 if policy == "affinity" else 1
+            (drawn,) = axis.plot(range(len(sizes)), median, marker="o", label=policy, linewidth=width)
+            axis.fill_between(range(len(sizes)), least, most, color=drawn.get_color(), alpha=0.15)
         axis.set_xticks(range(len(sizes)), list(sizes))
         axis.set_title(name)
         axis.set_xlabel("replicas")
@@ -582,7 +585,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--processes", type=int, default=1, help="seeds simulated at once")
+    parser.add_argument("--processes", type=int, default=1, help="simulations at once")
     parser.add_argument("--faults", action="store_true", help="simulate late statistics, and a slow replica")
     parser.add_argument(
         "--save", action="store_true", help="write benchmarks/results/affinity.json and its figure, or affinity_faults"
