@@ -21,7 +21,16 @@ from torch.nn import functional
 from expert_store.adapter import Adapter, Changes
 from server.model.device.capture import need
 from server.model.device.capture.delta import delta_rows
-from server.model.device.capture.modules import DeltaNet, LatentAttention, Layer, layers_of, text_body
+from server.model.device.capture.modules import (
+    DeltaNet,
+    LatentAttention,
+    Layer,
+    Mamba,
+    ShortConvolution,
+    StateNet,
+    last_norm,
+    layers_of,
+)
 from server.model.device.capture.pack import gate_last
 from server.model.device.capture.parts import packed_norm
 from server.model.device.step.router_kind import router_product
@@ -40,6 +49,7 @@ from server.model.device.step.weights import (
 LEAST_RANK, MOST_RANK, MOST_WIDTH = 16, 256, 1024
 """Of a change of a product, and of the expert that an adapter adds to a layer."""
 _EXPERT = ("gate", "up", "down")
+_STATES: dict[type, str] = {Mamba: "Mamba-2", ShortConvolution: "convolutions"}
 REMEDY = "the host-driven path carries it, or --no-adapters serves without"
 
 
@@ -52,7 +62,9 @@ def check_adapters(model: Any, adapters: Mapping[str, Adapter]) -> None:
         return
     names = {module: name for name, module in model.named_modules()}
     layers = layers_of(model)
-    norm = text_body(model).norm
+    beside = sorted({_STATES[type(layer.attention)] for layer in layers if type(layer.attention) in _STATES})
+    need(not beside, f"the captured step carries no adapters beside {', '.join(beside)}: {REMEDY}")
+    norm = last_norm(model)
     need(
         packed_norm(norm, "the model").ndim == 1,
         f"adapters change {type(norm).__name__}, and the captured step carries those of RMS norms only: {REMEDY}",
@@ -95,7 +107,7 @@ def adapted_trunk(
     layers = tuple(
         packer.layer(layer, shape.attention(at), weights.layers[at]) for at, layer in enumerate(layers_of(model))
     )
-    norm = packer.scaled(weights.norm, text_body(model).norm)
+    norm = packer.scaled(weights.norm, last_norm(model))
     return AdaptedTrunk(tuple(adapters), replace(weights, layers=layers, norm=norm), tuple(packer.by_module))
 
 
@@ -121,6 +133,7 @@ class _Packer:
         if isinstance(layer.attention, DeltaNet):
             changes = self._delta_net(layer.attention, products)
         else:
+            assert not isinstance(layer.attention, StateNet), "refused by `check_adapters`"
             joined = partial(gate_last, kind=attention, is_apart=layer.attention.gate is not None)
             changes = {"qkv": self._low_rank(products.pop("qkv"), joined)}
         changes |= {name: self._low_rank(modules) for name, modules in products.items()}
@@ -173,7 +186,7 @@ class _Packer:
         return delta, torch.stack(gains).to(self._like.device)
 
     def _delta_net(self, net: DeltaNet, products: dict[str, tuple[nn.Linear, ...]]) -> dict[str, LowRank | None]:
-        """The changes of the products that stand for a delta net's own, as in `step.delta.DeltaLayer`; takes those out
+        """The changes of the products that stand for a delta net's own, as in `step.states.StateLayer`; takes those out
         of `products`."""
         where, expands = self._names[net.module], products.pop("latents", ())
         return {
@@ -291,14 +304,14 @@ def _norms(layer: Layer) -> list[nn.Module]:
 
 def _norms_of_attention(layer: Layer) -> tuple[nn.Module, nn.Module] | None:
     """The norms of queries and keys, or of their latents."""
-    return None if isinstance(layer.attention, DeltaNet) else layer.attention.norms
+    return None if isinstance(layer.attention, StateNet) else layer.attention.norms
 
 
 def _products(layer: Layer) -> dict[str, tuple[nn.Linear, ...]]:
     """The products of a layer that the step computes as one each, by their names in `LayerChanges`."""
     attention = layer.attention
     *qkv, output = attention.projections
-    qkv += [] if isinstance(attention, DeltaNet) else [attention.gate]
+    qkv += [] if isinstance(attention, StateNet) else [attention.gate]
     found = {"qkv": tuple(one for one in qkv if one is not None), "output": (output,)}
     latents = attention.expands if isinstance(attention, DeltaNet) else ()
     if isinstance(attention, LatentAttention) and attention.queries is not None:

@@ -8,7 +8,6 @@ channel.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +16,12 @@ from server.model.device.capture import need
 from server.model.device.capture.modules import DeltaNet
 from server.model.device.capture.parts import forget_kind, gated_norm, norm_eps
 from server.model.device.step.parts import DeltaKind
-from server.model.device.step.weights import DeltaWeights
+from server.model.device.step.weights import ConvolutionWeights, DeltaWeights
 
 
-def delta_kind(net: DeltaNet, config: Any, where: str) -> DeltaKind:
-    """The sizes and parts of a delta net. Raises NotCapturableError for one whose products, convolution, norm or decays
-    are others."""
+def delta_kind(net: DeltaNet, eps: float, where: str) -> DeltaKind:
+    """The sizes and parts of a delta net; `eps` is that of the model's norms. Raises NotCapturableError for one whose
+    products, convolution, norm or decays are others."""
     where = f"{where}: delta net"
     kind = _kind(net, where)
     *products, output = net.projections
@@ -35,8 +34,8 @@ def delta_kind(net: DeltaNet, config: Any, where: str) -> DeltaKind:
     need(kind.value_heads % kind.key_heads == 0, f"{where} has {kind.value_heads} heads of values for {kind.key_heads}")
     for size in (kind.key_dim, kind.value_dim):
         need(size & (size - 1) == 0, f"{where} has heads of {size} elements: wanted a power of two")
-    eps = norm_eps(net.norm)
-    need(eps == float(config.rms_norm_eps), f"{where} has a norm with {eps}, the other norms {config.rms_norm_eps}")
+    own = norm_eps(net.norm)
+    need(own == eps, f"{where} has a norm with {own}, the other norms {eps}")
     return kind
 
 
@@ -58,7 +57,7 @@ def packed_delta(net: DeltaNet, where: str) -> DeltaWeights:
     """The small tensors of a delta net."""
     expands = [product.weight for product in net.expands]
     return DeltaWeights(
-        conv=net.conv.weight[:, 0].T.contiguous(),
+        conv=ConvolutionWeights(net.conv.weight[:, 0].T.contiguous()),
         norm=gated_norm(net.norm, where)[0],
         decay=-net.decay.float().exp().flatten(),
         shift=net.shift.float(),

@@ -17,30 +17,36 @@ from server.model.device.capture import need
 _MODEL = ("model", "lm_head")
 TOWERS = ("visual", "vision_tower", "audio_tower", "multi_modal_projector", "mm_projector")
 """Modules for images and sound, which no text goes through."""
-_BODY = ("embed_tokens", "layers", "norm")
-ATTENTION, _DELTA = "self_attn", "linear_attn"
+_EMBEDDING, _LAST_NORM = ("embed_tokens", "embeddings"), ("norm", "embedding_norm", "norm_f")
+_ROTARY = ("rotary_emb", "pos_emb")
+_MIXERS = ("self_attn", "linear_attn", "conv", "mamba")
+_ALONE = "mixer"
+"""A layer's only part: attention, or what stands in its place, or experts or a product."""
+_NORMS_BEFORE = (("input_layernorm", "operator_norm"), ("post_attention_layernorm", "ffn_norm"))
 _BEFORE = ("pre_mlp_layernorm", "pre_feedforward_layernorm")
 _AFTER = ("post_mlp_layernorm", "post_feedforward_layernorm")
 _APART = ("pre_feedforward_layernorm_2", "post_feedforward_layernorm_2", "post_feedforward_layernorm_1")
 """Norms before the routed experts, after them, and after the product beside them."""
-_AROUND = ("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", *_BEFORE, *_AFTER, *_APART)
-_BLOCK = ("mlp", "block_sparse_moe")
+_AROUND = (*_NORMS_BEFORE[0], *_NORMS_BEFORE[1], "post_self_attn_layernorm", *_BEFORE, *_AFTER, *_APART)
+_BLOCK = ("mlp", "block_sparse_moe", "feed_forward", _ALONE)
 _ROUTER = ("gate", "router")
 _BIASES = ("expert_bias", "e_score_correction_bias")
 """A block's parameters that it hands to its router."""
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
+_OUTPUT = ("o_proj", "out_proj")
 _LATENT = ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
 _QUERIES = ("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj")
 _GATES = ("gate_proj", "g_proj")
-_NORMS = (("q_norm", "query_layernorm"), ("k_norm", "key_layernorm"))
+_NORMS = (("q_norm", "query_layernorm", "q_layernorm"), ("k_norm", "key_layernorm", "k_layernorm"))
 _DELTA_TENSORS = ("conv1d", "A_log", "dt_bias", "norm")
 _DELTA_PRODUCTS = (("in_proj_qkvz", "in_proj_ba"), ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b"))
 _FORGET = "forget_gate"
 """The module of a delta net's decays, where it has one."""
 _FORGET_PRODUCTS = {"f_proj": ("g_proj",), "f_a_proj": ("g_a_proj", "g_b_proj")}
 """The products of the norm's gate by the decays' first product: one, or one to a latent and one of it."""
-_MLP = (("gate_proj", "up_proj"), ("gate_up_proj",), ("input_linear",))
-_DOWN = ("down_proj", "output_linear")
+_MAMBA_TENSORS = ("conv1d", "A_log", "dt_bias", "D", "norm")
+_MLP = (("gate_proj", "up_proj"), ("gate_up_proj",), ("input_linear",), ("w1", "w3"))
+_DOWN = ("down_proj", "output_linear", "w2")
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,33 @@ class DeltaNet:
 
 
 @dataclass(frozen=True)
+class Mamba:
+    """A Mamba-2 layer: the products of its input, whose rows are the norm's gate, x, B, C and dt, and of the output;
+    the convolution over x, B and C; A, the bias of dt, D, the gated norm; the module itself, which has the sizes."""
+
+    projections: tuple[nn.Linear, nn.Linear]
+    conv: nn.Conv1d
+    decay: Tensor
+    shift: Tensor
+    skip: Tensor
+    norm: nn.Module
+    module: Any
+
+
+@dataclass(frozen=True)
+class ShortConvolution:
+    """A convolution between two gates: the products of its input, whose rows are the input's gate, the result's gate
+    and the input, and of the output; the convolution, and the module itself."""
+
+    projections: tuple[nn.Linear, nn.Linear]
+    conv: nn.Conv1d
+    module: Any
+
+
+StateNet = DeltaNet | Mamba | ShortConvolution
+
+
+@dataclass(frozen=True)
 class Layer:
     """A decoder layer. `block`, `router` and `experts` are None without routed experts; `mlp` is then the layer's own
     product, else its shared expert. Norms before attention and before the others; after attention, after the others,
@@ -110,7 +143,7 @@ class Layer:
 
     where: str
     input_norm: nn.Module | None
-    attention: Attention | LatentAttention | DeltaNet
+    attention: Attention | LatentAttention | StateNet
     post_norm: nn.Module | None
     mlp: Mlp | None
     block: Any = None
@@ -129,6 +162,38 @@ def text_body(model: Any) -> Any:
     return getattr(body, "language_model", body)
 
 
+def embedding_of(model: Any) -> Any:
+    """The table of the tokens' embeddings."""
+    return _first(text_body(model), _EMBEDDING)
+
+
+def last_norm(model: Any) -> Any:
+    """The norm before the head."""
+    return _first(text_body(model), _LAST_NORM)
+
+
+def rotary_name(model: Any) -> str:
+    """The name of the body's rotary embedding; empty: it has none."""
+    return next((name for name in _ROTARY if getattr(text_body(model), name, None) is not None), "")
+
+
+def rotary_embedding(model: Any) -> Any:
+    """The rotary embedding of all layers; None if there is none."""
+    return getattr(text_body(model), rotary_name(model), None)
+
+
+def mixer_name(layer: Any) -> str:
+    """The name of a layer's attention, or of what stands in its place."""
+    return next((name for name in _MIXERS if isinstance(getattr(layer, name, None), nn.Module)), _MIXERS[0])
+
+
+def attention_of(layer: Any) -> Any:
+    """A layer's attention; None if it has none."""
+    mixer = getattr(layer, mixer_name(layer), None)
+    is_one = any(hasattr(mixer, name) for name in ("k_proj", "kv_b_proj")) and not hasattr(mixer, _FORGET)
+    return mixer if is_one else None
+
+
 def moe_blocks(model: Any) -> list[tuple[int, Any, Any]]:
     """(layer of the model, its MoE block, the router in it), first layer first."""
     found = []
@@ -145,16 +210,11 @@ def layers_of(model: Any) -> list[Layer]:
     body = text_body(model)
     if body is not model.model:
         check_children(model.model, "the model", ("language_model",), TOWERS)
-    check_children(body, "the model", _BODY, ("rotary_emb",))
+    check_children(body, "the model", ("layers",), (*_EMBEDDING, *_LAST_NORM, *_ROTARY))
+    for names in (_EMBEDDING, _LAST_NORM):
+        need(_first(body, names) is not None, f"the model has no {' or '.join(names)}")
     blocks = {index: (block, router) for index, block, router in moe_blocks(model)}
     return [_layer(layer, f"layer {at}", *blocks.get(at, (None, None))) for at, layer in enumerate(body.layers)]
-
-
-def delta_name(layer: Any) -> str | None:
-    """The name of a decoder layer's delta net; None if it has attention."""
-    if hasattr(layer, _DELTA):
-        return _DELTA
-    return ATTENTION if hasattr(getattr(layer, ATTENTION, None), _FORGET) else None
 
 
 def check_children(module: Any, where: str, needed: Sequence[str], optional: Sequence[str] = ()) -> None:
@@ -176,9 +236,9 @@ def _first(owner: Any, names: Sequence[str]) -> Any:
 
 def _layer(layer: Any, where: str, block: Any, router: Any) -> Layer:
     beside = ("experts", *_ROUTER) if block is layer else ()
-    delta = delta_name(layer)
-    check_children(layer, where, (delta or ATTENTION,), (*_AROUND, *_BLOCK, *_SHARED, *beside))
-    attention = _attention(layer.self_attn, where) if delta is None else _delta_net(getattr(layer, delta), where)
+    name = mixer_name(layer)
+    check_children(layer, where, (name,), (*_AROUND, *_BLOCK, *_SHARED, *beside))
+    attention = _mixer(getattr(layer, name), where)
     mlp, norms = _first(layer, _BLOCK), _norms(layer)
     if block is None:
         need(mlp is not None, f"{where} has no {' or '.join(_BLOCK)}")
@@ -211,7 +271,7 @@ def _layer(layer: Any, where: str, block: Any, router: Any) -> Layer:
 def _norms(layer: Any) -> dict[str, Any]:
     """The norms around attention and around what follows it, and the factor of the result. The norm that is called one
     after attention is one before the others, unless there is another before them, or none before attention."""
-    first, second = getattr(layer, "input_layernorm", None), getattr(layer, "post_attention_layernorm", None)
+    first, second = (_first(layer, names) for names in _NORMS_BEFORE)
     before, own = _first(layer, _BEFORE), getattr(layer, "post_self_attn_layernorm", None)
     if own is None and (before is not None or first is None):
         own, second = second, before
@@ -226,14 +286,20 @@ def _norms(layer: Any) -> dict[str, Any]:
     }
 
 
+def _mixer(mixer: Any, where: str) -> Attention | LatentAttention | StateNet:
+    if hasattr(mixer, "A_log") or hasattr(mixer, _FORGET):
+        return _mamba(mixer, where) if hasattr(mixer, "D") else _delta_net(mixer, where)
+    return _short_convolution(mixer, where) if hasattr(mixer, "conv") else _attention(mixer, where)
+
+
 def _attention(attention: Any, where: str) -> Attention | LatentAttention:
     where = f"{where}: attention"
     if hasattr(attention, "kv_b_proj"):
         return _latent_attention(attention, where)
-    check_children(
-        attention, where, ("q_proj", "k_proj", "o_proj"), ("v_proj", *_GATES, *_NORMS[0], *_NORMS[1], "sinks")
-    )
-    q, k, o = (getattr(attention, name) for name in ("q_proj", "k_proj", "o_proj"))
+    output = next((name for name in _OUTPUT if hasattr(attention, name)), _OUTPUT[0])
+    needed = ("q_proj", "k_proj", output)
+    check_children(attention, where, needed, ("v_proj", *_GATES, *_NORMS[0], *_NORMS[1], "sinks"))
+    q, k, o = (getattr(attention, name) for name in needed)
     v = getattr(attention, "v_proj", None)
     need(
         all(isinstance(one, nn.Linear) for one in (q, k, v or k, o)),
@@ -305,6 +371,35 @@ def _check_plain(products: Sequence[Any], conv: Any, where: str) -> None:
     plain = all(isinstance(one, nn.Linear) and one.bias is None for one in products)
     need(plain, f"{where} projects otherwise than by plain products without biases")
     need(isinstance(conv, nn.Conv1d) and conv.bias is None, f"{where} has no plain convolution without a bias")
+
+
+def _mamba(mamba: Any, where: str) -> Mamba:
+    where = f"{where}: Mamba-2"
+    check_children(mamba, where, ("in_proj", "out_proj", *_MAMBA_TENSORS))
+    conv, decay, shift, skip, norm = (getattr(mamba, name) for name in _MAMBA_TENSORS)
+    return Mamba(_products(mamba, where), _convolution(conv, where), decay, shift, skip, norm, mamba)
+
+
+def _short_convolution(module: Any, where: str) -> ShortConvolution:
+    where = f"{where}: convolution"
+    check_children(module, where, ("in_proj", "out_proj", "conv"))
+    return ShortConvolution(_products(module, where), _convolution(module.conv, where), module)
+
+
+def _products(module: Any, where: str) -> tuple[nn.Linear, nn.Linear]:
+    """The products of a layer's input and of its output."""
+    plain = isinstance(module.in_proj, nn.Linear) and isinstance(module.out_proj, nn.Linear)
+    need(plain, f"{where} projects otherwise than by plain products")
+    return module.in_proj, module.out_proj
+
+
+def _convolution(conv: Any, where: str) -> nn.Conv1d:
+    plain = (
+        isinstance(conv, nn.Conv1d) and conv.groups == conv.in_channels == conv.out_channels and conv.dilation == (1,)
+    )
+    need(plain, f"{where} has no plain convolution of each channel")
+    assert isinstance(conv, nn.Conv1d)
+    return conv
 
 
 def _mlp(mlp: Any, where: str, switch: nn.Linear | None = None) -> Mlp:

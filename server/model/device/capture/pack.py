@@ -1,10 +1,10 @@
 """Packs a transformers model in memory into the shape and the tensors of the captured decode step.
 
-Accepts decoders of grouped-query or latent attention, gated delta nets and gated products. `capture.modules` finds the
-modules, `capture.parts`, `capture.latent`, `capture.delta` and `step.router_kind` find out which parts they are, and
-gating rules come from `router.gating`; `capture.families` adds what neither shows. Invariant: a model with an unknown
-module or part is refused. Modules do not describe everything that a forward computes, so `capture.proof` compares the
-results.
+Accepts decoders of grouped-query or latent attention, layers that keep a state, and gated products. `capture.modules`
+finds the modules, `capture.parts`, `capture.latent`, `capture.states` and `step.router_kind` find out which parts they
+are, and gating rules come from `router.gating`; `capture.families` adds what neither shows. Invariant: a model with an
+unknown module or part is refused. Modules do not describe everything that a forward computes, so `capture.proof`
+compares the results.
 """
 
 from __future__ import annotations
@@ -18,22 +18,26 @@ from torch import Tensor, nn
 
 from expert_store.encoding import RowEncoding
 from server.model.device.capture import NotCapturableError, need
-from server.model.device.capture.delta import delta_kind, delta_rows, packed_delta
 from server.model.device.capture.families import FamilyParts, family_parts
 from server.model.device.capture.latent import latent_kind, packed_latent
 from server.model.device.capture.modules import (
-    ATTENTION,
     Attention,
     DeltaNet,
     LatentAttention,
     Layer,
     Mlp,
-    delta_name,
+    StateNet,
+    attention_of,
+    embedding_of,
+    last_norm,
     layers_of,
+    rotary_embedding,
+    rotary_name,
     text_body,
 )
 from server.model.device.capture.parts import check_unweighted, gate_kind, packed_norm
-from server.model.device.step.parts import SILU, AttentionKind, DeltaKind, ExpertKind, LatentKind, OutputGate, Scales
+from server.model.device.capture.states import packed_state, state_kind
+from server.model.device.step.parts import SILU, AttentionKind, ExpertKind, LatentKind, OutputGate, Scales, StateKind
 from server.model.device.step.router_kind import (
     RouterKind,
     RouterRefusedError,
@@ -68,7 +72,8 @@ _LEAST_GROUP = 16
 _PROBED = 16
 """Elements on which gated products are probed."""
 _ROUTED = "routed_scaling_factor"
-_SETTINGS = ("hidden_size", "num_attention_heads", "rms_norm_eps", "model_type")
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon")
+_SETTINGS = ("hidden_size", "num_attention_heads", _EPSILONS[0], "model_type")
 _TOP_K = ("num_experts_per_tok", "top_k_experts")
 
 
@@ -120,7 +125,7 @@ def decode_shape(
         max_tokens=max_tokens,
         eps=_epsilon(config),
         scaling=scaling,
-        norm=_norm_kind(text_body(model).norm),
+        norm=_norm_kind(last_norm(model)),
         is_parallel=_only({layer.is_parallel for layer in layers}, "only some layers have parallel branches"),
         qk_norm=_qk_norm(norm, family),
         output_gate=first.gate,
@@ -134,7 +139,7 @@ def decode_shape(
         router=router,
         experts=experts,
         mlp_gate=_only(gates or {SILU}, "shared experts and dense layers have several gated products"),
-        scales=_scales(config, text_body(model).embed_tokens, moe[0]),
+        scales=_scales(config, embedding_of(model), moe[0]),
         dtype=dtype,
         packed=packed,
     )
@@ -147,8 +152,8 @@ def _complete_config(model: Any) -> Any:
     """The config of the model's text part. Raises NotCapturableError if a setting is missing that a shape needs."""
     config = model.config.get_text_config()
     absent = [name for name in _SETTINGS if getattr(config, name, None) is None]
-    if getattr(config, "layer_norm_eps", None) is not None:
-        absent = [name for name in absent if name != "rms_norm_eps"]
+    if any(getattr(config, name, None) is not None for name in _EPSILONS):
+        absent = [name for name in absent if name != _EPSILONS[0]]
     need(not absent, f"the model's config has no {', '.join(absent)}")
     return config
 
@@ -160,7 +165,7 @@ def _only(values: set[_Value], problem: str) -> _Value:
 
 
 def _epsilon(config: Any) -> float:
-    found = (getattr(config, name, None) for name in ("rms_norm_eps", "layer_norm_eps"))
+    found = (getattr(config, name, None) for name in _EPSILONS)
     return next(float(one) for one in found if one is not None)
 
 
@@ -169,12 +174,13 @@ def _norm_kind(norm: nn.Module) -> NormKind:
 
 
 def _attentions(model: Any, layers: Sequence[Layer]) -> tuple[tuple[LayerKind, ...], LayerKind, QkNorm, float]:
-    """The attention of each layer, or the delta net in its place; the first attention; the norms of queries and keys
+    """The attention of each layer, or what stands in its place; the first attention; the norms of queries and keys
     and the factor of scores of all attentions."""
     names = frequencies_of(model, len(layers))
     attentions = tuple(_attention_kind(model, layer, name) for layer, name in zip(layers, names, strict=True))
-    need(len({kind for kind in attentions if isinstance(kind, DeltaKind)}) <= 1, "delta nets differ between layers")
-    attending = [pair for pair in zip(layers, attentions, strict=True) if not isinstance(pair[1], DeltaKind)]
+    states = {kind for kind in attentions if isinstance(kind, StateKind)}
+    need(len(states) <= 1, "layers that keep a state differ from one another")
+    attending = [pair for pair in zip(layers, attentions, strict=True) if not isinstance(pair[1], StateKind)]
     need(bool(attending), "no layer has attention")
     norms = {_attention_norms(layer, kind) for layer, kind in attending}
     need(len(norms) == 1, "norms of queries and keys differ between layers")
@@ -185,12 +191,12 @@ def _attentions(model: Any, layers: Sequence[Layer]) -> tuple[tuple[LayerKind, .
 
 def _attention_kind(model: Any, layer: Layer, frequencies: str) -> LayerKind:
     """The attention of a layer whose frequencies are that attribute of the model's rotary embedding; refuses attention
-    without grouped queries or latents, and what stands for attention but a delta net."""
+    without grouped queries or latents."""
     attention, config, where = layer.attention, model.config.get_text_config(), f"{layer.where}: attention"
     if isinstance(attention, LatentAttention):
-        return latent_kind(attention, config, getattr(text_body(model), "rotary_emb", None), where)
-    if isinstance(attention, DeltaNet):
-        return delta_kind(attention, config, layer.where)
+        return latent_kind(attention, config, rotary_embedding(model), where)
+    if isinstance(attention, StateNet):
+        return state_kind(attention, _epsilon(config), layer.where)
     q, k, v, o = attention.projections
     head_dim = int(getattr(attention.module, "head_dim", config.hidden_size // config.num_attention_heads))
     need(head_dim % 2 == 0, f"{where} has heads of {head_dim} elements: wanted an even number")
@@ -268,15 +274,14 @@ def _scales(config: Any, table: Any, layer: Layer) -> Scales:
 
 def frequencies_of(model: Any, num_layers: int) -> list[str]:
     """For each layer the name of its frequencies, which `rotary_of` finds; empty: the layer does not rotate."""
-    config, rotary = model.config.get_text_config(), getattr(text_body(model), "rotary_emb", None)
-    if rotary is None:
-        return [""] * num_layers
+    config, rotary = model.config.get_text_config(), rotary_embedding(model)
     if hasattr(text_body(model), "rotary_embs"):  # one for each base of angles, the lowest first; base 0: none
         bases = sorted({base for base in config.layer_rope_theta if base})
         return [f"rotary_embs.{bases.index(base)}.inv_freq" if base else "" for base in config.layer_rope_theta]
+    if rotary is None:
+        return [""] * num_layers
     types = getattr(config, "layer_types", None) or [""] * num_layers
-    layers = text_body(model).layers
-    attentions = [None if delta_name(layer) else getattr(layer, ATTENTION, None) for layer in layers]
+    attentions = [attention_of(layer) for layer in text_body(model).layers]
     still = family_parts(config.model_type).unrotated if getattr(config, "sliding_window", None) else ""
     names = [
         "" if own is None or (still and kind == still and not getattr(own, "force_rope", False)) else f"{kind}_inv_freq"
@@ -292,7 +297,7 @@ def frequencies_of(model: Any, num_layers: int) -> list[str]:
 def rotary_of(model: Any, name: str) -> tuple[Any, str]:
     """The rotary embedding that has frequencies of this name, and its attribute."""
     owner, _, attribute = name.rpartition(".")
-    return text_body(model).get_submodule(owner or "rotary_emb"), attribute
+    return text_body(model).get_submodule(owner or rotary_name(model)), attribute
 
 
 def _block_kind(config: Any, layer: Layer, bias: torch.dtype) -> tuple[RouterKind, ExpertKind, int, int, int]:
@@ -335,31 +340,33 @@ def pack_trunk(model: Any, shape: DecodeShape, eight_bits: EightBits | None = No
             attention and the head are multiplied as they are, other layers in the model's dtype.
     """
     eight_bits = eight_bits or {}
-    body = text_body(model)
     layers, tables = layers_of(model), rotary_tables_of(model, shape)
     return TrunkWeights(
-        embedding=body.embed_tokens.weight,
+        embedding=embedding_of(model).weight,
         layers=tuple(
             _packed(layer, shape, kind, table, eight_bits)
             for layer, kind, table in zip(layers, shape.each_attention, tables, strict=True)
         ),
-        norm=packed_norm(body.norm, "the model"),
+        norm=packed_norm(last_norm(model), "the model"),
         head=_matrix([model.lm_head], eight_bits) or model.lm_head.weight,
         head_bias=_bias(model.lm_head),
     )
 
 
 def packed_trunk_bytes(model: Any, weights: TrunkWeights) -> int:
-    """Bytes of a model's trunk and of its packed `weights`, which stand for the products of delta nets."""
-    nets = (layer.attention for layer in layers_of(model) if isinstance(layer.attention, DeltaNet))
-    replaced = {id(product.weight) for net in nets for product in (*net.projections[:-1], *net.expands)}
-    held = {id(tensor): tensor for tensor in (*model.parameters(), *weights.tensors)}
-    return sum(tensor.nbytes for key, tensor in held.items() if key not in replaced)
+    """Bytes of a model's trunk and of its packed `weights`, which stand for the products of layers with a state."""
+    nets = [layer.attention for layer in layers_of(model) if isinstance(layer.attention, StateNet)]
+    products = [product for net in nets for product in net.projections[:-1]]
+    products += [product for net in nets if isinstance(net, DeltaNet) for product in net.expands]
+    replaced = {id(product.weight) for product in products}
+    packed = {id(tensor): tensor for tensor in weights.tensors}
+    others = {id(tensor): tensor for tensor in model.parameters() if id(tensor) not in replaced}
+    return sum(tensor.nbytes for tensor in (packed | others).values())
 
 
 def attention_and_head(model: Any) -> list[nn.Linear]:
     """The linear layers that a step multiplies by their codes if they are in 8 bits."""
-    attentions = [layer.attention for layer in layers_of(model) if not isinstance(layer.attention, DeltaNet)]
+    attentions = [layer.attention for layer in layers_of(model) if not isinstance(layer.attention, StateNet)]
     parts = (part for attention in attentions for part in attention.projections)
     return [*(part for part in parts if part is not None), model.lm_head]
 
@@ -395,44 +402,57 @@ def _packed(
     eight_bits: EightBits,
 ) -> LayerWeights:
     attention = layer.attention
-    sinks = attention.sinks if isinstance(attention, Attention) else None
-    given = None if isinstance(attention, DeltaNet) else attention.norms
-    *found, output = attention.projections
-    output_gate = None if isinstance(attention, DeltaNet) else attention.gate
-    parts = [part for part in (*found, output_gate) if part is not None]
-    joined = partial(gate_last, kind=kind, is_apart=output_gate is not None)
-    biases = [bias for part in parts if (bias := _bias(part)) is not None]
-    q_norm, k_norm = (packed_norm(norm, layer.where) for norm in given) if given else (table[0],) * 2
+    if isinstance(attention, StateNet):
+        own: dict[str, Any] = packed_state(attention, layer.where) | dict.fromkeys(("q_norm", "k_norm"), table[0])
+    else:
+        own = _packed_attention(attention, kind, table, eight_bits, layer.where)
     gate, gate_bias = (None, None) if layer.router is None else router_product(layer.router)
     names = ("input_norm", "post_norm", "attention_norm", "branch_norm", "routed_norm")
-    norms = {name: _norm(getattr(layer, name), layer.where) for name in names}
+    norms: dict[str, Any] = {name: _norm(getattr(layer, name), layer.where) for name in names}
     kinds = {"layer" if norm.ndim == 2 else "rms" for norm in norms.values() if norm is not None}
     need(kinds <= {shape.norm}, f"{layer.where} has norms of several kinds")
     factors = shape.router.expert_factors
     return LayerWeights(
         **norms,
-        qkv=delta_rows(attention, [part.weight for part in parts])
-        if isinstance(attention, DeltaNet)
-        else _matrix(parts, eight_bits, joined) or joined([part.weight for part in parts]),
-        q_norm=q_norm,
-        k_norm=k_norm,
-        output=output.weight if isinstance(attention, DeltaNet) else _matrix([output], eight_bits) or output.weight,
+        **own,
         gate=gate,
         cos=table[0],
         sin=table[1],
-        qkv_bias=joined(biases) if biases else None,
-        output_bias=output.bias,
         gate_bias=None if gate_bias is None else gate_bias.float(),
         selection_bias=None if gate is None else selection_bias(shape.router, layer.router, layer.block),
-        sinks=None if sinks is None else sinks.float(),
-        latent=packed_latent(attention) if isinstance(attention, LatentAttention) else None,
-        delta=packed_delta(attention, layer.where) if isinstance(attention, DeltaNet) else None,
         mlp=None if layer.mlp is None else _packed_mlp(layer.mlp, layer.where),
         changes=None,
         gate_norm=layer.router.scale if gate is not None and shape.router.own_norm else None,
         expert_factors=None if gate is None or factors is None else getattr(layer.router, factors).float(),
         factor=layer.factor,
     )
+
+
+def _packed_attention(
+    attention: Attention | LatentAttention,
+    kind: LayerKind,
+    table: tuple[Tensor, Tensor],
+    eight_bits: EightBits,
+    where: str,
+) -> dict[str, Any]:
+    """The fields of `LayerWeights` that are attention's own."""
+    *found, output = attention.projections
+    parts = [part for part in found if part is not None]
+    gate, sinks = attention.gate, attention.sinks if isinstance(attention, Attention) else None
+    parts += [] if gate is None else [gate]
+    biases = [bias for part in parts if (bias := _bias(part)) is not None]
+    norms = [packed_norm(norm, where) for norm in attention.norms or ()] or [table[0]] * 2
+    joined = partial(gate_last, kind=kind, is_apart=gate is not None)
+    return {
+        "qkv": _matrix(parts, eight_bits, joined) or joined([part.weight for part in parts]),
+        "qkv_bias": joined(biases) if biases else None,
+        "q_norm": norms[0],
+        "k_norm": norms[1],
+        "output": _matrix([output], eight_bits) or output.weight,
+        "output_bias": output.bias,
+        "sinks": None if sinks is None else sinks.float(),
+        "latent": packed_latent(attention) if isinstance(attention, LatentAttention) else None,
+    }
 
 
 def _norm(norm: nn.Module | None, where: str) -> Tensor | None:

@@ -134,6 +134,26 @@ def forget_kind(forget: Any, where: str) -> tuple[float, bool]:
     raise NotCapturableError(f"{where}: {type(forget).__name__} makes other decays than the captured step computes")
 
 
+def grouped_norm_weight(norm: nn.Module, groups: int, where: str) -> Tensor:
+    """The weight of an RMS norm over each of so many groups of elements, which are multiplied by the SiLU of a gate
+    before, all in float32. Raises NotCapturableError for others."""
+    weight = getattr(norm, "weight", None)
+    need(isinstance(weight, Tensor), f"{where}: {type(norm).__name__} has no weight")
+    assert isinstance(weight, Tensor)
+    generator = torch.Generator().manual_seed(0)
+    probe = copy.deepcopy(norm).to_empty(device="cpu")
+    given, x, gate = torch.randn((3, _PROBES, *weight.shape), generator=generator)
+    assert isinstance(probe.weight, Tensor)
+    probe.weight.data = given[0]
+    with torch.no_grad():
+        found = _ran(lambda value: probe(value, gate), x, where)
+        value = (x * functional.silu(gate)).unflatten(-1, (groups, -1))
+        value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + norm_eps(norm))
+        same = torch.allclose(value.flatten(-2) * given[0], found, rtol=1e-4, atol=1e-5)
+    need(same, f"{where}: {type(norm).__name__} is no gated norm of {groups} groups that the captured step computes")
+    return weight
+
+
 def gate_kind(module: Any, intermediate: int, where: str) -> GateKind:
     """The gated product of an experts module, or of one that every token goes through.
 
@@ -159,8 +179,9 @@ def _without_products(mlp: nn.Module, intermediate: int) -> nn.Module:
     """The module as a function of what its first products give: it gets them side by side, and gives what its last
     product would get."""
     probe = copy.copy(mlp)
-    kinds = {name: nn.Identity() for name in ("gate_up_proj", "input_linear", "down_proj", "output_linear")}
-    halves = {"gate_proj": _Part(slice(None, intermediate)), "up_proj": _Part(slice(intermediate, None))}
+    kinds = {name: nn.Identity() for name in ("gate_up_proj", "input_linear", "down_proj", "output_linear", "w2")}
+    first, second = _Part(slice(None, intermediate)), _Part(slice(intermediate, None))
+    halves = {"gate_proj": first, "up_proj": second, "w1": first, "w3": second}
     found = {name: part for name, part in (kinds | halves).items() if name in mlp._modules}
     object.__setattr__(probe, "_modules", mlp._modules | found)
     return probe

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from expert_store.paging.pages import DevicePages, PagesShape
 from router.mask import ExpertMask
 from server.model.device.capture import NotCapturableError, need
-from server.model.device.capture.modules import TOWERS, moe_blocks, text_body
+from server.model.device.capture.modules import TOWERS, embedding_of, moe_blocks, rotary_name, text_body
 from server.model.device.capture.pack import frequencies_of, pack_trunk, rotary_of, rotary_tables_of
 from server.model.device.step.graphs import in_parallel
 from server.model.device.step.state import RowState
@@ -122,7 +122,8 @@ def _excerpt(model: Any, shape: DecodeShape, kept: list[int], device: torch.devi
     for _, block, _ in moe_blocks(excerpt):
         for name in [name for name, _ in block.experts.named_parameters(recurse=False)]:
             delattr(block.experts, name)
-    for table in (body.embed_tokens, excerpt.lm_head):
+    embedding = embedding_of(excerpt)
+    for table in (embedding, excerpt.lm_head):
         table.weight = nn.Parameter(torch.empty(VOCABULARY, shape.hidden), requires_grad=False)
         if getattr(table, "bias", None) is not None:
             table.bias = nn.Parameter(torch.empty(VOCABULARY), requires_grad=False)
@@ -133,13 +134,13 @@ def _excerpt(model: Any, shape: DecodeShape, kept: list[int], device: torch.devi
             continue
         tensor.normal_(generator=generator)
         if tensor.ndim > 1:
-            tensor.mul_(EMBEDDING_SCALE if tensor is body.embed_tokens.weight else tensor.shape[-1] ** -0.5)
+            tensor.mul_(EMBEDDING_SCALE if tensor is embedding.weight else tensor.shape[-1] ** -0.5)
         else:  # a router's correction must not be negative: some families give hidden experts the score 0
             tensor.mul_(0.2).abs_().add_(1.0 if "norm" in name else 0.0)
-    if hasattr(body.embed_tokens, "scalar_embed_scale"):  # a constant that is kept in a buffer
-        body.embed_tokens.embed_scale.fill_(body.embed_tokens.scalar_embed_scale)
-    if hasattr(body, "rotary_emb"):
-        body.rotary_emb = type(body.rotary_emb)(config=config).to(device)
+    if hasattr(embedding, "scalar_embed_scale"):  # a constant that is kept in a buffer
+        embedding.embed_scale.fill_(embedding.scalar_embed_scale)
+    if name := rotary_name(excerpt):
+        setattr(body, name, type(getattr(body, name))(config=config).to(device))
     for at, rotary in enumerate(getattr(body, "rotary_embs", ())):
         body.rotary_embs[at] = type(rotary)(config=rotary.config).to(device)
     excerpt.set_experts_implementation("eager")

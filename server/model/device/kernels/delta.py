@@ -7,9 +7,8 @@ last KERNEL tokens and SiLU before, and through a gated norm after. Source: Gate
 Kimi Linear (2025) for decays by channel, and transformers' `torch_recurrent_gated_delta_rule` and
 `recurrent_kimi_delta_attention` for the roundings.
 
-Invariant: of a row with t tokens the state is half t % 2 of its pair, and the convolution's input of token u is entry u
-% KERNEL of its ring. A step reads one half and writes the other, and no entry that it reads is the one that it writes;
-so a step that runs again for the same token reads the same and writes the same.
+Invariant: of a row with t tokens the state is half t % 2 of its pair. A step reads one half and writes the other; so a
+step that runs again for the same token reads the same and writes the same, as with the ring of `kernels.convolution`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from server.model.device.kernels.convolution import newest, recent
 
 
 @triton.jit
@@ -26,10 +27,12 @@ def _unit(x):
 
 
 @triton.jit
-def _activated(acc, weights: tl.constexpr, dtype: tl.constexpr):
-    """SiLU of a convolution's sums, rounded to the dtype of its weights before and to `dtype` after."""
-    acc = acc.to(weights).to(tl.float32)
-    return (acc / (1.0 + tl.exp(-acc))).to(dtype).to(tl.float32)
+def softplus(heat):
+    """log(1 + exp(heat)) in fp32."""
+    more = tl.exp(tl.minimum(heat, 20.0))
+    one = 1.0 + more  # log(1 + more) by Kahan's way: a sum that lost `more` is divided by what it kept
+    less = tl.where(one == 1.0, more, tl.log(one) * more / tl.where(one == 1.0, 1.0, one - 1.0))
+    return tl.where(heat > 20.0, heat, less)
 
 
 @triton.jit
@@ -38,13 +41,7 @@ def _rates(decay, shift, b, a, BOUND: tl.constexpr, ROUNDS: tl.constexpr, dtype:
     products a and b. A factor's logarithm is decay * softplus(a + shift), or BOUND * sigmoid(-decay * (a + shift)),
     and is rounded to `dtype` if it ROUNDS."""
     heat = a.to(tl.float32) + shift
-    if BOUND != 0.0:
-        rate = BOUND / (1.0 + tl.exp(tl.minimum(decay * heat, 80.0)))
-    else:
-        more = tl.exp(tl.minimum(heat, 20.0))
-        one = 1.0 + more  # log(1 + more) by Kahan's way: a sum that lost `more` is divided by what it kept
-        softplus = tl.where(one == 1.0, more, tl.log(one) * more / tl.where(one == 1.0, 1.0, one - 1.0))
-        rate = decay * tl.where(heat > 20.0, heat, softplus)
+    rate = BOUND / (1.0 + tl.exp(tl.minimum(decay * heat, 80.0))) if BOUND != 0.0 else decay * softplus(heat)
     if ROUNDS:
         rate = rate.to(dtype).to(tl.float32)
     beta = (1.0 / (1.0 + tl.exp(-b.to(tl.float32)))).to(dtype).to(tl.float32)
@@ -73,28 +70,6 @@ def _gated_norm(value, weight, gate, eps, DV: tl.constexpr, SIGMOID: tl.constexp
         value = (value * weight.to(tl.float32)).to(dtype).to(tl.float32)
     factor = 1.0 if SIGMOID else gate
     return (value * (factor / (1.0 + tl.exp(-gate)))).to(dtype)
-
-
-@triton.jit
-def _recent(ring, weight, cols, position, CHANNELS: tl.constexpr, KERNEL: tl.constexpr):
-    """The convolution's sum over the tokens before `position`, from the row's ring [KERNEL, CHANNELS]."""
-    acc = tl.zeros(cols.shape, tl.float32)
-    for back in tl.static_range(1, KERNEL):
-        place = (position + KERNEL - back) % KERNEL
-        value = tl.load(
-            ring + place * CHANNELS + cols, mask=cols < tl.where(position >= back, CHANNELS, 0), other=0.0
-        ).to(tl.float32)
-        acc += value * tl.load(weight + (KERNEL - 1 - back) * CHANNELS + cols).to(tl.float32)
-    return acc
-
-
-@triton.jit
-def _newest(acc, given, last, ring, cols, position, writes, CHANNELS: tl.constexpr, KERNEL: tl.constexpr):
-    """The activated sum with the new token's input times the weights `last`; the input goes into the ring if this
-    program `writes` it."""
-    value = tl.load(given + cols)
-    tl.store(ring + position % KERNEL * CHANNELS + cols, value, mask=cols < tl.where(writes, CHANNELS, 0))
-    return _activated(acc + value.to(tl.float32) * last.to(tl.float32), last.dtype, given.dtype.element_ty)
 
 
 @triton.jit
@@ -135,9 +110,9 @@ def delta_step(
     HALF: tl.constexpr = VALUE_HEADS * DV * DK
     state = tl.load(pair + position % 2 * HALF + half, mask=half < tl.minimum(position, 1) * HALF, other=0.0)
     ring = rings + row.to(tl.int64) * KERNEL * CHANNELS
-    q = _recent(ring, conv, q_at, position, CHANNELS, KERNEL)
-    k = _recent(ring, conv, k_at, position, CHANNELS, KERNEL)
-    v = _recent(ring, conv, v_at, position, CHANNELS, KERNEL)
+    q = recent(ring, conv, q_at, position, CHANNELS, KERNEL)
+    k = recent(ring, conv, k_at, position, CHANNELS, KERNEL)
+    v = recent(ring, conv, v_at, position, CHANNELS, KERNEL)
     last = conv + (KERNEL - 1) * CHANNELS
     q_last, k_last, v_last = tl.load(last + q_at), tl.load(last + k_at), tl.load(last + v_at)
     own_decay, own_shift = tl.load(decay + head), tl.load(shift + rate_at)
@@ -149,9 +124,9 @@ def delta_step(
         mine = given + batch * WIDTH
         own_gates = gates + batch * STRIDE
         is_first = (part == 0) & (head % SHARED_BY == 0)
-        q = _unit(_newest(q, mine, q_last, ring, q_at, position, is_first, CHANNELS, KERNEL)) * DK**-0.5
-        k = _unit(_newest(k, mine, k_last, ring, k_at, position, is_first, CHANNELS, KERNEL))
-        v = _newest(v, mine, v_last, ring, v_at, position, row >= 0, CHANNELS, KERNEL)
+        q = _unit(newest(q, mine, q_last, ring, q_at, position, is_first, CHANNELS, KERNEL)) * DK**-0.5
+        k = _unit(newest(k, mine, k_last, ring, k_at, position, is_first, CHANNELS, KERNEL))
+        v = newest(v, mine, v_last, ring, v_at, position, row >= 0, CHANNELS, KERNEL)
         b, a = tl.load(mine + WIDTH - VALUE_HEADS + head), tl.load(own_gates + VALUE_HEADS * DV + rate_at)
         factor, beta = _rates(own_decay, own_shift, b, a, BOUND, ROUNDS, dtype)
         state, value = _updated(state, q, k, v, factor, beta, BY_CHANNEL)
@@ -170,37 +145,6 @@ def delta_step(
                 joined = tl.load(parts + heads * DV + full, cache_modifier=".cg").to(tl.float32)
                 joined = _gated_norm(joined, weight, gate, eps, DV, SIGMOID, dtype)
                 tl.store(out + heads * DV + full, joined)
-
-
-@triton.jit(do_not_specialize=["start", "num_tokens"])
-def convolve_chunk(
-    given, conv, ring, new_ring, out, start, num_tokens,
-    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, KERNEL: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """out [T, CHANNELS] of a chunk's tokens start ... start + T - 1 from given [T, WIDTH] and, before them, the row's
-    ring [KERNEL, CHANNELS]; the last KERNEL inputs go to their places in new_ring. Grid (T, ceil(CHANNELS / BC)).
-    """
-    token = tl.program_id(0)
-    cols = tl.program_id(1) * BC + tl.arange(0, BC)
-    inside = cols < CHANNELS
-    value = tl.load(given + token.to(tl.int64) * WIDTH + cols, mask=inside, other=0.0)
-    tl.store(
-        new_ring + (start + token) % KERNEL * CHANNELS + cols,
-        value,
-        mask=cols < tl.where(token >= num_tokens - KERNEL, CHANNELS, 0),
-    )
-    acc = value.to(tl.float32) * tl.load(conv + (KERNEL - 1) * CHANNELS + cols, mask=inside, other=0.0).to(tl.float32)
-    for back in tl.static_range(1, KERNEL):
-        at = token - back
-        place = (start + at + KERNEL) % KERNEL
-        is_near = cols < tl.where(at >= 0, CHANNELS, 0)
-        near = tl.load(given + at.to(tl.int64) * WIDTH + cols, mask=is_near, other=0.0).to(tl.float32)
-        is_old = cols < tl.where((at < 0) & (start + at >= 0), CHANNELS, 0)
-        old = tl.load(ring + place * CHANNELS + cols, mask=is_old, other=0.0).to(tl.float32)
-        weight = tl.load(conv + (KERNEL - 1 - back) * CHANNELS + cols, mask=inside, other=0.0).to(tl.float32)
-        acc += (near + old) * weight
-    value = _activated(acc, conv.dtype.element_ty, out.dtype.element_ty).to(out.dtype.element_ty)
-    tl.store(out + token.to(tl.int64) * CHANNELS + cols, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=["start", "num_tokens"])

@@ -31,7 +31,7 @@ from router.errors import MaskError
 from router.mask import ExpertMask
 from server.model.device.capture import NotCapturableError, need
 from server.model.device.capture.adapters import adapted_trunk, check_adapters
-from server.model.device.capture.modules import delta_name, moe_blocks, text_body
+from server.model.device.capture.modules import mixer_name, moe_blocks, text_body
 from server.model.device.capture.pack import EightBits, attention_and_head, decode_shape, pack_trunk
 from server.model.device.capture.proof import prove
 from server.model.device.memory.budget import DeviceMemory
@@ -41,8 +41,8 @@ from server.model.device.memory.moving import MovingMemory, moving_memory
 from server.model.device.memory.reading import SpanReader, log_failures
 from server.model.device.memory.tier import SpanTier, rows_within
 from server.model.device.running.runner import DeviceRunner
-from server.model.device.step.delta import DeltaLayer
 from server.model.device.step.prefill import ExpertStream
+from server.model.device.step.states import StateLayer
 from server.model.device.step.tuning import StepOptions
 from server.model.device.step.weights import AdaptedTrunk, DecodeShape, TrunkWeights
 from server.model.host.assembly import eos_token_ids_of
@@ -125,7 +125,7 @@ def load_device_runner(
     model = _trunk(store, options, progress)
     weights = pack_trunk(model, shape, _eight_bits(model, store, device))
     adapted = adapted_trunk(model, shape, weights, adapters) if adapters else None
-    put_delta_layers(model, shape, weights)
+    put_state_layers(model, shape, weights)
     division = slots, num_blocks = memory.divide(
         int(mask.num_allowed.max()), options.num_slots, options.slots_memory_bytes, options.kv_memory_bytes
     )
@@ -199,13 +199,12 @@ def _adapters(store: Store, skeleton: PreTrainedModel) -> dict[str, Adapter]:
     return adapters
 
 
-def put_delta_layers(model: PreTrainedModel, shape: DecodeShape, weights: TrunkWeights) -> None:
-    """Puts our layers in the place of the model's delta nets, whose products' own memory becomes free."""
+def put_state_layers(model: PreTrainedModel, shape: DecodeShape, weights: TrunkWeights) -> None:
+    """Puts our layers in the place of the model's layers that keep a state, so that products of which a
+    packed copy stands there free their memory."""
     layers = text_body(model).layers
-    for place, (at, kind) in enumerate(shape.deltas.items()):
-        name = delta_name(layers[at])
-        assert name is not None, f"layer {at} has no delta net"
-        setattr(layers[at], name, DeltaLayer(kind, shape.eps, weights.layers[at], place))
+    for place, (at, kind) in enumerate(shape.stateful.items()):
+        setattr(layers[at], mixer_name(layers[at]), StateLayer(kind, shape.eps, weights.layers[at], place))
 
 
 def _eight_bits(model: PreTrainedModel, store: Store, device: torch.device) -> EightBits:

@@ -82,7 +82,7 @@ class DeviceRunner:
         num_blocks = num_blocks or shape.max_rows * shape.max_blocks
         num_blocks, most_blocks = (num_blocks,) * 2 if moving is None else (moving.num_blocks, moving.most_blocks)
         self._state = RowState(shape, model.device, most_blocks, None if moving is None else moving.blocks)
-        kind = partial(StateRows, self._state, shape.state_copies) if shape.deltas else KvRows
+        kind = partial(StateRows, self._state, shape.state_copies) if shape.stateful else KvRows
         self.kv: KvRows = kind(max_rows=shape.max_rows, num_blocks=num_blocks, shares=shares, most_blocks=most_blocks)
         self._fixed_by = fixed_by
         self.balance: SlotsAndBlocks | None = None

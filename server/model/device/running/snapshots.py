@@ -1,4 +1,4 @@
-"""Rows of the captured path with delta nets: copies of their states on the device, for which it has room."""
+"""Rows of the captured path that keep states: copies of these on the device, for which it has room."""
 
 from __future__ import annotations
 

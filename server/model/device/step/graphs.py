@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from expert_store.paging.pages import DevicePages
-from server.model.device.step.delta import DeltaLayer
 from server.model.device.step.prefill import ExpertStream
 from server.model.device.step.sampling import DrawKind, DrawRoom, TokenDraw
 from server.model.device.step.state import Report, RowState
+from server.model.device.step.states import StateLayer
 from server.model.device.step.step import DecodeStep
 from server.model.device.step.tuning import StepOptions, Tuning, pow2
 from server.model.device.step.weights import AdaptedTrunk, DecodeShape, TrunkWeights
@@ -176,8 +176,8 @@ class StepGraphs:
             progress(Phase.COMPILING, 0.0)
             with in_parallel():
                 stream.compile()
-                for layer, kind in list(self._shape.deltas.items())[:1]:
-                    DeltaLayer(kind, self._shape.eps, self._weights.layers[layer], 0).compile_kernels()
+                for layer, kind in list(self._shape.stateful.items())[:1]:
+                    StateLayer(kind, self._shape.eps, self._weights.layers[layer], 0).compile_kernels()
                 for graph in graphs.values():
                     graph.step.compile()
         for done, (key, graph) in enumerate(graphs.items()):

@@ -8,6 +8,7 @@ parts of Qwen3-MoE.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -183,10 +184,124 @@ class LatentKind:
         return self.num_heads * ((self.nope + self.value_dim) * self.rank + self.query * self.query_rank)
 
 
+class Keyless:
+    """A layer that has no keys and values."""
+
+    num_heads: ClassVar[int] = 0
+    head_dim: ClassVar[int] = 0
+    rotary: ClassVar[int] = 0
+    token_elements: ClassVar[int] = 0
+    prompt_elements: ClassVar[int] = 0
+    vectors: ClassVar[tuple[tuple[int, int], tuple[int, int]]] = ((0, 0), (0, 0))
+    gate: ClassVar[OutputGate] = "none"
+
+
+class StateKind(Keyless, ABC):
+    """A layer that keeps a state of fixed size in the place of attention, and the last inputs of a causal convolution.
+
+    Attributes:
+        kernel: tokens of the convolution.
+    """
+
+    kernel: int
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """Elements of a token that the convolution takes."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Elements of a token's result before the output product."""
+
+    @property
+    @abstractmethod
+    def qkv(self) -> int:
+        """Rows of the product of the layer's input."""
+
+    @property
+    def state(self) -> tuple[int, int, int]:
+        """The shape of a row's state, in fp32."""
+        return 0, 0, 0
+
+    @property
+    def between(self) -> int:
+        """Weights between latents of the layer's input and what they are expanded to."""
+        return 0
+
+
 @dataclass(frozen=True)
-class DeltaKind:
-    """A gated delta net in the place of attention: a state of fixed size instead of keys and values; see
-    `kernels.delta`.
+class ConvolutionKind(StateKind):
+    """A short convolution between two gates; see `kernels.convolution`. It keeps no state beside the last inputs.
+
+    Attributes:
+        size: elements of a token, all of which the convolution takes.
+        kernel: tokens of the convolution.
+    """
+
+    size: int
+    kernel: int
+
+    @property
+    def channels(self) -> int:
+        """See `StateKind`."""
+        return self.size
+
+    @property
+    def width(self) -> int:
+        """See `StateKind`."""
+        return self.size
+
+    @property
+    def qkv(self) -> int:
+        """Rows of the product for the input's gate, the result's gate, and the input."""
+        return 3 * self.size
+
+
+@dataclass(frozen=True)
+class MambaKind(StateKind):
+    """A Mamba-2 layer; see `kernels.mamba`.
+
+    Attributes:
+        groups, key_dim: groups of heads that share queries (C) and keys (B), and their elements.
+        heads, value_dim: heads, each with a state, and the elements of their values; a multiple of the groups.
+        kernel: tokens of the causal convolution over queries, keys and values.
+        least, most: bounds of dt.
+    """
+
+    groups: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+    least: float = 0.0
+    most: float = math.inf
+
+    @property
+    def channels(self) -> int:
+        """Elements of a token's queries, keys and values, which the convolution takes."""
+        return 2 * self.groups * self.key_dim + self.width
+
+    @property
+    def width(self) -> int:
+        """Elements of a token's values, of its norm's gate, and of its result before the output product."""
+        return self.heads * self.value_dim
+
+    @property
+    def qkv(self) -> int:
+        """Rows of the product for queries, keys, values, gate of the norm, and dt."""
+        return self.channels + self.width + self.heads
+
+    @property
+    def state(self) -> tuple[int, int, int]:
+        """See `StateKind`."""
+        return self.heads, self.value_dim, self.key_dim
+
+
+@dataclass(frozen=True)
+class DeltaKind(StateKind):
+    """A gated delta net; see `kernels.delta`.
 
     Attributes:
         key_heads, key_dim: heads of queries and of keys, and their elements.
@@ -210,13 +325,6 @@ class DeltaKind:
     rounds: bool = False
     sigmoid: bool = False
     rank: int = 0
-    num_heads: ClassVar[int] = 0
-    head_dim: ClassVar[int] = 0
-    rotary: ClassVar[int] = 0
-    token_elements: ClassVar[int] = 0
-    prompt_elements: ClassVar[int] = 0
-    vectors: ClassVar[tuple[tuple[int, int], tuple[int, int]]] = ((0, 0), (0, 0))
-    gate: ClassVar[OutputGate] = "none"
 
     @property
     def channels(self) -> int:
@@ -249,9 +357,9 @@ class DeltaKind:
         return 2 * self.rank * self.gates
 
     @property
-    def state_elements(self) -> int:
-        """Elements of a row's state, in fp32."""
-        return self.width * self.key_dim
+    def state(self) -> tuple[int, int, int]:
+        """See `StateKind`."""
+        return self.value_heads, self.value_dim, self.key_dim
 
 
 @dataclass(frozen=True)

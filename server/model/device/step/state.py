@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from server.model.device.step.parts import DeltaKind
+from server.model.device.step.parts import ConvolutionKind
 from server.model.device.step.weights import DecodeShape
 
-NO_DELTA = DeltaKind(0, 0, 0, 0, 0)
+NO_STATE = ConvolutionKind(0, 0)
 
 
 class RowState:
@@ -25,11 +25,11 @@ class RowState:
 
     memory: for each layer [blocks, elements], a block of keys [kv_heads, block_tokens, head_dim] and then values
     [kv_heads, block_tokens, value_dim], or of latents [block_tokens, rank] and then keys, or nothing; states [layers,
-    rows, 2, value_heads, value_dim, key_dim] fp32 and rings [layers, rows, kernel, channels] of the layers with delta
-    nets (see `kernels.delta`), and places, the number of a layer among those; table [rows, max_blocks] int32, the block
-    of each stretch of a row's tokens; lengths [rows] int32; masks [rows, L, E] int8 (see `kernels.routing.route`) and
-    temperatures [rows] fp32 of the routers, both read by masked steps; bias_range [L] fp32, the running range of the
-    router's logits.
+    rows, 2, heads, value_dim, key_dim] fp32 (see `kernels.delta`) and rings [layers, rows, kernel, channels] (see
+    `kernels.convolution`) of the layers that keep a state, and places, the number of a layer among those; table [rows,
+    max_blocks] int32, the block of each stretch of a row's tokens; lengths [rows] int32; masks [rows, L, E] int8 (see
+    `kernels.routing.route`) and temperatures [rows] fp32 of the routers, both read by masked steps; bias_range [L]
+    fp32, the running range of the router's logits.
 
     Args:
         num_blocks: of memory; None: as many as whole rows need, and the table gives each row blocks of its own.
@@ -50,11 +50,10 @@ class RowState:
             torch.zeros(num_blocks, shape.block_tokens * kind.token_elements, dtype=shape.dtype, device=device)
             for kind in self.attentions
         ]
-        self.places = {layer: place for place, layer in enumerate(shape.deltas)}
-        delta = next(iter(shape.deltas.values()), NO_DELTA)
-        rows, heads = (len(self.places), shape.max_rows), (delta.value_heads, delta.value_dim, delta.key_dim)
-        self.states = torch.zeros(*rows, 2, *heads, dtype=torch.float32, device=device)
-        self.rings = torch.zeros(*rows, delta.kernel, delta.channels, dtype=shape.dtype, device=device)
+        self.places = {layer: place for place, layer in enumerate(shape.stateful)}
+        kind, rows = next(iter(shape.stateful.values()), NO_STATE), (len(self.places), shape.max_rows)
+        self.states = torch.zeros(*rows, 2, *kind.state, dtype=torch.float32, device=device)
+        self.rings = torch.zeros(*rows, kind.kernel, kind.channels, dtype=shape.dtype, device=device)
         self.table = torch.arange(of_rows, dtype=torch.int32, device=device).view(shape.max_rows, -1)
         self.lengths = torch.zeros(shape.max_rows, dtype=torch.int32, device=device)
         layers = shape.num_moe_layers
@@ -74,7 +73,7 @@ class RowState:
 class PrefillRow(Cache):
     """One row of the device's memory as transformers' cache: appends a chunk's keys and values at `start`.
 
-    The state of layers with delta nets changes with `commit` alone, so a chunk that failed can be read again.
+    States change with `commit` alone, so a chunk that failed can be read again.
 
     Attributes:
         start: tokens before the chunk.

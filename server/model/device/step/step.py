@@ -22,13 +22,13 @@ from torch import Tensor
 from expert_store.paging.kernels import LFU, LRU
 from expert_store.paging.pages import DevicePages
 from server.model.device.kernels import attention, experts, packed, packed_tiles, routing, trunk
-from server.model.device.step.delta import DeltaRule
 from server.model.device.step.latent import LatentAttention
 from server.model.device.step.launch import launch
 from server.model.device.step.packed import expert_constants, plane_constants, row_constants
-from server.model.device.step.parts import DeltaKind, LatentKind, OutputGate
+from server.model.device.step.parts import LatentKind, OutputGate, StateKind
 from server.model.device.step.router_kind import switches
 from server.model.device.step.state import Report, RowState
+from server.model.device.step.states import state_rule
 from server.model.device.step.tuning import StepOptions, divisor, pow2
 from server.model.device.step.weights import (
     DecodeShape,
@@ -137,7 +137,7 @@ class DecodeStep:
         self.part_out = fresh(batch, splits, shape.attended, dtype=torch.float32)
         self.arrived = fresh(1 + batch + batch * kv_heads, dtype=torch.int32)
         own = (shape, self.state, self.options.tuning)
-        self._delta = DeltaRule(*own, self.rows, self._run, self._product) if shape.deltas else None
+        self._rule = state_rule(*own, self.rows, self._run, self._product)
         latents = [kind for kind in attentions if isinstance(kind, LatentKind)]
         self._latent = None
         if latents:
@@ -235,13 +235,13 @@ class DecodeStep:
         self._product(self.x, weights.input_norm, weights.qkv, weights.qkv_bias, None, out, rows, change)
 
     def attend(self, layer: int) -> None:
-        """Attention over each row's blocks of KV memory, or a delta net over its state, into `attended`; the memory, or
-        the state, gets the new token."""
+        """Attention over each row's blocks of KV memory, or what stands in its place over the row's state, into
+        `attended`; the memory, or the state, gets the new token."""
         shape, weights, state, tuning = self.shape, self.weights.layers[layer], self.state, self.options.tuning
         kind = shape.attention(layer)
-        if isinstance(kind, DeltaKind):
-            assert self._delta is not None
-            self._delta.step(layer, kind, weights, self._rows_of(self.qkv, kind.qkv), self.attended)
+        if isinstance(kind, StateKind):
+            assert self._rule is not None
+            self._rule.step(layer, kind, weights, self._rows_of(self.qkv, kind.qkv), self.attended)
             return
         if isinstance(kind, LatentKind):
             assert self._latent is not None

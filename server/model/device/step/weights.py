@@ -7,6 +7,7 @@ rounded to that dtype.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
@@ -22,17 +23,17 @@ from server.model.device.step.parts import (
     SILU,
     UNSCALED,
     AttentionKind,
-    DeltaKind,
     ExpertKind,
     GateKind,
     LatentKind,
     OutputGate,
     Scales,
+    StateKind,
 )
 from server.model.device.step.router_kind import SOFTMAX_TOP_K, RouterKind
 from server.model.kv.blocks import BLOCK_TOKENS
 
-LayerKind = AttentionKind | LatentKind | DeltaKind
+LayerKind = AttentionKind | LatentKind | StateKind
 NormKind = Literal["rms", "layer"]
 QkNorm = Literal["none", "head", "row", "head, rotated"]
 
@@ -106,7 +107,7 @@ class DecodeShape:
         return -(-self.max_tokens // self.block_tokens)
 
     def attention(self, layer: int) -> LayerKind:
-        """The attention of a layer of the model, or the delta net in its place."""
+        """The attention of a layer of the model, or what stands in its place."""
         if self.attentions:
             return self.attentions[layer]
         sizes = (self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim)
@@ -118,9 +119,9 @@ class DecodeShape:
         return [self.attention(layer) for layer in range(self.num_layers)]
 
     @property
-    def deltas(self) -> dict[int, DeltaKind]:
-        """The delta nets, all alike, by the layers that have them."""
-        return {at: kind for at, kind in enumerate(self.each_attention) if isinstance(kind, DeltaKind)}
+    def stateful(self) -> dict[int, StateKind]:
+        """The layers that keep a state in the place of attention, all alike."""
+        return {at: kind for at, kind in enumerate(self.each_attention) if isinstance(kind, StateKind)}
 
     @property
     def state_copies(self) -> int:
@@ -132,8 +133,8 @@ class DecodeShape:
         """Memory of the states of all rows, of copies of prompts' states, and of one while a prompt is read."""
         rings = self.max_rows + self.state_copies + 1
         halves, size = rings + self.max_rows, self.dtype.itemsize
-        kinds = self.deltas.values()
-        return sum(4 * halves * kind.state_elements + size * rings * kind.kernel * kind.channels for kind in kinds)
+        kinds = self.stateful.values()
+        return sum(4 * halves * math.prod(kind.state) + size * rings * kind.kernel * kind.channels for kind in kinds)
 
     @property
     def qkv(self) -> int:
@@ -263,14 +264,34 @@ class LatentWeights:
 
 
 @dataclass(frozen=True)
+class ConvolutionWeights:
+    """A causal convolution: weight [kernel, channels], the oldest token first; bias [channels]."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MambaWeights:
+    """The small tensors of a Mamba-2 layer: its convolution; norm [width]; fp32 [heads]: decay, minus the exponential
+    of the layer's A, shift, the bias of dt, and skip, the layer's D."""
+
+    conv: ConvolutionWeights
+    norm: Tensor
+    decay: Tensor
+    shift: Tensor
+    skip: Tensor
+
+
+@dataclass(frozen=True)
 class DeltaWeights:
-    """The small tensors of a gated delta net: conv [kernel, channels], the oldest token first; norm [value_dim]; in
-    fp32 decay [value_heads], minus the exponential of the layer's A, and shift [decays], its bias beside that.
+    """The small tensors of a gated delta net: its convolution; norm [value_dim]; in fp32 decay [value_heads], minus the
+    exponential of the layer's A, and shift [decays], its bias beside that.
 
     expand [gates, 2 * rank] has the products of the latents of gate and decays, of each the other's columns being 0, so
     that one launch computes both; None: there are no latents."""
 
-    conv: Tensor
+    conv: ConvolutionWeights
     norm: Tensor
     decay: Tensor
     shift: Tensor
@@ -286,8 +307,9 @@ class LayerWeights:
     `gate` [E, H] is None in a layer without routed experts; `mlp` is then the layer's product, else the shared expert.
     `gate_bias` [E] fp32 is part of the logits, `selection_bias` [E] fp32 only of the choice; `sinks` [heads] fp32 are
     scores of each head beside those of the tokens. `gate_norm` [H] is the norm before the gate, if it is not
-    `post_norm`; `expert_factors` [E] fp32 multiply the weights of picks. With `delta`, `qkv` has the rows of
-    `DeltaKind.qkv` in its order, and norms of queries and keys and the tables are not read.
+    `post_norm`; `expert_factors` [E] fp32 multiply the weights of picks. With `delta`, `mamba` or
+    `convolution`, `qkv` has the rows of its kind's `qkv` in their order, and norms of queries and keys and the tables
+    are not read.
 
     Norms [H] before attention and before experts or the product (`input_norm`, `post_norm`) may be missing; those after
     (`attention_norm` of what attention adds to the stream, `branch_norm` of what the others add, `routed_norm` of the
@@ -315,6 +337,8 @@ class LayerWeights:
     sinks: Tensor | None = None
     latent: LatentWeights | None = None
     delta: DeltaWeights | None = None
+    mamba: MambaWeights | None = None
+    convolution: ConvolutionWeights | None = None
     mlp: MlpWeights | None = None
     attention_norm: Tensor | None = None
     branch_norm: Tensor | None = None

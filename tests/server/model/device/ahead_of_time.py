@@ -23,15 +23,27 @@ from triton.runtime.driver import driver
 
 from expert_store.encoding import RowEncoding
 from expert_store.paging.pages import DevicePages, PagesShape
-from server.model.device.step.delta import DeltaLayer
 from server.model.device.step.graphs import in_parallel
-from server.model.device.step.parts import GELU, AttentionKind, DeltaKind, ExpertKind, GateKind, LatentKind, Scales
+from server.model.device.step.parts import (
+    GELU,
+    AttentionKind,
+    ConvolutionKind,
+    DeltaKind,
+    ExpertKind,
+    GateKind,
+    LatentKind,
+    MambaKind,
+    Scales,
+    StateKind,
+)
 from server.model.device.step.router_kind import RouterKind
 from server.model.device.step.sampling import DrawKind, DrawRoom, TokenDraw
 from server.model.device.step.state import RowState
+from server.model.device.step.states import StateLayer
 from server.model.device.step.step import DecodeStep
 from server.model.device.step.tuning import StepOptions
 from server.model.device.step.weights import (
+    ConvolutionWeights,
     DecodeShape,
     DeltaWeights,
     LatentWeights,
@@ -39,6 +51,7 @@ from server.model.device.step.weights import (
     LayerKind,
     LayerWeights,
     LowRank,
+    MambaWeights,
     Matrix,
     MlpWeights,
     ScaledMatrix,
@@ -134,6 +147,8 @@ LATENTS = replace(
     TINY, attentions=(LatentKind(5, 16, 24, 32, 40, 48),) * 2, qk_norm="none", scaling=0.1,
     dense_layers=frozenset({0}), dense_intermediate=64, shared_intermediate=32,
 )  # fmt: skip
+CONVOLUTIONS = replace(TINY, attentions=(ConvolutionKind(48, 3), TINY.attention(0)))
+MAMBAS = replace(TINY, attentions=(MambaKind(2, 6, 16, 32, 4, least=1e-3), TINY.attention(0)))
 DEEPSEEK_V3 = replace(
     GLM4, num_layers=2, hidden=7168, vocab=129280, attentions=(LatentKind(128, 512, 128, 64, 128, 1536),) * 2,
     qk_norm="none", scaling=0.13, num_experts=256, intermediate=2048, dense_layers=frozenset({0}),
@@ -183,6 +198,19 @@ LING = replace(
     shared_intermediate=768, router=replace(GLM4.router, groups=8, kept_groups=4, scale=2.5),
 )  # fmt: skip
 """Ling 3 Flash, which keeps its convolutions in fp32."""
+LFM2 = replace(
+    QWEN3, num_layers=3, num_kv_heads=8, head_dim=64, vocab=65536, num_experts=32, top_k=4, intermediate=1792,
+    attentions=(ConvolutionKind(2048, 3), ConvolutionKind(2048, 3), AttentionKind(32, 8, 64, 64, 64)),
+    dense_layers=frozenset({0}), dense_intermediate=7168,
+    router=RouterKind(scores="sigmoid", eps=1e-6, selection_bias="expert_bias"),
+)  # fmt: skip
+"""LFM2-8B-A1B."""
+GRANITE4 = replace(
+    QWEN3, num_layers=2, num_heads=12, num_kv_heads=4, hidden=1536, vocab=100352, num_experts=64, top_k=6,
+    intermediate=512, shared_intermediate=1024, qk_norm="none", scaling=1 / 128, scales=Scales(12.0, 0.22, 1 / 6),
+    attentions=(MambaKind(1, 48, 128, 64, 4), AttentionKind(12, 4, 128, 128, 128)),
+)  # fmt: skip
+"""Granite-4.0-H-Tiny."""
 PHIMOE = replace(
     QWEN3, num_layers=2, num_kv_heads=8, hidden=4096, vocab=32064, num_experts=16, top_k=2, intermediate=6400,
     qk_norm="none", norm="layer", router=RouterKind(renormalise=False, tolerance=0.02),
@@ -235,6 +263,10 @@ CASES = {
     "kimi-linear": Case(KIMI_LINEAR, 64, (_PLAIN, (8, True, 0.0, "lru"))),
     "ling": Case(LING, 64, (_PLAIN, (8, True, 0.0, "lru"))),
     "qwen3.6": Case(QWEN36, 64, (_PLAIN, (8, True, 0.0, "lru"))),
+    "tiny, convolutions": Case(CONVOLUTIONS, 6, (_PLAIN, (2, True, 0.0, "lru"))),
+    "tiny, mamba": Case(MAMBAS, 6, (_PLAIN, (2, True, 0.0, "lru"))),
+    "lfm2": Case(LFM2, 16, (_PLAIN, (8, True, 0.0, "lru"))),
+    "granite-4": Case(GRANITE4, 16, (_PLAIN, (8, True, 0.0, "lru"))),
     "qwen2": Case(QWEN2, 15, (_PLAIN, (2, False, 0.0, "lru"))),
 }
 
@@ -302,11 +334,18 @@ def trunk(shape: DecodeShape, rank: int = 0) -> TrunkWeights:
         has_latent = kind.query_rank > 0
         return LatentWeights(expand, matrix(kind.num_heads * kind.query, kind.query_rank) if has_latent else None)
 
+    def convolution_weights(kind: StateKind, has_bias: bool = False) -> ConvolutionWeights:
+        return ConvolutionWeights(matrix(kind.kernel, kind.channels), matrix(kind.channels) if has_bias else None)
+
     def delta_weights(kind: DeltaKind) -> DeltaWeights:
         conv = (in_fp32 if kind.bound else matrix)(kind.kernel, kind.channels)
         norm = (in_fp32 if kind.sigmoid else matrix)(kind.value_dim)
         expand = matrix(kind.gates, 2 * kind.rank) if kind.rank else None
-        return DeltaWeights(conv, norm, in_fp32(kind.value_heads), in_fp32(kind.decays), expand)
+        return DeltaWeights(ConvolutionWeights(conv), norm, in_fp32(kind.value_heads), in_fp32(kind.decays), expand)
+
+    def mamba_weights(kind: MambaKind) -> MambaWeights:
+        of_heads = torch.empty(kind.heads, device="meta")
+        return MambaWeights(convolution_weights(kind, True), matrix(kind.width), of_heads, of_heads, of_heads)
 
     def layer(at: int) -> LayerWeights:
         dense, attention = at in shape.dense_layers, shape.attention(at)
@@ -325,6 +364,8 @@ def trunk(shape: DecodeShape, rank: int = 0) -> TrunkWeights:
             sinks=torch.empty(shape.num_heads, device="meta") if shape.experts.alternates else None,
             latent=latent_weights(attention) if isinstance(attention, LatentKind) else None,
             delta=delta_weights(attention) if isinstance(attention, DeltaKind) else None,
+            mamba=mamba_weights(attention) if isinstance(attention, MambaKind) else None,
+            convolution=convolution_weights(attention) if isinstance(attention, ConvolutionKind) else None,
             mlp=mlp(inner) if inner else None,
             changes=changes(attention, inner) if rank else None,
             expert_factors=None if shape.router.expert_factors is None else bias,
@@ -369,8 +410,8 @@ def main(capability: int, names: list[str]) -> int:
             try:
                 with in_parallel():
                     step.compile()
-                    for layer, delta in [] if at else list(step.shape.deltas.items())[:1]:
-                        DeltaLayer(delta, step.shape.eps, step.weights.layers[layer], 0).compile_kernels()
+                    for layer, delta in [] if at else list(step.shape.stateful.items())[:1]:
+                        StateLayer(delta, step.shape.eps, step.weights.layers[layer], 0).compile_kernels()
                     for kind in [] if at else DrawKind.all():  # the same kernels for every batch size
                         TokenDraw(step.logits, kind, DrawRoom(step.batch, step.shape.vocab, "meta")).compile()
                 print(f"compiled {name}: {what}", flush=True)

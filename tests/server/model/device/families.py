@@ -12,10 +12,12 @@ import torch
 from server.model.device.step.parts import (
     GELU,
     AttentionKind,
+    ConvolutionKind,
     DeltaKind,
     ExpertKind,
     GateKind,
     LatentKind,
+    MambaKind,
     PairOrder,
     Scales,
 )
@@ -184,14 +186,34 @@ CAPTURED = {
         {"output_gate": "sigmoid", "rotary": 8, "shared_intermediate": 16}, "qwen3_next", is_whole=False,
     ),
     "qwen3_next": Captured(
-        {"layer_types": ["linear_attention", "full_attention"], **_DELTA}, {"deltas": {0: DeltaKind(2, 4, 16, 16, 4)}}
+        {"layer_types": ["linear_attention", "full_attention"], **_DELTA}, {"stateful": {0: DeltaKind(2, 4, 16, 16, 4)}}
     ),
     "qwen3_5_moe_text": Captured(
         {
             "layer_types": ["full_attention", "linear_attention"], "linear_conv_kernel_dim": 3, **_DELTA,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         },
-        {"deltas": {1: DeltaKind(2, 4, 16, 16, 3)}, "rotary": 16, "output_gate": "sigmoid"},
+        {"stateful": {1: DeltaKind(2, 4, 16, 16, 3)}, "rotary": 16, "output_gate": "sigmoid"},
+    ),
+    "lfm2_moe": Captured(
+        {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+        {"stateful": {0: ConvolutionKind(64, 3)}, "qk_norm": "head", **_DENSE_FIRST},
+    ),
+    "lfm2_moe with biases": Captured(
+        {"layer_types": ["full_attention", "conv"], "num_dense_layers": 0, "conv_bias": True, "conv_L_cache": 4},
+        {"stateful": {1: ConvolutionKind(64, 4)}}, "lfm2_moe",
+    ),
+    "granitemoehybrid": Captured(
+        {**_GRANITE, "layer_types": ["linear_attention", "full_attention"], "mamba_n_heads": 4, "mamba_d_state": 16},
+        {"stateful": {0: MambaKind(1, 4, 16, 64, 4)}, "scales": Scales(3.0, 0.5, 0.25), "shared_intermediate": 24},
+    ),
+    "granitemoehybrid in groups": Captured(
+        {
+            **_GRANITE, "layer_types": ["full_attention", "linear_attention"], "position_embedding_type": "rope",
+            "mamba_n_groups": 2, "mamba_n_heads": 8, "mamba_d_conv": 3, "mamba_proj_bias": True,
+            "time_step_limit": (0.5, 1.0),
+        },
+        {"stateful": {1: MambaKind(2, 8, 8, 32, 3, 0.5, 1.0)}}, "granitemoehybrid",
     ),
     "kimi_linear": Captured(
         {
@@ -217,7 +239,7 @@ CAPTURED = {
     ),
     "bailing_hybrid, decays without a bound": Captured(
         {"layer_types": ["linear_attention", "full_attention"], **_LATENTS, **_CHANNELS, "kda_safe_gate": False},
-        {"deltas": {0: DeltaKind(4, 4, 16, 16, 4, by_channel=True, rounds=True, sigmoid=True)}, **_DENSE_FIRST},
+        {"stateful": {0: DeltaKind(4, 4, 16, 16, 4, by_channel=True, rounds=True, sigmoid=True)}, **_DENSE_FIRST},
         "bailing_hybrid",
     ),
     "gpt_oss": Captured(

@@ -16,7 +16,7 @@ import triton
 from tests.server.model.device.ahead_of_time import CASES
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-KINDS = ["tiny, every kind", "tiny, latents", "tiny, delta nets"]
+KINDS = ["tiny, every kind", "tiny, latents", "tiny, delta nets", "tiny, convolutions", "tiny, mamba"]
 ADAPTED = [name for name, case in CASES.items() if case.rank]
 SMALL = ["tiny", "tiny, few slots", "bundled", "half", "mixtral"]
 PACKED = ["fp8", "mxfp4", "nvfp4", "int8"]
@@ -42,6 +42,7 @@ LARGE = [name for name in CASES if name not in (*KINDS, *SMALL, *PACKED, *LATENT
                 (80, [*KINDS, "bundled", "int4", "gpt-oss", "gpt-oss, mxfp4", "ernie", "mimo", "gemma", "phimoe"]),
                 (90, CHANNELS),
                 (80, ["qwen3.6", "tiny, decays by channel", "ling"]),
+                (80, ["lfm2", "granite-4"]),
             )
         ),
     ],

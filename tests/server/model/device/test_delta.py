@@ -1,4 +1,4 @@
-"""Gated delta nets: a row's state is that of its tokens, however they came, and whatever failed meanwhile."""
+"""Layers that keep a state: a row's state is that of its tokens, however they came, and whatever failed meanwhile."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from expert_store.errors import StoreError
 from expert_store.store import Store
 from server.model.device.capture import NotCapturableError
 from server.model.device.capture.adapters import check_adapters
-from server.model.device.capture.parts import forget_kind, gated_norm
+from server.model.device.capture.parts import forget_kind, gated_norm, grouped_norm_weight
 from server.model.device.running.assembly import load_device_runner
 from server.model.device.running.runner import DeviceRunner
-from server.model.device.step import delta, graphs
+from server.model.device.step import delta, graphs, mamba
 from server.model.kv.blocks import BLOCK_TOKENS
 from server.model.runner import RowStep, RunnerOptions, StepFault
 from tests.families.checkpoints import is_installed
@@ -31,13 +31,19 @@ from tests.server.model.device.captured import TUNING, Reference, build, distanc
 from tests.server.model.device.families import model_of
 from tests.server.model.device.test_runner_families import DEVICE, store_of
 
-FAMILIES = ["qwen3_next", pytest.param("kimi_linear", marks=pytest.mark.exhaustive)]
+FAMILIES = [
+    "qwen3_next",
+    *(
+        pytest.param(name, marks=pytest.mark.exhaustive)
+        for name in ("kimi_linear", "lfm2_moe", "granitemoehybrid in groups")
+    ),
+]
 TOKENS = torch.tensor([[7, 8], [9, 10], [11, 12]])
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
-    """One whose states decay by head, and one whose decay by channel."""
+    """Those whose states decay by head and by channel, one without a state beside its convolutions, and Mamba-2."""
     name: str = request.param
     return name
 
@@ -85,14 +91,15 @@ def test_products_by_tensor_cores_agree_with_float64_too(family: str) -> None:
 
 @pytest.fixture(scope="module")
 def store(family: str, tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
-    return store_of(family, tmp_path_factory.mktemp(family), repository)
+    return store_of(family, tmp_path_factory.mktemp("store"), repository)
 
 
 @pytest.fixture
 def runner(store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceRunner]:
     if DEVICE.type == "cpu":
         monkeypatch.setattr(graphs, "Tuning", lambda: TUNING)
-        monkeypatch.setattr(delta, "SCAN_VALUES", 16)
+        for module in (delta, mamba):
+            monkeypatch.setattr(module, "SCAN_VALUES", 16)
     options = RunnerOptions(device=DEVICE, dtype=torch.float32, num_slots=4, max_rows=2, max_tokens=96)
     made = load_device_runner(Store.open(store), options, proof=False)
     yield made
@@ -162,7 +169,7 @@ def test_a_chunk_that_failed_leaves_the_state_as_it_was(
     forward: Callable[..., Any] = runner._stream.forward
 
     def failing(layer: int, *args: Any) -> Any:
-        if layer:  # the delta net of layer 0 has its results
+        if layer == runner.shape.num_moe_layers - 1:  # the layers before have their results
             raise StoreError("the disk is gone")
         return forward(layer, *args)
 
@@ -178,6 +185,20 @@ def test_a_change_of_a_delta_nets_own_norm_is_refused_by_name() -> None:
     changes = {"model.layers.0.linear_attn.norm": {"scale": torch.zeros(16)}}
     with pytest.raises(NotCapturableError, match=r"terse changes model\.layers\.0\.linear_attn\.norm \(scale\)"):
         check_adapters(model_of("qwen3_next"), {"terse": Adapter("", 2, 8, changes)})
+
+
+@pytest.mark.parametrize(("name", "beside"), [("lfm2_moe", "convolutions"), ("granitemoehybrid", "Mamba-2")])
+def test_adapters_beside_states_without_a_delta_rule_are_refused_by_name(name: str, beside: str) -> None:
+    check_adapters(model_of(name), {})
+    with pytest.raises(NotCapturableError, match=f"no adapters beside {beside}: the host-driven path carries it"):
+        check_adapters(model_of(name), {"terse": Adapter("", 2, 8, {})})
+
+
+def test_a_norm_of_groups_is_what_it_computes() -> None:
+    norm = model_of("granitemoehybrid in groups").model.layers[1].mamba.norm
+    assert grouped_norm_weight(norm, 2, "here") is norm.weight
+    with pytest.raises(NotCapturableError, match="RMSNormGated is no gated norm of 1 groups"):
+        grouped_norm_weight(norm, 1, "here")
 
 
 def test_a_gated_norm_is_what_it_computes() -> None:

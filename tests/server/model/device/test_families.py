@@ -18,7 +18,16 @@ from tests.server.model.device.captured import Reference, build, distance, run
 from tests.server.model.device.families import ALONE_TOO, BY_BATCH, CAPTURED, everyday, model_of
 
 NUM_STEPS = 4
-MANY_PARTS = ("gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "qwen3_next", "qwen3_5_moe_text")
+MANY_PARTS = (
+    "gpt_oss",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe_lite",
+    "qwen3_next",
+    "qwen3_5_moe_text",
+    "lfm2_moe",
+    "granitemoehybrid",
+)
 
 
 @pytest.mark.parametrize(

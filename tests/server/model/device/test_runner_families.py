@@ -39,7 +39,7 @@ MORE = [
     "gpt_oss", "gpt_oss, mxfp4", "qwen3_vl_moe", "qwen3_omni_moe_thinker", "flint", "exaone_moe", "mellum",
     "ernie4_5_moe", "hunyuan_v1_moe", "granitemoeshared", "minimax_m3_vl_text", "mimo_v2_flash",
     "deepseek_v2", "deepseek_v3", "deepseek_v3 in halves", "glm4_moe_lite", "axk1",
-    "gemma4_text", "flex_olmo", "qwen3_next", "qwen3_5_moe_text",
+    "gemma4_text", "flex_olmo", "qwen3_next", "qwen3_5_moe_text", "lfm2_moe", "granitemoehybrid",
     "afmoe", "kolibri1", "laguna", "cohere2_moe", "granitemoe_swa", "phimoe",
     "kimi_linear", "bailing_hybrid",
 ]  # fmt: skip
