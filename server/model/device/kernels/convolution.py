@@ -83,9 +83,9 @@ def convolve_step(
     if row >= 0:
         mine = given + batch * 3 * CHANNELS + cols
         value = _gated(tl.load(mine + 2 * CHANNELS), tl.load(mine))
-        acc = with_token(acc, value, last, ring, cols, position, row >= 0, CHANNELS, KERNEL)
-        acc = _gated(acc.to(out.dtype.element_ty), tl.load(mine + CHANNELS))
-        tl.store(out + batch * CHANNELS + cols, acc)
+        total = with_token(acc, value, last, ring, cols, position, row >= 0, CHANNELS, KERNEL)
+        result = _gated(total.to(out.dtype.element_ty), tl.load(mine + CHANNELS))
+        tl.store(out + batch * CHANNELS + cols, result)
 
 
 @triton.jit

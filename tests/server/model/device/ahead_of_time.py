@@ -147,8 +147,9 @@ LATENTS = replace(
     TINY, attentions=(LatentKind(5, 16, 24, 32, 40, 48),) * 2, qk_norm="none", scaling=0.1,
     dense_layers=frozenset({0}), dense_intermediate=64, shared_intermediate=32,
 )  # fmt: skip
-CONVOLUTIONS = replace(TINY, attentions=(ConvolutionKind(48, 3), TINY.attention(0)))
-MAMBAS = replace(TINY, attentions=(MambaKind(2, 6, 16, 32, 4, least=1e-3), TINY.attention(0)))
+HALF = replace(TINY, dtype=torch.bfloat16)
+CONVOLUTIONS = replace(HALF, attentions=(ConvolutionKind(48, 3), TINY.attention(0)))
+MAMBAS = replace(HALF, attentions=(MambaKind(2, 6, 16, 32, 4, least=1e-3), TINY.attention(0)))
 DEEPSEEK_V3 = replace(
     GLM4, num_layers=2, hidden=7168, vocab=129280, attentions=(LatentKind(128, 512, 128, 64, 128, 1536),) * 2,
     qk_norm="none", scaling=0.13, num_experts=256, intermediate=2048, dense_layers=frozenset({0}),
