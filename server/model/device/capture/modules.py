@@ -21,14 +21,14 @@ _EMBEDDING, _LAST_NORM = ("embed_tokens", "embeddings"), ("norm", "embedding_nor
 _ROTARY = ("rotary_emb", "pos_emb")
 _MIXERS = ("self_attn", "linear_attn", "conv", "mamba")
 _ALONE = "mixer"
-"""A layer's only part: attention, or what stands in its place, or experts or a product."""
+"""A layer's only part, as Nemotron-H has it."""
 _NORMS_BEFORE = (("input_layernorm", "operator_norm"), ("post_attention_layernorm", "ffn_norm"))
 _BEFORE = ("pre_mlp_layernorm", "pre_feedforward_layernorm")
 _AFTER = ("post_mlp_layernorm", "post_feedforward_layernorm")
 _APART = ("pre_feedforward_layernorm_2", "post_feedforward_layernorm_2", "post_feedforward_layernorm_1")
 """Norms before the routed experts, after them, and after the product beside them."""
 _AROUND = (*_NORMS_BEFORE[0], *_NORMS_BEFORE[1], "post_self_attn_layernorm", *_BEFORE, *_AFTER, *_APART)
-_BLOCK = ("mlp", "block_sparse_moe", "feed_forward", _ALONE)
+_BLOCK = ("mlp", "block_sparse_moe", "feed_forward")
 _ROUTER = ("gate", "router")
 _BIASES = ("expert_bias", "e_score_correction_bias")
 """A block's parameters that it hands to its router."""
@@ -235,6 +235,12 @@ def _first(owner: Any, names: Sequence[str]) -> Any:
 
 
 def _layer(layer: Any, where: str, block: Any, router: Any) -> Layer:
+    alone = getattr(layer, _ALONE, None)
+    need(
+        alone is None,
+        f"{where} has one part, {type(alone).__name__}, and the captured step wants two: attention, or what stands in "
+        "its place, and experts or a product",
+    )
     beside = ("experts", *_ROUTER) if block is layer else ()
     name = mixer_name(layer)
     check_children(layer, where, (name,), (*_AROUND, *_BLOCK, *_SHARED, *beside))

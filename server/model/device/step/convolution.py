@@ -27,9 +27,7 @@ class ConvolutionRule:
     """The short convolutions of a step's entries; mutates the rows' rings.
 
     Args:
-        rows: [B], row of each entry.
-        run: launches a kernel; of `DecodeStep`.
-        product: not needed.
+        rows, run: see `states.state_rule`; the other arguments are those that a rule of another kind needs.
     """
 
     def __init__(

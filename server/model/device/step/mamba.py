@@ -23,9 +23,7 @@ class MambaRule:
     """The Mamba-2 layers of a step's entries; mutates the rows' states.
 
     Args:
-        rows: [B], row of each entry.
-        run: launches a kernel; of `DecodeStep`.
-        product: not needed.
+        rows, run: see `states.state_rule`; `product` is for rules of another kind.
     """
 
     def __init__(

@@ -231,6 +231,13 @@ def test_angles_that_change_with_the_length_are_refused_where_they_would() -> No
         distance(model)
 
 
+def test_layers_of_one_part_are_refused_by_name() -> None:
+    with pytest.raises(
+        NotCapturableError, match="layer 0 has one part, NemotronHMamba2Mixer, and the captured step wants"
+    ):
+        shape_of(random_model("nemotron_h"))
+
+
 def test_a_model_without_what_the_step_reads_is_refused_by_name() -> None:
     bare = SimpleNamespace(config=PretrainedConfig(hidden_size=64))
     with pytest.raises(NotCapturableError, match=r"config has no num_attention_heads.*rms_norm_eps"):
