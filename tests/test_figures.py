@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.choosing.adapters_figure import results_of
+from benchmarks.choosing.adapters_figure import BESIDE, CHECKPOINTS, beside, results_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -116,16 +116,32 @@ def test_the_table_of_adapters_is_that_of_its_results() -> None:
     }
 
 
-def test_the_table_of_questions_with_adapters_is_that_of_its_results() -> None:
-    rows = _rows("4,096 held-out tokens of the kind", "docs/selection.md")
-    without, *plans = results_of("plans on a CPU", "tiny-moe-standard").values()
-    assert without["part"] == "none"
+def test_the_table_beside_adapters_is_that_of_its_results() -> None:
+    rows, wanted = _rows("as many experts in 16 bits.", "docs/selection.md"), {}
+    for checkpoint, name in CHECKPOINTS.items():
+        for part, masks in (("pools", "own"), ("together", "all")):
+            lines = [beside(checkpoint, part, choice, encoding) for choice, encoding, _ in BESIDE.values()]
+            for share in (0.5, 0.25, 0.125):
+                wanted[f"{name} {masks} {100 * share:g} %"] = [f"{line[share][1]:.3f}" for line in lines]
+    assert dict(list(rows.items())[1:]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("title", "run", "before"),
+    [
+        ("4,096 held-out tokens of the kind", "plans on a CPU", "none"),
+        ("49,152 tokens of training each", "experts", "before"),
+    ],
+)
+def test_the_table_of_questions_with_adapters_is_that_of_its_results(title: str, run: str, before: str) -> None:
+    rows, plans = _rows(title, "docs/selection.md"), results_of(run, "tiny-moe-standard")
+    without = plans.pop(before)
     assert len(rows) == 1 + len(plans)
-    for plan in plans:
+    for plan in plans.values():
         share, kind = plan["share"], plan["kind"]
         ratios = [f"{case['mean_ratio']:.3f}" for case in plan["cases"]]
         answered = [f"{one['questions'][str(share)][kind]:.3f}".removeprefix("0") for one in (without, plan)]
-        assert rows[f"{kind} {share:.3g}".replace("0.25", "25 %").replace("0.125", "12.5 %")] == [*ratios, *answered]
+        assert rows[f"{kind} {100 * share:g} %"] == [*ratios, *answered]
 
 
 def test_the_table_of_budgets_is_that_of_its_results() -> None:
