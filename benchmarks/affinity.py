@@ -18,7 +18,7 @@ have as many turns.
 *agents* has a bound too: *alone*, every conversation in a replica of its own. `--faults` simulates statistics that are
 a minute late and a replica that is slow by ten.
 
-    python -m benchmarks.affinity [--traces FILE ...] [--replicas 4 16] [--scenarios profiles] [--seeds 5] [--save]
+    python -m benchmarks.affinity [--traces FILE ...] [--replicas 4 16] [--scenarios profiles] [--seeds 4] [--save]
 """
 
 from __future__ import annotations
@@ -584,7 +584,7 @@ def main() -> None:
     )
     parser.add_argument("--replicas", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--processes", type=int, default=1, help="simulations at once")
     parser.add_argument("--faults", action="store_true", help="simulate late statistics, and a slow replica")
     parser.add_argument(
@@ -615,9 +615,10 @@ def main() -> None:
             return found
 
         if arguments.faults:
-            result["faults"] = {
-                fault: of_all(("two choices", "affinity"), **changes) for fault, changes in FAULTS.items()
-            }
+            result["faults"] = {}
+            for fault, changes in FAULTS.items():
+                print(f"\n{fault}")
+                result["faults"][fault] = of_all(("two choices", "affinity"), **changes)
         else:
             result["scenarios"] = of_all()
     if arguments.save and not arguments.faults:
