@@ -266,10 +266,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
         with open(path, "rb") as file:
             content = file.read(MAX_MANIFEST_BYTES + 1)
     except FileNotFoundError:
-        raise ManifestError(
-            f"{directory} holds no {MANIFEST_NAME}, so it is no store or one whose extraction has not finished; "
-            "run the same `deepfew extract` command again, or name another directory"
-        ) from None
+        raise ManifestError(_why_no_manifest(Path(directory))) from None
     except OSError as error:
         raise ManifestError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from error
     if len(content) > MAX_MANIFEST_BYTES:
@@ -280,6 +277,20 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
         return parse_manifest(content)
     except ManifestError as error:
         raise ManifestError(f"{path}: {error}") from None
+
+
+def _why_no_manifest(directory: Path) -> str:
+    if (directory / "config.json").is_file():
+        return (
+            f"{directory} is a checkpoint, not a store: make a store of it with `deepfew extract {directory} STORE`, "
+            "and name that"
+        )
+    if not directory.exists():
+        return f"{directory} does not exist; `deepfew extract CHECKPOINT {directory}` makes a store there"
+    return (
+        f"{directory} holds no {MANIFEST_NAME}, so it is no store or one whose extraction has not finished; "
+        "run the same `deepfew extract` command again, or name another directory"
+    )
 
 
 def write_manifest(directory: str | os.PathLike[str], manifest: Manifest) -> None:

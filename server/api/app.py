@@ -112,18 +112,21 @@ def create_app(
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    return error_response(error, request.url.path)
+    return error_response(error, request.url.path, request.state.request_id)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        ours: ApiError = NotFoundError("no such path; GET /openapi.json lists all")
+        ours: ApiError = NotFoundError(
+            "no such path: this server generates text, and has no embeddings, files or other services; "
+            "GET /openapi.json lists all paths"
+        )
     elif error.status_code == 405:
         ours = MethodError("this path does not take this method", headers=error.headers)
     else:
         ours = ValidationFailed("the request was refused")
-    return error_response(ours, request.url.path)
+    return error_response(ours, request.url.path, request.state.request_id)
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:

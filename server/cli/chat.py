@@ -32,7 +32,7 @@ from server.api.openai.schemas import ChatRequest
 from server.cli.flags import with_settings
 from server.cli.generate import AdapterOption, OnMissingOption, PoolOption, ProfileOption
 from server.engine.request import Event, FailedEvent, FinishedEvent
-from server.errors import ServerError
+from server.errors import ServerError, UsageError
 from server.model.load_progress import LoadProgress
 from server.serving.loading import check_store, load
 from server.serving.logging_setup import configure_logging
@@ -51,6 +51,7 @@ HELP = """\
 /exit         end, as does Ctrl-D
 Ctrl-C stops an answer; what was said of it stays in the conversation."""
 REMOTE_SECONDS = 600
+_HOST_AND_PORT = re.compile(r"[\w.-]+:[0-9]{1,5}(/v1)?/?")
 
 
 class ChatError(ServerError):
@@ -69,8 +70,11 @@ def chat(
     pool: PoolOption = None,
     adapter: AdapterOption = "auto",
     on_missing: OnMissingOption = "mask",
-) -> None:
-    """Chat in the terminal with a store, or with a running server by its address (http://…)."""
+) -> int:
+    """Chat in the terminal with a store, or with a running server by its address (http://…).
+
+    Messages may come from a pipe, a line each; the exit status is then 2 if one got no answer.
+    """
     settings = resolved.settings
     configure_logging(settings.log.log_format, "error")
     asked = {
@@ -86,15 +90,17 @@ def chat(
     url = re.sub(r"^(https?):/+", r"\1://", str(settings.store))  # a path keeps one slash of two
     if "://" in url:
         key = settings.http.api_key
-        Conversation(_remote(url.rstrip("/"), None if key is None else key.get_secret_value()), asked, system).run()
-        return
+        answer = _remote(url.rstrip("/"), None if key is None else key.get_secret_value())
+        return Conversation(answer, asked, system).run()
+    if _HOST_AND_PORT.fullmatch(url) and not Path(url).exists():
+        raise UsageError(f"{url} is no directory; the address of a server begins with http://, as in http://{url}")
     check_store(settings)
     with progress_bar("loading") as bar:
         model = load(
             settings, LoadProgress(on_change=lambda progress: bar.show(str(progress.phase), progress.share, 1.0))
         )
     try:
-        Conversation(_local(model), asked, system).run()
+        return Conversation(_local(model), asked, system).run()
     finally:
         model.engine.stop(0.0)
 
@@ -183,6 +189,7 @@ class Conversation:
     def __init__(self, answer: Answering, asked: dict[str, Any], system: str | None) -> None:
         self._answer, self._asked, self._system = answer, asked, system
         self._said: list[dict[str, Any]] = []
+        self._has_failed = False
         self._console = Console(highlight=False, soft_wrap=True)
 
     @property
@@ -191,8 +198,8 @@ class Conversation:
         system = [{"role": "system", "content": self._system}] if self._system else []
         return system + self._said
 
-    def run(self) -> None:
-        """Take lines until the end of the input."""
+    def run(self) -> int:
+        """Take lines until the end of the input; returns 2 if a message from a pipe got no answer, else 0."""
         is_typed = sys.stdin.isatty()
         if is_typed:
             with contextlib.suppress(ImportError):
@@ -202,16 +209,19 @@ class Conversation:
             try:
                 line = input("> " if is_typed else "").strip()
             except EOFError:
-                return
+                return self._status(is_typed)
             except KeyboardInterrupt:
                 self._note("\n/exit or Ctrl-D ends the chat")
                 continue
             if line == "/exit":
-                return
+                return self._status(is_typed)
             if line.startswith("/"):
                 self._command(*line.partition(" ")[::2])
             elif line:
                 self._say(line)
+
+    def _status(self, is_typed: bool) -> int:
+        return 2 if self._has_failed and not is_typed else 0
 
     def _command(self, name: str, text: str) -> None:
         text = text.strip()
@@ -253,6 +263,7 @@ class Conversation:
         except KeyboardInterrupt:
             self._note("\n(stopped)")
         except ServerError as error:
+            self._has_failed = True
             begun = "\n" if content or thinking else ""
             self._console.print(f"{begun}error: {error}", style="red", markup=False)
             if not content:

@@ -173,6 +173,7 @@ def _print_what_to_try(port: int) -> None:
     _heading("4  your turn")
     console.print(f"in a browser, a chat and the map of experts:  {url}/\nin another terminal:", markup=False)
     for line in (
+        f"{_shown(Path(sys.executable).with_name('deepfew'))} chat {url}",
         f"curl {url}/generate {header} -d '{body}'",
         f"curl -N {url}/generate_stream {header} -d '{body}'",
         f"curl {url}/experts",

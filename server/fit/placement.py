@@ -14,11 +14,12 @@ import torch
 
 from expert_store.errors import SlotsError
 from expert_store.residency.pinned import LOCKED_SHARE
+from server.errors import UsageError
 from server.fit.facts import ModelFacts
 from server.model.device.capture import NotCapturableError
 from server.model.device.capture.pack import pack_trunk, packed_trunk_bytes
 from server.model.kv.blocks import BLOCK_TOKENS, num_blocks_of
-from server.model.kv_memory import HOST_RESERVE_BYTES, blocks_within, slots_beside_kv
+from server.model.kv_memory import DEVICE_RESERVE_BYTES, HOST_RESERVE_BYTES, blocks_within, slots_beside_kv
 
 if TYPE_CHECKING:
     from server.model.device.step.weights import DecodeShape
@@ -91,9 +92,14 @@ def place(model: ModelFacts, wish: Wish) -> Placement:
 
 
 def _captured_shape(model: ModelFacts, wish: Wish) -> DecodeShape:
-    """Raises NotCapturableError."""
+    """Raises NotCapturableError; UsageError where the GPU is another machine's, on which Triton may be installed."""
     if importlib.util.find_spec("triton") is None:
-        raise NotCapturableError("triton is not installed")
+        if torch.cuda.is_available():
+            raise NotCapturableError("triton is not installed")
+        raise UsageError(
+            "what a GPU does is computed from its Triton kernels, and triton is not installed here: install it "
+            "(pip install triton; it needs no GPU, but Linux), or leave out --device-memory and --machine for this CPU"
+        )
     from server.model.device.running.assembly import captured_shape
 
     return captured_shape(model.skeleton, model.layers, model.dtype, wish.rows, wish.context)
@@ -106,7 +112,7 @@ def captured_trunk(model: ModelFacts, shape: DecodeShape) -> tuple[int, int]:
 
 
 def _captured(model: ModelFacts, wish: Wish, shape: DecodeShape) -> Placement:
-    from server.model.device.memory.budget import RESERVE_BYTES, DeviceMemory
+    from server.model.device.memory.budget import DeviceMemory
     from server.model.device.memory.tier import rows_within
 
     num_moe, span = len(model.layers), shape.span_bytes
@@ -146,7 +152,7 @@ def _captured(model: ModelFacts, wish: Wish, shape: DecodeShape) -> Placement:
         slots=slots,
         slots_bytes=slots_bytes,
         beside_slots=memory.slots_bytes(slots) - slots_bytes,
-        reserve_bytes=RESERVE_BYTES,
+        reserve_bytes=DEVICE_RESERVE_BYTES,
         host_experts=rows,
         host_bytes=rows * span,
         disk_bytes=max(0, served - rows - alone) * span if pages.paged else 0,
@@ -155,13 +161,11 @@ def _captured(model: ModelFacts, wish: Wish, shape: DecodeShape) -> Placement:
 
 def _on_gpu(model: ModelFacts, wish: Wish, reason: str) -> Placement:
     """The host-driven path of a GPU: slots on the device, experts behind them in page-locked memory."""
-    from server.model.device.memory.budget import RESERVE_BYTES
-
-    free = wish.device_memory - model.trunk_bytes - RESERVE_BYTES
+    free = wish.device_memory - model.trunk_bytes - DEVICE_RESERVE_BYTES
     served = len(model.layers) * model.num_available
     budget = wish.host_memory - HOST_RESERVE_BYTES if wish.host_budget is None else wish.host_budget
     held = max(0, min(served, int(budget / model.span_bytes)))
-    return _host_driven(model, wish, free, RESERVE_BYTES, reason, held, served - held)
+    return _host_driven(model, wish, free, DEVICE_RESERVE_BYTES, reason, held, served - held)
 
 
 def _on_cpu(model: ModelFacts, wish: Wish) -> Placement:

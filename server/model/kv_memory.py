@@ -18,6 +18,8 @@ KV_SHARE = 1 / 4
 """Share of the memory that is free after loading, for keys and values."""
 HOST_RESERVE_BYTES = 1 << 30
 """Host memory for Python, its libraries and activations: 452 MiB at the peak of importing, and what a step needs."""
+DEVICE_RESERVE_BYTES = 1 << 30
+"""Bytes left free on a GPU for activations, logits and the allocator's rounding, beside a long row's attention."""
 MemoryBalance = Literal["moving", "fixed"]
 """Whether slots and KV memory lend one another memory while serving."""
 _WITHOUT = ("linear_attention", "mamba", "mamba2", "conv", "recurrent")

@@ -60,6 +60,7 @@ class MessageUsage(BaseModel):
     """Token counts. The prompt's are `input_tokens`, which were computed, and those that earlier requests had read."""
 
     input_tokens: int
+    cache_creation_input_tokens: Literal[0]
     cache_read_input_tokens: int
     output_tokens: int
     output_tokens_details: OutputTokens | None = None
@@ -183,6 +184,7 @@ def usage_of(ending: Ending) -> MessageUsage:
     """The token counts of an answer."""
     return MessageUsage(
         input_tokens=ending.event.num_prompt_tokens - ending.event.num_cached_tokens,
+        cache_creation_input_tokens=0,
         cache_read_input_tokens=ending.event.num_cached_tokens,
         output_tokens=ending.event.num_generated_tokens,
         output_tokens_details=OutputTokens(thinking_tokens=ending.num_thinking_tokens),
@@ -241,7 +243,12 @@ class MessageWriter:
             content=[],
             stop_reason=None,
             stop_sequence=None,
-            usage=MessageUsage(input_tokens=self._num_prompt_tokens, cache_read_input_tokens=0, output_tokens=0),
+            usage=MessageUsage(
+                input_tokens=self._num_prompt_tokens,
+                cache_creation_input_tokens=0,
+                cache_read_input_tokens=0,
+                output_tokens=0,
+            ),
         )
         return named_event(MessageStart(type="message_start", message=message))
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Tag
+from pydantic import Field
 
 from server.api.chat.messages import Call, Chat, Message, Tool, ToolChoice
 from server.api.chat.tools import MAX_TOOLS, CallId, ToolName, tool_choice, tools_of
@@ -30,6 +30,7 @@ from server.api.http.fields import (
     Text,
     TokenCount,
     by_type,
+    of_type,
     unsupported,
 )
 from server.constraints.grammar import Constraint, Json
@@ -73,7 +74,7 @@ class ToolUseBlock(Strict):
 
 
 Texts = Annotated[
-    list[Annotated[Annotated[TextBlock, Tag("text")], by_type("text")]],
+    list[Annotated[Annotated[TextBlock, of_type("text")], by_type("text")]],
     Field(max_length=MAX_PARTS),
     OrText(lambda text: {"type": "text", "text": text}),
 ]
@@ -90,11 +91,11 @@ class ToolResultBlock(Strict):
 
 
 Block = Annotated[
-    Annotated[TextBlock, Tag("text")]
-    | Annotated[ThinkingBlock, Tag("thinking")]
-    | Annotated[RedactedThinkingBlock, Tag("redacted_thinking")]
-    | Annotated[ToolUseBlock, Tag("tool_use")]
-    | Annotated[ToolResultBlock, Tag("tool_result")],
+    Annotated[TextBlock, of_type("text")]
+    | Annotated[ThinkingBlock, of_type("thinking")]
+    | Annotated[RedactedThinkingBlock, of_type("redacted_thinking")]
+    | Annotated[ToolUseBlock, of_type("tool_use")]
+    | Annotated[ToolResultBlock, of_type("tool_result")],
     by_type("text", "thinking", "redacted_thinking", "tool_use", "tool_result"),
 ]
 Blocks = Annotated[
@@ -165,7 +166,18 @@ class CountTokensRequest(Strict):
     model: ModelName | None = Field(None, description="any name: one model is served")
     messages: Annotated[list[MessageParam], Field(min_length=1, max_length=MAX_MESSAGES)]
     system: Texts | None = None
-    tools: Annotated[list[ToolParam], Field(max_length=MAX_TOOLS)] | None = None
+    tools: (
+        Annotated[
+            list[
+                Annotated[
+                    Annotated[ToolParam, of_type("custom")],
+                    by_type("custom", default="custom", advice="describe a tool by its name and its input_schema"),
+                ]
+            ],
+            Field(max_length=MAX_TOOLS),
+        ]
+        | None
+    ) = None
     tool_choice: ToolChoiceParam | None = None
     thinking: ThinkingParam | None = None
     output_config: OutputConfig | None = None

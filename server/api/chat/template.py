@@ -167,13 +167,14 @@ def _for_template(tool: Tool) -> dict[str, Any]:
 
 def _variables(chat: Chat, template: str) -> dict[str, Any]:
     variables = dict(chat.variables)
+    switch = next((name for name in _SWITCHES if f"{name} is defined" in template or f"not {name}" in template), None)
+    is_kept = chat.effort == "none" and (switch is not None or format_of(template).thinking is None)
     if chat.effort is not None and "reasoning_effort" in template:
         variables["reasoning_effort"] = chat.effort
-    elif chat.effort is not None and not chat.is_wish:
+    elif chat.effort is not None and not chat.is_wish and not is_kept:
         raise ValidationFailed(
             "`reasoning_effort` is not supported by this model's chat template; leave it out", param="reasoning_effort"
         )
-    switch = next((name for name in _SWITCHES if f"{name} is defined" in template or f"not {name}" in template), None)
     if chat.thinks is not None and switch is not None:
         variables.setdefault(switch, chat.thinks)
     return variables

@@ -9,9 +9,11 @@ from pydantic import StringConstraints
 
 from server.api.chat.messages import Tool, ToolChoice
 from server.api.http.errors import ValidationFailed
+from server.api.http.fields import WORD
 
 MAX_TOOLS = 512
 ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
+ChoiceWord = Annotated[Literal["none", "auto", "required"], WORD]
 CallId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:/-]{1,256}$")]
 
 

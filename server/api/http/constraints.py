@@ -9,11 +9,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
-from server.api.http.fields import NO_NUL, Strict, Text
+from server.api.http.fields import NO_NUL, OBJECT, WORD, Strict, Text, by_type, of_type, or_object
 from server.constraints.grammar import Constraint, Json, Regex
 
 MAX_PATTERN = 8192
-JsonSchema = Annotated[dict[str, Any] | bool, Field(description="JSON Schema; what cannot be enforced is refused")]
+FOR_PLAIN_TEXT = "leave it out for plain text"
+JsonSchema = Annotated[
+    Annotated[dict[str, Any], OBJECT] | Annotated[bool, WORD],
+    or_object(bool),
+    Field(description="JSON Schema; what cannot be enforced is refused"),
+]
 SchemaName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PATTERN, pattern=NO_NUL)]
 
@@ -67,8 +72,18 @@ class RegexGrammar(Strict):
     value: Pattern
 
 
-ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
-Grammar = Annotated[JsonGrammar | NamedJsonGrammar | RegexGrammar, Field(discriminator="type")]
+ResponseFormat = Annotated[
+    Annotated[TextFormat, of_type("text")]
+    | Annotated[JsonObjectFormat, of_type("json_object")]
+    | Annotated[JsonSchemaFormat, of_type("json_schema")],
+    by_type("text", "json_object", "json_schema", advice=FOR_PLAIN_TEXT),
+]
+Grammar = Annotated[
+    Annotated[JsonGrammar, of_type("json")]
+    | Annotated[NamedJsonGrammar, of_type("json_schema")]
+    | Annotated[RegexGrammar, of_type("regex")],
+    by_type("json", "json_schema", "regex", advice=FOR_PLAIN_TEXT),
+]
 
 
 def constraint_of(asked: ResponseFormat | Grammar | None) -> Constraint | None:

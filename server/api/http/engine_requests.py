@@ -105,9 +105,11 @@ def sampling_within(
     """
     room = model.max_context_tokens - num_prompt_tokens
     if room < 1:
+        # Agents shorten their history when they read "prompt is too long" or "maximum context length is N tokens".
         raise ContextTooLongError(
-            f"the prompt has {num_prompt_tokens} tokens; prompt and answer together may have "
-            f"{model.max_context_tokens}: shorten the prompt by at least {1 - room}"
+            f"prompt is too long: {num_prompt_tokens} tokens > {model.max_context_tokens - 1} maximum. This model's "
+            f"maximum context length is {model.max_context_tokens} tokens, prompt and answer together: shorten the "
+            f"prompt by at least {1 - room}"
         )
     if wanted is None:
         wanted = model.generation_defaults.get("max_new_tokens", default)

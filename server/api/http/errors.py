@@ -7,6 +7,7 @@ under `/v1` OpenAI's, all others Text Generation Inference's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +15,7 @@ from typing import Literal
 from pydantic import BaseModel, ValidationError
 
 from expert_store.errors import StoreError
+from server.api.http.fields import KIND, WRONG_TYPE
 from server.api.http.responses import ModelResponse
 from server.engine.request import (
     ContextTooLongError,
@@ -30,6 +32,7 @@ from server.growth.status import GrowthBusyError, GrowthError, GrowthSourceError
 from server.serving.service import NotReadyError
 
 MAX_MESSAGE = 600
+_OF_PYTHON = re.compile(r"a valid dictionary( or instance of \w+)?")
 
 
 class ApiError(ServerError):
@@ -136,10 +139,11 @@ class AnthropicErrorDetails(BaseModel):
 
 
 class AnthropicErrorResponse(BaseModel):
-    """Every error under `/v1/messages`; also the payload of an error event."""
+    """Every error under `/v1/messages`; also the payload of an error event, which has no id."""
 
     type: Literal["error"]
     error: AnthropicErrorDetails
+    request_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -250,28 +254,31 @@ def message_of(error: Exception) -> str:
     return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
 
 
-def error_body(error: Exception, path: str) -> ErrorResponse | OpenAIErrorResponse | AnthropicErrorResponse:
+def error_body(
+    error: Exception, path: str, request_id: str | None = None
+) -> ErrorResponse | OpenAIErrorResponse | AnthropicErrorResponse:
     """The error in the dialect of `path`; also the payload of an error event inside a stream."""
     row, message, dialect = row_of(error), message_of(error), dialect_of(path)
     if dialect == "tgi":
         return ErrorResponse(error=message, error_type=row.error_type)
     if dialect == "anthropic":
         details = AnthropicErrorDetails(type=row.anthropic_type, message=message)
-        return AnthropicErrorResponse(type="error", error=details)
+        identity = {} if request_id is None else {"request_id": request_id}
+        return AnthropicErrorResponse(type="error", error=details, **identity)
     param = getattr(error, "param", None)
     return OpenAIErrorResponse(
         error=OpenAIErrorDetails(message=message, type=row.openai_type, param=param, code=row.openai_code)
     )
 
 
-def error_response(error: Exception, path: str) -> ModelResponse:
+def error_response(error: Exception, path: str, request_id: str | None = None) -> ModelResponse:
     """The response that a client gets for `error`."""
     headers = dict(getattr(error, "headers", {}))
     retry_after = getattr(error, "retry_after_seconds", None)
     if retry_after is not None:
         headers["Retry-After"] = str(max(1, round(retry_after)))
     return ModelResponse(
-        error_body(error, path), status_code=row_of(error).status_in(dialect_of(path)), headers=headers
+        error_body(error, path, request_id), status_code=row_of(error).status_in(dialect_of(path)), headers=headers
     )
 
 
@@ -279,22 +286,20 @@ def validation_failed(error: ValidationError) -> ValidationFailed:
     """The refusal that names the wrong fields and the wanted values, in our words and without the client's values."""
     problems: list[str] = []
     found = error.errors(include_input=False, include_url=False, include_context=False)
-    for problem in found:
-        place = _path(problem["loc"])
+    places = [_path(problem["loc"] + ("type",) * (problem["type"] == WRONG_TYPE)) for problem in found]
+    for problem, place in zip(found, places, strict=True):
         wanted = "is not a known parameter" if problem["type"] == "extra_forbidden" else problem["msg"]
-        if problem["type"] == "union_tag_invalid":  # it quotes the client
-            wanted = f"its `type` must be one of {wanted.rpartition('expected tags: ')[2]}"
-        elif problem["type"] == "union_tag_not_found":
-            wanted = "its `type` is missing"
+        wanted = _OF_PYTHON.sub("an object", wanted)
         problems.append(f"`{place}`: {wanted.removeprefix('Value error, ')}" if place else wanted)
     shown = "; ".join(dict.fromkeys(problems[:5]))
     more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-    return ValidationFailed(shown + more, param=_path(found[0]["loc"]) or None)
+    return ValidationFailed(shown + more, param=places[0] or None)
 
 
 def _path(parts: Sequence[int | str]) -> str:
     """Where a value stands in the body, as in `messages[0].role`."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{_printable(part)}" for part in parts)
+    real = [part for part in parts if isinstance(part, int) or not (part == "[key]" or part.startswith(KIND))]
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{_printable(part)}" for part in real)
     return text.removeprefix(".")
 
 

@@ -19,6 +19,7 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     StringConstraints,
+    Tag,
     WithJsonSchema,
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -33,6 +34,10 @@ MAX_POOL = 65536
 MAX_PARTS = 4096
 NO_NUL = r"^[^\x00]*$"
 PROFILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+WRONG_TYPE = "type"
+"""The kind of error where no member of a union has the `type` of an object."""
+KIND = "type="
+"""Begins the tag of a union's member, which is no part of a place in the body."""
 
 
 class Strict(BaseModel):
@@ -90,6 +95,11 @@ NotKept = dict[str, Any] | None
 """An object of the same kind."""
 
 
+def of_type(kind: str) -> Tag:
+    """Marks the member of a union that `by_type` chooses for a type."""
+    return Tag(KIND + kind)
+
+
 def by_type(
     *kinds: str,
     default: str | None = None,
@@ -104,12 +114,22 @@ def by_type(
     """
 
     def type_of(value: Any) -> str | None:
+        if not isinstance(value, dict | BaseModel):
+            return KIND + kinds[0]  # which says that it must be an object
         kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
         kind = default if kind is None else kind
-        return kind if isinstance(kind, str) else None
+        return KIND + kind if isinstance(kind, str) else None
 
-    text = f"must have a type among {', '.join(kinds)}; {advice}"
-    return Discriminator(type_of, custom_error_type="type", custom_error_message=text)
+    text = f"must be {'one of ' if len(kinds) > 1 else ''}{', '.join(kinds)}; {advice}"
+    return Discriminator(type_of, custom_error_type=WRONG_TYPE, custom_error_message=text)
+
+
+WORD, OBJECT = Tag(f"{KIND}word"), Tag(f"{KIND}object")
+
+
+def or_object(word: type[str] | type[bool]) -> Discriminator:
+    """Tells the member of a union that is a text or a boolean (`WORD`) from the one that is an object (`OBJECT`)."""
+    return Discriminator(lambda value: (WORD if isinstance(value, word) else OBJECT).tag)
 
 
 class OrText:

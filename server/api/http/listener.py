@@ -31,6 +31,7 @@ from server.settings.schema import HttpSettings
 log = logging.getLogger(__name__)
 
 BACKLOG = 512
+HEADER_READ_BYTES = 4096
 LAST_WORDS_SECONDS = 2
 ENGINE_END_SECONDS = 10.0
 
@@ -91,20 +92,26 @@ class Connection(H11Protocol):
         self._start_timer()
 
     def data_received(self, data: bytes) -> None:
-        if not self._is_answering():
-            self._start_timer()
-        super().data_received(data)
-        if self._is_answering():
-            self._stop_timer()
+        # h11 bounds headers that are not whole yet, and takes those of any length that come whole in one read.
+        while data and not self.transport.is_closing():
+            size = len(data)
+            if not self._is_answering():
+                self._start_timer()
+                size = HEADER_READ_BYTES
+            super().data_received(data[:size])
+            data = data[size:]
+            if self._is_answering():
+                self._stop_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """Send the error as our JSON, not as uvicorn's plain text: h11 refused the request line or the headers."""
+        """Send the error as our JSON, not as uvicorn's plain text: h11 refused the request line, headers or chunks."""
         body = _refusal("the request is not valid HTTP/1.1, or its headers are too long", "validation")
-        if not self._is_answering() and not self.transport.is_closing():
+        has_begun = self._is_answering() and self.cycle.response_started
+        if not has_begun and not self.transport.is_closing():
             self.transport.write(
                 b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n"
                 b"Content-Length: " + str(len(body)).encode() + b"\r\n\r\n" + body

@@ -19,7 +19,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.http.errors import ForbiddenError, MisdirectedError, UnauthorizedError, error_response
+from server.api.http.errors import ForbiddenError, MisdirectedError, UnauthorizedError, dialect_of, error_response
 from server.api.http.responses import abort
 from server.serving.metrics import Metrics
 from server.settings.schema import is_loopback
@@ -66,7 +66,8 @@ class Gate:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 seen["status"] = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                milliseconds = round(1000 * (time.perf_counter() - started))
+                MutableHeaders(scope=message).update(_head_of(scope["path"], request_id, milliseconds))
                 self.metrics.response(message["status"])
             await send(message)
 
@@ -77,20 +78,20 @@ class Gate:
                     "the API key is missing or wrong: send Authorization: Bearer KEY, or X-API-Key: KEY",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
-                await error_response(error, scope["path"])(scope, receive, send_with_id)
+                await error_response(error, scope["path"], request_id)(scope, receive, send_with_id)
                 return
             if self._key_digest is None and not is_open and not _is_to_this_machine(headers.get("host", "")):
                 misdirected = MisdirectedError(
                     "without an API key only requests to this machine by a name of its own are taken, and the Host "
                     "header has another: call http://127.0.0.1 or http://localhost, or set an API key"
                 )
-                await error_response(misdirected, scope["path"])(scope, receive, send_with_id)
+                await error_response(misdirected, scope["path"], request_id)(scope, receive, send_with_id)
                 return
             await self.app(scope, receive, send_with_id)
         except Exception as error:
             log.exception("unexpected error", extra={"request_id": request_id, "path": _path(scope)})
             if seen["status"] is None:
-                await error_response(error, scope["path"])(scope, receive, send_with_id)
+                await error_response(error, scope["path"], request_id)(scope, receive, send_with_id)
             else:
                 abort(scope)
         finally:
@@ -113,6 +114,17 @@ class Gate:
         digests = [_digest(candidate) for candidate in shown]
         is_user = self._key_digest is None or _is_among(self._key_digest, digests)
         return is_user, self._admin_digest is not None and _is_among(self._admin_digest, digests)
+
+
+def _head_of(path: str, request_id: str, milliseconds: int) -> dict[str, str]:
+    """Headers of every response: the id, also by the name that clients of the dialect read, and the time until now."""
+    head = {"x-request-id": request_id}
+    dialect = dialect_of(path)
+    if dialect == "anthropic":
+        head["request-id"] = request_id
+    elif dialect == "openai":
+        head["openai-processing-ms"] = str(milliseconds)
+    return head
 
 
 async def require_admin(request: Request) -> None:

@@ -20,19 +20,28 @@ EndReason = Literal["stop", "length", "tool_calls"]
 
 
 class ModelCard(BaseModel):
-    """The model that is served."""
+    """The model that is served: OpenAI's fields, `max_model_len` as vLLM's servers have it, and then Anthropic's."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    max_model_len: int
+    type: Literal["model"]
+    display_name: str
+    created_at: str
+    max_input_tokens: int
+    max_tokens: int
 
 
 class ModelList(BaseModel):
-    """All models: one."""
+    """All names of the model, on one page."""
 
     object: Literal["list"]
     data: list[ModelCard]
+    has_more: Literal[False]
+    first_id: str
+    last_id: str
 
 
 class PromptTokens(BaseModel):

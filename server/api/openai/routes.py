@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
@@ -42,7 +43,10 @@ router = APIRouter(prefix="/v1")
 async def models(request: Request) -> ModelResponse:
     """One entry for each name of the model."""
     context = context_of(request)
-    return ModelResponse(ModelList(object="list", data=[_card(context, name) for name in context.loaded().names]))
+    cards = [_card(context, name) for name in context.loaded().names]
+    return ModelResponse(
+        ModelList(object="list", data=cards, has_more=False, first_id=cards[0].id, last_id=cards[-1].id)
+    )
 
 
 @router.get(
@@ -184,4 +188,16 @@ def _job(
 
 
 def _card(context: ApiContext, name: str) -> ModelCard:
-    return ModelCard(id=name, object="model", created=int(context.service.started_at), owned_by="deepfew")
+    created, most = int(context.service.started_at), context.loaded().max_context_tokens
+    return ModelCard(
+        id=name,
+        object="model",
+        created=created,
+        owned_by="deepfew",
+        max_model_len=most,
+        type="model",
+        display_name=name,
+        created_at=datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        max_input_tokens=most - 1,
+        max_tokens=most - 1,
+    )

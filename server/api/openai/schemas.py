@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from server.api.chat.messages import Call, Chat, ToolChoice
 from server.api.chat.messages import Message as ChatMessage
-from server.api.chat.tools import MAX_TOOLS, CallId, ToolName, tool_choice, tools_of
+from server.api.chat.tools import MAX_TOOLS, CallId, ChoiceWord, ToolName, tool_choice, tools_of
 from server.api.http.constraints import ResponseFormat
 from server.api.http.errors import ValidationFailed
 from server.api.http.fields import (
@@ -22,13 +22,18 @@ from server.api.http.fields import (
     MAX_TOKENS,
     MAX_TOP_TOKENS,
     NO_NUL,
+    OBJECT,
     Bookkeeping,
     ModelName,
+    NotKept,
     SamplingFields,
     Strict,
     Text,
     TokenCount,
+    by_type,
     is_text,
+    of_type,
+    or_object,
     unsupported,
 )
 
@@ -134,7 +139,6 @@ Content = Annotated[
     ),
 ]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-TemplateValue = bool | int | float | Text | list[Any] | dict[str, Any] | None
 
 
 class StreamOptions(Strict):
@@ -215,8 +219,9 @@ class Message(Strict):
     name: Text | None = Field(None, description="for chat templates that show it")
     refusal: Text | None = Field(None, description="the text of a message without content")
     reasoning_content: Text | None = Field(None, description="for chat templates that show it")
+    reasoning: Text | None = Field(None, description="the same, as other servers call it")
     annotations: list[Any] | None = Field(None, description="not kept")
-    cache_control: dict[str, Any] | None = Field(None, description="not kept")
+    cache_control: NotKept = Field(None, description="not kept")
     audio: unsupported() = None  # type: ignore[valid-type]
     function_call: unsupported() = None  # type: ignore[valid-type]
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
@@ -238,6 +243,7 @@ class FunctionTool(Strict):
 
     type: Literal["function"]
     function: Function
+    cache_control: NotKept = Field(None, description="not kept")
 
 
 class FunctionName(Strict):
@@ -261,16 +267,28 @@ class ChatRequest(Common):
     max_completion_tokens: TokenCount | None = Field(None, description="the newer name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_TOKENS)] | None = None
-    chat_template_kwargs: dict[str, TemplateValue] | None = Field(
+    chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="variables for the chat template, as enable_thinking"
     )
     reasoning_effort: Annotated[str, StringConstraints(pattern=r"^[a-z]{1,16}$")] | None = Field(
-        None, description="for chat templates that read it"
+        None,
+        description="for chat templates that read it; none also for those with a switch of thinking, or without it",
     )
     metadata: dict[str, Any] | None = Field(None, description="not kept")
     store: bool | None = Field(None, description="not kept; nothing is stored")
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+    tools: (
+        Annotated[
+            list[
+                Annotated[
+                    Annotated[FunctionTool, of_type("function")],
+                    by_type("function", advice="tools of free text and of the server are not supported"),
+                ]
+            ],
+            Field(max_length=MAX_TOOLS),
+        ]
+        | None
+    ) = None
+    tool_choice: Annotated[ChoiceWord | Annotated[NamedTool, OBJECT], or_object(str)] | None = Field(
         None, description="default auto; required forces a call, and so does the name of a tool"
     )
     parallel_tool_calls: bool | None = Field(None, description="whether an answer may have several calls; default true")
@@ -305,6 +323,7 @@ class ChatRequest(Common):
             choice=self._choice(),
             variables=self.chat_template_kwargs or {},
             effort=self.reasoning_effort,
+            thinks=False if self.reasoning_effort == "none" else None,
         )
 
     def _choice(self) -> ToolChoice:
@@ -330,7 +349,7 @@ def _message(message: Message, place: str) -> ChatMessage:
         content=message.content or message.refusal,
         place=place,
         name=message.name,
-        thinking=message.reasoning_content,
+        thinking=message.reasoning_content or message.reasoning,
         calls=tuple(Call(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()),
         call_id=message.tool_call_id,
     )

@@ -10,14 +10,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Tag
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from server.api.chat.messages import Call, Chat, Message, ToolChoice
-from server.api.chat.tools import MAX_TOOLS, CallId, ToolName, tool_choice, tools_of
-from server.api.http.constraints import JsonObjectFormat, JsonSchema, SchemaName, TextFormat, constraint_of
+from server.api.chat.tools import MAX_TOOLS, CallId, ChoiceWord, ToolName, tool_choice, tools_of
+from server.api.http.constraints import (
+    FOR_PLAIN_TEXT,
+    JsonObjectFormat,
+    JsonSchema,
+    SchemaName,
+    TextFormat,
+    constraint_of,
+)
 from server.api.http.fields import (
     MAX_PARTS,
     MAX_TOKENS,
+    OBJECT,
     Bookkeeping,
     ModelName,
     NotKept,
@@ -27,6 +35,8 @@ from server.api.http.fields import (
     Text,
     TokenCount,
     by_type,
+    of_type,
+    or_object,
     unsupported,
 )
 from server.api.responses.items import Status
@@ -66,9 +76,9 @@ class RefusalText(Strict):
 Content = Annotated[
     list[
         Annotated[
-            Annotated[InputText, Tag("input_text")]
-            | Annotated[OutputText, Tag("output_text")]
-            | Annotated[RefusalText, Tag("refusal")],
+            Annotated[InputText, of_type("input_text")]
+            | Annotated[OutputText, of_type("output_text")]
+            | Annotated[RefusalText, of_type("refusal")],
             by_type("input_text", "output_text", "refusal"),
         ]
     ],
@@ -152,7 +162,7 @@ class Namespace(Strict):
     name: ToolName
     description: Text | None = Field(None, description="not kept; the functions have their own")
     tools: Annotated[
-        list[Annotated[Annotated[FunctionTool, Tag("function")], by_type("function")]], Field(max_length=MAX_TOOLS)
+        list[Annotated[Annotated[FunctionTool, of_type("function")], by_type("function")]], Field(max_length=MAX_TOOLS)
     ]
 
 
@@ -197,10 +207,10 @@ class TextConfig(Strict):
 
     format: (
         Annotated[
-            Annotated[TextFormat, Tag("text")]
-            | Annotated[JsonObjectFormat, Tag("json_object")]
-            | Annotated[NamedSchemaFormat, Tag("json_schema")],
-            by_type("text", "json_object", "json_schema", advice="leave it out for plain text"),
+            Annotated[TextFormat, of_type("text")]
+            | Annotated[JsonObjectFormat, of_type("json_object")]
+            | Annotated[NamedSchemaFormat, of_type("json_schema")],
+            by_type("text", "json_object", "json_schema", advice=FOR_PLAIN_TEXT),
         ]
         | None
     ) = None
@@ -220,10 +230,10 @@ class ResponsesRequest(SamplingFields):
     input: Annotated[
         list[
             Annotated[
-                Annotated[MessageItem, Tag("message")]
-                | Annotated[FunctionCallItem, Tag("function_call")]
-                | Annotated[FunctionOutputItem, Tag("function_call_output")]
-                | Annotated[ReasoningItem, Tag("reasoning")],
+                Annotated[MessageItem, of_type("message")]
+                | Annotated[FunctionCallItem, of_type("function_call")]
+                | Annotated[FunctionOutputItem, of_type("function_call_output")]
+                | Annotated[ReasoningItem, of_type("reasoning")],
                 by_type(
                     "message",
                     "function_call",
@@ -248,10 +258,10 @@ class ResponsesRequest(SamplingFields):
         Annotated[
             list[
                 Annotated[
-                    Annotated[FunctionTool, Tag("function")]
-                    | Annotated[Namespace, Tag("namespace")]
-                    | Annotated[WebSearch, Tag("web_search")]
-                    | Annotated[WebSearch, Tag("web_search_preview")],
+                    Annotated[FunctionTool, of_type("function")]
+                    | Annotated[Namespace, of_type("namespace")]
+                    | Annotated[WebSearch, of_type("web_search")]
+                    | Annotated[WebSearch, of_type("web_search_preview")],
                     by_type("function", "namespace", "web_search", "web_search_preview"),
                 ]
             ],
@@ -259,7 +269,7 @@ class ResponsesRequest(SamplingFields):
         ]
         | None
     ) = None
-    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = Field(
+    tool_choice: Annotated[ChoiceWord | Annotated[NamedFunction, OBJECT], or_object(str)] | None = Field(
         None, description="default auto; required forces a call, and so does the name of a function"
     )
     parallel_tool_calls: bool | None = Field(None, description="whether an answer may have several calls; default true")

@@ -93,12 +93,20 @@ def test_a_mistake_is_one_message_and_status_2(
     assert not (tmp_path / "store").exists()
 
 
-def test_no_checkpoint_and_no_store_are_one_message(tmp_path: Path) -> None:
+def test_no_checkpoint_and_no_store_are_one_message(qwen_checkpoint: Path, tmp_path: Path) -> None:
     assert run("extract", tmp_path / "absent", tmp_path / "store")[0] == 2
-    for name in ("inspect", "verify"):
-        status, _, err = run(name, tmp_path / "absent")
-        assert status == 2
-        assert "holds no manifest.json" in err
+    (tmp_path / "empty").mkdir()
+    mistakes = {
+        tmp_path / "absent": "does not exist; `deepfew extract CHECKPOINT",
+        tmp_path / "empty": "holds no manifest.json",
+        qwen_checkpoint: f"is a checkpoint, not a store: make a store of it with `deepfew extract {qwen_checkpoint} ",
+    }
+    for name in ("inspect", "verify", "serve", "chat"):
+        for directory, message in mistakes.items():
+            status, _, err = run(name, directory)
+            assert status == 2
+            assert message in err
+            assert err.count("\n") == 1
 
 
 def test_a_damaged_store_is_shown_told_and_repaired(qwen_checkpoint: Path, tmp_path: Path) -> None:

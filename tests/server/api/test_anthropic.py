@@ -62,6 +62,24 @@ def test_message() -> None:
         assert answer.model_extra["deficit"]["overall"] == 0.125
 
 
+def test_answers_errors_and_models_have_what_the_client_reads() -> None:
+    with running() as server, client_of(server) as client:
+        answer = client.messages.create(**ASKED)
+        assert answer._request_id is not None
+        assert answer.usage.cache_creation_input_tokens == 0
+        with client.messages.stream(**ASKED) as stream:
+            assert stream.get_final_message().usage.cache_creation_input_tokens == 0
+            assert stream.response.headers["request-id"] == stream.response.headers["x-request-id"]
+        with pytest.raises(anthropic.BadRequestError) as refusal:
+            client.messages.create(**{**ASKED, "messages": []})
+        assert refusal.value.request_id is not None
+        assert refusal.value.body["request_id"] == refusal.value.request_id  # type: ignore[index, call-overload]
+        page = client.models.list()
+        assert [(model.id, model.type, model.display_name) for model in page] == [("scripted", "model", "scripted")]
+        assert abs(page.data[0].created_at.timestamp() - server.service.started_at) < 1
+        assert (page.has_more, page.first_id, page.last_id) == (False, "scripted", "scripted")
+
+
 def test_end_has_the_reason_of_the_end() -> None:
     with running() as server, client_of(server) as client:
         assert client.messages.create(**{**ASKED, "max_tokens": 2}).stop_reason == "max_tokens"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,7 @@ def taken(client: httpx.Client, path: str, body: dict[str, Any]) -> Any:
         {"prompt_cache_retention": "24h"},
         {"prediction": {"type": "content", "content": "x"}},
         {"tools": []},
+        {"reasoning_effort": "none"},
         {"tool_choice": "none"},
         {"tool_choice": "auto"},
         {"functions": []},
@@ -249,10 +251,24 @@ def test_max_tokens_is_at_most_what_the_context_has_room_for(client: httpx.Clien
         taken(client, path, body)
         request = server.engine.submitted[-1]
         assert len(request.prompt_ids) + request.sampling.max_new_tokens == 200
-    refusal = client.post("/v1/completions", json={"prompt": "a" * 205}).json()["error"]
-    assert refusal["code"] == "context_length_exceeded"
-    assert "the prompt has 205 tokens" in refusal["message"]
-    assert "may have 200: shorten the prompt by at least 6" in refusal["message"]
+
+
+def test_a_prompt_that_is_too_long_is_told_in_the_words_that_agents_look_for(client: httpx.Client) -> None:
+    """Claude Code and litellm look for the first, opencode and litellm for the second, to shorten their history."""
+    long = [{"role": "user", "content": "a" * 300}]
+    for path, body in (
+        ("/v1/completions", {"prompt": "a" * 205}),
+        ("/v1/chat/completions", {"messages": long}),
+        ("/v1/responses", {"input": "a" * 300}),
+        ("/v1/messages", {"messages": long, "max_tokens": 5}),
+    ):
+        refusal = client.post(path, json=body).json()["error"]
+        assert re.search(r"prompt is too long: [23]\d\d tokens > 199 maximum", refusal["message"]), path
+        assert "This model's maximum context length is 200 tokens" in refusal["message"]
+        assert refusal.get("code", "context_length_exceeded") == "context_length_exceeded"
+        assert refusal["type"] == "invalid_request_error"
+    assert "205 tokens" in client.post("/v1/completions", json={"prompt": "a" * 205}).text
+    assert "by at least 6" in client.post("/v1/completions", json={"prompt": "a" * 205}).text
 
 
 @pytest.mark.parametrize(

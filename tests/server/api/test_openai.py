@@ -42,6 +42,19 @@ def test_models_lists_the_one_that_is_served(client: openai.OpenAI) -> None:
         assert refusal.value.code in ("model_not_found", "not_found")
 
 
+def test_a_model_tells_its_context_and_the_answer_its_time(client: openai.OpenAI, server: Running) -> None:
+    card = client.models.retrieve("scripted").to_dict()
+    assert (card["max_model_len"], card["max_input_tokens"]) == (200, 199)
+    for path in ("/v1/models", "/v1/nothing"):
+        head = httpx.get(server.url + path).headers
+        assert 0 <= int(head["openai-processing-ms"]) < 60_000
+
+
+def test_what_is_not_served_is_a_404_that_says_so(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="no embeddings"):
+        client.embeddings.create(model="scripted", input="a")
+
+
 def test_completion(client: openai.OpenAI, server: Running) -> None:
     answer = client.completions.create(model="scripted", prompt="The capital of France is", max_tokens=3, temperature=0)
     assert answer.choices[0].text == " Paris, the"
@@ -232,9 +245,9 @@ def test_logprobs(client: openai.OpenAI) -> None:
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
         ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages[0].tool_call_id"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"response_format": {"type": "xml"}}, "response_format"),
-        ({"response_format": {}}, "response_format"),
-        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.json_schema"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"top_logprobs": 2}, "top_logprobs"),

@@ -41,6 +41,45 @@ def refused(response: httpx.Response, status: int, error_type: str = "validation
     return str(payload["error"])
 
 
+USER = [{"role": "user", "content": "a"}]
+CHATS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
+IMAGE = {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "image"}]}
+TEXT = {"type": "input_text"}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": 5}}
+PLACES: list[tuple[str, dict[str, Any], str, str]] = [
+    (CHATS, {"messages": USER, "tool_choice": "all"}, "tool_choice", "'none', 'auto' or 'required'"),
+    (CHATS, {"messages": USER, "tool_choice": {"type": "function"}}, "tool_choice.function", "required"),
+    (CHATS, {"messages": USER, "tools": [{"type": "custom", "custom": {}}]}, "tools[0].type", "must be function"),
+    (CHATS, {"messages": USER, "tools": [{"type": "function", "function": {}}]}, "tools[0].function.name", "required"),
+    (CHATS, {"messages": USER, "logit_bias": {"a": 1}}, "logit_bias.a", "pattern"),
+    (CHATS, {"messages": ["a"]}, "messages[0]", "should be an object"),
+    (CHATS, {"messages": USER, "response_format": {"type": "xml"}}, "response_format.type", "json_object, json_schema"),
+    (CHATS, {"messages": USER, "response_format": SCHEMA}, "response_format.json_schema.schema", "an object"),
+    (RESPONSES, {"input": [{"role": "user", "content": [TEXT]}]}, "input[0].content[0].text", "required"),
+    (RESPONSES, {"input": "a", "tool_choice": {"type": "b", "name": "c"}}, "tool_choice.type", "'function'"),
+    (
+        MESSAGES,
+        {"messages": [{"role": "user", "content": [IMAGE]}]},
+        "messages[0].content[0].content[0].type",
+        "images",
+    ),
+    (MESSAGES, {"messages": USER, "tools": [{"type": "bash_20250124", "name": "b"}]}, "tools[0].type", "input_schema"),
+    (MESSAGES, {"messages": USER, "system": [{"type": "text"}]}, "system[0].text", "required"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "place", "wanted"), PLACES)
+def test_a_refusal_names_the_place_in_the_clients_own_body(
+    client: httpx.Client, path: str, body: dict[str, Any], place: str, wanted: str
+) -> None:
+    """No class of ours, no member of a union, and one problem only."""
+    error = client.post(path, json={"max_tokens": 1, **body} if path == MESSAGES else body).json()["error"]
+    assert error["message"].startswith(f"`{place}`: ")
+    assert wanted in error["message"]
+    assert error["message"].count("`") == 2
+    assert error.get("param", place) == place
+
+
 BODIES: dict[str, tuple[bytes, int]] = {
     "empty": (b"", 400),
     "blank": (b"  \n", 400),
@@ -259,6 +298,10 @@ def test_connection_serves_many_requests_and_is_not_given_up_while_it_waits(serv
 def test_long_headers_and_malformed_requests_are_refused(server: Running) -> None:
     for request in (
         b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"a" * 100_000,
+        b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"a" * 40_000 + b"\r\n\r\n",
+        b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n" + b"X-Many: a\r\n" * 4_000 + b"\r\n",
+        b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\nno length\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
         b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nBad Header\r\n\r\n",
         b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",

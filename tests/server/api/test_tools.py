@@ -158,6 +158,31 @@ def test_thinking_is_told_apart_and_counted(tools: Any) -> None:
         assert (info["tool_calls"], info["has_thinking"]) == ("hermes", True)
 
 
+def test_cache_control_of_a_tool_is_taken_and_not_kept() -> None:
+    marked: Any = [{**TOOLS[0], "cache_control": {"type": "ephemeral"}}]
+    with serving(CALLS) as (client, server):
+        for tools in (TOOLS[:1], marked):
+            client.chat.completions.create(model="x", messages=CHAT, tools=tools)
+        plain, same = (request.prompt_ids for request in server.engine.submitted)
+    assert plain == same
+
+
+def test_thinking_is_sent_back_by_either_name_and_switched_off_by_the_effort() -> None:
+    template = "{% for m in messages %}{{ m.reasoning_content }}{{ m.content }}{% endfor %}"
+    with serving("Rain.", template) as (client, server):
+        for name in ("reasoning", "reasoning_content"):
+            answer: Any = {"role": "assistant", "content": "Rain.", name: "Clouds."}
+            client.chat.completions.create(model="x", messages=[answer, *CHAT])
+            assert "Clouds.Rain." in "".join(map(chr, server.engine.submitted[-1].prompt_ids))
+    switch = THINKS + "{% if enable_thinking is defined and not enable_thinking %}</think>{% endif %}"
+    with serving("Rain.", switch) as (client, server):
+        client.chat.completions.create(model="x", messages=CHAT, reasoning_effort="none")
+        assert "".join(map(chr, server.engine.submitted[-1].prompt_ids)).endswith("</think>")
+    for template, effort in ((switch, "low"), (THINKS, "none")):
+        with serving("Rain.", template) as (client, _), pytest.raises(openai.BadRequestError, match="reasoning_effort"):
+            client.chat.completions.create(model="x", messages=CHAT, reasoning_effort=effort)  # type: ignore[arg-type]
+
+
 def test_a_template_with_an_unknown_format_leaves_calls_in_the_text() -> None:
     template = "{% for t in tools %}{{ t }}{% endfor %}{% for m in messages %}{{ m.content }}\n{% endfor %}"
     with serving(CALLS, template) as (client, server):

@@ -100,9 +100,16 @@ def test_what_is_no_server_of_chats_is_told(typed: Any) -> None:
         with ThreadPoolExecutor(1) as thread:
             answered = thread.submit(answer)
             typed("Where?", "Here?")
-            out = chat(f"http://127.0.0.1:{listening.getsockname()[1]}").out
+            status, out, _ = chat(f"http://127.0.0.1:{listening.getsockname()[1]}")
             answered.result()
+    assert status == 2
     assert out.count("does not speak as a server of chats does") == 2
+
+
+def test_an_address_without_its_scheme_is_no_store() -> None:
+    status, _, err = chat("127.0.0.1:8080")
+    assert status == 2
+    assert "begins with http://, as in http://127.0.0.1:8080" in err
 
 
 def test_a_value_out_of_its_range_is_told(tiny_store: Path, typed: Any) -> None:

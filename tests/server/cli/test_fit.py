@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,17 @@ def test_the_json_has_every_figure_and_the_changes_with_theirs(
     assert found["rates"]["from"] == "those of h100, as this project measured it"
     assert found["batch_tokens_per_second"] > found["tokens_per_second"] > 0
     assert {"change", "tokens_per_second", "placement"} <= set(found["changes"][0])
+
+
+def test_without_triton_the_speed_of_another_machines_gpu_is_refused(
+    tiny_store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["fit", str(tiny_store), *H100, "--device-memory", "24GiB"]) == 2
+    said = capsys.readouterr().err
+    assert "pip install triton" in said
+    assert said.count("\n") == 1
 
 
 def test_a_model_that_does_not_fit_ends_with_status_1(tiny_store: Path, capsys: pytest.CaptureFixture[str]) -> None:

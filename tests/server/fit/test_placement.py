@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,6 +101,14 @@ def test_a_model_that_is_not_captured_is_driven_by_the_host(tiny: ModelFacts) ->
     assert found.slots == tiny.num_available
     assert found.problem is None
     assert place(tiny, replace(_wish(GIB), rows=64)).problem is not None
+
+
+def test_a_gpu_without_triton_is_driven_by_the_host(tiny: ModelFacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("triton", "server.model.device.memory.budget"):  # the second one imports the first
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = place(tiny, _wish(80 * GIB))
+    assert (found.path, found.reason) == ("host", "triton is not installed")
 
 
 @pytest.mark.parametrize(("spare", "slots"), [(1 << 30, 64), (12 << 20, 32), (6 << 20, 16)])

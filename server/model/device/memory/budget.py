@@ -17,9 +17,8 @@ from server.model.device.capture import NotCapturableError
 from server.model.device.step.prefill import ring_spans
 from server.model.device.step.weights import DecodeShape
 from server.model.kv.blocks import BLOCK_TOKENS, num_blocks_of
+from server.model.kv_memory import DEVICE_RESERVE_BYTES
 
-RESERVE_BYTES = 1 << 30
-"""Bytes left free on a GPU for activations, logits and the allocator's rounding, beside a long row's attention."""
 KV_SHARE = 1 / 8
 """Share of the free memory that KV memory takes from slots."""
 
@@ -175,7 +174,7 @@ class DeviceMemory:
         if free is not None and self.slots_bytes(chosen) > free:
             raise SlotsError(
                 f"{chosen} slots a layer take {self.slots_bytes(chosen)} bytes, and {max(free, 0)} are free beside the "
-                f"trunk, {kv_bytes} bytes of KV memory with its attention, and {RESERVE_BYTES} to compute in"
+                f"trunk, {kv_bytes} bytes of KV memory with its attention, and {DEVICE_RESERVE_BYTES} to compute in"
                 + self._advice(least, free, kv_bytes, chosen)
             )
         return chosen
@@ -186,11 +185,11 @@ class DeviceMemory:
     def _free_bytes(self) -> int | None:
         """Bytes that slots and KV memory may take on the device; None if the device has no memory of its own."""
         if self._beside_trunk is not None:
-            return self._beside_trunk - RESERVE_BYTES - self._shape.state_bytes
+            return self._beside_trunk - DEVICE_RESERVE_BYTES - self._shape.state_bytes
         if self._device.type != "cuda":
             return None
         torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(self._device)[0] - RESERVE_BYTES - self._shape.state_bytes
+        return torch.cuda.mem_get_info(self._device)[0] - DEVICE_RESERVE_BYTES - self._shape.state_bytes
 
     def _advice(self, least: int, free: int | None, kv_bytes: int, chosen: int | None = None) -> str:
         """Settings whose values fit, for the message of an error."""
