@@ -179,9 +179,10 @@ def _of_store(path: Path, experts_dtype: ExpertsDtype | None, trunk_dtype: Trunk
     pairs = (("experts", experts_dtype, held), ("trunk", trunk_dtype, manifest.trunk_dtype or "16bit"))
     for part, wanted, found in pairs:
         if wanted not in (None, found):
+            verb = "are of" if part == "experts" else "has"
             raise UsageError(
-                f"{path} is a store whose {part} has the dtype {found}, wanted {wanted}: leave --{part}-dtype out, or "
-                f"name its checkpoint, {manifest.source.location}"
+                f"{path} is a store whose {part} {verb} the dtype {found}, wanted {wanted}: leave --{part}-dtype out, "
+                f"or name its checkpoint, {manifest.source.location}"
             )
     model, groups = manifest.model, {}
     if manifest.trunk_dtype is not None:
