@@ -6,9 +6,10 @@ on the other rows of the step. `expert_store.adapter` has the parts of an adapte
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class StepAdapters:
     def __init__(self) -> None:
         self._known: dict[str, Changes] = {}
         self._names: dict[nn.Module, str] = {}
+        self._products: dict[nn.Module, str] = {}  # the name of a router's product, by router
         self._parts: Sequence[Part] = ()
         self._num_tokens = 0
 
@@ -60,12 +62,17 @@ class StepAdapters:
             for module, parts in changes.items()
         }
 
-    def install(self, model: nn.Module, modules: Iterable[str], routers: Collection[nn.Module]) -> None:
-        """Hook the modules of the model that adapters change; the hooks of `routers` are those of `StepRouting`.
+    def install(self, model: nn.Module, modules: Iterable[str], routers: Mapping[nn.Module, nn.Module | None]) -> None:
+        """Hook the modules of the model that adapters change.
+
+        Args:
+            routers: each with its product, whose change is one of the router's logits (None: it has none of this kind);
+                their hooks are those of `StepRouting`.
 
         Raises AdapterError: the model has no such module.
         """
         found = dict(model.named_modules())
+        owners = {product: router for router, product in routers.items() if product is not None}
         for name in modules:
             module = found.get(name)
             if module is None:
@@ -74,7 +81,9 @@ class StepAdapters:
                 )
             if module not in self._names:
                 self._names[module] = name
-                if module not in routers:
+                if module in owners:
+                    self._products[owners[module]] = name
+                elif module not in routers:
                     module.register_forward_hook(partial(self._changed, name))
 
     def begin_rows(self, num_rows: int, tokens_per_row: int, names: Sequence[str | None]) -> None:
@@ -101,10 +110,10 @@ class StepAdapters:
 
     def logits(self, router: nn.Module, hidden: Tensor, logits: Tensor) -> Tensor:
         """A router's logits [T, E] for hidden [T, H], changed where a token has an adapter."""
-        name = self._names.get(router)
-        for part in self._parts:
-            parts = part.changes.get(name or "", {})
-            if "delta" in parts:
+        names = (self._names.get(router, ""), self._products.get(router, ""))
+        for part, name in product(self._parts, names):
+            parts = part.changes.get(name, {})
+            if "delta" in parts or "lora_A" in parts:
                 rows = hidden if part.tokens is None else hidden[part.tokens]
                 logits = _added(logits, part.tokens, part.of(self._linear(parts, rows)).to(logits.dtype))
         return logits

@@ -140,7 +140,8 @@ class StepRouting:
 
     def install_adapters(self, model: nn.Module, modules: Iterable[str]) -> None:
         """Hook the modules of the model that adapters change. Raises AdapterError."""
-        self.adapters.install(model, modules, [self.router(layer) for layer in range(self._num_layers)])
+        routers = {self.router(layer): self._product(layer) for layer in range(self._num_layers)}
+        self.adapters.install(model, modules, routers)
 
     def router(self, layer: int) -> nn.Module:
         """The router of MoE layer `layer`."""
@@ -155,6 +156,11 @@ class StepRouting:
         except UnsupportedGatingError:
             return False
         return isinstance(rule, TopKRule) and rule.scores_returned_logits
+
+    def _product(self, layer: int) -> nn.Module | None:
+        """The one linear layer of a router that returns its results as logits; None if the router has another form."""
+        products = [child for child in self.router(layer).children() if isinstance(child, nn.Linear)]
+        return products[0] if len(products) == 1 and self.takes_delta(layer) else None
 
     def finish(self) -> tuple[StepRecord, RowShare]:
         """End the step and return its record; the only method that waits for the device."""

@@ -71,11 +71,12 @@ def check_adapters(model: Any, adapters: Mapping[str, Adapter]) -> None:
     )
     norms = {names[norm] for layer in layers for norm in _norms(layer)} | {names[norm]}
     routers = {names[layer.router] for layer in layers if layer.router is not None}
+    within = [_router_linear(layer.router) for layer in layers]
     joined = [[names[module] for module in modules] for layer in layers for modules in _products(layer).values()]
     switches = {names[layer.mlp.switch] for layer in layers if layer.mlp is not None and layer.mlp.switch is not None}
     experts = {names[layer.experts] for layer in layers if layer.experts is not None}
     carried = {"scale": norms, "gain": routers, "delta": routers | switches, **dict.fromkeys(_EXPERT, experts)}
-    linear = {name for modules in joined for name in modules}
+    linear = {name for modules in joined for name in modules} | {names[each] for each in within if each is not None}
     for adapter, one in adapters.items():
         for module, parts in one.changes.items():
             unknown = [part for part in parts if module not in linear | carried.get(part, set())]
@@ -175,14 +176,18 @@ class _Packer:
 
     def _router(self, router: Any) -> tuple[Tensor, Tensor]:
         weight, _ = router_product(router)
+        owner = _router_linear(router) or router
         deltas, gains = [], [torch.ones(len(weight))]
-        for parts in self._parts(router):
-            deltas.append(parts.get("delta", torch.zeros(tuple(weight.shape))))
+        for parts, changed in zip(self._parts(router), self._parts(owner), strict=True):
+            low = changed["lora_B"] @ changed["lora_A"] if "lora_A" in changed else torch.zeros(tuple(weight.shape))
+            deltas.append(changed.get("delta", low))
             gains.append(1 + parts.get("gain", torch.zeros(len(weight))))
         delta = self._placed(torch.stack(deltas))
         for changes, own in zip(self.by_module, delta, strict=True):
-            if "delta" in changes.get(self._names[router], {}):
-                changes[self._names[router]]["delta"] = own
+            given = changes.get(self._names[owner], {})
+            if "delta" in given or "lora_A" in given:
+                gain = {part: given[part] for part in given if part == "gain"}
+                changes[self._names[owner]] = {"delta": own, **gain}
         return delta, torch.stack(gains).to(self._like.device)
 
     def _delta_net(self, net: DeltaNet, products: dict[str, tuple[nn.Linear, ...]]) -> dict[str, LowRank | None]:
@@ -300,6 +305,14 @@ def _norms(layer: Layer) -> list[nn.Module]:
     of_mlp = () if layer.mlp is None else (layer.mlp.norm, layer.mlp.after)
     others = (layer.input_norm, layer.post_norm, layer.attention_norm, layer.branch_norm, layer.routed_norm)
     return [norm for norm in (*others, *of_mlp, *(own or ())) if norm is not None]
+
+
+def _router_linear(router: Any) -> nn.Linear | None:
+    """The linear layer within a router that computes its logits of what experts read, as Hunyuan's; None if the router
+    has another form, or a norm of its own as Gemma's."""
+    linears = [] if router is None else [child for child in router.children() if isinstance(child, nn.Linear)]
+    has_norm = router is not None and hasattr(router, "scalar_root_size")
+    return linears[0] if len(linears) == 1 and not has_norm else None
 
 
 def _norms_of_attention(layer: Layer) -> tuple[nn.Module, nn.Module] | None:

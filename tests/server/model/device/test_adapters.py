@@ -46,6 +46,7 @@ OTHERS = [
     "gpt_oss, mxfp4", "flint", "exaone_moe", "mellum", "ernie4_5_moe", "granitemoeshared", "minimax_m3_vl_text",
     "qwen3_vl_moe", "qwen3_next in full attention", "mimo_v2_flash", "flex_olmo",
     "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k25", "qwen3_5_moe_text", "kimi_linear", "bailing_hybrid",
+    "hunyuan_v1_moe",
 ]  # fmt: skip
 
 
