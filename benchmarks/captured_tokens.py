@@ -105,6 +105,7 @@ def held(name: str, num_tokens: int) -> dict[str, Any]:
         "ties": int((another & (below <= TIE)).sum()),
         "difference": float((got - wanted).abs().max()),
         "deviation": float(wanted.std()),
+        "commit": environment()["commit"],
     }
 
 
