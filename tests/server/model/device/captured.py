@@ -203,10 +203,10 @@ class Reference:
 
     def _masked(self, gone: list[int], temperature: float) -> Any:
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-            mask = torch.ones(output[0].shape, dtype=torch.bool)
+            call = RouterCall.of(module, args, kwargs, output)
+            mask = torch.ones(call.picks.logits.shape, dtype=torch.bool)
             mask[:, gone] = False
             heat = torch.full((len(mask),), temperature) if temperature != 1.0 else None
-            call = RouterCall.of(module, args, kwargs, output)
             return find_gating_rule(self.model.config.get_text_config().model_type, module).masked(call, mask, heat)
 
         return hook
