@@ -134,9 +134,9 @@ def forget_kind(forget: Any, where: str) -> tuple[float, bool]:
     raise NotCapturableError(f"{where}: {type(forget).__name__} makes other decays than the captured step computes")
 
 
-def grouped_norm_weight(norm: nn.Module, groups: int, where: str) -> Tensor:
-    """The weight of an RMS norm over each of so many groups of elements, which are multiplied by the SiLU of a gate
-    before, all in float32. Raises NotCapturableError for others."""
+def grouped_norm(norm: nn.Module, groups: int, where: str) -> tuple[Tensor, int]:
+    """The weight of an RMS norm of elements that are multiplied by the SiLU of a gate before, all in float32; and the
+    number of parts that it takes apart, which is that of the groups or 1. Raises NotCapturableError for others."""
     weight = getattr(norm, "weight", None)
     need(isinstance(weight, Tensor), f"{where}: {type(norm).__name__} has no weight")
     assert isinstance(weight, Tensor)
@@ -147,11 +147,12 @@ def grouped_norm_weight(norm: nn.Module, groups: int, where: str) -> Tensor:
     probe.weight.data = given[0]
     with torch.no_grad():
         found = _ran(lambda value: probe(value, gate), x, where)
-        value = (x * functional.silu(gate)).unflatten(-1, (groups, -1))
-        value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + norm_eps(norm))
-        same = torch.allclose(value.flatten(-2) * given[0], found, rtol=1e-4, atol=1e-5)
-    need(same, f"{where}: {type(norm).__name__} is no gated norm of {groups} groups that the captured step computes")
-    return weight
+        for parts in (groups, 1):
+            value = (x * functional.silu(gate)).unflatten(-1, (parts, -1))
+            value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + norm_eps(norm))
+            if torch.allclose(value.flatten(-2) * given[0], found, rtol=1e-4, atol=1e-5):
+                return weight, parts
+    raise NotCapturableError(f"{where}: {type(norm).__name__} is no gated norm that the captured step computes")
 
 
 def gate_kind(module: Any, intermediate: int, where: str) -> GateKind:

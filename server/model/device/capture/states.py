@@ -7,6 +7,7 @@ for convolutions.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from server.model.device.capture import need
 from server.model.device.capture.delta import delta_kind, delta_rows, packed_delta
 from server.model.device.capture.modules import DeltaNet, Mamba, ShortConvolution, StateNet
-from server.model.device.capture.parts import grouped_norm_weight
+from server.model.device.capture.parts import grouped_norm
 from server.model.device.step.parts import ConvolutionKind, MambaKind, StateKind
 from server.model.device.step.weights import ConvolutionWeights, MambaWeights
 
@@ -64,7 +65,7 @@ def packed_state(net: StateNet, where: str) -> dict[str, Any]:
     return own | {
         "mamba": MambaWeights(
             conv,
-            norm=grouped_norm_weight(net.norm, kind.groups, where),
+            norm=grouped_norm(net.norm, kind.groups, where)[0],
             decay=-net.decay.float().exp(),
             shift=net.shift.to(given.weight.dtype).float(),
             skip=net.skip.float(),
@@ -81,8 +82,7 @@ def _mamba_kind(net: Mamba, eps: float, where: str) -> MambaKind:
     need(own == eps, f"{where} has a norm with {own}, the other norms {eps}")
     activation = getattr(net.module, "activation", None)
     need(activation in _SILU, f"{where} activates its convolution by {activation}, wanted one of {', '.join(_SILU)}")
-    grouped_norm_weight(net.norm, kind.groups, where)
-    return kind
+    return replace(kind, norms=grouped_norm(net.norm, kind.groups, where)[1])
 
 
 def _mamba_sizes(net: Mamba) -> MambaKind:

@@ -3,8 +3,9 @@
 A head keeps a state [DV, DK] in fp32. A token scales it by exp(decay * dt), and adds dt times the product of its value
 and its key; its query then reads the state, and the value times `skip` is added. dt is a softplus of a product of the
 layer's input. Queries (C), keys (B) and values (x) go through `kernels.convolution` before; groups of heads share
-queries and keys, and a gated norm over each group comes after. Source: Mamba-2 (Dao and Gu, 2024), and transformers'
-`mamba2_chunk_scan` for the roundings. Unlike its form for one token, that bounds dt for every token; so do these.
+queries and keys. A gated norm of all heads, or of the heads of each group, comes after. Source: Mamba-2 (Dao and Gu,
+2024), and transformers' `mamba2_chunk_scan` for the roundings. Unlike its form for one token, that bounds dt for every
+token; so do these.
 
 Invariant: of a row with t tokens the state is half t % 2 of its pair, as that of `kernels.delta` is.
 """
@@ -47,16 +48,17 @@ def _with_gate(value, gate):
 def mamba_step(
     given, conv, bias, decay, shift, skip, norm, rows, lengths, rings, states, parts, arrived, out, eps,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
-    NP: tl.constexpr, KERNEL: tl.constexpr, BIAS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
-    PDL: tl.constexpr,
+    NORMS: tl.constexpr, NP: tl.constexpr, KERNEL: tl.constexpr, BIAS: tl.constexpr, LEAST: tl.constexpr,
+    MOST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [B, HEADS * DV] of a token of each row, from given [B, products of the layer's input], which are q and k
     [GROUPS * DK], v and the norm's gate [HEADS * DV], and t [HEADS].
 
     conv [KERNEL, q, k and v] and its bias; decay, shift, skip [HEADS] fp32; norm [HEADS * DV]. rings [rows, KERNEL, q,
     k and v] gets the new token's inputs and states [rows, 2, HEADS, DV, DK] its half. A batch entry with row -1 is
-    skipped. A program has BV values of a head; the last of a group of heads to finish norms the group's gated values,
-    in `parts` [B, HEADS * DV] fp32; NP is the power of two from their number. Grid (DV / BV, HEADS, B).
+    skipped. A program has BV values of a head; the heads are normed in NORMS parts, and the last of a part to finish
+    norms its gated values, in `parts` [B, HEADS * DV] fp32; NP is the power of two from their number. Grid (DV / BV,
+    HEADS, B).
 
     State, ring and weights are loaded before the wait: no kernel of this step but this one writes the first two.
     """
@@ -103,12 +105,13 @@ def mamba_step(
         at = head * DV + col
         tl.store(parts + batch * WIDTH + at, _with_gate(value, tl.load(mine + CHANNELS + at)))
         tl.debug_barrier()
-        SIZE: tl.constexpr = WIDTH // GROUPS
-        done = arrived + batch * GROUPS + group
+        SIZE: tl.constexpr = WIDTH // NORMS
+        norm_part = head // (HEADS // NORMS)
+        done = arrived + batch * NORMS + norm_part
         if tl.atomic_add(done, 1) == SIZE // BV - 1:
             tl.store(done, 0)
             lane = tl.arange(0, NP)
-            all_at = group * SIZE + lane
+            all_at = norm_part * SIZE + lane
             joined = tl.load(parts + batch * WIDTH + all_at, mask=lane < SIZE, other=0.0, cache_modifier=".cg")
             joined = _norm(joined, tl.load(norm + all_at, mask=lane < SIZE, other=0.0), eps, SIZE)
             tl.store(out + batch * WIDTH + all_at, joined.to(out.dtype.element_ty), mask=lane < SIZE)

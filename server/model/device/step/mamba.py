@@ -44,8 +44,8 @@ class MambaRule:
             kernels.mamba_step, (kind.value_dim // values, kind.heads, len(self._rows)),
             given, conv.weight, conv.weight if conv.bias is None else conv.bias, small.decay, small.shift, small.skip,
             small.norm, self._rows, state.lengths, state.rings[place], state.states[place], self._parts, self._arrived,
-            out, self._eps, **_sizes(kind), BV=values, NP=pow2(kind.width // kind.groups), KERNEL=kind.kernel,
-            BIAS=conv.bias is not None, num_warps=self._tuning.delta_warps,
+            out, self._eps, **_sizes(kind), BV=values, NORMS=kind.norms, NP=pow2(kind.width // kind.norms),
+            KERNEL=kind.kernel, BIAS=conv.bias is not None, num_warps=self._tuning.delta_warps,
         )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def mamba_chunk(
     small, num_tokens = weights.mamba, len(given)
     assert small is not None
     mixed = convolve(run, kind, small.conv, given, before[1], after[1], start)
-    values, size = divisor(kind.value_dim, SCAN_VALUES), kind.width // kind.groups
+    values, size = divisor(kind.value_dim, SCAN_VALUES), kind.width // kind.norms
     scanned = given.new_empty(num_tokens, kind.width, dtype=torch.float32)
     out = given.new_empty(num_tokens, kind.width)
     run(
@@ -66,7 +66,7 @@ def mamba_chunk(
         **_sizes(kind), BV=values, num_warps=1,
     )  # fmt: skip
     run(
-        kernels.norm_chunk, (num_tokens, kind.groups),
+        kernels.norm_chunk, (num_tokens, kind.norms),
         scanned, given, small.norm, out, eps, GATE_AT=kind.channels, WIDTH=kind.width, GIVEN=kind.qkv, SIZE=size,
         NP=pow2(size), num_warps=4,
     )  # fmt: skip

@@ -268,6 +268,7 @@ class MambaKind(StateKind):
         heads, value_dim: heads, each with a state, and the elements of their values; a multiple of the groups.
         kernel: tokens of the causal convolution over queries, keys and values.
         least, most: bounds of dt.
+        norms: parts of a token's result that are normed apart, each of whole heads.
     """
 
     groups: int
@@ -277,6 +278,7 @@ class MambaKind(StateKind):
     kernel: int
     least: float = 0.0
     most: float = math.inf
+    norms: int = 1
 
     @property
     def channels(self) -> int:

@@ -149,7 +149,7 @@ LATENTS = replace(
 )  # fmt: skip
 HALF = replace(TINY, dtype=torch.bfloat16)
 CONVOLUTIONS = replace(HALF, attentions=(ConvolutionKind(48, 3), TINY.attention(0)))
-MAMBAS = replace(HALF, attentions=(MambaKind(2, 6, 16, 32, 4, least=1e-3), TINY.attention(0)))
+MAMBAS = replace(HALF, attentions=(MambaKind(2, 6, 16, 32, 4, least=1e-3, norms=2), TINY.attention(0)))
 DEEPSEEK_V3 = replace(
     GLM4, num_layers=2, hidden=7168, vocab=129280, attentions=(LatentKind(128, 512, 128, 64, 128, 1536),) * 2,
     qk_norm="none", scaling=0.13, num_experts=256, intermediate=2048, dense_layers=frozenset({0}),

@@ -213,7 +213,7 @@ CAPTURED = {
             "mamba_n_groups": 2, "mamba_n_heads": 8, "mamba_d_conv": 3, "mamba_proj_bias": True,
             "time_step_limit": (0.5, 1.0),
         },
-        {"stateful": {1: MambaKind(2, 8, 8, 32, 3, 0.5, 1.0)}}, "granitemoehybrid",
+        {"rotary": 32}, "granitemoehybrid",
     ),
     "kimi_linear": Captured(
         {

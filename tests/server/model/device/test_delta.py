@@ -20,7 +20,7 @@ from expert_store.errors import StoreError
 from expert_store.store import Store
 from server.model.device.capture import NotCapturableError
 from server.model.device.capture.adapters import check_adapters
-from server.model.device.capture.parts import forget_kind, gated_norm, grouped_norm_weight
+from server.model.device.capture.parts import forget_kind, gated_norm, grouped_norm
 from server.model.device.running.assembly import load_device_runner
 from server.model.device.running.runner import DeviceRunner
 from server.model.device.step import delta, graphs, mamba
@@ -196,9 +196,17 @@ def test_adapters_beside_states_without_a_delta_rule_are_refused_by_name(name: s
 
 def test_a_norm_of_groups_is_what_it_computes() -> None:
     norm = model_of("granitemoehybrid in groups").model.layers[1].mamba.norm
-    assert grouped_norm_weight(norm, 2, "here") is norm.weight
-    with pytest.raises(NotCapturableError, match="RMSNormGated is no gated norm of 1 groups"):
-        grouped_norm_weight(norm, 1, "here")
+    weight, parts = grouped_norm(norm, 2, "here")
+    assert weight is norm.weight
+    assert parts == (2 if hasattr(norm, "group_size") else 1)  # older transformers norm all groups together
+
+    class Doubled(type(norm)):  # type: ignore[misc]
+        def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(hidden_states, gate)
+
+    norm.__class__ = Doubled
+    with pytest.raises(NotCapturableError, match="here: Doubled is no gated norm"):
+        grouped_norm(norm, 2, "here")
 
 
 def test_a_gated_norm_is_what_it_computes() -> None:
