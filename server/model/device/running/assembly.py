@@ -105,6 +105,7 @@ def load_device_runner(
     _check_gpu(device)
     skeleton = trunk_skeleton(store.trunk_path)
     shape = captured_shape(skeleton, store.manifest.layers, dtype, options.max_rows, options.max_tokens)
+    shape = replace(shape, shares_prompts=options.prefix_cache)
     adapters = _adapters(store, skeleton) if options.adapters else {}
     reader = SpanReader(store, dtype, transposed=_is_transposed(skeleton))
     if proof:
@@ -300,7 +301,7 @@ def _runner(
     )
     step_options = StepOptions(resident_bias=options.resident_bias, batch_invariant=options.batch_invariant)
     return DeviceRunner(
-        selective, shape, weights, pages, stream, num_blocks=num_blocks, shares=options.prefix_cache, tier=tier,
+        selective, shape, weights, pages, stream, num_blocks=num_blocks, tier=tier,
         options=step_options, adapted=adapted, moving=moving, fixed_by=fixed_by,
     )  # fmt: skip
 

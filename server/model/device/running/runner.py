@@ -45,7 +45,6 @@ class DeviceRunner:
         shape, weights: of the captured step.
         pages, stream: of the experts.
         num_blocks: of KV memory; None: as many as rows of `max_tokens` need.
-        shares: whether prompts that begin alike share what was read of them.
         tier: reads experts that are in no memory; None if all are in memory for good.
         options: of every captured step; `pdl`, `masked` and `adapted` are set for each.
         adapted: the trunk with the adapters that rows may have, which `model.routing` has too; None: they have none.
@@ -66,7 +65,6 @@ class DeviceRunner:
         stream: ExpertStream,
         *,
         num_blocks: int | None = None,
-        shares: bool = True,
         tier: SpanTier | None = None,
         options: StepOptions | None = None,
         adapted: AdaptedTrunk | None = None,
@@ -83,7 +81,9 @@ class DeviceRunner:
         num_blocks, most_blocks = (num_blocks,) * 2 if moving is None else (moving.num_blocks, moving.most_blocks)
         self._state = RowState(shape, model.device, most_blocks, None if moving is None else moving.blocks)
         kind = partial(StateRows, self._state, shape.state_copies) if shape.stateful else KvRows
-        self.kv: KvRows = kind(max_rows=shape.max_rows, num_blocks=num_blocks, shares=shares, most_blocks=most_blocks)
+        self.kv: KvRows = kind(
+            max_rows=shape.max_rows, num_blocks=num_blocks, shares=shape.shares_prompts, most_blocks=most_blocks
+        )
         self._fixed_by = fixed_by
         self.balance: SlotsAndBlocks | None = None
         if moving is not None:

@@ -62,6 +62,7 @@ class DecodeShape:
         scales: factors of a token's way through the layers.
         experts, mlp_gate: the parts of routed experts, and of the products that every token uses.
         packed: encodings of the routed experts' gate_up and down rows; None: they are plain, in `dtype`.
+        shares_prompts: prompts that begin alike share what was read of them.
     """
 
     num_layers: int
@@ -95,6 +96,7 @@ class DecodeShape:
     scales: Scales = UNSCALED
     dtype: torch.dtype = torch.bfloat16
     packed: tuple[RowEncoding, RowEncoding] | None = None
+    shares_prompts: bool = True
 
     @property
     def num_moe_layers(self) -> int:
@@ -126,7 +128,7 @@ class DecodeShape:
     @property
     def state_copies(self) -> int:
         """Copies of prompts' states that are kept on the device."""
-        return max(4, self.max_rows)
+        return max(4, self.max_rows) if self.shares_prompts else 0
 
     @property
     def state_bytes(self) -> int:

@@ -137,6 +137,8 @@ def test_states_of_delta_nets_take_from_slots_what_keys_and_values_of_their_laye
     half, ring = 4 * 16 * 16 * 4, 4 * (2 * 2 * 16 + 4 * 16) * 2
     assert hybrid.state_bytes == 3 * (8 * (2 * half + ring) + 9 * (half + ring))
     assert plain._free_bytes() - other._free_bytes() == hybrid.state_bytes
+    alone = replace(hybrid, shares_prompts=False)
+    assert alone.state_bytes == 3 * (8 * (2 * half + ring) + half + ring), "no copies where no prompt is shared"
 
 
 def test_kv_memory_that_holds_no_row_is_refused_with_what_would_do(monkeypatch):
