@@ -60,8 +60,11 @@ from server.model.device.step.weights import (
 )
 from server.model.seam.attention_mask import layer_windows
 
-MOST_ROWS = 32
+MOST_ROWS = 64
 """The largest batch with which the kernels were tested."""
+MOST_CHOICES = 16 << 10
+"""Rows of a batch times experts, both as powers of two, which one program of the router holds: more of them take more
+shared memory than many GPUs have."""
 
 EightBits = Mapping[nn.Linear, tuple[Tensor, Tensor]]
 """Codes [O, N] and scales [O, groups of columns] of linear layers: see `seam.trunk.eight_bits`."""
@@ -97,7 +100,6 @@ def decode_shape(
 
     Raises NotCapturableError for a model with another structure.
     """
-    need(max_rows <= MOST_ROWS, f"batches of {max_rows} rows: wanted at most {MOST_ROWS}, by max_batch_size")
     config = _complete_config(model)
     layers = layers_of(model)
     family = family_parts(config.model_type)
@@ -110,6 +112,8 @@ def decode_shape(
         {_block_kind(config, layer, bias or dtype) for layer in moe},
         "routers, experts or shared experts differ between layers",
     )
+    most_rows = min(MOST_ROWS, MOST_CHOICES // pow2(num_experts))
+    need(max_rows <= most_rows, f"batches of {max_rows} rows: wanted at most {most_rows}, by max_batch_size")
     gates = {gate_kind(layer.mlp.module, _PROBED, layer.where) for layer in layers if layer.mlp is not None}
     shape = DecodeShape(
         num_layers=len(layers),

@@ -66,6 +66,10 @@ MANY_ROWS = 8
 """Where KV memory has more rows than these, products go by tensor cores in every step: slower for one row, faster from
 some four on. A row's bits are the same for every batch size either way, but not those of the other way."""
 
+MOST_IN_WIDE_TILES = 32
+"""Where KV memory has more rows than these, tiles of products have half as many columns: 72 KiB of shared memory, not
+144."""
+
 
 class DecodeStep:
     """The kernels of one step for `batch` entries; reads weights and pages, mutates rows and pages.
@@ -546,11 +550,12 @@ class DecodeStep:
         lora, rank = self._shrink(x, None, change)
         codes, scales, group = _codes_of(weight)
         tile = tuning.tiled_rows if num_rows >= 132 * tuning.tiled_rows else 16
+        tile_bytes = tuning.tiled_bytes // (1 if self.shape.max_rows <= MOST_IN_WIDE_TILES else 2)
         self._run(
             trunk.tiled_product, (triton.cdiv(num_rows, tile),),
             x, codes, scales, x if bias is None else bias, x if residual is None else residual, out, *lora, num_rows,
             B=self.batch, BP=max(16, pow2(self.batch)), K=width, STRIDE=x.stride(0), BN=tile,
-            BK=divisor(width, min(tuning.tiled_bytes // codes.element_size(), group or width)), GROUP=group,
+            BK=divisor(width, min(tile_bytes // codes.element_size(), group or width)), GROUP=group,
             BIAS=bias is not None, RESIDUAL=residual is not None, **self._factors(out, residual), RANK=rank,
             num_warps=4 if tile >= 32 else 2, num_stages=tuning.tiled_stages,
         )  # fmt: skip

@@ -241,6 +241,7 @@ CASES = {
     "bundled": Case(BUNDLED, 16, ((1, True, 0.0, "lru"), (32, False, 0.0, "lru"))),
     "half": Case(replace(BUNDLED, dtype=torch.float16, block_tokens=128), 8, ((4, True, 0.1, "lfu"),)),
     "qwen3": Case(QWEN3, 32, (_PLAIN, (8, True, 0.1, "lfu"))),
+    "qwen3, 64 rows": Case(replace(QWEN3, num_layers=1, max_rows=64), 32, ((64, True, 0.0, "lru"),)),
     "traced": Case(TRACED, 16, (_PLAIN,)),
     "mixtral": Case(MIXTRAL, 4, (_PLAIN, (8, True, 0.0, "lru"))),
     "glm4": Case(GLM4, 40, ((1, True, 0.1, "lru"), (8, False, 0.0, "lru"))),

@@ -41,7 +41,7 @@ LARGE = [name for name in CASES if name not in (*KINDS, *SMALL, *PACKED, *LATENT
                 (90, ADAPTED),
                 (80, [*KINDS, "bundled", "int4", "gpt-oss", "gpt-oss, mxfp4", "ernie", "mimo", "gemma", "phimoe"]),
                 (90, CHANNELS),
-                (80, ["qwen3.6", "tiny, decays by channel", "ling"]),
+                (80, ["qwen3.6", "tiny, decays by channel", "ling", "qwen3, 64 rows"]),
                 (80, ["lfm2", "granite-4"]),
             )
         ),

@@ -90,6 +90,17 @@ def test_entries_without_a_row_change_nothing(model):
     assert alone.pages.stats[0, :2].sum() == 4 * TOP_K
 
 
+@pytest.mark.exhaustive
+def test_a_batch_of_64_agrees_with_float64_and_each_row_has_the_bits_of_the_row_alone(model, monkeypatch):
+    monkeypatch.setattr("tests.server.model.device.captured.MAX_ROWS", 64)
+    tokens = torch.randint(0, 96, (2, 64), generator=torch.Generator().manual_seed(64))
+    got, _ = run(build(model, torch.float32, batch=64, slots=6), tokens, list(range(64)))
+    assert distance(got, Reference(model).logits(tokens)) < 1e-5
+    for row in (0, 31, 63):
+        alone, _ = run(build(model, torch.float32, batch=1, slots=TOP_K), tokens[:, row : row + 1], [63 - row])
+        assert torch.equal(alone[:, 0], got[:, row])
+
+
 @pytest.mark.parametrize(
     ("dtype", "batches"),
     [
