@@ -64,6 +64,23 @@ def test_both_paths_give_the_same_text_and_the_same_account_of_it(loaded):
 
 
 @pytest.mark.exhaustive
+def test_requests_for_which_slots_give_memory_have_the_texts_of_a_server_of_fixed_sizes(loaded):
+    texts, shares = {}, {}
+    for kind, memory in (("moving", 4 << 14), ("fixed", 8 << 14)):  # bytes of so many blocks
+        engine = loaded("device", slots=7, max_batch_size=4, kv_memory=memory, memory_balance=kind).engine
+        clients = [
+            Client(engine, f"{word} two three " * 9, max_new_tokens=3, ignore_eos=True)
+            for word in ("one", "four", "five", "six")
+        ]
+        texts[kind] = [client.result().generated_text for client in clients]
+        shares[kind] = engine.status().memory
+        engine.runner.pages.check_integrity(contents=True)
+    assert texts["moving"] == texts["fixed"]
+    assert (shares["moving"].is_moving, shares["fixed"].is_moving) == (True, False)
+    assert shares["moving"].moves_to_kv > 0 == shares["fixed"].moves_to_kv
+
+
+@pytest.mark.exhaustive
 def test_sampled_greedy_and_penalised_requests_share_a_batch_and_choose_as_on_the_host(loaded):
     ways = [{"temperature": 0.7, "top_p": 0.9, "seed": 3}, {}, {"repetition_penalty": 1.3, "top_k": 5, "seed": 4}]
     texts = {}
