@@ -572,7 +572,9 @@ def figure(scenarios: Mapping[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("fetched bytes, two choices = 1")
     axes[0].set_ylim(bottom=0)
-    axes[list(scenarios).index("agents") if "agents" in scenarios else -1].legend(fontsize="small")
+    axes[list(scenarios).index("agents") if "agents" in scenarios else -1].legend(
+        fontsize="small", loc="lower center", ncols=2
+    )
     figure.savefig(path, dpi=150)
 
 

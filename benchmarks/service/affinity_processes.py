@@ -3,7 +3,7 @@
 Two CPU replicas run behind the front of `deepfew cluster`. Requests of two kinds of text come in at random, one after
 the other, each under the profile of its kind. Both policies see the same requests: two choices, and affinity. The
 simulation of `benchmarks.affinity` gets the same requests, with the experts that each chooses in its prompt and its
-answer under its profile. What remains to chance is the replica among equal ones, so it runs with many seeds.
+answer under its profile. What remains to chance is the replica among equal ones, so it is drawn several times.
 
 - *fetched*: bytes that went into slots after a third of the requests, for one generated token: the mean of the seeds;
 - *fall*: share of these bytes that affinity saves.
@@ -215,7 +215,7 @@ Seeds = dict[str, list[dict[str, float]]]
 
 
 def add_seed(found: Seeds, folder: Path, count: int, seed: int) -> None:
-    """Simulate and serve the requests of one seed under each policy."""
+    """Simulate and serve the requests of one seed under each policy; adds the figures to `found`."""
     manifest = json.loads((folder / "store" / "manifest.json").read_text())
     expert_bytes = sum(deep["bytes"] for deep in manifest["deep_experts"]) // (NUM_LAYERS * NUM_EXPERTS)
     asked = requests(count, seed)
