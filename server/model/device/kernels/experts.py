@@ -64,6 +64,44 @@ def _gate_up_tile(
 
 
 @triton.jit
+def fetch_tile(
+    anchor, source, target, expert, tile,
+    I: tl.constexpr, BI: tl.constexpr, ROW: tl.constexpr, ALTERNATES: tl.constexpr, COPY: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+):  # fmt: skip
+    """Copies a tile of a missing expert to its slot: BI gate rows and the BI up rows that belong to them, of ROW
+    elements each. Returns the places of span and slot, which are multiples of MULTIPLE elements."""
+    origin = tl.multiple_of(tl.load(source + expert), MULTIPLE)
+    slot = tl.multiple_of(tl.load(target + expert), MULTIPLE)
+    size = tl.minimum(BI, I - tile * BI) * ROW
+    first = tile * BI * ROW
+    if ALTERNATES:
+        copy_span(anchor, origin + 2 * first, slot + 2 * first, 2 * size, COPY)
+    else:
+        copy_span(anchor, origin + first, slot + first, size, COPY)
+        copy_span(anchor, origin + first + I * ROW, slot + first + I * ROW, size, COPY)
+    tl.debug_barrier()
+    return origin, slot
+
+
+@triton.jit
+def fetch_rest(
+    anchor, source, target, program, num_miss,
+    TILES: tl.constexpr, FETCHERS: tl.constexpr, BEFORE: tl.constexpr, REST: tl.constexpr, COPY: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+):  # fmt: skip
+    """Copies a fetcher's shares, one of TILES each, of what missing spans hold after BEFORE elements: REST elements."""
+    for unit in range(program, num_miss * TILES, FETCHERS):
+        expert = unit // TILES
+        share = REST // TILES // MULTIPLE * MULTIPLE
+        first = BEFORE + (unit % TILES) * share
+        size = tl.where(unit % TILES == TILES - 1, REST - (TILES - 1) * share, share)
+        origin = tl.multiple_of(tl.load(source + expert), MULTIPLE)
+        slot = tl.multiple_of(tl.load(target + expert), MULTIPLE)
+        copy_span(anchor, origin + first, slot + first, size, COPY)
+
+
+@triton.jit
 def gate_up(
     normed, anchor, header, target, source, count, pairs, act,
     K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, I: tl.constexpr, BI: tl.constexpr,
@@ -87,28 +125,13 @@ def gate_up(
         for unit in range(program, num_miss * TILES, FETCHERS):
             expert = unit // TILES
             tile = unit % TILES
-            origin = tl.multiple_of(tl.load(source + expert), 8)
-            slot = tl.multiple_of(tl.load(target + expert), 8)
-            num_rows = tl.minimum(BI, I - tile * BI)
-            first = tile * BI * H
-            if ALTERNATES:
-                copy_span(anchor, origin + 2 * first, slot + 2 * first, 2 * num_rows * H, COPY)
-            else:
-                copy_span(anchor, origin + first, slot + first, num_rows * H, COPY)
-                copy_span(anchor, origin + first + I * H, slot + first + I * H, num_rows * H, COPY)
-            tl.debug_barrier()
+            origin, slot = fetch_tile(anchor, source, target, expert, tile, I, BI, H, ALTERNATES, COPY, 8)
             _gate_up_tile(
                 normed, anchor, slot, origin, act, count, pairs, expert, tile,
                 ONE, K, H, HP, I, BI, STRIDE, ALTERNATES, BIAS, GATE,
             )  # fmt: skip
-        for unit in range(program, num_miss * TILES if DOWN else 0, FETCHERS):
-            expert = unit // TILES
-            share = REST // TILES // 8 * 8
-            first = 2 * I * H + (unit % TILES) * share
-            size = tl.where(unit % TILES == TILES - 1, REST - (TILES - 1) * share, share)
-            origin = tl.multiple_of(tl.load(source + expert), 8)
-            slot = tl.multiple_of(tl.load(target + expert), 8)
-            copy_span(anchor, origin + first, slot + first, size, COPY)
+        if DOWN:
+            fetch_rest(anchor, source, target, program, num_miss, TILES, FETCHERS, 2 * I * H, REST, COPY, 8)
     else:
         expert = (program - FETCHERS) // TILES + num_miss
         tile = (program - FETCHERS) % TILES

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from expert_store.paging.kernels import FETCHED, copy_span
-from server.model.device.kernels.experts import down_biases, with_shared
+from expert_store.paging.kernels import FETCHED
+from server.model.device.kernels.experts import down_biases, fetch_rest, fetch_tile, with_shared
 from server.model.device.kernels.trunk import gated, with_change
 
 INT4 = tl.constexpr(0)
@@ -248,29 +248,13 @@ def gate_up(
         for unit in range(program, num_miss * TILES, FETCHERS):
             expert = unit // TILES
             tile = unit % TILES
-            origin = tl.multiple_of(tl.load(source + expert), 4)
-            slot = tl.multiple_of(tl.load(target + expert), 4)
-            num_words = tl.minimum(BI, I - tile * BI) * RW
-            first = tile * BI * RW
-            if ALTERNATES:
-                copy_span(anchor, origin + 2 * first, slot + 2 * first, 2 * num_words, COPY)
-            else:
-                copy_span(anchor, origin + first, slot + first, num_words, COPY)
-                copy_span(anchor, origin + first + I * RW, slot + first + I * RW, num_words, COPY)
-            tl.debug_barrier()
+            origin, slot = fetch_tile(anchor, source, target, expert, tile, I, BI, RW, ALTERNATES, COPY, 4)
             _gate_up_tile(
                 planes, anchor, slot, origin, act, count, pairs, expert, tile, magic, ONE, K, H, I, BI, STRIDE,
                 RUNS, V, QW, RW, GW, CODES, SCALES, S_AT, ZEROS, Z_AT, OVERALL, O_AT, VD, NEXT,
                 ALTERNATES, BIAS, GATE, like.dtype.element_ty,
             )  # fmt: skip
-        for unit in range(program, num_miss * TILES, FETCHERS):
-            expert = unit // TILES
-            share = REST // TILES // 4 * 4
-            first = 2 * I * RW + (unit % TILES) * share
-            size = tl.where(unit % TILES == TILES - 1, REST - (TILES - 1) * share, share)
-            origin = tl.multiple_of(tl.load(source + expert), 4)
-            slot = tl.multiple_of(tl.load(target + expert), 4)
-            copy_span(anchor, origin + first, slot + first, size, COPY)
+        fetch_rest(anchor, source, target, program, num_miss, TILES, FETCHERS, 2 * I * RW, REST, COPY, 4)
     else:
         expert = (program - FETCHERS) // TILES + num_miss
         tile = (program - FETCHERS) % TILES

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from expert_store.paging.kernels import copy_span
-from server.model.device.kernels.experts import with_shared
+from server.model.device.kernels.experts import fetch_rest, fetch_tile, with_shared
 from server.model.device.kernels.packed import (
     FP4,
     INT4,
@@ -188,29 +187,13 @@ def gate_up_tiles(
         for unit in range(program, num_miss * TILES, FETCHERS):
             expert = unit // TILES
             tile = unit % TILES
-            origin = tl.multiple_of(tl.load(source + expert), 4)
-            slot = tl.multiple_of(tl.load(target + expert), 4)
-            num_words = tl.minimum(BI, I - tile * BI) * RW
-            first = tile * BI * RW
-            if ALTERNATES:
-                copy_span(anchor, origin + 2 * first, slot + 2 * first, 2 * num_words, COPY)
-            else:
-                copy_span(anchor, origin + first, slot + first, num_words, COPY)
-                copy_span(anchor, origin + first + I * RW, slot + first + I * RW, num_words, COPY)
-            tl.debug_barrier()
+            origin, slot = fetch_tile(anchor, source, target, expert, tile, I, BI, RW, ALTERNATES, COPY, 4)
             _gate_up_rows(
                 planes, anchor, slot, origin, act, tl.load(count + expert), pairs, expert, tile, tile + 1, K, H, I, BI,
                 BT, STRIDE, S, BW, V, QW, RW, GW, CODES, SCALES, S_AT, ZEROS, Z_AT, OVERALL, O_AT, VD, NEXT, ALTERNATES,
                 BIAS, GATE, like.dtype.element_ty,
             )  # fmt: skip
-        for unit in range(program, num_miss * TILES, FETCHERS):
-            expert = unit // TILES
-            share = REST // TILES // 4 * 4
-            first = 2 * I * RW + (unit % TILES) * share
-            size = tl.where(unit % TILES == TILES - 1, REST - (TILES - 1) * share, share)
-            origin = tl.multiple_of(tl.load(source + expert), 4)
-            slot = tl.multiple_of(tl.load(target + expert), 4)
-            copy_span(anchor, origin + first, slot + first, size, COPY)
+        fetch_rest(anchor, source, target, program, num_miss, TILES, FETCHERS, 2 * I * RW, REST, COPY, 4)
     else:
         runs = (TILES + run - 1) // run
         expert = (program - FETCHERS) // runs + num_miss
