@@ -36,13 +36,13 @@ PROMPTS = [
 TOLERANCE = 2e-5
 
 
-def served_families(everyday: Collection[str] = ()) -> list[Any]:
+def served_families(everyday: Collection[str] = (), memories: Collection[str] = OTHER_MEMORIES) -> list[Any]:
     """Parameters of a test: all that are served, exhaustive but for those of `everyday`, or, where that is empty, but
-    for one of each gating rule and of each memory."""
+    for one of each gating rule and those of other `memories` than keys and values."""
     seen, found = [], []
     for name in SERVED:
         rule = RULES.get(name.removesuffix("_text"))
-        is_everyday = name in everyday if everyday else rule not in seen or name in OTHER_MEMORIES
+        is_everyday = name in everyday if everyday else rule not in seen or name in memories
         seen.append(rule)
         found.append(pytest.param(name, marks=() if is_everyday else pytest.mark.exhaustive))
     return found

@@ -76,7 +76,7 @@ def test_store_holds_what_transformers_loads_and_serves_what_it_computes(
         selective.close()
 
 
-@pytest.mark.parametrize("family", served_families())
+@pytest.mark.parametrize("family", served_families(memories=()))
 def test_masked_model_equals_a_physically_pruned_one(family: str, tmp_path: Path, repository: Path) -> None:
     """Three requests in one batch over a store that lacks experts: all that it has, fewer than top-k, and one.
 

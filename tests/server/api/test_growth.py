@@ -258,7 +258,8 @@ def test_answers_are_the_same_while_the_store_shrinks_to_what_a_fresh_server_has
         assert client.post("/generate", json=body).json() == shrunk
 
 
-def test_no_request_fails_and_no_token_is_wrong_while_the_store_changes(server: Running) -> None:
+@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.exhaustive)])
+def test_no_request_fails_and_no_token_is_wrong_while_the_store_changes(server: Running, times: int) -> None:
     """Requests that may have every expert have the whole model's answer, whatever the store holds just then."""
     stop = threading.Event()
     kinds: list[dict[str, Any]] = [{"on_missing": "fetch"}, {}, {"pool": 4}, {"pool": 8, "on_missing": "fetch"}]
@@ -293,7 +294,7 @@ def test_no_request_fails_and_no_token_is_wrong_while_the_store_changes(server: 
     ):
         asking = [pool.submit(keep_asking, at) for at in range(len(kinds))]
         try:
-            for _ in range(3):
+            for _ in range(times):
                 grown(client, 3)
                 wait_for_answers()
                 assert client.post("/experts/shrink", json={"count": 4}).status_code == 200

@@ -129,7 +129,8 @@ def test_answers_are_the_same_with_and_without_collecting(
 ) -> None:
     plain, collecting_ = make_engine(), make_engine(statistics_path=tmp_path / "statistics.safetensors")
     for text in TEXTS:
-        clients = [Client(engine, text, num_logprobs=2, **OPTIONS) for engine in (plain, collecting_)]
+        options = {"num_logprobs": 2, "max_new_tokens": 12, "ignore_eos": True}
+        clients = [Client(engine, text, **options) for engine in (plain, collecting_)]
         for client in clients:
             client.result()
         assert clients[0].tokens == clients[1].tokens

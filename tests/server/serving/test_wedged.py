@@ -51,13 +51,8 @@ def test_a_signal_ends_a_server_whose_engine_hangs_and_the_log_says_where(tiny_s
     assert "in hang" in log
 
 
-@pytest.mark.parametrize(
-    "when",
-    [
-        "while the request is waited for",
-        pytest.param("while the engine's end is waited for", marks=pytest.mark.exhaustive),
-    ],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("when", ["while the request is waited for", "while the engine's end is waited for"])
 def test_a_second_signal_ends_it_at_once(tiny_store: Path, tmp_path: Path, when: str) -> None:
     is_drained = "engine" in when
     with hanging(

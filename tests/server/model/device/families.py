@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -250,8 +250,7 @@ CAPTURED = {
 
 
 EVERYDAY = (
-    "mixtral in a window", "qwen2_moe partly in windows", "glm4_moe in groups", "minimax_m2", "deepseek_v3",
-    "gemma4_text",
+    "qwen2_moe partly in windows", "glm4_moe in groups", "minimax_m2", "deepseek_v3", "gemma4_text",
 )  # fmt: skip
 """One of each kind of router and attention, between them with every kind of norm, window, dense layer and shared
 expert, and heads of other sizes by layer."""
@@ -281,6 +280,6 @@ def model_of(name: str) -> Any:
     return random_model(family, **overrides)
 
 
-def everyday(names: Iterable[str], *more: Any) -> list[Any]:
-    """Parameters of a test: each name with `more`, exhaustive unless it is one of `EVERYDAY`."""
-    return [pytest.param(name, *more, marks=() if name in EVERYDAY else pytest.mark.exhaustive) for name in names]
+def everyday(names: Iterable[str], *more: Any, quick: Container[str] = EVERYDAY) -> list[Any]:
+    """Parameters of a test: each name with `more`, exhaustive unless it is one of `quick`."""
+    return [pytest.param(name, *more, marks=() if name in quick else pytest.mark.exhaustive) for name in names]

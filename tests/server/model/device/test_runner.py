@@ -56,7 +56,9 @@ def greedy(runner: DeviceRunner | Runner, prompt: list[int], num_tokens: int) ->
     return tokens
 
 
-@pytest.mark.parametrize("num_slots", [pytest.param(TOP_K, marks=pytest.mark.exhaustive), 5, EXPERTS])
+@pytest.mark.parametrize(
+    "num_slots", [5, *(pytest.param(number, marks=pytest.mark.exhaustive) for number in (TOP_K, EXPERTS))]
+)
 def test_greedy_tokens_equal_the_host_driven_runner(small_store, runners, num_slots):
     device, host = runners(small_store, num_slots)
     prompt = list(range(40, 88))  # twelve picks an expert: streamed ahead of the routers' choice

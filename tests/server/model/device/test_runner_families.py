@@ -63,7 +63,10 @@ def store_of(name: str, where: Path, repository: Path) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    everyday(["glm4_moe in groups", "minimax_m2", "olmoe", "qwen2_moe", "dots1", "hy_v3", "solar_open", *MORE]),
+    everyday(
+        ["glm4_moe in groups", "minimax_m2", "olmoe", "qwen2_moe", "dots1", "hy_v3", "solar_open", *MORE],
+        quick=("deepseek_v3", "gemma4_text"),
+    ),
 )
 def test_a_captured_family_is_served_as_the_host_driven_path_serves_it(
     name: str, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch

@@ -25,7 +25,8 @@ def model() -> Qwen3MoeForCausalLM:
 
 
 @pytest.mark.parametrize(
-    ("batch", "slots"), [(1, TOP_K), (1, EXPERTS), (2, 6), pytest.param(5, TOP_K, marks=pytest.mark.exhaustive)]
+    ("batch", "slots"),
+    [(1, TOP_K), (2, 6), *(pytest.param(*more, marks=pytest.mark.exhaustive) for more in ((1, EXPERTS), (5, TOP_K)))],
 )
 def test_step_agrees_with_float64_at_every_slot_count(model, batch, slots):
     tokens = torch.randint(0, 96, (4, batch), generator=torch.Generator().manual_seed(batch))
@@ -104,7 +105,7 @@ def test_a_batch_of_64_agrees_with_float64_and_each_row_has_the_bits_of_the_row_
 @pytest.mark.parametrize(
     ("dtype", "batches"),
     [
-        (HALF, (1, 3)),
+        (HALF, (1, 2)),
         *(pytest.param(dtype, (1, 2, 3, 5, 8), marks=pytest.mark.exhaustive) for dtype in (HALF, torch.float32)),
     ],
 )
