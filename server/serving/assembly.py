@@ -161,7 +161,7 @@ def _options(
         max_tokens=max_tokens,
         least_tokens=least_tokens,
         kv_memory_bytes=None if model.kv_memory is None else model.kv_memory.resolve(of_bytes),
-        memory_balance=model.memory_balance,
+        memory_balance=model.memory_balance or ("moving" if device.type == "cpu" else "fixed"),
         prefix_cache=model.prefix_cache,
         num_slots=model.slots,
         slots_memory_bytes=None if model.slots_memory is None else model.slots_memory.resolve(of_bytes),

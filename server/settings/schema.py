@@ -44,10 +44,10 @@ class ModelSettings(Section):
         description="memory for keys and values of all requests, such as 4GiB; default a share of what is free, for at "
         "most max_batch_size requests of max_context_tokens",
     )
-    memory_balance: Literal["moving", "fixed"] = Field(
-        "moving",
+    memory_balance: Literal["moving", "fixed"] | None = Field(
+        None,
         description="moving: slots and KV memory get what the other does not need while serving, starting from the "
-        "sizes given; fixed: they keep these",
+        "sizes given; fixed: they keep these; default moving on a CPU, fixed on a GPU",
     )
     prefix_cache: bool = Field(
         True, description="keep keys and values of prompts, so that a prompt that begins alike is not read again"
