@@ -74,7 +74,7 @@ def check_never_half(store: Path) -> None:
     try:
         opened = Store.open(store)
     except ManifestError as error:
-        if "has not finished" not in str(error):
+        if "has not finished" not in str(error) and store.exists():
             raise
         return
     with opened:

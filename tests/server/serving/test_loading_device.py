@@ -215,6 +215,6 @@ def test_a_path_that_cannot_do_what_is_set_is_refused_by_name(loaded):
     with pytest.raises(SettingsError, match="resident_bias"):
         loaded("host", resident_bias=0.1)
     with pytest.raises(SettingsError, match="decode_path is device"):
-        loaded("device", max_batch_size=64)
+        loaded("device", max_batch_size=65)
     with pytest.raises(SettingsError, match="max_context_tokens is 4096"):
         loaded("device", max_context_tokens=4096)
