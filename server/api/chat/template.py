@@ -2,8 +2,8 @@
 
 Invariant: no text is lost. A template that does not show the text of a message is tried in the other forms (content as
 text or as a list of parts, arguments of calls as an object or as text); if it shows it in none, the chat is refused.
-Text of special tokens in a message is refused as well, because the tokenizer would turn it into the template's own
-markers. Where a template knows no tools, the system prompt tells the model of them (`FALLBACK`).
+Text of special tokens in a message or a tool stays text: it never becomes the template's own markers. Where a template
+knows no tools, the system prompt tells the model of them (`FALLBACK`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -108,8 +109,8 @@ def prompt_of(tokenizer: Any, chat: Chat) -> Prompt:
     """The prompt of a chat, ready for the assistant's answer.
 
     Raises:
-        ValidationFailed: there is no chat template, a message has text of a special token or none at all, or the
-            template refuses the messages or loses one.
+        ValidationFailed: there is no chat template, the template refuses the messages or loses one, or there is text of
+            a special token where it cannot stay text (`_plain_where_marked`).
     """
     template = _template_of(tokenizer, has_tools=bool(chat.shown_tools))
     answer_format = format_of(template)
@@ -117,18 +118,22 @@ def prompt_of(tokenizer: Any, chat: Chat) -> Prompt:
         answer_format = replace(answer_format, calls=HERMES)
     variables = _variables(chat, template)
     _check_variables(tokenizer, variables)
-    _check_special_texts(tokenizer, chat, variables)
+    reserved = special_texts(tokenizer)
+    _check_texts(chat, variables, reserved, keeps=getattr(tokenizer, "is_fast", False))
     messages = chat.messages if answer_format.shows_tools else _without_tools(chat)
     if answer_format.shows_tools and chat.shown_tools:
         variables["tools"] = [_for_template(tool) for tool in chat.shown_tools]
-    text = _render(tokenizer, template, answer_format, messages, variables)
-    ids = [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
-    marks = answer_format.thinking
+    rendering = _render(tokenizer, template, answer_format, messages, variables, reserved)
+    text, marks = rendering.replace(MARK, ""), answer_format.thinking
+    if MARK in rendering:
+        ids = _plain_where_marked(tokenizer, rendering)
+    else:
+        ids = [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
     return Prompt(
         ids,
         answer_format,
         is_thinking=marks is not None and text.rstrip().endswith(marks[0]),
-        keeps_special_tokens=bool(answer_format.marks & special_texts(tokenizer)),
+        keeps_special_tokens=bool(answer_format.marks & reserved),
         chat=chat,
     )
 
@@ -221,8 +226,9 @@ def _check_variables(tokenizer: Any, variables: Mapping[str, Any]) -> None:
         )
 
 
-def _check_special_texts(tokenizer: Any, chat: Chat, variables: Mapping[str, Any]) -> None:
-    reserved = special_texts(tokenizer)
+def _check_texts(chat: Chat, variables: Mapping[str, Any], reserved: frozenset[str], *, keeps: bool) -> None:
+    """Refuse texts that are none, and those of special tokens: in the variables, and where the tokenizer has no offsets
+    (`keeps`) anywhere."""
     places: list[tuple[str, Any]] = [("chat_template_kwargs", variables)]
     for message in chat.messages:
         texts = {"content": message.content, "name": message.name, "reasoning_content": message.thinking}
@@ -231,10 +237,51 @@ def _check_special_texts(tokenizer: Any, chat: Chat, variables: Mapping[str, Any
     places += [(chat.tools_place, _for_template(tool)) for tool in chat.shown_tools]
     for name, value in places:
         for text in _texts_in(value):
-            if not is_text(text):
+            if not is_text(text) or MARK in text:
                 raise ValidationFailed(f"`{name}` contains a text that is not valid", param=name)
-            if any(special in text for special in reserved):
+            if not (keeps and value is not variables) and any(special in text for special in reserved):
                 raise ValidationFailed(f"`{name}` contains the text of a special token, which is not taken", param=name)
+
+
+MARK = "\ufdd0"
+"""Stands within the text of a special token that a client wrote, from before the template until tokens are made.
+Unicode has no character of this number."""
+
+
+def _marked(value: Any, reserved: re.Pattern[str]) -> Any:
+    """The same texts, lists and mappings with a mark after the first character of each text of a special token."""
+    if isinstance(value, str):
+        return reserved.sub(lambda found: found[0][0] + MARK + found[0][1:], value)
+    if isinstance(value, Mapping):
+        return {_marked(key, reserved): _marked(item, reserved) for key, item in value.items()}
+    return [_marked(item, reserved) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _plain_where_marked(tokenizer: Any, rendering: str) -> list[int]:
+    """Token ids of a rendering without its marks, in which texts of special tokens that had a mark are plain text.
+
+    Raises:
+        ValidationFailed: the tokenizer has no offsets, or plain text with these characters is no sequence of tokens.
+    """
+    refusal = ValidationFailed("a message contains the text of a special token, which is not taken", param="messages")
+    if not getattr(tokenizer, "is_fast", False):
+        raise refusal
+    pieces = rendering.split(MARK)
+    text = "".join(pieces)
+    places = [end - 1 for end in itertools.accumulate(map(len, pieces[:-1]))]  # of the characters before the marks
+    encode: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
+    found = tokenizer(text, return_offsets_mapping=True, **encode)
+    special = set(tokenizer.convert_tokens_to_ids(list(special_texts(tokenizer))))
+    ids: list[int] = []
+    for token, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+        if token not in special or not any(start <= place < end for place in places):
+            ids.append(int(token))
+            continue
+        plain = [int(part) for part in tokenizer(text[start:end], split_special_tokens=True, **encode)["input_ids"]]
+        if special.intersection(plain) or tokenizer.decode(plain).strip() != text[start:end].strip():
+            raise refusal
+        ids += plain
+    return ids
 
 
 def _texts_in(value: Any) -> Iterator[str]:
@@ -306,14 +353,20 @@ def _render(
     answer_format: AnswerFormat,
     messages: Sequence[Message],
     variables: Mapping[str, Any],
+    reserved: frozenset[str],
 ) -> str:
-    """The messages in the first form that the template shows whole.
+    """The messages in the first form that the template shows whole, with a mark in each text of a special token.
 
     Raises:
         ValidationFailed: there is none.
     """
 
+    longest_first = sorted(reserved, key=len, reverse=True)
+    texts = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    variables = {**variables, "tools": _marked(variables["tools"], texts)} if "tools" in variables else variables
+
     def apply(shown: Sequence[RenderedMessage]) -> str:
+        shown = _marked(shown, texts)
         try:
             return str(tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=True, **variables))
         except Exception as error:  # a template raises what its author wrote, or fails in any way
@@ -350,8 +403,8 @@ def _lost_message(apply: Apply, messages: Sequence[Message], form: _Form, render
     Texts of users, systems and tools must be in the first rendering too; an assistant's may be cut, as thinking is.
     """
     probed = [_probe(message, place) for place, message in enumerate(messages)]
-    shown = apply([form(message) for message in probed])
-    dense = _without_spaces(rendering)
+    shown = apply([form(message) for message in probed]).replace(MARK, "")
+    dense = _without_spaces(rendering.replace(MARK, ""))
     for message, probe in zip(messages, probed, strict=True):
         text, digits = message.content or "", probe.content or ""
         is_there = any(_without_spaces(each) in dense for each in (text, json.dumps(text, ensure_ascii=False)[1:-1]))

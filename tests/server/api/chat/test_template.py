@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from server.api.chat.messages import Tool
 from server.api.chat.template import prompt_of
@@ -279,3 +282,47 @@ def test_special_tokens_stay_in_the_text_where_they_tell_its_parts_apart(marks: 
     model = loaded(ScriptedEngine(), tokenizer=tokenizer)
     sampling = prompt_of(tokenizer, body.chat()).sampling(model, body, max_tokens=9, temperature=0)
     assert (sampling.skip_special_tokens, sampling.max_new_tokens) == (skips, 9)
+
+
+ECHOES = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}{% for m in messages %}{{ m.role }}:{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call | tojson }}{% endfor %}{{ m.tool_call_id or '' }}{{ eos_token }}\n"
+    "{% endfor %}"
+)
+
+
+def called(arguments: str) -> list[dict[str, Any]]:
+    """A call of a tool in an assistant's message."""
+    return [{"id": "call_1", "type": "function", "function": {"name": "f", "arguments": arguments}}]
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        lambda text: {"messages": [said(f"a{text}b {text}")]},
+        lambda text: {"messages": [said([{"type": "text", "text": text}, {"type": "text", "text": " c"}])]},
+        lambda text: {"messages": [said("x"), said(f"y {text}", "assistant"), said("z")]},
+        lambda text: {"messages": [said("x"), said("", "assistant", tool_calls=called(json.dumps({"k": text})))]},
+        lambda text: {
+            "messages": [said("x"), said("", "assistant", tool_calls=called(json.dumps({"k": "%"}).replace("%", text)))]
+        },
+        lambda text: {
+            "messages": [said("x")],
+            "tools": [{"type": "function", "function": {"name": "f", "description": text}}],
+        },
+    ],
+    ids=["content", "parts", "history", "arguments", "escaped", "tool"],
+)
+def test_the_text_of_a_special_token_stays_text(tiny_checkpoint: Path, where: Any, request: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    tokenizer.chat_template = ECHOES
+    text = tokenizer.eos_token
+    given = text.replace("<", r"\u003c") if "escaped" in request.node.name else text
+    body, plain = (
+        ChatRequest.model_validate(where(value), strict=True).chat() for value in (given, text.replace("<", "("))
+    )
+    ids = prompt_of(tokenizer, body).ids
+    assert tokenizer.decode(ids).replace("<", "(") == tokenizer.decode(prompt_of(tokenizer, plain).ids).replace(
+        "<", "("
+    )
+    assert ids.count(tokenizer.eos_token_id) == len(body.messages), "those of the template alone"
