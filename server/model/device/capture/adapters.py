@@ -191,7 +191,7 @@ class _Packer:
         return delta, torch.stack(gains).to(self._like.device)
 
     def _delta_net(self, net: DeltaNet, products: dict[str, tuple[nn.Linear, ...]]) -> dict[str, LowRank | None]:
-        """The changes of the products that stand for a delta net's own, as in `step.states.StateLayer`; takes those out
+        """The changes of the products that stand for a delta net's own (`StateLayer`); takes those out
         of `products`."""
         where, expands = self._names[net.module], products.pop("latents", ())
         return {

@@ -41,8 +41,8 @@ from server.model.device.memory.moving import MovingMemory, moving_memory
 from server.model.device.memory.reading import SpanReader, log_failures
 from server.model.device.memory.tier import SpanTier, rows_within
 from server.model.device.running.runner import DeviceRunner
+from server.model.device.step.mixers.states import StateLayer
 from server.model.device.step.prefill import ExpertStream
-from server.model.device.step.states import StateLayer
 from server.model.device.step.tuning import StepOptions
 from server.model.device.step.weights import AdaptedTrunk, DecodeShape, TrunkWeights
 from server.model.host.assembly import eos_token_ids_of

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from expert_store.paging.pages import DevicePages
+from server.model.device.step.mixers.states import StateLayer
 from server.model.device.step.prefill import ExpertStream
 from server.model.device.step.sampling import DrawKind, DrawRoom, TokenDraw
 from server.model.device.step.state import Report, RowState
-from server.model.device.step.states import StateLayer
 from server.model.device.step.step import DecodeStep
 from server.model.device.step.tuning import StepOptions, Tuning, pow2
 from server.model.device.step.weights import AdaptedTrunk, DecodeShape, TrunkWeights

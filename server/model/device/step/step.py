@@ -22,13 +22,13 @@ from torch import Tensor
 from expert_store.paging.kernels import LFU, LRU
 from expert_store.paging.pages import DevicePages
 from server.model.device.kernels import attention, experts, packed, packed_tiles, routing, trunk
-from server.model.device.step.latent import LatentAttention
 from server.model.device.step.launch import launch
+from server.model.device.step.mixers.latent import LatentAttention
+from server.model.device.step.mixers.states import state_rule
 from server.model.device.step.packed import expert_constants, plane_constants, row_constants
 from server.model.device.step.parts import LatentKind, OutputGate, StateKind
 from server.model.device.step.router_kind import switches
 from server.model.device.step.state import Report, RowState
-from server.model.device.step.states import state_rule
 from server.model.device.step.tuning import StepOptions, divisor, pow2
 from server.model.device.step.weights import (
     DecodeShape,

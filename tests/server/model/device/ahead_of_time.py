@@ -24,6 +24,7 @@ from triton.runtime.driver import driver
 from expert_store.encoding import RowEncoding
 from expert_store.paging.pages import DevicePages, PagesShape
 from server.model.device.step.graphs import in_parallel
+from server.model.device.step.mixers.states import StateLayer
 from server.model.device.step.parts import (
     GELU,
     AttentionKind,
@@ -39,7 +40,6 @@ from server.model.device.step.parts import (
 from server.model.device.step.router_kind import RouterKind
 from server.model.device.step.sampling import DrawKind, DrawRoom, TokenDraw
 from server.model.device.step.state import RowState
-from server.model.device.step.states import StateLayer
 from server.model.device.step.step import DecodeStep
 from server.model.device.step.tuning import StepOptions
 from server.model.device.step.weights import (

@@ -23,7 +23,8 @@ from server.model.device.capture.adapters import check_adapters
 from server.model.device.capture.parts import forget_kind, gated_norm, grouped_norm
 from server.model.device.running.assembly import load_device_runner
 from server.model.device.running.runner import DeviceRunner
-from server.model.device.step import delta, graphs, mamba
+from server.model.device.step import graphs
+from server.model.device.step.mixers import delta, mamba
 from server.model.kv.blocks import BLOCK_TOKENS
 from server.model.runner import RowStep, RunnerOptions, StepFault
 from tests.families.checkpoints import is_installed

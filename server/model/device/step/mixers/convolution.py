@@ -1,6 +1,6 @@
 """Launches of causal convolutions: over a prompt's chunk, and short convolutions as layers of their own.
 
-See `kernels.convolution`; `step.states` says how layers use these.
+See `kernels.convolution`; `step.mixers.states` says how layers use these.
 """
 
 from __future__ import annotations

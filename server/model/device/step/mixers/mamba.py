@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from server.model.device.kernels import mamba as kernels
-from server.model.device.step.convolution import convolve
+from server.model.device.step.mixers.convolution import convolve
 from server.model.device.step.parts import MambaKind
 from server.model.device.step.state import RowState
 from server.model.device.step.tuning import Tuning, divisor, pow2

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from server.model.device.step.convolution import ConvolutionRule, convolution_chunk
-from server.model.device.step.delta import DeltaRule, delta_chunk
 from server.model.device.step.launch import launch
-from server.model.device.step.mamba import MambaRule, mamba_chunk
+from server.model.device.step.mixers.convolution import ConvolutionRule, convolution_chunk
+from server.model.device.step.mixers.delta import DeltaRule, delta_chunk
+from server.model.device.step.mixers.mamba import MambaRule, mamba_chunk
 from server.model.device.step.parts import ConvolutionKind, DeltaKind, MambaKind, StateKind
 from server.model.device.step.state import PrefillRow, RowState
 from server.model.device.step.tuning import Tuning

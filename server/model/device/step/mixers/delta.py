@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from server.model.device.kernels import delta as kernels
-from server.model.device.step.convolution import convolve
+from server.model.device.step.mixers.convolution import convolve
 from server.model.device.step.parts import DeltaKind
 from server.model.device.step.state import RowState
 from server.model.device.step.tuning import Tuning, divisor
