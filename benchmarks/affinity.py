@@ -252,7 +252,7 @@ class Simulation:
         turn.arrived = now
         likeness = self._likeness(turn)
         started = time.thread_time()  # other processes do not count
-        at = self._choose(likeness, now) if self.policy != "alone" else turn.conversation % self.num
+        at = self._choose(turn, likeness, now)
         self.counts.choice_seconds += time.thread_time() - started
         self.counts.num_choices += 1
         turn.replica = at
@@ -260,7 +260,9 @@ class Simulation:
         self.queue[at].append(turn)
         self.load[at] += 1
 
-    def _choose(self, likeness: Likeness, now: float) -> int:
+    def _choose(self, turn: Turn, likeness: Likeness, now: float) -> int:
+        if self.policy == "alone":
+            return turn.conversation % self.num
         if self.policy == "random":
             return self.draw.randrange(self.num)
         if self.policy == "round robin":
@@ -512,6 +514,12 @@ def saves(by_policy: Mapping[str, Figures], policy: str) -> list[float]:
     return [1 - one / two for one, two in zip(fetched, of_two, strict=True)]
 
 
+def under_fault(scenario: Scenario, fault: str) -> Scenario:
+    """The scenario with one of `FAULTS`, for two choices and affinity alone."""
+    traffic = replace(scenario.traffic, **FAULTS[fault])  # type: ignore[arg-type]
+    return replace(scenario, says=f"{scenario.says}; {fault}", traffic=traffic, policies=("two choices", "affinity"))
+
+
 def simulated(
     scenario: Scenario, all_kinds: Kinds, replicas: Iterable[int], seeds: int, processes: Executor
 ) -> dict[str, Any]:
@@ -604,25 +612,18 @@ def main() -> None:
         "machine": asdict(H100),
         "says": {one: SCENARIOS[one].says for one in arguments.scenarios},
     }
-
+    scenarios = {one: SCENARIOS[one] for one in arguments.scenarios}
     with ProcessPoolExecutor(arguments.processes) as processes:
-
-        def of_all(policies: tuple[str, ...] | None = None, **fault: float) -> dict[str, Any]:
-            found = {}
-            for one in arguments.scenarios:
-                scenario = SCENARIOS[one]
-                traffic = replace(scenario.traffic, **fault)  # type: ignore[arg-type]
-                scenario = replace(scenario, traffic=traffic, policies=policies or scenario.policies)
-                found[one] = simulated(scenario, all_kinds, arguments.replicas, arguments.seeds, processes)
-            return found
-
+        figures_of = partial(
+            simulated, all_kinds=all_kinds, replicas=arguments.replicas, seeds=arguments.seeds, processes=processes
+        )
         if arguments.faults:
-            result["faults"] = {}
-            for fault, changes in FAULTS.items():
-                print(f"\n{fault}")
-                result["faults"][fault] = of_all(("two choices", "affinity"), **changes)
+            result["faults"] = {
+                fault: {one: figures_of(under_fault(scenario, fault)) for one, scenario in scenarios.items()}
+                for fault in FAULTS
+            }
         else:
-            result["scenarios"] = of_all()
+            result["scenarios"] = {one: figures_of(scenario) for one, scenario in scenarios.items()}
     if arguments.save and not arguments.faults:
         figure(result["scenarios"], REPOSITORY / "docs" / "figures" / "affinity.png")
     finish(name, result, save=arguments.save)

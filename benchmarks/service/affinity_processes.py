@@ -15,7 +15,6 @@ answer under its profile. What remains to chance is the replica among equal ones
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 import tempfile
@@ -32,18 +31,16 @@ from benchmarks.affinity import NO_WORDS, Kinds, Machine, Simulation, Traffic, T
 from benchmarks.harness.reporting import BUNDLED, REPOSITORY, environment, finish, table
 from benchmarks.harness.servers import free_port
 from expert_store.store import Store
-from extractor.planning.plan import read_plan
 from server.cli.main import main as deepfew
 from server.cluster.choice import ChoiceOptions
 from server.cluster.likeness import Likeness
-from server.masks.profiles import mask_of_plan
+from server.masks.profiles import load_profiles
 from server.model.host.assembly import load_model
 from server.model.host.runner import HostRunner
 from server.model.runner import RowStep, RunnerOptions
 
 KINDS = ("arithmetic", "stories_synth")
 TEXTS = REPOSITORY / "benchmarks" / "data" / "selection"
-NUM_LAYERS, NUM_EXPERTS = 8, 64
 PROFILE_EXPERTS, SLOTS = 16, 24
 PROMPT_CHARACTERS, ANSWER_TOKENS = 160, 32
 RECORDED_ROWS = 16
@@ -141,13 +138,12 @@ def short_seconds(client: httpx.Client, count: int = 40) -> float:
     return float(np.median(times))
 
 
-def recorded(folder: Path, asked: Sequence[Request]) -> Kinds:
+def recorded(store: Store, profiles: Path, asked: Sequence[Request]) -> Kinds:
     """The routing of each request as a kind of its own: the experts that its prompt and its answer use."""
     options = RunnerOptions(device=torch.device("cpu"), dtype=torch.float32)
-    model = load_model(Store.open(folder / "store"), options)
+    model = load_model(store, options)
     runner = HostRunner(model, max_rows=RECORDED_ROWS, max_tokens=256)
-    plans = [read_plan(folder / "profiles" / f"{kind}.json") for kind in KINDS]
-    masks = [mask_of_plan(plan, NUM_LAYERS, NUM_EXPERTS) for plan in plans]
+    masks = list(load_profiles((profiles / f"{kind}.json" for kind in KINDS), model.routing.mask).values())
     traces: list[npt.NDArray[np.uint8]] = []
     for first in range(0, len(asked), RECORDED_ROWS):
         some = asked[first : first + RECORDED_ROWS]
@@ -168,7 +164,7 @@ def recorded(folder: Path, asked: Sequence[Request]) -> Kinds:
             runner.free(row)
             traces.append(np.concatenate(of_row, axis=1).transpose(1, 0, 2).astype(np.uint8))
     model.close()
-    return Kinds.of(traces, NUM_EXPERTS)
+    return Kinds.of(traces, store.manifest.model.num_experts)
 
 
 class Replay(Simulation):
@@ -198,9 +194,11 @@ class Replay(Simulation):
         return Likeness((), (self.text_kinds[turn.kind] + 1,), NO_WORDS)
 
 
-def simulate(folder: Path, asked: Sequence[Request], expert_bytes: int) -> dict[str, float]:
+def simulate(folder: Path, asked: Sequence[Request]) -> dict[str, float]:
     """Fetched bytes for a token, of each policy."""
-    kinds, text_kinds = recorded(folder, asked), [kind for kind, _ in asked]
+    store = Store.open(folder / "store")
+    expert_bytes = store.manifest.layers[0].span_bytes
+    kinds, text_kinds = recorded(store, folder / "profiles", asked), [kind for kind, _ in asked]
     answers = (len(asked) - len(asked) // 3) * ANSWER_TOKENS
     return {
         policy: float(np.mean([
@@ -216,10 +214,8 @@ Seeds = dict[str, list[dict[str, float]]]
 
 def add_seed(found: Seeds, folder: Path, count: int, seed: int) -> None:
     """Simulate and serve the requests of one seed under each policy; adds the figures to `found`."""
-    manifest = json.loads((folder / "store" / "manifest.json").read_text())
-    expert_bytes = sum(deep["bytes"] for deep in manifest["deep_experts"]) // (NUM_LAYERS * NUM_EXPERTS)
     asked = requests(count, seed)
-    simulated = simulate(folder, asked, expert_bytes)
+    simulated = simulate(folder, asked)
     for policy, options in POLICIES.items():
         found[policy].append({"simulated_bytes_per_token": simulated[policy], **measure(folder, options, asked)})
         print(seed, policy, found[policy][-1], flush=True)

@@ -45,14 +45,8 @@ def arguments(small_checkpoint: Path, tmp_path: Path) -> list[str]:
         texts.append(str(path))
     return [
         *("--checkpoint", str(small_checkpoint), "--texts", *texts, "--questions", str(questions)),
-        *(
-            "--work",
-            str(tmp_path / "work"),
-            "--results",
-            str(tmp_path / "adapt.json"),
-            "--jobs",
-            str(tmp_path / "jobs"),
-        ),
+        *("--work", str(tmp_path / "work"), "--results", str(tmp_path / "adapt.json")),
+        *("--jobs", str(tmp_path / "jobs")),
     ]
 
 
