@@ -85,15 +85,14 @@ class CudaFrames:
 
     Args:
         device: with its number.
-        driver: calls a function of the driver by its name; None: that of the system.
 
     Raises:
         MappingError: the driver does not map memory for this GPU, or the device has too little.
     """
 
-    def __init__(self, device: torch.device, num_frames: int, driver: Callable[..., None] | None = None) -> None:
+    def __init__(self, device: torch.device, num_frames: int) -> None:
         torch.cuda.synchronize(device)  # makes the device's context that of this thread
-        self.call, self.device = driver or _Driver(), device
+        self.call, self.device = _Driver(), device
         supported, size = ctypes.c_int(), _SIZE()
         self.call("cuDeviceGetAttribute", ctypes.byref(supported), _IS_SUPPORTED, device.index)
         if not supported.value:
@@ -102,14 +101,13 @@ class CudaFrames:
         self.call("cuMemGetAllocationGranularity", ctypes.byref(size), ctypes.byref(properties), 0)
         self.frame_bytes = int(size.value)
         self.access = _Access(_Location(_DEVICE, device.index), _READ_WRITE)
-        self.free: list[int] = []
         handles: list[int] = []
         weakref.finalize(self, _release_all, self.call, handles).atexit = False
         for _ in range(num_frames):
             handle = _HANDLE()
             self.call("cuMemCreate", ctypes.byref(handle), self.frame_bytes, ctypes.byref(properties), 0)
             handles.append(handle.value)
-        self.free += handles
+        self.free = handles.copy()
 
     @property
     def num_free(self) -> int:

@@ -81,11 +81,6 @@ class MappedMemory:
             self._addresses.place(first, last)
         self._held = wanted
 
-    @property
-    def num_frames(self) -> int:
-        """Frames behind it."""
-        return int(np.count_nonzero(self._held))
-
 
 def frames_of(ranges: Sequence[Range], frame_bytes: int) -> int:
     """The number of frames that ranges need, which are in order and do not overlap."""

@@ -30,7 +30,7 @@ KEPT_LOOKS = 8
 
 
 def refusal(wish: MemoryBalance, device: torch.device) -> str:
-    """The reason why memory does not move on the host-driven path; empty if it does."""
+    """The reason why memory does not move on the host-driven path, or on a CPU; empty if it does."""
     if wish == "fixed":
         return "memory_balance is fixed"
     if device.type != "cpu":

@@ -1,4 +1,4 @@
-"""Frames behind ranges of addresses, on the CPU and by a driver that is stood for by the system's own mapping."""
+"""Frames behind ranges of addresses, on the CPU; `test_driver.py` has those of a GPU."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ def test_frames_move_between_memories_and_what_stays_keeps_its_bytes() -> None:
         for number, (start, end) in enumerate(stay):
             assert (memories[at].bytes[start:end] == number).all()
         kept[at] = ranges
-        assert memories[at].num_frames == frames_of(ranges, FRAME)
-        assert frames.num_free == 24 - sum(memory.num_frames for memory in memories)
+        assert frames.num_free == 24 - sum(frames_of(one, FRAME) for one in kept)
         frames.check()
 
 

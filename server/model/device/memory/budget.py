@@ -107,8 +107,8 @@ class DeviceMemory:
 
     def moving_bytes(self, division: Division) -> int:
         """Bytes of slots, spill area and blocks, where experts are fetched."""
-        ring = ring_spans(self._shape) * self.span_bytes
-        return self.slots_bytes(division.num_slots) - ring + division.num_blocks * self.block_bytes
+        spans = self._shape.num_moe_layers * division.num_slots + self.num_spill(division.num_slots)
+        return spans * self.span_bytes + division.num_blocks * self.block_bytes
 
     def divide(
         self, most: int, num_slots: int | None = None, slots_bytes: int | None = None, kv_bytes: int | None = None

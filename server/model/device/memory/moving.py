@@ -16,8 +16,7 @@ import torch
 from expert_store.paging.driver import CudaFrames, MappingError, probe
 from expert_store.paging.frames import Frames, HostFrames, MappedMemory, Range, frames_of
 from expert_store.paging.pages import DevicePages
-from expert_store.residency.returnable import can_return
-from server.model.balance import SlotsAndBlocks, most_within
+from server.model.balance import SlotsAndBlocks, most_within, refusal
 from server.model.device.memory.budget import DeviceMemory, Division
 from server.model.device.memory.tier import SpanTier
 from server.model.device.step.tuning import pow2
@@ -28,28 +27,18 @@ from server.model.kv_memory import MemoryBalance
 log = logging.getLogger(__name__)
 
 
-def frame_bytes_of(wish: MemoryBalance, device: torch.device) -> tuple[int, str]:
-    """Bytes of a frame of a device, or 0 and the reason why memory does not move on the captured path.
-
-    Raises:
-        MappingError: the device's driver does not map memory so.
-    """
-    if wish == "fixed":
-        return 0, "memory_balance is fixed"
-    if device.type == "cuda":
-        return probe(device), ""
-    return (HostFrames.frame_bytes, "") if can_return() else (0, "this system takes no single pages of memory back")
-
-
 def moving_memory(
     wish: MemoryBalance, memory: DeviceMemory, shape: DecodeShape, division: Division, device: torch.device
 ) -> tuple[MovingMemory | None, str]:
     """The memory of slots and blocks that move on a device; or None, and the reason why they keep their sizes."""
     if not memory.pages_shape(division.num_slots).paged:
         return None, "every expert has a slot, so that the captured graphs fetch none"
+    is_gpu = device.type == "cuda"
+    if reason := "" if is_gpu and wish == "moving" else refusal(wish, device):
+        return None, reason
     try:
-        frame_bytes, reason = frame_bytes_of(wish, device)
-        return (None if reason else MovingMemory(memory, shape, division, frame_bytes, frames_on(device))), reason
+        frame_bytes = probe(device) if is_gpu else HostFrames.frame_bytes
+        return MovingMemory(memory, shape, division, frame_bytes, frames_on(device)), ""
     except MappingError as error:
         log.warning("slots and KV memory keep the sizes of the start: %s", error)
         return None, str(error)
@@ -168,7 +157,7 @@ class MovingMemory:
         rows.on_resize = lambda closed: self.keep_blocks(rows.pool.num_blocks)
         return SlotsAndBlocks(
             OpenSlots(self, pages, tier), rows, blocks_bytes=self.blocks_bytes, budget=self.budget,
-            least_slots=self.least_slots, least_blocks=self.least_blocks,
+            least_blocks=self.least_blocks,
         )  # fmt: skip
 
     def _move(self, places: Mapping[int, int]) -> None:
