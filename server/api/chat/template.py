@@ -14,6 +14,8 @@ import inspect
 import itertools
 import json
 import re
+import secrets
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -126,7 +128,7 @@ def prompt_of(tokenizer: Any, chat: Chat) -> Prompt:
     rendering = _render(tokenizer, template, answer_format, messages, variables, reserved)
     text, marks = rendering.replace(MARK, ""), answer_format.thinking
     if MARK in rendering:
-        ids = _plain_where_marked(tokenizer, rendering)
+        ids = _plain_where_marked(tokenizer, rendering, reserved)
     else:
         ids = [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
     return Prompt(
@@ -237,15 +239,15 @@ def _check_texts(chat: Chat, variables: Mapping[str, Any], reserved: frozenset[s
     places += [(chat.tools_place, _for_template(tool)) for tool in chat.shown_tools]
     for name, value in places:
         for text in _texts_in(value):
-            if not is_text(text) or MARK in text:
+            if not is_text(text):
                 raise ValidationFailed(f"`{name}` contains a text that is not valid", param=name)
             if not (keeps and value is not variables) and any(special in text for special in reserved):
                 raise ValidationFailed(f"`{name}` contains the text of a special token, which is not taken", param=name)
 
 
-MARK = "\ufdd0"
-"""Stands within the text of a special token that a client wrote, from before the template until tokens are made.
-Unicode has no character of this number."""
+MARK = f"{secrets.randbelow(10**20):020}"
+"""Stands within the text of a special token that a client wrote, from before the template until tokens are made. No
+client knows it, and digits are themselves in JSON, in Python's notation and in either case."""
 
 
 def _marked(value: Any, reserved: re.Pattern[str]) -> Any:
@@ -257,7 +259,7 @@ def _marked(value: Any, reserved: re.Pattern[str]) -> Any:
     return [_marked(item, reserved) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _plain_where_marked(tokenizer: Any, rendering: str) -> list[int]:
+def _plain_where_marked(tokenizer: Any, rendering: str, reserved: frozenset[str]) -> list[int]:
     """Token ids of a rendering without its marks, in which texts of special tokens that had a mark are plain text.
 
     Raises:
@@ -271,16 +273,19 @@ def _plain_where_marked(tokenizer: Any, rendering: str) -> list[int]:
     places = [end - 1 for end in itertools.accumulate(map(len, pieces[:-1]))]  # of the characters before the marks
     encode: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
     found = tokenizer(text, return_offsets_mapping=True, **encode)
-    special = set(tokenizer.convert_tokens_to_ids(list(special_texts(tokenizer))))
+    special = set(tokenizer.convert_tokens_to_ids(list(reserved)))
+    plain: dict[str, list[int]] = {}
     ids: list[int] = []
     for token, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
-        if token not in special or not any(start <= place < end for place in places):
+        if token not in special or bisect_left(places, start) == bisect_left(places, end):
             ids.append(int(token))
             continue
-        plain = [int(part) for part in tokenizer(text[start:end], split_special_tokens=True, **encode)["input_ids"]]
-        if special.intersection(plain) or tokenizer.decode(plain).strip() != text[start:end].strip():
-            raise refusal
-        ids += plain
+        part = text[start:end]
+        if part not in plain:
+            plain[part] = [int(each) for each in tokenizer(part, split_special_tokens=True, **encode)["input_ids"]]
+            if special.intersection(plain[part]) or tokenizer.decode(plain[part]).strip() != part.strip():
+                raise refusal
+        ids += plain[part]
     return ids
 
 
@@ -334,7 +339,9 @@ class _Form:
         arguments: Any = call.arguments or "{}"
         if self.has_objects:
             with contextlib.suppress(ValueError, RecursionError):  # it broke off; the template gets what there is
-                arguments = json.loads(arguments)
+                parsed = json.loads(arguments)
+                json.dumps(parsed, ensure_ascii=False).encode()  # fails where an escape is half a character
+                arguments = parsed
         return {
             "id": self._id(call.call_id),
             "type": "function",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from server.api.chat.messages import Tool
+from server.api.chat.messages import Chat, Tool
 from server.api.chat.template import prompt_of
 from server.api.http.errors import ValidationFailed
 from server.api.openai.schemas import ChatRequest
@@ -300,6 +300,7 @@ def called(arguments: str) -> list[dict[str, Any]]:
     "where",
     [
         lambda text: {"messages": [said(f"a{text}b {text}")]},
+        lambda text: {"messages": [said(f"a{text}b {text} " * 50), said(text, "assistant"), said(f"x{text}")]},
         lambda text: {"messages": [said([{"type": "text", "text": text}, {"type": "text", "text": " c"}])]},
         lambda text: {"messages": [said("x"), said(f"y {text}", "assistant"), said("z")]},
         lambda text: {"messages": [said("x"), said("", "assistant", tool_calls=called(json.dumps({"k": text})))]},
@@ -311,7 +312,7 @@ def called(arguments: str) -> list[dict[str, Any]]:
             "tools": [{"type": "function", "function": {"name": "f", "description": text}}],
         },
     ],
-    ids=["content", "parts", "history", "arguments", "escaped", "tool"],
+    ids=["content", "many", "parts", "history", "arguments", "escaped", "tool"],
 )
 def test_the_text_of_a_special_token_stays_text(tiny_checkpoint: Path, where: Any, request: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
@@ -326,3 +327,25 @@ def test_the_text_of_a_special_token_stays_text(tiny_checkpoint: Path, where: An
         "<", "("
     )
     assert ids.count(tokenizer.eos_token_id) == len(body.messages), "those of the template alone"
+
+
+def with_call(arguments: str) -> Chat:
+    """A chat whose last message is a call with these arguments."""
+    messages = [said("x"), said("", "assistant", tool_calls=called(arguments))]
+    return ChatRequest.model_validate({"messages": messages}, strict=True).chat()
+
+
+@pytest.mark.parametrize("shown", ["call", "call | tojson(ensure_ascii=True)"], ids=["python", "ascii"])
+def test_no_mark_is_left_by_a_template_that_escapes(tiny_checkpoint: Path, shown: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    tokenizer.chat_template = ECHOES.replace("call | tojson", shown)
+    ids = prompt_of(tokenizer, with_call(json.dumps({"k": f"a{tokenizer.eos_token}b"}))).ids
+    assert f"a{tokenizer.eos_token}b" in tokenizer.decode(ids)
+    assert ids.count(tokenizer.eos_token_id) == 2, "those of the template alone"
+
+
+def test_half_a_character_in_arguments_stays_an_escape(tiny_checkpoint: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    tokenizer.chat_template = ECHOES.replace("call | tojson", "call.function.arguments")
+    arguments = r'{"k": "\ud800"}'
+    assert arguments in tokenizer.decode(prompt_of(tokenizer, with_call(arguments)).ids)
