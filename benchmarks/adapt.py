@@ -188,14 +188,13 @@ class Results:
 
     def complete(self, job: Job) -> bool:
         """Whether the job has a result that lacks nothing."""
-        runs = json.loads(self._path.read_text())["runs"] if self._path.exists() else []
-        rows = [row for run in runs if self._is_own(run, job.checkpoint) for row in run["results"]]
+        rows = [row for run in self._runs() if self._is_own(run, job.checkpoint) for row in run["results"]]
         return any(row.get("complete") and row | asdict(job) == row for row in rows)
 
     def note(self, row: Row, num_held_out_tokens: int) -> None:
         """Add a job's result, in place of the one that it had."""
         with self._locked():
-            runs = json.loads(self._path.read_text())["runs"] if self._path.exists() else []
+            runs = self._runs()
             own = [run for run in runs if self._is_own(run, row["checkpoint"])]
             for run in own:
                 run["results"] = [one for one in run["results"] if one["name"] != row["name"]]
@@ -214,6 +213,9 @@ class Results:
             runs = [one for one in runs if one["results"] and one is not run] + [run]
             with replacing(self._path) as file:
                 file.write((json.dumps({"runs": runs}, indent=1) + "\n").encode())
+
+    def _runs(self) -> list[Row]:
+        return list(json.loads(self._path.read_text())["runs"]) if self._path.exists() else []
 
     def _is_own(self, run: Row, checkpoint: str) -> bool:
         return bool(run["name"] == self._run.name and run["checkpoint"] == checkpoint)
@@ -397,12 +399,11 @@ class Work:
     def _train(self, bench: Bench, job: Job, cases: Mapping[float, Masks], row: Row) -> None:
         """Train the job's adapter, measure with it, and ask."""
         mask = None if job.part == "pools" else next(iter(next(iter(cases.values())).values()))
-        shares = POOLS if mask is None else None
-        kept: Kept = [np.flatnonzero(layer).tolist() for layer in mask.allowed] if job.experts and mask else []
+        target = Target(mask=mask, shares=POOLS if mask is None else None, late=job.late, skew=job.skew)
+        kept: Kept = (target.kept or []) if job.experts else []
         parameters = make_parameters(bench.model, job.rank, job.seed, job.shared_width)
         experts = expert_parameters(bench.model, kept, job.rank, job.seed) if job.experts else {}
         with changed_experts(bench.model, kept, experts):
-            target = Target(mask=mask, shares=shares, late=job.late, skew=job.skew)
             training = self._training(bench, job, target, parameters | experts)
             row["num_parameters"] = sum(one.numel() for parts in training.parameters.values() for one in parts.values())
             row["text_tokens"] = len({id(tokens) for _, tokens in training.corpus.train}) * self._run.context

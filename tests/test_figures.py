@@ -117,7 +117,7 @@ def test_the_table_of_adapters_is_that_of_its_results() -> None:
 
 
 def test_the_table_beside_adapters_is_that_of_its_results() -> None:
-    rows, wanted = _rows("as many experts in 16 bits.", "docs/selection.md"), {}
+    rows, wanted = _rows("of as many experts in 16 bits.", "docs/selection.md"), {}
     for checkpoint, name in CHECKPOINTS.items():
         for part, masks in (("pools", "own"), ("together", "all")):
             lines = [beside(checkpoint, part, choice, encoding) for choice, encoding, _ in BESIDE.values()]

@@ -23,7 +23,6 @@ from safetensors.torch import save
 from expert_store.adapter import Adapter, Changes
 from expert_store.errors import AdapterError
 from expert_store.files import replacing
-from expert_store.residency.pinned import free_host_bytes
 from extractor.statistics.price import Price
 from server.adapting.corpus import Corpus, read_corpus
 from server.adapting.generation import write_texts
@@ -31,6 +30,7 @@ from server.adapting.parameters import expert_parameters, make_parameters
 from server.adapting.target import Target
 from server.adapting.training import TRAINED, Trained, Training, TrainingOptions
 from server.model.host.assembly import HostModel
+from server.model.host.kv_budget import free_bytes
 from server.model.seam.batched import batched_experts
 from server.model.seam.changed import Kept, changed_experts
 from server.quality.batches import Progress, token_sequences
@@ -73,17 +73,17 @@ class AdaptRequest:
         """The experts of each layer that are trained."""
         if not self.experts:
             return []
-        assert self.target.mask is not None, "the experts of pools are not trained"
-        return [np.flatnonzero(layer).tolist() for layer in self.target.mask.allowed]
+        kept = self.target.kept
+        assert kept is not None, "the experts of pools are not trained"
+        return kept
 
     def work(self, model: HostModel) -> dict[str, Any]:
         """All that the result depends on, as JSON. Raises OSError."""
-        mask = self.target.mask
         return {
             "fingerprint": model.store.manifest.source.fingerprint,
             "texts": [[domain.name, texts_key(domain)] for domain in self.domains],
             "text": asdict(self.text),
-            "mask": None if mask is None else [np.flatnonzero(layer).tolist() for layer in mask.allowed],
+            "mask": self.target.kept,
             "pools": [self.target.shares, self.target.late, self.target.skew],
             "training": asdict(self.training),
             "rank": self.rank,
@@ -153,7 +153,7 @@ def _trained(
             f"{training.num_steps} steps: about {seconds / 60:.0f} minutes, and about {num_bytes / 2**20:,.0f} MiB "
             "beside the model"
         )
-        free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else free_host_bytes()
+        free = free_bytes(model.device)
         if free is not None and num_bytes > free:
             say(
                 f"WARNING: {free / 2**20:,.0f} MiB are free, so the system may end the run: give fewer --batch-tokens, "

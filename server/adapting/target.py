@@ -50,6 +50,11 @@ class Target:
     late: float = 0.2
     skew: float = 1.6
 
+    @property
+    def kept(self) -> list[list[int]] | None:
+        """The experts of each MoE layer that the mask has; None for pools."""
+        return None if self.mask is None else [np.flatnonzero(layer).tolist() for layer in self.mask.allowed]
+
     def draw(self, random: np.random.Generator) -> Draw:
         """The random choices for a text."""
         if self.mask is not None:

@@ -294,7 +294,7 @@ class Training:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        inputs = torch.zeros_like(self._inputs[:1]).expand(rows, -1).clone()
+        inputs = self._inputs.new_zeros(rows, self._inputs.shape[1])
         inputs[:, 2] = self.model.store.manifest.model.num_experts
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             self._loss_of(inputs)

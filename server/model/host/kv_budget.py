@@ -33,7 +33,7 @@ def kv_rows(model: HostModel, options: RunnerOptions) -> tuple[KvRows, SlotsAndB
         options.max_tokens,
         least_tokens,
         options.kv_memory_bytes,
-        _free_bytes(model.device),
+        free_bytes(model.device),
     )
     most_blocks, reason = num_blocks, refusal(options.memory_balance, model.device)
     least_slots = max(options.kept_experts, options.max_rows * model.store.manifest.model.top_k)
@@ -54,5 +54,6 @@ def kv_rows(model: HostModel, options: RunnerOptions) -> tuple[KvRows, SlotsAndB
     return kv, balance
 
 
-def _free_bytes(device: torch.device) -> int | None:
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes of memory that are free on the device: on a CPU those of the host, None where they are not known."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
