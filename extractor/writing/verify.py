@@ -13,15 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from expert_store.integrity import verify_files
-from expert_store.manifest import (
-    AdapterFile,
-    DeepExpert,
-    Manifest,
-    ModelSpec,
-    TrunkFile,
-    format_ids,
-    read_manifest,
-)
+from expert_store.manifest import Manifest, ModelSpec, format_ids, read_manifest
 from extractor.checkpoint.checkpoint import Checkpoint
 from extractor.errors import MismatchError
 from extractor.writing.outputs import OutputFile, all_trunk_outputs, shard_output
@@ -104,8 +96,8 @@ def _difference(store: ModelSpec, checkpoint: ModelSpec) -> str:
 
 def compared_bytes(manifest: Manifest) -> int:
     """The number of bytes that `verify_store` reads; `verify_against` reads about as many without the adapters'."""
-    files: list[DeepExpert | TrunkFile | AdapterFile] = [*manifest.deep_experts, *manifest.trunk, *manifest.adapters]
-    return sum(file.bytes for file in files)
+    shards = sum(deep.bytes for deep in manifest.deep_experts)
+    return shards + sum(file.bytes for file in manifest.trunk) + sum(file.bytes for file in manifest.adapters)
 
 
 def _outputs(manifest: Manifest, layout: ExpertsLayout) -> list[OutputFile]:

@@ -64,19 +64,19 @@ def check_adapters(model: Any, adapters: Mapping[str, Adapter]) -> None:
     layers = layers_of(model)
     beside = sorted({_STATES[type(layer.attention)] for layer in layers if type(layer.attention) in _STATES})
     need(not beside, f"the captured step carries no adapters beside {', '.join(beside)}: {REMEDY}")
-    norm = last_norm(model)
+    last = last_norm(model)
     need(
-        packed_norm(norm, "the model").ndim == 1,
-        f"adapters change {type(norm).__name__}, and the captured step carries those of RMS norms only: {REMEDY}",
+        packed_norm(last, "the model").ndim == 1,
+        f"adapters change {type(last).__name__}, and the captured step carries those of RMS norms only: {REMEDY}",
     )
-    norms = {names[norm] for layer in layers for norm in _norms(layer)} | {names[norm]}
+    norms = {names[norm] for layer in layers for norm in _norms(layer)} | {names[last]}
     routers = {names[layer.router] for layer in layers if layer.router is not None}
-    within = [_router_linear(layer.router) for layer in layers]
+    within = {names[product] for layer in layers if (product := _router_linear(layer.router)) is not None}
     joined = [[names[module] for module in modules] for layer in layers for modules in _products(layer).values()]
     switches = {names[layer.mlp.switch] for layer in layers if layer.mlp is not None and layer.mlp.switch is not None}
     experts = {names[layer.experts] for layer in layers if layer.experts is not None}
     carried = {"scale": norms, "gain": routers, "delta": routers | switches, **dict.fromkeys(_EXPERT, experts)}
-    linear = {name for modules in joined for name in modules} | {names[each] for each in within if each is not None}
+    linear = {name for modules in joined for name in modules} | within
     for adapter, one in adapters.items():
         for module, parts in one.changes.items():
             unknown = [part for part in parts if module not in linear | carried.get(part, set())]
@@ -125,7 +125,7 @@ class _Packer:
 
     def __init__(self, names: Mapping[nn.Module, str], changes: Sequence[Changes], like: Tensor) -> None:
         self._names, self._changes, self._like = names, changes, like
-        self.by_module = [{module: dict(parts) for module, parts in one.items()} for one in changes]
+        self.by_module = [dict(one) for one in changes]
 
     def layer(self, layer: Layer, attention: LayerKind, weights: LayerWeights) -> LayerWeights:
         """The weights of a layer with its changes."""

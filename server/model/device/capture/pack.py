@@ -187,10 +187,10 @@ def _attentions(model: Any, layers: Sequence[Layer]) -> tuple[tuple[LayerKind, .
     attending = [pair for pair in zip(layers, attentions, strict=True) if not isinstance(pair[1], StateKind)]
     need(bool(attending), "no layer has attention")
     norms = {_attention_norms(layer, kind) for layer, kind in attending}
-    need(len(norms) == 1, "norms of queries and keys differ between layers")
+    norm = _only(norms, "norms of queries and keys differ between layers")
     scalings = {_scaling(layer) for layer, _ in attending}
-    need(len(scalings) == 1, "layers scale the scores of attention by different factors")
-    return attentions, attending[0][1], norms.pop(), scalings.pop()
+    scaling = _only(scalings, "layers scale the scores of attention by different factors")
+    return attentions, attending[0][1], norm, scaling
 
 
 def _attention_kind(model: Any, layer: Layer, frequencies: str) -> LayerKind:

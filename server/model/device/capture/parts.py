@@ -87,27 +87,19 @@ def _norm_kind(norm: nn.Module, where: str) -> tuple[bool, bool] | None:
     raise NotCapturableError(f"{where}: {type(norm).__name__} is no norm that the captured step computes")
 
 
+@torch.no_grad()
 def gated_norm(norm: nn.Module, where: str) -> tuple[Tensor, bool]:
     """The weight of a norm whose result is multiplied by a function of a gate, and whether that is its sigmoid, not its
     SiLU. The weight is in its own dtype if results are rounded before and after they are multiplied by it, in float32
     if only at the end. Raises NotCapturableError for others."""
-    weight = getattr(norm, "weight", None)
-    need(isinstance(weight, Tensor), f"{where}: {type(norm).__name__} has no weight")
-    assert isinstance(weight, Tensor)
-    generator = torch.Generator().manual_seed(0)
-    probe = copy.deepcopy(norm).to_empty(device="cpu").to(torch.bfloat16)
-    given, x, gate = torch.randn((3, _PROBES, *weight.shape), generator=generator).to(torch.bfloat16)
-    assert isinstance(probe.weight, Tensor)
-    probe.weight.data = given[0]
-    with torch.no_grad():
-        found = _ran(lambda value: probe(value, gate), x, where)
-        value = _normalised(x, norm_eps(norm))
-        for is_sigmoid, is_last in product((False, True), repeat=2):
-            scaled = given[0].float() * value if is_last else (given[0] * value.to(torch.bfloat16)).float()
-            factor = gate.float().sigmoid() if is_sigmoid else functional.silu(gate.float())
-            # sums of squares may differ in their order
-            if ((scaled * factor).to(torch.bfloat16) != found).float().mean() < 0.01:
-                return weight.float() if is_last else weight, is_sigmoid
+    weight, given, x, gate, found = _gated(norm, torch.bfloat16, where)
+    value = _normalised(x, norm_eps(norm))
+    for is_sigmoid, is_last in product((False, True), repeat=2):
+        scaled = given.float() * value if is_last else (given * value.to(torch.bfloat16)).float()
+        factor = gate.float().sigmoid() if is_sigmoid else functional.silu(gate.float())
+        # sums of squares may differ in their order
+        if ((scaled * factor).to(torch.bfloat16) != found).float().mean() < 0.01:
+            return weight.float() if is_last else weight, is_sigmoid
     raise NotCapturableError(f"{where}: {type(norm).__name__} is no gated norm that the captured step computes")
 
 
@@ -134,25 +126,30 @@ def forget_kind(forget: Any, where: str) -> tuple[float, bool]:
     raise NotCapturableError(f"{where}: {type(forget).__name__} makes other decays than the captured step computes")
 
 
+@torch.no_grad()
 def grouped_norm(norm: nn.Module, groups: int, where: str) -> tuple[Tensor, int]:
     """The weight of an RMS norm of elements that are multiplied by the SiLU of a gate before, all in float32; and the
     number of parts that it takes apart, which is that of the groups or 1. Raises NotCapturableError for others."""
+    weight, given, x, gate, found = _gated(norm, torch.float32, where)
+    for parts in (groups, 1):
+        value = _normalised((x * functional.silu(gate)).view(_PROBES, parts, -1), norm_eps(norm))
+        if torch.allclose(value.flatten(-2) * given, found, rtol=1e-4, atol=1e-5):
+            return weight, parts
+    raise NotCapturableError(f"{where}: {type(norm).__name__} is no gated norm that the captured step computes")
+
+
+def _gated(norm: nn.Module, dtype: torch.dtype, where: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The weight [H] of a norm that takes a gate; and in `dtype` a random weight [H], random elements and gates
+    [_PROBES, H], and the norm's result of these. Raises NotCapturableError if it has no weight or does not run."""
     weight = getattr(norm, "weight", None)
-    need(isinstance(weight, Tensor), f"{where}: {type(norm).__name__} has no weight")
-    assert isinstance(weight, Tensor)
-    generator = torch.Generator().manual_seed(0)
-    probe = copy.deepcopy(norm).to_empty(device="cpu")
-    given, x, gate = torch.randn((3, _PROBES, *weight.shape), generator=generator)
+    if not isinstance(weight, Tensor):
+        raise NotCapturableError(f"{where}: {type(norm).__name__} has no weight")
+    probe = copy.deepcopy(norm).to_empty(device="cpu").to(dtype)
+    drawn = torch.randn((3, _PROBES, *weight.shape), generator=torch.Generator().manual_seed(0))
+    given, x, gate = drawn.to(dtype)
     assert isinstance(probe.weight, Tensor)
     probe.weight.data = given[0]
-    with torch.no_grad():
-        found = _ran(lambda value: probe(value, gate), x, where)
-        for parts in (groups, 1):
-            value = (x * functional.silu(gate)).unflatten(-1, (parts, -1))
-            value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + norm_eps(norm))
-            if torch.allclose(value.flatten(-2) * given[0], found, rtol=1e-4, atol=1e-5):
-                return weight, parts
-    raise NotCapturableError(f"{where}: {type(norm).__name__} is no gated norm that the captured step computes")
+    return weight, given[0], x, gate, _ran(lambda value: probe(value, gate), x, where)
 
 
 def gate_kind(module: Any, intermediate: int, where: str) -> GateKind:
