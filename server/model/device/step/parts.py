@@ -184,9 +184,15 @@ class LatentKind:
         return self.num_heads * ((self.nope + self.value_dim) * self.rank + self.query * self.query_rank)
 
 
-class Keyless:
-    """A layer that has no keys and values."""
+class StateKind(ABC):
+    """A layer that keeps a state of fixed size in the place of attention, and the last inputs of a causal convolution.
+    It has no keys and values.
 
+    Attributes:
+        kernel: tokens of the convolution.
+    """
+
+    kernel: int
     num_heads: ClassVar[int] = 0
     head_dim: ClassVar[int] = 0
     rotary: ClassVar[int] = 0
@@ -194,16 +200,6 @@ class Keyless:
     prompt_elements: ClassVar[int] = 0
     vectors: ClassVar[tuple[tuple[int, int], tuple[int, int]]] = ((0, 0), (0, 0))
     gate: ClassVar[OutputGate] = "none"
-
-
-class StateKind(Keyless, ABC):
-    """A layer that keeps a state of fixed size in the place of attention, and the last inputs of a causal convolution.
-
-    Attributes:
-        kernel: tokens of the convolution.
-    """
-
-    kernel: int
 
     @property
     @abstractmethod

@@ -175,10 +175,9 @@ GEMMA = replace(
     router=RouterKind(own_norm=2816**-0.5, expert_factors="per_expert_scale", exact_weights=True),
 )  # fmt: skip
 
-DELTA = DeltaKind(16, 32, 128, 128, 4)
 QWEN36 = replace(
     QWEN3, num_layers=4, vocab=248320, num_experts=256, intermediate=512, shared_intermediate=512,
-    attentions=(*[DELTA] * 3, AttentionKind(16, 2, 256, 256, 64, gate="sigmoid")),
+    attentions=(*[DeltaKind(16, 32, 128, 128, 4)] * 3, AttentionKind(16, 2, 256, 256, 64, gate="sigmoid")),
 )  # fmt: skip
 """Qwen3.6-35B-A3B."""
 KIMI_LINEAR = replace(
@@ -294,6 +293,7 @@ class Ahead:
 
 def trunk(shape: DecodeShape, rank: int = 0) -> TrunkWeights:
     """Weights without memory; attention and head in FP8 where the experts are."""
+    more = ("attention_norm", "branch_norm", "routed_norm", "gate_norm") if shape.router.own_norm else ()
 
     def matrix(*size: int) -> Tensor:
         return torch.empty(size, dtype=shape.dtype, device="meta")
@@ -305,7 +305,7 @@ def trunk(shape: DecodeShape, rank: int = 0) -> TrunkWeights:
         if shape.packed is None or shape.packed[0].codes != "fp8":
             return matrix(rows, columns)
         codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device="meta")
-        return ScaledMatrix(codes, torch.empty(rows, -(-columns // 128), device="meta"), 128)
+        return ScaledMatrix(codes, in_fp32(rows, -(-columns // 128)), 128)
 
     def mlp(inner: int) -> MlpWeights:
         switch = matrix(shape.hidden) if shape.qk_norm == "none" else None
@@ -328,7 +328,7 @@ def trunk(shape: DecodeShape, rank: int = 0) -> TrunkWeights:
             **low,
             expert=LowRank(matrix(1, 2 * rank, shape.hidden), matrix(1, shape.hidden, rank)),
             delta=matrix(1, shape.num_experts, shape.hidden),
-            gains=torch.empty(2, shape.num_experts, device="meta"),
+            gains=in_fp32(2, shape.num_experts),
         )
 
     def latent_weights(kind: LatentKind) -> LatentWeights:
@@ -346,24 +346,24 @@ def trunk(shape: DecodeShape, rank: int = 0) -> TrunkWeights:
         return DeltaWeights(ConvolutionWeights(conv), norm, in_fp32(kind.value_heads), in_fp32(kind.decays), expand)
 
     def mamba_weights(kind: MambaKind) -> MambaWeights:
-        of_heads = torch.empty(kind.heads, device="meta")
+        of_heads = in_fp32(kind.heads)
         return MambaWeights(convolution_weights(kind, True), matrix(kind.width), of_heads, of_heads, of_heads)
 
     def layer(at: int) -> LayerWeights:
         dense, attention = at in shape.dense_layers, shape.attention(at)
         norms = attention.head_dim * (attention.num_heads if shape.qk_norm == "row" else 1)
-        table = torch.empty(shape.max_tokens, attention.head_dim // 2, device="meta")
+        table = in_fp32(shape.max_tokens, attention.head_dim // 2)
         inner = shape.dense_intermediate if dense else shape.shared_intermediate
-        bias = torch.empty(shape.num_experts, device="meta")
-        norm = torch.empty(shape.hidden, device="meta") if shape.experts.alternates else matrix(shape.hidden)
-        norm = torch.empty(2, shape.hidden, device="meta") if shape.norm == "layer" else norm
+        bias = in_fp32(shape.num_experts)
+        norm = (in_fp32 if shape.experts.alternates else matrix)(shape.hidden)
+        norm = in_fp32(2, shape.hidden) if shape.norm == "layer" else norm
         return LayerWeights(
             norm, linear(attention.qkv, shape.hidden), matrix(norms), matrix(norms),
             linear(shape.hidden, attention.width), norm,
             None if dense else matrix(shape.num_experts, shape.hidden), table, table,
             qkv_bias=matrix(attention.qkv) if shape.qk_norm == "none" else None,
             selection_bias=None if shape.router.selection_bias is None else bias,
-            sinks=torch.empty(shape.num_heads, device="meta") if shape.experts.alternates else None,
+            sinks=in_fp32(shape.num_heads) if shape.experts.alternates else None,
             latent=latent_weights(attention) if isinstance(attention, LatentKind) else None,
             delta=delta_weights(attention) if isinstance(attention, DeltaKind) else None,
             mamba=mamba_weights(attention) if isinstance(attention, MambaKind) else None,
@@ -371,11 +371,9 @@ def trunk(shape: DecodeShape, rank: int = 0) -> TrunkWeights:
             mlp=mlp(inner) if inner else None,
             changes=changes(attention, inner) if rank else None,
             expert_factors=None if shape.router.expert_factors is None else bias,
-            factor=torch.empty(1, dtype=shape.dtype, device="meta") if shape.router.own_norm else None,
-            **dict.fromkeys(more if shape.router.own_norm else (), matrix(shape.hidden)),
+            factor=matrix(1) if shape.router.own_norm else None,
+            **dict.fromkeys(more, matrix(shape.hidden)),
         )  # fmt: skip
-
-    more = ("attention_norm", "branch_norm", "routed_norm", "gate_norm")
 
     return TrunkWeights(
         matrix(shape.vocab, shape.hidden), tuple(layer(at) for at in range(shape.num_layers)),

@@ -6,7 +6,6 @@ See `kernels.convolution`; `step.mixers.states` says how layers use these.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import triton
 from torch import Tensor
@@ -43,7 +42,7 @@ class ConvolutionRule:
         block = divisor(kind.channels, STEP_CHANNELS)
         self._run(
             kernels.convolve_step, (kind.channels // block, len(self._rows)),
-            given, *_tensors(small), self._rows, state.lengths, state.rings[state.places[layer]], out,
+            given, *weight_and_bias(small), self._rows, state.lengths, state.rings[state.places[layer]], out,
             CHANNELS=kind.channels, KERNEL=kind.kernel, BC=block, BIAS=small.bias is not None, num_warps=4,
         )  # fmt: skip
 
@@ -67,13 +66,13 @@ def convolve(
     out = given.new_empty(num_tokens, kind.channels)
     run(
         kernels.convolve_chunk, (num_tokens, triton.cdiv(kind.channels, block)),
-        given, *_tensors(weights), ring, after, out, start, num_tokens,
+        given, *weight_and_bias(weights), ring, after, out, start, num_tokens,
         CHANNELS=kind.channels, WIDTH=kind.qkv, KERNEL=kind.kernel, BC=block, BIAS=weights.bias is not None,
         GATED=gated, num_warps=4,
     )  # fmt: skip
     return out
 
 
-def _tensors(weights: ConvolutionWeights) -> tuple[Any, Any]:
-    """As the kernels take them: another tensor in the place of a bias that is not there."""
+def weight_and_bias(weights: ConvolutionWeights) -> tuple[Tensor, Tensor]:
+    """As the kernels take them: the weight stands in the place of a bias that is not there."""
     return weights.weight, weights.weight if weights.bias is None else weights.bias

@@ -22,9 +22,7 @@ class DeltaRule:
     """The delta nets of a step's entries; mutates the rows' states.
 
     Args:
-        rows: [B], row of each entry.
-        run: launches a kernel; of `DecodeStep`, as the next.
-        product: multiplies all entries with a weight.
+        rows, run, product: see `states.state_rule`.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from server.model.device.kernels import mamba as kernels
-from server.model.device.step.mixers.convolution import convolve
+from server.model.device.step.mixers.convolution import convolve, weight_and_bias
 from server.model.device.step.parts import MambaKind
 from server.model.device.step.state import RowState
 from server.model.device.step.tuning import Tuning, divisor, pow2
@@ -31,9 +31,10 @@ class MambaRule:
         product: Callable[..., None],
     ) -> None:  # fmt: skip
         self._eps, self._state, self._tuning, self._rows, self._run = shape.eps, state, tuning, rows, run
-        (width, heads), *_ = {(kind.width, kind.state[0]) for kind in shape.stateful.values()}
-        self._parts = rows.new_zeros(len(rows) * width, dtype=torch.float32)
-        self._arrived = rows.new_zeros(len(rows) * heads)
+        kind = next(iter(shape.stateful.values()))
+        assert isinstance(kind, MambaKind)
+        self._parts = rows.new_zeros(len(rows) * kind.width, dtype=torch.float32)
+        self._arrived = rows.new_zeros(len(rows) * kind.norms)
 
     def step(self, layer: int, kind: MambaKind, weights: LayerWeights, given: Tensor, out: Tensor) -> None:
         """See `states.StateRule`."""
@@ -42,9 +43,9 @@ class MambaRule:
         conv, values = small.conv, divisor(kind.value_dim, self._tuning.delta_values)
         self._run(
             kernels.mamba_step, (kind.value_dim // values, kind.heads, len(self._rows)),
-            given, conv.weight, conv.weight if conv.bias is None else conv.bias, small.decay, small.shift, small.skip,
-            small.norm, self._rows, state.lengths, state.rings[place], state.states[place], self._parts, self._arrived,
-            out, self._eps, **_sizes(kind), BV=values, NORMS=kind.norms, NP=pow2(kind.width // kind.norms),
+            given, *weight_and_bias(conv), small.decay, small.shift, small.skip, small.norm, self._rows, state.lengths,
+            state.rings[place], state.states[place], self._parts, self._arrived, out, self._eps,
+            **_sizes(kind), BV=values, NORMS=kind.norms, NP=pow2(kind.width // kind.norms),
             KERNEL=kind.kernel, BIAS=conv.bias is not None, num_warps=self._tuning.delta_warps,
         )  # fmt: skip
 

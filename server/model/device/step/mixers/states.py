@@ -35,7 +35,7 @@ Chunk = Callable[..., Tensor]
 eps, weights, given, before, after, start) writes state and ring `after` the chunk of a row from those `before` it;
 `run` launches its kernels, or only compiles them, and `start` is the number of tokens before the chunk."""
 
-_RULES: dict[type[StateKind], Any] = {
+_RULES: dict[type[StateKind], Callable[..., StateRule]] = {
     ConvolutionKind: ConvolutionRule, DeltaKind: DeltaRule, MambaKind: MambaRule,
 }  # fmt: skip
 _CHUNKS: dict[type[StateKind], Chunk] = {
@@ -57,8 +57,7 @@ def state_rule(
     kind = next(iter(shape.stateful.values()), None)
     if kind is None:
         return None
-    rule: StateRule = _RULES[type(kind)](shape, state, tuning, rows, run, product)
-    return rule
+    return _RULES[type(kind)](shape, state, tuning, rows, run, product)
 
 
 class StateLayer(nn.Module):
