@@ -25,27 +25,23 @@ CHANNELS = ["tiny, decays by channel", "kimi-linear", "ling"]
 LARGE = [name for name in CASES if name not in (*KINDS, *SMALL, *PACKED, *LATENTS, *ADAPTED, *CHANNELS)]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not PTXAS.exists(), reason="this Triton brings no ptxas")
 @pytest.mark.parametrize(
     ("capability", "cases"),
     [
         (90, KINDS[:1]),
-        *(
-            pytest.param(*more, marks=pytest.mark.exhaustive)
-            for more in (
-                (90, KINDS[1:]),
-                (90, SMALL),
-                (90, LARGE[:2]),
-                (90, LARGE[2:]),
-                (90, PACKED),
-                (90, LATENTS),
-                (90, ADAPTED),
-                (80, [*KINDS, "bundled", "int4", "gpt-oss", "gpt-oss, mxfp4", "ernie", "mimo", "gemma", "phimoe"]),
-                (90, CHANNELS),
-                (80, ["qwen3.6", "tiny, decays by channel", "ling", "qwen3, 64 rows"]),
-                (80, ["lfm2", "granite-4"]),
-            )
-        ),
+        (90, KINDS[1:]),
+        (90, SMALL),
+        (90, LARGE[:2]),
+        (90, LARGE[2:]),
+        (90, PACKED),
+        (90, LATENTS),
+        (90, ADAPTED),
+        (80, [*KINDS, "bundled", "int4", "gpt-oss", "gpt-oss, mxfp4", "ernie", "mimo", "gemma", "phimoe"]),
+        (90, CHANNELS),
+        (80, ["qwen3.6", "tiny, decays by channel", "ling", "qwen3, 64 rows"]),
+        (80, ["lfm2", "granite-4"]),
     ],
 )
 def test_every_kernel_of_the_step_compiles(
